@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator schema of vtclip with its fake, written once.
+
+`vtclip::X` is implemented by the compiled extension (dispatch keys CPU and CUDA), `vtclip::X_triton`
+by the Triton launchers. Both share the schema and the fake below. Only torch is imported here, so
+tracing and error messages work where neither implementation can load.
+
+Shapes: query [Bq, H, K, d] with Bq in {1, B}; key, value [B, H, L, d]; key_mask [B|1, L] bool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SCHEMAS: dict[str, str] = {
+    "cross_attn_fwd": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale)"
+        " -> (Tensor, Tensor)"
+    ),
+    "cross_attn_bwd": (
+        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
+        " Tensor? key_mask, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)"
+    ),
+    "cross_attn_weights_fwd": (
+        "(Tensor query, Tensor key, Tensor? key_mask, float scale) -> Tensor"
+    ),
+    "cross_attn_weights_bwd": (
+        "(Tensor grad_weights, Tensor weights, Tensor query, Tensor key, float scale)"
+        " -> (Tensor, Tensor)"
+    ),
+    "cosine_logits_fwd": "(Tensor image, Tensor text, float scale) -> (Tensor, Tensor, Tensor)",
+    "cosine_logits_bwd": (
+        "(Tensor grad_logits, Tensor image, Tensor text, Tensor image_rnorm, Tensor text_rnorm,"
+        " float scale) -> (Tensor, Tensor)"
+    ),
+    "norm_cosine_logits_fwd": (
+        "(Tensor hidden, Tensor weight, Tensor bias, Tensor text, Tensor image, float residual,"
+        " float scale, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "norm_cosine_logits_bwd": (
+        "(Tensor grad_logits, Tensor hidden, Tensor weight, Tensor bias, Tensor text,"
+        " Tensor image, Tensor logits, Tensor mean, Tensor rstd, Tensor image_rnorm,"
+        " Tensor row_rnorm, float residual, float scale, float eps)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype statistics are kept in: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _heads_inner(like: Tensor, B: int, N: int, H: int, d: int) -> Tensor:
+    # memory [B, N, H, d], seen as [B, H, N, d]: a head can merge (H, d) without a copy
+    return like.new_empty((B, N, H, d)).transpose(1, 2)
+
+
+def _cross_attn_fwd(
+    query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    B, H, _, d = key.shape
+    K = query.shape[2]
+    lse = query.new_empty((B, H, K), dtype=acc_dtype(query.dtype))
+    return _heads_inner(query, B, K, H, d), lse
+
+
+def _cross_attn_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    Bq, H, K, d = query.shape
+    B, _, L, _ = key.shape
+    d_query = _heads_inner(query, Bq, K, H, d)
+    return d_query, _heads_inner(key, B, L, H, d), _heads_inner(value, B, L, H, d)
+
+
+def _cross_attn_weights_fwd(
+    query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float
+) -> Tensor:
+    B, H, L, _ = key.shape
+    return query.new_empty((B, H, query.shape[2], L))
+
+
+def _cross_attn_weights_bwd(
+    grad_weights: Tensor, weights: Tensor, query: Tensor, key: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    Bq, H, K, d = query.shape
+    B, _, L, _ = key.shape
+    return _heads_inner(query, Bq, K, H, d), _heads_inner(key, B, L, H, d)
+
+
+def _cosine_logits_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    acc = acc_dtype(image.dtype)
+    logits = image.new_empty((image.shape[0], text.shape[-2]))
+    rnorms = image.new_empty(image.shape[:1], dtype=acc), text.new_empty(text.shape[:-1], dtype=acc)
+    return logits, *rnorms
+
+
+def _cosine_logits_bwd(
+    grad_logits: Tensor,
+    image: Tensor,
+    text: Tensor,
+    image_rnorm: Tensor,
+    text_rnorm: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return image.new_empty(image.shape), text.new_empty(text.shape)
+
+
+def _norm_cosine_logits_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    text: Tensor,
+    image: Tensor,
+    residual: float,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, K, _ = hidden.shape
+    acc = acc_dtype(hidden.dtype)
+    logits = hidden.new_empty((B, K))
+    mean, rstd, row_rnorm = (hidden.new_empty((B, K), dtype=acc) for _ in range(3))
+    return logits, mean, rstd, hidden.new_empty((B,), dtype=acc), row_rnorm
+
+
+def _norm_cosine_logits_bwd(
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    text: Tensor,
+    image: Tensor,
+    logits: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    image_rnorm: Tensor,
+    row_rnorm: Tensor,
+    residual: float,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        text.new_empty(text.shape),
+        image.new_empty(image.shape),
+    )
+
+
+FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_{name}"] for name in SCHEMAS}
+
+for _name, _schema in SCHEMAS.items():
+    for _qualified in (f"vtclip::{_name}", f"vtclip::{_name}_triton"):
+        torch.library.define(_qualified, _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        torch.library.register_fake(_qualified, FAKES[_name])

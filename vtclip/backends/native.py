@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension: `vtclip._C` (CPU kernels) and the CUDA library beside it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vtclip.ops._select import Problem
+
+MAX_HEAD_WIDTH = 256
+HALF_TO_DOUBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@functools.cache
+def load_cpu() -> str:
+    """Loads `vtclip._C`; the empty string, or the reason why it could not be loaded."""
+    if importlib.util.find_spec("vtclip._C") is None:
+        return "the extension vtclip._C is not built (install with a C++ compiler)"
+    try:
+        import vtclip._library  # schemas must exist before their implementations
+
+        importlib.import_module("vtclip._C")
+    except (ImportError, OSError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"vtclip._C failed to load with torch {torch.__version__}: {first_line}"
+    return ""
+
+
+def cuda_library() -> Path | None:
+    """The CUDA library's file, if it was built."""
+    found = sorted(Path(__file__).parents[1].glob("_C_cuda*.so"))
+    return found[0] if found else None
+
+
+@functools.cache
+def load_cuda() -> str:
+    """Loads the CUDA library; the empty string, or the reason why it could not be loaded."""
+    path = cuda_library()
+    if path is None:
+        return "the CUDA library is not built (no CUDA toolkit was found, or VTCLIP_EXT forbade it)"
+    if torch.version.cuda is None:
+        return f"{path.name} needs a CUDA build of torch, this is {torch.__version__}"
+    try:
+        import vtclip._library  # noqa: F401  schemas must exist before their implementations
+
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} failed to load with torch {torch.__version__}: {error}"
+    return ""
+
+
+def build_info() -> dict[str, str]:
+    """What `setup.py` decided and why, as baked into the extension; empty without one."""
+    if load_cpu():
+        return {}
+    return dict(importlib.import_module("vtclip._C").build_info())
+
+
+@torch.compiler.assume_constant_result
+def _missing(op: str, key: str) -> str:
+    """Why `op` cannot run on dispatch key `key`, or the empty string."""
+    reason = load_cpu() if key == "CPU" else load_cuda()
+    if reason:
+        return reason
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vtclip::{op}_fwd", key):
+        return f"{op} has no {key} kernel in this build"
+    return ""
+
+
+class _Native:
+    def __init__(self, device: str, key: str) -> None:
+        self.device = device
+        self.key = key
+
+    def why_not(self, problem: Problem) -> tuple[str, ...]:
+        if problem.device != self.device:
+            return (f"needs {self.device} tensors, got {problem.device}",)
+        reasons = []
+        missing = _missing(problem.op, self.key)
+        if missing:
+            reasons.append(missing)
+        if problem.dtype not in HALF_TO_DOUBLE:
+            reasons.append(f"has no {problem.dtype} kernel")
+        if problem.op.startswith("cross_attn") and problem.width > MAX_HEAD_WIDTH:
+            reasons.append(f"head width {problem.width} is above {MAX_HEAD_WIDTH}")
+        return tuple(reasons)
+
+    def function(self, name: str) -> Any:
+        return getattr(torch.ops.vtclip, name)
+
+
+CPU = _Native("cpu", "CPU")
+CUDA = _Native("cuda", "CUDA")

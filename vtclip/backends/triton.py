@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of `vtclip.kernels`, registered as `vtclip::X_triton`; Triton loads on first use."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtclip._library import SCHEMAS
+
+if TYPE_CHECKING:
+    from vtclip.ops._select import Problem
+
+MAX_HEAD_WIDTH = 256
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors, for testing."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def load() -> str:
+    """Imports Triton; the empty string, or the reason why it cannot be used."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"triton failed to import: {first_line}"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str:
+    return load()
+
+
+class _Triton:
+    def why_not(self, problem: Problem) -> tuple[str, ...]:
+        reasons = []
+        if problem.device != "cuda" and not (problem.device == "cpu" and interpreted()):
+            return (f"needs cuda tensors, got {problem.device}",)
+        missing = _missing()
+        if missing:
+            reasons.append(missing)
+        if problem.dtype not in KERNEL_DTYPES:
+            reasons.append(f"has no {str(problem.dtype).removeprefix('torch.')} kernel")
+        if problem.op.startswith("cross_attn") and problem.width > MAX_HEAD_WIDTH:
+            reasons.append(f"head width {problem.width} is above {MAX_HEAD_WIDTH}")
+        return tuple(reasons)
+
+    def function(self, name: str) -> Any:
+        return getattr(torch.ops.vtclip, f"{name}_triton")
+
+
+def _launcher(name: str) -> Any:
+    module = f"vtclip.kernels.{name.removesuffix('_fwd').removesuffix('_bwd')}"
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return launch
+
+
+for _name in SCHEMAS:
+    torch.library.impl(f"vtclip::{_name}_triton", ("cuda", "cpu"), _launcher(_name))
+
+TRITON = _Triton()

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public operators: tensors positional, the rest keyword-only, `impl=None` takes what can run."""
+
+from vtclip.ops.cosine_logits import cosine_logits
+from vtclip.ops.cross_attn import AttnLSE, cross_attn, cross_attn_lse
+from vtclip.ops.cross_attn_weights import cross_attn_weights
+from vtclip.ops.norm_cosine_logits import norm_cosine_logits
+
+__all__ = [
+    "AttnLSE",
+    "cosine_logits",
+    "cross_attn",
+    "cross_attn_lse",
+    "cross_attn_weights",
+    "norm_cosine_logits",
+]

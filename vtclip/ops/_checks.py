@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validators with one message format: operator, argument, what was wanted, what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def expect_floats(op: str, **tensors: Tensor) -> None:
+    """Every argument is a dense tensor of a float dtype, all on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.dtype not in FLOATS:
+            wanted = ", ".join(_short(dtype) for dtype in FLOATS)
+            raise TypeError(f"{op}: {name} must be one of {wanted}, got {_short(tensor.dtype)}")
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} must be on {first.device} like {first_name}, got {tensor.device}"
+            )
+
+
+def expect_mask(op: str, mask: Tensor, like: Tensor) -> None:
+    """A boolean tensor on the device of `like`."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: key_mask must be a Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: key_mask must be bool (True = attend), got {_short(mask.dtype)}")
+    if mask.device != like.device:
+        raise ValueError(f"{op}: key_mask must be on {like.device}, got {mask.device}")
+
+
+def expect_shape(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
+    """Shapes against specs such as "B|1 H K d"; a letter means one size, "B|1" that size or 1.
+
+    Returns the size of every letter; a "B|1" seen only as 1 gives 1.
+    """
+    sizes: dict[str, int] = {}
+    for tensor, spec in specs.values():
+        letters = spec.split()
+        if tensor.dim() != len(letters):
+            continue
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            name, _, one = letter.partition("|")
+            if not (one and size == 1):
+                sizes.setdefault(name, size)
+    for argument, (tensor, spec) in specs.items():
+        letters = spec.split()
+        fits = tensor.dim() == len(letters) and all(
+            sizes.get(letter.partition("|")[0], 1) == size or (letter.endswith("|1") and size == 1)
+            for letter, size in zip(letters, tensor.shape, strict=True)
+        )
+        if not fits:
+            named = ", ".join(letters)
+            wanted = ", ".join(
+                str(sizes.get(letter.partition("|")[0], 1)) + ("|1" if "|" in letter else "")
+                for letter in letters
+            )
+            raise ValueError(
+                f"{op}: {argument} must be [{named}] = [{wanted}], got {list(tensor.shape)}"
+            )
+    for _, spec in specs.values():
+        for letter in spec.split():
+            sizes.setdefault(letter.partition("|")[0], 1)
+    return sizes
+
+
+def expect_number(op: str, **numbers: float) -> None:
+    """Every argument is a finite Python number (not a tensor: that would cost a device sync)."""
+    for name, number in numbers.items():
+        if isinstance(number, Tensor) or not isinstance(number, (int, float)):
+            raise TypeError(f"{op}: {name} must be a float, got {type(number).__name__}")
+        if not math.isfinite(number):
+            raise ValueError(f"{op}: {name} must be finite, got {number}")
+
+
+def common_dtype(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in one dtype: autocast's where it is on (float64 stays), else the promoted one.
+
+    Lazily negated or conjugated views are resolved, so that kernels may read memory as it is.
+    """
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    device = tensors[0].device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return [tensor.to(dtype).resolve_neg() for tensor in tensors]

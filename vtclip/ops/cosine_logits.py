@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cosine_logits`: CLIP's classifier, with shared or per-image class texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.reference import cosine_logits as reference
+
+
+class _CosineLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        image: Tensor, text: Tensor, scale: float, backend: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, image_rnorm, text_rnorm = backend.function("cosine_logits_fwd")(image, text, scale)
+        return logits, image_rnorm, text_rnorm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        image, text, ctx.scale, ctx.backend = inputs
+        _, image_rnorm, text_rnorm = output
+        ctx.mark_non_differentiable(image_rnorm, text_rnorm)
+        ctx.save_for_backward(image, text, image_rnorm, text_rnorm)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        d_image, d_text = ctx.backend.function("cosine_logits_bwd")(
+            grad_logits, *ctx.saved_tensors, ctx.scale
+        )
+        need_image, need_text = ctx.needs_input_grad[:2]
+        return (d_image if need_image else None, d_text if need_text else None, None, None)
+
+
+def cosine_logits(
+    image: Tensor, text: Tensor, *, scale: float = 1.0, impl: Impl | None = None
+) -> Tensor:
+    """scale * cos(image, text): CLIP's logits (Radford et al. 2021, figure 3).
+
+    Args:
+        image: [B, D], any of float16, bfloat16, float32, float64; need not be normalised.
+        text: [K, D], shared by the batch, or [B, K, D], one set per image.
+        scale: finite float, CLIP's exp(logit_scale); 100 for OpenAI's models.
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        [B, K] in the (promoted) input dtype, accumulated in at least float32. A zero vector gives
+        logit 0 and gradient 0, never NaN.
+
+    Raises:
+        TypeError: kind, layout or dtype. ValueError: shape, device or value.
+        NotImplementedError: the named implementation cannot run this, with its reasons.
+    """
+    expect_floats("cosine_logits", image=image, text=text)
+    expect_number("cosine_logits", scale=scale)
+    spec = "B K D" if text.dim() == 3 else "K D"
+    expect_shape("cosine_logits", image=(image, "B D"), text=(text, spec))
+    image, text = common_dtype(image, text)
+    problem = Problem("cosine_logits", image.device.type, image.dtype, image.shape[-1])
+    chosen = select(problem, impl)
+    if chosen.name == "reference":
+        return reference.cosine_logits(image, text, float(scale))
+    logits: Tensor = _CosineLogits.apply(image, text, float(scale), chosen.backend)[0]
+    return logits

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cross_attn_weights`: the attention map itself, for explanations and for losses on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops.cross_attn import validate
+from vtclip.reference import cross_attn_weights as reference
+
+
+class _CrossAttnWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Any
+    ) -> Tensor:
+        weights: Tensor = backend.function("cross_attn_weights_fwd")(query, key, key_mask, scale)
+        return weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        query, key, key_mask, ctx.scale, ctx.backend = inputs
+        ctx.save_for_backward(query, key, key_mask, output)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_weights: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        query, key, key_mask, weights = ctx.saved_tensors
+        if key_mask is not None:
+            # a masked column has weight 0; what it holds must not reach d_query as 0 * NaN
+            key = key.masked_fill(~key_mask[:, None, :, None], 0.0)
+        d_query, d_key = ctx.backend.function("cross_attn_weights_bwd")(
+            grad_weights, weights, query, key, ctx.scale
+        )
+        need_query, need_key = ctx.needs_input_grad[:2]
+        return (d_query if need_query else None, d_key if need_key else None, None, None, None)
+
+
+def cross_attn_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """softmax_l(scale * query @ key^T): which tokens each query looks at, differentiable.
+
+    Args:
+        query: [B|1, H, K, d]; key: [B|1, H, L, d]; key_mask: [B|1, L] bool, True = attend.
+        scale: finite float, 1 / sqrt(d) by default.
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        [B, H, K, L] in the (promoted) input dtype; masked columns are 0, and so is a row without
+        a visible column. Every other row sums to 1.
+
+    Raises: as `cross_attn`. The map is stored, so memory grows as B*H*K*L.
+    """
+    op = "cross_attn_weights"
+    (query, key), scale, B = validate(op, {"query": query, "key": key}, key_mask, scale)
+    chosen = select(Problem(op, query.device.type, query.dtype, query.shape[-1]), impl)
+    if chosen.name == "reference":
+        weights = reference.cross_attn_weights(query, key, key_mask, scale)
+        return weights.expand(B, *weights.shape[1:])
+    key = key.expand(B, *key.shape[1:])
+    result: Tensor = _CrossAttnWeights.apply(query, key, key_mask, scale, chosen.backend)
+    return result

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`norm_cosine_logits`: VT-CLIP's tail, from the last hidden state to logits in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.reference import norm_cosine_logits as reference
+
+
+class _NormCosineLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        text: Tensor,
+        image: Tensor,
+        residual: float,
+        scale: float,
+        eps: float,
+        backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+        outputs = tuple(
+            backend.function("norm_cosine_logits_fwd")(
+                hidden, weight, bias, text, image, residual, scale, eps
+            )
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.residual, ctx.scale, ctx.eps, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        grads = ctx.backend.function("norm_cosine_logits_bwd")(
+            grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, ctx.eps
+        )
+        needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
+        return (*(grad if need else None for grad, need in needed), None, None, None, None)
+
+
+def norm_cosine_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    text: Tensor,
+    image: Tensor,
+    *,
+    residual: float = 1.0,
+    scale: float = 1.0,
+    eps: float = 1e-5,
+    impl: Impl | None = None,
+) -> Tensor:
+    """scale * cos(image_b, text_k + residual * LayerNorm(hidden_bk)); the sum is never stored.
+
+    The last norm of a decoder layer, VT-CLIP's outer residual (arXiv 2112.02399: VT = Attn + T) and
+    the cosine classifier, in one pass over `hidden`.
+
+    Args:
+        hidden: [B, K, C], the state before the last norm; weight, bias: [C], its affine.
+        text: [K, C]; image: [B, C]. Dtypes are promoted to one; under autocast to its dtype.
+        residual, scale: finite floats; eps: finite float >= 0, inside the square root.
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        [B, K] in the (promoted) input dtype, statistics in at least float32. A zero image or a
+        zero sum gives logit 0 and gradient 0.
+
+    Raises:
+        TypeError: kind, layout or dtype. ValueError: shape, device or value.
+        NotImplementedError: the named implementation cannot run this, with its reasons.
+    """
+    op = "norm_cosine_logits"
+    expect_floats(op, hidden=hidden, weight=weight, bias=bias, text=text, image=image)
+    expect_number(op, residual=residual, scale=scale, eps=eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    expect_shape(
+        op,
+        hidden=(hidden, "B K C"),
+        weight=(weight, "C"),
+        bias=(bias, "C"),
+        text=(text, "K C"),
+        image=(image, "B C"),
+    )
+    tensors = common_dtype(hidden, weight, bias, text, image)
+    numbers = float(residual), float(scale), float(eps)
+    chosen = select(Problem(op, hidden.device.type, tensors[0].dtype, hidden.shape[-1]), impl)
+    if chosen.name == "reference":
+        hidden, weight, bias, text, image = tensors
+        return reference.norm_cosine_logits(hidden, weight, bias, text, image, *numbers)
+    logits: Tensor = _NormCosineLogits.apply(*tensors, *numbers, chosen.backend)[0]
+    return logits
