@@ -1,0 +1,555 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen CLIP models to image features, spatial features and class texts.
+
+This is the only module that imports open_clip, and it does so inside functions, so that importing
+vtclip stays cheap. Model names:
+
+    demo                              the small model that ships with the package
+    ViT-B-32:openai                   architecture:tag, fetched by the hub client into its own cache
+    ViT-B-32-quickgelu:/w.safetensors architecture:file
+    local-dir:/folder  or  /folder    open_clip_config.json + weights (+ vocab.json, word tokenizer)
+    hf-hub:owner/name                 a hub repository in open_clip's layout
+
+Spatial options, [B, L, Cs]:
+
+    ResNet   raw        C4 map before the attention pool, row-major
+             pooled     every map position as a query of the whole attention pool (default)
+             value      c_proj(v_proj(x)) of each position alone, without positional embedding
+    ViT      raw        patch tokens after ln_post, before the projection
+             projected  ln_post, then the projection into the joint space (default)
+    timm     raw        the trunk's last intermediate, where the trunk offers one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "Clip",
+    "ClipNotFound",
+    "build_clip",
+    "load_clip",
+    "resolve_templates",
+]
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+DEMO_ASSETS = Path(__file__).parent / "demo" / "assets"
+CONFIG_NAME = "open_clip_config.json"
+WEIGHT_NAMES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+HUB_TIMEOUT_S = 5.0
+TEXT_CHUNK = 256
+
+
+class ClipNotFound(ValueError):
+    """A model that is not here and could not be fetched; the message says how to give a file."""
+
+
+def build_clip(config: dict[str, Any]) -> nn.Module:
+    """An open_clip model with random weights from `config`, a model_cfg or {"model_cfg": ...}."""
+    import open_clip
+
+    cfg = deepcopy(config.get("model_cfg", config))
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in cfg]
+    if missing:
+        raise ValueError(f"build_clip: config must hold embed_dim, vision_cfg and text_cfg, "
+                         f"got no {', '.join(missing)}")
+    custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
+    if "timm_model_name" in cfg["vision_cfg"]:
+        cfg["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in cfg["text_cfg"]:
+        cfg["text_cfg"]["hf_model_pretrained"] = False
+    if "multimodal_cfg" in cfg:
+        return open_clip.CoCa(**cfg)
+    return open_clip.CustomTextCLIP(**cfg) if custom else open_clip.CLIP(**cfg)
+
+
+def resolve_templates(templates: str | Sequence[str] | None) -> list[str]:
+    """Templates as a list: None, one template, "imagenet7", "imagenet80", a .txt file, or a list."""
+    if templates is None:
+        return [DEFAULT_TEMPLATE]
+    if isinstance(templates, str):
+        return _named_templates(templates)
+    found = [line for item in templates for line in _named_templates(item)]
+    if not found:
+        raise ValueError("templates: at least one template is needed, got an empty list")
+    return found
+
+
+def _named_templates(name: str) -> list[str]:
+    if not isinstance(name, str):
+        raise TypeError(f"templates: each template must be a str, got {type(name).__name__}")
+    if name in ("imagenet7", "imagenet80"):
+        import open_clip
+
+        known = (open_clip.SIMPLE_IMAGENET_TEMPLATES if name == "imagenet7"
+                 else open_clip.OPENAI_IMAGENET_TEMPLATES)
+        return [template("{}") for template in known]
+    if name.endswith(".txt") and "{}" not in name:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"templates: no such file: {name}")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return [_checked_template(line) for line in lines if line]
+    return [_checked_template(name)]
+
+
+def _checked_template(template: str) -> str:
+    if template.count("{}") != 1:
+        raise ValueError(f"templates: {template!r} must hold exactly one '{{}}', "
+                         f"got {template.count('{}')}")
+    return template
+
+
+class Clip:
+    """A frozen model with its tokenizer and its own image transform, in float32 and eval mode.
+
+    `config` is JSON-able and, with `weights_digest`, decides every feature: model_cfg (activation
+    included), preprocess_cfg and tokenizer. It holds no path, so it is equal on all machines.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any], *,
+                 name: str = "", device: str | torch.device = "cpu") -> None:
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+        self.name = name
+        self.device = torch.device(device)
+        self.model = model.float().eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        visual: Any = model.visual
+        image_size = getattr(visual, "image_size", None) or 224
+        overlay = {"size": image_size, **(config.get("preprocess_cfg") or {})}
+        overlay["size"] = _size(image_size)
+        cfg = merge_preprocess_dict(PreprocessCfg(), overlay)
+        self.preprocess_cfg: dict[str, Any] = json.loads(json.dumps(cfg))
+        self._transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
+        self.config: dict[str, Any] = {
+            "model_cfg": deepcopy(config.get("model_cfg", config)),
+            "preprocess_cfg": self.preprocess_cfg,
+            "tokenizer": _tokenizer_config(tokenizer),
+        }
+        self.weights_digest = _digest(model)
+        self.logit_scale = float(model.logit_scale.detach().float().reshape(-1)[0].exp())  # type: ignore[operator, union-attr]
+        self.width = int(self.config["model_cfg"]["embed_dim"])
+        self._visual = visual
+        self._kind = _visual_kind(visual, open_clip)
+        self.spatial_options = _spatial_widths(self._kind, visual, self.width)
+        """Spatial option to width Cs."""
+        self.default_spatial = {"resnet": "pooled", "vit": "projected", "timm": "raw"}.get(
+            self._kind) if self.spatial_options else None
+
+    def __repr__(self) -> str:
+        return (f"Clip({self.name or 'unnamed'}, width={self.width}, {self._kind}, "
+                f"spatial={list(self.spatial_options)}, weights={self.weights_digest[:12]})")
+
+    def preprocess(self, image: Image) -> Tensor:
+        """The model's own evaluation transform, [3, H, W] float32."""
+        return self._transform(image)  # type: ignore[no-any-return]
+
+    def augment(self, image: Image, generator: torch.Generator) -> Tensor:
+        """Random resized crop (area 0.08-1, ratio 3/4-4/3) and flip drawn from `generator` only."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as vision
+
+        size = self.preprocess_cfg["size"]
+        out = [size, size] if isinstance(size, int) else list(size)
+        top, left, height, width = _crop_box(image.width, image.height, generator)
+        image = vision.resized_crop(image, top, left, height, width, out,
+                                    InterpolationMode.BICUBIC)
+        if float(torch.rand((), generator=generator)) < 0.5:
+            image = vision.hflip(image)
+        pixels = vision.to_tensor(image.convert("RGB"))
+        return vision.normalize(  # type: ignore[no-any-return]
+            pixels, self.preprocess_cfg["mean"], self.preprocess_cfg["std"])
+
+    def check_spatial(self, spatial: str | None) -> str | None:
+        """`spatial` with "default" resolved, or a ValueError that lists what this model offers."""
+        if spatial is None:
+            return None
+        if not self.spatial_options:
+            raise ValueError(f"spatial: {self.name or 'this model'} offers global features only")
+        if spatial == "default":
+            return self.default_spatial
+        if spatial not in self.spatial_options:
+            raise ValueError(f"spatial: {self.name or 'this model'} offers "
+                             f"{', '.join(self.spatial_options)}, got {spatial!r}")
+        return spatial
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor, spatial: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """pixels [B, 3, H, W] to (global [B, C] as the model gives it, spatial [B, L, Cs] or None)."""
+        spatial = self.check_spatial(spatial)
+        pixels = pixels.to(self.device, torch.float32)
+        if spatial is None:
+            return self.model.encode_image(pixels), None  # type: ignore[operator]
+        if self._kind == "vit":
+            out = self._visual.forward_intermediates(
+                pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+            tokens = out["image_intermediates"][-1]  # [B, L, width], after ln_post
+            if spatial == "projected" and self._visual.proj is not None:
+                tokens = tokens @ self._visual.proj
+            return out["image_features"], tokens
+        extra = {"normalize_intermediates": True} if self._kind == "timm" else {}
+        out = self._visual.forward_intermediates(pixels, indices=1, output_fmt="NCHW", **extra)
+        image_map = out["image_intermediates"][-1]  # [B, Cs, h, w]
+        if spatial == "pooled":
+            return out["image_features"], attention_pool(self._visual.attnpool, image_map)[:, 1:]
+        tokens = image_map.flatten(2).transpose(1, 2)  # [B, L, Cs]
+        if spatial == "value":
+            pool = self._visual.attnpool
+            tokens = pool.c_proj(pool.v_proj(tokens))
+        return out["image_features"], tokens
+
+    @torch.no_grad()
+    def encode_text(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> Tensor:
+        """Class texts [K, C] with unit rows: normalise per template, mean, normalise."""
+        lines = resolve_templates(templates)
+        for index, name in enumerate(names):
+            if not name.strip():
+                raise ValueError(f"encode_text: class name {index} is empty")
+        words = [name.replace("_", " ") for name in names]
+        total = torch.zeros(len(words), self.width, device=self.device)
+        truncated: list[str] = []
+        for line in lines:
+            for start in range(0, len(words), TEXT_CHUNK):
+                # replace, not format: a class name may hold braces or %
+                prompts = [line.replace("{}", word) for word in words[start:start + TEXT_CHUNK]]
+                tokens = self.tokenizer(prompts).to(self.device)
+                truncated += _truncated(self.tokenizer, prompts)
+                rows = self.model.encode_text(tokens).float()  # type: ignore[operator]
+                total[start:start + TEXT_CHUNK] += functional.normalize(rows, dim=-1)
+        if truncated:
+            logger.warning("%d of %d prompts are longer than the context of %d tokens and were cut, "
+                           "e.g. %r", len(truncated), len(words) * len(lines),
+                           self.tokenizer.context_length, truncated[0])
+        norm = total.norm(dim=-1)
+        for index, value in enumerate(norm.tolist()):
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"encode_text: the text feature of class {names[index]!r} has "
+                                 f"norm {value}")
+        return total / norm[:, None]
+
+
+def attention_pool(pool: Any, image_map: Tensor) -> Tensor:
+    """The whole attention pool with every token as a query: [B, C, h, w] to [B, 1 + h*w, D].
+
+    Token 0 queries with the mean and is the model's global feature; the others are the positions.
+    """
+    tokens = image_map.flatten(2).transpose(1, 2)  # [B, L, C]
+    tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+    if tokens.shape[1] != pool.positional_embedding.shape[0]:
+        raise ValueError(f"encode_image: pixels must give {pool.positional_embedding.shape[0] - 1} "
+                         f"positions, got {tokens.shape[1] - 1}")
+    tokens = tokens + pool.positional_embedding
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + L, d]
+
+    mixed = functional.scaled_dot_product_attention(
+        heads(pool.q_proj(tokens)), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens)))
+    return pool.c_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") -> Clip:
+    """The frozen model that `model` names (see the module's docstring), or ClipNotFound."""
+    name = str(model)
+    if name == "demo":
+        if not (DEMO_ASSETS / CONFIG_NAME).is_file():
+            raise ClipNotFound("model 'demo': the bundled model is not installed: "
+                               f"vtclip/demo/assets/{CONFIG_NAME} is missing")
+        return _load_folder(DEMO_ASSETS, name, device)
+    if name.startswith("local-dir:"):
+        return _load_folder(Path(name.removeprefix("local-dir:")).expanduser(), name, device)
+    if name.startswith("hf-hub:"):
+        return _load_hub(name, device)
+    if Path(name).expanduser().is_dir():
+        return _load_folder(Path(name).expanduser(), name, device)
+    return _load_named(name, device)
+
+
+def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ClipNotFound(f"model {name!r}: the folder must hold {CONFIG_NAME}, got "
+                           f"{'none' if folder.is_dir() else 'no folder'} at {folder}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ClipNotFound(f"model {name!r}: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise ClipNotFound(f"model {name!r}: {path} must hold model_cfg")
+    for weights in (*(folder / known for known in WEIGHT_NAMES), *sorted(folder.glob("*.safetensors"))):
+        if weights.is_file():
+            break
+    else:
+        raise ClipNotFound(f"model {name!r}: no weights in {folder}, looked for "
+                           f"{', '.join(WEIGHT_NAMES)} and *.safetensors")
+    vocab = folder / "vocab.json"
+    # a byte-pair vocabulary always comes with its merges
+    if vocab.is_file() and not any((folder / f).exists() for f in ("merges.txt", "tokenizer.json")):
+        from vtclip.demo.tokenizer import WordTokenizer
+
+        words = json.loads(vocab.read_text(encoding="utf-8"))
+        context = config["model_cfg"]["text_cfg"].get("context_length", 77)
+        tokenizer: Any = WordTokenizer(words, context)
+    else:
+        import open_clip
+
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    return _finish(name, config, weights, tokenizer, device)
+
+
+def _load_hub(name: str, device: str | torch.device) -> Clip:
+    import open_clip
+
+    repo = name.removeprefix("hf-hub:")
+    config = json.loads(_fetch(name, repo, [CONFIG_NAME]).read_text(encoding="utf-8"))
+    weights = _fetch(name, repo, list(WEIGHT_NAMES))
+    return _finish(name, config, weights, open_clip.get_tokenizer(name), device)
+
+
+def _load_named(name: str, device: str | torch.device) -> Clip:
+    import open_clip
+    from open_clip import pretrained
+
+    arch, _, rest = name.partition(":")
+    model_cfg = open_clip.get_model_config(arch)
+    if model_cfg is None:
+        raise ClipNotFound(f"model {name!r}: neither a folder nor a known architecture; give demo, "
+                           "ARCHITECTURE:TAG, ARCHITECTURE:/path/to/weights.safetensors, "
+                           "local-dir:/folder or hf-hub:owner/name")
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    path = Path(rest).expanduser()
+    if rest and (path.is_file() or "/" in rest or path.suffix in WEIGHT_SUFFIXES):
+        if not path.is_file():
+            raise ClipNotFound(f"model {name!r}: no such weights file: {path}")
+        config = {"model_cfg": model_cfg, "preprocess_cfg": _file_preprocess(arch, path, tags)}
+        return _finish(name, config, path, open_clip.get_tokenizer(arch), device)
+    if rest not in tags:
+        wish = f"unknown weights tag {rest!r}" if rest else "an architecture without weights"
+        shown = ", ".join(tags[:6]) + (", ..." if len(tags) > 6 else "")
+        raise ClipNotFound(f"model {name!r}: {wish}; give {arch}:TAG (one of "
+                           f"{shown or 'none known'}) or {arch}:/path/to/weights.safetensors")
+    tag = pretrained.get_pretrained_cfg(arch, rest)
+    # weights trained with QuickGELU give silently worse features under GELU, so the tag decides
+    if bool(tag.get("quick_gelu", False)) != bool(model_cfg.get("quick_gelu", False)):
+        model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
+        logger.info("model %s: quick_gelu=%s, as its weights need", name, model_cfg["quick_gelu"])
+    hub = tag.get("hf_hub", "")
+    if hub:
+        repo, _, filename = hub.rpartition("/")
+        weights = _fetch(name, repo, [filename] if filename else list(WEIGHT_NAMES))
+    else:
+        try:
+            weights = Path(open_clip.download_pretrained(tag))
+        except Exception as error:
+            raise _not_fetched(name, tag.get("url", "its address"), error) from None
+    return _finish(name, {"model_cfg": model_cfg, "preprocess_cfg": tag}, weights,
+                   open_clip.get_tokenizer(arch), device)
+
+
+def _fetch(name: str, repo: str, filenames: list[str]) -> Path:
+    """The first of `filenames` that the hub client has cached or can fetch; never a long hang."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for filename in filenames:
+        cached = huggingface_hub.try_to_load_from_cache(repo, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+    reason = _unreachable(huggingface_hub.constants.ENDPOINT)
+    if reason is not None:  # the hub client would retry for half a minute
+        raise _not_fetched(name, f"{repo}/{filenames[0]}", reason)
+    last: Exception = ClipNotFound("nothing to fetch")
+    for filename in filenames:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repo, filename, etag_timeout=HUB_TIMEOUT_S))
+        except LocalEntryNotFoundError as error:  # no network: the other names would wait in vain
+            raise _not_fetched(name, f"{repo}/{filename}", error) from None
+        except EntryNotFoundError as error:
+            last = error
+        except Exception as error:
+            raise _not_fetched(name, f"{repo}/{filename}", error) from None
+    raise _not_fetched(name, f"{repo}/{{{','.join(filenames)}}}", last)
+
+
+def _unreachable(endpoint: str) -> Exception | None:
+    """Why the hub cannot be reached directly; None where it can or where a proxy decides."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return ConnectionError("HF_HUB_OFFLINE is set")
+    parts = urllib.parse.urlsplit(endpoint)
+    if parts.hostname is None or parts.scheme in urllib.request.getproxies():
+        return None
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=HUB_TIMEOUT_S).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def _not_fetched(name: str, what: str, error: Exception) -> ClipNotFound:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    arch = name.partition(":")[0]
+    give = ("local-dir:/folder" if arch == "hf-hub"
+            else f"{arch}:/path/to/weights.safetensors or local-dir:/folder")
+    return ClipNotFound(f"model {name!r}: {what} is neither cached nor could it be fetched "
+                        f"({reason[:160]}); give a local copy as {give}")
+
+
+def _file_preprocess(arch: str, path: Path, tags: list[str]) -> dict[str, Any]:
+    """Preprocessing for a bare weights file: a config beside it, else what all known tags share."""
+    from open_clip import pretrained
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    beside = path.parent / CONFIG_NAME
+    if beside.is_file():
+        found = json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg")
+        if found:
+            return dict(found)
+    known = [merge_preprocess_dict(PreprocessCfg(), pretrained.get_pretrained_cfg(arch, tag))
+             for tag in tags]
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    shared = {json.dumps([cfg[key] for key in keys]) for cfg in known}
+    if len(shared) > 1:
+        logger.warning("model %s: known weights of this architecture differ in preprocessing; "
+                       "using that of %s. Put %s beside the weights to say otherwise",
+                       arch, tags[0], CONFIG_NAME)
+    return {key: known[0][key] for key in keys} if known else {}
+
+
+def _finish(name: str, config: dict[str, Any], weights: Path, tokenizer: Any,
+            device: str | torch.device) -> Clip:
+    import open_clip
+
+    with torch.random.fork_rng(devices=[]):  # the random start is overwritten; leave no trace of it
+        model = build_clip(config)
+    head = weights.open("rb").read(2)
+    if weights.suffix != ".safetensors" and head == b"PK" and _is_torchscript(weights):
+        raise ClipNotFound(f"model {name!r}: {weights} is a TorchScript archive, which is a program; "
+                           "convert it to safetensors first")
+    try:
+        open_clip.load_checkpoint(model, str(weights), strict=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:240]
+        raise ClipNotFound(f"model {name!r}: {weights} does not hold these weights: "
+                           f"{type(error).__name__}: {reason}") from None
+    if any(not value.isfinite().all() for value in model.state_dict().values()
+           if value.is_floating_point()):
+        raise ClipNotFound(f"model {name!r}: {weights} holds non-finite weights")
+    return Clip(model, tokenizer, config, name=name, device=device)
+
+
+def _is_torchscript(path: Path) -> bool:
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(entry.split("/")[1:2] == ["code"] for entry in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _visual_kind(visual: Any, open_clip: Any) -> str:
+    if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
+        return "resnet"
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        return "vit" if visual.attn_pool is None else "pooler"
+    if isinstance(visual, open_clip.timm_model.TimmModel):
+        return "timm" if hasattr(visual.trunk, "forward_intermediates") else "trunk"
+    return "other"
+
+
+def _spatial_widths(kind: str, visual: Any, width: int) -> dict[str, int]:
+    if kind == "resnet":
+        return {"raw": int(visual.attnpool.v_proj.in_features), "pooled": width, "value": width}
+    if kind == "vit":
+        return {"raw": int(visual.ln_post.normalized_shape[0]), "projected": width}
+    if kind == "timm":
+        return {"raw": int(visual.trunk.num_features)}
+    return {}
+
+
+def _digest(model: nn.Module) -> str:
+    """sha256 over names, shapes and float32 values, so equal for every file format and dtype."""
+    total = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        total.update(f"{key}{list(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().numpy().data)
+    return total.hexdigest()
+
+
+def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {"kind": type(tokenizer).__name__,
+                              "context_length": getattr(tokenizer, "context_length", None)}
+    vocab = getattr(tokenizer, "vocab", None)
+    if isinstance(vocab, dict):
+        text = json.dumps(vocab, sort_keys=True, ensure_ascii=True)
+        config["vocab_digest"] = hashlib.sha256(text.encode()).hexdigest()
+    return config
+
+
+def _truncated(tokenizer: Any, prompts: list[str]) -> list[str]:
+    """Prompts that do not fit the context, found by tokenising into twice its length."""
+    context = tokenizer.context_length
+    vocab = getattr(tokenizer, "vocab", None)
+    try:
+        if isinstance(vocab, dict):
+            long = type(tokenizer)(vocab, 2 * context)([*prompts, ""])
+        else:
+            long = tokenizer([*prompts, ""], context_length=2 * context)
+    except TypeError:  # a tokenizer without a free length cannot be asked
+        return []
+    pad = long[-1, -1]
+    cut = (long[:-1, context:] != pad).any(dim=1).tolist()
+    return [prompt for prompt, is_cut in zip(prompts, cut, strict=True) if is_cut]
+
+
+def _crop_box(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop; after ten misses the largest central one."""
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for _ in range(10):
+        draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        area = width * height * (0.08 + 0.92 * draw[0])
+        ratio = math.exp(low + (high - low) * draw[1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw[2] * (height - h + 1)), int(draw[3] * (width - w + 1)), h, w
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    w, h = max(w, 1), max(h, 1)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _size(image_size: Any) -> int | list[int]:
+    """One number for square inputs, which keeps the JSON form and its digest the same everywhere."""
+    if isinstance(image_size, (tuple, list)):
+        sizes = [int(value) for value in image_size]
+        return sizes[0] if len(set(sizes)) == 1 else sizes
+    return int(image_size)
