@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input checks the heads share: argument, wish and fact in one line, no device synchronisation."""
+
+import torch
+from torch import Tensor
+
+
+def check_text(head: str, text: Tensor) -> None:
+    if not isinstance(text, Tensor) or not text.is_floating_point():
+        kind = text.dtype if isinstance(text, Tensor) else type(text).__name__
+        raise TypeError(f"{head}: text must be a floating-point tensor [K, C], got {kind}")
+    if text.ndim != 2 or 0 in text.shape:
+        raise ValueError(f"{head}: text must be [K, C] with K, C >= 1, got {list(text.shape)}")
+
+
+def check_image(head: str, image: Tensor, text: Tensor) -> None:
+    if image.ndim != 2 or image.shape[1] != text.shape[1]:
+        raise ValueError(f"{head}: image must be [B, {text.shape[1]}], got {list(image.shape)}")
+    check_dtype(head, "image", image, text.dtype)
+
+
+def check_spatial(
+    head: str, spatial: Tensor, spatial_mask: Tensor | None, width: int, dtype: torch.dtype
+) -> None:
+    if spatial.ndim != 3 or spatial.shape[2] != width:
+        raise ValueError(f"{head}: spatial must be [B, L, {width}], got {list(spatial.shape)}")
+    check_dtype(head, "spatial", spatial, dtype)
+    if spatial_mask is None:
+        return
+    if spatial_mask.dtype != torch.bool:
+        raise TypeError(f"{head}: spatial_mask must be bool, got {spatial_mask.dtype}")
+    if spatial_mask.shape != spatial.shape[:2]:
+        wish = list(spatial.shape[:2])
+        raise ValueError(
+            f"{head}: spatial_mask must be [B, L] = {wish}, got {list(spatial_mask.shape)}"
+        )
+
+
+def check_dtype(head: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
+    # autocast brings every operand to its own type, so there any float type will do
+    if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+        return
+    if x.dtype != dtype:
+        raise TypeError(f"{head}: {name} must be {dtype} like the head, got {x.dtype}")

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which exact form of the cross-attention's output projection costs less.
+
+One image, H heads of width d = C / H, weights P_h [K, L], values V_h [L, d], projection W [C, C]:
+
+    direct    concat_h(P_h V_h) W^T          2 K L C + 2 K C^2
+    absorbed  sum_h P_h (V_h W[:, h]^T)      2 L C^2 + 2 K H L C
+
+Both give the same numbers: the result of one image has rank at most H L, so with many classes and
+few tokens it is cheaper to push the projection through the tokens. The same identity reaches the
+first feed-forward matrix (`ffn_direct`, `ffn_absorbed`). That form is counted but not used: it
+saves arithmetic from a few hundred classes on, and writes and reads B H L F numbers for it.
+
+Everything here is arithmetic on integers: no tensors, no devices.
+"""
+
+from dataclasses import dataclass
+
+# near the crossover the extra traffic of the absorbed form eats what it saves
+MARGIN = 2
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one image, a multiply-add counted as two."""
+
+    out_direct: float
+    out_absorbed: float
+    ffn_direct: float
+    ffn_absorbed: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layer does for one problem size, and what that costs per step (B images)."""
+
+    absorb_out: bool
+    flops: float
+    naive_flops: float
+
+
+def flops(B: int, K: int, C: int, L: int, H: int, F: int) -> Flops:
+    """Both forms of both matrices; terms paid once per step are spread over the B images."""
+    once = 2 * C * C * F + 2 * K * C * F
+    return Flops(
+        out_direct=2 * K * L * C + 2 * K * C * C,
+        out_absorbed=2 * L * C * C + 2 * K * H * L * C,
+        ffn_direct=2 * K * C * F,
+        ffn_absorbed=2 * L * C * F + 2 * K * H * L * F + once / max(B, 1),
+    )
+
+
+def crossover_out(C: int, L: int, H: int) -> int | None:
+    """The least K at which the absorbed form needs fewer operations; None where it never does."""
+    # direct - absorbed = 2 C (K (L + C - H L) - L C)
+    gain = L + C - H * L
+    return L * C // gain + 1 if gain > 0 else None
+
+
+def crossover_ffn(B: int, C: int, L: int, H: int, F: int) -> int | None:
+    """The same for the first feed-forward matrix."""
+    # direct - absorbed = 2 F (K (C - H L - C / B) - L C - C^2 / B), here times B
+    gain = B * (C - H * L) - C
+    return (B * L * C + C * C) // gain + 1 if gain > 0 else None
+
+
+def plan(B: int, K: int, C: int, L: int, H: int, F: int) -> Plan:
+    """The form for B images, K classes, width C, L tokens, H heads and hidden width F.
+
+    `flops` counts one forward pass of one layer with what does not depend on the image done once;
+    `naive_flops` the same layer on the class texts repeated for each image.
+    """
+    count = flops(B, K, C, L, H, F)
+    crossover = crossover_out(C, L, H)
+    absorb_out = crossover is not None and crossover * MARGIN <= K
+    out = count.out_absorbed if absorb_out else count.out_direct
+    shared = 8 * K * C * C + 4 * K * K * C + 2 * K * C * C  # self-attention and the query
+    scores = 2 * K * L * C
+    keys_values = 4 * L * C * C
+    each = keys_values + scores + out + 2 * count.ffn_direct
+    naive = shared + keys_values + scores + count.out_direct + 2 * count.ffn_direct
+    return Plan(absorb_out=absorb_out, flops=shared + B * each, naive_flops=B * naive)

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VT-CLIP: class texts attend to one image's spatial features.
+
+    logits[b, k] = s * cos(image[b], T[k] + residual * Decoder(T, F_b)[k])
+
+T [K, C] are the class texts, F_b [L, C] the spatial features of image b, Decoder one or more
+`torch.nn.TransformerDecoderLayer` (post-norm, ReLU, no dropout). The result is that module's,
+applied to the texts repeated for each image; the work is not: the first layer's self-attention
+and query see texts only and are computed once per step (`_decoder.py` has the equations). From
+the second layer on the texts differ between images and nothing can be shared. The last norm, the
+residual and the cosine are one operator, `ops.norm_cosine_logits`.
+
+Dropout: `nn.TransformerDecoderLayer` defaults to 0.1 and would draw another mask per image in the
+self-attention. Sharing is exact without dropout and in evaluation, hence there is none here.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtclip import ops
+from vtclip.heads._check import check_image, check_spatial, check_text
+from vtclip.heads._decoder import before_last_norm, decode, keys_values, last_norm, queries
+
+EPS = 1e-5
+# without gradients, work on as many rows at a time as keep the intermediate results below this
+CHUNK_BYTES = 256 * 2**20
+
+
+class VTCLIP(nn.Module):
+    """Transformer decoder from class texts [K, C] to each image's spatial features.
+
+    text: [K, C], a buffer, used as given (L2-normalise it before).
+    spatial_dim: width of the spatial features. Where it differs from C, a learned projection
+        without bias brings them to C first, as for the raw 7 x 7 x 2048 features of a ResNet.
+    ffn_dim: hidden width, 4 C by default.
+    init: "zero" starts at the zero-shot logits (the last norm's weight and bias are 0); "torch"
+        keeps `nn.TransformerDecoderLayer`'s own initialisation, which does not.
+
+    Features are not searched for NaN (that would cost a device synchronisation): a non-finite image
+    or token makes the logits of its own image non-finite and leaves the others alone.
+    """
+
+    method = "vtclip"
+    needs_spatial = True
+    text: Tensor
+
+    def __init__(
+        self,
+        text: Tensor,
+        *,
+        spatial_dim: int | None = None,
+        num_heads: int = 8,
+        num_layers: int = 1,
+        ffn_dim: int | None = None,
+        residual: float = 1.0,
+        logit_scale: float = 100.0,
+        init: str = "zero",
+    ) -> None:
+        super().__init__()
+        check_text("VTCLIP", text)
+        C = text.shape[1]
+        self.spatial_dim = C if spatial_dim is None else int(spatial_dim)
+        self.num_heads = int(num_heads)
+        self.num_layers = int(num_layers)
+        self.ffn_dim = 4 * C if ffn_dim is None else int(ffn_dim)
+        self.residual = float(residual)
+        self.logit_scale = float(logit_scale)
+        self.init = init
+        for name in ("spatial_dim", "num_heads", "num_layers", "ffn_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"VTCLIP: {name} must be at least 1, got {getattr(self, name)}")
+        if C % self.num_heads:
+            raise ValueError(f"VTCLIP: num_heads must divide C = {C}, got {self.num_heads}")
+        for name in ("residual", "logit_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"VTCLIP: {name} must be finite, got {getattr(self, name)}")
+        if init not in ("zero", "torch"):
+            raise ValueError(f'VTCLIP: init must be "zero" or "torch", got {init!r}')
+        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
+        self.spatial_proj: nn.Module = nn.Identity()
+        if self.spatial_dim != C:
+            self.spatial_proj = nn.Linear(self.spatial_dim, C, bias=False)
+        # the torch modules hold the parameters under their usual names; their forward is not called
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                C, self.num_heads, self.ffn_dim, dropout=0.0, batch_first=True
+            )
+            for _ in range(self.num_layers)
+        )
+        self.to(device=text.device, dtype=text.dtype)
+        if init == "zero":
+            nn.init.zeros_(self._decoder()[-1].norm3.weight)
+            nn.init.zeros_(self._decoder()[-1].norm3.bias)
+
+    @property
+    def num_classes(self) -> int:
+        return self.text.shape[0]
+
+    def options(self) -> dict[str, object]:
+        """What the constructor needs beside `text`, as plain numbers and strings."""
+        names = (
+            "spatial_dim",
+            "num_heads",
+            "num_layers",
+            "ffn_dim",
+            "residual",
+            "logit_scale",
+            "init",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def forward(self, image: Tensor, spatial: Tensor, spatial_mask: Tensor | None = None) -> Tensor:
+        """image [B, C], spatial [B, L, spatial_dim] -> [B, K].
+
+        spatial_mask: [B, L] bool, True = attend. An image without any token left (all masked, or
+        L = 0) gets 0 in place of the weighted mean of its values; the attention then adds only its
+        biases, and the logits stay finite.
+        """
+        check_image("VTCLIP", image, self.text)
+        tokens = self._tokens(spatial, spatial_mask)
+        B, K = image.shape[0], self.num_classes
+        if tokens.shape[0] != B:
+            fact = f"{B} and {tokens.shape[0]}"
+            raise ValueError(f"VTCLIP: image and spatial must have the same B, got {fact}")
+        first = self._decoder()[0]
+        x1, query = queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
+        key, value = keys_values(first, tokens)  # [B, H, L, d]
+        last = self._decoder()[-1].norm3
+
+        def part(images: slice, classes: slice) -> Tensor:
+            mask = None if spatial_mask is None else spatial_mask[images]
+            hidden = before_last_norm(
+                first, x1[:, classes], query[:, :, classes], key[images], value[images], mask
+            )
+            for below, layer in pairwise(self._decoder()):
+                hidden = decode(layer, last_norm(below, hidden), tokens[images], mask)
+            return ops.norm_cosine_logits(
+                hidden,
+                last.weight,
+                last.bias,
+                self.text[classes],
+                image[images],
+                residual=self.residual,
+                scale=self.logit_scale,
+                eps=EPS,
+            )
+
+        b, k = self._chunk(B)
+        if b >= B and k >= K:
+            return part(slice(None), slice(None))
+        return torch.cat([torch.cat([part(i, j) for j in _slices(K, k)], 1) for i in _slices(B, b)])
+
+    @torch.no_grad()
+    def attention(self, spatial: Tensor, spatial_mask: Tensor | None = None) -> Tensor:
+        """The last layer's cross-attention weights, mean over heads -> [B, K, L]; no gradient."""
+        tokens = self._tokens(spatial, spatial_mask)
+        target = self.text[None]
+        *below, layer = self._decoder()
+        for lower in below:
+            target = last_norm(lower, decode(lower, target, tokens, spatial_mask))
+        query = queries(layer, target)[1]
+        key, _ = keys_values(layer, tokens)
+        return ops.cross_attn_weights(query, key, key_mask=spatial_mask).mean(1)
+
+    def load_decoder_layer(self, layer: nn.TransformerDecoderLayer) -> None:
+        """Copy one layer's parameters.
+
+        Then logits == s * cos(image, text + residual * layer(text, spatial)). A layer with
+        dropout is accepted; the equality then holds for the layer in evaluation mode.
+        """
+        self.load_decoder_layers([layer])
+
+    def load_decoder_layers(
+        self, layers: nn.TransformerDecoder | Sequence[nn.TransformerDecoderLayer]
+    ) -> None:
+        """The same for a stack, first layer first."""
+        if isinstance(layers, nn.TransformerDecoder):
+            if layers.norm is not None:
+                raise ValueError("VTCLIP: layers must end without a norm of its own, got norm set")
+            layers = list(layers.layers)
+        if len(layers) != self.num_layers:
+            raise ValueError(f"VTCLIP: layers must be {self.num_layers}, got {len(layers)}")
+        for layer in layers:
+            self._check_layer(layer)
+        for own, layer in zip(self.layers, layers, strict=True):
+            own.load_state_dict(layer.state_dict())
+
+    def _check_layer(self, layer: nn.TransformerDecoderLayer) -> None:
+        if not isinstance(layer, nn.TransformerDecoderLayer):
+            kind = type(layer).__name__
+            raise TypeError(f"VTCLIP: layer must be a torch.nn.TransformerDecoderLayer, got {kind}")
+        relu = layer.activation is F.relu or isinstance(layer.activation, nn.ReLU)
+        biased = layer.linear1.bias is not None
+        facts: dict[str, tuple[object, object]] = {
+            "activation relu": (True, relu),
+            "norm_first": (False, layer.norm_first),
+            "bias": (True, biased),
+            "d_model": (self.text.shape[1], layer.linear1.in_features),
+            "dim_feedforward": (self.ffn_dim, layer.linear1.out_features),
+            "nhead": (self.num_heads, layer.multihead_attn.num_heads),
+            "layer_norm_eps": (EPS, layer.norm3.eps),
+        }
+        for name, (wish, fact) in facts.items():
+            if wish != fact:
+                raise ValueError(f"VTCLIP: layer must have {name} = {wish}, got {fact}")
+
+    def _decoder(self) -> list[nn.TransformerDecoderLayer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def _tokens(self, spatial: Tensor, spatial_mask: Tensor | None) -> Tensor:
+        """[B, L, spatial_dim] -> [B, L, C]; masked tokens 0, whatever the padding held."""
+        check_spatial("VTCLIP", spatial, spatial_mask, self.spatial_dim, self.text.dtype)
+        if spatial_mask is not None:
+            # 0 * NaN would reach the weights' gradient
+            spatial = spatial.masked_fill(~spatial_mask[:, :, None], 0)
+        tokens: Tensor = self.spatial_proj(spatial)
+        return tokens
+
+    def _chunk(self, B: int) -> tuple[int, int]:
+        """Images and classes at a time: all of them with gradients, else by CHUNK_BYTES."""
+        K, C = self.text.shape
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return B, K
+        row_bytes = (4 * C + self.ffn_dim) * self.text.element_size()
+        rows = max(CHUNK_BYTES // row_bytes, 1)
+        # classes meet only in the self-attention, which the first layer has done for all of them
+        return max(rows // K, 1), K if self.num_layers > 1 else min(rows, K)
+
+
+def _slices(total: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, total, step))
