@@ -76,8 +76,10 @@ def build_clip(config: dict[str, Any]) -> nn.Module:
     cfg = deepcopy(config.get("model_cfg", config))
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in cfg]
     if missing:
-        raise ValueError(f"build_clip: config must hold embed_dim, vision_cfg and text_cfg, "
-                         f"got no {', '.join(missing)}")
+        raise ValueError(
+            f"build_clip: config must hold embed_dim, vision_cfg and text_cfg, "
+            f"got no {', '.join(missing)}"
+        )
     custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
     if "timm_model_name" in cfg["vision_cfg"]:
         cfg["vision_cfg"]["timm_model_pretrained"] = False
@@ -106,8 +108,11 @@ def _named_templates(name: str) -> list[str]:
     if name in ("imagenet7", "imagenet80"):
         import open_clip
 
-        known = (open_clip.SIMPLE_IMAGENET_TEMPLATES if name == "imagenet7"
-                 else open_clip.OPENAI_IMAGENET_TEMPLATES)
+        known = (
+            open_clip.SIMPLE_IMAGENET_TEMPLATES
+            if name == "imagenet7"
+            else open_clip.OPENAI_IMAGENET_TEMPLATES
+        )
         return [template("{}") for template in known]
     if name.endswith(".txt") and "{}" not in name:
         path = Path(name)
@@ -120,8 +125,9 @@ def _named_templates(name: str) -> list[str]:
 
 def _checked_template(template: str) -> str:
     if template.count("{}") != 1:
-        raise ValueError(f"templates: {template!r} must hold exactly one '{{}}', "
-                         f"got {template.count('{}')}")
+        raise ValueError(
+            f"templates: {template!r} must hold exactly one '{{}}', got {template.count('{}')}"
+        )
     return template
 
 
@@ -132,8 +138,15 @@ class Clip:
     included), preprocess_cfg and tokenizer. It holds no path, so it is equal on all machines.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: dict[str, Any], *,
-                 name: str = "", device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: dict[str, Any],
+        *,
+        name: str = "",
+        device: str | torch.device = "cpu",
+    ) -> None:
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
@@ -160,12 +173,17 @@ class Clip:
         self._kind = _visual_kind(visual, open_clip)
         self.spatial_options = _spatial_widths(self._kind, visual, self.width)
         """Spatial option to width Cs."""
-        self.default_spatial = {"resnet": "pooled", "vit": "projected", "timm": "raw"}.get(
-            self._kind) if self.spatial_options else None
+        self.default_spatial = (
+            {"resnet": "pooled", "vit": "projected", "timm": "raw"}.get(self._kind)
+            if self.spatial_options
+            else None
+        )
 
     def __repr__(self) -> str:
-        return (f"Clip({self.name or 'unnamed'}, width={self.width}, {self._kind}, "
-                f"spatial={list(self.spatial_options)}, weights={self.weights_digest[:12]})")
+        return (
+            f"Clip({self.name or 'unnamed'}, width={self.width}, {self._kind}, "
+            f"spatial={list(self.spatial_options)}, weights={self.weights_digest[:12]})"
+        )
 
     def preprocess(self, image: Image) -> Tensor:
         """The model's own evaluation transform, [3, H, W] float32."""
@@ -179,13 +197,13 @@ class Clip:
         size = self.preprocess_cfg["size"]
         out = [size, size] if isinstance(size, int) else list(size)
         top, left, height, width = _crop_box(image.width, image.height, generator)
-        image = vision.resized_crop(image, top, left, height, width, out,
-                                    InterpolationMode.BICUBIC)
+        image = vision.resized_crop(image, top, left, height, width, out, InterpolationMode.BICUBIC)
         if float(torch.rand((), generator=generator)) < 0.5:
             image = vision.hflip(image)
         pixels = vision.to_tensor(image.convert("RGB"))
         return vision.normalize(  # type: ignore[no-any-return]
-            pixels, self.preprocess_cfg["mean"], self.preprocess_cfg["std"])
+            pixels, self.preprocess_cfg["mean"], self.preprocess_cfg["std"]
+        )
 
     def check_spatial(self, spatial: str | None) -> str | None:
         """`spatial` with "default" resolved, or a ValueError that lists what this model offers."""
@@ -196,12 +214,16 @@ class Clip:
         if spatial == "default":
             return self.default_spatial
         if spatial not in self.spatial_options:
-            raise ValueError(f"spatial: {self.name or 'this model'} offers "
-                             f"{', '.join(self.spatial_options)}, got {spatial!r}")
+            raise ValueError(
+                f"spatial: {self.name or 'this model'} offers "
+                f"{', '.join(self.spatial_options)}, got {spatial!r}"
+            )
         return spatial
 
     @torch.no_grad()
-    def encode_image(self, pixels: Tensor, spatial: str | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode_image(
+        self, pixels: Tensor, spatial: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """pixels [B, 3, H, W] to (global [B, C] as the model gives it, spatial [B, L, Cs] or None)."""
         spatial = self.check_spatial(spatial)
         pixels = pixels.to(self.device, torch.float32)
@@ -209,7 +231,8 @@ class Clip:
             return self.model.encode_image(pixels), None  # type: ignore[operator]
         if self._kind == "vit":
             out = self._visual.forward_intermediates(
-                pixels, indices=1, normalize_intermediates=True, output_fmt="NLC")
+                pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
+            )
             tokens = out["image_intermediates"][-1]  # [B, L, width], after ln_post
             if spatial == "projected" and self._visual.proj is not None:
                 tokens = tokens @ self._visual.proj
@@ -226,7 +249,9 @@ class Clip:
         return out["image_features"], tokens
 
     @torch.no_grad()
-    def encode_text(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> Tensor:
+    def encode_text(
+        self, names: Sequence[str], templates: str | Sequence[str] | None = None
+    ) -> Tensor:
         """Class texts [K, C] with unit rows: normalise per template, mean, normalise."""
         lines = resolve_templates(templates)
         for index, name in enumerate(names):
@@ -238,20 +263,25 @@ class Clip:
         for line in lines:
             for start in range(0, len(words), TEXT_CHUNK):
                 # replace, not format: a class name may hold braces or %
-                prompts = [line.replace("{}", word) for word in words[start:start + TEXT_CHUNK]]
+                prompts = [line.replace("{}", word) for word in words[start : start + TEXT_CHUNK]]
                 tokens = self.tokenizer(prompts).to(self.device)
                 truncated += _truncated(self.tokenizer, prompts)
                 rows = self.model.encode_text(tokens).float()  # type: ignore[operator]
-                total[start:start + TEXT_CHUNK] += functional.normalize(rows, dim=-1)
+                total[start : start + TEXT_CHUNK] += functional.normalize(rows, dim=-1)
         if truncated:
-            logger.warning("%d of %d prompts are longer than the context of %d tokens and were cut, "
-                           "e.g. %r", len(truncated), len(words) * len(lines),
-                           self.tokenizer.context_length, truncated[0])
+            logger.warning(
+                "%d of %d prompts are longer than the context of %d tokens and were cut, e.g. %r",
+                len(truncated),
+                len(words) * len(lines),
+                self.tokenizer.context_length,
+                truncated[0],
+            )
         norm = total.norm(dim=-1)
         for index, value in enumerate(norm.tolist()):
             if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"encode_text: the text feature of class {names[index]!r} has "
-                                 f"norm {value}")
+                raise ValueError(
+                    f"encode_text: the text feature of class {names[index]!r} has norm {value}"
+                )
         return total / norm[:, None]
 
 
@@ -263,15 +293,18 @@ def attention_pool(pool: Any, image_map: Tensor) -> Tensor:
     tokens = image_map.flatten(2).transpose(1, 2)  # [B, L, C]
     tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
     if tokens.shape[1] != pool.positional_embedding.shape[0]:
-        raise ValueError(f"encode_image: pixels must give {pool.positional_embedding.shape[0] - 1} "
-                         f"positions, got {tokens.shape[1] - 1}")
+        raise ValueError(
+            f"encode_image: pixels must give {pool.positional_embedding.shape[0] - 1} "
+            f"positions, got {tokens.shape[1] - 1}"
+        )
     tokens = tokens + pool.positional_embedding
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + L, d]
 
     mixed = functional.scaled_dot_product_attention(
-        heads(pool.q_proj(tokens)), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens)))
+        heads(pool.q_proj(tokens)), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens))
+    )
     return pool.c_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -280,8 +313,10 @@ def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") ->
     name = str(model)
     if name == "demo":
         if not (DEMO_ASSETS / CONFIG_NAME).is_file():
-            raise ClipNotFound("model 'demo': the bundled model is not installed: "
-                               f"vtclip/demo/assets/{CONFIG_NAME} is missing")
+            raise ClipNotFound(
+                "model 'demo': the bundled model is not installed: "
+                f"vtclip/demo/assets/{CONFIG_NAME} is missing"
+            )
         return _load_folder(DEMO_ASSETS, name, device)
     if name.startswith("local-dir:"):
         return _load_folder(Path(name.removeprefix("local-dir:")).expanduser(), name, device)
@@ -295,20 +330,27 @@ def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") ->
 def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ClipNotFound(f"model {name!r}: the folder must hold {CONFIG_NAME}, got "
-                           f"{'none' if folder.is_dir() else 'no folder'} at {folder}")
+        raise ClipNotFound(
+            f"model {name!r}: the folder must hold {CONFIG_NAME}, got "
+            f"{'none' if folder.is_dir() else 'no folder'} at {folder}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ClipNotFound(f"model {name!r}: {path} is not JSON: {error}") from None
     if not isinstance(config, dict) or "model_cfg" not in config:
         raise ClipNotFound(f"model {name!r}: {path} must hold model_cfg")
-    for weights in (*(folder / known for known in WEIGHT_NAMES), *sorted(folder.glob("*.safetensors"))):
+    for weights in (
+        *(folder / known for known in WEIGHT_NAMES),
+        *sorted(folder.glob("*.safetensors")),
+    ):
         if weights.is_file():
             break
     else:
-        raise ClipNotFound(f"model {name!r}: no weights in {folder}, looked for "
-                           f"{', '.join(WEIGHT_NAMES)} and *.safetensors")
+        raise ClipNotFound(
+            f"model {name!r}: no weights in {folder}, looked for "
+            f"{', '.join(WEIGHT_NAMES)} and *.safetensors"
+        )
     vocab = folder / "vocab.json"
     # a byte-pair vocabulary always comes with its merges
     if vocab.is_file() and not any((folder / f).exists() for f in ("merges.txt", "tokenizer.json")):
@@ -340,9 +382,11 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
     arch, _, rest = name.partition(":")
     model_cfg = open_clip.get_model_config(arch)
     if model_cfg is None:
-        raise ClipNotFound(f"model {name!r}: neither a folder nor a known architecture; give demo, "
-                           "ARCHITECTURE:TAG, ARCHITECTURE:/path/to/weights.safetensors, "
-                           "local-dir:/folder or hf-hub:owner/name")
+        raise ClipNotFound(
+            f"model {name!r}: neither a folder nor a known architecture; give demo, "
+            "ARCHITECTURE:TAG, ARCHITECTURE:/path/to/weights.safetensors, "
+            "local-dir:/folder or hf-hub:owner/name"
+        )
     tags = open_clip.list_pretrained_tags_by_model(arch)
     path = Path(rest).expanduser()
     if rest and (path.is_file() or "/" in rest or path.suffix in WEIGHT_SUFFIXES):
@@ -353,8 +397,10 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
     if rest not in tags:
         wish = f"unknown weights tag {rest!r}" if rest else "an architecture without weights"
         shown = ", ".join(tags[:6]) + (", ..." if len(tags) > 6 else "")
-        raise ClipNotFound(f"model {name!r}: {wish}; give {arch}:TAG (one of "
-                           f"{shown or 'none known'}) or {arch}:/path/to/weights.safetensors")
+        raise ClipNotFound(
+            f"model {name!r}: {wish}; give {arch}:TAG (one of "
+            f"{shown or 'none known'}) or {arch}:/path/to/weights.safetensors"
+        )
     tag = pretrained.get_pretrained_cfg(arch, rest)
     # weights trained with QuickGELU give silently worse features under GELU, so the tag decides
     if bool(tag.get("quick_gelu", False)) != bool(model_cfg.get("quick_gelu", False)):
@@ -369,8 +415,13 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
             weights = Path(open_clip.download_pretrained(tag))
         except Exception as error:
             raise _not_fetched(name, tag.get("url", "its address"), error) from None
-    return _finish(name, {"model_cfg": model_cfg, "preprocess_cfg": tag}, weights,
-                   open_clip.get_tokenizer(arch), device)
+    return _finish(
+        name,
+        {"model_cfg": model_cfg, "preprocess_cfg": tag},
+        weights,
+        open_clip.get_tokenizer(arch),
+        device,
+    )
 
 
 def _fetch(name: str, repo: str, filenames: list[str]) -> Path:
@@ -418,10 +469,15 @@ def _unreachable(endpoint: str) -> Exception | None:
 def _not_fetched(name: str, what: str, error: Exception) -> ClipNotFound:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     arch = name.partition(":")[0]
-    give = ("local-dir:/folder" if arch == "hf-hub"
-            else f"{arch}:/path/to/weights.safetensors or local-dir:/folder")
-    return ClipNotFound(f"model {name!r}: {what} is neither cached nor could it be fetched "
-                        f"({reason[:160]}); give a local copy as {give}")
+    give = (
+        "local-dir:/folder"
+        if arch == "hf-hub"
+        else f"{arch}:/path/to/weights.safetensors or local-dir:/folder"
+    )
+    return ClipNotFound(
+        f"model {name!r}: {what} is neither cached nor could it be fetched "
+        f"({reason[:160]}); give a local copy as {give}"
+    )
 
 
 def _file_preprocess(arch: str, path: Path, tags: list[str]) -> dict[str, Any]:
@@ -434,35 +490,49 @@ def _file_preprocess(arch: str, path: Path, tags: list[str]) -> dict[str, Any]:
         found = json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg")
         if found:
             return dict(found)
-    known = [merge_preprocess_dict(PreprocessCfg(), pretrained.get_pretrained_cfg(arch, tag))
-             for tag in tags]
+    known = [
+        merge_preprocess_dict(PreprocessCfg(), pretrained.get_pretrained_cfg(arch, tag))
+        for tag in tags
+    ]
     keys = ("mean", "std", "interpolation", "resize_mode")
     shared = {json.dumps([cfg[key] for key in keys]) for cfg in known}
     if len(shared) > 1:
-        logger.warning("model %s: known weights of this architecture differ in preprocessing; "
-                       "using that of %s. Put %s beside the weights to say otherwise",
-                       arch, tags[0], CONFIG_NAME)
+        logger.warning(
+            "model %s: known weights of this architecture differ in preprocessing; "
+            "using that of %s. Put %s beside the weights to say otherwise",
+            arch,
+            tags[0],
+            CONFIG_NAME,
+        )
     return {key: known[0][key] for key in keys} if known else {}
 
 
-def _finish(name: str, config: dict[str, Any], weights: Path, tokenizer: Any,
-            device: str | torch.device) -> Clip:
+def _finish(
+    name: str, config: dict[str, Any], weights: Path, tokenizer: Any, device: str | torch.device
+) -> Clip:
     import open_clip
 
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten; leave no trace of it
         model = build_clip(config)
     head = weights.open("rb").read(2)
     if weights.suffix != ".safetensors" and head == b"PK" and _is_torchscript(weights):
-        raise ClipNotFound(f"model {name!r}: {weights} is a TorchScript archive, which is a program; "
-                           "convert it to safetensors first")
+        raise ClipNotFound(
+            f"model {name!r}: {weights} is a TorchScript archive, which is a program; "
+            "convert it to safetensors first"
+        )
     try:
         open_clip.load_checkpoint(model, str(weights), strict=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:240]
-        raise ClipNotFound(f"model {name!r}: {weights} does not hold these weights: "
-                           f"{type(error).__name__}: {reason}") from None
-    if any(not value.isfinite().all() for value in model.state_dict().values()
-           if value.is_floating_point()):
+        raise ClipNotFound(
+            f"model {name!r}: {weights} does not hold these weights: "
+            f"{type(error).__name__}: {reason}"
+        ) from None
+    if any(
+        not value.isfinite().all()
+        for value in model.state_dict().values()
+        if value.is_floating_point()
+    ):
         raise ClipNotFound(f"model {name!r}: {weights} holds non-finite weights")
     return Clip(model, tokenizer, config, name=name, device=device)
 
@@ -507,8 +577,10 @@ def _digest(model: nn.Module) -> str:
 
 
 def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
-    config: dict[str, Any] = {"kind": type(tokenizer).__name__,
-                              "context_length": getattr(tokenizer, "context_length", None)}
+    config: dict[str, Any] = {
+        "kind": type(tokenizer).__name__,
+        "context_length": getattr(tokenizer, "context_length", None),
+    }
     vocab = getattr(tokenizer, "vocab", None)
     if isinstance(vocab, dict):
         text = json.dumps(vocab, sort_keys=True, ensure_ascii=True)

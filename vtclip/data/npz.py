@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features in an .npz file, as many data sets of them are passed around.
+
+    image          [N, C]            image features, any float dtype
+    label          [N]               class of each row, 0..K-1
+    classname      [K]               class names
+    text           [K, C] or [M, K, C] for M prompts
+    prompt         [M]               names of the prompts; "averageprompt" is left out of the mean
+    fname          [N]               names of the rows (else their numbers)
+    spatial        [n, L, Cs]        spatial features
+    spatial_index  [n]               the rows of image they belong to (else n = N)
+    projection     [Cs, C]           takes spatial features into the space of text
+    temperature    []                log of the logit scale (else the scale is 100)
+
+With M prompts the class texts are the normalised mean of normalised rows, or those of one prompt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vtclip.data.records import MemoryStore, Records, check_finite, check_rows, digest_of
+
+__all__ = ["open_npz"]
+
+AVERAGE = "averageprompt"
+# above this size a member that shrinks a hundredfold holds no features but a trap
+BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 100
+
+
+def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool = False) -> Records:
+    """The table in `path`; with `need_spatial` only rows with spatial features and their classes."""
+    path = Path(path)
+    arrays = _read(path)
+    for key in ("image", "label", "classname", "text"):
+        if key not in arrays:
+            raise ValueError(
+                f"{path.name}: array {key!r} is missing, got {', '.join(sorted(arrays))}"
+            )
+    image = _floats(path, "image", arrays["image"], (2,))
+    label = _integers(path, "label", arrays["label"])
+    names = _strings(path, "fname", arrays["fname"]) if "fname" in arrays else []
+    if len(set(names)) != len(label):
+        names = [str(row) for row in range(len(label))]
+    if len(label) != len(image):
+        raise ValueError(f"{path.name}: label must hold {len(image)} entries, got {len(label)}")
+    class_names = _strings(path, "classname", arrays["classname"])
+    text, templates = _texts(path, arrays, prompt)
+    spatial, index, projection = _spatial(path, arrays, len(image))
+    if need_spatial and spatial is None:
+        raise ValueError(
+            f"{path.name}: spatial features are needed, but there is no array 'spatial'"
+        )
+    info = {
+        "kind": "npz",
+        "path": path.name,
+        "templates": templates,
+        "model": None,
+        "transform": None,
+        "spatial": None if spatial is None else ("raw" if projection is None else "projected"),
+        "digests": {"images": digest_of(image), "text": digest_of(text)},
+    }
+    if spatial is not None:
+        info["digests"]["spatial"] = digest_of(spatial)
+    scale = 100.0
+    if "temperature" in arrays:
+        scale = math.exp(float(np.asarray(arrays["temperature"], dtype=np.float64).reshape(-1)[0]))
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"{path.name}: exp(temperature) must be finite, got {scale}")
+    everywhere = spatial is not None and index is None
+    keep = torch.arange(len(image))
+    if need_spatial and index is not None:
+        keep = index
+    store = MemoryStore(
+        check_rows(image[keep], "image"),
+        spatial if need_spatial or everywhere else None,
+        projection,
+    )
+    records = Records(
+        store,
+        class_names=class_names,
+        text=text,
+        label=label[keep],
+        names=[names[i] for i in keep.tolist()],
+        logit_scale=scale,
+        info=info,
+    )
+    if need_spatial and index is not None:
+        records = records.subset_classes(sorted(set(records.label.tolist())))
+    return records
+
+
+def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    if not path.is_file():
+        raise ValueError(f"source: no such file: {path}")
+    wanted = {
+        "image",
+        "label",
+        "classname",
+        "text",
+        "prompt",
+        "fname",
+        "spatial",
+        "spatial_index",
+        "projection",
+        "temperature",
+    }
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if (
+                    member.file_size > BOMB_BYTES
+                    and member.file_size > BOMB_RATIO * member.compress_size
+                ):
+                    raise ValueError(
+                        f"{path.name}: {member.filename} unpacks to "
+                        f"{member.file_size} bytes from {member.compress_size}; refused"
+                    )
+        with np.load(path, allow_pickle=False) as arrays:
+            if not isinstance(arrays, Mapping):
+                raise ValueError(f"{path.name}: not an .npz file")
+            return {key: arrays[key] for key in arrays if key in wanted}
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+        KeyError,
+    ) as error:
+        raise ValueError(f"{path.name}: not a readable .npz file: {error}") from None
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise ValueError(f"{path.name}: holds Python objects, which are never loaded") from None
+        raise ValueError(f"{path.name}: {str(error).removeprefix(path.name + ': ')}") from None
+
+
+def _floats(path: Path, key: str, array: np.ndarray[Any, Any], dims: tuple[int, ...]) -> Tensor:
+    if array.dtype.kind != "f":
+        raise TypeError(f"{path.name}: {key} must hold floats, got {array.dtype}")
+    if array.ndim not in dims or 0 in array.shape:
+        raise ValueError(
+            f"{path.name}: {key} must have {' or '.join(map(str, dims))} non-empty "
+            f"dimensions, got {list(array.shape)}"
+        )
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if native.dtype.itemsize not in (2, 4, 8):
+        native = native.astype(np.float64)
+    try:
+        return check_finite(torch.from_numpy(native), key)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
+def _integers(path: Path, key: str, array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(
+            f"{path.name}: {key} must be a row of integers, got {array.dtype} {list(array.shape)}"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _strings(path: Path, key: str, array: np.ndarray[Any, Any]) -> list[str]:
+    if array.dtype.kind not in "US" or array.ndim != 1:
+        raise ValueError(
+            f"{path.name}: {key} must be a row of strings, got {array.dtype} {list(array.shape)}"
+        )
+    if array.dtype.kind == "S":
+        return [value.decode("utf-8") for value in array.tolist()]
+    return [str(value) for value in array.tolist()]
+
+
+def _texts(
+    path: Path, arrays: dict[str, np.ndarray[Any, Any]], prompt: str | None
+) -> tuple[Tensor, list[str]]:
+    """Class texts [K, C] with unit rows, and the names of the prompts they came from."""
+    text = _floats(path, "text", arrays["text"], (2, 3)).float()
+    names = _strings(path, "prompt", arrays["prompt"]) if "prompt" in arrays else []
+    if text.dim() == 2:
+        if prompt is not None:
+            raise ValueError(
+                f"{path.name}: prompt {prompt!r} cannot be chosen, text is for one prompt"
+            )
+        return functional.normalize(check_rows(text, "text"), dim=-1), names
+    if names and len(names) != len(text):
+        raise ValueError(
+            f"{path.name}: prompt must name the {len(text)} rows of text, got {len(names)} names"
+        )
+    if prompt is not None:
+        if prompt not in names:
+            near = difflib.get_close_matches(prompt, names, n=3) or names[:3]
+            raise ValueError(
+                f"{path.name}: no prompt {prompt!r} among {len(names)}, "
+                f"e.g. {', '.join(map(repr, near))}"
+            )
+        chosen = [names.index(prompt)]
+    else:
+        chosen = [m for m in range(len(text)) if not names or names[m] != AVERAGE]
+    rows = functional.normalize(check_rows(text[chosen], "text"), dim=-1)  # [m, K, C]
+    mean = check_rows(rows.mean(dim=0), "mean text")
+    return functional.normalize(mean, dim=-1), [names[m] for m in chosen] if names else []
+
+
+def _spatial(
+    path: Path, arrays: dict[str, np.ndarray[Any, Any]], num_rows: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if "spatial" not in arrays:
+        return None, None, None
+    spatial = _floats(path, "spatial", arrays["spatial"], (3,))
+    index = projection = None
+    if "spatial_index" in arrays:
+        index = _integers(path, "spatial_index", arrays["spatial_index"])
+        if (
+            len(set(index.tolist())) != len(index)
+            or not len(index)
+            or (int(index.min()) < 0 or int(index.max()) >= num_rows)
+        ):
+            raise ValueError(
+                f"{path.name}: spatial_index must hold different rows below {num_rows}"
+            )
+    expected = num_rows if index is None else len(index)
+    if len(spatial) != expected:
+        raise ValueError(f"{path.name}: spatial must hold {expected} rows, got {len(spatial)}")
+    if "projection" in arrays:
+        projection = _floats(path, "projection", arrays["projection"], (2,)).float()
+        if projection.shape[0] != spatial.shape[2]:
+            raise ValueError(
+                f"{path.name}: projection must be [{spatial.shape[2]}, C], "
+                f"got {list(projection.shape)}"
+            )
+    return spatial, index, projection

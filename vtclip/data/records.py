@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One table of features: image [N, C], optional spatial [N, L, Cs], labels and class texts.
+
+`Records` knows rows, classes and names; where the numbers lie (in memory, in an .npz file, in
+memory-mapped shards) is the business of its `Store`. A selection shares the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = [
+    "Batch",
+    "MemoryStore",
+    "Records",
+    "Store",
+    "check_class_names",
+    "check_rows",
+    "digest_of",
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a table: image [b, C], label [b], spatial [b, L, Cs], spatial_mask [b, L]."""
+
+    image: Tensor
+    label: Tensor
+    spatial: Tensor | None = None
+    spatial_mask: Tensor | None = None
+
+
+class Store(Protocol):
+    """Features by row of the whole source; pass 0 is the plain one, p >= 1 the augmented ones."""
+
+    width: int
+    num_passes: int
+    spatial_width: int | None
+    spatial_tokens: int | None
+
+    def image(self, row: Tensor, augment_pass: int) -> Tensor:
+        """[b, C] float32."""
+
+    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
+        """[b, L, Cs] float32."""
+
+
+class MemoryStore:
+    """Tensors in memory: image [N, C] or [N, 1 + P, C], spatial [N, L, Cs] or [N, 1 + P, L, Cs].
+
+    `projection` [Cs, C], where given, is applied to the spatial rows of each batch in float32, so
+    that the wide form never exists for the whole table.
+    """
+
+    def __init__(
+        self, image: Tensor, spatial: Tensor | None = None, projection: Tensor | None = None
+    ) -> None:
+        self._image = image if image.dim() == 3 else image[:, None]
+        self._spatial = spatial
+        self._projection = projection
+        if spatial is not None and spatial.dim() == 3:
+            self._spatial = spatial[:, None]
+        if self._image.dim() != 3:
+            raise ValueError(f"records: image must be [N, C], got {list(image.shape)}")
+        if self._spatial is not None and (
+            self._spatial.dim() != 4 or self._spatial.shape[:2] != self._image.shape[:2]
+        ):
+            raise ValueError(
+                f"records: spatial must be [N, L, Cs] with N = {len(image)}, "
+                f"got {list(spatial.shape)}"
+            )  # type: ignore[union-attr]
+        self.width = int(self._image.shape[2])
+        self.num_passes = int(self._image.shape[1]) - 1
+        self.spatial_tokens = None if self._spatial is None else int(self._spatial.shape[2])
+        self.spatial_width = (
+            None
+            if self._spatial is None
+            else int(self._spatial.shape[3] if projection is None else projection.shape[1])
+        )
+
+    def image(self, row: Tensor, augment_pass: int) -> Tensor:
+        return self._image[row, augment_pass].float()
+
+    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
+        if self._spatial is None:
+            raise ValueError("records: this source holds no spatial features")
+        tokens = self._spatial[row, augment_pass].float()
+        return tokens if self._projection is None else tokens @ self._projection
+
+
+class Records:
+    """Rows of features with their labels, names and class texts.
+
+    `text` rows have norm 1. `info` is JSON-able and says where everything came from; its "digests"
+    name the content of images, texts and weights.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        class_names: Sequence[str],
+        text: Tensor,
+        label: Tensor,
+        names: Sequence[str],
+        logit_scale: float = 100.0,
+        info: dict[str, Any] | None = None,
+        row: Tensor | None = None,
+    ) -> None:
+        self.class_names = check_class_names(class_names)
+        self.text = functional.normalize(check_rows(text, "text").float(), dim=-1)
+        self.label = torch.as_tensor(label)
+        self.names = list(names)
+        self.logit_scale = float(logit_scale)
+        self.info: dict[str, Any] = dict(info or {})
+        self._store = store
+        if self.text.dim() != 2 or len(self.text) != len(self.class_names):
+            raise ValueError(
+                f"records: text must be [K, C] with K = {len(self.class_names)}, "
+                f"got {list(self.text.shape)}"
+            )
+        if self.text.shape[1] != store.width:
+            raise ValueError(
+                f"records: text and image must share their width, got "
+                f"{self.text.shape[1]} and {store.width}"
+            )
+        if self.label.dim() != 1 or self.label.dtype.is_floating_point:
+            raise ValueError(
+                f"records: label must be a row of integers, got "
+                f"{self.label.dtype} {list(self.label.shape)}"
+            )
+        self.label = self.label.long()
+        self._row = torch.arange(len(self.label)) if row is None else row
+        if len(self.names) != len(self.label) or len(self._row) != len(self.label):
+            raise ValueError(
+                f"records: {len(self.label)} labels need as many names and rows, got "
+                f"{len(self.names)} and {len(self._row)}"
+            )
+        _check_labels(self.label, len(self.class_names))
+        if len(set(self.names)) != len(self.names):
+            twice = Counter(self.names).most_common(1)[0][0]
+            raise ValueError(f"records: names must differ, got {twice!r} more than once")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        image: Tensor,
+        label: Tensor,
+        text: Tensor,
+        class_names: Sequence[str],
+        *,
+        spatial: Tensor | None = None,
+        names: Sequence[str] | None = None,
+        logit_scale: float = 100.0,
+        info: dict[str, Any] | None = None,
+    ) -> Records:
+        """A table in memory; image may be [N, 1 + P, C] with P augmented passes."""
+        check_rows(image, "image")
+        if spatial is not None:
+            check_finite(spatial, "spatial")
+        digests = {"images": digest_of(image), "text": digest_of(text)}
+        return cls(
+            MemoryStore(image, spatial),
+            class_names=class_names,
+            text=text,
+            label=label,
+            names=list(names) if names is not None else [str(i) for i in range(len(label))],
+            logit_scale=logit_scale,
+            info={"kind": "tensors", "digests": digests, **(info or {})},
+        )
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __repr__(self) -> str:
+        spatial = (
+            f", spatial=[{self.spatial_tokens}, {self.spatial_width}]" if self.has_spatial else ""
+        )
+        return (
+            f"Records({len(self)} images, {len(self.class_names)} classes, width={self.width}"
+            f"{spatial}, passes={self.num_passes})"
+        )
+
+    @property
+    def width(self) -> int:
+        return self._store.width
+
+    @property
+    def num_passes(self) -> int:
+        return self._store.num_passes
+
+    @property
+    def has_spatial(self) -> bool:
+        return self._store.spatial_width is not None
+
+    @property
+    def spatial_width(self) -> int | None:
+        return self._store.spatial_width
+
+    @property
+    def spatial_tokens(self) -> int | None:
+        return self._store.spatial_tokens
+
+    def batch(self, index: Tensor, augment_pass: int = 0) -> Batch:
+        """Rows `index` as float32; pass 0 is the evaluation transform, 1..num_passes augmented."""
+        if not 0 <= augment_pass <= self.num_passes:
+            raise ValueError(
+                f"records: augment_pass must lie in 0..{self.num_passes}, got {augment_pass}"
+            )
+        index = self._checked(index)
+        row = self._row[index]
+        spatial = self._store.spatial(row, augment_pass) if self.has_spatial else None
+        return Batch(self._store.image(row, augment_pass), self.label[index], spatial)
+
+    def select(self, index: Tensor) -> Records:
+        """The same classes with rows `index` only, in that order."""
+        index = self._checked(index)
+        return Records(
+            self._store,
+            class_names=self.class_names,
+            text=self.text,
+            label=self.label[index],
+            names=[self.names[i] for i in index.tolist()],
+            logit_scale=self.logit_scale,
+            info=self.info,
+            row=self._row[index],
+        )
+
+    def subset_classes(self, classes: Sequence[int]) -> Records:
+        """Only `classes`, in that order, relabelled from 0, with only their rows."""
+        keep = [int(k) for k in classes]
+        if len(set(keep)) != len(keep) or any(not 0 <= k < len(self.class_names) for k in keep):
+            raise ValueError(
+                f"records: classes must be different indices below "
+                f"{len(self.class_names)}, got {keep}"
+            )
+        new = torch.full((len(self.class_names),), -1)
+        new[torch.tensor(keep, dtype=torch.long)] = torch.arange(len(keep))
+        index = (new[self.label] >= 0).nonzero().flatten()
+        text = self.text[torch.tensor(keep, dtype=torch.long)]
+        digests = {**self.info.get("digests", {}), "text": digest_of(text)}
+        return Records(
+            self._store,
+            class_names=[self.class_names[k] for k in keep],
+            text=text,
+            label=new[self.label[index]],
+            names=[self.names[i] for i in index.tolist()],
+            logit_scale=self.logit_scale,
+            info={**self.info, "digests": digests},
+            row=self._row[index],
+        )
+
+    def _checked(self, index: Tensor) -> Tensor:
+        index = torch.as_tensor(index)
+        if index.numel() == 0:
+            return index.reshape(-1).long()
+        if index.dim() != 1 or index.dtype.is_floating_point or index.dtype == torch.bool:
+            raise ValueError(
+                f"records: index must be a row of integers, got {index.dtype} {list(index.shape)}"
+            )
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= len(self):
+            raise ValueError(f"records: index must lie in 0..{len(self) - 1}, got {low}..{high}")
+        return index.long().cpu()
+
+
+def check_class_names(class_names: Sequence[str]) -> list[str]:
+    """Class names that differ even after case, spaces, underscores and Unicode form are ignored."""
+    seen: dict[str, str] = {}
+    for index, name in enumerate(class_names):
+        if not isinstance(name, str):
+            raise TypeError(f"classes: name {index} must be a str, got {type(name).__name__}")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"classes: name {index} is not valid UTF-8: {name!a}")
+        key = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+        if not key:
+            raise ValueError(f"classes: name {index} is empty")
+        if key in seen:
+            raise ValueError(
+                f"classes: {seen[key]!a} and {name!a} are the same name but for case, "
+                "spaces, underscores or Unicode form"
+            )
+        seen[key] = name
+    if not seen:
+        raise ValueError("classes: at least one class is needed, got none")
+    return list(class_names)
+
+
+def _check_labels(label: Tensor, num_classes: int) -> None:
+    if not len(label):
+        return
+    low, high = int(label.min()), int(label.max())
+    if low < 0 or high >= num_classes:
+        here = torch.zeros(num_classes, dtype=torch.bool)
+        here[label[(label >= 0) & (label < num_classes)]] = True
+        missing = (~here).nonzero().flatten().tolist()
+        raise ValueError(
+            f"records: labels must lie in 0..{num_classes - 1} for {num_classes} "
+            f"classes, got {low}..{high}, first class without images: "
+            f"{missing[0] if missing else 'none'}"
+        )
+
+
+def check_finite(rows: Tensor, what: str) -> Tensor:
+    """`rows`, or a ValueError that names the first rows with NaN or infinity."""
+    flat = rows.reshape(len(rows), -1) if rows.numel() else rows.reshape(0, 1)
+    bad = (~flat.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"records: {what} must be finite, got NaN or infinity in {len(bad)} rows: "
+            f"{', '.join(map(str, bad[:5]))}"
+        )
+    return rows
+
+
+def check_rows(rows: Tensor, what: str) -> Tensor:
+    """Finite rows without a zero row, which has no direction."""
+    check_finite(rows, what)
+    zero = (rows == 0).all(dim=-1)
+    bad = zero.reshape(len(rows), -1).any(dim=1).nonzero().flatten().tolist() if len(rows) else []
+    if bad:
+        raise ValueError(
+            f"records: {what} must hold no zero rows, got {len(bad)}: "
+            f"{', '.join(map(str, bad[:5]))}"
+        )
+    return rows
+
+
+def digest_of(values: Tensor) -> str:
+    """sha256 over dtype, shape and bytes."""
+    array = values.detach().cpu().contiguous()
+    total = hashlib.sha256(f"{array.dtype}{list(array.shape)}".encode())
+    if array.numel():
+        total.update(array.view(torch.uint8).numpy().data)
+    return total.hexdigest()
