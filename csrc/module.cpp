@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// The Python module vtclip._C. Importing it loads the library, whose static initialisers register
+// the CPU kernels; tensors never pass through pybind11.
+#include <map>
+#include <string>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_info.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of vtclip, registered with torch's dispatcher on import.";
+  m.def(
+      "build_info",
+      [] { return std::map<std::string, std::string>{VTCLIP_BUILD_INFO}; },
+      "What setup.py decided and why.");
+}
