@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device functions shared by the kernels: masked tiles, casts, dots, norms and the fixed-order sum."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# The interpreter keeps bfloat16 as raw 16-bit integers: arithmetic on it is wrong, conversion is not.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def load_rows(ptr, offs_row, offs_d, stride_row, stride_d, in_row, D):
+    """[rows, BLOCK_D] tile; rows and columns that do not exist read as 0 and are never touched."""
+    offs = offs_row[:, None] * stride_row + offs_d[None, :] * stride_d
+    return tl.load(ptr + offs, mask=in_row[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, tile, offs_row, offs_d, stride_row, stride_d, in_row, D):
+    """Write a float32 [rows, BLOCK_D] tile in the dtype of `ptr`."""
+    offs = offs_row[:, None] * stride_row + offs_d[None, :] * stride_d
+    mask = in_row[:, None] & (offs_d < D)[None, :]
+    tl.store(ptr + offs, cast(tile, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(ptr, offs_d, stride_d, D):
+    """[BLOCK_D] float32 vector."""
+    return tl.load(ptr + offs_d * stride_d, mask=offs_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """float32 -> DTYPE, to nearest even; the interpreter alone would truncate towards bfloat16."""
+    if INTERPRETED:
+        if DTYPE == tl.bfloat16:
+            bits = x.to(tl.int32, bitcast=True)
+            odd = (bits >> 16) & 1
+            # a NaN stays as it is: the increment could carry it into the sign bit
+            bits = tl.where(x == x, bits + 0x7FFF + odd, bits)
+            x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a [M, N] @ b [N, P] -> float32 [M, P]."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def attended(mask_ptr, offs_l, stride_l, L, HAS_MASK: tl.constexpr):
+    """[BLOCK_L] bool: the column exists and may be attended to."""
+    keep = offs_l < L
+    if HAS_MASK:
+        keep = keep & (tl.load(mask_ptr + offs_l * stride_l, mask=keep, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def reciprocal_norm(x):
+    """1 / |row| of x [rows, D] float32, 0 for a zero row; squares entries of at most 1, so never overflows."""
+    top = tl.max(tl.abs(x), axis=1)
+    top = tl.where(top > 0, top, 1.0)  # also when the row is NaN, which then shows in the sum
+    unit = x / top[:, None]
+    squares = tl.sum(unit * unit, axis=1)
+    norm = tl.where(squares == 0, 1.0, tl.sqrt(squares))
+    # the reciprocal of a norm below 2^-128 is beyond float32
+    return tl.where(squares == 0, 0.0, _finite(1.0 / norm / top))
+
+
+@triton.jit
+def _finite(x):
+    return tl.where(x > 3.0e38, 3.0e38, x)
+
+
+@triton.jit
+def power_of_two(x):
+    """Largest power of two not above x (x >= 0; 2^-126 for less); scaling by it is exact."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.where(bits < 0x00800000, 0x00800000, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["P", "N"])
+def sum_partials_kernel(
+    partial_ptr,  # [P, N] float32, contiguous
+    out_ptr,  # [N], contiguous
+    P,
+    N,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # out[n] = sum_p partial[p, n], always in the same order
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_p = tl.arange(0, BLOCK_P).to(tl.int64)
+    in_n = offs_n < N
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, P, BLOCK_P):
+        rows = start + offs_p
+        mask = (rows < P)[:, None] & in_n[None, :]
+        tile = tl.load(partial_ptr + rows[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+        total += tl.sum(tile, axis=0)
+    tl.store(out_ptr + offs_n, cast(total, out_ptr.dtype.element_ty), mask=in_n)
+
+
+def sum_partials(partial, out):
+    """out = partial.sum(0) for a contiguous float32 partial [P, ...] and an out of contiguous memory."""
+    size = out.numel()
+    if size:
+        grid = (triton.cdiv(size, 128),)
+        sum_partials_kernel[grid](
+            partial, out, partial.shape[0], size, BLOCK_P=16, BLOCK_N=128,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-attention of class queries to the spatial tokens of many images: forward.
+
+A program keeps one tile of queries on chip and streams images past it. With one query set for all
+images the query is read once per program and never copied per image. The backward is in
+cross_attn_bwd.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _configs
+from ._math import LN2, LOG2E, attended, dot, load_rows, store_rows
+from .cross_attn_bwd import cross_attn_bwd
+
+__all__ = ["cross_attn_bwd", "cross_attn_fwd"]
+
+
+@triton.jit(do_not_specialize=["B", "H", "K", "L", "images_per_program"])
+def cross_attn_fwd_kernel(
+    query_ptr,  # [B|1, H, K, D]
+    key_ptr,  # [B, H, L, D]
+    value_ptr,  # [B, H, L, D]
+    mask_ptr,  # [B|1, L] uint8
+    out_ptr,  # [B, H, K, D]
+    lse_ptr,  # [B, H, K] float32, contiguous
+    stride_query_b, stride_query_h, stride_query_k, stride_query_d,
+    stride_key_b, stride_key_h, stride_key_l, stride_key_d,
+    stride_value_b, stride_value_h, stride_value_l, stride_value_d,
+    stride_mask_b, stride_mask_l,
+    stride_out_b, stride_out_h, stride_out_k, stride_out_d,
+    scale, B, H, K, L, D, images_per_program,
+    SHARED_QUERY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # program = (image chunk, head, query tile); neighbours share the keys of an image and a head
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(K, BLOCK_K)
+    h = (pid // num_tiles % H).to(tl.int64)
+    first = (pid // num_tiles // H).to(tl.int64) * images_per_program
+    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    in_k = offs_k < K
+
+    query_ptr += h * stride_query_h
+    key_ptr += h * stride_key_h
+    value_ptr += h * stride_value_h
+    out_ptr += h * stride_out_h
+    lse_ptr += h * K
+    if SHARED_QUERY:
+        q = load_rows(query_ptr, offs_k, offs_d, stride_query_k, stride_query_d, in_k, D)
+    scale_log2 = scale * LOG2E
+
+    for i in range(0, tl.minimum(images_per_program, B - first)):
+        b = first + i
+        if not SHARED_QUERY:
+            q = load_rows(
+                query_ptr + b * stride_query_b, offs_k, offs_d, stride_query_k, stride_query_d, in_k, D
+            )  # fmt: skip
+        key_b = key_ptr + b * stride_key_b
+        value_b = value_ptr + b * stride_value_b
+        mask_b = mask_ptr + b * stride_mask_b
+
+        if ONE_TILE:
+            keep = attended(mask_b, offs_l, stride_mask_l, L, HAS_MASK)
+            k = load_rows(key_b, offs_l, offs_d, stride_key_l, stride_key_d, keep, D)
+            s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], in powers of two
+            s = tl.where(keep[None, :], s, float("-inf"))
+            top = tl.max(s, axis=1)
+            top = tl.where(top == float("-inf"), 0.0, top)  # no column: exp2(-inf) = 0, not NaN
+            p = tl.exp2(s - top[:, None])
+            total = tl.sum(p, axis=1)
+            v = load_rows(value_b, offs_l, offs_d, stride_value_l, stride_value_d, keep, D)
+            acc = dot(p.to(v.dtype), v, PRECISION)  # [BLOCK_K, BLOCK_D]
+        else:
+            top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_K,), tl.float32)
+            acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+            for start in range(0, L, BLOCK_L):
+                cols = start + offs_l
+                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
+                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
+                s = dot(q, tl.trans(k), PRECISION) * scale_log2
+                s = tl.where(keep[None, :], s, float("-inf"))
+                new_top = tl.maximum(top, tl.max(s, axis=1))
+                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+                shrink = tl.exp2(top - shift)
+                p = tl.exp2(s - shift[:, None])
+                total = total * shrink + tl.sum(p, axis=1)
+                v = load_rows(value_b, cols, offs_d, stride_value_l, stride_value_d, keep, D)
+                acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, PRECISION)
+                top = new_top
+            top = tl.where(top == float("-inf"), 0.0, top)
+
+        empty = total == 0.0
+        total = tl.where(empty, 1.0, total)
+        acc = acc / total[:, None]
+        lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
+        store_rows(
+            out_ptr + b * stride_out_b, acc, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D
+        )
+        tl.store(lse_ptr + b * H * K + offs_k, lse, mask=in_k)
+
+
+def cross_attn_fwd(query, key, value, key_mask, scale):
+    """out [B, H, K, d] over [B, K, H, d] memory, lse [B, H, K] float32."""
+    B, H, L, d = key.shape
+    K = query.shape[2]
+    _configs.check("cross_attn", query, d, _configs.MAX_HEAD_DIM)
+    out = query.new_empty((B, K, H, d)).transpose(1, 2)
+    lse = query.new_empty((B, H, K), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    target = _configs.target_of(query)
+    tile = _configs.attention("fwd", query.dtype, d, K, L, target)
+    programs = H * triton.cdiv(K, tile.block_k)
+    shared = query.shape[0] == 1
+    images = _configs.images_per_program(B, programs, target) if shared else 1
+    mask, mask_strides = _configs.mask_argument(key_mask, lse)
+    with torch.cuda.device_of(query):
+        cross_attn_fwd_kernel[(programs * triton.cdiv(B, images),)](
+            query, key, value, mask, out, lse,
+            *query.stride(), *key.stride(), *value.stride(), *mask_strides, *out.stride(),
+            scale, B, H, K, L, d, images,
+            SHARED_QUERY=shared, HAS_MASK=key_mask is not None, ONE_TILE=tile.block_l >= L,
+            PRECISION=_configs.input_precision(query.dtype, target),
+            BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, BLOCK_D=_configs.padded(d),
+            **tile.launch,
+        )  # fmt: skip
+    return out, lse
