@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a running fit, in one safetensors file: weights, optimizer, random state, step.
+
+The file carries what the run is (`identity`) and a digest of its tensors; another run's file, a cut
+file and a flipped bit are refused. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor, nn
+
+from .files import tensors_digest, to_json, write_atomic
+
+
+class Interrupted(Exception):
+    """A signal stopped the fit between two steps; `path` holds the state, if it was saved."""
+
+    def __init__(self, signum: int, step: int, path: Path | None) -> None:
+        where = "nothing was saved" if path is None else f"state saved in {path}"
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {where}")
+        self.signum = signum
+
+
+class StopSignal:
+    """Within the `with`, the first SIGINT or SIGTERM only sets `received`; a second acts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        self.received = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
+
+def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file whose metadata names the digest of its tensors."""
+    if not path.exists():
+        raise FileNotFoundError(f"not {what}: {path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"not {what}: {path} is not a file")
+    data = path.read_bytes()
+    try:
+        tensors = load_bytes(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata: dict[str, str] = header.get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"not {what}: {path} is cut, damaged or another format ({reason})"
+        ) from None
+    if metadata.get("digest") != tensors_digest(tensors):
+        raise ValueError(f"not {what}: the tensors in {path} do not have the digest the file names")
+    return tensors, metadata
+
+
+class Checkpoint:
+    """Saves and restores one fit at `path`; `identity` is what must be equal to go on with it."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.identity: dict[str, Any] = json.loads(to_json(identity))
+
+    def save(
+        self, head: nn.Module, optimizer: torch.optim.Optimizer, step: int, loss_sum: float
+    ) -> None:
+        tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
+        for number, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{number}.{name}"] = value
+        tensors["random.cpu"] = torch.get_rng_state()
+        if any(value.is_cuda for value in tensors.values()):
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        # clones: a view would drag its whole storage into the file
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        state_json = {"step": step, "loss_sum": loss_sum.hex(), "identity": self.identity}
+        metadata = {"state": to_json(state_json).decode(), "digest": tensors_digest(tensors)}
+        write_atomic(self.path, save_bytes(tensors, metadata))
+
+    def load(self, head: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+        """Put the saved state back; answers the number of steps done and the epoch's loss so far."""
+        tensors, metadata = read_safetensors(self.path, "a vtclip checkpoint")
+        state_json = json.loads(metadata["state"])
+        for name, wanted in self.identity.items():
+            if state_json["identity"].get(name) != wanted:
+                raise ValueError(
+                    f"cannot resume from {self.path}: {name} was "
+                    f"{_short(state_json['identity'].get(name))}, now it is {_short(wanted)}"
+                )
+        parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}, "random": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        head.load_state_dict(parts["head"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            number, _, rest = name.partition(".")
+            state.setdefault(int(number), {})[rest] = value
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+        torch.set_rng_state(parts["random"]["cpu"])
+        if "cuda" in parts["random"]:
+            torch.cuda.set_rng_state(parts["random"]["cuda"])
+        return int(state_json["step"]), float.fromhex(state_json["loss_sum"])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

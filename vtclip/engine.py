@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training and evaluation of a head over a table of features: two flat functions, no hooks.
+
+`fit` sees rows through `TrainingRows` only, which cannot hand out a row it was not given.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from . import metrics
+from .checkpoint import Checkpoint, Interrupted, StopSignal
+from .config import FitConfig, check_seed
+
+if TYPE_CHECKING:
+    from .data.records import Batch, Records
+
+
+class TrainingRows:
+    """The rows of `records` that training may see; any other row is an IndexError."""
+
+    def __init__(self, records: Records, *indices: Tensor) -> None:
+        self.num_passes = records.num_passes
+        self._batch = records.batch
+        self._allowed = torch.zeros(len(records), dtype=torch.bool)
+        for index in indices:
+            self._allowed[index] = True
+
+    def batch(self, index: Tensor, augment_pass: int = 0) -> Batch:
+        outside = index[~self._allowed[index]]
+        if len(outside):
+            raise IndexError(f"row {int(outside[0])} is neither a training nor a validation row")
+        return self._batch(index, augment_pass)
+
+
+def learning_rate(config: FitConfig, epoch: int) -> float:
+    if epoch < config.warmup_epochs:
+        return config.warmup_lr
+    return config.lr * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / config.epochs)) / 2
+
+
+def shuffled(index: Tensor, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch, a function of seed and epoch alone, so that resuming needs no state."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return index[torch.randperm(len(index), generator=generator)]
+
+
+def compute_logits(head: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Logits [B, K] of one batch, which is moved to `device` first."""
+    image = batch.image.to(device)
+    if not head.needs_spatial:
+        return head(image)  # type: ignore[no-any-return]
+    mask = None if batch.spatial_mask is None else batch.spatial_mask.to(device)
+    spatial = None if batch.spatial is None else batch.spatial.to(device)
+    return head(image, spatial, mask)  # type: ignore[no-any-return]
+
+
+def fit(
+    head: nn.Module,
+    records: TrainingRows,
+    train_index: Tensor,
+    val_index: Tensor,
+    config: FitConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    log: Callable[[dict[str, Any]], None],
+    checkpoint: Checkpoint | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> None:
+    """Train `head` in place by cross-entropy; the weights of the last epoch stay in it.
+
+    An epoch is floor(N / batch_size) full batches, or one smaller batch where N < batch_size. Epoch e
+    uses augmentation pass 1 + e % num_passes where `records` hold any. A loss or gradient that is not
+    finite raises FloatingPointError with the head back at the last weights whose loss was finite.
+    SIGINT and SIGTERM save a checkpoint after the running step and raise `Interrupted`.
+    """
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("fit: head has no trainable parameters")
+    if len(train_index) == 0 or config.epochs < 1:
+        raise ValueError(
+            f"fit: {len(train_index)} rows and {config.epochs} epochs leave no step to train"
+        )
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    torch.manual_seed(check_seed(seed))
+    steps = max(1, len(train_index) // config.batch_size)  # per epoch
+    first, loss_sum, last_loss = 0, 0.0, math.nan
+    if resume and checkpoint is not None:
+        first, loss_sum = checkpoint.load(head, optimizer)
+    good = [parameter.detach().clone() for parameter in parameters]
+    order, augment_pass, started = train_index, 0, time.perf_counter()
+
+    with StopSignal() as stop:
+        quiet = None if progress else True  # None: tqdm is quiet where stderr is no terminal
+        for number in tqdm(range(first, config.epochs * steps), "train", disable=quiet):
+            epoch, step = divmod(number, steps)
+            if step == 0 or number == first:
+                head.train()
+                order = shuffled(train_index, seed, epoch)
+                augment_pass = 1 + epoch % records.num_passes if records.num_passes else 0
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config, epoch)
+            rows = order[step * config.batch_size : (step + 1) * config.batch_size]
+            batch = records.batch(rows, augment_pass)
+            logits = compute_logits(head, batch, device).float()
+            loss = F.cross_entropy(logits, batch.label.to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            value, lr = loss.item(), learning_rate(config, epoch)
+            if not math.isfinite(value + norm.item()):
+                if not math.isfinite(value):  # the step before this one broke the weights
+                    put_back(parameters, good)
+                raise FloatingPointError(
+                    f"fit: {'gradient' if math.isfinite(value) else 'loss'} is not finite at step "
+                    f"{number} (epoch {epoch}, lr {lr:g}, rows {rows[:4].tolist()}...), last finite "
+                    f"loss {value if math.isfinite(value) else last_loss:.6g}"
+                )
+            for kept, parameter in zip(good, parameters, strict=True):
+                kept.copy_(parameter.detach())
+            optimizer.step()
+            loss_sum, last_loss = loss_sum + value, value
+
+            if step + 1 == steps:
+                row = {"epoch": epoch, "step": number + 1, "lr": lr, "loss": loss_sum / steps}
+                loss_sum, last_epoch = 0.0, epoch + 1 == config.epochs
+                if last_epoch or (epoch + 1) % config.checkpoint_every == 0:
+                    if len(val_index):
+                        seen = metrics.report(*all_logits(head, records, val_index, device=device))
+                        row |= {"val_accuracy": seen["accuracy"], "val_nll": seen["nll"]}
+                    if checkpoint is not None:
+                        checkpoint.save(head, optimizer, number + 1, loss_sum)
+                log(row | {"seconds": time.perf_counter() - started})
+            if stop.received:
+                if checkpoint is not None:
+                    checkpoint.save(head, optimizer, number + 1, loss_sum)
+                saved_in = None if checkpoint is None else checkpoint.path
+                raise Interrupted(stop.received, number + 1, saved_in)
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        put_back(parameters, good)
+        raise FloatingPointError("fit: the last step left weights that are not finite")
+
+
+def put_back(parameters: list[nn.Parameter], good: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, kept in zip(parameters, good, strict=True):
+            parameter.copy_(kept)
+
+
+@torch.inference_mode()
+def all_logits(
+    head: nn.Module,
+    records: TrainingRows | Records,
+    index: Tensor,
+    *,
+    device: torch.device,
+    batch_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Logits [N, K] and labels [N] of the plain (never augmented) rows `index`, in that order."""
+    head.eval()
+    logits, label = [], []
+    for rows in index.split(batch_size):
+        batch = records.batch(rows, 0)
+        logits.append(compute_logits(head, batch, device).float().cpu())
+        label.append(batch.label)
+    return torch.cat(logits), torch.cat(label)
+
+
+def evaluate(
+    head: nn.Module,
+    records: Records,
+    index: Tensor,
+    *,
+    device: torch.device,
+    temperature: float | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of every metric over the rows `index`, each counted once."""
+    if len(index) != len(index.unique()):
+        raise ValueError(f"evaluate: {len(index)} rows, of which {len(index.unique())} differ")
+    logits, label = all_logits(head, records, index, device=device)
+    yield from metrics.report(logits, label, temperature).items()

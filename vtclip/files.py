@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that survive a kill and a full disk: atomic writes, digests, strict JSON, one writer per folder.
+
+A write goes to `NAME.new` in the same folder, is flushed to the disk, and then takes the place of
+`NAME` in one step, so that a reader finds either the old bytes or the new ones. A symbolic link is
+followed: the file it points to is replaced and the link stays. Permissions follow the umask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there the folder is not locked
+    fcntl = None  # type: ignore[assignment]
+
+
+def write_new(path: Path, data: bytes) -> Path:
+    """Write `data` to `path` + ".new" and flush it to the disk; `path` itself is not touched."""
+    path = Path(os.path.realpath(path))
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with open(fresh, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        message = f"cannot write {len(data)} bytes to {path}: {error.strerror}"
+        raise OSError(error.errno, message, str(path)) from error
+    return fresh
+
+
+def move_new(path: Path) -> None:
+    """Let `path` + ".new" take the place of `path`, and flush the folder's entry."""
+    path = Path(os.path.realpath(path))
+    os.replace(path.with_name(path.name + ".new"), path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the contents of `path` in one step."""
+    write_new(path, data)
+    move_new(path)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON that every reader takes: NaN and infinities become null, keys keep their order."""
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, indent=1)
+    return (text + "\n").encode("ascii")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a JSON file, or a ValueError that says in words why it is not `what`."""
+    if not path.exists():
+        raise FileNotFoundError(f"not {what}: {path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"not {what}: {path} is not a file")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not {what}: {path} is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"not {what}: {path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def json_digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, independent of key order and spacing."""
+    text = json.dumps(_finite(value), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.numel():
+            digest.update(memoryview(tensor.reshape(-1).view(_byte()).numpy()))
+    return digest.hexdigest()
+
+
+def _byte() -> Any:
+    import torch  # late, so that the command line can use this module without torch
+
+    return torch.uint8
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold `folder` against a second writer; the hold ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{folder} is being written by another run") from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recipe per method: `get_config(shots)` answers the settings it is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..config import FitConfig
+from . import vtclip, zeroshot
+
+RECIPES: dict[str, Callable[[int], FitConfig]] = {
+    "vtclip": vtclip.get_config,
+    "zeroshot": zeroshot.get_config,
+}

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: `result.json`, its table, and where it was made."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .files import read_json, to_json, write_atomic
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and the contents of its `result.json`."""
+
+    folder: Path
+    result: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers on the test images, 0..1."""
+        return float(self.result["accuracy"])
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        folder = Path(folder).expanduser()
+        return cls(folder, read_json(folder / RESULT, "a vtclip run"))
+
+    def save(self) -> None:
+        write_atomic(self.folder / RESULT, to_json(self.result))
+
+    def table(self) -> str:
+        return table(self.result)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per named stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"vtclip": __version__, "python": platform.python_version()}
+    for name in ("torch", "open_clip_torch", "triton", "numpy", "pillow", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def revision() -> str | None:
+    """The git commit of a source checkout, "-dirty" where tracked files differ; None when installed."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("-dirty" if _git(root, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Most memory used so far: allocated on a GPU, else resident in this process; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+COLUMNS = ("accuracy", "95 % interval", "macro-F1", "NLL", "ECE", "NLL at T", "ECE at T", "T")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Zero-shot against adapted, one line each; T is the temperature fitted on validation images."""
+    rows = {"zero-shot": result["zero_shot"]}
+    if result["method"] != "zeroshot":
+        rows[result["method"]] = result["adapted"]
+    width = max(len(name) for name in rows) + 2
+    lines = [" " * width + "".join(f"{name:>15}" for name in COLUMNS)]
+    for name, row in rows.items():
+        low, high = row["interval95"]
+        cells = [
+            f"{100 * row['accuracy']:.2f} %",
+            f"{100 * low:.1f}-{100 * high:.1f} %",
+            f"{100 * row['macro_f1']:.2f} %",
+            *(
+                _number(row[key])
+                for key in ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
+            ),
+        ]
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
