@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by every test; Triton runs interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+from vtclip.ops._select import Problem, select
+
+ROOT = Path(__file__).parents[1]
+IMPLS = ("cpu", "triton", "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from the same random state and leaves none behind."""
+    python, state = random.getstate(), torch.get_rng_state()
+    random.seed(0)
+    torch.manual_seed(0)
+    yield
+    random.setstate(python)
+    torch.set_rng_state(state)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real features and photos, kept outside the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data set folder is not beside the checkout")
+    return folder
+
+
+def device_for(impl: str) -> str:
+    """Where an implementation's tests run on this machine."""
+    if impl == "cuda" or (impl == "triton" and torch.cuda.is_available()):
+        return "cuda"
+    return "cpu"
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each compiled implementation; skipped, with the reason, where it cannot run at all."""
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("cuda: no CUDA device")
+    return name
+
+
+@pytest.fixture
+def device(impl: str) -> str:
+    """The device `impl` runs on."""
+    return device_for(impl)
+
+
+@pytest.fixture
+def runnable(impl: str, device: str) -> object:
+    """A function that skips the test, with the selector's reasons, where `impl` cannot run."""
+
+    def check(op: str, dtype: torch.dtype, width: int) -> None:
+        if impl == "triton" and device == "cpu" and dtype == torch.bfloat16:
+            pytest.skip("triton: the interpreter holds bfloat16 as raw bits")
+        try:
+            select(Problem(op, device, dtype, width), impl)  # type: ignore[arg-type]
+        except NotImplementedError as refused:
+            pytest.skip(str(refused))
+
+    return check

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cosine_logits against its reference, its oracle in torch, and at vectors that overflow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vtclip import ops, testing
+
+# name -> (B, K, D)
+CASES = {
+    "ordinary": (5, 7, 64),
+    "odd": (3, 17, 59),
+    "wide": (2, 33, 1025),
+    "one-of-each": (1, 1, 1),
+    "no-images": (0, 3, 8),
+    "no-classes": (3, 0, 8),
+    "no-width": (3, 2, 0),
+}
+
+
+def draw(case: str, per_image: bool, dtype: torch.dtype = torch.float32):
+    B, K, D = CASES[case]
+    text = (B, K, D) if per_image else (K, D)
+    return {"image": torch.randn(B, D).to(dtype), "text": torch.randn(text).to(dtype)}
+
+
+per_image = pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per-image"])
+
+
+@per_image
+@pytest.mark.parametrize("case", CASES)
+def test_every_dtype(case, per_image, dtype, impl, runnable, compare):
+    runnable("cosine_logits", dtype, CASES[case][-1])
+    compare(ops.cosine_logits, draw(case, per_image, dtype), scale=100.0)
+
+
+@per_image
+@pytest.mark.parametrize("layout", [testing.spread, testing.misaligned])
+def test_any_strides(layout, per_image, impl, runnable, compare):
+    runnable("cosine_logits", torch.float32, 59)
+    inputs = {k: layout(v) for k, v in draw("odd", per_image).items()}
+    compare(ops.cosine_logits, inputs, scale=3.0)
+
+
+@per_image
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_huge_and_tiny_vectors(size, per_image, impl, device, runnable):
+    runnable("cosine_logits", torch.float32, 64)
+    image, text = (v.to(device) for v in draw("ordinary", per_image).values())
+    expected = ops.cosine_logits(image.double(), text.double(), impl="reference").float()
+    actual = ops.cosine_logits(image * size, text * size, impl=impl)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+@per_image
+def test_zero_vectors_give_zero_and_no_gradient(per_image, impl, device, runnable):
+    runnable("cosine_logits", torch.float32, 64)
+    image, text = (v.to(device) for v in draw("ordinary", per_image).values())
+    image[2] = 0
+    text[..., 4, :] = 0
+    image.requires_grad_()
+    text.requires_grad_()
+    logits = ops.cosine_logits(image, text, scale=100.0, impl=impl)
+    assert (logits[2] == 0).all()
+    assert (logits[:, 4] == 0).all()
+    grad_image, grad_text = torch.autograd.grad(logits.square().sum() + logits.sum(), (image, text))
+    assert grad_image.isfinite().all()
+    assert grad_text.isfinite().all()
+    assert (grad_image[2] == 0).all()
+    assert (grad_text[..., 4, :] == 0).all()
+
+
+def test_nan_stays_in_its_row(impl, device, runnable):
+    runnable("cosine_logits", torch.float32, 64)
+    image, text = (v.to(device) for v in draw("ordinary", False).values())
+    image[1, 3] = float("nan")
+    logits = ops.cosine_logits(image, text, impl=impl)
+    assert logits[1].isnan().all()
+    assert logits[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_reference_is_cosine_similarity():
+    inputs = draw("ordinary", True, torch.float64)
+    expected = 7 * F.cosine_similarity(inputs["image"][:, None], inputs["text"], dim=-1)
+    actual = ops.cosine_logits(**inputs, scale=7.0, impl="reference")
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+@per_image
+@pytest.mark.parametrize("impl_name", ["reference", "cpu"])
+def test_gradcheck(impl_name, per_image):
+    shape = (3, 4, 5) if per_image else (4, 5)
+    image = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    text = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, t: ops.cosine_logits(x, t, scale=2.0, impl=impl_name), (image, text)
+    )

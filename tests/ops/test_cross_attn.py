@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cross_attn: the reference against F.scaled_dot_product_attention, every kernel against it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtclip import ops, testing
+
+# name -> (Bq, B, H, K, L, d); Bq = 1 is the shared query
+CASES = {
+    "ordinary": (1, 3, 2, 20, 49, 32),
+    "per-image-query": (2, 2, 2, 20, 49, 32),
+    "odd": (1, 2, 3, 17, 51, 20),
+    "two-tiles": (1, 2, 1, 33, 65, 16),
+    "three-tiles": (1, 2, 1, 5, 130, 8),
+    "one-of-each": (1, 1, 1, 1, 1, 1),
+    "one-key": (1, 3, 2, 4, 1, 8),
+    "one-query": (1, 3, 1, 1, 9, 8),
+    "wide": (1, 1, 1, 3, 5, 256),
+    "width-59": (1, 2, 1, 9, 13, 59),
+    "no-images": (1, 0, 2, 3, 4, 8),
+    "no-heads": (1, 2, 0, 3, 4, 8),
+    "no-queries": (1, 2, 2, 0, 4, 8),
+    "no-keys": (1, 2, 2, 3, 0, 8),
+    "no-width": (1, 2, 2, 3, 4, 0),
+}
+
+
+def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    Bq, B, H, K, L, d = CASES[case]
+    shapes = {"query": (Bq, H, K, d), "key": (B, H, L, d), "value": (B, H, L, d)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+def some_mask(B: int, L: int) -> Tensor:
+    mask = torch.rand(B, L) > 0.4
+    mask[:, 0] = True
+    return mask
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_dtype(case, dtype, impl, runnable, compare):
+    runnable("cross_attn", dtype, CASES[case][-1])
+    compare(ops.cross_attn, draw(case, dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lse_and_its_gradient(case, impl, runnable, compare):
+    runnable("cross_attn", torch.float32, CASES[case][-1])
+    if CASES[case][4] == 0:
+        out, lse = ops.cross_attn_lse(*draw(case).values(), impl=impl)
+        assert (out == 0).all()
+        assert (lse == -torch.inf).all()
+        return
+    compare(ops.cross_attn_lse, draw(case), scale=0.7)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one-mask", "mask-per-image"])
+def test_key_mask(shared, dtype, impl, runnable, compare):
+    runnable("cross_attn", dtype, 32)
+    mask = some_mask(1 if shared else 3, 49)
+    compare(ops.cross_attn_lse, draw("ordinary", dtype), key_mask=mask)
+
+
+def test_fully_masked_image_is_zero_with_zero_gradients(impl, device, runnable):
+    runnable("cross_attn", torch.float32, 32)
+    tensors = {k: v.to(device).requires_grad_() for k, v in draw("ordinary").items()}
+    mask = torch.ones(3, 49, dtype=torch.bool, device=device)
+    mask[1] = False
+    out, lse = ops.cross_attn_lse(**tensors, key_mask=mask, impl=impl)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -torch.inf).all()
+    grads = torch.autograd.grad(out.sum() + lse[[0, 2]].sum(), list(tensors.values()))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert (grads[1][1] == 0).all()
+    assert (grads[2][1] == 0).all()
+    # the shared query's gradient is that of the two visible images
+    visible = {k: (v if k == "query" else v[[0, 2]]) for k, v in tensors.items()}
+    out, lse = ops.cross_attn_lse(**visible, impl=impl)
+    (expected,) = torch.autograd.grad(out.sum() + lse.sum(), [tensors["query"]])
+    torch.testing.assert_close(grads[0], expected)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_masked_columns_hold_does_not_matter(poison, impl, device, runnable):
+    runnable("cross_attn", torch.float32, 32)
+    tensors = {k: v.to(device) for k, v in draw("ordinary").items()}
+    mask = some_mask(3, 49).to(device)
+    results = []
+    for fill in (0.0, poison):
+        leaves = {
+            k: (v if k == "query" else v.masked_fill(~mask[:, None, :, None], fill))
+            .clone()
+            .requires_grad_()
+            for k, v in tensors.items()
+        }
+        out = ops.cross_attn(**leaves, key_mask=mask, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
+    for clean, poisoned in zip(*results, strict=True):
+        assert torch.equal(clean, poisoned)
+
+
+def test_nan_stays_in_its_row(impl, device, runnable):
+    runnable("cross_attn", torch.float32, 32)
+    tensors = {k: v.to(device) for k, v in draw("ordinary").items()}
+    tensors["query"][0, 0, 3, 5] = float("nan")
+    out = ops.cross_attn(**tensors, impl=impl)
+    expected = ops.cross_attn(**tensors, impl="reference")
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert expected.isnan().any()
+
+
+LAYOUTS = {
+    "gaps": testing.spread,
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "heads-inner": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "misaligned": testing.misaligned,
+    "expanded": lambda t: t[:, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, impl, runnable, compare):
+    runnable("cross_attn", torch.float32, 20)
+    compare(ops.cross_attn, {k: LAYOUTS[layout](v) for k, v in draw("odd").items()})
+
+
+def test_expanded_output_gradient(impl, device, runnable):
+    runnable("cross_attn", torch.float32, 20)
+    tensors = [v.to(device).requires_grad_() for v in draw("odd").values()]
+    actual = torch.autograd.grad(ops.cross_attn(*tensors, impl=impl).sum(), tensors)
+    expected = torch.autograd.grad(ops.cross_attn(*tensors, impl="reference").sum(), tensors)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [1e4, 1e-38, 300.0])
+def test_extreme_scores(magnitude, impl, runnable, compare):
+    runnable("cross_attn", torch.float32, 32)
+    inputs = draw("ordinary")
+    inputs["query"] = inputs["query"] * magnitude
+    compare(ops.cross_attn, inputs, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("query_batch", "key_batch", "value_batch", "mask_batch"),
+    [(4, 1, 1, None), (4, 1, 1, 1), (4, 1, 1, 4), (4, 1, 4, None), (1, 1, 1, 4), (1, 4, 1, None)],
+)
+def test_size_one_batches_broadcast(query_batch, key_batch, value_batch, mask_batch, impl, runnable, compare):
+    runnable("cross_attn", torch.float32, 8)
+    inputs = {
+        "query": torch.randn(query_batch, 2, 5, 8),
+        "key": torch.randn(key_batch, 2, 7, 8),
+        "value": torch.randn(value_batch, 2, 7, 8),
+    }
+    mask = None if mask_batch is None else some_mask(mask_batch, 7)
+    compare(ops.cross_attn_lse, inputs, key_mask=mask)
+
+
+def test_repeats_are_bitwise_equal(impl, device, runnable):
+    runnable("cross_attn", torch.float32, 32)
+    tensors = [v.to(device).requires_grad_() for v in draw("ordinary").values()]
+
+    def once() -> list[Tensor]:
+        out = ops.cross_attn(*tensors, impl=impl)
+        return [out, *torch.autograd.grad(out.square().sum(), tensors)]
+
+    first = once()
+    for _ in range(3 if impl == "triton" and device == "cpu" else 25):
+        assert all(torch.equal(a, b) for a, b in zip(first, once(), strict=True))
+
+
+@pytest.mark.parametrize("case", ["ordinary", "odd", "per-image-query", "one-of-each"])
+def test_reference_is_scaled_dot_product_attention(case):
+    tensors = draw(case, torch.float64)
+    query, key, value = tensors.values()
+    mask = some_mask(key.shape[0], key.shape[2])
+    expanded = query.expand(key.shape[0], -1, -1, -1)
+    expected = F.scaled_dot_product_attention(expanded, key, value, mask[:, None, None])
+    actual = ops.cross_attn(query, key, value, key_mask=mask, impl="reference")
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("impl_name", ["reference", "cpu"])
+def test_gradcheck(impl_name, shared):
+    tensors = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((1 if shared else 2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5))
+    ]
+    mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
+
+    def attend(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(ops.cross_attn_lse(*inputs, key_mask=mask, scale=0.3, impl=impl_name))
+
+    assert torch.autograd.gradcheck(attend, tensors, check_undefined_grad=True)
+
+
+def test_ordinary_calls_take_the_head_width_scale():
+    tensors = draw("ordinary")
+    torch.testing.assert_close(
+        ops.cross_attn(**tensors), ops.cross_attn(**tensors, scale=32**-0.5), rtol=0, atol=0
+    )
