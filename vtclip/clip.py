@@ -26,9 +26,6 @@ import hashlib
 import json
 import logging
 import math
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -37,6 +34,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from vtclip.data.augment import random_view
+from vtclip.data.hub import ClipNotFound, fetch, not_fetched
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,12 +61,7 @@ WEIGHT_NAMES = (
     "open_clip_pytorch_model.bin",
 )
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-HUB_TIMEOUT_S = 5.0
 TEXT_CHUNK = 256
-
-
-class ClipNotFound(ValueError):
-    """A model that is not here and could not be fetched; the message says how to give a file."""
 
 
 def build_clip(config: dict[str, Any]) -> nn.Module:
@@ -85,13 +80,15 @@ def build_clip(config: dict[str, Any]) -> nn.Module:
         cfg["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in cfg["text_cfg"]:
         cfg["text_cfg"]["hf_model_pretrained"] = False
-    if "multimodal_cfg" in cfg:
-        return open_clip.CoCa(**cfg)
-    return open_clip.CustomTextCLIP(**cfg) if custom else open_clip.CLIP(**cfg)
+    kind = open_clip.CLIP
+    if custom or "multimodal_cfg" in cfg:
+        kind = open_clip.CoCa if "multimodal_cfg" in cfg else open_clip.CustomTextCLIP
+    model: nn.Module = kind(**cfg)
+    return model
 
 
 def resolve_templates(templates: str | Sequence[str] | None) -> list[str]:
-    """Templates as a list: None, one template, "imagenet7", "imagenet80", a .txt file, or a list."""
+    """A list from None, one template, "imagenet7", "imagenet80", a .txt file or a list of them."""
     if templates is None:
         return [DEFAULT_TEMPLATE]
     if isinstance(templates, str):
@@ -167,7 +164,7 @@ class Clip:
             "tokenizer": _tokenizer_config(tokenizer),
         }
         self.weights_digest = _digest(model)
-        self.logit_scale = float(model.logit_scale.detach().float().reshape(-1)[0].exp())  # type: ignore[operator, union-attr]
+        self.logit_scale = float(model.logit_scale.detach().float().reshape(-1)[0].exp())  # type: ignore[operator]
         self.width = int(self.config["model_cfg"]["embed_dim"])
         self._visual = visual
         self._kind = _visual_kind(visual, open_clip)
@@ -191,19 +188,8 @@ class Clip:
 
     def augment(self, image: Image, generator: torch.Generator) -> Tensor:
         """Random resized crop (area 0.08-1, ratio 3/4-4/3) and flip drawn from `generator` only."""
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as vision
-
-        size = self.preprocess_cfg["size"]
-        out = [size, size] if isinstance(size, int) else list(size)
-        top, left, height, width = _crop_box(image.width, image.height, generator)
-        image = vision.resized_crop(image, top, left, height, width, out, InterpolationMode.BICUBIC)
-        if float(torch.rand((), generator=generator)) < 0.5:
-            image = vision.hflip(image)
-        pixels = vision.to_tensor(image.convert("RGB"))
-        return vision.normalize(  # type: ignore[no-any-return]
-            pixels, self.preprocess_cfg["mean"], self.preprocess_cfg["std"]
-        )
+        cfg = self.preprocess_cfg
+        return random_view(image, cfg["size"], cfg["mean"], cfg["std"], generator)
 
     def check_spatial(self, spatial: str | None) -> str | None:
         """`spatial` with "default" resolved, or a ValueError that lists what this model offers."""
@@ -224,7 +210,7 @@ class Clip:
     def encode_image(
         self, pixels: Tensor, spatial: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """pixels [B, 3, H, W] to (global [B, C] as the model gives it, spatial [B, L, Cs] or None)."""
+        """pixels [B, 3, H, W] to global [B, C], not normalised, and spatial [B, L, Cs] or None."""
         spatial = self.check_spatial(spatial)
         pixels = pixels.to(self.device, torch.float32)
         if spatial is None:
@@ -300,12 +286,13 @@ def attention_pool(pool: Any, image_map: Tensor) -> Tensor:
     tokens = tokens + pool.positional_embedding
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)  # [B, H, 1 + L, d]
+        return x.reshape(*x.shape[:2], pool.num_heads, -1).transpose(1, 2)  # [B, H, 1 + L, d]
 
     mixed = functional.scaled_dot_product_attention(
         heads(pool.q_proj(tokens)), heads(pool.k_proj(tokens)), heads(pool.v_proj(tokens))
     )
-    return pool.c_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+    out: Tensor = pool.c_proj(mixed.transpose(1, 2).flatten(2))
+    return out
 
 
 def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") -> Clip:
@@ -370,8 +357,8 @@ def _load_hub(name: str, device: str | torch.device) -> Clip:
     import open_clip
 
     repo = name.removeprefix("hf-hub:")
-    config = json.loads(_fetch(name, repo, [CONFIG_NAME]).read_text(encoding="utf-8"))
-    weights = _fetch(name, repo, list(WEIGHT_NAMES))
+    config = json.loads(fetch(name, repo, [CONFIG_NAME]).read_text(encoding="utf-8"))
+    weights = fetch(name, repo, list(WEIGHT_NAMES))
     return _finish(name, config, weights, open_clip.get_tokenizer(name), device)
 
 
@@ -409,74 +396,18 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
     hub = tag.get("hf_hub", "")
     if hub:
         repo, _, filename = hub.rpartition("/")
-        weights = _fetch(name, repo, [filename] if filename else list(WEIGHT_NAMES))
+        weights = fetch(name, repo, [filename] if filename else list(WEIGHT_NAMES))
     else:
         try:
             weights = Path(open_clip.download_pretrained(tag))
         except Exception as error:
-            raise _not_fetched(name, tag.get("url", "its address"), error) from None
+            raise not_fetched(name, tag.get("url", "its address"), error) from None
     return _finish(
         name,
         {"model_cfg": model_cfg, "preprocess_cfg": tag},
         weights,
         open_clip.get_tokenizer(arch),
         device,
-    )
-
-
-def _fetch(name: str, repo: str, filenames: list[str]) -> Path:
-    """The first of `filenames` that the hub client has cached or can fetch; never a long hang."""
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    for filename in filenames:
-        cached = huggingface_hub.try_to_load_from_cache(repo, filename)
-        if isinstance(cached, str):
-            return Path(cached)
-    reason = _unreachable(huggingface_hub.constants.ENDPOINT)
-    if reason is not None:  # the hub client would retry for half a minute
-        raise _not_fetched(name, f"{repo}/{filenames[0]}", reason)
-    last: Exception = ClipNotFound("nothing to fetch")
-    for filename in filenames:
-        try:
-            return Path(huggingface_hub.hf_hub_download(repo, filename, etag_timeout=HUB_TIMEOUT_S))
-        except LocalEntryNotFoundError as error:  # no network: the other names would wait in vain
-            raise _not_fetched(name, f"{repo}/{filename}", error) from None
-        except EntryNotFoundError as error:
-            last = error
-        except Exception as error:
-            raise _not_fetched(name, f"{repo}/{filename}", error) from None
-    raise _not_fetched(name, f"{repo}/{{{','.join(filenames)}}}", last)
-
-
-def _unreachable(endpoint: str) -> Exception | None:
-    """Why the hub cannot be reached directly; None where it can or where a proxy decides."""
-    import huggingface_hub
-
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return ConnectionError("HF_HUB_OFFLINE is set")
-    parts = urllib.parse.urlsplit(endpoint)
-    if parts.hostname is None or parts.scheme in urllib.request.getproxies():
-        return None
-    try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=HUB_TIMEOUT_S).close()
-    except OSError as error:
-        return error
-    return None
-
-
-def _not_fetched(name: str, what: str, error: Exception) -> ClipNotFound:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    arch = name.partition(":")[0]
-    give = (
-        "local-dir:/folder"
-        if arch == "hf-hub"
-        else f"{arch}:/path/to/weights.safetensors or local-dir:/folder"
-    )
-    return ClipNotFound(
-        f"model {name!r}: {what} is neither cached nor could it be fetched "
-        f"({reason[:160]}); give a local copy as {give}"
     )
 
 
@@ -604,23 +535,8 @@ def _truncated(tokenizer: Any, prompts: list[str]) -> list[str]:
     return [prompt for prompt, is_cut in zip(prompts, cut, strict=True) if is_cut]
 
 
-def _crop_box(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop; after ten misses the largest central one."""
-    low, high = math.log(3 / 4), math.log(4 / 3)
-    for _ in range(10):
-        draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        area = width * height * (0.08 + 0.92 * draw[0])
-        ratio = math.exp(low + (high - low) * draw[1])
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(draw[2] * (height - h + 1)), int(draw[3] * (width - w + 1)), h, w
-    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-    w, h = max(w, 1), max(h, 1)
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
 def _size(image_size: Any) -> int | list[int]:
-    """One number for square inputs, which keeps the JSON form and its digest the same everywhere."""
+    """One number for square inputs, so that the JSON form and its digest have one spelling."""
     if isinstance(image_size, (tuple, list)):
         sizes = [int(value) for value in image_size]
         return sizes[0] if len(set(sizes)) == 1 else sizes

@@ -40,7 +40,7 @@ BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 100
 
 
 def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool = False) -> Records:
-    """The table in `path`; with `need_spatial` only rows with spatial features and their classes."""
+    """The table in `path`; `need_spatial` keeps rows with spatial features and their classes."""
     path = Path(path)
     arrays = _read(path)
     for key in ("image", "label", "classname", "text"):
@@ -62,17 +62,18 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
         raise ValueError(
             f"{path.name}: spatial features are needed, but there is no array 'spatial'"
         )
-    info = {
+    digests = {"images": digest_of(image), "text": digest_of(text)}
+    if spatial is not None:
+        digests["spatial"] = digest_of(spatial)
+    info: dict[str, Any] = {
         "kind": "npz",
         "path": path.name,
         "templates": templates,
         "model": None,
         "transform": None,
         "spatial": None if spatial is None else ("raw" if projection is None else "projected"),
-        "digests": {"images": digest_of(image), "text": digest_of(text)},
+        "digests": digests,
     }
-    if spatial is not None:
-        info["digests"]["spatial"] = digest_of(spatial)
     scale = 100.0
     if "temperature" in arrays:
         scale = math.exp(float(np.asarray(arrays["temperature"], dtype=np.float64).reshape(-1)[0]))

@@ -67,17 +67,15 @@ class MemoryStore:
         self._image = image if image.dim() == 3 else image[:, None]
         self._spatial = spatial
         self._projection = projection
-        if spatial is not None and spatial.dim() == 3:
-            self._spatial = spatial[:, None]
         if self._image.dim() != 3:
             raise ValueError(f"records: image must be [N, C], got {list(image.shape)}")
-        if self._spatial is not None and (
-            self._spatial.dim() != 4 or self._spatial.shape[:2] != self._image.shape[:2]
-        ):
-            raise ValueError(
-                f"records: spatial must be [N, L, Cs] with N = {len(image)}, "
-                f"got {list(spatial.shape)}"
-            )  # type: ignore[union-attr]
+        if spatial is not None:
+            self._spatial = spatial = spatial[:, None] if spatial.dim() == 3 else spatial
+            if spatial.dim() != 4 or spatial.shape[:2] != self._image.shape[:2]:
+                raise ValueError(
+                    f"records: spatial must be [N, L, Cs] with N = {len(image)}, "
+                    f"got {list(spatial.shape)}"
+                )
         self.width = int(self._image.shape[2])
         self.num_passes = int(self._image.shape[1]) - 1
         self.spatial_tokens = None if self._spatial is None else int(self._spatial.shape[2])

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files to RGB, and folders of class folders to a table of files.
+
+Decoding rules, the same for training, evaluation and prediction:
+
+- JPEG, PNG, WebP, BMP, GIF, TIFF and MPO, told by content and not by extension; nothing that can
+  start another program. The first frame of an animation or a page file.
+- EXIF orientation is applied. Transparency goes over white. CMYK, palette, grey and 1-bit become
+  RGB. 16-bit grey is scaled by 1/257. Floats and 32-bit integers have no known range: refused.
+- At most 89,478,485 pixels, 1 GiB and an aspect of 100:1 (a resize of the short edge to 224
+  then stays below 6 million pixels). PNG and WebP files must be complete.
+
+A file that cannot be read is an `ImageError` with its path and reason. It is never replaced by
+black pixels or by its neighbour.
+
+Folder rules: `root/class_name/**/image.ext`. Classes are the folders directly below `root`, in
+natural order (class_2 before class_10, case ignored); deeper folders belong to their class. Names
+that start with a dot, Thumbs.db, desktop.ini, __MACOSX and files without an image extension
+(.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .mpo, any case) are passed over. Links are
+followed inside `root`, outside only with follow_links=True.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vtclip.data.records import check_class_names
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "Folder",
+    "ImageError",
+    "decode",
+    "natural_key",
+    "open_image",
+    "read_file",
+    "scan_folder",
+]
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+EXTENSIONS = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .mpo".split()  # noqa: SIM905
+)
+MAX_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
+MAX_ASPECT = 100
+MAX_BYTES = 2**30
+IGNORED = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
+SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+PNG_END = b"IEND\xaeB`\x82"
+
+
+class ImageError(ValueError):
+    """A file that is no readable image; `path` and `reason` say which and why."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        self.path = str(path)
+        self.reason = reason
+        super().__init__(f"{printable(self.path)}: {reason}")
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return type(self), (self.path, self.reason)
+
+
+def printable(name: str) -> str:
+    """`name` with undecodable bytes, controls and line ends written as escapes."""
+    return "".join(
+        letter
+        if letter.isprintable()
+        else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in name
+    )
+
+
+def open_image(path: str | Path) -> Image:
+    """The file as an RGB image, or ImageError."""
+    return decode(read_file(path), path)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a regular file; a pipe or device is refused without being opened."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+            raise ImageError(path, f"not a regular file but {kind}")
+        if status.st_size == 0:
+            raise ImageError(path, "the file is empty")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(path, f"{status.st_size} bytes, the limit is {MAX_BYTES}")
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        link = os.path.islink(path)
+        raise ImageError(path, "a link to nothing" if link else "no such file") from None
+    except OSError as error:
+        raise ImageError(path, error.strerror or type(error).__name__) from None
+
+
+def decode(data: bytes, path: str | Path) -> Image:
+    """`data` as an RGB image; `path` is for messages only."""
+    from PIL import Image as pillow
+    from PIL import UnidentifiedImageError
+
+    try:
+        image = pillow.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image, path)
+        _check_complete(data, image.format, path)
+        image.load()
+        return _to_rgb(_upright(image), path)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError(path, f"not an image of a known format ({', '.join(FORMATS)})") from None
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
+        raise ImageError(path, f"more than {MAX_PIXELS} pixels") from None
+    except MemoryError:
+        raise ImageError(path, "not enough memory to decode it") from None
+    except Exception as error:  # decoders raise many kinds for damaged data
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(path, f"damaged: {reason[:160]}") from None
+
+
+def _check_size(image: Image, path: str | Path) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(path, f"no pixels: {width} x {height}")
+    if width * height > MAX_PIXELS:
+        raise ImageError(path, f"{width} x {height} is more than {MAX_PIXELS} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(path, f"{width} x {height} is longer than {MAX_ASPECT}:1")
+
+
+def _check_complete(data: bytes, kind: str | None, path: str | Path) -> None:
+    """PNG and WebP decoders take a file whose end is missing; JPEG, BMP and TIFF do not."""
+    if kind == "PNG" and PNG_END not in data[-4096:] and PNG_END not in data:
+        raise ImageError(path, "damaged: the end of the PNG file is missing")
+    if kind == "WEBP" and struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
+        raise ImageError(path, "damaged: the end of the WebP file is missing")
+
+
+def _upright(image: Image) -> Image:
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # unreadable EXIF holds no orientation, so the pixels stay as they are
+        return image
+
+
+def _to_rgb(image: Image, path: str | Path) -> Image:
+    from PIL import Image as pillow
+
+    mode = image.mode
+    if mode in ("I;16", "I;16L", "I;16B", "I;16N") or (mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.float64)
+        return pillow.fromarray(np.rint(values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if mode in ("F", "I"):
+        kind = "floating-point" if mode == "F" else "32-bit integer"
+        raise ImageError(path, f"{kind} pixels have no known range; convert them to 8 or 16 bit")
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        if mode in ("La", "RGBa"):
+            image = image.convert("RGBA" if mode == "RGBa" else "LA")
+        over = pillow.new("RGBA", image.size, (255, 255, 255, 255))
+        return pillow.alpha_composite(over, image.convert("RGBA")).convert("RGB")
+    return image if mode == "RGB" else image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Image files of a folder of class folders: `names` are relative and use /, label in step."""
+
+    root: Path
+    class_names: list[str]
+    names: list[str]
+    label: list[int]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+
+def scan_folder(root: str | Path, *, follow_links: bool = False) -> Folder:
+    """The image files below `root` in their fixed order; nothing is opened yet."""
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"source: must be a folder, got {printable(str(root))}")
+    inside = os.path.realpath(root)
+    classes: list[str] = []
+    loose = 0
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if _is_ignored(entry.name):
+                continue
+            if not entry.is_dir():
+                loose += os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+            elif not follow_links and not _is_below(entry.path, inside):
+                raise ValueError(
+                    f"source: class folder {printable(entry.name)} links out of "
+                    f"{printable(str(root))}; follow_links allows it"
+                )
+            else:
+                classes.append(entry.name)
+    classes = _check_classes(root, sorted(classes, key=natural_key), loose)
+    names: list[str] = []
+    label: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    empty: list[str] = []
+    for k, class_name in enumerate(classes):
+        before = len(names)
+        for name in _walk(root, class_name, None if follow_links else inside, skipped):
+            names.append(name)
+            label.append(k)
+        if len(names) == before:
+            empty.append(class_name)
+    if empty:
+        shown = ", ".join(map(printable, empty[:8])) + (", ..." if len(empty) > 8 else "")
+        raise ValueError(f"source: {len(empty)} class folders hold no images: {shown}")
+    if loose:
+        logger.warning(
+            "%d images lie directly in %s, in no class, and are passed over", loose, root
+        )
+    return Folder(root, classes, names, label, skipped)
+
+
+def _check_classes(root: Path, classes: list[str], loose: int) -> list[str]:
+    where = printable(str(root))
+    if not classes:
+        found = f", only {loose} images without a class" if loose else ""
+        raise ValueError(f"source: {where} must hold one folder per class, got no folders{found}")
+    if all(name.lower() in SPLIT_NAMES for name in classes):
+        raise ValueError(
+            f"source: {where} holds {', '.join(classes)}, which are splits and not classes; "
+            f"give one of them, e.g. {printable(str(root / classes[0]))}"
+        )
+    return check_class_names(classes)
+
+
+def _walk(
+    root: Path, class_name: str, inside: str | None, skipped: list[tuple[str, str]]
+) -> Iterator[str]:
+    """Relative names below one class folder in natural order; each real folder once."""
+    seen: set[tuple[int, int]] = set()
+    pending = [class_name]
+    while pending:
+        folder = pending.pop()
+        status = os.stat(root / folder)
+        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        deeper: list[str] = []
+        with os.scandir(root / folder) as entries:
+            for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
+                if _is_ignored(entry.name):
+                    continue
+                name = f"{folder}/{entry.name}"
+                is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
+                if entry.is_symlink() and inside is not None and not _is_below(entry.path, inside):
+                    if is_image or entry.is_dir():
+                        skipped.append((name, "links out of the folder; follow_links allows it"))
+                elif is_image:  # pipes and folders of such a name fail when they are read
+                    yield name
+                elif entry.is_dir():
+                    deeper.append(name)
+        pending += reversed(deeper)
+
+
+def _is_ignored(name: str) -> bool:
+    return name.startswith(".") or name.lower() in IGNORED
+
+
+def _is_below(path: str, inside: str) -> bool:
+    real = os.path.realpath(path)
+    return real == inside or real.startswith(inside.rstrip(os.sep) + os.sep)
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Numbers by value and letters without case, so class_2 < class_10; ties by the name itself."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
+    key = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+    return key, name
+
+
+def content_digest(data: bytes) -> str:
+    """sha256 of a file's bytes."""
+    return hashlib.sha256(data).hexdigest()
