@@ -268,7 +268,8 @@ class Clip:
                 raise ValueError(
                     f"encode_text: the text feature of class {names[index]!r} has norm {value}"
                 )
-        return total / norm[:, None]
+        unit: Tensor = total / norm[:, None]
+        return unit
 
 
 def attention_pool(pool: Any, image_map: Tensor) -> Tensor:

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features on disk: a folder of safetensors shards and a manifest that names all they depend on.
+
+    manifest.json               written last; a folder without it is unfinished
+    text.safetensors            text [K, C] float32
+    shard-00000.safetensors     image [n, 1 + P, C] float32, spatial [n, 1 + P, L, Cs] (dtype)
+
+Global features are float32, so that cached rows equal fresh ones; spatial features are float16
+unless asked otherwise. `key` is a hash of the model's config and weights digest, transform,
+augmentation, templates, class names, spatial option, dtype, passes and of every image's name, size,
+label and content digest. Paths are relative, so the folder may be moved.
+
+Checks: the manifest carries its own digest and every file's size, all checked on opening together
+with the texts; a shard's sha256 is checked once, before its first row is read (`verify` does all).
+Shards are memory-mapped: a batch reads its rows only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vtclip.clip import resolve_templates
+from vtclip.data.records import Records
+from vtclip.files import json_digest, read_json
+
+__all__ = ["FORMAT", "VERSION", "FeatureSet", "FeaturesDamaged", "file_digest"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT, VERSION = "vtclip-features", 1
+MANIFEST, TEXT = "manifest.json", "text.safetensors"
+
+
+class FeaturesDamaged(ValueError):
+    """A features folder whose bytes are not those that were written."""
+
+
+class FeatureSet:
+    """An opened features folder. `manifest` is read-only; `records()` gives the table."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.key: str = manifest["key"]
+        self.fields: dict[str, Any] = manifest["fields"]
+        self._text = _tensors(folder, manifest["text"])["text"]
+        self._store = ShardStore(folder, manifest)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FeatureSet:
+        """The features in `folder`, after checking manifest, sizes and texts."""
+        folder = Path(folder).expanduser()
+        if not (folder / MANIFEST).exists() and (folder / "partial.json").exists():
+            raise ValueError(f"features: {folder} is unfinished; run the same command again")
+        try:
+            manifest = read_json(folder / MANIFEST, "a features folder")
+        except ValueError as error:
+            raise FeaturesDamaged(f"features: {error}") from None
+        if manifest.get("format") != FORMAT:
+            raise FeaturesDamaged(f"features: {folder / MANIFEST} is no manifest of {FORMAT}")
+        if manifest.get("version") != VERSION:
+            raise ValueError(
+                f"features: {folder} has format version {manifest.get('version')}, this vtclip "
+                f"reads version {VERSION}"
+            )
+        body = {name: value for name, value in manifest.items() if name != "digest"}
+        if manifest.get("digest") != json_digest(body):
+            raise FeaturesDamaged(f"features: {folder / MANIFEST} does not match its own digest")
+        for entry in [manifest["text"], *manifest["shards"]]:
+            _check_size(folder, entry)
+        return cls(folder, manifest)
+
+    def __repr__(self) -> str:
+        return f"FeatureSet({self.folder}, {len(self)} images, key={self.key[:12]})"
+
+    def __len__(self) -> int:
+        return len(self.manifest["names"])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(int(entry["bytes"]) for entry in self.manifest["shards"])
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Files that could not be read, with reasons."""
+        return [(name, reason) for name, reason in self.manifest["skipped"]]
+
+    def verify(self) -> None:
+        """Check every shard's digest now; FeaturesDamaged names the first that fails."""
+        for shard in range(len(self.manifest["shards"])):
+            self._store.check(shard)
+
+    def require(
+        self,
+        *,
+        spatial: str | None = None,
+        need_spatial: bool = False,
+        templates: str | Sequence[str] | None = None,
+        augment_passes: int = 0,
+    ) -> None:
+        """A ValueError that names the first wish these features cannot meet."""
+        have = self.fields
+        if need_spatial and have["spatial"] is None:
+            raise ValueError(
+                f"features: {self.folder} holds no spatial features; build them with one"
+            )
+        if spatial not in (None, "default", have["spatial"]):
+            raise ValueError(
+                f"features: {self.folder} holds spatial {have['spatial']!r}, asked for {spatial!r}"
+            )
+        if templates is not None and resolve_templates(templates) != have["templates"]:
+            raise ValueError(
+                f"features: {self.folder} was made with {len(have['templates'])} templates, "
+                f"e.g. {have['templates'][0]!r}, not those asked for"
+            )
+        if augment_passes > have["augment_passes"]:
+            raise ValueError(
+                f"features: {self.folder} holds {have['augment_passes']} augmented passes, "
+                f"asked for {augment_passes}"
+            )
+
+    def records(self) -> Records:
+        """The table, memory-mapped."""
+        have, manifest = self.fields, self.manifest
+        info = {
+            "kind": "features",
+            "path": self.folder.name,
+            "model_name": manifest["model_name"],
+            "model": have["model"],
+            "spatial": have["spatial"],
+            "templates": have["templates"],
+            "transform": have["transform"],
+            "augment_passes": have["augment_passes"],
+            "skipped": manifest["skipped"],
+            "digests": {
+                "images": have["images"],
+                "text": manifest["text"]["sha256"],
+                "weights": have["weights"],
+                "features": self.key,
+            },
+        }
+        return Records(
+            self._store,
+            class_names=have["class_names"],
+            text=self._text,
+            label=torch.tensor(manifest["label"], dtype=torch.long),
+            names=manifest["names"],
+            logit_scale=manifest["logit_scale"],
+            info=info,
+        )
+
+
+class ShardStore:
+    """Rows of memory-mapped shards, each checked against its digest before its first use."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self._folder = folder
+        self._shards: list[dict[str, Any]] = manifest["shards"]
+        self._open: dict[int, dict[str, Tensor]] = {}
+        ends = torch.tensor([entry["rows"] for entry in self._shards]).cumsum(0)
+        self._ends = ends
+        self._starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        self.width = int(manifest["width"])
+        self.num_passes = int(manifest["fields"]["augment_passes"])
+        self.spatial_width: int | None = manifest["spatial_width"]
+        self.spatial_tokens: int | None = manifest["spatial_tokens"]
+
+    def check(self, shard: int) -> None:
+        self._tensors(shard)
+
+    def image(self, row: Tensor, augment_pass: int) -> Tensor:
+        return self._rows("image", row, augment_pass, (self.width,))
+
+    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
+        if self.spatial_tokens is None or self.spatial_width is None:
+            raise ValueError("records: this source holds no spatial features")
+        return self._rows("spatial", row, augment_pass, (self.spatial_tokens, self.spatial_width))
+
+    def _rows(self, name: str, row: Tensor, augment_pass: int, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(len(row), *shape)
+        shard = torch.bucketize(row, self._ends, right=True)
+        for number in sorted(set(shard.tolist())):
+            here = (shard == number).nonzero().flatten()
+            local = row[here] - self._starts[number]
+            out[here] = self._tensors(number)[name][local, augment_pass].float()
+        return out
+
+    def _tensors(self, shard: int) -> dict[str, Tensor]:
+        if shard not in self._open:
+            entry = self._shards[shard]
+            tensors = _tensors(self._folder, entry)
+            passes = 1 + self.num_passes
+            wish = {"image": [entry["rows"], passes, self.width]}
+            if self.spatial_tokens is not None and self.spatial_width is not None:
+                wish["spatial"] = [entry["rows"], passes, self.spatial_tokens, self.spatial_width]
+            got = {name: list(tensor.shape) for name, tensor in tensors.items()}
+            if got != wish:
+                raise FeaturesDamaged(f"features: {entry['file']} must hold {wish}, got {got}")
+            self._open[shard] = tensors
+        return self._open[shard]
+
+
+def _check_size(folder: Path, entry: dict[str, Any]) -> None:
+    path = folder / Path(entry["file"]).name  # never outside the folder
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry["bytes"]:
+        raise FeaturesDamaged(
+            f"features: {path} must have {entry['bytes']} bytes, got "
+            f"{'no such file' if size is None else size}"
+        )
+
+
+def _tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file with the recorded digest, mapped and not read."""
+    _check_size(folder, entry)
+    path = folder / Path(entry["file"]).name
+    digest = file_digest(path)
+    if digest != entry["sha256"]:
+        raise FeaturesDamaged(f"features: {path} was changed after it was written (sha256 differs)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise FeaturesDamaged(f"features: {path} is not a safetensors file: {error}") from None
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file in pieces."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            total.update(piece)
+    return total.hexdigest()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Content digests of a folder's files, unreadable and repeated ones, and work ahead in threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vtclip.data.images import (
+    Folder,
+    ImageError,
+    content_digest,
+    decode,
+    printable,
+    read_file,
+    scan_folder,
+)
+
+__all__ = [
+    "Hashed",
+    "Report",
+    "ahead",
+    "check_folder",
+    "decode_pool",
+    "duplicates_of",
+    "hash_all",
+    "progress_bar",
+]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Report:
+    """What a look at a folder found; `lines()` is for people."""
+
+    rows: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    duplicates: list[tuple[str, str]] = field(default_factory=list)
+    num_bytes: int = 0
+    seconds: float = 0.0
+    reused: bool = False
+
+    def lines(self, limit: int = 20) -> list[str]:
+        total = self.rows + len(self.skipped)
+        out = [f"{self.rows} of {total} images read"]
+        for title, rows in (("unreadable", self.skipped), ("same content", self.duplicates)):
+            out += [f"{title}: {printable(a)}: {printable(b)}" for a, b in rows[:limit]]
+            if len(rows) > limit:
+                out.append(f"{title}: {len(rows) - limit} more")
+        return out
+
+
+@dataclass(frozen=True)
+class Hashed:
+    """A folder's files after hashing: those that could be opened, with size and content digest."""
+
+    folder: Folder
+    names: list[str]
+    label: list[int]
+    sizes: list[int]
+    digests: list[str]
+    skipped: list[tuple[str, str]]
+
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for row in zip(self.names, self.label, self.sizes, self.digests, strict=True):
+            line = repr(row).encode("utf-8", "backslashreplace")
+            total.update(len(line).to_bytes(8, "little") + line)
+        return total.hexdigest()
+
+
+def check_folder(
+    source: str | Path, *, progress: bool = True, follow_links: bool = False
+) -> tuple[Folder, Report]:
+    """Decode every image of a folder and say which cannot be read or occur twice."""
+    start = time.perf_counter()
+    hashed = hash_all(scan_folder(source, follow_links=follow_links), progress)
+
+    def attempt(name: str) -> ImageError | None:
+        path = hashed.folder.path(name)
+        try:
+            decode(read_file(path), path)
+        except ImageError as error:
+            return error
+        return None
+
+    report = Report(skipped=list(hashed.skipped), duplicates=duplicates_of(hashed))
+    with decode_pool() as pool, progress_bar(len(hashed.names), "decoding", progress) as bar:
+        for name, error in zip(hashed.names, ahead(pool, attempt, hashed.names, 64), strict=True):
+            bar.update()
+            if error is not None:
+                report.skipped.append((name, error.reason))
+    report.rows = len(hashed.names) + len(hashed.skipped) - len(report.skipped)
+    report.num_bytes, report.seconds = sum(hashed.sizes), time.perf_counter() - start
+    return hashed.folder, report
+
+
+def hash_all(folder: Folder, progress: bool) -> Hashed:
+    def attempt(name: str) -> tuple[int, str] | ImageError:
+        try:
+            data = read_file(folder.path(name))
+        except ImageError as error:
+            return error
+        return len(data), content_digest(data)
+
+    out = Hashed(folder, [], [], [], [], list(folder.skipped))
+    with decode_pool() as pool, progress_bar(len(folder.names), "hashing", progress) as bar:
+        found = ahead(pool, attempt, folder.names, 256)
+        for name, k, item in zip(folder.names, folder.label, found, strict=True):
+            bar.update()
+            if isinstance(item, ImageError):
+                out.skipped.append((name, item.reason))
+                continue
+            out.names.append(name)
+            out.label.append(k)
+            out.sizes.append(item[0])
+            out.digests.append(item[1])
+    return out
+
+
+def duplicates_of(hashed: Hashed) -> list[tuple[str, str]]:
+    first: dict[str, str] = {}
+    return [(first[digest], name) for digest, name in zip(hashed.digests, hashed.names, strict=True)
+            if first.setdefault(digest, name) != name]  # fmt: skip
+
+
+def decode_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="vtclip-decode")
+
+
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """work(item) in order, with at most `depth` results waiting."""
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) >= depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def progress_bar(total: int, what: str, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    # disable=None: silent where the output is no terminal
+    return tqdm(total=total, desc=what, unit="img", delay=1.0, leave=False,
+                disable=None if progress else True)  # fmt: skip
