@@ -60,6 +60,13 @@ def input_precision(dtype: torch.dtype, target: Target) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
+def accumulate_precision(dtype: torch.dtype, target: Target) -> str:
+    """The same for float32 intermediates of `dtype` tensors: tf32 carries all bits of 16-bit ones."""
+    if dtype != torch.float32 and target.backend == "cuda":
+        return "tf32"
+    return input_precision(dtype, target)
+
+
 def check(op: str, tensor: torch.Tensor, width: int, limit: int) -> None:
     """Refuse what would silently lose precision or cannot be tiled."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -78,6 +85,11 @@ def mask_argument(
         return stand_in, (0, 0)
     stride_b = 0 if key_mask.shape[0] == 1 else key_mask.stride(0)
     return key_mask.view(torch.uint8), (stride_b, key_mask.stride(1))
+
+
+def query_strides(query: torch.Tensor) -> tuple[int, ...]:
+    """Strides that repeat a shared query [1, H, K, d] for every image."""
+    return (0 if query.shape[0] == 1 else query.stride(0), *query.stride()[1:])
 
 
 def padded(size: int) -> int:

@@ -63,27 +63,31 @@ def attended(mask_ptr, offs_l, stride_l, L, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def row_max(x):
+    """[rows] largest entry of x [rows, columns]; NaN is passed over."""
+    if INTERPRETED:
+        x = tl.where(x == x, x, float("-inf"))  # a row of NaN makes NumPy warn
+    return tl.max(x, axis=1)
+
+
+@triton.jit
 def reciprocal_norm(x):
     """1 / |row| of x [rows, D] float32, 0 for a zero row; squares entries of at most 1, so never overflows."""
-    top = tl.max(tl.abs(x), axis=1)
+    top = row_max(tl.abs(x))
     top = tl.where(top > 0, top, 1.0)  # also when the row is NaN, which then shows in the sum
     unit = x / top[:, None]
     squares = tl.sum(unit * unit, axis=1)
     norm = tl.where(squares == 0, 1.0, tl.sqrt(squares))
-    # the reciprocal of a norm below 2^-128 is beyond float32
-    return tl.where(squares == 0, 0.0, _finite(1.0 / norm / top))
-
-
-@triton.jit
-def _finite(x):
-    return tl.where(x > 3.0e38, 3.0e38, x)
+    # the reciprocal of less than 2^-128 is beyond float32
+    return tl.where(squares == 0, 0.0, 1.0 / norm / tl.maximum(top, 3.0e-39))
 
 
 @triton.jit
 def power_of_two(x):
-    """Largest power of two not above x (x >= 0; 2^-126 for less); scaling by it is exact."""
+    """Power of two in (x/2, x] for x >= 2^-126; 1 for NaN. A factor that loses no bits."""
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000
-    return tl.where(bits < 0x00800000, 0x00800000, bits).to(tl.float32, bitcast=True)
+    bits = tl.where(bits < 0x00800000, 0x00800000, bits)
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), 1.0)
 
 
 @triton.jit(do_not_specialize=["P", "N"])

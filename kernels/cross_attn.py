@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _configs
-from ._math import LN2, LOG2E, attended, dot, load_rows, store_rows
+from ._math import LN2, LOG2E, attended, dot, load_rows, row_max, store_rows
 from .cross_attn_bwd import cross_attn_bwd
 
 __all__ = ["cross_attn_bwd", "cross_attn_fwd"]
@@ -69,7 +69,7 @@ def cross_attn_fwd_kernel(
             k = load_rows(key_b, offs_l, offs_d, stride_key_l, stride_key_d, keep, D)
             s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], in powers of two
             s = tl.where(keep[None, :], s, float("-inf"))
-            top = tl.max(s, axis=1)
+            top = row_max(s)
             top = tl.where(top == float("-inf"), 0.0, top)  # no column: exp2(-inf) = 0, not NaN
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, axis=1)
@@ -85,7 +85,7 @@ def cross_attn_fwd_kernel(
                 k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
                 s = dot(q, tl.trans(k), PRECISION) * scale_log2
                 s = tl.where(keep[None, :], s, float("-inf"))
-                new_top = tl.maximum(top, tl.max(s, axis=1))
+                new_top = tl.maximum(top, row_max(s))
                 shift = tl.where(new_top == float("-inf"), 0.0, new_top)
                 shrink = tl.exp2(top - shift)
                 p = tl.exp2(s - shift[:, None])

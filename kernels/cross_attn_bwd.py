@@ -42,7 +42,7 @@ def cross_attn_bwd_query_kernel(
     stride_out_b, stride_out_h, stride_out_k, stride_out_d,
     stride_d_query_b, stride_d_query_h, stride_d_query_k, stride_d_query_d,
     scale, B, H, K, L, D, images_per_program,
-    SHARED_QUERY: tl.constexpr, HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -56,9 +56,7 @@ def cross_attn_bwd_query_kernel(
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
 
-    query_ptr += h * stride_query_h
-    if not SHARED_QUERY:
-        query_ptr += first * stride_query_b
+    query_ptr += first * stride_query_b + h * stride_query_h
     q = load_rows(query_ptr, offs_k, offs_d, stride_query_k, stride_query_d, in_k, D)
     scale_log2 = scale * LOG2E
     acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -207,20 +205,19 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
         if programs * chunks:
             cross_attn_bwd_query_kernel[(programs * chunks,)](
                 grad_out, d_lse, query, key, value, mask, out, lse, delta, partial,
-                *grad_out.stride(), *d_lse_strides, *query.stride(), *key.stride(),
+                *grad_out.stride(), *d_lse_strides, *_configs.query_strides(query), *key.stride(),
                 *value.stride(), *mask_strides, *out.stride(), *partial.stride(),
                 scale, B, H, K, L, d, images,
-                SHARED_QUERY=shared, HAS_D_LSE=grad_lse is not None,
+                HAS_D_LSE=grad_lse is not None,
                 BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, **settings, **tile.launch,
             )  # fmt: skip
         if partial is not d_query:
             sum_partials(partial, d_query)
         if B * H * L:
-            query_strides = (0 if shared else query.stride(0), *query.stride()[1:])
             tile = _configs.attention("bwd_key", query.dtype, d, K, L, target)
             cross_attn_bwd_key_kernel[(B * H * triton.cdiv(L, tile.block_l),)](
                 grad_out, query, key, value, mask, lse, delta, d_key, d_value,
-                *grad_out.stride(), *query_strides, *key.stride(), *value.stride(),
+                *grad_out.stride(), *_configs.query_strides(query), *key.stride(), *value.stride(),
                 *mask_strides, *d_key.stride(), *d_value.stride(),
                 scale, H, K, L, d,
                 BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, **settings, **tile.launch,

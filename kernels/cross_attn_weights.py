@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention weights P = softmax_L(scale q k^T) in memory, and their backward.
+
+dS = P * (dP - rowsum(P * dP)) * scale. The backward knows masked columns by their weights: a column
+with weight 0 in every row gives nothing, so its key is not read and its gradient is 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _configs
+from ._math import LOG2E, attended, cast, dot, load_rows, row_max, store_rows, sum_partials
+
+
+@triton.jit
+def load_weights(ptr, offs_row, offs_col, stride_row, stride_col, in_row, in_col):
+    """[rows, columns] float32 tile of a [K, L] matrix, 0 outside."""
+    offs = offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
+    mask = in_row[:, None] & in_col[None, :]
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["H", "K", "L"])
+def cross_attn_weights_fwd_kernel(
+    query_ptr,  # [B|1, H, K, D]
+    key_ptr,  # [B, H, L, D]
+    mask_ptr,  # [B|1, L] uint8
+    weights_ptr,  # [B, H, K, L], contiguous
+    stride_query_b, stride_query_h, stride_query_k, stride_query_d,
+    stride_key_b, stride_key_h, stride_key_l, stride_key_d,
+    stride_mask_b, stride_mask_l,
+    scale, H, K, L, D,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # program = (image, head, query tile)
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(K, BLOCK_K)
+    h = (pid // num_tiles % H).to(tl.int64)
+    b = (pid // num_tiles // H).to(tl.int64)
+    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    in_k = offs_k < K
+
+    key_ptr += b * stride_key_b + h * stride_key_h
+    mask_ptr += b * stride_mask_b
+    weights_ptr += (b * H + h) * K * L
+    q = load_rows(
+        query_ptr + b * stride_query_b + h * stride_query_h,
+        offs_k, offs_d, stride_query_k, stride_query_d, in_k, D,
+    )  # fmt: skip
+    scale_log2 = scale * LOG2E
+
+    top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, L, BLOCK_L):
+        cols = start + offs_l
+        keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
+        k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
+        s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], in powers of two
+        s = tl.where(keep[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, row_max(s))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
+        top = new_top
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.where(total == 0.0, 1.0, total)
+
+    # the scores again: cheaper than keeping a row of them for any L
+    for start in range(0, L, BLOCK_L):
+        cols = start + offs_l
+        in_l = cols < L
+        keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
+        k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
+        s = dot(q, tl.trans(k), PRECISION) * scale_log2
+        p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) / total[:, None], 0.0)
+        tl.store(
+            weights_ptr + offs_k[:, None] * L + cols[None, :],
+            cast(p, weights_ptr.dtype.element_ty),
+            mask=in_k[:, None] & in_l[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["B", "H", "K", "L", "images_per_program"])
+def cross_attn_weights_bwd_query_kernel(
+    d_weights_ptr,  # [B, H, K, L]
+    weights_ptr,  # [B, H, K, L]
+    key_ptr,  # [B, H, L, D]
+    delta_ptr,  # [B, H, K] float32, contiguous: written
+    d_query_ptr,  # [chunks, H, K, D], one slice per image chunk: written
+    stride_d_weights_b, stride_d_weights_h, stride_d_weights_k, stride_d_weights_l,
+    stride_weights_b, stride_weights_h, stride_weights_k, stride_weights_l,
+    stride_key_b, stride_key_h, stride_key_l, stride_key_d,
+    stride_d_query_b, stride_d_query_h, stride_d_query_k, stride_d_query_d,
+    scale, B, H, K, L, D, images_per_program,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # program = (image chunk, head, query tile)
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(K, BLOCK_K)
+    h = (pid // num_tiles % H).to(tl.int64)
+    chunk = (pid // num_tiles // H).to(tl.int64)
+    first = chunk * images_per_program
+    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    in_k = offs_k < K
+    acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+
+    for i in range(0, tl.minimum(images_per_program, B - first)):
+        b = first + i
+        key_b = key_ptr + b * stride_key_b + h * stride_key_h
+        p_b = weights_ptr + b * stride_weights_b + h * stride_weights_h
+        d_p_b = d_weights_ptr + b * stride_d_weights_b + h * stride_d_weights_h
+
+        delta = tl.zeros((BLOCK_K,), tl.float32)  # rowsum(P * dP)
+        for start in range(0, L, BLOCK_L):
+            cols = start + offs_l
+            in_l = cols < L
+            p = load_weights(
+                p_b, offs_k, cols, stride_weights_k, stride_weights_l, in_k, in_l
+            )  # fmt: skip
+            d_p = load_weights(
+                d_p_b, offs_k, cols, stride_d_weights_k, stride_d_weights_l, in_k, in_l
+            )  # fmt: skip
+            delta += tl.sum(p * tl.where(p != 0.0, d_p, 0.0), axis=1)
+        tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
+
+        for start in range(0, L, BLOCK_L):
+            cols = start + offs_l
+            in_l = cols < L
+            p = load_weights(
+                p_b, offs_k, cols, stride_weights_k, stride_weights_l, in_k, in_l
+            )  # fmt: skip
+            d_p = load_weights(
+                d_p_b, offs_k, cols, stride_d_weights_k, stride_d_weights_l, in_k, in_l
+            )  # fmt: skip
+            d_s = p * (tl.where(p != 0.0, d_p, 0.0) - delta[:, None])
+            used = tl.max((p != 0.0).to(tl.int32), axis=0) != 0  # [BLOCK_L]
+            k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, used, D)
+            acc += dot(d_s.to(k.dtype), k, PRECISION)
+
+    store_rows(
+        d_query_ptr + chunk * stride_d_query_b + h * stride_d_query_h,
+        acc * scale, offs_k, offs_d, stride_d_query_k, stride_d_query_d, in_k, D,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["H", "K", "L"])
+def cross_attn_weights_bwd_key_kernel(
+    d_weights_ptr,  # [B, H, K, L]
+    weights_ptr,  # [B, H, K, L]
+    query_ptr,  # [B|1, H, K, D]
+    delta_ptr,  # [B, H, K] float32, contiguous
+    d_key_ptr,  # [B, H, L, D]: written
+    stride_d_weights_b, stride_d_weights_h, stride_d_weights_k, stride_d_weights_l,
+    stride_weights_b, stride_weights_h, stride_weights_k, stride_weights_l,
+    stride_query_b, stride_query_h, stride_query_k, stride_query_d,
+    stride_d_key_b, stride_d_key_h, stride_d_key_l, stride_d_key_d,
+    scale, H, K, L, D,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # program = (image, head, key tile)
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(L, BLOCK_L)
+    h = (pid // num_tiles % H).to(tl.int64)
+    b = (pid // num_tiles // H).to(tl.int64)
+    offs_l = (pid % num_tiles).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    in_l = offs_l < L
+
+    weights_ptr += b * stride_weights_b + h * stride_weights_h
+    d_weights_ptr += b * stride_d_weights_b + h * stride_d_weights_h
+    query_ptr += b * stride_query_b + h * stride_query_h
+    delta_ptr += (b * H + h) * K
+    used = tl.zeros((BLOCK_L,), tl.int32)
+    acc = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        rows = start + offs_k
+        in_k = rows < K
+        # transposed tiles [BLOCK_L, BLOCK_K]
+        p = load_weights(
+            weights_ptr, offs_l, rows, stride_weights_l, stride_weights_k, in_l, in_k
+        )  # fmt: skip
+        d_p = load_weights(
+            d_weights_ptr, offs_l, rows, stride_d_weights_l, stride_d_weights_k, in_l, in_k
+        )  # fmt: skip
+        delta = tl.load(delta_ptr + rows, mask=in_k, other=0.0)
+        d_s = p * (tl.where(p != 0.0, d_p, 0.0) - delta[None, :])
+        used = tl.maximum(used, tl.max((p != 0.0).to(tl.int32), axis=1))
+        q = load_rows(query_ptr, rows, offs_d, stride_query_k, stride_query_d, in_k, D)
+        acc += dot(d_s.to(q.dtype), q, PRECISION)
+
+    acc = tl.where((used != 0)[:, None], acc * scale, 0.0)
+    store_rows(
+        d_key_ptr + b * stride_d_key_b + h * stride_d_key_h,
+        acc, offs_l, offs_d, stride_d_key_l, stride_d_key_d, in_l, D,
+    )  # fmt: skip
+
+
+def cross_attn_weights_fwd(query, key, key_mask, scale):
+    """weights [B, H, K, L]; masked columns and rows without a column are 0."""
+    B, H, L, d = key.shape
+    K = query.shape[2]
+    _configs.check("cross_attn_weights", query, d, _configs.MAX_HEAD_DIM)
+    weights = query.new_empty((B, H, K, L))
+    if weights.numel() == 0:
+        return weights
+    target = _configs.target_of(query)
+    tile = _configs.attention("weights", query.dtype, d, K, L, target)
+    mask, mask_strides = _configs.mask_argument(key_mask, weights)
+    with torch.cuda.device_of(query):
+        cross_attn_weights_fwd_kernel[(B * H * triton.cdiv(K, tile.block_k),)](
+            query, key, mask, weights,
+            *_configs.query_strides(query), *key.stride(), *mask_strides,
+            scale, H, K, L, d,
+            HAS_MASK=key_mask is not None,
+            PRECISION=_configs.input_precision(query.dtype, target),
+            BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, BLOCK_D=_configs.padded(d),
+            **tile.launch,
+        )  # fmt: skip
+    return weights
+
+
+def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
+    """(d_query, d_key), each over [., K or L, H, d] memory; d_query as query is batched."""
+    B, H, L, d = key.shape
+    K = query.shape[2]
+    _configs.check("cross_attn_weights", query, d, _configs.MAX_HEAD_DIM)
+    d_query = query.new_empty((query.shape[0], K, H, d)).transpose(1, 2)
+    d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
+    delta = query.new_empty((B, H, K), dtype=torch.float32)
+    target = _configs.target_of(query)
+    tile = _configs.attention("weights", query.dtype, d, K, L, target)
+    settings = {
+        "PRECISION": _configs.input_precision(query.dtype, target),
+        "BLOCK_K": tile.block_k,
+        "BLOCK_L": tile.block_l,
+        "BLOCK_D": _configs.padded(d),
+        **tile.launch,
+    }
+
+    shared = query.shape[0] == 1
+    programs = H * triton.cdiv(K, tile.block_k)
+    images = _configs.images_per_program(B, programs, target) if shared else 1
+    chunks = triton.cdiv(B, images)
+    partial = d_query  # one slice per chunk, or per image
+    if shared and chunks != 1:
+        partial = query.new_empty((chunks, K, H, d), dtype=torch.float32).transpose(1, 2)
+    with torch.cuda.device_of(query):
+        if programs * chunks:
+            cross_attn_weights_bwd_query_kernel[(programs * chunks,)](
+                grad_weights, weights, key, delta, partial,
+                *grad_weights.stride(), *weights.stride(), *key.stride(), *partial.stride(),
+                scale, B, H, K, L, d, images, **settings,
+            )  # fmt: skip
+        if partial is not d_query:
+            sum_partials(partial, d_query)
+        if B * H * L:
+            cross_attn_weights_bwd_key_kernel[(B * H * triton.cdiv(L, tile.block_l),)](
+                grad_weights, weights, query, delta, d_key,
+                *grad_weights.stride(), *weights.stride(), *_configs.query_strides(query),
+                *d_key.stride(), scale, H, K, L, d, **settings,
+            )  # fmt: skip
+    return d_query, d_key

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cosine_logits_fwd and cosine_logits_bwd against the formula in float64."""
+
+import math
+
+import pytest
+import torch
+
+NAMES = ("logits", "image_rnorm", "text_rnorm", "d_image", "d_text")
+
+
+def unit(x):
+    """Rows of length 1; zero rows stay 0 with gradient 0."""
+    square = (x * x).sum(-1, keepdim=True)
+    zero = square == 0
+    return torch.where(zero, 0.0, x / torch.where(zero, 1.0, square).sqrt())
+
+
+def expected(image, text, scale, grad_logits):
+    image, text = (t.detach().cpu().double().requires_grad_() for t in (image, text))
+    logits = scale * torch.einsum("bd,bkd->bk", unit(image), unit(text).expand(len(image), -1, -1))
+    grads = torch.autograd.grad(logits, (image, text), grad_logits.cpu().double())
+    rnorms = []
+    for t in (image.detach(), text.detach()):
+        norm = t.norm(dim=-1)
+        rnorms.append(torch.where(norm == 0, 0.0, 1 / norm))
+    return dict(zip(NAMES, (logits.detach(), *rnorms, *grads), strict=True))
+
+
+def run(image, text, scale, grad_logits):
+    from vtclip.kernels import cosine_logits
+
+    logits, *rnorms = cosine_logits.cosine_logits_fwd(image, text, scale)
+    grads = cosine_logits.cosine_logits_bwd(grad_logits, image, text, *rnorms, scale)
+    return dict(zip(NAMES, (logits, *rnorms, *grads), strict=True))
+
+
+def assert_close(actual, wanted, scale, *, steps=32):
+    """Row by row: the error may be `steps` roundings of the row's largest entry (of `scale` for logits)."""
+    for name, want in wanted.items():
+        got = actual[name].cpu()
+        assert got.shape == want.shape, name
+        assert got.isfinite().all(), name
+        if want.numel() == 0:
+            continue
+        top = want.abs()
+        if name == "logits":
+            top = torch.full_like(want, abs(scale))
+        elif name.startswith("d_"):
+            top = top.amax(-1, keepdim=True)
+            top = torch.maximum(top, 1e-2 * top.max())  # rows that all but cancel
+        allowed = steps * torch.finfo(got.dtype).eps * top
+        assert ((got.double() - want).abs() <= allowed).all(), name
+
+
+def problem(B, K, D, *, paired, dtype=torch.float32, device="cpu"):
+    gen = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=gen).to(device, dtype)
+
+    return draw(B, D), draw(*((B, K, D) if paired else (K, D))), draw(B, K)
+
+
+paired = pytest.mark.parametrize("paired", [False, True], ids=["shared", "paired"])
+
+
+@paired
+@pytest.mark.parametrize(
+    ("B", "K", "D"),
+    [(2, 3, 8), (3, 17, 20), (35, 40, 130), (1, 1, 1), (2, 600, 24), (1, 5, 300)],
+    ids=str,
+)
+def test_shapes(B, K, D, paired, device):
+    image, text, grad = problem(B, K, D, paired=paired, device=device)
+    assert_close(run(image, text, 10.0, grad), expected(image, text, 10.0, grad), 10.0)
+
+
+@paired
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype, paired, device):
+    image, text, grad = problem(5, 17, 70, paired=paired, dtype=dtype, device=device)
+    actual = run(image, text, 3.0, grad)
+    assert actual["image_rnorm"].dtype == actual["text_rnorm"].dtype == torch.float32
+    wanted = expected(image, text, 3.0, grad)
+    for name in ("image_rnorm", "text_rnorm"):
+        wanted[name] = wanted[name].to(torch.float32).double()
+    # the sums are float32, so only the result is rounded to 16 bits
+    assert_close(actual, wanted, 3.0, steps=8)
+
+
+@paired
+@pytest.mark.parametrize("axis", ["B", "K", "D", "BKD"])
+def test_empty(axis, paired, device):
+    sizes = {"B": 2, "K": 3, "D": 4} | dict.fromkeys(axis, 0)
+    image, text, grad = problem(**sizes, paired=paired, device=device)
+    assert_close(run(image, text, 2.0, grad), expected(image, text, 2.0, grad), 2.0)
+
+
+@paired
+@pytest.mark.parametrize("factors", [(1e30, 1e-30), (1e-30, 1e-30), (1e30, 1e30), (1e37, 1e-37)])
+def test_extreme_magnitudes(factors, paired, device):
+    image, text, grad = problem(3, 5, 33, paired=paired, device=device)
+    image, text = image * factors[0], text * factors[1]
+    assert_close(run(image, text, 1.0, grad), expected(image, text, 1.0, grad), 1.0)
+
+
+@pytest.mark.parametrize("tiny", [1e-40, 1.4e-45])
+@paired
+def test_subnormal_rows_stay_finite(tiny, paired, device):
+    image, text, grad = problem(3, 5, 33, paired=paired, device=device)
+    actual = run(image * tiny, text, 1.0, grad)
+    assert actual["logits"].isfinite().all()
+    assert actual["logits"].abs().max() <= 1.0001
+
+
+@paired
+def test_zero_rows(paired, device):
+    image, text, grad = problem(3, 5, 33, paired=paired, device=device)
+    image[1] = 0
+    text[..., 2, :] = 0
+    actual = run(image, text, 4.0, grad)
+    assert_close(actual, expected(image, text, 4.0, grad), 4.0)
+    assert (actual["logits"][1] == 0).all()
+    assert (actual["logits"][:, 2] == 0).all()
+    assert (actual["d_image"][1] == 0).all()
+    assert (actual["d_text"][..., 2, :] == 0).all()
+
+
+@paired
+@pytest.mark.parametrize("whole_row", [False, True])
+def test_nan_stays_in_its_row(whole_row, paired, device):
+    image, text, grad = problem(3, 5, 33, paired=paired, device=device)
+    image[1, slice(None) if whole_row else 4] = math.nan
+    logits = run(image, text, 1.0, grad)["logits"]
+    assert logits[1].isnan().all()
+    assert logits[[0, 2]].isfinite().all()
+
+
+@paired
+def test_strides(paired, device):
+    image, text, grad = problem(4, 5, 12, paired=paired, device=device)
+    wide = torch.full((2 * 12, 9), math.nan, device=device)
+    wide[::2, 1::2] = image.T
+    odd_text = torch.full((*text.shape[:-1], 26), math.nan, device=device)[..., 1:25:2]
+    odd_text.copy_(text)
+    plain = run(image, text, 2.0, grad)
+    odd = run(wide[::2, 1::2].T, odd_text, 2.0, grad.T.contiguous().T)
+    for name in NAMES:
+        assert torch.equal(odd[name], plain[name]), name
+    ones = torch.ones((), device=device).expand(4, 5)
+    same = image[:1].expand(4, 12)
+    actual = run(same, text[..., :1, :].expand(text.shape), 2.0, ones)
+    assert_close(
+        actual, expected(same, text[..., :1, :].expand(text.shape), 2.0, ones), 2.0, steps=64
+    )
+
+
+def test_refuses(device):
+    from vtclip.kernels.cosine_logits import cosine_logits_fwd
+
+    x = torch.zeros(1, 1, dtype=torch.float64, device=device)
+    with pytest.raises(NotImplementedError, match="got torch.float64"):
+        cosine_logits_fwd(x, x, 1.0)
+    x = torch.zeros(1, 16385, device=device)
+    with pytest.raises(NotImplementedError, match="widths up to 16384, got 16385"):
+        cosine_logits_fwd(x, x, 1.0)
