@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks that protect memory. Each message names the operator, the argument, the wish and the fact.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+namespace vtclip {
+
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
+  std::ostringstream message;
+  message << op << ": ";
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_text(const int64_t* sizes, size_t rank) {
+  std::ostringstream text;
+  text << "[";
+  for (size_t i = 0; i < rank; ++i) text << (i ? ", " : "") << sizes[i];
+  text << "]";
+  return text.str();
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  return shape_text(tensor.sizes().data(), static_cast<size_t>(tensor.dim()));
+}
+
+inline void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank) {
+  if (tensor.dim() != rank) {
+    fail(op, name, " must have ", rank, " dimensions, got ", shape_text(tensor));
+  }
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> wanted) {
+  bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
+  int64_t axis = 0;
+  for (int64_t size : wanted) {
+    if (!same) break;
+    same = tensor.size(axis++) == size;
+  }
+  if (!same) {
+    fail(op, name, " must be ", shape_text(wanted.begin(), wanted.size()), ", got ",
+         shape_text(tensor));
+  }
+}
+
+// As check_shape, but the first axis may also be 1 (shared over the batch).
+inline void check_shape_or_shared(const char* op, const char* name, const Tensor& tensor,
+                                  std::initializer_list<int64_t> wanted) {
+  const int64_t rank = static_cast<int64_t>(wanted.size());
+  bool same = tensor.dim() == rank;
+  for (int64_t axis = 0; same && axis < rank; ++axis) {
+    const int64_t size = tensor.size(axis);
+    same = size == wanted.begin()[axis] || (axis == 0 && size == 1);
+  }
+  if (!same) {
+    fail(op, name, " must be ", shape_text(wanted.begin(), wanted.size()),
+         " (first axis 1 if shared), got ", shape_text(tensor));
+  }
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
+  if (tensor.scalar_type() != wanted) {
+    fail(op, name, " must have dtype ", torch::headeronly::toString(wanted), ", got ",
+         torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+inline void check_device(const char* op, const char* name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) fail(op, name, " must be on the CPU, got another device");
+}
+
+// A float tensor of a supported type; returns that type.
+inline ScalarType check_float(const char* op, const char* name, const Tensor& tensor) {
+  check_device(op, name, tensor);
+  const ScalarType type = tensor.scalar_type();
+  if (!is_supported(type)) {
+    fail(op, name, " must have dtype Float, Double, Half or BFloat16, got ",
+         torch::headeronly::toString(type));
+  }
+  return type;
+}
+
+inline void check_same(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
+  check_device(op, name, tensor);
+  check_dtype(op, name, tensor, wanted);
+}
+
+}  // namespace vtclip

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// From tensors to the arguments of the attention kernels: checks, views, blocking, buffers.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "attn_args.h"
+#include "common/check.h"
+
+namespace vtclip {
+namespace cpu {
+
+using torch::stable::parallel_for;
+
+inline HeadsView heads_view(const Tensor& tensor) {
+  const int64_t item = item_bytes(dtype_of(tensor.scalar_type()));
+  const int64_t batch = tensor.size(0) == 1 ? 0 : tensor.stride(0) * item;
+  return {static_cast<char*>(tensor.data_ptr()), batch, tensor.stride(1) * item,
+          tensor.stride(2) * item, tensor.stride(3) * item};
+}
+
+// Memory [B, rows, H, D], seen as [B, H, rows, D]: heads can be joined without a copy.
+inline Tensor new_heads(const Tensor& like, int64_t B, int64_t H, int64_t rows, int64_t D) {
+  const std::vector<int64_t> sizes{B, rows, H, D};
+  return torch::stable::transpose(torch::stable::new_empty(like, sizes), 1, 2);
+}
+
+inline Tensor new_buffer(const Tensor& like, int64_t count) {
+  const std::vector<int64_t> sizes{count};
+  return torch::stable::new_empty(like, sizes, acc_type(like.scalar_type()));
+}
+
+// Blocks of at most 128 queries and tiles of at most 256 keys, evened out over the whole: two score
+// tiles (200 KiB in float32) stay in a second-level cache.
+inline void set_blocks(AttnShape& shape) {
+  const int64_t blocks = std::max<int64_t>(1, (shape.K + 127) / 128);
+  const int64_t queries = (shape.K + blocks - 1) / blocks;
+  shape.query_block = std::max<int64_t>(16, (queries + 15) / 16 * 16);
+  const int64_t tiles = std::max<int64_t>(1, (shape.L + 255) / 256);
+  shape.key_tile = std::max<int64_t>(1, (shape.L + tiles - 1) / tiles);
+}
+
+inline AttnShape attn_shape(const char* op, const Tensor& query, const Tensor& key,
+                            const std::optional<Tensor>& mask, double scale) {
+  const ScalarType type = check_float(op, "query", query);
+  check_same(op, "key", key, type);
+  check_rank(op, "query", query, 4);
+  check_rank(op, "key", key, 4);
+  AttnShape shape{};
+  shape.B = key.size(0);
+  shape.H = key.size(1);
+  shape.L = key.size(2);
+  shape.D = key.size(3);
+  shape.K = query.size(2);
+  shape.dtype = dtype_of(type);
+  shape.query_shared = query.size(0) == 1;
+  shape.scale = scale;
+  check_shape_or_shared(op, "query", query, {shape.B, shape.H, shape.K, shape.D});
+  if (mask.has_value()) {
+    check_same(op, "key_mask", *mask, ScalarType::Bool);
+    check_shape_or_shared(op, "key_mask", *mask, {shape.B, shape.L});
+    shape.mask = static_cast<const char*>(mask->data_ptr());
+    shape.mask_batch = mask->size(0) == 1 ? 0 : mask->stride(0);
+    shape.mask_column = mask->stride(1);
+  }
+  set_blocks(shape);
+  return shape;
+}
+
+// How many images one backward task takes where the query is shared: about 64 tasks in all, and at
+// most 256 MiB of partial sums. A function of the shape, so the order of every sum is fixed.
+inline int64_t images_per_chunk(const AttnShape& shape) {
+  const int64_t item = shape.dtype == Dtype::kFloat64 ? 8 : 4;
+  const int64_t bytes = std::max<int64_t>(1, shape.H * shape.K * shape.D * item);
+  const int64_t wanted = (63 + shape.H) / std::max<int64_t>(1, shape.H);
+  const int64_t affordable = std::max<int64_t>(1, (int64_t{256} << 20) / bytes);
+  const int64_t chunks = std::max<int64_t>(1, std::min({wanted, affordable, shape.B}));
+  return (shape.B + chunks - 1) / chunks;
+}
+
+// Elements of a panel row: the kernels pad to an odd number of cache lines, at most two more.
+inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16 + 16; }
+
+}  // namespace cpu
+}  // namespace vtclip

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packing and score tiles used by all attention kernels. Included once per instruction set, after
+// simd.h, exp2.h and rows.h.
+//
+// Scores are kept transposed, S^T [keys, queries]: the keys are then the operand that is read one
+// element at a time and needs no transposition, the (often shared) query is packed once, and the
+// softmax over the keys runs down the columns with no sum across lanes.
+
+// Indices of the visible keys of image b; returns how many there are.
+static int64_t visible_keys(const AttnShape& s, int64_t b, int64_t* index) {
+  int64_t n = 0;
+  for (int64_t l = 0; l < s.L; ++l) {
+    index[n] = l;
+    n += s.mask == nullptr || s.mask[b * s.mask_batch + l * s.mask_column] != 0;
+  }
+  return n;
+}
+
+// rows[i][0..D) = scale * view row index[i], zero up to a whole vector.
+template <class T>
+static void pack_rows(const AttnShape& s, T* rows, int64_t ld, const HeadsView& view, int64_t b,
+                      int64_t h, const int64_t* index, int64_t n, T scale) {
+  const int64_t padded = round_up(s.D, kLanes<T>);
+  const char* base = view.at(b, h);
+  for (int64_t i = 0; i < n; ++i) {
+    load_row(rows + i * ld, s.D, padded, base + index[i] * view.row, view.column, s.dtype, scale);
+  }
+}
+
+// As pack_rows for rows first .. first + n.
+template <class T>
+static void pack_block(const AttnShape& s, T* rows, int64_t ld, const HeadsView& view, int64_t b,
+                       int64_t h, int64_t first, int64_t n, T scale) {
+  const int64_t padded = round_up(s.D, kLanes<T>);
+  const char* base = view.at(b, h) + first * view.row;
+  for (int64_t i = 0; i < n; ++i) {
+    load_row(rows + i * ld, s.D, padded, base + i * view.row, view.column, s.dtype, scale);
+  }
+}
+
+// columns[j][i] = rows[i][j] for i < n, zero for n <= i < round_up(n).
+template <class T>
+static void pack_columns(const AttnShape& s, T* columns, int64_t ldc, const T* rows, int64_t ldr,
+                         int64_t n) {
+  transpose(columns, ldc, rows, ldr, n, s.D);
+  const int64_t padded = round_up(n, kLanes<T>);
+  for (int64_t j = 0; j < s.D; ++j) {
+    for (int64_t i = n; i < padded; ++i) columns[j * ldc + i] = 0;
+  }
+}
+
+// log2(e) * scale goes into the packed query: scores come out ready for exp2.
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.6931471805599453094;
+
+template <class T>
+static void pack_query(const AttnShape& s, T* columns, const HeadsView& query, int64_t b, int64_t h,
+                       int64_t block, T* rows) {
+  const int64_t first = block * s.query_block;
+  const int64_t n = min_of(s.query_block, s.K - first);
+  const int64_t ld = leading_dim<T>(s.D);
+  pack_block(s, rows, ld, query, b, h, first, n, static_cast<T>(s.scale * kLog2E));
+  pack_columns(s, columns, leading_dim<T>(s.query_block), rows, ld, n);
+}
+
+// One block of a query shared by all images; unit = head * num_blocks + block.
+template <class T>
+static void pack_shared_query(const AttnShape& s, const HeadsView& query, T* pack, int64_t begin,
+                              int64_t end) {
+  const int64_t blocks = s.num_blocks();
+  const int64_t block_size = s.D * leading_dim<T>(s.query_block);
+  const Scratch<T> rows(s.query_block * leading_dim<T>(s.D));
+  for (int64_t unit = begin; unit < end; ++unit) {
+    pack_query<T>(s, pack + unit * block_size, query, 0, unit / blocks, unit % blocks, rows);
+  }
+}
+
+// S^T[keys, queries] of n keys against one packed query block.
+template <class T>
+static void score_tile(const AttnShape& s, T* scores, int64_t ld, const T* keys, int64_t n,
+                       const T* query_columns, int64_t queries) {
+  gemm(Gemm<T>{n, round_up(queries, kLanes<T>), s.D, keys, leading_dim<T>(s.D), false,
+               query_columns, leading_dim<T>(s.query_block), scores, ld, false});
+}
+
+// Softmax state of a query block.
+template <class T>
+struct SoftmaxState {
+  T* top;      // running maximum of the (base 2) scores
+  T* total;    // sum of exp2(score - top)
+  T* rescale;  // what sums made before this tile must be multiplied by
+};
+
+// In place: score -> exp2(score - max); updates the state. A maximum of -inf is replaced by 0, so that
+// a column of -inf contributes 0 and not NaN while other tiles may still hold finite scores.
+template <class T, int N>
+VTCLIP_INLINE void softmax_columns(T* scores, int64_t ld, int64_t n, int64_t at, bool first,
+                                   const SoftmaxState<T>& state) {
+  const Vec<T> low = splat(static_cast<T>(-__builtin_inf()));
+  Vec<T> top[N], old[N], total[N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    old[j] = first ? low : load(state.top + at + j * kLanes<T>);
+    top[j] = old[j];
+    total[j] = Vec<T>{};
+  }
+  for (int64_t l = 0; l < n; ++l) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) top[j] = max(load(scores + l * ld + at + j * kLanes<T>), top[j]);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    store(state.top + at + j * kLanes<T>, top[j]);
+    top[j] = top[j] == low ? Vec<T>{} : top[j];
+  }
+  for (int64_t l = 0; l < n; ++l) {
+    T* row = scores + l * ld + at;
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> p = exp2(load(row + j * kLanes<T>) - top[j]);
+      total[j] += p;
+      store(row + j * kLanes<T>, p);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    T* sum = state.total + at + j * kLanes<T>;
+    if (!first) {
+      const Vec<T> factor = exp2(old[j] - top[j]);
+      store(state.rescale + at + j * kLanes<T>, factor);
+      total[j] = fma(load(sum), factor, total[j]);
+    }
+    store(sum, total[j]);
+  }
+}
+
+template <class T>
+static void softmax_tile(T* scores, int64_t ld, int64_t n, int64_t queries, bool first,
+                         const SoftmaxState<T>& state) {
+  const int64_t columns = round_up(queries, kLanes<T>);
+  int64_t at = 0;
+  for (; at + 4 * kLanes<T> <= columns; at += 4 * kLanes<T>) {
+    softmax_columns<T, 4>(scores, ld, n, at, first, state);
+  }
+  for (; at < columns; at += kLanes<T>) softmax_columns<T, 1>(scores, ld, n, at, first, state);
+}
+
+// Natural log-sum-exp from the base 2 state.
+template <class T>
+VTCLIP_INLINE T log_sum(T top, T total) {
+  if (top == static_cast<T>(__builtin_inf()) || top == -static_cast<T>(__builtin_inf())) {
+    return top;
+  }
+  const double log_total = sizeof(T) == 4 ? static_cast<double>(__builtin_logf(total))
+                                          : __builtin_log(static_cast<double>(total));
+  return static_cast<T>(static_cast<double>(top) * kLn2 + log_total);
+}

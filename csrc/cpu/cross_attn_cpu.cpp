@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// cross_attn_fwd and cross_attn_bwd for CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <optional>
+#include <tuple>
+
+#include "attn_args.h"
+#include "attn_host.h"
+#include "common/check.h"
+#include "gemm.h"
+#include "scratch.h"
+
+#define VTCLIP_KERNEL "cross_attn_kernel.h"
+#include "foreach_capability.h"
+
+namespace vtclip {
+namespace cpu {
+namespace {
+
+// The shared query, packed once for all images: [H, blocks, D, query_block].
+Tensor pack_query(const AttnShape& shape, const Tensor& query, const HeadsView& view) {
+  const int64_t units = shape.H * shape.num_blocks();
+  Tensor pack = new_buffer(query, units * shape.D * padded(shape.query_block));
+  void* data = pack.data_ptr();
+  const auto run = VTCLIP_PICK(pack_query_units);
+  parallel_for(0, units, 8, [&](int64_t begin, int64_t end) { run(shape, view, data, begin, end); });
+  return pack;
+}
+
+std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value,
+                                          std::optional<Tensor> key_mask, double scale) {
+  const char* op = "cross_attn_fwd";
+  AttnForward p{};
+  p.shape = attn_shape(op, query, key, key_mask, scale);
+  const AttnShape& s = p.shape;
+  check_same(op, "value", value, query.scalar_type());
+  check_shape(op, "value", value, {s.B, s.H, s.L, s.D});
+
+  Tensor out = new_heads(query, s.B, s.H, s.K, s.D);
+  const std::vector<int64_t> lse_sizes{s.B, s.H, s.K};
+  Tensor lse = torch::stable::new_empty(query, lse_sizes, acc_type(query.scalar_type()));
+  if (s.B * s.H * s.K == 0) return {out, lse};
+  p.query = heads_view(query);
+  p.key = heads_view(key);
+  p.value = heads_view(value);
+  p.out = heads_view(out);
+  p.lse = lse.data_ptr();
+  Tensor pack;
+  if (s.query_shared) {
+    pack = pack_query(s, query, p.query);
+    p.query_pack = pack.data_ptr();
+  }
+  const auto run = VTCLIP_PICK(cross_attn_fwd_units);
+  parallel_for(0, s.B * s.H * s.num_blocks(), 1,
+               [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional<Tensor> grad_lse,
+                                                  Tensor query, Tensor key, Tensor value,
+                                                  std::optional<Tensor> key_mask, Tensor out,
+                                                  Tensor lse, double scale) {
+  const char* op = "cross_attn_bwd";
+  AttnBackward p{};
+  p.shape = attn_shape(op, query, key, key_mask, scale);
+  const AttnShape& s = p.shape;
+  const ScalarType type = query.scalar_type();
+  check_same(op, "value", value, type);
+  check_same(op, "grad_out", grad_out, type);
+  check_same(op, "out", out, type);
+  check_same(op, "lse", lse, acc_type(type));
+  check_shape(op, "value", value, {s.B, s.H, s.L, s.D});
+  check_shape(op, "grad_out", grad_out, {s.B, s.H, s.K, s.D});
+  check_shape(op, "out", out, {s.B, s.H, s.K, s.D});
+  check_shape(op, "lse", lse, {s.B, s.H, s.K});
+  const int64_t acc_bytes = item_bytes(dtype_of(acc_type(type)));
+  if (grad_lse.has_value()) {
+    check_same(op, "grad_lse", *grad_lse, acc_type(type));
+    check_shape(op, "grad_lse", *grad_lse, {s.B, s.H, s.K});
+    p.grad_lse = static_cast<const char*>(grad_lse->data_ptr());
+    p.grad_lse_batch = grad_lse->stride(0) * acc_bytes;
+    p.grad_lse_head = grad_lse->stride(1) * acc_bytes;
+    p.grad_lse_row = grad_lse->stride(2) * acc_bytes;
+  }
+  p.lse = static_cast<const char*>(lse.data_ptr());
+  p.lse_batch = lse.stride(0) * acc_bytes;
+  p.lse_head = lse.stride(1) * acc_bytes;
+  p.lse_row = lse.stride(2) * acc_bytes;
+
+  Tensor d_query = new_heads(query, query.size(0), s.H, s.K, s.D);
+  Tensor d_key = new_heads(key, s.B, s.H, s.L, s.D);
+  Tensor d_value = new_heads(value, s.B, s.H, s.L, s.D);
+  if (s.B * s.H * s.K * s.L == 0) {
+    torch::stable::zero_(d_query);
+    torch::stable::zero_(d_key);
+    torch::stable::zero_(d_value);
+    return {d_query, d_key, d_value};
+  }
+  p.query = heads_view(query);
+  p.key = heads_view(key);
+  p.value = heads_view(value);
+  p.out = heads_view(out);
+  p.grad_out = heads_view(grad_out);
+  p.d_query = heads_view(d_query);
+  p.d_key = heads_view(d_key);
+  p.d_value = heads_view(d_value);
+
+  const int64_t rows = s.H * s.K;
+  p.chunk_images = s.query_shared ? images_per_chunk(s) : 1;
+  p.num_chunks = (s.B + p.chunk_images - 1) / p.chunk_images;
+  Tensor pack, query_rows, partial;
+  if (s.query_shared) {
+    pack = pack_query(s, query, p.query);
+    query_rows = new_buffer(query, rows * padded(s.D));
+    partial = new_buffer(query, p.num_chunks * rows * padded(s.D));
+    p.query_pack = pack.data_ptr();
+    p.query_rows = query_rows.data_ptr();
+    p.d_query_partial = partial.data_ptr();
+    const auto run = VTCLIP_PICK(pack_query_row_units);
+    parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  }
+  const auto run = VTCLIP_PICK(cross_attn_bwd_units);
+  parallel_for(0, s.H * p.num_chunks, 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  if (s.query_shared) {
+    const auto sum = VTCLIP_PICK(sum_chunk_units);
+    parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { sum(p, begin, end); });
+  }
+  return {d_query, d_key, d_value};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vtclip
+
+STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
+  m.impl("cross_attn_fwd", TORCH_BOX(&vtclip::cpu::cross_attn_fwd));
+  m.impl("cross_attn_bwd", TORCH_BOX(&vtclip::cpu::cross_attn_bwd));
+}

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward attention of one instruction set: units of (head, image, query block), heads outermost so
+// that a shared query block stays in cache over the images.
+#include "simd.h"
+#include "exp2.h"
+#include "rows.h"
+#include "attn_panels.h"
+
+// S^T = K Q^T, softmax down the columns, O = P V over tiles of keys with a running maximum.
+template <class T>
+static void forward_units(const AttnForward& p, int64_t begin, int64_t end) {
+  const AttnShape& s = p.shape;
+  const int64_t blocks = s.num_blocks();
+  const int64_t width = round_up(s.D, kLanes<T>);
+  const int64_t ldd = leading_dim<T>(s.D);
+  const int64_t ldq = leading_dim<T>(s.query_block);
+  const int64_t block_size = s.D * ldq;
+  const Scratch<int64_t> index(s.L + 1);
+  const Scratch<T> keys(s.L * ldd), values(s.L * ldd), acc(s.query_block * ldd);
+  const Scratch<T> scores(s.key_tile * ldq), state_memory(3 * ldq);
+  const Scratch<T> own_pack(p.query_pack == nullptr ? block_size : 0);
+  const Scratch<T> own_rows(p.query_pack == nullptr ? s.query_block * ldd : 0);
+  const SoftmaxState<T> state{state_memory, state_memory + ldq, state_memory + 2 * ldq};
+  const int64_t item = item_bytes(s.dtype);
+
+  int64_t packed = -1, n = 0;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t pair = unit / blocks, block = unit % blocks;
+    const int64_t h = pair / s.B, b = pair % s.B;
+    if (pair != packed) {
+      n = visible_keys(s, b, index);
+      pack_rows<T>(s, keys, ldd, p.key, b, h, index, n, 1);
+      pack_rows<T>(s, values, ldd, p.value, b, h, index, n, 1);
+      packed = pair;
+    }
+    const int64_t first = block * s.query_block;
+    const int64_t queries = min_of(s.query_block, s.K - first);
+    char* out = p.out.at(b, h) + first * p.out.row;
+    T* lse = static_cast<T*>(p.lse) + (b * s.H + h) * s.K + first;
+    if (n == 0) {
+      for (int64_t q = 0; q < queries; ++q) {
+        __builtin_memset(out + q * p.out.row, 0, static_cast<size_t>(s.D * item));
+        lse[q] = -static_cast<T>(__builtin_inf());
+      }
+      continue;
+    }
+    const T* query = own_pack;
+    if (p.query_pack != nullptr) {
+      query = static_cast<const T*>(p.query_pack) + (h * blocks + block) * block_size;
+    } else {
+      pack_query<T>(s, own_pack, p.query, b, h, block, own_rows);
+    }
+    for (int64_t l = 0; l < n; l += s.key_tile) {
+      const int64_t tile = min_of(s.key_tile, n - l);
+      score_tile<T>(s, scores, ldq, keys + l * ldd, tile, query, queries);
+      softmax_tile<T>(scores, ldq, tile, queries, l == 0, state);
+      if (l != 0) {
+        for (int64_t q = 0; q < queries; ++q) {
+          const Vec<T> factor = splat(state.rescale[q]);
+          for (int64_t c = 0; c < width; c += kLanes<T>) {
+            store(acc + q * ldd + c, load(acc + q * ldd + c) * factor);
+          }
+        }
+      }
+      gemm(Gemm<T>{queries, width, tile, scores, ldq, true, values + l * ldd, ldd, acc, ldd,
+                   l != 0});
+    }
+    for (int64_t q = 0; q < queries; ++q) {
+      store_row<T>(out + q * p.out.row, s.D, s.dtype, acc + q * ldd, T{1} / state.total[q]);
+      lse[q] = log_sum(state.top[q], state.total[q]);
+    }
+  }
+}
+
+#include "cross_attn_bwd_kernel.h"
+
+void cross_attn_fwd_units(const AttnForward& p, int64_t begin, int64_t end) {
+  if (p.shape.dtype == Dtype::kFloat64) {
+    forward_units<double>(p, begin, end);
+  } else {
+    forward_units<float>(p, begin, end);
+  }
+}
+
+void pack_query_units(const AttnShape& s, const HeadsView& query, void* pack, int64_t begin,
+                      int64_t end) {
+  if (s.dtype == Dtype::kFloat64) {
+    pack_shared_query<double>(s, query, static_cast<double*>(pack), begin, end);
+  } else {
+    pack_shared_query<float>(s, query, static_cast<float*>(pack), begin, end);
+  }
+}
+
+void cross_attn_bwd_units(const AttnBackward& p, int64_t begin, int64_t end) {
+  if (p.shape.dtype == Dtype::kFloat64) {
+    backward_units<double>(p, begin, end);
+  } else {
+    backward_units<float>(p, begin, end);
+  }
+}
+
+void pack_query_row_units(const AttnBackward& p, int64_t begin, int64_t end) {
+  if (p.shape.dtype == Dtype::kFloat64) {
+    pack_query_rows<double>(p, begin, end);
+  } else {
+    pack_query_rows<float>(p, begin, end);
+  }
+}
+
+void sum_chunk_units(const AttnBackward& p, int64_t begin, int64_t end) {
+  if (p.shape.dtype == Dtype::kFloat64) {
+    sum_chunks<double>(p, begin, end);
+  } else {
+    sum_chunks<float>(p, begin, end);
+  }
+}

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// Register tiles of kTileM rows by kTileN vectors; included once per instruction set.
+//
+// AVX2: 6 x 2 vectors, 12 accumulators + 2 of B + 1 of A = 15 of 16 registers. AVX-512: 6 x 4,
+// 24 + 4 + 1 of 32. Both keep more sums in flight than FMA latency x pipes (8 to 10).
+#include "simd.h"
+
+constexpr int kTileM = 6;
+constexpr int kTileN = VTCLIP_LEVEL == 512 ? 4 : 2;
+
+template <class T, int M, int N, bool kTransposed>
+static void tile(const Gemm<T>& g, const T* a, const T* b, T* c) {
+  Vec<T> acc[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) {
+      acc[i][j] = g.accumulate ? load(c + i * g.ldc + j * kLanes<T>) : Vec<T>{};
+    }
+  }
+  const int64_t k = g.k, lda = g.lda, ldb = g.ldb;
+  for (int64_t p = 0; p < k; ++p) {
+    Vec<T> row[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) row[j] = load(b + j * kLanes<T>);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec<T> x = splat(kTransposed ? a[i] : a[i * lda]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
+    }
+    a += kTransposed ? lda : 1;
+    b += ldb;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) store(c + i * g.ldc + j * kLanes<T>, acc[i][j]);
+  }
+}
+
+template <class T, int N, bool kTransposed>
+static void tile_rows(const Gemm<T>& g, int64_t rows, const T* a, const T* b, T* c) {
+  switch (rows) {
+    case 1:
+      return tile<T, 1, N, kTransposed>(g, a, b, c);
+    case 2:
+      return tile<T, 2, N, kTransposed>(g, a, b, c);
+    case 3:
+      return tile<T, 3, N, kTransposed>(g, a, b, c);
+    case 4:
+      return tile<T, 4, N, kTransposed>(g, a, b, c);
+    case 5:
+      return tile<T, 5, N, kTransposed>(g, a, b, c);
+    default:
+      return tile<T, kTileM, N, kTransposed>(g, a, b, c);
+  }
+}
+
+// All rows of one panel of N vectors.
+template <class T, int N, bool kTransposed>
+static void panel(const Gemm<T>& g, const T* b, T* c) {
+  for (int64_t i = 0; i < g.m; i += kTileM) {
+    const T* a = g.a + (kTransposed ? i : i * g.lda);
+    tile_rows<T, N, kTransposed>(g, min_of(kTileM, g.m - i), a, b, c + i * g.ldc);
+  }
+}
+
+template <class T, bool kTransposed>
+static void panels(const Gemm<T>& g) {
+  int64_t left = g.n / kLanes<T>;
+  int64_t j = 0;
+  for (; left >= kTileN; left -= kTileN, j += kTileN * kLanes<T>) {
+    panel<T, kTileN, kTransposed>(g, g.b + j, g.c + j);
+  }
+  if constexpr (kTileN > 2) {
+    if (left == 3) return panel<T, 3, kTransposed>(g, g.b + j, g.c + j);
+    if (left == 2) return panel<T, 2, kTransposed>(g, g.b + j, g.c + j);
+  }
+  if (left == 1) panel<T, 1, kTransposed>(g, g.b + j, g.c + j);
+}
+
+template <class T>
+static void multiply(const Gemm<T>& g) {
+  if (g.a_transposed) {
+    panels<T, true>(g);
+  } else {
+    panels<T, false>(g);
+  }
+}
+
+void gemm(const Gemm<float>& g) { multiply(g); }
+void gemm(const Gemm<double>& g) { multiply(g); }
