@@ -6,16 +6,24 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 if TYPE_CHECKING:
     from vtclip.ops._select import Problem
 
+Reason = TypeVar("Reason", bound=Callable[..., str])
 MAX_HEAD_WIDTH = 256
 HALF_TO_DOUBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def constant_when_traced(function: Reason) -> Reason:
+    """torch.compiler.assume_constant_result, without the import of torch._dynamo it costs."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @functools.cache
@@ -63,7 +71,7 @@ def build_info() -> dict[str, str]:
     return dict(importlib.import_module("vtclip._C").build_info())
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _missing(op: str, key: str) -> str:
     """Why `op` cannot run on dispatch key `key`, or the empty string."""
     reason = load_cpu() if key == "CPU" else load_cuda()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtclip._library import SCHEMAS
+from vtclip.backends.native import constant_when_traced
 
 if TYPE_CHECKING:
     from vtclip.ops._select import Problem
@@ -38,7 +39,7 @@ def load() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_when_traced
 def _missing() -> str:
     return load()
 

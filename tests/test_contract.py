@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What importing costs, seen from fresh interpreters."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+BLOCK = """
+import importlib.machinery as machinery
+found = machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    hidden = name in {blocked!r} or name.split(".")[0] in {blocked!r}
+    return None if hidden else found(name, path, target)
+machinery.PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
+def fresh(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**clean, **env}
+    )
+
+
+def test_the_blocker_blocks():
+    done = fresh(BLOCK.format(blocked={"triton"}) + "import triton")
+    assert done.returncode != 0
+    assert "No module named 'triton'" in done.stderr
+
+
+@pytest.mark.parametrize("blocked", ["triton", "vtclip._C", "open_clip", "torchvision", "tqdm"])
+def test_ops_and_info_work_without(blocked):
+    code = BLOCK.format(blocked={blocked}) + (
+        "import torch, vtclip\n"
+        "from vtclip import ops\n"
+        "q = torch.randn(1, 2, 3, 4, requires_grad=True)\n"
+        "ops.cross_attn(q, torch.randn(2, 2, 5, 4), torch.randn(2, 2, 5, 4)).sum().backward()\n"
+        "assert q.grad.isfinite().all()\n"
+        "from vtclip import info\n"
+        "assert info.main() == 0\n"
+    )
+    done = fresh(code)
+    assert done.returncode == 0, done.stderr
+    assert "cross_attn" in done.stdout
+    if blocked == "vtclip._C":
+        assert "vtclip._C" in done.stdout
+
+
+def test_import_loads_neither_kernels_nor_models_nor_cuda():
+    code = (
+        "import json, sys, torch\n"
+        "import vtclip, vtclip.ops\n"
+        "print(json.dumps([sorted(sys.modules), torch.cuda.is_initialized()]))\n"
+    )
+    done = fresh(code)
+    modules, initialised = json.loads(done.stdout)
+    plain = json.loads(fresh("import json, sys, torch; print(json.dumps(sorted(sys.modules)))").stdout)
+    added = {name for name in set(modules) - set(plain)}
+    assert not initialised
+    unwanted = {"triton", "open_clip", "torchvision", "timm", "tqdm", "PIL", "vtclip._C"}
+    assert not {name for name in added if name.split(".")[0] in unwanted or name == "vtclip._C"}
+
+
+def test_info_costs_at_most_a_second_more_than_torch():
+    def cpu_seconds(code: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert fresh(code).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # the processor's seconds, least of three: a busy machine does not change them much
+    bare = min(cpu_seconds("import torch") for _ in range(3))
+    info = min(cpu_seconds("import vtclip.info as i; i.main()") for _ in range(3))
+    assert info - bare < 1.0
+
+
+def test_python_dash_o_keeps_every_check():
+    code = (
+        "import torch\nfrom vtclip import ops\n"
+        "try:\n    ops.cosine_logits(torch.ones(2, 3), torch.ones(4, 5))\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    assert "text must be [K, D] = [4, 3], got [4, 5]" in done.stdout
