@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from vtclip.data.records import MemoryStore, Records, check_finite, check_rows, digest_of
 
-__all__ = ["open_npz"]
+__all__ = ["class_texts", "open_npz"]
 
 AVERAGE = "averageprompt"
 # above this size a member that shrinks a hundredfold holds no features but a trap
@@ -56,7 +56,7 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
     if len(label) != len(image):
         raise ValueError(f"{path.name}: label must hold {len(image)} entries, got {len(label)}")
     class_names = _strings(path, "classname", arrays["classname"])
-    text, templates = _texts(path, arrays, prompt)
+    text, templates = class_texts(path, arrays, prompt)
     spatial, index, projection = _spatial(path, arrays, len(image))
     if need_spatial and spatial is None:
         raise ValueError(
@@ -76,9 +76,13 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
     }
     scale = 100.0
     if "temperature" in arrays:
-        scale = math.exp(float(np.asarray(arrays["temperature"], dtype=np.float64).reshape(-1)[0]))
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"{path.name}: exp(temperature) must be finite, got {scale}")
+        log_scale = np.asarray(arrays["temperature"], dtype=np.float64).reshape(-1)
+        if len(log_scale) != 1 or not abs(log_scale[0]) < 100:
+            raise ValueError(
+                f"{path.name}: temperature must be one log of a scale, within -100..100, "
+                f"got {log_scale.tolist()[:3]}"
+            )
+        scale = math.exp(log_scale[0])
     everywhere = spatial is not None and index is None
     keep = torch.arange(len(image))
     if need_spatial and index is not None:
@@ -183,7 +187,7 @@ def _strings(path: Path, key: str, array: np.ndarray[Any, Any]) -> list[str]:
     return [str(value) for value in array.tolist()]
 
 
-def _texts(
+def class_texts(
     path: Path, arrays: dict[str, np.ndarray[Any, Any]], prompt: str | None
 ) -> tuple[Tensor, list[str]]:
     """Class texts [K, C] with unit rows, and the names of the prompts they came from."""

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of small pictures and an encoder that costs nothing, so that tests are about files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vtclip.clip import Clip
+
+
+class FakeClip(Clip):
+    """The interface of Clip over a fixed random projection of 8 x 8 pixels."""
+
+    def __init__(self, *, seed: int = 0, poison: bool = False) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.name = "fake"
+        self.width = 16
+        self.weight = torch.randn(192, 16, generator=generator)
+        self.poison = poison
+        self.config = {"model_cfg": {"seed": 0}, "preprocess_cfg": {"size": 8}, "tokenizer": None}
+        self.preprocess_cfg = {"size": 8, "mean": [0.5] * 3, "std": [0.5] * 3}
+        self.weights_digest = f"weights {seed}"
+        self.logit_scale = math.exp(2)
+        self.spatial_options = {"raw": 12}
+        self.default_spatial = "raw"
+        self.images_encoded = 0
+
+    def preprocess(self, image: Any) -> Tensor:
+        pixels = np.asarray(image.resize((8, 8)), dtype=np.float32) / 127.5 - 1
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def encode_image(self, pixels: Tensor, spatial: str | None = None) -> tuple[Tensor, Any]:
+        self.images_encoded += len(pixels)
+        image = pixels.flatten(1) @ self.weight
+        if self.poison:
+            image[0, 0] = math.nan
+        return image, pixels.reshape(len(pixels), 16, 12) if spatial else None
+
+    def encode_text(self, names: Any, templates: Any = None) -> Tensor:
+        rows = [torch.randn(16, generator=torch.Generator().manual_seed(len(n))) for n in names]
+        return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+
+def make_folder(
+    root: Path, classes: tuple[str, ...] = ("cat", "dog", "eel"), each: int = 5
+) -> Path:
+    """PNG files root/class/number.png with different contents."""
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = np.random.default_rng([k, number]).integers(
+                0, 256, (12, 14, 3), dtype=np.uint8
+            )
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fake_clip() -> type[FakeClip]:
+    return FakeClip
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """15 pictures of 3 classes."""
+    return make_folder(tmp_path / "pictures")
