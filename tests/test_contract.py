@@ -60,8 +60,10 @@ def test_import_loads_neither_kernels_nor_models_nor_cuda():
     )
     done = fresh(code)
     modules, initialised = json.loads(done.stdout)
-    plain = json.loads(fresh("import json, sys, torch; print(json.dumps(sorted(sys.modules)))").stdout)
-    added = {name for name in set(modules) - set(plain)}
+    plain = json.loads(
+        fresh("import json, sys, torch; print(json.dumps(sorted(sys.modules)))").stdout
+    )
+    added = set(modules) - set(plain)
     assert not initialised
     unwanted = {"triton", "open_clip", "torchvision", "timm", "tqdm", "PIL", "vtclip._C"}
     assert not {name for name in added if name.split(".")[0] in unwanted or name == "vtclip._C"}

@@ -21,7 +21,10 @@ WALL, AIM = 600, 300
 def tracked(*patterns: str) -> list[Path]:
     done = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", *patterns],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
         pytest.skip("not a git checkout")
@@ -46,7 +49,11 @@ def test_an_op_has_one_name_everywhere(op, place):
 def test_no_file_passes_the_wall():
     sources = tracked("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
     assert sources
-    long = {str(p.relative_to(ROOT)): n for p in sources if (n := len(p.read_text().splitlines())) > WALL}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in sources
+        if (n := len(p.read_text().splitlines())) > WALL
+    }
     assert not long
 
 
@@ -84,14 +91,18 @@ def test_arrows_point_one_way(folder):
         source = path.read_text()
         checked = imports(path)
         if folder == "vtclip/backends":  # names for the type checker only
-            checked = {n for n in checked if n not in {"vtclip.ops._select", "vtclip.ops._select.Problem"}}
+            checked = {
+                n for n in checked if n not in {"vtclip.ops._select", "vtclip.ops._select.Problem"}
+            }
         for name in checked:
             assert not name.startswith(FORBIDDEN[folder]), f"{path.name} imports {name}"
         assert source.startswith("# SPDX-License-Identifier: Apache-2.0"), path
 
 
 def test_only_clip_py_imports_open_clip():
-    users = [p for p in tracked("vtclip/*.py") if any(n.startswith("open_clip") for n in imports(p))]
+    users = [
+        p for p in tracked("vtclip/*.py") if any(n.startswith("open_clip") for n in imports(p))
+    ]
     assert [str(p.relative_to(ROOT)) for p in users] == ["vtclip/clip.py"]
 
 

@@ -127,7 +127,9 @@ def test_autocast_casts_forward_and_returns_gradients_in_the_parameters_dtype(na
     grads = torch.autograd.grad(out.float().sum(), tensors)
     assert all(grad.dtype == torch.float32 for grad in grads)
     expected = op(*[tensor.detach() for tensor in tensors])
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        out.float(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max())
+    )
 
 
 @each_call

@@ -33,7 +33,10 @@ def copy_of_the_tree(where: Path) -> Path:
 def setup(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "setup.py", *command],
-        cwd=tree, capture_output=True, text=True, env={**os.environ, **env},
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
     )
 
 
@@ -69,7 +72,10 @@ def test_pure_python_wheel_holds_kernels_assets_and_no_binary(tmp_path):
     code = "import vtclip, vtclip.info; print(vtclip.__file__); vtclip.info.main()"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(site)},
     )
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
@@ -106,7 +112,10 @@ def test_cpu_mode_builds_no_cuda_and_says_so(tmp_path):
     assert not list((tree / "vtclip").glob("_C_cuda*.so"))
     code = "from vtclip.backends import native; print(native.load_cpu(), native.build_info())"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=tree,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": str(tree)},
     )
     assert "not built: VTCLIP_EXT=cpu" in done.stdout, done.stderr

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator schema of vtclip with its fake, written once.
 
-`vtclip::X` is implemented by the compiled extension (dispatch keys CPU and CUDA), `vtclip::X_triton`
-by the Triton launchers. Both share the schema and the fake below. Only torch is imported here, so
-tracing and error messages work where neither implementation can load.
+`vtclip::X` is implemented by the compiled extension (dispatch keys CPU and CUDA),
+`vtclip::X_triton` by the Triton launchers. Both share the schema and the fake below. Only torch is
+imported here, so tracing and error messages work where neither implementation can load.
 
 Shapes: query [Bq, H, K, d] with Bq in {1, B}; key, value [B, H, L, d]; key_mask [B|1, L] bool.
 """

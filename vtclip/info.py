@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m vtclip.info`: versions, what loads and why the rest does not, and what each op takes."""
+"""`python -m vtclip.info`: versions, what loads, why the rest does not, what each op takes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs and error budgets for testing operators, ours or yours.
 
-Tolerances are not tuned. A result may err at most `factor` times as much against a float64 oracle as
-the plain torch reference in the same dtype does, plus one rounding step of the largest value.
+Tolerances are not tuned. Against a float64 oracle, a result may err at most `factor` times as much
+as the plain torch reference in the same dtype does, plus one rounding step of the largest value.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ def budget(oracle64: Tensor, peer: Tensor, factor: float = FORWARD_FACTOR) -> fl
 
 
 def assert_within_budget(
-    actual: Tensor, oracle64: Tensor, peer: Tensor, *, factor: float = FORWARD_FACTOR, name: str = ""
+    actual: Tensor,
+    oracle64: Tensor,
+    peer: Tensor,
+    *,
+    factor: float = FORWARD_FACTOR,
+    name: str = "",
 ) -> None:
     """Raises AssertionError unless `actual` is within `budget`; infinities must agree exactly."""
     if actual.shape != oracle64.shape or actual.dtype != peer.dtype:

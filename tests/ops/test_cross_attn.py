@@ -150,7 +150,9 @@ def test_extreme_scores(magnitude, impl, runnable, compare):
     ("query_batch", "key_batch", "value_batch", "mask_batch"),
     [(4, 1, 1, None), (4, 1, 1, 1), (4, 1, 1, 4), (4, 1, 4, None), (1, 1, 1, 4), (1, 4, 1, None)],
 )
-def test_size_one_batches_broadcast(query_batch, key_batch, value_batch, mask_batch, impl, runnable, compare):
+def test_size_one_batches_broadcast(
+    query_batch, key_batch, value_batch, mask_batch, impl, runnable, compare
+):
     runnable("cross_attn", torch.float32, 8)
     inputs = {
         "query": torch.randn(query_batch, 2, 5, 8),

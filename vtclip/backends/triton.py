@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of `vtclip.kernels`, registered as `vtclip::X_triton`; Triton loads on first use."""
+"""The Triton kernels of `vtclip.kernels` as operators `vtclip::X_triton`; loaded on first use."""
 
 from __future__ import annotations
 

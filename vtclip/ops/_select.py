@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs, and why the others do not.
 
-A backend answers `why_not(problem)` with reasons; no reasons means it can run. `impl=None` takes the
-first backend without reasons; a named `impl` runs or raises. Only static facts are looked at
+A backend answers `why_not(problem)` with reasons; no reasons means it can run. `impl=None` takes
+the first backend without reasons; a named `impl` runs or raises. Only static facts are looked at
 (device, dtype, sizes, what loaded), so the choice can be traced by `torch.compile`.
 """
 

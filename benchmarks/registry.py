@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every benchmark case: its shape, its inputs, its providers, its oracle.
+
+A case gives named providers of the same function of the same leaves; `build` draws fresh inputs.
+Add an operator by adding a function that returns a `Work` and its rows to `CASES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import baselines
+import torch
+from torch import Tensor, nn
+
+from vtclip import heads, ops
+
+Provider = Callable[..., Tensor]
+
+
+@dataclass
+class Work:
+    """Providers of one result: each maps `leaves` to it; `leaves` marked need gradients."""
+
+    leaves: list[Tensor]
+    providers: dict[str, Provider]
+    oracle: Callable[[], Tensor]
+    parameters: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def wanted(self, provider: str) -> list[Tensor]:
+        """What forward+backward differentiates for this provider."""
+        own = self.parameters.get(provider)
+        return own if own is not None else [leaf for leaf in self.leaves if leaf.requires_grad]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row group of the table."""
+
+    op: str
+    shape: dict[str, int]
+    build: Callable[..., Work]
+    dtype: torch.dtype = torch.float32
+    compiled: tuple[str, ...] = ()  # providers shown through torch.compile as well
+
+    @property
+    def name(self) -> str:
+        sizes = ",".join(f"{k}{v}" for k, v in self.shape.items())
+        return f"{self.op}[{sizes},{str(self.dtype).removeprefix('torch.')}]"
+
+
+def cross_attn(device: str, dtype: torch.dtype, B: int, H: int, K: int, L: int, d: int) -> Work:
+    query, key, value = (
+        torch.randn(shape, device=device).to(dtype).requires_grad_()
+        for shape in ((1, H, K, d), (B, H, L, d), (B, H, L, d))
+    )
+    providers: dict[str, Provider] = {
+        "vtclip": ops.cross_attn,
+        "sdpa, query expanded": baselines.attention_sdpa,
+        "naive": baselines.attention_naive,
+        "folded in plain torch": baselines.attention_folded,
+    }
+    return Work(
+        [query, key, value],
+        providers,
+        lambda: ops.cross_attn(query.double(), key.double(), value.double(), impl="reference"),
+    )
+
+
+def cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
+    image, text = (
+        torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in ((B, D), (K, D))
+    )
+    return Work(
+        [image, text],
+        {
+            "vtclip": lambda x, t: ops.cosine_logits(x, t, scale=100.0),
+            "normalize and matmul": lambda x, t: baselines.cosine_normalized(x, t, 100.0),
+        },
+        lambda: ops.cosine_logits(image.double(), text.double(), scale=100.0, impl="reference"),
+    )
+
+
+def norm_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int) -> Work:
+    shapes = ((B, K, C), (C,), (C,), (K, C), (B, C))
+    leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    return Work(
+        leaves,
+        {
+            "vtclip": lambda *t: ops.norm_cosine_logits(*t, scale=100.0),
+            "layer_norm, add, cosine": lambda *t: baselines.tail_plain(*t, 100.0),
+        },
+        lambda: ops.norm_cosine_logits(
+            *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
+        ),
+    )
+
+
+def vtclip_head(device: str, dtype: torch.dtype, B: int, K: int, C: int, L: int, F: int) -> Work:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(C, 8, F, dropout=0.0, batch_first=True)
+    layer = layer.to(device=device, dtype=dtype)
+    text = torch.nn.functional.normalize(torch.randn(K, C, device=device), dim=-1).to(dtype)
+    image, spatial = (torch.randn(shape, device=device).to(dtype) for shape in ((B, C), (B, L, C)))
+    head = heads.VTCLIP(text, ffn_dim=F).to(device=device, dtype=dtype)
+    head.load_decoder_layer(layer)
+    naive = baselines.NaiveVTCLIP(layer, text, 100.0)
+    shared = baselines.SharedVTCLIP(layer, text, 100.0)
+
+    def oracle() -> Tensor:
+        wide = nn.TransformerDecoderLayer(
+            C, 8, F, dropout=0.0, batch_first=True, dtype=torch.float64
+        )
+        wide.load_state_dict(layer.state_dict())
+        module = baselines.NaiveVTCLIP(wide.to(device), text.double(), 100.0)
+        return module(image.double(), spatial.double())
+
+    modules: dict[str, nn.Module] = {
+        "vtclip": head,
+        "nn.TransformerDecoderLayer": naive,
+        "shared in plain torch": shared,
+    }
+    parameters = {
+        name: [p for p in module.parameters() if p.requires_grad]
+        for name, module in modules.items()
+    }
+    return Work([image, spatial], dict(modules), oracle, parameters)
+
+
+ATTENTION = {"B": 32, "H": 8, "K": 100, "L": 49, "d": 128}
+CASES = (
+    Case("cross_attn", ATTENTION, cross_attn, compiled=("naive",)),
+    Case("cross_attn", {**ATTENTION, "L": 196, "d": 64}, cross_attn),
+    Case("cross_attn", {**ATTENTION, "L": 196}, cross_attn),
+    Case("cross_attn", {**ATTENTION, "B": 8, "L": 576}, cross_attn),
+    Case("cross_attn", {**ATTENTION, "B": 8}, cross_attn, torch.bfloat16),
+    Case("cosine_logits", {"B": 128, "K": 1000, "D": 512}, cosine_logits),
+    Case("norm_cosine_logits", {"B": 32, "K": 100, "C": 1024}, norm_cosine_logits),
+    Case(
+        "VTCLIP",
+        {"B": 32, "K": 100, "C": 1024, "L": 49, "F": 2048},
+        vtclip_head,
+        compiled=("nn.TransformerDecoderLayer", "shared in plain torch"),
+    ),
+)

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of one run, and the CSV and JSON they are kept in."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+ROWS: list[dict[str, object]] = []
+
+
+def environment(device: str) -> dict[str, object]:
+    """Where the numbers come from."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    if device == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": done.stdout.strip(),
+        "date": date.today().isoformat(),
+    }
+
+
+def save(out: Path, device: str) -> None:
+    """Writes `results.csv` and `results.json` under `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    where = environment(device)
+    rows = [{**row, **where} for row in ROWS]
+    with (out / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved timing of several providers of one result, on fixed threads.
+
+Every round runs each provider once, in turn, so that a machine that slows down slows all of them.
+Quote medians and the ratio of medians. On a GPU the L2 cache is flushed before each call, and the
+time is between CUDA events.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Timing:
+    """Seconds of each round, and the peak memory of one call above what was held before it."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
+
+
+class _Clock:
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        if self.cuda:
+            self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        self.flush.zero_()
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start_event.record()
+        call()
+        end_event.record()
+        torch.cuda.synchronize()
+        return start_event.elapsed_time(end_event) / 1000.0
+
+
+def _resident(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int | None:
+    """Peak memory of one call above what was held; None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        CLEAR.write_text("5")  # resets the high-water mark of the resident set
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    call()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    *,
+    device: str = "cpu",
+    budget_s: float = 6.0,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+) -> dict[str, Timing]:
+    """Rounds of all calls in turn until `budget_s` is spent, at least `min_rounds`."""
+    clock = _Clock(device)
+    timings = {name: Timing() for name in calls}
+    for name, call in calls.items():  # warm-up, and what one call needs
+        call()
+        timings[name].peak_bytes = peak_bytes(call, device)
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < min_rounds or (time.perf_counter() - start < budget_s and rounds < max_rounds):
+        for name, call in calls.items():
+            timings[name].seconds.append(clock.seconds(call))
+        rounds += 1
+    return timings
