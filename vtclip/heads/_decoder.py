@@ -91,12 +91,12 @@ def _absorbed(
 ) -> Tensor:
     """sum_h P_h (V_h W[:, h]^T): one product of inner size H L per image -> [B, K, C]."""
     B, H, L, d = value.shape
-    C = weight.shape[0]
+    K, C = query.shape[2], weight.shape[0]
     weights = ops.cross_attn_weights(query, key, key_mask=key_mask)  # [B, H, K, L]
     per_head = weight.view(C, H, d).permute(1, 2, 0)  # [H, d, C]
     rows = value.transpose(0, 1).reshape(H, B * L, d)
     projected = (rows @ per_head).view(H, B, L, C).transpose(0, 1).reshape(B, H * L, C)
-    return weights.transpose(1, 2).reshape(B, -1, H * L) @ projected
+    return weights.transpose(1, 2).reshape(B, K, H * L) @ projected
 
 
 def _heads(x: Tensor, H: int) -> Tensor:

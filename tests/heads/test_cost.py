@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost model against counts made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vtclip.heads.cost import MARGIN, crossover_ffn, crossover_out, flops, plan
+
+# C, L, H, then the least K for the output projection and for the first ffn matrix at B = 32
+CROSSOVERS = [
+    (1024, 49, 8, 74, 139),
+    (1024, 49, 4, 58, 105),
+    (1024, 49, 1, 50, 88),
+    (512, 49, 8, 149, 321),
+    (512, 49, 4, 69, 111),
+    (512, 49, 1, 50, 75),
+    (512, 196, 8, None, None),
+    (512, 196, 2, 318, 1044),
+    (512, 196, 1, 197, 362),
+    (768, 256, 8, None, None),
+    (768, 256, 2, 385, 927),
+    (768, 256, 1, 257, 441),
+]
+
+
+@pytest.mark.parametrize(("C", "L", "H", "out", "ffn"), CROSSOVERS)
+def test_crossover_table(C, L, H, out, ffn):
+    assert crossover_out(C, L, H) == out
+    assert crossover_ffn(32, C, L, H, 4 * C) == ffn
+
+
+@pytest.mark.parametrize(("C", "L", "H", "out", "ffn"), CROSSOVERS)
+def test_crossover_is_where_the_counts_cross(C, L, H, out, ffn):
+    for crossover, form in ((out, "out"), (ffn, "ffn")):
+        for K in (crossover - 1, crossover) if crossover else (10, 100_000):
+            count = flops(32, K, C, L, H, 4 * C)
+            absorbed, direct = getattr(count, f"{form}_absorbed"), getattr(count, f"{form}_direct")
+            assert (absorbed < direct) == (crossover == K)
+
+
+def test_plan_keeps_its_margin():
+    crossover = crossover_out(1024, 49, 8)
+    below = plan(32, MARGIN * crossover - 1, 1024, 49, 8, 4096)
+    above = plan(32, MARGIN * crossover, 1024, 49, 8, 4096)
+    assert not below.absorb_out
+    assert above.absorb_out
+    assert not plan(32, 100_000, 512, 196, 8, 2048).absorb_out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "naive", "shared"),
+    [
+        ((32, 100, 1024, 49, 8, 4096), 102.5e9, 68.7e9),
+        ((32, 1000, 1024, 49, 8, 4096), 1084e9, 590e9),
+        ((128, 1000, 512, 196, 8, 2048), 1279e9, 686e9),
+        ((32, 47, 1024, 49, 8, 4096), 51.3e9, 35.8e9),
+    ],
+)
+def test_plan_counts(sizes, naive, shared):
+    counted = plan(*sizes)
+    assert counted.naive_flops == pytest.approx(naive, rel=1e-3)
+    assert counted.flops == pytest.approx(shared, rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 8, 0, 1, 8), (1, 1, 1, 1, 1, 1), (0, 7, 32, 5, 4, 128)])
+def test_plan_of_smallest_sizes(sizes):
+    assert not plan(*sizes).absorb_out or sizes[3] == 0
