@@ -12,6 +12,8 @@ import triton
 MAX_HEAD_DIM = 256  # cross_attn, cross_attn_weights: one padded [rows, d] tile
 MAX_WIDTH = 16384  # cosine_logits, norm_cosine_logits: one row of a program
 
+_KINDS = ("fwd", "bwd_query", "bwd_key", "weights", "weights_bwd")
+
 
 class Target(NamedTuple):
     """What a configuration may depend on besides the problem."""
@@ -54,17 +56,14 @@ def target_of(tensor: torch.Tensor) -> Target:
 
 
 def input_precision(dtype: torch.dtype, target: Target) -> str:
-    """How `tl.dot` treats float32: as torch.matmul is told to on the same device."""
-    if dtype != torch.float32 or target.backend != "cuda":
+    """How `tl.dot` treats float32 operands of kernels on `dtype` tensors: as torch.matmul is told to.
+
+    tf32 carries all bits of 16-bit types, so there it serves for float32 intermediates.
+    """
+    if target.backend != "cuda":
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def accumulate_precision(dtype: torch.dtype, target: Target) -> str:
-    """The same for float32 intermediates of `dtype` tensors: tf32 carries all bits of 16-bit ones."""
-    if dtype != torch.float32 and target.backend == "cuda":
-        return "tf32"
-    return input_precision(dtype, target)
+    allowed = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def check(op: str, tensor: torch.Tensor, width: int, limit: int) -> None:
@@ -108,25 +107,56 @@ def images_per_program(B: int, programs_per_image: int, target: Target) -> int:
     return max(1, triton.cdiv(B, chunks))
 
 
+# (block_k, block_l, num_warps, num_stages) for d up to 64, 128, 256, chosen by compiling for sm_80,
+# sm_90, sm_100 and gfx942: the largest tiles tried that spill no register. Run time: not measured.
+# "ieee" is float32 without tensor cores, "small" is for 64 KiB of shared memory.
+_TILES = {
+    "half": {
+        "fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "bwd_query": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        "bwd_key": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        "weights": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+        "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+    },
+    "tf32": {
+        "fwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+        "bwd_query": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "weights": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        "weights_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    },
+    "ieee": {
+        "fwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "bwd_query": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "weights": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "weights_bwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    },
+    "small half": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1))),
+    "small float32": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1))),
+    "interpreter": dict.fromkeys(_KINDS, ((32, 64, 4, 1),) * 3),
+}
+
+
 def attention(kind: str, dtype: torch.dtype, d: int, K: int, L: int, target: Target) -> Tile:
-    """Tile of an attention kernel; kind is "fwd", "bwd_query", "bwd_key" or "weights"."""
+    """Tile of an attention kernel, no larger than the problem."""
     block_d = padded(d)
-    row = (target.backend == "interpreter", dtype == torch.float32, block_d)
-    block_k, block_l, num_warps, num_stages = _attention_row(kind, row, dtype, target)
+    width = 0 if block_d <= 64 else 1 if block_d <= 128 else 2
+    short = target.shared_bytes < 96 * 1024
+    # backward tiles of the widest heads need 100 KiB or more
+    short = short or (target.shared_bytes < 128 * 1024 and width == 2 and "bwd" in kind)
+    if target.backend == "interpreter":
+        family = "interpreter"
+    elif short:
+        family = "small float32" if dtype == torch.float32 else "small half"
+    else:
+        family = input_precision(dtype, target) if dtype == torch.float32 else "half"
+    block_k, block_l, num_warps, num_stages = _TILES[family][kind][width]
     return Tile(min(block_k, padded(K)), min(block_l, padded(L)), num_warps, num_stages)
-
-
-def _attention_row(
-    kind: str, row: tuple[bool, bool, int], dtype: torch.dtype, target: Target
-) -> tuple[int, int, int, int]:
-    interpreted, is_float32, block_d = row
-    if interpreted:
-        return 32, 64, 4, 1
-    return 64, 64, 4, 1
 
 
 def row_tile(width: int, elements: int) -> tuple[int, int, int]:
     """(rows, BLOCK_D, num_warps) of a kernel that holds whole rows in registers."""
     block_d = padded(width)
     rows = max(1, elements // block_d)
-    return rows, block_d, min(16, max(4, rows * block_d // 1024))
+    return rows, block_d, min(16, max(4, rows * block_d // 512))

@@ -83,7 +83,8 @@ def cross_attn_bwd_query_kernel(
         tl.store(delta_ptr + rows, delta, mask=in_k)
         lse = load_lse(lse_ptr + rows, in_k)
 
-        for start in range(0, L, BLOCK_L):
+        # without FMA operands of q and d_o held over the loop, ieee tiles fit into registers
+        for start in tl.range(0, L, BLOCK_L, disable_licm=PRECISION == "ieee"):
             cols = start + offs_l
             keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
             k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)

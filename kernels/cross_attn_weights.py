@@ -117,7 +117,7 @@ def cross_attn_weights_bwd_query_kernel(
         d_p_b = d_weights_ptr + b * stride_d_weights_b + h * stride_d_weights_h
 
         delta = tl.zeros((BLOCK_K,), tl.float32)  # rowsum(P * dP)
-        for start in range(0, L, BLOCK_L):
+        for start in tl.range(0, L, BLOCK_L, disable_licm=True):
             cols = start + offs_l
             in_l = cols < L
             p = load_weights(
@@ -129,7 +129,7 @@ def cross_attn_weights_bwd_query_kernel(
             delta += tl.sum(p * tl.where(p != 0.0, d_p, 0.0), axis=1)
         tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
 
-        for start in range(0, L, BLOCK_L):
+        for start in tl.range(0, L, BLOCK_L, disable_licm=True):
             cols = start + offs_l
             in_l = cols < L
             p = load_weights(
@@ -236,7 +236,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     delta = query.new_empty((B, H, K), dtype=torch.float32)
     target = _configs.target_of(query)
-    tile = _configs.attention("weights", query.dtype, d, K, L, target)
+    tile = _configs.attention("weights_bwd", query.dtype, d, K, L, target)
     settings = {
         "PRECISION": _configs.input_precision(query.dtype, target),
         "BLOCK_K": tile.block_k,

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every kernel as its launcher would, for GPUs that are not here.
+
+Launchers run on CPU tensors with `JITFunction.run` replaced: instead of launching, the arguments are
+specialised the way Triton does it and compiled for the wanted target. One JSON line per kernel.
+
+Usage: python _compile.py PACKAGE TARGET DTYPE PRECISION WIDTH...    (its own process: TRITON_INTERPRET=0)
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_configs, cosine_logits, cross_attn, cross_attn_weights, norm_cosine_logits = (
+    importlib.import_module(f"{sys.argv[1]}.{name}")
+    for name in (
+        "_configs", "cosine_logits", "cross_attn", "cross_attn_weights", "norm_cosine_logits",
+    )  # fmt: skip
+)
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), _configs.Target("cuda", 80, 163 * 1024)),
+    "sm_90": (GPUTarget("cuda", 90, 32), _configs.Target("cuda", 90, 227 * 1024)),
+    "sm_100": (GPUTarget("cuda", 100, 32), _configs.Target("cuda", 100, 227 * 1024)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), _configs.Target("hip", 0, 64 * 1024)),
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
+}
+
+
+def source(fn, args, kwargs):
+    """ASTSource of a launch: 1 becomes a constant and multiples of 16 are told, as at run time."""
+    names = [p.name for p in fn.params]
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    signature, constants, attributes = {}, {}, {}
+    for i, param in enumerate(fn.params):
+        value = values[param.name]
+        aligned = False
+        if param.is_constexpr:
+            signature[param.name] = "constexpr"
+            constants[param.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = POINTERS[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        elif value == 1 and not param.do_not_specialize:
+            signature[param.name] = "constexpr"
+            constants[param.name] = 1
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0 and not param.do_not_specialize
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn, signature, constants, attributes)
+
+
+def spills(compiled, target):
+    """(registers, spilled bytes; on AMD spilled registers) from the binary's own resource table."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+        spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+        return int(registers.group(1)), int(spilled.group(1))
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = output(tools / "cuobjdump", "-res-usage", cubin)
+        registers, stack = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
+        if stack == 0:
+            return registers, 0
+        # the stack may hold other things; the assembler tells
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        arch = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"]).group(1)
+        newer = tools / "ptxas-blackwell"
+        ptxas = newer if target.arch >= 90 and newer.exists() else tools / "ptxas"
+        text = output(ptxas, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}", ptx, "-o", cubin)
+    return registers, int(re.search(r"(\d+) bytes spill stores", text).group(1))
+
+
+def output(*command):
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    )
+    return result.stdout + result.stderr
+
+
+def narrow_offsets(ttir):
+    """Pointer offsets that were not computed in 64 bits, as lines of TTIR."""
+    defined = dict(re.findall(r"^\s*(%[\w#]+)(?::\d+)? = (.*)$", ttir, flags=re.M))
+    bad = []
+    for line in re.findall(r"^.*tt\.addptr.*$", ttir, flags=re.M):
+        types = line.split(" : ", 1)[1].split(" loc(")[0]
+        if not re.search(r"i64>?$", types.strip()):
+            bad.append(line.strip())
+    for name, body in defined.items():
+        # a 32-bit product that is widened afterwards has wrapped already
+        widened = re.match(r"arith\.extsi (%[\w#]+)", body)
+        product = defined.get(widened.group(1), "") if widened else ""
+        if product.startswith("arith.muli") and not re.search(r"%pid|program_id", product):
+            bad.append(f"{name} = {body} of {product}")
+    return bad
+
+
+def record(rows, target):
+    def run(self, *args, grid, warmup=False, **kwargs):
+        options = {k: kwargs[k] for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
+        compiled = triton.compile(source(self, args, kwargs), target=target, options=options)
+        registers, spilled = spills(compiled, target)
+        rows.append(
+            {
+                "kernel": self.__name__,
+                "shared": compiled.metadata.shared,
+                "registers": registers,
+                "spilled": spilled,
+                "narrow": narrow_offsets(compiled.asm["ttir"]),
+                "grid": grid,
+                "options": options,
+            }
+        )
+
+    return run
+
+
+def launches(dtype, width, B=32, H=8, K=1000):
+    """Every launcher once (attention at one and at several key tiles), on memory nobody reads."""
+
+    def new(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype)
+
+    for L in (49, 197):
+        query, key, value = new(1, H, K, width), new(B, H, L, width), new(B, H, L, width)
+        key_mask = torch.ones(B, L, dtype=torch.bool)
+        out, lse = cross_attn.cross_attn_fwd(query, key, value, key_mask, 0.1)
+        cross_attn.cross_attn_bwd(out, lse, query, key, value, key_mask, out, lse, 0.1)
+    weights = cross_attn_weights.cross_attn_weights_fwd(query, key, key_mask, 0.1)
+    cross_attn_weights.cross_attn_weights_bwd(weights, weights, query, key, 0.1)
+    if width != 128:
+        return
+    C = H * width
+    image, text, g = new(B, C), new(K, C), new(B, K)
+    _, *rnorms = cosine_logits.cosine_logits_fwd(image, text, 1.0)
+    cosine_logits.cosine_logits_bwd(g, image, text, *rnorms, 1.0)
+    texts = new(B, 20, C)
+    _, *rnorms = cosine_logits.cosine_logits_fwd(image, texts, 1.0)
+    cosine_logits.cosine_logits_bwd(g[:, :20], image, texts, *rnorms, 1.0)
+    tensors = (new(B, K, C), new(C), new(C), text, image)
+    stats = norm_cosine_logits.norm_cosine_logits_fwd(*tensors, 1.0, 1.0, 1e-5)
+    norm_cosine_logits.norm_cosine_logits_bwd(g, *tensors, *stats, 1.0, 1.0, 1e-5)
+
+
+def main(package, target_name, dtype_name, precision, *widths):
+    gpu, target = TARGETS[target_name]
+    _configs.target_of = lambda tensor: target
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    rows = []
+    JITFunction.run = record(rows, gpu)
+    for width in widths:
+        launches(getattr(torch, dtype_name), int(width))
+        for row in rows:
+            sys.stdout.write(json.dumps({"width": int(width), **row}) + "\n")
+        rows.clear()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel, compiled without a GPU in the configuration it would be launched with.
+
+What is read from the result: shared memory under the limit of the device, no spilled registers, and
+pointer offsets computed in 64 bits from the first multiplication on.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "kernels"
+LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+
+# target, dtype, precision of float32 dots, head widths; width 128 brings the kernels without heads
+MATRIX = [
+    ("sm_80", "bfloat16", "tf32", (64, 128, 256)),
+    ("sm_80", "float32", "ieee", (64, 128, 256)),
+    ("sm_90", "float16", "tf32", (128,)),
+    ("sm_90", "float32", "tf32", (128, 256)),
+    ("sm_100", "bfloat16", "tf32", (128, 256)),
+    ("gfx942", "bfloat16", "ieee", (128, 256)),
+    ("gfx942", "float32", "ieee", (128,)),
+]
+
+
+def compile_all(package, target, dtype, precision, widths, path):
+    command = [sys.executable, str(HERE / "_compile.py"), package, target, dtype, precision]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(path)}
+    result = subprocess.run(
+        [*command, *map(str, widths)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert rows
+    return rows
+
+
+def kernel_names():
+    return {
+        name
+        for file in KERNELS.glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), flags=re.M)
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "precision", "widths"), MATRIX, ids=["-".join(case[:3]) for case in MATRIX]
+)
+def test_every_kernel_fits(target, dtype, precision, widths):
+    rows = compile_all("vtclip.kernels", target, dtype, precision, widths, ROOT)
+    problems = [
+        f"{row['kernel']} at width {row['width']} {row['options']}: {what}"
+        for row in rows
+        for what, bad in (
+            (f"{row['shared']} bytes of shared memory", row["shared"] > LIMITS[target]),
+            (f"{row['spilled']} spilled", row["spilled"] > 0),
+            (f"32-bit offsets {row['narrow']}", bool(row["narrow"])),
+        )
+        if bad
+    ]
+    assert not problems, "\n".join(problems)
+    if 128 in widths:
+        assert {row["kernel"] for row in rows} == kernel_names()
+
+
+def test_a_lost_cast_is_seen(tmp_path):
+    """The check of 64-bit offsets fails for kernels without their casts."""
+    shutil.copytree(KERNELS, tmp_path / "mutant")
+    file = tmp_path / "mutant" / "cross_attn.py"
+    text = file.read_text()
+    assert ".to(tl.int64)" in text
+    file.write_text(text.replace(".to(tl.int64)", ""))
+    rows = compile_all("mutant", "sm_80", "bfloat16", "tf32", (64,), f"{tmp_path}{os.pathsep}{ROOT}")
+    narrow = {row["kernel"] for row in rows if row["narrow"]}
+    assert narrow == {"cross_attn_fwd_kernel"}
