@@ -34,6 +34,9 @@ class FakeClip(Clip):
         self.default_spatial = "raw"
         self.images_encoded = 0
 
+    def __repr__(self) -> str:
+        return "FakeClip()"
+
     def preprocess(self, image: Any) -> Tensor:
         pixels = np.asarray(image.resize((8, 8)), dtype=np.float32) / 127.5 - 1
         return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -280,7 +280,7 @@ class _Job:
                 if number in done:
                     continue
                 done[number] = self._shard(
-                    folder, number, range(start, stop), loaded, per_batch, bar
+                    folder, number, range(start, stop), loaded, per_batch, tokens, bar
                 )
                 entries = [done[index] for index in sorted(done)]
                 body = {"key": self.key, "shards": entries}
@@ -352,6 +352,7 @@ class _Job:
         rows: range,
         loaded: Iterator[Tensor | ImageError],
         per_batch: int,
+        tokens: tuple[int, int] | None,
         bar: Any,
     ) -> dict[str, Any]:
         images: list[Tensor] = []
@@ -381,9 +382,8 @@ class _Job:
         passes = 1 + self.fields["augment_passes"]
         empty = torch.empty(0, passes, self.clip.width)
         tensors = {"image": torch.cat(images) if images else empty}
-        if self.fields["spatial"] is not None:
-            length, width = self._spatial_shape() or (0, 0)
-            none = torch.empty(0, passes, length, width, dtype=DTYPES[self.fields["dtype"]])
+        if tokens is not None:
+            none = torch.empty(0, passes, *tokens, dtype=DTYPES[self.fields["dtype"]])
             tensors["spatial"] = torch.cat(spatials) if spatials else none
         self._check(tensors, kept)
         entry = _write_tensors(folder / f"shard-{number:05d}.safetensors", tensors)

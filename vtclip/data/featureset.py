@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vtclip.clip import resolve_templates
 from vtclip.data.records import Records
-from vtclip.files import json_digest, read_json
+from vtclip.files import json_digest, read_json, to_json
 
 __all__ = ["FORMAT", "VERSION", "FeatureSet", "FeaturesDamaged", "file_digest"]
 
@@ -72,7 +72,8 @@ class FeatureSet:
                 f"reads version {VERSION}"
             )
         body = {name: value for name, value in manifest.items() if name != "digest"}
-        if manifest.get("digest") != json_digest(body):
+        whole = (folder / MANIFEST).read_bytes() == to_json(manifest)  # spaces count as well
+        if not whole or manifest.get("digest") != json_digest(body):
             raise FeaturesDamaged(f"features: {folder / MANIFEST} does not match its own digest")
         for entry in [manifest["text"], *manifest["shards"]]:
             _check_size(folder, entry)

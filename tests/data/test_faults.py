@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features under attack: bytes cut or flipped, full disks, kills, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vtclip.data.extract as extract
+from vtclip.data.extract import cached_features, extract_features
+from vtclip.data.featureset import FeaturesDamaged, FeatureSet
+
+FILES = ("manifest.json", "text.safetensors", "shard-00001.safetensors")
+
+
+@pytest.fixture
+def features(
+    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A finished folder in a cache, of four shards."""
+    monkeypatch.setattr(extract, "SHARD_ROWS", 4)
+    found, _ = cached_features(
+        pictures, model=fake_clip(), spatial="raw", cache_dir=tmp_path / "cache"
+    )
+    return found.folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rebuilt(features: Path, pictures: Path, clip: Any) -> tuple[int, dict[str, bytes]]:
+    cached_features(pictures, model=clip, spatial="raw", cache_dir=features.parents[1])
+    return clip.images_encoded, contents(features)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [0, 1, 8, 60, 0.5, -1])
+def test_cut_file_is_found_and_built_again(
+    features: Path, pictures: Path, fake_clip: Any, name: str, keep: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    good = contents(features)
+    data = good[name]
+    size = int(len(data) * keep) if isinstance(keep, float) else keep % len(data)
+    (features / name).write_bytes(data[:size])
+    with pytest.raises(FeaturesDamaged, match=r"^features: [^\n]*$"):
+        FeatureSet.open(features).verify()
+    encoded, now = rebuilt(features, pictures, fake_clip())
+    assert encoded >= 15
+    assert now == good
+    assert "building it again" in caplog.text
+
+
+def test_missing_files_are_found(features: Path) -> None:
+    for name in FILES[1:]:
+        data = (features / name).read_bytes()
+        (features / name).unlink()
+        with pytest.raises(FeaturesDamaged, match="got no such file"):
+            FeatureSet.open(features)
+        (features / name).write_bytes(data)
+    (features / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        FeatureSet.open(features)
+
+
+def test_every_flipped_bit_is_found(features: Path) -> None:
+    draw = random.Random(0)
+    for name, data in contents(features).items():
+        positions = {0, 1, 7, 8, len(data) - 1, *(draw.randrange(len(data)) for _ in range(40))}
+        for position in positions:
+            broken = bytearray(data)
+            broken[position] ^= 1 << draw.randrange(8)
+            (features / name).write_bytes(bytes(broken))
+            with pytest.raises((FeaturesDamaged, ValueError)):
+                FeatureSet.open(features).verify()
+        (features / name).write_bytes(data)
+    FeatureSet.open(features).verify()
+
+
+def test_flipped_bit_is_found_before_the_first_row_is_read(features: Path) -> None:
+    path = features / "shard-00002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(bytes(data))
+    records = FeatureSet.open(features).records()
+    assert records.batch(torch.tensor([0])).image.shape == (1, 16)
+    with pytest.raises(FeaturesDamaged, match="shard-00002.safetensors was changed after"):
+        records.batch(torch.tensor([8]))
+
+
+def test_shards_swapped_for_each_other_are_found(features: Path) -> None:
+    one, two = (features / f"shard-0000{n}.safetensors" for n in (0, 1))
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    with pytest.raises(FeaturesDamaged, match="was changed after it was written"):
+        FeatureSet.open(features).verify()
+
+
+def test_planted_pickle_is_never_loaded(features: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path / 'trapped'}",)
+
+    torch.save({"image": Trap()}, features / "shard-00000.safetensors")
+    with pytest.raises(FeaturesDamaged):
+        FeatureSet.open(features).verify()
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_manifest_cannot_point_outside_of_its_folder(features: Path, tmp_path: Path) -> None:
+    manifest = json.loads((features / "manifest.json").read_text())
+    secret = tmp_path / "secret.safetensors"
+    secret.write_bytes((features / "shard-00000.safetensors").read_bytes())
+    manifest["shards"][0]["file"] = f"../../../{secret.name}"
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    manifest["digest"] = extract.json_digest(body)
+    (features / "manifest.json").write_bytes(extract.to_json(manifest))
+    with pytest.raises(FeaturesDamaged, match="got no such file"):
+        FeatureSet.open(features)
+
+
+def test_damaged_explicit_folder_is_not_removed_unasked(
+    pictures: Path, tmp_path: Path, fake_clip: Any
+) -> None:
+    out = tmp_path / "out"
+    extract_features(pictures, out, model=fake_clip())
+    (out / "text.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="remove the folder to build it again"):
+        extract_features(pictures, out, model=fake_clip())
+    assert (out / "shard-00000.safetensors").exists()
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """No file may grow beyond 1,000 bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_names_path_and_bytes_and_keeps_the_old(
+    features: Path, pictures: Path, fake_clip: Any, small_files_only: None
+) -> None:
+    good = contents(features)
+    cache = features.parents[1]
+    with pytest.raises(OSError, match=r"cannot write \d+ bytes to .*: File too large"):
+        cached_features(pictures, model=fake_clip(seed=1), spatial="raw", cache_dir=cache)
+    assert contents(features) == good
+    other = next(path for path in (cache / "features").iterdir() if path != features)
+    assert [path.name for path in other.iterdir() if path.name.endswith(".new")] == []
+    _, report = cached_features(pictures, model=fake_clip(), spatial="raw", cache_dir=cache)
+    assert report.reused
+
+
+SERVER = """
+import importlib.util, json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
+helpers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(helpers)
+import vtclip.data.extract as extract
+from vtclip.data.featureset import FeatureSet
+extract.SHARD_ROWS = 2
+root = Path(sys.argv[2])
+pictures = helpers.make_folder(root / "pictures", each=20)
+
+def build(out):
+    return extract.extract_features(pictures, out, model=helpers.FakeClip(), spatial="raw",
+                                    progress=False)
+
+whole, _ = build(root / "whole")
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
+
+good = files(root / "whole")
+start = time.monotonic()
+build(root / "timed")
+length = time.monotonic() - start
+draw, seen = random.Random(0), []
+out = root / "killed"
+for run in range(25):
+    pid = child(lambda: build(out))
+    time.sleep(draw.uniform(0, 0.6 * length))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    state = "nothing"
+    if (out / "manifest.json").exists():
+        found = FeatureSet.open(out)
+        found.verify()
+        state = "finished"
+    elif (out / "partial.json").exists():
+        state = f"{len(json.loads((out / 'partial.json').read_text())['shards'])} shards"
+    seen.append(state)
+    if state == "finished":
+        out = root / f"killed{run}"
+build(out)
+same = files(out) == good
+
+gate = root / "gate"
+def race(number):
+    def work():
+        while not gate.exists():
+            time.sleep(0.001)
+        _, report = build(root / "raced")
+        (root / f"raced{number}").write_text(str(report.reused))
+    return work
+pids = [child(race(number)) for number in range(4)]
+gate.touch()
+for pid in pids:
+    os.waitpid(pid, 0)
+reused = sorted((root / f"raced{number}").read_text() for number in range(4))
+print(json.dumps({"seen": seen, "same": same, "reused": reused,
+                  "raced": files(root / "raced") == good}))
+"""
+
+
+def test_kills_and_races_leave_good_features(tmp_path: Path, root: Path) -> None:
+    """25 builds killed at random moments, then four processes at once, in one interpreter start."""
+    helpers = Path(__file__).with_name("conftest.py")
+    run = subprocess.run(
+        [sys.executable, "-c", SERVER, str(helpers), str(tmp_path)],
+        cwd=root, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert len(result["seen"]) == 25
+    assert any("shards" in state for state in result["seen"])
+    assert result["same"]
+    assert result["raced"]
+    assert result["reused"] == ["False", "True", "True", "True"]
