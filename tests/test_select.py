@@ -37,6 +37,13 @@ def test_first_without_reasons_is_taken(monkeypatch):
     assert select(CPU_PROBLEM, None).name == "reference"
 
 
+def test_the_interpreter_runs_only_when_named(monkeypatch):
+    monkeypatch.setattr(native, "load_cpu", lambda: "gone")
+    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    assert select(CPU_PROBLEM, None).name == "reference"
+    assert select(CPU_PROBLEM, "triton").name == "triton"
+
+
 def test_wide_heads_go_to_the_reference_with_the_limit_as_reason():
     problem = Problem("cross_attn", "cpu", torch.float32, 257)
     reasons = dict(explain(problem))

@@ -52,6 +52,13 @@ BACKENDS: tuple[Named, ...] = (
 )
 
 
+def _against(named: Named, problem: Problem, *, asked_for: bool) -> tuple[str, ...]:
+    if not asked_for and named.name == "triton" and problem.device == "cpu":
+        # Triton's interpreter takes CPU tensors, a thousand times slower than anything else
+        return (f"needs cuda tensors, got {problem.device}",)
+    return named.backend.why_not(problem)
+
+
 def select(problem: Problem, impl: Impl | None) -> Named:
     """The first backend that can run `problem`, or the named one.
 
@@ -63,7 +70,7 @@ def select(problem: Problem, impl: Impl | None) -> Named:
         raise ValueError(f"{problem.op}: impl must be None or one of {names}, got {impl!r}")
     refused = []
     for named in candidates:
-        reasons = named.backend.why_not(problem)
+        reasons = _against(named, problem, asked_for=impl is not None)
         if not reasons:
             return named
         refused.append(f"{named.name}: {', '.join(reasons)}")
@@ -76,4 +83,4 @@ def select(problem: Problem, impl: Impl | None) -> Named:
 
 def explain(problem: Problem) -> list[tuple[str, tuple[str, ...]]]:
     """(impl name, reasons against it) for every backend, in order of preference."""
-    return [(named.name, named.backend.why_not(problem)) for named in BACKENDS]
+    return [(named.name, _against(named, problem, asked_for=False)) for named in BACKENDS]
