@@ -26,6 +26,7 @@ import hashlib
 import json
 import logging
 import math
+import pickle
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -446,8 +447,7 @@ def _finish(
 
     with torch.random.fork_rng(devices=[]):  # the random start is overwritten; leave no trace of it
         model = build_clip(config)
-    head = weights.open("rb").read(2)
-    if weights.suffix != ".safetensors" and head == b"PK" and _is_torchscript(weights):
+    if weights.suffix != ".safetensors" and _is_torchscript(weights):
         raise ClipNotFound(
             f"model {name!r}: {weights} is a TorchScript archive, which is a program; "
             "convert it to safetensors first"
@@ -455,10 +455,12 @@ def _finish(
     try:
         open_clip.load_checkpoint(model, str(weights), strict=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:240]
+        reason = " ".join(str(error).split())[:240] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
+            # torch's own message proposes to switch its check off
+            reason = "not a file of tensors alone; other objects are never loaded"
         raise ClipNotFound(
-            f"model {name!r}: {weights} does not hold these weights: "
-            f"{type(error).__name__}: {reason}"
+            f"model {name!r}: {weights} does not hold these weights: {reason}"
         ) from None
     if any(
         not value.isfinite().all()
