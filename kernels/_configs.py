@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch configurations: pure functions of shapes, dtype and target. Nothing is timed at run time."""
+"""Launch configurations: functions of shapes, dtype and target, never timed at run time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
         }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_target(index: int) -> Target:
     info = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
@@ -56,7 +56,7 @@ def target_of(tensor: torch.Tensor) -> Target:
 
 
 def input_precision(dtype: torch.dtype, target: Target) -> str:
-    """How `tl.dot` treats float32 operands of kernels on `dtype` tensors: as torch.matmul is told to.
+    """How `tl.dot` treats float32 operands, given `dtype` tensors: as torch.matmul is told to.
 
     tf32 carries all bits of 16-bit types, so there it serves for float32 intermediates.
     """
@@ -109,11 +109,12 @@ def images_per_program(B: int, programs_per_image: int, target: Target) -> int:
 
 # (block_k, block_l, num_warps, num_stages) for d up to 64, 128, 256, chosen by compiling for sm_80,
 # sm_90, sm_100 and gfx942: the largest tiles tried that spill no register. Run time: not measured.
-# "ieee" is float32 without tensor cores, "small" is for 64 KiB of shared memory.
+# "ieee" is float32 without tensor cores, "small" is for 64 KiB of shared memory; others fit into
+# the 99 KiB of sm_86, sm_89 and sm_120.
 _TILES = {
     "half": {
         "fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        "bwd_query": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)),
+        "bwd_query": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         "bwd_key": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
         "weights": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
         "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
@@ -121,19 +122,19 @@ _TILES = {
     "tf32": {
         "fwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
         "bwd_query": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
-        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
         "weights": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
         "weights_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     },
     "ieee": {
-        "fwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        "bwd_query": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "fwd": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
+        "bwd_query": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
         "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
         "weights": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
         "weights_bwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     },
-    "small half": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1))),
-    "small float32": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1))),
+    "small half": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1))),
+    "small float32": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))),
     "interpreter": dict.fromkeys(_KINDS, ((32, 64, 4, 1),) * 3),
 }
 
@@ -142,16 +143,15 @@ def attention(kind: str, dtype: torch.dtype, d: int, K: int, L: int, target: Tar
     """Tile of an attention kernel, no larger than the problem."""
     block_d = padded(d)
     width = 0 if block_d <= 64 else 1 if block_d <= 128 else 2
-    short = target.shared_bytes < 96 * 1024
-    # backward tiles of the widest heads need 100 KiB or more
-    short = short or (target.shared_bytes < 128 * 1024 and width == 2 and "bwd" in kind)
     if target.backend == "interpreter":
         family = "interpreter"
-    elif short:
+    elif target.shared_bytes < 99 * 1024:
         family = "small float32" if dtype == torch.float32 else "small half"
     else:
         family = input_precision(dtype, target) if dtype == torch.float32 else "half"
     block_k, block_l, num_warps, num_stages = _TILES[family][kind][width]
+    if family == "half" and kind == "bwd_query" and target.capability >= 100:
+        num_warps, num_stages = 8, 1  # two stages spill there
     return Tile(min(block_k, padded(K)), min(block_l, padded(L)), num_warps, num_stages)
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device functions shared by the kernels: masked tiles, casts, dots, norms and the fixed-order sum."""
+"""Device functions of all kernels: masked tiles, casts, dots, norms, the fixed-order sum."""
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The interpreter keeps bfloat16 as raw 16-bit integers: arithmetic on it is wrong, conversion is not.
+# The interpreter keeps bfloat16 as raw 16-bit integers: only conversions of it are right.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -32,16 +32,15 @@ def load_row(ptr, offs_d, stride_d, D):
 
 
 @triton.jit
-def cast(x, DTYPE: tl.constexpr):
-    """float32 -> DTYPE, to nearest even; the interpreter alone would truncate towards bfloat16."""
-    if INTERPRETED:
-        if DTYPE == tl.bfloat16:
-            bits = x.to(tl.int32, bitcast=True)
-            odd = (bits >> 16) & 1
-            # a NaN stays as it is: the increment could carry it into the sign bit
-            bits = tl.where(x == x, bits + 0x7FFF + odd, bits)
-            x = (bits & -65536).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+def cast(x, dtype: tl.constexpr):
+    """float32 -> dtype, to nearest even; the interpreter alone would truncate towards bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        odd = (bits >> 16) & 1
+        # a NaN stays as it is: the increment could carry it into the sign bit
+        bits = tl.where(x == x, bits + 0x7FFF + odd, bits)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
@@ -72,7 +71,7 @@ def row_max(x):
 
 @triton.jit
 def reciprocal_norm(x):
-    """1 / |row| of x [rows, D] float32, 0 for a zero row; squares entries of at most 1, so never overflows."""
+    """1 / |row| of x [rows, D] float32, 0 for a zero row; what it squares is at most 1."""
     top = row_max(tl.abs(x))
     top = tl.where(top > 0, top, 1.0)  # also when the row is NaN, which then shows in the sum
     unit = x / top[:, None]
@@ -113,7 +112,7 @@ def sum_partials_kernel(
 
 
 def sum_partials(partial, out):
-    """out = partial.sum(0) for a contiguous float32 partial [P, ...] and an out of contiguous memory."""
+    """out = partial.sum(0), float32 [P, ...]; both in dense memory of the same order."""
     size = out.numel()
     if size:
         grid = (triton.cdiv(size, 128),)

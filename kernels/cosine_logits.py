@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""logits[b, k] = scale * <x_b, t_k> / (|x_b| |t_k|), with texts shared by all images or one set per image.
+"""logits[b, k] = scale * <x_b, t_k> / (|x_b| |t_k|), texts shared or one set per image.
 
 Shared texts are a matrix product. Its operands are the rows times the power of two next to their
 reciprocal norm: exact in every dtype, and products of entries like 1e30 stay in range. The rest of

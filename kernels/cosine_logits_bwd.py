@@ -138,7 +138,7 @@ def _gather(g, y, rnorm):
             g, y, rnorm, partial, *g.stride(), *y.stride(), N, J, D, rows_per_split,
             PRECISION=_configs.input_precision(y.dtype, _configs.target_of(y)),
             BLOCK_N=block_n, BLOCK_J=block_j, BLOCK_D=block_d,
-            num_warps=4, num_stages=2, enable_fp_fusion=True,
+            num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
     return partial
 

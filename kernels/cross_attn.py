@@ -57,9 +57,8 @@ def cross_attn_fwd_kernel(
     for i in range(0, tl.minimum(images_per_program, B - first)):
         b = first + i
         if not SHARED_QUERY:
-            q = load_rows(
-                query_ptr + b * stride_query_b, offs_k, offs_d, stride_query_k, stride_query_d, in_k, D
-            )  # fmt: skip
+            query_b = query_ptr + b * stride_query_b
+            q = load_rows(query_b, offs_k, offs_d, stride_query_k, stride_query_d, in_k, D)
         key_b = key_ptr + b * stride_key_b
         value_b = value_ptr + b * stride_value_b
         mask_b = mask_ptr + b * stride_mask_b

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-attention backward, without atomics.
 
-P = exp(S - lse), dP = d_out v^T, delta = rowsum(d_out * out) - d_lse, dS = P * (dP - delta) * scale.
-One kernel forms d_query per (image chunk, head, query tile), summing over images on chip, and leaves
-delta behind; the other forms d_key and d_value per (image, head, key tile), looping over queries.
+P = exp(S - lse), dP = d_out v^T, delta = rowsum(d_out * out) - d_lse,
+dS = P * (dP - delta) * scale.
+One kernel forms d_query per (image chunk, head, query tile), summing over images on chip, and
+leaves delta behind; the other forms d_key and d_value per (image, head, key tile) in a loop over
+queries.
 """
 
 import torch
@@ -177,7 +179,7 @@ def cross_attn_bwd_key_kernel(
 
 
 def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, scale):
-    """(d_query, d_key, d_value), each over [., K or L, H, d] memory; d_query as query is batched."""
+    """(d_query, d_key, d_value), each over [., K or L, H, d] memory; d_query shared if query is."""
     B, H, L, d = key.shape
     K = query.shape[2]
     _configs.check("cross_attn", query, d, _configs.MAX_HEAD_DIM)

@@ -107,7 +107,8 @@ def norm_cosine_logits_bwd_kernel(
 ):  # fmt: skip
     # program = (image chunk, class tile); with unit rows x = image / |image| and y / |y|:
     # d_y = scale d_logit / |y| (x - cosine y),  d_z = residual d_y,
-    # d_hidden = rstd (d_n - mean(d_n) - n mean(d_n n)),  d_n = weight d_z,  n = (hidden - mean) rstd
+    # d_hidden = rstd (d_n - mean(d_n) - n mean(d_n n)),  d_n = weight d_z,
+    # n = (hidden - mean) rstd
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(K, BLOCK_K)
     chunk = (pid // num_tiles).to(tl.int64)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every kernel as its launcher would, for GPUs that are not here.
 
-Launchers run on CPU tensors with `JITFunction.run` replaced: instead of launching, the arguments are
-specialised the way Triton does it and compiled for the wanted target. One JSON line per kernel.
+Launchers run on CPU tensors with `JITFunction.run` replaced: instead of a launch, the arguments
+are specialised the way Triton does it and compiled for the target. One JSON line per kernel.
 
-Usage: python _compile.py PACKAGE TARGET DTYPE PRECISION WIDTH...    (its own process: TRITON_INTERPRET=0)
+Usage: TRITON_INTERPRET=0 python _compile.py PACKAGE TARGET DTYPE PRECISION WIDTH...
 """
 
 import importlib
@@ -24,7 +24,11 @@ from triton.runtime.jit import JITFunction
 _configs, cosine_logits, cross_attn, cross_attn_weights, norm_cosine_logits = (
     importlib.import_module(f"{sys.argv[1]}.{name}")
     for name in (
-        "_configs", "cosine_logits", "cross_attn", "cross_attn_weights", "norm_cosine_logits",
+        "_configs",
+        "cosine_logits",
+        "cross_attn",
+        "cross_attn_weights",
+        "norm_cosine_logits",
     )  # fmt: skip
 )
 
@@ -81,7 +85,9 @@ def spills(compiled, target):
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         text = output(tools / "cuobjdump", "-res-usage", cubin)
-        registers, stack = (int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
+        registers, stack = (
+            int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK")
+        )
         if stack == 0:
             return registers, 0
         # the stack may hold other things; the assembler tells
@@ -120,7 +126,9 @@ def narrow_offsets(ttir):
 
 def record(rows, target):
     def run(self, *args, grid, warmup=False, **kwargs):
-        options = {k: kwargs[k] for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs}
+        options = {
+            k: kwargs[k] for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs
+        }
         compiled = triton.compile(source(self, args, kwargs), target=target, options=options)
         registers, spilled = spills(compiled, target)
         rows.append(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs every launcher on memory that ends at a forbidden page: one element too far ends the process.
+"""Runs every launcher on memory that ends at a forbidden page: one element more is fatal.
 
 Usage: python _guard.py PACKAGE      (TRITON_INTERPRET=1)
 """

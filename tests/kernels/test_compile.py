@@ -79,6 +79,8 @@ def test_a_lost_cast_is_seen(tmp_path):
     text = file.read_text()
     assert ".to(tl.int64)" in text
     file.write_text(text.replace(".to(tl.int64)", ""))
-    rows = compile_all("mutant", "sm_80", "bfloat16", "tf32", (64,), f"{tmp_path}{os.pathsep}{ROOT}")
+    rows = compile_all(
+        "mutant", "sm_80", "bfloat16", "tf32", (64,), f"{tmp_path}{os.pathsep}{ROOT}"
+    )
     narrow = {row["kernel"] for row in rows if row["narrow"]}
     assert narrow == {"cross_attn_fwd_kernel"}

@@ -36,7 +36,7 @@ def run(image, text, scale, grad_logits):
 
 
 def assert_close(actual, wanted, scale, *, steps=32):
-    """Row by row: the error may be `steps` roundings of the row's largest entry (of `scale` for logits)."""
+    """By rows: an error may be `steps` roundings of the largest entry (of `scale` for logits)."""
     for name, want in wanted.items():
         got = actual[name].cpu()
         assert got.shape == want.shape, name

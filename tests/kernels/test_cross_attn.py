@@ -10,7 +10,7 @@ NAMES = ("out", "lse", "d_query", "d_key", "d_value")
 
 
 def oracle(query, key, value, key_mask, scale):
-    """S = scale q k^T over visible columns, out = softmax(S) v, lse = logsumexp(S); empty rows 0, -inf."""
+    """S = scale q k^T over visible columns, out = softmax(S) v, lse = logsumexp(S)."""
     B, L = key.shape[0], key.shape[2]
     if key_mask is None:
         key_mask = torch.ones(1, L, dtype=torch.bool)
@@ -56,7 +56,7 @@ def run(inputs, key_mask, scale, grad_out, grad_lse):
 
 
 def assert_close(actual, wanted, *, steps):
-    """The largest error may be `steps` roundings of the largest entry, in the precision of the result."""
+    """The largest error may be `steps` roundings of the largest entry, in the result's dtype."""
     for name, want in wanted.items():
         got = actual[name].cpu()
         assert got.shape == want.shape, name
@@ -81,9 +81,9 @@ def problem(B, H, K, L, d, *, shared=True, dtype=torch.float32, device="cpu", se
     return inputs, draw(B, H, K, d), draw(B, H, K)
 
 
-# Sums have up to max(d, L, K * B) float32 terms of one sign pattern or another; errors of random sign
-# grow like the square root of that, so 32 roundings leave an ample factor at these sizes. Of the 16-bit
-# types only the roundings of P, dS and the result count.
+# Sums have up to max(d, L, K * B) float32 terms; errors of random sign grow like the square root of
+# that, so 32 roundings leave an ample factor at these sizes. Of the 16-bit types only the roundings
+# of P, dS and the result count.
 STEPS = {torch.float32: 32, torch.float16: 4, torch.bfloat16: 4}
 
 
@@ -178,15 +178,17 @@ def test_without_lse_gradient(device):
 def test_scales(scale, device):
     inputs, grad_out, grad_lse = problem(2, 1, 6, 9, 8, device=device)
     actual = run(inputs, None, scale, grad_out, grad_lse)
-    # an error of eps |S| in the exponent is an error of that factor in P; |S| reaches some 10 |scale|
+    # an error of eps |S| in the exponent is a factor of that size in P; |S| is up to 10 |scale|
     steps = 32 * max(1.0, 10 * abs(scale))
     assert_close(actual, expected(inputs, None, scale, grad_out, grad_lse), steps=steps)
 
 
 def strided(t):
-    """The same numbers as every second row and column of a NaN-filled, transposed, shifted storage."""
+    """The same numbers as every second row and column of a NaN-filled, transposed storage."""
     *batch, rows, cols = t.shape
-    wide = torch.full((*batch, 2 * cols + 1, 2 * rows + 1), math.nan, dtype=t.dtype, device=t.device)
+    wide = torch.full(
+        (*batch, 2 * cols + 1, 2 * rows + 1), math.nan, dtype=t.dtype, device=t.device
+    )
     view = wide[..., 1::2, 1::2].transpose(-1, -2)
     view.copy_(t)
     return view

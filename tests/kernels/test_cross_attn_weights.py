@@ -40,7 +40,9 @@ def assert_close(actual, wanted, *, steps=32):
             continue
         worst = (got.double() - want).abs().max().item()
         top = max(want.abs().max().item(), 0.1)
-        assert worst <= steps * torch.finfo(got.dtype).eps * top, f"{name}: {worst:.2e} of {top:.2e}"
+        assert worst <= steps * torch.finfo(got.dtype).eps * top, (
+            f"{name}: {worst:.2e} of {top:.2e}"
+        )
 
 
 def problem(B, H, K, L, d, *, shared=True, dtype=torch.float32, device="cpu"):

@@ -58,7 +58,9 @@ def assert_close(actual, wanted, scale, *, steps=64):
             continue
         top = max(abs(scale), 1e-3) if name == "logits" else max(want.abs().max().item(), 1e-3)
         worst = (got.double() - want).abs().max().item()
-        assert worst <= steps * torch.finfo(got.dtype).eps * top, f"{name}: {worst:.2e} of {top:.2e}"
+        assert worst <= steps * torch.finfo(got.dtype).eps * top, (
+            f"{name}: {worst:.2e} of {top:.2e}"
+        )
 
 
 def problem(B, K, C, *, dtype=torch.float32, device="cpu"):
