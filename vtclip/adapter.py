@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapted head on disk: `adapter.safetensors` (tensors) and `adapter_config.json` (all the rest).
+"""An adapted head on disk: `adapter.safetensors` (tensors) and `adapter_config.json` (the rest).
 
 The config names the digest of the tensors and carries a digest of itself, so a cut or changed byte
 in either file is found on loading. Nothing is pickled and loading runs no code of the file's.
 
-Saving writes both files under new names and then renames first the tensors, then the config. After a
-kill between the two renames the tensors are new and the config that belongs to them still has its
+Saving writes both files under new names, then renames the tensors, then the config. After a kill
+between the two renames the tensors are new and the config that belongs to them still has its
 `.new` name: `load_adapter` takes that one. So the old or the new adapter loads, never neither.
 """
 
@@ -121,7 +121,8 @@ def _checked_config(path: Path) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version} (written by vtclip "
-            f"{config.get('vtclip_version')}), this vtclip {__version__} reads up to {FORMAT_VERSION}"
+            f"{config.get('vtclip_version')}), this vtclip {__version__} reads up "
+            f"to {FORMAT_VERSION}"
         )
     named = config.pop("config_digest", None)
     if named != json_digest(config):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtclip.fit` and `vtclip.evaluate`: from a source of labelled images to a run folder with numbers.
+"""`vtclip.fit` and `vtclip.evaluate`: from labelled images to a run folder with numbers.
 
 The command line calls these two with the same names and defaults.
 """
@@ -31,7 +31,7 @@ from .heads import HEADS
 from .recipes import RECIPES
 from .result import RESULT, Run, Stopwatch, device_name, peak_memory_mb, revision, versions
 
-__all__ = ["Run", "evaluate", "fit"]
+__all__ = ["Run", "evaluate", "fit", "write_features"]
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -76,10 +76,7 @@ def fit(
     check_seed(seed)
     config = recipe_config(method, shots, overrides)
     where = choose_device(device)
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
+    set_threads(threads)
     source = Path(source).expanduser()
     folder = run_folder(out, source, method, shots, seed)
     check_out(folder, source, overwrite=overwrite, resume=resume)
@@ -105,7 +102,7 @@ def fit(
                 prompt=prompt,
                 templates=None if templates is None else list(templates),
                 augment_passes=augment_passes,
-                need_spatial=HEADS[method].needs_spatial,
+                need_spatial=bool(HEADS[method].needs_spatial),  # type: ignore[attr-defined]
                 cache_dir=cache_dir,
                 device=str(where),
                 progress=progress,
@@ -198,8 +195,7 @@ def evaluate(
     """
     run = run if isinstance(run, Run) else Run.load(run)
     where = choose_device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     adapter = load_adapter(run.folder, device=where)
     options = run.result["config"]
     opened = Path(options["source"] if source is None else source).expanduser()
@@ -207,7 +203,7 @@ def evaluate(
         opened,
         **{name: options[name] for name in ("model", "spatial", "prompt", "templates")},
         augment_passes=0,
-        need_spatial=adapter.head.needs_spatial,
+        need_spatial=bool(adapter.head.needs_spatial),
         cache_dir=cache_dir,
         device=str(where),
         progress=progress,
@@ -235,8 +231,44 @@ def evaluate(
     }
 
 
+def write_features(
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: str = "demo",
+    spatial: str | None = "default",
+    templates: Sequence[str] | None = None,
+    augment_passes: int = 0,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Records:
+    """Features of an image folder in the folder `out`, which `fit` then takes as its source."""
+    from .data.extract import extract_features
+
+    set_threads(threads)
+    found, _ = extract_features(
+        source,
+        out,
+        model=model,
+        spatial=spatial,
+        templates=None if templates is None else list(templates),
+        augment_passes=augment_passes,
+        device=choose_device(device),
+        progress=progress,
+    )
+    return found.records()
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
 def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
-    """The recipe's settings with `overrides` in place of some; without training nothing to replace."""
+    """The recipe's settings with `overrides` in place of some."""
     config = RECIPES[method](shots)
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     if given and not config.epochs:
@@ -325,7 +357,7 @@ def split_rows(
 def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> nn.Module:
     """The head of `method` over the records' class texts, with the recipe's options."""
     options: dict[str, Any] = {"logit_scale": records.logit_scale, **config.head}
-    if HEADS[method].needs_spatial:
+    if HEADS[method].needs_spatial:  # type: ignore[attr-defined]
         options.setdefault("spatial_dim", records.spatial_width)
     return HEADS[method](records.text, **options).to(device)
 
@@ -348,7 +380,7 @@ def features_of(records: Records, model: str) -> dict[str, Any]:
     """What an adapter must know of its features: where they come from and what they look like."""
     info = records.info
     return {
-        "model": model if info.get("model") else None,
+        "model": info.get("model_name", model) if info.get("model") else None,
         "model_config": info.get("model"),
         "weights_digest": info.get("digests", {}).get("weights"),
         "spatial": info.get("spatial"),
@@ -385,7 +417,8 @@ def index_of(name: str, class_names: Sequence[str]) -> int:
 
 
 def unreadable(records: Records) -> list[str]:
-    return [str(name) for name in records.info.get("unreadable", [])]
+    """Files of the source that could not be read, as "name: reason"; no number counts them."""
+    return [f"{name}: {reason}" for name, reason in records.info.get("skipped", [])]
 
 
 @contextlib.contextmanager

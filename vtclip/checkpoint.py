@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Within the `with`, the first SIGINT or SIGTERM only sets `received`; a second acts at once."""
+    """In its `with`, the first SIGINT or SIGTERM only sets `received`; a second acts at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -101,7 +101,7 @@ class Checkpoint:
         write_atomic(self.path, save_bytes(tensors, metadata))
 
     def load(self, head: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        """Put the saved state back; answers the number of steps done and the epoch's loss so far."""
+        """Put the saved state back; answers the steps done and the epoch's sum of losses so far."""
         tensors, metadata = read_safetensors(self.path, "a vtclip checkpoint")
         state_json = json.loads(metadata["state"])
         for name, wanted in self.identity.items():

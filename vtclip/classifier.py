@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from PIL import Image
@@ -64,7 +64,7 @@ class Classifier:
     def from_pretrained(
         cls, repo_or_folder: str | Path, *, device: str | torch.device | None = None
     ) -> Classifier:
-        """`load` for a folder; anything else is the name of a hub repository holding the adapter."""
+        """`load` for a folder; anything else names a hub repository that holds the adapter."""
         if Path(repo_or_folder).expanduser().is_dir():
             return cls.load(repo_or_folder, device=device)
         from huggingface_hub import snapshot_download
@@ -81,7 +81,9 @@ class Classifier:
         return self.adapter.class_names
 
     @overload
-    def predict(self, images: Picture, topk: int = 5) -> list[Prediction]: ...
+    def predict(  # type: ignore[overload-overlap]
+        self, images: Picture, topk: int = 5
+    ) -> list[Prediction]: ...
     @overload
     def predict(self, images: Sequence[Picture], topk: int = 5) -> list[list[Prediction]]: ...
 
@@ -96,7 +98,8 @@ class Classifier:
             raise ValueError(f"topk must be at least 1, got {topk}")
         one = isinstance(images, (str, Path, Image.Image))
         one = one or (isinstance(images, Tensor) and images.ndim == 3)
-        pictures: Sequence[Picture] = [images] if one else list(images)  # type: ignore[list-item, arg-type]
+        given: Any = images
+        pictures: list[Any] = [given] if one else list(given)
         found = []
         for start in range(0, len(pictures), 64):
             pixels = torch.stack([self._pixels(one) for one in pictures[start : start + 64]])
@@ -111,7 +114,7 @@ class Classifier:
         """Preprocessed pixels [B, 3, H, W] -> probabilities [B, K] on the CPU."""
         image, spatial = self._encode(pixels)
         head = self.adapter.head
-        logits = head(image, spatial) if head.needs_spatial else head(image)
+        logits: Tensor = head(image, spatial) if head.needs_spatial else head(image)
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("predict: logits must be finite, got NaN or infinity")
         return (logits.double() / (self.adapter.temperature or 1.0)).softmax(dim=1).cpu()
@@ -128,7 +131,8 @@ class Classifier:
         pixels = self.clip.preprocess(picture)
         probability = self.probabilities(pixels[None])[0]
         k = int(probability.argmax()) if k is None else k
-        weights = head.attention(self._encode(pixels[None])[1])[0, k].cpu()  # type: ignore[operator]
+        attention: Any = head.attention
+        weights = attention(self._encode(pixels[None])[1])[0, k].cpu()
         heat = heat_map(weights, *pixels.shape[1:])
         cfg = self.clip.preprocess_cfg
         seen = to_image(pixels, cfg["mean"], cfg["std"])
@@ -139,7 +143,7 @@ class Classifier:
         spatial = self.adapter.features["spatial"] if self.adapter.head.needs_spatial else None
         return self.clip.encode_image(pixels.to(self.device), spatial)
 
-    def _pixels(self, picture: Picture) -> Tensor:
+    def _pixels(self, picture: Any) -> Tensor:
         if isinstance(picture, Tensor):
             if picture.ndim != 3:
                 raise ValueError(f"predict: a tensor must be [3, H, W], got {list(picture.shape)}")

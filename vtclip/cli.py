@@ -8,7 +8,6 @@ user's is one line on stderr. Torch is imported only by the commands that comput
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -154,7 +153,9 @@ def build_parser() -> Parser:
     features = command("features", run_features, "write the features of SOURCE to a folder")
     features.add_argument("source", metavar="SOURCE")
     features.add_argument("--out", metavar="DIR", required=True)
-    features.add_argument("--spatial", metavar="OPT", help="kind of spatial features (vtclip.clip)")
+    features.add_argument(
+        "--spatial", metavar="OPT", default="default", help="or none: global only"
+    )
     features.add_argument("--templates", metavar="NAME|FILE")
     features.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
 
@@ -173,7 +174,7 @@ def build_parser() -> Parser:
         sub.add_argument(
             "--cache-dir", metavar="DIR", help="where features of image folders are kept"
         )
-    for sub in (fit, evaluate, predict, explain, features):
+    for sub in (fit, evaluate, predict, explain, features, demo):
         sub.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU where there is one")
         sub.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
     for sub in (fit, evaluate, predict):
@@ -244,7 +245,8 @@ def run_fit(args: argparse.Namespace) -> int:
         emit(f"unreadable, not counted: {len(broken)} ({', '.join(broken[:3])}, ...)")
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items())
     emit(f"{seconds}; peak memory {result['peak_memory_mb'] or 0:.0f} MB; {result['device']}")
-    emit(f"run in {run.folder}: adapter.safetensors, adapter_config.json, result.json, log.jsonl")
+    files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
+    emit(f"run in {run.folder}: {files}")
     return 0
 
 
@@ -252,7 +254,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     source = None if args.source is None else existing("SOURCE", args.source)
     from . import api
-    from .result import table
+    from .result import rows_table
 
     values = api.evaluate(
         folder, source, device=args.device, threads=args.threads, cache_dir=args.cache_dir
@@ -261,7 +263,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         emit_json(values)
     else:
         emit(f"{values['method']} on {values['source']}: {values['test']['images']} images")
-        emit(table({"method": "zeroshot", "zero_shot": values}).replace("zero-shot", "this run "))
+        emit(rows_table({values["method"]: values}))
     return 0
 
 
@@ -306,12 +308,10 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def load_classifier(args: argparse.Namespace, folder: Path) -> Any:
+    from . import api
     from .classifier import Classifier
 
-    if args.threads is not None:
-        import torch
-
-        torch.set_num_threads(args.threads)
+    api.set_threads(args.threads)
     return Classifier.load(folder, model=args.model, device=args.device)
 
 
@@ -325,12 +325,11 @@ def run_features(args: argparse.Namespace) -> int:
         source,
         args.out,
         model=args.model,
-        spatial=args.spatial,
+        spatial=None if args.spatial == "none" else args.spatial,
         templates=None if args.templates is None else [args.templates],
         augment_passes=args.augment_passes,
         device=args.device,
         threads=args.threads,
-        cache_dir=args.cache_dir,
         progress=sys.stderr is not None and sys.stderr.isatty(),
     )
     emit(f"{args.out}: {records!r}")
@@ -340,14 +339,16 @@ def run_features(args: argparse.Namespace) -> int:
 def run_demo_command(args: argparse.Namespace) -> int:
     from .demo.run import run_demo
 
-    run_demo(out=args.out)
+    summary = run_demo(args.out, threads=args.threads, device=args.device)
+    emit(summary["table"])
+    emit(f"{args.out}: table.txt, result.json, heat_maps.png, shots.png, images and runs")
     return 0
 
 
 def run_info(args: argparse.Namespace) -> int:
     from . import info
 
-    return info.main([]) or 0
+    return info.main() or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -48,7 +48,7 @@ def learning_rate(config: FitConfig, epoch: int) -> float:
 
 
 def shuffled(index: Tensor, seed: int, epoch: int) -> Tensor:
-    """The order of one epoch, a function of seed and epoch alone, so that resuming needs no state."""
+    """The order of one epoch, a function of seed and epoch alone: resuming needs no state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return index[torch.randperm(len(index), generator=generator)]
 
@@ -79,8 +79,8 @@ def fit(
 ) -> None:
     """Train `head` in place by cross-entropy; the weights of the last epoch stay in it.
 
-    An epoch is floor(N / batch_size) full batches, or one smaller batch where N < batch_size. Epoch e
-    uses augmentation pass 1 + e % num_passes where `records` hold any. A loss or gradient that is not
+    An epoch is floor(N / batch_size) full batches, or one smaller one where N < batch_size. Epoch e
+    uses augmentation pass 1 + e % num_passes where there are any. A loss or gradient that is not
     finite raises FloatingPointError with the head back at the last weights whose loss was finite.
     SIGINT and SIGTERM save a checkpoint after the running step and raise `Interrupted`.
     """
@@ -129,8 +129,8 @@ def fit(
                     put_back(parameters, good)
                 raise FloatingPointError(
                     f"fit: {'gradient' if math.isfinite(value) else 'loss'} is not finite at step "
-                    f"{number} (epoch {epoch}, lr {lr:g}, rows {rows[:4].tolist()}...), last finite "
-                    f"loss {value if math.isfinite(value) else last_loss:.6g}"
+                    f"{number} (epoch {epoch}, lr {lr:g}, rows {rows[:4].tolist()}...), last "
+                    f"finite loss {value if math.isfinite(value) else last_loss:.6g}"
                 )
             for kept, parameter in zip(good, parameters, strict=True):
                 kept.copy_(parameter.detach())
@@ -163,7 +163,7 @@ def put_back(parameters: list[nn.Parameter], good: list[Tensor]) -> None:
             parameter.copy_(kept)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def all_logits(
     head: nn.Module,
     records: TrainingRows | Records,
@@ -175,7 +175,7 @@ def all_logits(
     """Logits [N, K] and labels [N] of the plain (never augmented) rows `index`, in that order."""
     head.eval()
     logits, label = [], []
-    for rows in index.split(batch_size):
+    for rows in index.split(batch_size):  # type: ignore[no-untyped-call]
         batch = records.batch(rows, 0)
         logits.append(compute_logits(head, batch, device).float().cpu())
         label.append(batch.label)
@@ -191,7 +191,8 @@ def evaluate(
     temperature: float | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, value) of every metric over the rows `index`, each counted once."""
-    if len(index) != len(index.unique()):
-        raise ValueError(f"evaluate: {len(index)} rows, of which {len(index.unique())} differ")
+    different = len(set(index.tolist()))
+    if len(index) != different:
+        raise ValueError(f"evaluate: {len(index)} rows, of which {different} differ")
     logits, label = all_logits(head, records, index, device=device)
     yield from metrics.report(logits, label, temperature).items()

@@ -14,7 +14,7 @@ SIDE = 320  # pixels of each panel
 
 
 def heat_map(weights: Tensor, height: int, width: int) -> Tensor:
-    """Attention weights [L] of a square grid -> [height, width] in 0..1, bilinear between tokens."""
+    """Weights [L] of a square grid of tokens -> [height, width] in 0..1, bilinear."""
     g = math.isqrt(len(weights))
     if g * g != len(weights):
         raise ValueError(f"heat_map: weights must be a square grid, got {len(weights)} tokens")

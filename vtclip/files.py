@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that survive a kill and a full disk: atomic writes, digests, strict JSON, one writer per folder.
+"""Files that survive a kill and a full disk: atomic writes, digests, one writer per folder.
 
 A write goes to `NAME.new` in the same folder, is flushed to the disk, and then takes the place of
 `NAME` in one step, so that a reader finds either the old bytes or the new ones. A symbolic link is
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 try:
-    import fcntl
+    import fcntl as _fcntl
+
+    fcntl: Any = _fcntl
 except ImportError:  # Windows has no flock; there the folder is not locked
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 
 def write_new(path: Path, data: bytes) -> Path:
@@ -103,7 +105,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
-            digest.update(memoryview(tensor.reshape(-1).view(_byte()).numpy()))
+            digest.update(tensor.reshape(-1).view(_byte()).numpy().data)
     return digest.hexdigest()
 
 

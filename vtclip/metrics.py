@@ -19,7 +19,7 @@ NUM_BINS = 15
 
 
 def check_logits(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the CPU, logits in float64; refuses wrong shapes, labels out of range, NaN and inf."""
+    """Both on the CPU, logits in float64; refuses wrong shapes and labels, NaN and inf."""
     if logits.ndim != 2 or label.ndim != 1 or len(logits) != len(label):
         shapes = f"{list(logits.shape)} and {list(label.shape)}"
         raise ValueError(f"metrics: logits and label must be [N, K] and [N], got {shapes}")
@@ -61,7 +61,7 @@ def per_class_accuracy(logits: Tensor, label: Tensor) -> list[float]:
 
 
 def macro_f1(logits: Tensor, label: Tensor) -> float:
-    """Mean over classes of 2 TP / (2 TP + FP + FN), over classes that occur as label or prediction."""
+    """Mean over classes of 2 TP / (2 TP + FP + FN), over classes that occur."""
     counts = confusion(logits, label)
     total = counts.sum(dim=0) + counts.sum(dim=1)  # 2 TP + FP + FN
     occurs = total > 0
@@ -110,7 +110,7 @@ def fit_temperature(logits: Tensor, label: Tensor) -> float:
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(logits * (-log_t).exp(), label, reduction="sum") + log_t**2 / 2
-        (loss / len(label)).backward()
+        (loss / len(label)).backward()  # type: ignore[no-untyped-call]
         return (loss / len(label)).detach()
 
     with torch.enable_grad():
@@ -119,7 +119,7 @@ def fit_temperature(logits: Tensor, label: Tensor) -> float:
 
 
 def report(logits: Tensor, label: Tensor, temperature: float | None = None) -> dict[str, Any]:
-    """All numbers of one evaluation; `*_scaled` are those of logits / temperature (None without one)."""
+    """All numbers of one evaluation; `*_scaled` are those of logits / temperature, if given."""
     logits, label = check_logits(logits, label)
     top1 = accuracy(logits, label)
     scaled = None if temperature is None else logits / temperature

@@ -70,7 +70,7 @@ def versions() -> dict[str, str | None]:
 
 
 def revision() -> str | None:
-    """The git commit of a source checkout, "-dirty" where tracked files differ; None when installed."""
+    """The git commit of a checkout, "-dirty" where tracked files differ; None when installed."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -88,7 +88,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """Most memory used so far: allocated on a GPU, else resident in this process; None if unknown."""
+    """Most memory used so far: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -105,16 +105,21 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-COLUMNS = ("accuracy", "95 % interval", "macro-F1", "NLL", "ECE", "NLL at T", "ECE at T", "T")
+COLUMNS = {"accuracy": 9, "95 % interval": 14, "macro-F1": 9, "NLL": 8, "ECE": 8}
+COLUMNS |= {"NLL at T": 9, "ECE at T": 9, "T": 7}
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Zero-shot against adapted, one line each; T is the temperature fitted on validation images."""
+    """Zero-shot against adapted, one line each; T is the temperature fitted on validation."""
     rows = {"zero-shot": result["zero_shot"]}
     if result["method"] != "zeroshot":
         rows[result["method"]] = result["adapted"]
-    width = max(len(name) for name in rows) + 2
-    lines = [" " * width + "".join(f"{name:>15}" for name in COLUMNS)]
+    return rows_table(rows)
+
+
+def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    first = max(len(name) for name in rows) + 1
+    lines = [" " * first + "".join(f" {name:>{width}}" for name, width in COLUMNS.items())]
     for name, row in rows.items():
         low, high = row["interval95"]
         cells = [
@@ -126,7 +131,9 @@ def table(result: Mapping[str, Any]) -> str:
                 for key in ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
             ),
         ]
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
+        widths = COLUMNS.values()
+        line = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{name:<{first}}{line}")
     return "\n".join(lines)
 
 

@@ -83,9 +83,14 @@ def test_temperature_is_recovered_from_overconfident_logits() -> None:
     temperature = metrics.fit_temperature(honest * 3, label)
     # the standard error of log T with 4,000 labels is about 0.02; 0.1 is five of them
     assert math.log(temperature / 3) == pytest.approx(0, abs=0.1)
-    before, after = metrics.report(honest * 3, label), metrics.report(honest * 3, label, temperature)
-    assert after["nll_scaled"] < before["nll"] and after["ece_scaled"] < before["ece"] / 2
-    assert before["nll_scaled"] is None and before["temperature"] is None
+    before, after = (
+        metrics.report(honest * 3, label),
+        metrics.report(honest * 3, label, temperature),
+    )
+    assert after["nll_scaled"] < before["nll"]
+    assert after["ece_scaled"] < before["ece"] / 2
+    assert before["nll_scaled"] is None
+    assert before["temperature"] is None
 
 
 def test_temperature_is_the_optimum_of_its_objective() -> None:
@@ -133,9 +138,12 @@ def test_a_class_without_images_is_nan_and_outside_the_mean() -> None:
     logits = torch.tensor([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
     values = metrics.report(logits, torch.tensor([0, 1]))
     assert math.isnan(values["per_class"][2])
-    assert values["macro_f1"] == 1.0 and values["accuracy"] == 1.0
+    assert values["macro_f1"] == 1.0
+    assert values["accuracy"] == 1.0
 
 
 def test_a_single_class_is_allowed() -> None:
     values = metrics.report(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), 1.0)
-    assert values["accuracy"] == 1.0 and values["nll"] == 0.0 and values["ece"] == 0.0
+    assert values["accuracy"] == 1.0
+    assert values["nll"] == 0.0
+    assert values["ece"] == 0.0

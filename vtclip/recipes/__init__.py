@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..config import FitConfig
+from vtclip.config import FitConfig
+
 from . import vtclip, zeroshot
 
 RECIPES: dict[str, Callable[[int], FitConfig]] = {

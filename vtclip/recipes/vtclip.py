@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..config import FitConfig
+from vtclip.config import FitConfig
 
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 

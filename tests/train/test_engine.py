@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: it learns, repeats itself bit by bit, resumes as if never stopped, and stops on NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtclip import engine
+from vtclip.checkpoint import Checkpoint, Interrupted
+from vtclip.config import FitConfig
+from vtclip.data.records import Batch, Records
+from vtclip.data.splits import few_shot_split
+from vtclip.heads import HEADS
+
+CPU = torch.device("cpu")
+CONFIG = FitConfig(epochs=6, lr=0.05, weight_decay=0.0, batch_size=8, checkpoint_every=2)
+
+
+class Spied:
+    """Records that report every batch they hand out, and may change it."""
+
+    def __init__(self, records: Records, on_batch: Callable[[Tensor, Batch], Batch]) -> None:
+        self._records, self._on_batch = records, on_batch
+        self.num_passes = records.num_passes
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def batch(self, index: Tensor, augment_pass: int = 0) -> Batch:
+        return self._on_batch(index, self._records.batch(index, augment_pass))
+
+
+def new_head(records: Records, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return HEADS["vtclip"](records.text, spatial_dim=records.spatial_width, logit_scale=20.0)
+
+
+def run(
+    records: Any,
+    config: FitConfig = CONFIG,
+    *,
+    head: Any = None,
+    seed: int = 1,
+    source: Any = None,
+    **options: Any,
+) -> torch.nn.Module:
+    real = source if source is not None else records
+    split = few_shot_split(real.label, real.names, shots=8, seed=1)
+    head = new_head(real) if head is None else head
+    rows = engine.TrainingRows(records, split.train, split.val)
+    log = options.pop("log", lambda row: None)
+    engine.fit(
+        head, rows, split.train, split.val, config, device=CPU, seed=seed, log=log, **options
+    )
+    return head
+
+
+def weights(head: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in head.state_dict().items()}
+
+
+def assert_same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_overfits_a_few_images(records: Records, optimizer: str) -> None:
+    rows: list[dict[str, Any]] = []
+    lr = 0.05 if optimizer == "sgd" else 5e-3
+    config = dataclasses.replace(CONFIG, epochs=40, optimizer=optimizer, lr=lr)
+    head = run(records, config, log=rows.append)
+    train = few_shot_split(records.label, records.names, shots=8, seed=1).train
+    logits, label = engine.all_logits(head, records, train, device=CPU)
+    assert torch.equal(logits.argmax(1), label)
+    assert rows[-1]["loss"] < 0.05 < rows[0]["loss"]
+    assert [row["epoch"] for row in rows] == list(range(40))
+    assert "val_accuracy" in rows[1]
+    assert "val_accuracy" not in rows[0]
+
+
+def test_same_seed_gives_the_same_bits(records: Records) -> None:
+    first = weights(run(records))
+    assert_same_bits(first, weights(run(records)))
+    other = weights(run(records, seed=2))
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_every_epoch_sees_every_training_row_once(records: Records) -> None:
+    seen: list[int] = []
+
+    def note(index: Tensor, batch: Batch) -> Batch:
+        if torch.is_grad_enabled():
+            seen.extend(index.tolist())
+        return batch
+
+    run(Spied(records, note), source=records)
+    train = few_shot_split(records.label, records.names, shots=8, seed=1).train.tolist()
+    epochs = [seen[start : start + len(train)] for start in range(0, len(seen), len(train))]
+    assert len(epochs) == CONFIG.epochs
+    assert all(sorted(epoch) == train for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop_at", [3, 4, 13, 24])  # inside, at the end of an epoch, last step
+def test_interrupted_and_resumed_equals_uninterrupted(
+    records: Records, tmp_path: Path, optimizer: str, stop_at: int
+) -> None:
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, lr=0.01)
+    losses: list[float] = []
+    whole = weights(run(records, config, log=lambda row: losses.append(row["loss"])))
+    steps = 0
+
+    def interrupt(_: Tensor, batch: Batch) -> Batch:
+        nonlocal steps
+        if torch.is_grad_enabled():
+            steps += 1
+            if steps == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", {"seed": 1})
+    again: list[float] = []
+
+    def log(row: dict[str, Any]) -> None:
+        again.append(row["loss"])
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {stop_at}") as caught:
+        run(Spied(records, interrupt), config, source=records, checkpoint=checkpoint, log=log)
+    assert caught.value.signum == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    fresh = new_head(records, seed=99)  # every weight has to come from the file
+    head = run(records, config, head=fresh, checkpoint=checkpoint, resume=True, log=log)
+    assert_same_bits(whole, weights(head))
+    assert again == losses
+
+
+def test_a_crash_resumes_from_the_last_checkpoint(records: Records, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", {})
+
+    def crash(row: dict[str, Any]) -> None:
+        if row["epoch"] == 4:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(records, checkpoint=checkpoint, log=crash)
+    resumed: list[int] = []
+    head = run(
+        records, checkpoint=checkpoint, resume=True, log=lambda row: resumed.append(row["epoch"])
+    )
+    assert resumed == [4, 5]
+    assert_same_bits(weights(run(records)), weights(head))
+
+
+def test_resuming_another_run_is_refused_by_name(records: Records, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    run(records, checkpoint=Checkpoint(path, {"seed": 1, "shots": 8}))
+    with pytest.raises(ValueError, match="shots was 8, now it is 4"):
+        run(records, checkpoint=Checkpoint(path, {"seed": 1, "shots": 4}), resume=True)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 100, -1])
+def test_a_cut_checkpoint_is_refused(records: Records, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "state.safetensors"
+    run(records, checkpoint=Checkpoint(path, {}))
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="not a vtclip checkpoint"):
+        run(records, checkpoint=Checkpoint(path, {}), resume=True)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_keeps_good_weights(
+    records: Records, bad: float
+) -> None:
+    steps, kept = 0, {}
+    head = new_head(records)
+
+    def poison(_: Tensor, batch: Batch) -> Batch:
+        nonlocal steps
+        if not torch.is_grad_enabled():
+            return batch
+        steps += 1
+        if steps == 9:
+            kept.update(weights(head))  # produced by step 8 and not yet known to be good
+            return dataclasses.replace(batch, image=batch.image * bad)
+        if steps == 8:
+            kept["good"] = torch.cat([p.detach().reshape(-1) for p in head.parameters()])
+        return batch
+
+    with pytest.raises(
+        FloatingPointError, match=r"loss is not finite at step 8 \(epoch 2, lr"
+    ) as error:
+        run(Spied(records, poison), source=records, head=head)
+    assert "last finite loss nan" not in str(error.value)
+    now = torch.cat([p.detach().reshape(-1) for p in head.parameters()])
+    assert torch.equal(now, kept["good"])
+
+
+def test_an_absurd_learning_rate_leaves_finite_weights(records: Records) -> None:
+    head = new_head(records)
+    for layer in head.layers:
+        torch.nn.init.constant_(layer.norm3.weight, 3e38)
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        run(records, head=head)
+    assert all(bool(parameter.isfinite().all()) for parameter in head.parameters())
+
+
+def test_a_test_row_in_training_raises(records: Records) -> None:
+    split = few_shot_split(records.label, records.names, shots=8, seed=1)
+    rows = engine.TrainingRows(records, split.train, split.val)
+    assert len(rows.batch(split.train).label) == len(split.train)
+    with pytest.raises(IndexError, match="neither a training nor a validation row"):
+        rows.batch(split.test[:1])
+    for stolen in (torch.cat([split.train, split.test[:1]]), split.test):
+        with pytest.raises(IndexError, match="neither a training nor a validation row"):
+            engine.fit(
+                new_head(records),
+                rows,
+                stolen,
+                split.val,
+                CONFIG,
+                device=CPU,
+                seed=1,
+                log=lambda row: None,
+            )
+    with pytest.raises(IndexError, match="neither a training nor a validation row"):
+        engine.fit(
+            new_head(records),
+            rows,
+            split.train,
+            split.test,
+            CONFIG,
+            device=CPU,
+            seed=1,
+            log=lambda row: None,
+        )
+
+
+def test_nothing_to_train_is_an_error(records: Records) -> None:
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        run(records, head=HEADS["zeroshot"](records.text))
+    with pytest.raises(ValueError, match="no step to train"):
+        run(records, dataclasses.replace(CONFIG, epochs=0))
+
+
+def test_a_batch_larger_than_the_training_set_still_trains(records: Records) -> None:
+    before = weights(new_head(records))
+    after = weights(run(records, dataclasses.replace(CONFIG, batch_size=1000)))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_learning_rate_follows_torch(records: Records) -> None:
+    config = dataclasses.replace(CONFIG, epochs=10, warmup_epochs=2, lr=0.3)
+    assert [engine.learning_rate(config, epoch) for epoch in (0, 1)] == [1e-5, 1e-5]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    for epoch in range(2, 10):
+        # torch's form is a recursion: ten steps of rounding
+        assert engine.learning_rate(config, epoch) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-12
+        )
+        optimizer.step()
+        scheduler.step()
+
+
+def test_augmented_passes_are_used_in_turn_and_never_for_validation(records: Records) -> None:
+    image = torch.stack([records.batch(torch.arange(len(records))).image] * 3, dim=1)
+    three = Records.from_tensors(image, records.label, records.text, records.class_names)
+    assert three.num_passes == 2
+    used: list[tuple[bool, int]] = []
+
+    class Passes(Spied):
+        def batch(self, index: Tensor, augment_pass: int = 0) -> Batch:
+            used.append((torch.is_grad_enabled(), augment_pass))
+            return records.batch(index)
+
+    run(Passes(three, lambda index, batch: batch), source=records)
+    training = [number for grad, number in used if grad]
+    assert training == [1 + epoch % 2 for epoch in range(6) for _ in range(4)]
+    assert {number for grad, number in used if not grad} == {0}
+
+
+def test_evaluation_counts_each_row_once_and_refuses_nan(records: Records) -> None:
+    head = HEADS["zeroshot"](records.text, logit_scale=20.0)
+    index = torch.arange(len(records))
+    values = dict(engine.evaluate(head, records, index, device=CPU))
+    batch = records.batch(index)
+    right = head(batch.image).argmax(1) == batch.label
+    assert values["accuracy"] == int(right.sum()) / len(records)
+    assert values["count"] == len(records)
+    with pytest.raises(ValueError, match="2 rows, of which 1 differ"):
+        dict(engine.evaluate(head, records, torch.tensor([3, 3]), device=CPU))
+
+    def poison(_: Tensor, batch: Batch) -> Batch:
+        return dataclasses.replace(batch, image=batch.image * math.nan)
+
+    with pytest.raises(FloatingPointError, match="logits must be finite"):
+        dict(engine.evaluate(head, Spied(records, poison), index, device=CPU))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "adma"}, "sgd or adamw"),
+        ({"epochs": -1}, "epochs must be an integer >= 0"),
+        ({"epochs": 1.5}, "epochs must be an integer >= 0"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"lr": -1.0}, "lr must be above 0"),
+        ({"lr": math.nan}, "lr must be above 0"),
+        ({"lr": 1e30}, "at most 1000"),
+        ({"weight_decay": -1e-4}, "weight_decay must be in"),
+        ({"weight_decay": math.nan}, "weight_decay must be in"),
+        ({"warmup_lr": 0.0}, "warmup_lr must be above 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64])
+def test_seeds_have_one_range(records: Records, seed: int) -> None:
+    with pytest.raises(ValueError, match="seed must be in 0..4294967295"):
+        run(records, seed=seed)
+
+
+def test_the_engine_is_short_and_names_no_method() -> None:
+    text = Path(engine.__file__).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    assert not any(name in text for name in HEADS if name != "vtclip")
+    assert "VTCLIP" not in text
