@@ -535,31 +535,33 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
         load_clip(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32:openai", "hf-hub:owner/name"])
-def test_offline_is_one_clear_line_at_once(name: str, tmp_path: Path) -> None:
+def test_offline_is_one_clear_line_at_once(tmp_path: Path) -> None:
     """No retries, no trace: what was looked for and how to give a local file."""
     code = (
-        "import sys, time\n"
-        "from vtclip.clip import ClipNotFound, load_clip\n"
+        "import time\n"
         "import open_clip\n"
-        "start = time.perf_counter()\n"
-        "try:\n"
-        f"    load_clip({name!r})\n"
-        "except ClipNotFound as error:\n"
-        "    print(time.perf_counter() - start)\n"
-        "    print(error)\n"
+        "from vtclip.clip import ClipNotFound, load_clip\n"
+        "for name in ('ViT-B-32:openai', 'hf-hub:owner/name'):\n"
+        "    start = time.perf_counter()\n"
+        "    try:\n"
+        "        load_clip(name)\n"
+        "    except ClipNotFound as error:\n"
+        "        print(time.perf_counter() - start, error)\n"
     )
     # nothing listens on port 9 of this machine
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://127.0.0.1:9"}
     env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                         timeout=120, check=False)  # fmt: skip
+                         timeout=300, check=False)  # fmt: skip
     assert run.returncode == 0, run.stderr
-    seconds, message = run.stdout.splitlines()
-    assert float(seconds) < 20  # the hub client alone takes 23 s on an idle machine
-    assert "is neither cached nor could it be fetched" in message
-    assert "give a local copy as" in message
     assert "Retrying" not in run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        seconds, message = line.split(" ", 1)
+        assert float(seconds) < 20  # the hub client alone retries for 23 s
+        assert "is neither cached nor could it be fetched" in message
+        assert "give a local copy as" in message
 
 
 def test_build_clip_names_what_is_missing() -> None:

@@ -245,9 +245,8 @@ class _Job:
                 f"features: {folder} holds features that differ in {', '.join(differs)}; "
                 "give another folder or remove this one"
             )
-        if not (folder / PARTIAL).exists() and any(
-            path.name not in (TEXT, f"{TEXT}.new", f"{PARTIAL}.new") for path in folder.iterdir()
-        ):
+        others = [path for path in folder.iterdir() if path.name != f"{PARTIAL}.new"]
+        if others and not (folder / PARTIAL).exists():
             raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
         return None
 
@@ -263,6 +262,7 @@ class _Job:
         ranges = [(start, min(start + per_shard, len(hashed.names)))
                   for start in range(0, len(hashed.names), per_shard)]  # fmt: skip
         done = self._resume(folder)
+        self._note(folder, done)  # before all else, so that a later run knows the folder as ours
         text = clip.encode_text(fields["class_names"], fields["templates"]).cpu()
         text_entry = _write_tensors(folder / TEXT, {"text": text})
         todo = [pair for number, pair in enumerate(ranges) if number not in done]
@@ -282,9 +282,7 @@ class _Job:
                 done[number] = self._shard(
                     folder, number, range(start, stop), loaded, per_batch, tokens, bar
                 )
-                entries = [done[index] for index in sorted(done)]
-                body = {"key": self.key, "shards": entries}
-                write_atomic(folder / PARTIAL, to_json({**body, "digest": json_digest(body)}))
+                self._note(folder, done)
         self._finish(folder, [done[number] for number in range(len(ranges))], text_entry, tokens)
 
     def _announce(self, folder: Path, row_bytes: int) -> None:
@@ -309,6 +307,10 @@ class _Job:
         if spatial is None:
             raise ValueError(f"features: the model gives no spatial {self.fields['spatial']!r}")
         return int(spatial.shape[1]), int(spatial.shape[2])
+
+    def _note(self, folder: Path, done: dict[int, dict[str, Any]]) -> None:
+        body = {"key": self.key, "shards": [done[number] for number in sorted(done)]}
+        write_atomic(folder / PARTIAL, to_json({**body, "digest": json_digest(body)}))
 
     def _resume(self, folder: Path) -> dict[int, dict[str, Any]]:
         """Shards of this key that an earlier run finished and whose bytes are still right."""
