@@ -81,7 +81,7 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
     strict = ["-Werror"] if os.environ.get("VTCLIP_WERROR") == "1" else []
     host = ["-O3", "-Wall", "-Wextra", *strict, *(f"-isystem{path}" for path in includes)]
     common = {
-        "include_dirs": [str(generated), "csrc"],
+        "include_dirs": [str(generated), str(ROOT / "csrc")],
         "define_macros": [("TORCH_TARGET_VERSION", TARGET_VERSION)],
         "library_dirs": cpp_extension.library_paths(),
         "libraries": ["torch", "torch_cpu", "c10"],

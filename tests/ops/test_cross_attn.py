@@ -42,10 +42,35 @@ def some_mask(B: int, L: int) -> Tensor:
     return mask
 
 
+def cancelling(
+    inputs: dict[str, Tensor], seeds: list[Tensor], fixed: dict[str, object]
+) -> dict[str, float]:
+    """The largest sum of |terms| in each gradient, with dS = P * (dP - Delta).
+
+    Where the softmax saturates, dP and Delta cancel; a softmax that keeps its row reaches exactly
+    0 there, a kernel that recomputes it from the log-sum-exp reaches a rounding step of the terms.
+    """
+    query, key, value = inputs.values()
+    scale, mask = fixed.get("scale"), fixed.get("key_mask")
+    weights = ops.cross_attn_weights(query, key, key_mask=mask, scale=scale, impl="reference")
+    terms = weights * (seeds[0].double().abs() @ value.abs().transpose(-1, -2))
+    if len(seeds) > 1:
+        terms = terms + weights * seeds[1].double().abs()[..., None]
+    terms = (terms + weights * terms.sum(-1, keepdim=True)) * (scale or query.shape[-1] ** -0.5)
+    d_query = (terms @ key.abs()).sum(0) if query.shape[0] == 1 else terms @ key.abs()
+    d_key = terms.transpose(-1, -2) @ query.abs()
+    d_value = weights.transpose(-1, -2) @ seeds[0].double().abs()
+    return {
+        name: float(tensor.amax()) if tensor.numel() else 0.0
+        for name, tensor in (("query", d_query), ("key", d_key), ("value", d_value))
+    }
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_dtype(case, dtype, impl, runnable, compare):
     runnable("cross_attn", dtype, CASES[case][-1])
-    compare(ops.cross_attn, draw(case, dtype))
+    floor = cancelling if CASES[case][-1] else None
+    compare(ops.cross_attn, draw(case, dtype), floor)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,14 +81,14 @@ def test_lse_and_its_gradient(case, impl, runnable, compare):
         assert (out == 0).all()
         assert (lse == -torch.inf).all()
         return
-    compare(ops.cross_attn_lse, draw(case), scale=0.7)
+    compare(ops.cross_attn_lse, draw(case), cancelling, scale=0.2)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one-mask", "mask-per-image"])
 def test_key_mask(shared, dtype, impl, runnable, compare):
     runnable("cross_attn", dtype, 32)
     mask = some_mask(1 if shared else 3, 49)
-    compare(ops.cross_attn_lse, draw("ordinary", dtype), key_mask=mask)
+    compare(ops.cross_attn_lse, draw("ordinary", dtype), cancelling, key_mask=mask)
 
 
 def test_fully_masked_image_is_zero_with_zero_gradients(impl, device, runnable):
@@ -143,7 +168,7 @@ def test_extreme_scores(magnitude, impl, runnable, compare):
     runnable("cross_attn", torch.float32, 32)
     inputs = draw("ordinary")
     inputs["query"] = inputs["query"] * magnitude
-    compare(ops.cross_attn, inputs, scale=1.0)
+    compare(ops.cross_attn, inputs, cancelling, scale=1.0)
 
 
 @pytest.mark.parametrize(
