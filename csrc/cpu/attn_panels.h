@@ -7,7 +7,7 @@
 // softmax over the keys runs down the columns with no sum across lanes.
 
 // Indices of the visible keys of image b; returns how many there are.
-static int64_t visible_keys(const AttnShape& s, int64_t b, int64_t* index) {
+inline int64_t visible_keys(const AttnShape& s, int64_t b, int64_t* index) {
   int64_t n = 0;
   for (int64_t l = 0; l < s.L; ++l) {
     index[n] = l;
@@ -61,18 +61,6 @@ static void pack_query(const AttnShape& s, T* columns, const HeadsView& query, i
   const int64_t ld = leading_dim<T>(s.D);
   pack_block(s, rows, ld, query, b, h, first, n, static_cast<T>(s.scale * kLog2E));
   pack_columns(s, columns, leading_dim<T>(s.query_block), rows, ld, n);
-}
-
-// One block of a query shared by all images; unit = head * num_blocks + block.
-template <class T>
-static void pack_shared_query(const AttnShape& s, const HeadsView& query, T* pack, int64_t begin,
-                              int64_t end) {
-  const int64_t blocks = s.num_blocks();
-  const int64_t block_size = s.D * leading_dim<T>(s.query_block);
-  const Scratch<T> rows(s.query_block * leading_dim<T>(s.D));
-  for (int64_t unit = begin; unit < end; ++unit) {
-    pack_query<T>(s, pack + unit * block_size, query, 0, unit / blocks, unit % blocks, rows);
-  }
 }
 
 // S^T[keys, queries] of n keys against one packed query block.
@@ -154,4 +142,31 @@ VTCLIP_INLINE T log_sum(T top, T total) {
   const double log_total = sizeof(T) == 4 ? static_cast<double>(__builtin_logf(total))
                                           : __builtin_log(static_cast<double>(total));
   return static_cast<T>(static_cast<double>(top) * kLn2 + log_total);
+}
+
+// Packed rows of one block to tensor memory.
+template <class T>
+static void store_rows(const AttnShape& s, const HeadsView& view, int64_t b, int64_t h,
+                       int64_t first, int64_t n, const T* rows, int64_t ld, T scale) {
+  char* base = view.at(b, h) + first * view.row;
+  for (int64_t i = 0; i < n; ++i) {
+    store_row(base + i * view.row, s.D, s.dtype, rows + i * ld, scale);
+  }
+}
+
+// Gradients of keys or values: rows of visible keys from `rows`, zero elsewhere.
+template <class T>
+static void store_key_rows(const AttnShape& s, const HeadsView& view, int64_t b, int64_t h,
+                           const int64_t* index, int64_t n, const T* rows, int64_t ld) {
+  char* base = view.at(b, h);
+  const size_t bytes = static_cast<size_t>(s.D * item_bytes(s.dtype));
+  int64_t i = 0;
+  for (int64_t l = 0; l < s.L; ++l) {
+    char* row = base + l * view.row;
+    if (i < n && index[i] == l) {
+      store_row<T>(row, s.D, s.dtype, rows + i++ * ld, 1);
+    } else {
+      __builtin_memset(row, 0, bytes);
+    }
+  }
 }

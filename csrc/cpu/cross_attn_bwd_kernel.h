@@ -49,33 +49,6 @@ static void grad_tile(T* scores, T* grads, int64_t ld, int64_t n, int64_t querie
   }
 }
 
-// d_query rows of one block: to the output, or kept in the partial sum of this task.
-template <class T>
-static void store_rows(const AttnShape& s, const HeadsView& view, int64_t b, int64_t h,
-                       int64_t first, int64_t n, const T* rows, int64_t ld, T scale) {
-  char* base = view.at(b, h) + first * view.row;
-  for (int64_t i = 0; i < n; ++i) {
-    store_row(base + i * view.row, s.D, s.dtype, rows + i * ld, scale);
-  }
-}
-
-// Gradients of keys or values: rows of visible keys from `rows`, zero elsewhere.
-template <class T>
-static void store_key_rows(const AttnShape& s, const HeadsView& view, int64_t b, int64_t h,
-                           const int64_t* index, int64_t n, const T* rows, int64_t ld) {
-  char* base = view.at(b, h);
-  const size_t bytes = static_cast<size_t>(s.D * item_bytes(s.dtype));
-  int64_t i = 0;
-  for (int64_t l = 0; l < s.L; ++l) {
-    char* row = base + l * view.row;
-    if (i < n && index[i] == l) {
-      store_row<T>(row, s.D, s.dtype, rows + i++ * ld, 1);
-    } else {
-      __builtin_memset(row, 0, bytes);
-    }
-  }
-}
-
 // A unit is (head, chunk of images); with a shared query its dQ is summed over the chunk.
 template <class T>
 static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
@@ -150,38 +123,5 @@ static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
       store_key_rows<T>(s, p.d_key, b, h, index, n, d_keys, ldd);
       store_key_rows<T>(s, p.d_value, b, h, index, n, d_values, ldd);
     }
-  }
-}
-
-// Rows (head * K + k) of the shared query, scaled, as the right operand of dK.
-template <class T>
-static void pack_query_rows(const AttnBackward& p, int64_t begin, int64_t end) {
-  const AttnShape& s = p.shape;
-  const int64_t width = round_up(s.D, kLanes<T>);
-  T* rows = static_cast<T*>(p.query_rows);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const char* row = p.query.at(0, unit / s.K) + unit % s.K * p.query.row;
-    load_row(rows + unit * width, s.D, width, row, p.query.column, s.dtype,
-             static_cast<T>(s.scale));
-  }
-}
-
-// d_query rows (head * K + k) = scale * sum of the chunks in ascending order.
-template <class T>
-static void sum_chunks(const AttnBackward& p, int64_t begin, int64_t end) {
-  const AttnShape& s = p.shape;
-  const int64_t width = round_up(s.D, kLanes<T>);
-  const T* partial = static_cast<const T*>(p.d_query_partial);
-  const Scratch<T> total(width);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    for (int64_t c = 0; c < width; c += kLanes<T>) {
-      Vec<T> sum = load(partial + unit * width + c);
-      for (int64_t chunk = 1; chunk < p.num_chunks; ++chunk) {
-        sum += load(partial + (chunk * s.H * s.K + unit) * width + c);
-      }
-      store(total + c, sum);
-    }
-    char* row = p.d_query.at(0, unit / s.K) + unit % s.K * p.d_query.row;
-    store_row<T>(row, s.D, s.dtype, total, static_cast<T>(s.scale));
   }
 }

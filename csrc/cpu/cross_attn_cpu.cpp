@@ -10,6 +10,7 @@
 
 #include "attn_args.h"
 #include "attn_host.h"
+#include "attn_query.h"
 #include "common/check.h"
 #include "gemm.h"
 #include "scratch.h"
@@ -20,16 +21,6 @@
 namespace vtclip {
 namespace cpu {
 namespace {
-
-// The shared query, packed once for all images: [H, blocks, D, query_block].
-Tensor pack_query(const AttnShape& shape, const Tensor& query, const HeadsView& view) {
-  const int64_t units = shape.H * shape.num_blocks();
-  Tensor pack = new_buffer(query, units * shape.D * padded(shape.query_block));
-  void* data = pack.data_ptr();
-  const auto run = VTCLIP_PICK(pack_query_units);
-  parallel_for(0, units, 8, [&](int64_t begin, int64_t end) { run(shape, view, data, begin, end); });
-  return pack;
-}
 
 std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value,
                                           std::optional<Tensor> key_mask, double scale) {
@@ -51,7 +42,7 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value
   p.lse = lse.data_ptr();
   Tensor pack;
   if (s.query_shared) {
-    pack = pack_query(s, query, p.query);
+    pack = pack_shared_query(s, query);
     p.query_pack = pack.data_ptr();
   }
   const auto run = VTCLIP_PICK(cross_attn_fwd_units);
@@ -109,26 +100,20 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
   p.d_key = heads_view(d_key);
   p.d_value = heads_view(d_value);
 
-  const int64_t rows = s.H * s.K;
   p.chunk_images = s.query_shared ? images_per_chunk(s) : 1;
   p.num_chunks = (s.B + p.chunk_images - 1) / p.chunk_images;
   Tensor pack, query_rows, partial;
   if (s.query_shared) {
-    pack = pack_query(s, query, p.query);
-    query_rows = new_buffer(query, rows * padded(s.D));
-    partial = new_buffer(query, p.num_chunks * rows * padded(s.D));
+    pack = pack_shared_query(s, query);
+    query_rows = pack_shared_query_rows(s, query);
+    partial = new_partials(s, query, p.num_chunks);
     p.query_pack = pack.data_ptr();
     p.query_rows = query_rows.data_ptr();
     p.d_query_partial = partial.data_ptr();
-    const auto run = VTCLIP_PICK(pack_query_row_units);
-    parallel_for(0, rows, 256, [&](int64_t begin, int64_t end) { run(p, begin, end); });
   }
   const auto run = VTCLIP_PICK(cross_attn_bwd_units);
   parallel_for(0, s.H * p.num_chunks, 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
-  if (s.query_shared) {
-    const auto sum = VTCLIP_PICK(sum_chunk_units);
-    parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { sum(p, begin, end); });
-  }
+  if (s.query_shared) sum_partials(s, partial, p.num_chunks, d_query);
   return {d_query, d_key, d_value};
 }
 

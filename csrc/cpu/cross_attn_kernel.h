@@ -82,35 +82,10 @@ void cross_attn_fwd_units(const AttnForward& p, int64_t begin, int64_t end) {
   }
 }
 
-void pack_query_units(const AttnShape& s, const HeadsView& query, void* pack, int64_t begin,
-                      int64_t end) {
-  if (s.dtype == Dtype::kFloat64) {
-    pack_shared_query<double>(s, query, static_cast<double*>(pack), begin, end);
-  } else {
-    pack_shared_query<float>(s, query, static_cast<float*>(pack), begin, end);
-  }
-}
-
 void cross_attn_bwd_units(const AttnBackward& p, int64_t begin, int64_t end) {
   if (p.shape.dtype == Dtype::kFloat64) {
     backward_units<double>(p, begin, end);
   } else {
     backward_units<float>(p, begin, end);
-  }
-}
-
-void pack_query_row_units(const AttnBackward& p, int64_t begin, int64_t end) {
-  if (p.shape.dtype == Dtype::kFloat64) {
-    pack_query_rows<double>(p, begin, end);
-  } else {
-    pack_query_rows<float>(p, begin, end);
-  }
-}
-
-void sum_chunk_units(const AttnBackward& p, int64_t begin, int64_t end) {
-  if (p.shape.dtype == Dtype::kFloat64) {
-    sum_chunks<double>(p, begin, end);
-  } else {
-    sum_chunks<float>(p, begin, end);
   }
 }
