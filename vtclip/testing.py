@@ -88,17 +88,14 @@ def misaligned(tensor: Tensor) -> Tensor:
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
     """Fills what `torch.empty` and its kin return with NaN, so that unwritten outputs show."""
-    originals = {"empty": torch.empty, "empty_like": torch.empty_like}
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
     def fill(tensor: Tensor) -> Tensor:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    new_empty = Tensor.new_empty
     with (
-        mock.patch.object(torch, "empty", lambda *a, **k: fill(originals["empty"](*a, **k))),
-        mock.patch.object(
-            torch, "empty_like", lambda *a, **k: fill(originals["empty_like"](*a, **k))
-        ),
+        mock.patch.object(torch, "empty", lambda *a, **k: fill(empty(*a, **k))),
+        mock.patch.object(torch, "empty_like", lambda *a, **k: fill(empty_like(*a, **k))),
         mock.patch.object(Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k))),
     ):
         yield

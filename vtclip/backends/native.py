@@ -56,7 +56,7 @@ def load_cuda() -> str:
         return f"{path.name} needs a CUDA build of torch, this is {torch.__version__}"
     try:
         importlib.import_module("vtclip._library")  # schemas come before implementations
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{path.name} failed to load with torch {torch.__version__}: {error}"
     return ""

@@ -16,7 +16,7 @@ from vtclip.reference import cosine_logits as reference
 
 class _CosineLogits(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         image: Tensor, text: Tensor, scale: float, backend: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, image_rnorm, text_rnorm = backend.function("cosine_logits_fwd")(image, text, scale)
@@ -30,8 +30,8 @@ class _CosineLogits(torch.autograd.Function):
         ctx.save_for_backward(image, text, image_rnorm, text_rnorm)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:
         d_image, d_text = ctx.backend.function("cosine_logits_bwd")(
             grad_logits, *ctx.saved_tensors, ctx.scale
         )

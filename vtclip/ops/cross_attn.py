@@ -30,7 +30,7 @@ class AttnLSE(NamedTuple):
 
 class _CrossAttn(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -48,8 +48,8 @@ class _CrossAttn(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         if grad_out is None and grad_lse is None:
             return (None,) * 6
         query, key, value, key_mask, out, lse = ctx.saved_tensors

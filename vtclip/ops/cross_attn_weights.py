@@ -16,7 +16,7 @@ from vtclip.reference import cross_attn_weights as reference
 
 class _CrossAttnWeights(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Any
     ) -> Tensor:
         weights: Tensor = backend.function("cross_attn_weights_fwd")(query, key, key_mask, scale)
@@ -28,8 +28,8 @@ class _CrossAttnWeights(torch.autograd.Function):
         ctx.save_for_backward(query, key, key_mask, output)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_weights: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_weights: Tensor) -> tuple[Any, ...]:
         query, key, key_mask, weights = ctx.saved_tensors
         if key_mask is not None:
             # a masked column has weight 0; what it holds must not reach d_query as 0 * NaN

@@ -16,7 +16,7 @@ from vtclip.reference import norm_cosine_logits as reference
 
 class _NormCosineLogits(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -42,8 +42,8 @@ class _NormCosineLogits(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:
         grads = ctx.backend.function("norm_cosine_logits_bwd")(
             grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, ctx.eps
         )
