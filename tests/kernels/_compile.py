@@ -125,11 +125,18 @@ def narrow_offsets(ttir):
 
 
 def record(rows, target):
+    seen = set()
+
     def run(self, *args, grid, warmup=False, **kwargs):
         options = {
             k: kwargs[k] for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in kwargs
         }
-        compiled = triton.compile(source(self, args, kwargs), target=target, options=options)
+        launch = source(self, args, kwargs)
+        key = f"{self.__name__} {launch.signature} {launch.constants} {launch.attrs} {options}"
+        if key in seen:
+            return
+        seen.add(key)
+        compiled = triton.compile(launch, target=target, options=options)
         registers, spilled = spills(compiled, target)
         rows.append(
             {
