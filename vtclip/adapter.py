@@ -70,7 +70,8 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
     written = []
     try:
         for name, data in (
-            (TENSORS, save_bytes(tensors, {"format": "pt", "digest": digest})),
+            # one entry only: safetensors writes several in random order, and runs shall compare
+            (TENSORS, save_bytes(tensors, {"digest": digest})),
             (CONFIG, to_json(config)),
         ):
             written.append(write_new(folder / name, data))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,10 @@ MAX_SEED = 2**32 - 1  # the range that torch, NumPy and random all take
 class FitConfig:
     """How a head is built (`head`: its options) and trained; epochs = 0 means there is no training.
 
-    Epoch 0 .. warmup_epochs - 1 run at the constant `warmup_lr`; from then on epoch e runs at
-    lr * (1 + cos(pi * (e - warmup_epochs) / epochs)) / 2.
+    warmup "constant": the first `warmup_epochs` run at `warmup_lr` and the others, epoch by epoch,
+        at lr * (1 + cos(pi * (epoch - warmup_epochs) / epochs)) / 2.
+    warmup "linear": step by step, lr rises linearly over `warmup_epochs` and then falls to 0 as
+        half a cosine.
     """
 
     epochs: int
@@ -23,6 +26,7 @@ class FitConfig:
     lr: float = 2e-3
     weight_decay: float = 5e-4
     batch_size: int = 32
+    warmup: str = "constant"  # or "linear"
     warmup_epochs: int = 1
     warmup_lr: float = 1e-5
     checkpoint_every: int = 10  # epochs between checkpoints and looks at the validation rows
@@ -31,6 +35,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer must be sgd or adamw, got {self.optimizer!r}")
+        if self.warmup not in ("constant", "linear"):
+            raise ValueError(f"warmup must be constant or linear, got {self.warmup!r}")
         for name, least in (
             ("epochs", 0),
             ("batch_size", 1),
@@ -48,6 +54,17 @@ class FitConfig:
                 )
         if not 0 <= self.weight_decay <= 1e3:
             raise ValueError(f"weight_decay must be in 0..1000, got {self.weight_decay!r}")
+
+    def rate(self, number: int, steps: int) -> float:
+        """The learning rate of step `number` of epochs * steps."""
+        epoch, warm, total = number // steps, self.warmup_epochs * steps, self.epochs * steps
+        if self.warmup == "linear":
+            if number < warm:
+                return self.lr * (number + 1) / warm
+            return self.lr * (1 + math.cos(math.pi * (number - warm) / max(1, total - warm))) / 2
+        if number < warm:
+            return self.warmup_lr
+        return self.lr * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs)) / 2
 
 
 def check_seed(seed: int) -> int:

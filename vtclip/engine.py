@@ -41,12 +41,6 @@ class TrainingRows:
         return self._batch(index, augment_pass)
 
 
-def learning_rate(config: FitConfig, epoch: int) -> float:
-    if epoch < config.warmup_epochs:
-        return config.warmup_lr
-    return config.lr * (1 + math.cos(math.pi * (epoch - config.warmup_epochs) / config.epochs)) / 2
-
-
 def shuffled(index: Tensor, seed: int, epoch: int) -> Tensor:
     """The order of one epoch, a function of seed and epoch alone: resuming needs no state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -114,8 +108,9 @@ def fit(
                 head.train()
                 order = shuffled(train_index, seed, epoch)
                 augment_pass = 1 + epoch % records.num_passes if records.num_passes else 0
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config, epoch)
+            lr = config.rate(number, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
             batch = records.batch(rows, augment_pass)
             logits = compute_logits(head, batch, device).float()
@@ -123,7 +118,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            value, lr = loss.item(), learning_rate(config, epoch)
+            value = loss.item()
             if not math.isfinite(value + norm.item()):
                 if not math.isfinite(value):  # the step before this one broke the weights
                     put_back(parameters, good)

@@ -264,16 +264,31 @@ def test_a_batch_larger_than_the_training_set_still_trains(records: Records) -> 
 
 def test_learning_rate_follows_torch(records: Records) -> None:
     config = dataclasses.replace(CONFIG, epochs=10, warmup_epochs=2, lr=0.3)
-    assert [engine.learning_rate(config, epoch) for epoch in (0, 1)] == [1e-5, 1e-5]
+    assert [config.rate(number, 3) for number in range(6)] == [1e-5] * 6
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
     for epoch in range(2, 10):
         # torch's form is a recursion: ten steps of rounding
-        assert engine.learning_rate(config, epoch) == pytest.approx(
+        assert config.rate(3 * epoch + 2, 3) == pytest.approx(
             optimizer.param_groups[0]["lr"], rel=1e-12
         )
         optimizer.step()
         scheduler.step()
+
+
+def test_linear_warm_up_follows_torch() -> None:
+    config = dataclasses.replace(CONFIG, epochs=5, warmup="linear", lr=0.3)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 4, total_iters=3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16)
+    for number in range(4):
+        assert config.rate(number, 4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        warm.step()
+    for number in range(4, 20):
+        assert config.rate(number, 4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        cosine.step()
 
 
 def test_augmented_passes_are_used_in_turn_and_never_for_validation(records: Records) -> None:
@@ -315,6 +330,7 @@ def test_evaluation_counts_each_row_once_and_refuses_nan(records: Records) -> No
     ("change", "message"),
     [
         ({"optimizer": "adma"}, "sgd or adamw"),
+        ({"warmup": "none"}, "constant or linear"),
         ({"epochs": -1}, "epochs must be an integer >= 0"),
         ({"epochs": 1.5}, "epochs must be an integer >= 0"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),

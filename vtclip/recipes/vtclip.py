@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from vtclip.config import FitConfig
 
-EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
+EPOCHS = {1: 50, 2: 100, 4: 100, 8: 50, 16: 50}
 
 
 def get_config(shots: int) -> FitConfig:
-    """SGD with momentum 0.9 and a cosine schedule after one constant epoch; epochs grow with shots.
+    """AdamW, batch 32, one epoch of linear warm-up, then half a cosine.
+
+    Chosen on images that neither train nor test: with 4 shots a rate of 1e-4 gains more than 2e-4,
+    with 16 shots 3e-4 more than 1e-4 or 1e-3, and both more than SGD at 2e-3.
 
     Command: vtclip fit SOURCE --method vtclip --shots 16
     """
     # between the named shot counts, the epochs of the next smaller one
     epochs = EPOCHS[max((known for known in EPOCHS if known <= shots), default=1)]
-    return FitConfig(epochs=epochs)
+    lr = 1e-4 if shots < 8 else 3e-4
+    return FitConfig(epochs, optimizer="adamw", lr=lr, weight_decay=1e-2, warmup="linear")

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what users type, right and wrong, and what they get back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import vtclip
+from vtclip import api, engine
+from vtclip.cli import main
+from vtclip.data.records import Records
+from vtclip.files import to_json
+
+ROOT = Path(vtclip.__file__).parents[1]
+QUICK = ["--shots", "4", "--epochs", "3", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small tensors need one thread; runs land in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four classes of 24 rows; nine spatial tokens, one of which shows the class."""
+    draw = np.random.default_rng(3)
+    text = draw.standard_normal((4, 16)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    label = np.repeat(np.arange(4), 24)
+    noise = draw.standard_normal((96, 16)).astype(np.float32)
+    image = text[label] + 0.9 * text[(label + 1) % 4] + 0.15 * noise
+    spatial = 0.2 * draw.standard_normal((96, 9, 16)).astype(np.float32)
+    spatial[np.arange(96), np.arange(96) % 9] += 2 * text[label]
+    path = tmp_path_factory.mktemp("source") / "animals.npz"
+    np.savez(
+        path,
+        image=image,
+        label=label,
+        text=text,
+        spatial=spatial,
+        classname=np.array(["ant", "bee", "cat", "dog"]),
+        temperature=np.float32(3.0),
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the table of features."""
+    out = tmp_path_factory.mktemp("runs") / "animals"
+    api.fit(npz, shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1)
+    return out
+
+
+def call(*words: Any) -> int:
+    """Exit status of one command."""
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as done:
+        return int(done.code or 0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int, *words: Any) -> str:
+    """The one line a refused command writes."""
+    assert call(*words) == status
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert seen.err.count("\n") == 1, seen.err
+    assert "Traceback" not in seen.err
+    return seen.err
+
+
+def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    command = [sys.executable, *options.pop("python", []), "-m", "vtclip", *map(str, words)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ftt"], "unknown command 'ftt'; did you mean 'fit'"),
+        (["fit"], "required: SOURCE"),
+        (["fit", "x", "--shot", "4"], "unknown argument '--shot'; did you mean '--shots'"),
+        (["fit", "x", "--shots", "1.5"], "--shots: '1.5' is not an integer"),
+        (["fit", "x", "--shots", "-1"], "--shots: must be in 0..1e+06, got -1"),
+        (["fit", "x", "--shots", "2", "--shots", "3"], "--shots is given twice"),
+        (["fit", "x", "--seed", "-1"], "--seed: must be in 0..4.29497e+09, got -1"),
+        (["fit", "x", "--seed", str(2**64)], "--seed: must be in"),
+        (["fit", "x", "--lr", "0"], "--lr: must be above 0"),
+        (["fit", "x", "--lr", "nan"], "--lr: must be above 0"),
+        (["fit", "x", "--lr", "1e30"], "--lr: must be above 0 and at most 1000"),
+        (["fit", "x", "--epochs", "0"], "--epochs: must be in 1..1e+06"),
+        (["fit", "x", "--batch-size", "0"], "--batch-size: must be in"),
+        (["fit", "x", "--weight-decay", "-1"], "--weight-decay: must be in"),
+        (["fit", "x", "--test-fraction", "1.5"], "--test-fraction: must be in 0..1"),
+        (["fit", "x", "--optimizer", "adma"], "unknown name 'adma'; did you mean 'adamw'"),
+        (["fit", "x", "--method", "vt-clip"], "unknown name 'vt-clip'; did you mean 'vtclip'"),
+        (["fit", "no such place"], "SOURCE 'no such place' does not exist"),
+        (["fit", "two\nlines"], r"SOURCE 'two\nlines' does not exist"),
+        (["fit", "~/no such place"], "SOURCE '~/no such place' does not exist"),
+        (["fit", "--", "-dash"], "SOURCE '-dash' does not exist"),
+        (["evaluate", "nowhere"], "RUN 'nowhere' does not exist"),
+        (["predict", "nowhere"], "required: IMAGE"),
+        (["predict", "nowhere", "x.jpg", "--topk", "0"], "--topk: must be in"),
+        (["explain", "nowhere", "x.jpg"], "required: --out"),
+        (["info", "extra"], "unknown argument 'extra'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert message in refused(capsys, 2, *words)
+    assert not list(Path.cwd().iterdir())
+
+
+def test_bad_sources_and_values_are_named(
+    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.npz").write_text("hello")
+    assert "not a readable .npz" in refused(capsys, 2, "fit", "text.npz")
+    assert "prompt 'x' cannot be chosen" in refused(capsys, 2, "fit", npz, "--prompt", "x")
+    assert "device must be" in refused(capsys, 2, "fit", npz, "--device", "gpu")
+    assert "sees" in refused(capsys, 2, "fit", npz, "--device", "cuda:77")
+    assert "class 'ant' has 12" in refused(capsys, 2, "fit", npz, "--shots", "13")
+    assert "shots must be at least 1" in refused(capsys, 2, "fit", npz, "--shots", "0")
+    message = refused(capsys, 2, "fit", npz, "--method", "zeroshot", "--lr", "0.1")
+    assert "method zeroshot has no training, so lr cannot be set" in message
+    assert "leaves no test images" in refused(capsys, 2, "fit", npz, "--test-fraction", "0", *QUICK)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["runs", "text.npz"]
+
+
+def test_fit_prints_a_table_and_writes_a_run(
+    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
+) -> None:
+    assert call("fit", npz, *QUICK) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "runs" / "animals-vtclip-4shot-seed1"
+    files = ["adapter.safetensors", "adapter_config.json", "log.jsonl", "result.json"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    assert "4 classes, 16 training, 16 validation and 48 test images, seed 1" in out
+    assert re.search(r"^zero-shot +\d+\.\d\d %", out, re.M)
+    assert re.search(r"^vtclip +\d+\.\d\d %", out, re.M)
+    result = json.loads((folder / "result.json").read_text())
+    keys = (
+        "method source shots seed zero_shot adapted accuracy seconds peak_memory_mb device "
+        "versions revision config digests"
+    )
+    assert set(keys.split()) <= set(result)
+    for name in ("zero_shot", "adapted"):
+        wanted = {"accuracy", "macro_f1", "nll", "ece", "interval95", "per_class"}
+        assert wanted <= set(result[name])
+        assert 0 <= result[name]["accuracy"] <= 1
+        assert list(result[name]["per_class"]) == ["ant", "bee", "cat", "dog"]
+    assert result["accuracy"] == result["adapted"]["accuracy"]
+    assert (result["method"], result["shots"], result["seed"]) == ("vtclip", 4, 1)
+    assert result["test"] == {"images": 48, "unreadable": []}
+    assert len(result["digests"]["split"]) == 64
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_is_not_overwritten_unasked(
+    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
+) -> None:
+    assert call("fit", npz, "--out", "r", *QUICK) == 0
+    first = (tmp_path / "r" / "adapter.safetensors").read_bytes()
+    capsys.readouterr()
+    assert "holds a run already" in refused(capsys, 2, "fit", npz, "--out", "r", *QUICK)
+    both = ["--overwrite", "--resume"]
+    assert "exclude each other" in refused(capsys, 2, "fit", npz, "--out", "r", *both, *QUICK)
+    assert call("fit", npz, "--out", "r", "--resume", *QUICK) == 0
+    other = ["--seed", "2", "--resume"]
+    capsys.readouterr()
+    assert "with another seed" in refused(capsys, 2, "fit", npz, "--out", "r", *other, *QUICK)
+    assert (tmp_path / "r" / "adapter.safetensors").read_bytes() == first
+    assert call("fit", npz, "--out", "r", "--overwrite", "--seed", "2", *QUICK) == 0
+    assert (tmp_path / "r" / "adapter.safetensors").read_bytes() != first
+    capsys.readouterr()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for word in ("--overwrite", "--resume"):
+        message = refused(capsys, 2, "fit", npz, "--out", "mine", word, *QUICK)
+        assert "is not a run (it holds 'thesis.txt')" in message
+    (tmp_path / "file").write_text("")
+    assert "not a folder" in refused(capsys, 2, "fit", npz, "--out", "file", *QUICK)
+    (tmp_path / "photos" / "ant").mkdir(parents=True)
+    inside = tmp_path / "photos" / "run"
+    assert call("fit", tmp_path / "photos", "--out", inside) == 2
+    assert "lies inside the source" in capsys.readouterr().err
+
+
+def test_training_never_touches_a_test_row(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row asked of the real table, in order: none of the test's before its one evaluation."""
+    asked: list[int] = []
+    real, training = Records.batch, engine.fit
+    trained_with: list[int] = []
+
+    def batch(self: Records, index: torch.Tensor, augment_pass: int = 0) -> Any:
+        asked.extend(index.tolist())
+        return real(self, index, augment_pass)
+
+    def fit(head: Any, records: Any, *args: Any, **options: Any) -> None:
+        assert type(records) is engine.TrainingRows
+        training(head, records, *args, **options)
+        trained_with.extend(asked)
+
+    monkeypatch.setattr(Records, "batch", batch)
+    monkeypatch.setattr(engine, "fit", fit)
+    run = api.fit(npz, shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu")
+    split = api.few_shot_split(
+        torch.arange(4).repeat_interleave(24), [str(row) for row in range(96)], shots=4, seed=1
+    )
+    assert split.digest == run.result["split"]
+    pool, test = {*split.train.tolist(), *split.val.tolist()}, set(split.test.tolist())
+    assert trained_with
+    assert set(trained_with) == pool
+    assert set(asked) - pool == test
+    # once for zero-shot and once for the adapted head
+    assert all(asked.count(row) == 2 for row in test)
+
+
+def test_evaluate_repeats_the_numbers_of_the_run(
+    capsys: pytest.CaptureFixture[str], run: Path, npz: Path
+) -> None:
+    wanted = json.loads((run / "result.json").read_text())["adapted"]
+    for words in (["evaluate", run], ["evaluate", run, npz]):
+        assert call(*words, "--json", "--threads", "1") == 0
+        values = json.loads(capsys.readouterr().out)
+        assert {name: values[name] for name in wanted} == wanted
+        assert values["test"]["images"] == 48
+    assert call("evaluate", run) == 0
+    assert re.search(r"^vtclip +\d", capsys.readouterr().out, re.M)
+
+
+def test_evaluate_on_other_features_matches_classes_by_name(
+    capsys: pytest.CaptureFixture[str], run: Path, npz: Path, tmp_path: Path
+) -> None:
+    data = dict(np.load(npz))
+    keep = np.isin(data["label"], [1, 3])
+    two = {**data, "classname": np.array(["dog", "bee"]), "text": data["text"][[3, 1]]}
+    two |= {name: data[name][keep] for name in ("image", "spatial")}
+    two["label"] = np.where(data["label"][keep] == 3, 0, 1)
+    np.savez(tmp_path / "two.npz", **two)
+    assert call("evaluate", run, tmp_path / "two.npz", "--json") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["test"]["images"] == 48
+    assert values["per_class"]["ant"] is None
+    assert values["per_class"]["dog"] is not None
+    np.savez(tmp_path / "other.npz", **{**two, "classname": np.array(["dgo", "bee"])})
+    message = refused(capsys, 2, "evaluate", run, tmp_path / "other.npz")
+    assert "unknown class 'dgo'; did you mean 'dog'" in message
+
+
+def test_images_for_a_run_on_features_are_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"")
+    message = refused(capsys, 2, "predict", run, "x.jpg")
+    assert "fitted on a table of features and has no image encoder" in message
+    message = refused(capsys, 2, "explain", run, "x.jpg", "--out", "heat.png")
+    assert "has no image encoder" in message
+
+
+def test_json_output_is_strict(capsys: pytest.CaptureFixture[str], npz: Path) -> None:
+    assert call("fit", npz, "--json", *QUICK) == 0
+    result = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    assert result["classes"] == ["ant", "bee", "cat", "dog"]
+    assert json.loads(to_json({"a": float("nan"), "b": [float("inf"), 1.5]})) == {
+        "a": None,
+        "b": [None, 1.5],
+    }
+
+
+def test_a_damaged_run_is_one_line(
+    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
+) -> None:
+    assert call("fit", npz, "--out", "r", *QUICK) == 0
+    capsys.readouterr()
+    path = tmp_path / "r" / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "not a vtclip adapter" in refused(capsys, 2, "evaluate", "r")
+    (tmp_path / "r" / "result.json").write_text("{")
+    assert "not a vtclip run" in refused(capsys, 2, "evaluate", "r")
+
+
+def test_zeroshot_needs_no_shots(
+    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
+) -> None:
+    words = ["--method", "zeroshot", "--test-fraction", "1", "--out", "z"]
+    assert call("fit", npz, *words) == 0
+    result = json.loads((tmp_path / "z" / "result.json").read_text())
+    assert result["test"]["images"] == 96
+    assert result["adapted"] == result["zero_shot"]
+    assert result["adapted"]["temperature"] is None
+    assert call("evaluate", "z", "--json") == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["fit", "--help"]])
+def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
+    started = time.perf_counter()
+    done = child(*words, python=["-X", "importtime"])
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "open_clip", "triton", "PIL"}
+    assert seconds < 2
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call() == 2
+    assert "COMMAND" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_quiet_and_the_run_is_complete(npz: Path, tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vtclip", "fit", str(npz), "--out", "r", "--json", *QUICK]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env, timeout=300)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["accuracy"] > 0
+
+
+def test_plain_locale_and_optimised_python_behave_the_same(npz: Path, tmp_path: Path) -> None:
+    data = dict(np.load(npz))
+    data["classname"] = np.array(["ant", "b\u00e9e", "\u732b", "dog"])
+    np.savez(tmp_path / "names.npz", **data)
+    env = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    outs = []
+    for python in ([], ["-O", "-W", "error"]):
+        words = ["fit", "names.npz", "--overwrite", "--out", "r", "--json", *QUICK]
+        done = child(*words, python=python, env=env)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        outs.append(json.loads(done.stdout))
+    done = child("fit", "names.npz", "--shots", "99", python=["-O"], env=env)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert outs[0]["adapted"] == outs[1]["adapted"]
+    assert outs[0]["digests"] == outs[1]["digests"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resuming_gives_the_same_adapter(
+    npz: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    words = ["fit", str(npz), "--shots", "4", "--epochs", "100", "--threads", "1"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vtclip", *words, "--out", "r"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    log = tmp_path / "r" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert running.poll() is None, running.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    running.send_signal(signum)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 128 + signum
+    assert err.decode().count("\n") == 1
+    assert f"stopped by {signum.name} after step" in err.decode()
+    assert "go on with --resume" in err.decode()
+    assert not (tmp_path / "r" / "result.json").exists()
+    assert call(*words, "--out", "r", "--resume") == 0
+    assert call(*words, "--out", "whole") == 0
+    for name in ("adapter.safetensors", "adapter_config.json"):
+        assert (tmp_path / "r" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("r", "whole")]  # fmt: skip
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
