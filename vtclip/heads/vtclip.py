@@ -190,7 +190,7 @@ class VTCLIP(nn.Module):
         for own, layer in zip(self.layers, layers, strict=True):
             own.load_state_dict(layer.state_dict())
 
-    def _check_layer(self, layer: nn.TransformerDecoderLayer) -> None:
+    def _check_layer(self, layer: nn.Module) -> None:
         if not isinstance(layer, nn.TransformerDecoderLayer):
             kind = type(layer).__name__
             raise TypeError(f"VTCLIP: layer must be a torch.nn.TransformerDecoderLayer, got {kind}")
