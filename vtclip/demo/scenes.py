@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 
@@ -113,7 +114,8 @@ def _heart(u: Floats, v: Floats) -> Floats:
     side = np.abs(x)
     lobes = np.hypot(side - 0.46, y - 0.42) - 0.52
     wedge = np.maximum(side * 0.79 - (y + 0.95) * 0.61, y - 0.3)
-    return np.minimum(lobes, wedge)
+    heart: Floats = np.minimum(lobes, wedge)
+    return heart
 
 
 def _cross(u: Floats, v: Floats) -> Floats:
@@ -172,7 +174,8 @@ def _second_tone(item: Item, x: Floats, y: Floats) -> Floats | float:
         field = (0.32 - np.hypot(da, db)) * item.period * 2.0
     else:
         field = np.sin(np.pi * a) * np.sin(np.pi * b) * 4.0
-    return np.clip(0.5 + field, 0.0, 1.0).astype(np.float32)
+    share: Floats = np.clip(0.5 + field, 0.0, 1.0).astype(np.float32)
+    return share
 
 
 def item_mask(item: Item) -> Floats:
@@ -367,11 +370,11 @@ def shifted_scene(label: int, rng: np.random.Generator) -> Scene:
         background=(tone(2), tone(3)),
         slope=float(rng.uniform(0, np.pi / 2)),
         light=(float(rng.uniform(0.2, 0.45)), float(rng.uniform(0, 2 * np.pi))),
-        noise=float(rng.uniform(8, 18)),
-        clutter=int(rng.integers(3, 8)),
-        lines=int(rng.integers(1, 4)),
+        noise=float(rng.uniform(6, 11)),
+        clutter=int(rng.integers(1, 5)),
+        lines=int(rng.integers(0, 3)),
         tint=(1.0 + warm, 1.0, 1.0 - warm),
-        haze=float(rng.uniform(0.0, 0.3)),
+        haze=float(rng.uniform(0.0, 0.2)),
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,6 +46,7 @@ from vtclip.demo.scenes import (
     training_scene,
 )
 from vtclip.demo.tokenizer import WordTokenizer, build_vocab
+from vtclip.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
 
 
 def batch_loss(
-    model: nn.Module, tokenizer: WordTokenizer, attribute_head: nn.Module, batch: TrainBatch
+    model: Any, tokenizer: WordTokenizer, attribute_head: nn.Module, batch: TrainBatch
 ) -> Tensor:
     """Image against caption, plus region against phrase, plus the region's attributes.
 
@@ -212,7 +213,7 @@ def save_assets(model: nn.Module, config: dict[str, Any], vocab: dict[str, int],
     """Write the local-dir folder, weights as float16."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, str(out / "open_clip_model.safetensors"))
+    write_atomic(out / "open_clip_model.safetensors", save(state))
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "vocab.json").write_text(json.dumps(vocab, indent=0) + "\n")
 
@@ -230,11 +231,13 @@ def train(
 
     With `out`, the folder is rewritten every five minutes and at the end.
     """
+    if not minutes > 0 or (max_steps is not None and max_steps < 1):
+        raise ValueError(f"train: minutes and max_steps must be > 0, got {minutes}, {max_steps}")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vocab = build_vocab(caption_words())
     config = model_config(len(vocab))
-    model = build_clip(config)
+    model: Any = build_clip(config)
     head = nn.Linear(config["model_cfg"]["embed_dim"], sum(ATTRIBUTE_SIZES))
     tokenizer = WordTokenizer(vocab, CONTEXT)
     model.visual.output_tokens = True
