@@ -564,6 +564,32 @@ def test_offline_is_one_clear_line_at_once(tmp_path: Path) -> None:
         assert "give a local copy as" in message
 
 
+def test_cached_hub_model_needs_no_network(tmp_path: Path) -> None:
+    config = deepcopy(CONFIGS["vit"])
+    config["text_cfg"]["vocab_size"] = 49408
+    repo = tmp_path / "hub" / "models--owner--name"
+    folder = repo / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0123")
+    model = build_clip(config)
+    safetensors.torch.save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    code = (
+        "from vtclip.clip import load_clip\n"
+        "clip = load_clip('hf-hub:owner/name')\n"
+        "print(clip.weights_digest, clip.tokenizer.context_length)\n"
+    )
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://127.0.0.1:9"}
+    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
+                         timeout=300, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    expected = Clip(model, WordTokenizer(VOCAB, 16), config).weights_digest
+    assert run.stdout.split() == [expected, "16"]
+    assert "Retrying" not in run.stderr
+
+
 def test_build_clip_names_what_is_missing() -> None:
     with pytest.raises(ValueError, match="got no vision_cfg, text_cfg"):
         build_clip({"embed_dim": 3})

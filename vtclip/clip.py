@@ -323,12 +323,7 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
             f"model {name!r}: the folder must hold {CONFIG_NAME}, got "
             f"{'none' if folder.is_dir() else 'no folder'} at {folder}"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ClipNotFound(f"model {name!r}: {path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or "model_cfg" not in config:
-        raise ClipNotFound(f"model {name!r}: {path} must hold model_cfg")
+    config = _read_config(name, path)
     for weights in (
         *(folder / known for known in WEIGHT_NAMES),
         *sorted(folder.glob("*.safetensors")),
@@ -349,19 +344,38 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
         context = config["model_cfg"]["text_cfg"].get("context_length", 77)
         tokenizer: Any = WordTokenizer(words, context)
     else:
-        import open_clip
-
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        tokenizer = _tokenizer(name, f"local-dir:{folder}")
     return _finish(name, config, weights, tokenizer, device)
 
 
 def _load_hub(name: str, device: str | torch.device) -> Clip:
+    repo = name.removeprefix("hf-hub:")
+    path = fetch(name, repo, [CONFIG_NAME])
+    config = _read_config(name, path)
+    weights = fetch(name, repo, list(WEIGHT_NAMES))
+    # without a tokenizer of its own the repository is asked no more, so that a cached one is enough
+    own = config["model_cfg"].get("text_cfg", {}).get("hf_tokenizer_name")
+    tokenizer = _tokenizer(name, name if own else f"local-dir:{path.parent}")
+    return _finish(name, config, weights, tokenizer, device)
+
+
+def _read_config(name: str, path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ClipNotFound(f"model {name!r}: {path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise ClipNotFound(f"model {name!r}: {path} must hold model_cfg")
+    return config
+
+
+def _tokenizer(name: str, identifier: str) -> Any:
     import open_clip
 
-    repo = name.removeprefix("hf-hub:")
-    config = json.loads(fetch(name, repo, [CONFIG_NAME]).read_text(encoding="utf-8"))
-    weights = fetch(name, repo, list(WEIGHT_NAMES))
-    return _finish(name, config, weights, open_clip.get_tokenizer(name), device)
+    try:
+        return open_clip.get_tokenizer(identifier)
+    except Exception as error:
+        raise not_fetched(name, "its tokenizer", error) from None
 
 
 def _load_named(name: str, device: str | torch.device) -> Clip:
@@ -382,7 +396,7 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
         if not path.is_file():
             raise ClipNotFound(f"model {name!r}: no such weights file: {path}")
         config = {"model_cfg": model_cfg, "preprocess_cfg": _file_preprocess(arch, path, tags)}
-        return _finish(name, config, path, open_clip.get_tokenizer(arch), device)
+        return _finish(name, config, path, _tokenizer(name, arch), device)
     if rest not in tags:
         wish = f"unknown weights tag {rest!r}" if rest else "an architecture without weights"
         shown = ", ".join(tags[:6]) + (", ..." if len(tags) > 6 else "")
@@ -408,7 +422,7 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
         name,
         {"model_cfg": model_cfg, "preprocess_cfg": tag},
         weights,
-        open_clip.get_tokenizer(arch),
+        _tokenizer(name, arch),
         device,
     )
 

@@ -442,6 +442,20 @@ def test_cache_that_cannot_be_written_costs_a_warning_only(
     assert caplog.text.count("the cache cannot be written") == 1
 
 
+def test_finished_cache_that_cannot_be_written_is_read(
+    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"cache_dir": tmp_path / "cache"}
+    one, _ = cached_features(pictures, model=fake_clip(), **options)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(extract, "only_writer", None)
+    clip = fake_clip()
+    two, report = cached_features(pictures, model=clip, **options)
+    assert report.reused
+    assert clip.images_encoded == 0
+    assert two.folder == one.folder
+
+
 def test_size_is_told_before_writing(
     pictures: Path, tmp_path: Path, fake_clip: Any, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
