@@ -14,7 +14,7 @@ from torch import Tensor
 from .adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter, save_adapter
 from .api import choose_device, index_of
 from .data.images import open_image
-from .explain import heat_map, side_by_side, to_image
+from .explain import side_by_side, to_image
 
 if TYPE_CHECKING:
     from .clip import Clip
@@ -133,11 +133,10 @@ class Classifier:
         k = int(probability.argmax()) if k is None else k
         attention: Any = head.attention
         weights = attention(self._encode(pixels[None])[1])[0, k].cpu()
-        heat = heat_map(weights, *pixels.shape[1:])
         cfg = self.clip.preprocess_cfg
         seen = to_image(pixels, cfg["mean"], cfg["std"])
         caption = f"{self.class_names[k]}  {100 * float(probability[k]):.1f} %"
-        return side_by_side(picture, seen, heat, caption)
+        return side_by_side(picture, seen, weights, caption)
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         spatial = self.adapter.features["spatial"] if self.adapter.head.needs_spatial else None
