@@ -150,7 +150,7 @@ def attention(kind: str, dtype: torch.dtype, d: int, K: int, L: int, target: Tar
     else:
         family = input_precision(dtype, target) if dtype == torch.float32 else "half"
     block_k, block_l, num_warps, num_stages = _TILES[family][kind][width]
-    if family == "half" and kind == "bwd_query" and target.capability >= 100:
+    if family == "half" and kind == "bwd_query" and target.capability >= 90:
         num_warps, num_stages = 8, 1  # two stages spill there
     return Tile(min(block_k, padded(K)), min(block_l, padded(L)), num_warps, num_stages)
 
