@@ -133,10 +133,11 @@ def test_spatial_projection(record):
     torch.testing.assert_close(head(image, spatial), want, rtol=0, atol=EXACT)
 
 
+@pytest.mark.parametrize("init", ["zero", "aligned"])
 @pytest.mark.parametrize("count", [1, 2])
-def test_zero_init_is_zero_shot_and_learns(record, count):
+def test_starts_at_zero_shot_and_learns(record, count, init):
     text, image, spatial = record(B=6)
-    head = VTCLIP(text, num_heads=4, num_layers=count)
+    head = VTCLIP(text, num_heads=4, num_layers=count, init=init)
     want = ZeroShot(text)(image)
     torch.testing.assert_close(head(image, spatial), want, rtol=0, atol=EXACT)
     F.cross_entropy(head(image, spatial), torch.arange(6)).backward()
@@ -145,6 +146,17 @@ def test_zero_init_is_zero_shot_and_learns(record, count):
     assert last.bias.grad.abs().max() > 0
     torch_init = VTCLIP(text, num_heads=4, num_layers=count, init="torch")
     assert (torch_init(image, spatial) - want).abs().max() > 1.0
+
+
+@pytest.mark.parametrize(("K", "heads"), [(7, 4), (1, 4), (40, 1), (8, 32)])
+def test_aligned_attention_is_token_text_similarity(record, K, heads):
+    text, _, spatial = record(K=K)
+    head = VTCLIP(text, num_heads=heads, init="aligned")
+    x1 = F.layer_norm(text, (32,))
+    directions = torch.linalg.svd(x1, full_matrices=False).Vh[: 32 // heads]
+    seen = spatial @ directions.T @ directions
+    want = torch.softmax(4.0 / 32 * torch.einsum("kc,blc->bkl", x1, seen), -1)
+    torch.testing.assert_close(head.attention(spatial), want, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -341,6 +353,11 @@ def test_refuses_what_is_no_layer(record):
         ({"spatial_dim": -2}, ValueError, "spatial_dim must be at least 1, got -2"),
         ({"residual": float("nan")}, ValueError, "residual must be finite, got nan"),
         ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite, got inf"),
+        (
+            {"init": "aligned", "spatial_dim": 8},
+            ValueError,
+            "spatial_dim must be C = 32 where init is aligned, got 8",
+        ),
         ({"init": "ones"}, ValueError, "init must be .*, got 'ones'"),
     ],
 )

@@ -15,11 +15,37 @@ The key bias adds a constant to each row of scores, which a softmax does not see
 The value bias passes through the attention unchanged (weights sum to 1) and joins the output bias.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads.cost import plan
+
+# scores of the aligned start for tokens of norm sqrt(C): this many times the cosine
+SHARPNESS = 4.0
+
+
+@torch.no_grad()
+def align(layer: nn.TransformerDecoderLayer, text: Tensor) -> None:
+    """Start the cross-attention at the similarity of texts and tokens, the same in every head.
+
+    With the self-attention's output at 0, x1 = LN1(T). Each head projects x1 and tokens onto the
+    first d right singular vectors of x1 (all of its span where K <= d), so that
+
+        score[k, l] = SHARPNESS / C * <x1[k], F_b[l]>, restricted to those d directions.
+    """
+    C, H = text.shape[1], layer.self_attn.num_heads
+    d = C // H
+    nn.init.zeros_(layer.self_attn.out_proj.weight)
+    nn.init.zeros_(layer.self_attn.out_proj.bias)
+    x1 = _norm(layer.norm1, text).to(torch.promote_types(text.dtype, torch.float32))
+    directions = torch.linalg.svd(x1, full_matrices=False).Vh[:d]  # [min(d, K), C]
+    gain = (SHARPNESS * d**0.5 / C) ** 0.5
+    projection = gain * F.pad(directions, (0, 0, 0, d - directions.shape[0]))  # [d, C]
+    in_proj = layer.multihead_attn.in_proj_weight
+    in_proj[: 2 * C] = projection.repeat(2 * H, 1).to(in_proj.dtype)
+    nn.init.zeros_(layer.multihead_attn.in_proj_bias)
 
 
 def queries(layer: nn.TransformerDecoderLayer, target: Tensor) -> tuple[Tensor, Tensor]:

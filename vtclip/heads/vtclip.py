@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_spatial, check_text
-from vtclip.heads._decoder import before_last_norm, decode, keys_values, last_norm, queries
+from vtclip.heads._decoder import align, before_last_norm, decode, keys_values, last_norm, queries
 
 EPS = 1e-5
+INITS = ("zero", "aligned", "torch")
 # without gradients, work on as many rows at a time as keep the intermediate results below this
 CHUNK_BYTES = 256 * 2**20
 
@@ -38,8 +39,11 @@ class VTCLIP(nn.Module):
     spatial_dim: width of the spatial features. Where it differs from C, a learned projection
         without bias brings them to C first, as for the raw 7 x 7 x 2048 features of a ResNet.
     ffn_dim: hidden width, 4 C by default.
-    init: "zero" starts at the zero-shot logits (the last norm's weight and bias are 0); "torch"
-        keeps `nn.TransformerDecoderLayer`'s own initialisation, which does not.
+    init: "zero" starts at the zero-shot logits (the last norm's weight and bias are 0). "aligned"
+        does too, and its first layer attends from the start to the tokens most similar to a class
+        text, which makes `attention` an explanation; for spatial features in the text space, of
+        norm around sqrt(C). "torch" keeps `nn.TransformerDecoderLayer`'s own initialisation, which
+        does not start at zero-shot.
 
     Features are not searched for NaN (that would cost a device synchronisation): a non-finite image
     or token makes the logits of its own image non-finite and leaves the others alone.
@@ -79,8 +83,11 @@ class VTCLIP(nn.Module):
         for name in ("residual", "logit_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"VTCLIP: {name} must be finite, got {getattr(self, name)}")
-        if init not in ("zero", "torch"):
-            raise ValueError(f'VTCLIP: init must be "zero" or "torch", got {init!r}')
+        if init not in INITS:
+            raise ValueError(f"VTCLIP: init must be one of {', '.join(INITS)}, got {init!r}")
+        if init == "aligned" and self.spatial_dim != C:
+            fact = f"got {self.spatial_dim}"
+            raise ValueError(f"VTCLIP: spatial_dim must be C = {C} where init is aligned, {fact}")
         self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         self.spatial_proj: nn.Module = nn.Identity()
         if self.spatial_dim != C:
@@ -93,7 +100,9 @@ class VTCLIP(nn.Module):
             for _ in range(self.num_layers)
         )
         self.to(device=text.device, dtype=text.dtype)
-        if init == "zero":
+        if init == "aligned":
+            align(self._decoder()[0], self.text)
+        if init != "torch":
             nn.init.zeros_(self._decoder()[-1].norm3.weight)
             nn.init.zeros_(self._decoder()[-1].norm3.bias)
 

@@ -9,10 +9,11 @@ mean and var (biased) run over the last dimension of one row.
 
     hidden [B, K, C]   weight [C]   bias [C]   text [K, C]   image [B, C]  ->  logits [B, K]
 
-Accumulation: float64 for float64 inputs, else float32; the result has the dtype of `hidden`.
-Both norms are taken after division by the row's largest entry, so rows around 1e30 or 1e-30 neither
-overflow nor vanish in float32. A zero `image` or a zero row `y` gives logit 0 and passes no gradient.
-Empty: B = 0 or K = 0 gives an empty result; C = 0 leaves only zero vectors, hence zeros.
+Accumulation: float64 for float64 inputs, else float32; the result has the dtype of `hidden`. Both
+norms are taken after division by the row's largest entry, so rows around 1e30 or 1e-30 neither
+overflow nor vanish in float32. A zero `image` or a zero row `y` gives logit 0 and passes no
+gradient. Empty: B = 0 or K = 0 gives an empty result; C = 0 leaves only zero vectors, hence
+zeros.
 """
 
 import torch
