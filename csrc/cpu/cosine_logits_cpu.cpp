@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// cosine_logits_fwd and cosine_logits_bwd for CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <tuple>
+
+#include "common/check.h"
+#include "cosine_args.h"
+#include "gemm.h"
+#include "scratch.h"
+
+#define VTCLIP_KERNEL "cosine_logits_kernel.h"
+#include "foreach_capability.h"
+
+namespace vtclip {
+namespace cpu {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Runs fn(args, begin, end) over [0, units).
+template <class Args>
+void run(void (*fn)(const Args&, int64_t, int64_t), const Args& args, int64_t units,
+         int64_t grain) {
+  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { fn(args, begin, end); });
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Cosine cosine_sizes(const char* op, const Tensor& image, const Tensor& text, double scale) {
+  const ScalarType type = check_float(op, "image", image);
+  check_same(op, "text", text, type);
+  check_rank(op, "image", image, 2);
+  Cosine s{};
+  s.B = image.size(0);
+  s.D = image.size(1);
+  if (text.dim() == 3) {
+    s.K = text.size(1);
+    check_shape(op, "text", text, {s.B, s.K, s.D});
+  } else {
+    check_rank(op, "text", text, 2);
+    s.K = text.size(0);
+    check_shape(op, "text", text, {s.K, s.D});
+  }
+  s.dtype = dtype_of(type);
+  s.scale = scale;
+  s.image = rows_view(image);
+  s.text = rows_view(text);
+  s.image_block = std::max<int64_t>(1, std::min<int64_t>(s.B, 128));
+  s.text_block = 32;
+  return s;
+}
+
+std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(Tensor image, Tensor text, double scale) {
+  CosineForward p{};
+  p.sizes = cosine_sizes("cosine_logits_fwd", image, text, scale);
+  Cosine& s = p.sizes;
+  const bool shared = text.dim() == 2;
+  Tensor logits = new_tensor(image, {s.B, s.K});
+  Tensor image_rnorm = new_acc(image, {s.B});
+  Tensor text_rnorm = shared ? new_acc(text, {s.K}) : new_acc(text, {s.B, s.K});
+  Tensor image_unit = new_acc(image, {s.B, padded_row(s.D)});
+  s.image_rnorm = image_rnorm.data_ptr();
+  s.text_rnorm = text_rnorm.data_ptr();
+  s.image_unit = image_unit.data_ptr();
+  p.logits = static_cast<char*>(logits.data_ptr());
+  run(VTCLIP_PICK(cosine_images), s, s.B, 64);
+  if (!shared) {
+    run(VTCLIP_PICK(cosine_own_fwd), p, s.B * s.K, 64);
+  } else {
+    // With no image there still are norms of the texts.
+    const int64_t image_blocks = std::max<int64_t>(1, ceil_div(s.B, s.image_block));
+    run(VTCLIP_PICK(cosine_shared_fwd), p, image_blocks * ceil_div(s.K, s.text_block), 1);
+  }
+  return {logits, image_rnorm, text_rnorm};
+}
+
+std::tuple<Tensor, Tensor> cosine_logits_bwd(Tensor grad_logits, Tensor image, Tensor text,
+                                             Tensor image_rnorm, Tensor text_rnorm, double scale) {
+  const char* op = "cosine_logits_bwd";
+  CosineBackward p{};
+  p.sizes = cosine_sizes(op, image, text, scale);
+  Cosine& s = p.sizes;
+  const bool shared = text.dim() == 2;
+  check_same(op, "grad_logits", grad_logits, image.scalar_type());
+  check_same(op, "image_rnorm", image_rnorm, acc_type(image.scalar_type()));
+  check_same(op, "text_rnorm", text_rnorm, acc_type(image.scalar_type()));
+  check_shape(op, "grad_logits", grad_logits, {s.B, s.K});
+  check_shape(op, "image_rnorm", image_rnorm, {s.B});
+  if (shared) {
+    check_shape(op, "text_rnorm", text_rnorm, {s.K});
+  } else {
+    check_shape(op, "text_rnorm", text_rnorm, {s.B, s.K});
+  }
+  Tensor d_image = new_tensor(image, {s.B, s.D});
+  Tensor d_text = shared ? new_tensor(text, {s.K, s.D}) : new_tensor(text, {s.B, s.K, s.D});
+  if (s.B * s.K * s.D == 0) {
+    torch::stable::zero_(d_image);
+    torch::stable::zero_(d_text);
+    return {d_image, d_text};
+  }
+  p.grad_logits = rows_view(grad_logits);
+  p.image_rnorm_in = rows_view(image_rnorm);
+  p.text_rnorm_in = rows_view(text_rnorm);
+  p.d_image = rows_view(d_image);
+  p.d_text = rows_view(d_text);
+  p.num_chunks = 1;
+  if (!shared) {
+    // About 64 units in all, of at least 16 texts; the split depends on the shape only.
+    const int64_t chunks = std::min(ceil_div(64, s.B), ceil_div(s.K, 16));
+    s.text_block = ceil_div(s.K, chunks);
+    p.num_chunks = ceil_div(s.K, s.text_block);
+  }
+  const int64_t width = padded_row(s.D);
+  Tensor image_unit = new_acc(image, {s.B, width});
+  Tensor d_unit = new_acc(image, {p.num_chunks, s.B, width});
+  Tensor text_unit, grads;
+  s.image_unit = image_unit.data_ptr();
+  p.d_unit = d_unit.data_ptr();
+  if (shared) {
+    text_unit = new_acc(text, {s.K, width});
+    grads = new_acc(text, {s.B, s.K});
+    p.text_unit = text_unit.data_ptr();
+    p.grads = grads.data_ptr();
+    run(VTCLIP_PICK(cosine_prepare), p, s.B + s.K, 64);
+    const int64_t slices = ceil_div(width, 128);
+    run(VTCLIP_PICK(cosine_shared_image), p, ceil_div(s.B, s.image_block) * slices, 1);
+    run(VTCLIP_PICK(cosine_shared_text), p, ceil_div(s.K, s.text_block), 1);
+  } else {
+    run(VTCLIP_PICK(cosine_prepare), p, s.B, 64);
+    run(VTCLIP_PICK(cosine_own_bwd), p, s.B * p.num_chunks, 1);
+  }
+  run(VTCLIP_PICK(cosine_finish_image), p, s.B, 64);
+  return {d_image, d_text};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vtclip
+
+STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
+  m.impl("cosine_logits_fwd", TORCH_BOX(&vtclip::cpu::cosine_logits_fwd));
+  m.impl("cosine_logits_bwd", TORCH_BOX(&vtclip::cpu::cosine_logits_bwd));
+}

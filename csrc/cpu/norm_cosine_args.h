@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Arguments of the norm_cosine_logits kernels.
+#pragma once
+
+#include "cosine_args.h"
+
+namespace vtclip {
+namespace cpu {
+
+struct NormCosine {
+  int64_t B, K, C;
+  Dtype dtype;
+  double residual, scale, eps;
+  RowsView hidden, weight, bias, text, image;
+  void* image_unit;   // [B, C padded] acc: image / |image|
+  void* image_rnorm;  // [B] acc
+};
+
+struct NormCosineForward {
+  NormCosine sizes;
+  char* logits;       // [B, K] contiguous
+  void* mean;         // [B, K] acc, as rstd and row_rnorm
+  void* rstd;
+  void* row_rnorm;
+};
+
+// Units are (chunk of texts, chunk of images). Sums over images (d_text) and texts (d_image) are made
+// per unit and added in ascending order afterwards.
+struct NormCosineBackward {
+  NormCosine sizes;
+  RowsView grad_logits, mean, rstd, row_rnorm;
+  RowsView d_hidden, d_text, d_image;
+  char* d_weight;
+  char* d_bias;
+  int64_t text_chunk, text_chunks;
+  int64_t image_chunk, image_chunks;
+  void* d_text_partial;    // [image_chunks, K, C padded] acc
+  void* d_unit_partial;    // [text_chunks, B, C padded] acc: gradient of image / |image|
+  void* d_weight_partial;  // [units, C padded] acc
+  void* d_bias_partial;    // [units, C padded] acc
+};
+
+}  // namespace cpu
+}  // namespace vtclip

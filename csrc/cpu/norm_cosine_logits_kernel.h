@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: Apache-2.0
+// Layer norm, residual and cosine of one instruction set; a row stays in the first-level cache
+// between its passes.
+#include "simd.h"
+#include "rows.h"
+#include "unit_rows.h"
+
+// Rows of image / |image|.
+template <class T>
+static void unit_images(const NormCosine& s, int64_t begin, int64_t end) {
+  const int64_t width = round_up(s.C, kLanes<T>);
+  const Scratch<T> buffer(s.C);
+  for (int64_t b = begin; b < end; ++b) {
+    const T* x = view_row<T>(buffer, s.C, s.image.at(0, b), s.image.column, s.dtype);
+    static_cast<T*>(s.image_rnorm)[b] =
+        unit_row(static_cast<T*>(s.image_unit) + b * width, x, s.C, width);
+  }
+}
+
+template <class T>
+VTCLIP_INLINE T row_mean(const T* x, int64_t n) {
+  Vec<T> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * kLanes<T>);
+  }
+  for (; i + kLanes<T> <= n; i += kLanes<T>) sums[0] += load(x + i);
+  T total = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) total += x[i];
+  return n > 0 ? total / static_cast<T>(n) : T{0};
+}
+
+// Biased variance around a known mean.
+template <class T>
+VTCLIP_INLINE T row_variance(const T* x, int64_t n, T mean) {
+  const Vec<T> centre = splat(mean);
+  Vec<T> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Vec<T> d = load(x + i + j * kLanes<T>) - centre;
+      sums[j] = fma(d, d, sums[j]);
+    }
+  }
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const Vec<T> d = load(x + i) - centre;
+    sums[0] = fma(d, d, sums[0]);
+  }
+  T total = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) total += (x[i] - mean) * (x[i] - mean);
+  return n > 0 ? total / static_cast<T>(n) : T{0};
+}
+
+// What one row computes with.
+template <class T>
+struct NormRow {
+  const T* hidden;
+  const T* text;
+  const T* weight;
+  const T* bias;
+  const T* image;  // unit
+  T mean, rstd, residual;
+};
+
+// y = text + residual * (weight * zh + bias), zh = (hidden - mean) * rstd; sums y^2 and y * image.
+template <class T>
+VTCLIP_INLINE void mix_row(const NormRow<T>& r, int64_t n, T* y, T* square, T* dot) {
+  Vec<T> squares[2] = {}, dots[2] = {};
+  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), residual = splat(r.residual);
+  int64_t i = 0;
+  for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int64_t at = i + j * kLanes<T>;
+      const Vec<T> zh = (load(r.hidden + at) - mean) * rstd;
+      const Vec<T> z = fma(load(r.weight + at), zh, load(r.bias + at));
+      const Vec<T> v = fma(residual, z, load(r.text + at));
+      squares[j] = fma(v, v, squares[j]);
+      dots[j] = fma(v, load(r.image + at), dots[j]);
+      store(y + at, v);
+    }
+  }
+  *square = sum_lanes<T>(squares[0] + squares[1]);
+  *dot = sum_lanes<T>(dots[0] + dots[1]);
+  for (; i < n; ++i) {
+    const T zh = (r.hidden[i] - r.mean) * r.rstd;
+    y[i] = r.text[i] + r.residual * (r.weight[i] * zh + r.bias[i]);
+    *square += y[i] * y[i];
+    *dot += y[i] * r.image[i];
+  }
+}
+
+template <class T>
+static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_t end) {
+  const NormCosine& s = p.sizes;
+  const int64_t width = round_up(s.C, kLanes<T>);
+  const int64_t item = item_bytes(s.dtype);
+  const Scratch<T> hidden(s.C), text(s.C), weight(s.C), bias(s.C), y(s.C);
+  NormRow<T> r{};
+  r.weight = view_row<T>(weight, s.C, s.weight.data, s.weight.column, s.dtype);
+  r.bias = view_row<T>(bias, s.C, s.bias.data, s.bias.column, s.dtype);
+  r.residual = static_cast<T>(s.residual);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / s.K, k = row % s.K;
+    r.hidden = view_row<T>(hidden, s.C, s.hidden.at(b, k), s.hidden.column, s.dtype);
+    r.text = view_row<T>(text, s.C, s.text.at(0, k), s.text.column, s.dtype);
+    r.image = static_cast<const T*>(s.image_unit) + b * width;
+    r.mean = row_mean(r.hidden, s.C);
+    r.rstd = 1 / square_root(row_variance(r.hidden, s.C, r.mean) + static_cast<T>(s.eps));
+    T square, dot, rnorm;
+    mix_row<T>(r, s.C, y, &square, &dot);
+    if (in_safe_range(square)) {
+      rnorm = 1 / square_root(square);
+      dot *= rnorm;
+    } else {
+      rnorm = unit_row_scaled<T>(y, y, s.C);
+      dot = dot_rows<T>(y, r.image, s.C);
+    }
+    static_cast<T*>(p.mean)[row] = r.mean;
+    static_cast<T*>(p.rstd)[row] = r.rstd;
+    static_cast<T*>(p.row_rnorm)[row] = rnorm;
+    store_one<T>(p.logits + row * item, s.dtype, static_cast<T>(s.scale) * dot);
+  }
+}
+
+template <class T>
+VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j) {
+  T x;
+  __builtin_memcpy(&x, view.at(0, i) + j * view.column, sizeof(T));
+  return x;
+}
+
+// Sums one row adds to.
+template <class T>
+struct NormRowSums {
+  T* d_text;
+  T* d_unit;
+  T* d_weight;
+};
+
+// u = y / |y|;  dy = step (image - cosine u), step = delta / |y|.
+// Adds dy to d_text, delta u to d_unit, residual dy zh to d_weight; overwrites unit by
+// g = residual weight dy and returns the means of g and g zh.
+template <class T>
+VTCLIP_INLINE void grad_row(const NormRow<T>& r, int64_t n, T* unit, T delta, T step, T cosine,
+                            const NormRowSums<T>& sums, T* mean_g, T* mean_gz) {
+  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), residual = splat(r.residual);
+  Vec<T> total_g{}, total_gz{};
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const Vec<T> u = load(unit + i);
+    const Vec<T> zh = (load(r.hidden + i) - mean) * rstd;
+    const Vec<T> dy = (load(r.image + i) - u * cosine) * step;
+    const Vec<T> dz = dy * residual;
+    const Vec<T> g = dz * load(r.weight + i);
+    store(sums.d_text + i, load(sums.d_text + i) + dy);
+    store(sums.d_unit + i, fma(splat(delta), u, load(sums.d_unit + i)));
+    store(sums.d_weight + i, fma(dz, zh, load(sums.d_weight + i)));
+    store(unit + i, g);
+    total_g += g;
+    total_gz = fma(g, zh, total_gz);
+  }
+  *mean_g = sum_lanes<T>(total_g);
+  *mean_gz = sum_lanes<T>(total_gz);
+  for (; i < n; ++i) {
+    const T zh = (r.hidden[i] - r.mean) * r.rstd;
+    const T dy = (r.image[i] - unit[i] * cosine) * step;
+    const T g = dy * r.residual * r.weight[i];
+    sums.d_text[i] += dy;
+    sums.d_unit[i] += delta * unit[i];
+    sums.d_weight[i] += dy * r.residual * zh;
+    unit[i] = g;
+    *mean_g += g;
+    *mean_gz += g * zh;
+  }
+  *mean_g /= static_cast<T>(n);
+  *mean_gz /= static_cast<T>(n);
+}
+
+// d_hidden = rstd (g - mean(g) - zh mean(g zh)), in place on g.
+template <class T>
+VTCLIP_INLINE void hidden_grad_row(const NormRow<T>& r, int64_t n, T* g, T mean_g, T mean_gz) {
+  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd);
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const Vec<T> zh = (load(r.hidden + i) - mean) * rstd;
+    store(g + i, (load(g + i) - mean_g - zh * mean_gz) * rstd);
+  }
+  for (; i < n; ++i) {
+    const T zh = (r.hidden[i] - r.mean) * r.rstd;
+    g[i] = (g[i] - mean_g - zh * mean_gz) * r.rstd;
+  }
+}
+
+// Unit = text chunk * image_chunks + image chunk.
+template <class T>
+static void norm_backward_units(const NormCosineBackward& p, int64_t begin, int64_t end) {
+  const NormCosine& s = p.sizes;
+  const int64_t width = round_up(s.C, kLanes<T>);
+  const size_t row_bytes = static_cast<size_t>(width) * sizeof(T);
+  const Scratch<T> hidden(s.C), text(s.C), weight(s.C), bias(s.C), y(s.C);
+  NormRow<T> r{};
+  r.weight = view_row<T>(weight, s.C, s.weight.data, s.weight.column, s.dtype);
+  r.bias = view_row<T>(bias, s.C, s.bias.data, s.bias.column, s.dtype);
+  r.residual = static_cast<T>(s.residual);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t tc = unit / p.image_chunks, ic = unit % p.image_chunks;
+    const int64_t k0 = tc * p.text_chunk, k1 = min_of(s.K, k0 + p.text_chunk);
+    const int64_t b0 = ic * p.image_chunk, b1 = min_of(s.B, b0 + p.image_chunk);
+    T* d_text = static_cast<T*>(p.d_text_partial) + ic * s.K * width;
+    T* d_unit = static_cast<T*>(p.d_unit_partial) + tc * s.B * width;
+    T* d_weight = static_cast<T*>(p.d_weight_partial) + unit * width;
+    T* d_bias = static_cast<T*>(p.d_bias_partial) + unit * width;
+    __builtin_memset(d_text + k0 * width, 0, static_cast<size_t>(k1 - k0) * row_bytes);
+    __builtin_memset(d_unit + b0 * width, 0, static_cast<size_t>(b1 - b0) * row_bytes);
+    __builtin_memset(d_weight, 0, row_bytes);
+    __builtin_memset(d_bias, 0, row_bytes);
+    for (int64_t b = b0; b < b1; ++b) {
+      r.image = static_cast<const T*>(s.image_unit) + b * width;
+      for (int64_t k = k0; k < k1; ++k) {
+        r.hidden = view_row<T>(hidden, s.C, s.hidden.at(b, k), s.hidden.column, s.dtype);
+        r.text = view_row<T>(text, s.C, s.text.at(0, k), s.text.column, s.dtype);
+        r.mean = element<T>(p.mean, b, k);
+        r.rstd = element<T>(p.rstd, b, k);
+        const T rnorm = element<T>(p.row_rnorm, b, k);
+        const char* grad = p.grad_logits.at(0, b) + k * p.grad_logits.column;
+        const T delta = load_one<T>(grad, s.dtype) * static_cast<T>(s.scale);
+        T square, dot, mean_g, mean_gz;
+        mix_row<T>(r, s.C, y, &square, &dot);
+        unit_row_known<T>(y, y, s.C, s.C, rnorm);
+        const T cosine = in_safe_range(rnorm) ? dot * rnorm : dot_rows<T>(y, r.image, s.C);
+        const NormRowSums<T> sums{d_text + k * width, d_unit + b * width, d_weight};
+        grad_row<T>(r, s.C, y, delta, delta * rnorm, cosine, sums, &mean_g, &mean_gz);
+        hidden_grad_row<T>(r, s.C, y, mean_g, mean_gz);
+        store_row<T>(p.d_hidden.at(b, k), s.C, s.dtype, y, 1);
+      }
+    }
+    // d_bias = residual * sum of dy over the chunk
+    for (int64_t k = k0; k < k1; ++k) add_row(d_bias, r.residual, d_text + k * width, s.C);
+  }
+}
+
+// Row r: d_text for r < K, d_image for r < K + B, then d_weight and d_bias.
+template <class T>
+static void norm_finish_units(const NormCosineBackward& p, int64_t begin, int64_t end) {
+  const NormCosine& s = p.sizes;
+  const int64_t width = round_up(s.C, kLanes<T>);
+  const int64_t units = p.text_chunks * p.image_chunks;
+  const Scratch<T> total(width);
+  for (int64_t r = begin; r < end; ++r) {
+    if (r < s.K) {
+      sum_rows<T>(total, static_cast<const T*>(p.d_text_partial) + r * width, p.image_chunks,
+                  s.K * width, s.C);
+      store_row<T>(p.d_text.at(0, r), s.C, s.dtype, total, 1);
+    } else if (r < s.K + s.B) {
+      const int64_t b = r - s.K;
+      sum_rows<T>(total, static_cast<const T*>(p.d_unit_partial) + b * width, p.text_chunks,
+                  s.B * width, s.C);
+      unit_row_grad<T>(total, static_cast<const T*>(s.image_unit) + b * width, s.C,
+                       static_cast<const T*>(s.image_rnorm)[b]);
+      store_row<T>(p.d_image.at(0, b), s.C, s.dtype, total, 1);
+    } else {
+      const bool first = r == s.K + s.B;
+      const void* partial = first ? p.d_weight_partial : p.d_bias_partial;
+      sum_rows<T>(total, static_cast<const T*>(partial), units, width, s.C);
+      store_row<T>(first ? p.d_weight : p.d_bias, s.C, s.dtype, total, 1);
+    }
+  }
+}
+
+#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \
+  void name(const Args& p, int64_t begin, int64_t end) {     \
+    if (p.dtype_of_args == Dtype::kFloat64) {                \
+      function<double>(p, begin, end);                       \
+    } else {                                                 \
+      function<float>(p, begin, end);                        \
+    }                                                        \
+  }
+
+VTCLIP_BY_DTYPE(norm_cosine_images, unit_images, NormCosine, dtype)
+VTCLIP_BY_DTYPE(norm_cosine_fwd, norm_forward_units, NormCosineForward, sizes.dtype)
+VTCLIP_BY_DTYPE(norm_cosine_bwd, norm_backward_units, NormCosineBackward, sizes.dtype)
+VTCLIP_BY_DTYPE(norm_cosine_finish, norm_finish_units, NormCosineBackward, sizes.dtype)
+#undef VTCLIP_BY_DTYPE
