@@ -73,8 +73,6 @@ def runnable(impl: str, device: str) -> object:
     """A function that skips the test, with the selector's reasons, where `impl` cannot run."""
 
     def check(op: str, dtype: torch.dtype, width: int) -> None:
-        if impl == "triton" and device == "cpu" and dtype == torch.bfloat16:
-            pytest.skip("triton: the interpreter holds bfloat16 as raw bits")
         try:
             select(Problem(op, device, dtype, width), impl)  # type: ignore[arg-type]
         except NotImplementedError as refused:

@@ -326,27 +326,6 @@ def test_augment_depends_on_its_generator_only(clips: dict[str, Clip]) -> None:
     assert views[0].shape == (3, 32, 32)
 
 
-def test_crops_have_the_promised_sizes() -> None:
-    from vtclip.data.augment import crop_box
-
-    generator = torch.Generator().manual_seed(0)
-    areas, ratios = [], []
-    for _ in range(400):
-        top, left, height, width = crop_box(200, 200, generator)
-        assert min(top, left) >= 0
-        assert max(top + height, left + width) <= 200
-        areas.append(height * width / 200**2)
-        ratios.append(width / height)
-    assert 0.07 < min(areas) < 0.15
-    assert 0.8 < max(areas) <= 1
-    assert 0.73 < min(ratios) < 0.8
-    assert 1.25 < max(ratios) < 1.36
-    for width, height in ((1, 1), (1, 90), (90, 1)):
-        top, left, h, w = crop_box(width, height, generator)
-        assert 1 <= h <= height
-        assert 1 <= w <= width
-
-
 # loading
 
 
@@ -603,26 +582,3 @@ def test_tags_decide_the_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("ViT-B-32:openai", "ViT-B-32:laion2b_s34b_b79k", "ViT-B-32-quickgelu:openai"):
         load_clip(name)
     assert [config["model_cfg"].get("quick_gelu", False) for config in seen] == [True, False, True]
-
-
-# the import of open_clip
-
-
-def test_only_clip_imports_open_clip(root: Path) -> None:
-    found = [
-        str(path.relative_to(root))
-        for path in sorted((root / "vtclip").rglob("*.py"))
-        if re.search(r"^\s*(import|from) open_clip", path.read_text(encoding="utf-8"), re.MULTILINE)
-    ]
-    assert found == ["vtclip/clip.py"]
-
-
-def test_import_costs_no_open_clip(root: Path) -> None:
-    code = (
-        "import sys, vtclip.clip, vtclip.data; "
-        "heavy = {'open_clip', 'torchvision', 'timm', 'PIL', 'huggingface_hub', 'triton'}; "
-        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True,
-                         check=False)  # fmt: skip
-    assert run.returncode == 0, run.stderr

@@ -90,3 +90,13 @@ def test_python_dash_o_keeps_every_check():
     )
     done = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
     assert "text must be [K, D] = [4, 3], got [4, 5]" in done.stdout
+
+
+def test_the_clip_module_loads_no_model_library():
+    code = (
+        "import sys, vtclip.clip, vtclip.data; "
+        "heavy = {'open_clip', 'torchvision', 'timm', 'PIL', 'huggingface_hub', 'triton'}; "
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    done = fresh(code)
+    assert done.returncode == 0, done.stderr

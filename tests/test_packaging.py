@@ -92,7 +92,7 @@ def test_a_mode_that_cannot_be_met_is_an_error_and_auto_says_why(tmp_path):
     tree = copy_of_the_tree(tmp_path)
     done = setup(tree, "--version", VTCLIP_EXT="cpu", CXX="no-such-compiler")
     assert done.returncode != 0
-    assert "VTCLIP_EXT=cpu needs a C++ compiler" in done.stderr
+    assert "VTCLIP_EXT=cpu cannot be met: C++ compiler" in done.stderr
     done = setup(tree, "--version", VTCLIP_EXT="auto", CXX="no-such-compiler")
     assert done.returncode == 0, done.stderr
     assert "no extension: C++ compiler 'no-such-compiler' was not found" in done.stderr

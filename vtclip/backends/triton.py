@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vtclip.ops._select import Problem
 
 MAX_HEAD_WIDTH = 256
+MAX_FEATURE_WIDTH = 16384  # one row of features lies in one block
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -54,8 +55,11 @@ class _Triton:
             reasons.append(missing)
         if problem.dtype not in KERNEL_DTYPES:
             reasons.append(f"has no {str(problem.dtype).removeprefix('torch.')} kernel")
-        if problem.op.startswith("cross_attn") and problem.width > MAX_HEAD_WIDTH:
-            reasons.append(f"head width {problem.width} is above {MAX_HEAD_WIDTH}")
+        attention = problem.op.startswith("cross_attn")
+        limit = MAX_HEAD_WIDTH if attention else MAX_FEATURE_WIDTH
+        if problem.width > limit:
+            kind = "head width" if attention else "width"
+            reasons.append(f"{kind} {problem.width} is above {limit}")
         return tuple(reasons)
 
     def function(self, name: str) -> Any:

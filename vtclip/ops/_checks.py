@@ -82,7 +82,7 @@ def expect_number(op: str, **numbers: object) -> None:
     for name, number in numbers.items():
         if not isinstance(number, (int, float)):
             raise TypeError(f"{op}: {name} must be a float, got {type(number).__name__}")
-        if not math.isfinite(number):
+        if not -math.inf < number < math.inf:  # math.isfinite cannot be traced with symbols
             raise ValueError(f"{op}: {name} must be finite, got {number}")
 
 
