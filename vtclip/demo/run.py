@@ -38,11 +38,15 @@ SHOTS = (1, 4, 16)
 SPATIAL = "projected"
 IMAGES_PER_CLASS = 48
 PANELS = 8
-# Settings for this domain; the recipe's defaults belong to models a hundred times as large.
-OVERRIDES: dict[int, dict[str, Any]] = {
-    1: {"epochs": 60, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
-    4: {"epochs": 60, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
-    16: {"epochs": 40, "optimizer": "adamw", "lr": 1e-3, "weight_decay": 1e-2},
+# Chosen on scenes of another seed (README.md). The attention starts at token-text similarity; the
+# tokens keep their length, which tells objects from background.
+OVERRIDES: dict[str, Any] = {
+    "epochs": 20,
+    "optimizer": "sgd",
+    "lr": 2e-3,
+    "weight_decay": 5e-4,
+    "warmup": "linear",
+    "head": {"init": "aligned"},
 }
 
 
@@ -103,16 +107,22 @@ def true_class(values: Tensor, label: Tensor) -> Tensor:
 def pointing(
     records: Records, test: Tensor, boxes: dict[str, Box], folders: dict[int, list[Path]]
 ) -> dict[str, Any]:
-    """How often the true class points into its box: chance, token-text cosine, VT-CLIP by shots."""
+    """How often the true class points into its box.
+
+    "chance": a random token; "token_text" and "token_text_product": the token with the largest
+    cosine or inner product with the class text; "vtclip": the largest attention weight, by shots.
+    """
     batch = records.batch(test)
     if batch.spatial is None:
         raise ValueError("pointing: records must hold spatial features, got none")
     wanted = [boxes[records.names[row]] for row in test.tolist()]
-    tokens = F.normalize(batch.spatial, dim=-1)
-    cosine = torch.einsum("kc,nlc->nkl", records.text, tokens)  # [N, K, L]
+    text = records.text[batch.label][:, :, None]  # [N, C, 1]
+    product = (batch.spatial @ text)[:, :, 0]  # [N, L]
+    cosine = (F.normalize(batch.spatial, dim=-1) @ text)[:, :, 0]
     scores: dict[str, Any] = {
         "chance": box_share(wanted),
-        "token_text": _share(points_inside(true_class(cosine, batch.label), wanted)),
+        "token_text": _share(points_inside(cosine, wanted)),
+        "token_text_product": _share(points_inside(product, wanted)),
         "vtclip": {},
     }
     for shots, runs in folders.items():
@@ -158,8 +168,9 @@ def table(summary: dict[str, Any]) -> str:
             f"   {100 * point['vtclip'][shots]:5.1f} %"
         )
     lines.append(
-        f"token-text similarity points into the box in {100 * point['token_text']:.1f} %, "
-        f"a random token in {100 * point['chance']:.1f} %"
+        f"without training: token-text cosine {100 * point['token_text']:.1f} %, "
+        f"inner product {100 * point['token_text_product']:.1f} %, "
+        f"a random token {100 * point['chance']:.1f} %"
     )
     lines.append(
         f"{summary['classes']} classes, {summary['test_images']} test images, mean over seeds "
@@ -187,9 +198,8 @@ def run_demo(
     """
     if repeats < 1:
         raise ValueError(f"demo: repeats must be at least 1, got {repeats}")
-    unknown = sorted(set(shots) - set(OVERRIDES))
-    if unknown or not shots:
-        raise ValueError(f"demo: shots must be among {sorted(OVERRIDES)}, got {list(shots)}")
+    if not shots or min(shots) < 1:
+        raise ValueError(f"demo: shots must be at least 1, got {list(shots)}")
     started = time.perf_counter()
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
@@ -207,7 +217,7 @@ def run_demo(
                 method="vtclip",
                 shots=count,
                 seed=one,
-                overrides=OVERRIDES[count],
+                overrides=OVERRIDES,
                 out=out / "runs" / f"vtclip-{count}shot-seed{one}",
                 overwrite=True,
                 device=device,
