@@ -94,6 +94,7 @@ def test_compiles_whole_with_dynamic_shapes(name, impl):
     def loss(*tensors: Tensor) -> Tensor:
         return op(*tensors, impl=impl).square().sum()
 
+    torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     tensors = leaves(name)
     expected, actual = loss(*tensors), compiled(*tensors)
