@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vtclip import api
 from vtclip.cli import main
@@ -64,3 +65,25 @@ def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data: Path, tmp_path: P
         )
         gains.append(100 * (run.accuracy - run.result["zero_shot"]["accuracy"]))
     assert sum(gains) / 3 >= 1.0, gains
+
+
+@pytest.mark.slow
+def test_a_real_folder_of_photos_from_fit_to_heat_map(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled model was trained on drawings: the numbers are poor, every step has to work."""
+    run, photos = str(tmp_path / "run"), shared_data / "photos"
+    words = ["--shots", "1", "--epochs", "2", "--device", "cpu", "--out", run]
+    assert main(["fit", str(photos), *words, "--cache-dir", str(tmp_path / "cache")]) == 0
+    seen = capsys.readouterr()
+    assert "19 classes, 19 training, 19 validation and 190 test images" in seen.out
+    assert "--model ViT-B-32:openai" in seen.err
+    photo = str(sorted((photos / "beach").iterdir())[0])
+    assert main(["predict", run, photo, "--json", "--topk", "3"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert len(row["predictions"]) == 3
+    assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
+    heat = tmp_path / "heat.png"
+    assert main(["explain", run, photo, "--class", "beach", "--out", str(heat)]) == 0
+    with Image.open(heat) as picture:
+        assert picture.size == (320 + 8 + 320, 352)
