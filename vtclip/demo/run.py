@@ -60,7 +60,7 @@ class DemoImages:
 
 
 def draw_images(out: Path, per_class: int, seed: int) -> DemoImages:
-    """Write out/images/CLASS/NNN.png and out/boxes.json; files of an earlier run are replaced."""
+    """Write out/images/CLASS/NNN.png and out/boxes.json, over the files of an earlier run."""
     folder = out / "images"
     images, labels, boxes, class_names = demo_set(per_class, seed)
     pixels: dict[str, Tensor] = {}
@@ -74,7 +74,8 @@ def draw_images(out: Path, per_class: int, seed: int) -> DemoImages:
         found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
         strange = sorted(found - set(box_of))
         if strange:
-            raise ValueError(f"demo: {folder} must hold the demo's images only, got {strange[0]!r}")
+            wish = "must hold only the images of this run"
+            raise ValueError(f"demo: {folder} {wish}, got {strange[0]!r}")
     for name, picture in pixels.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.numpy(), mode="RGB").save(folder / name)
@@ -194,14 +195,31 @@ def run_demo(
     The folder ends up with images/, boxes.json, features/, runs/, heat_maps.png, shots.png,
     result.json and table.txt; "table" of the returned dict is the text to show. The accuracies are
     means over the seeds seed .. seed + repeats - 1, which draw the training images; the test
-    images are the same for all.
+    images are the same for all. `threads` is 1 where none are given: the matrices are too small to
+    share, and threads that wait for each other are what makes a busy machine slow.
     """
     if repeats < 1:
         raise ValueError(f"demo: repeats must be at least 1, got {repeats}")
     if not shots or min(shots) < 1:
         raise ValueError(f"demo: shots must be at least 1, got {list(shots)}")
+    before = torch.get_num_threads()
+    try:
+        folder = Path(out).expanduser()
+        return _run(folder, seed, threads or 1, repeats, images_per_class, shots, device)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(
+    out: Path,
+    seed: int,
+    threads: int,
+    repeats: int,
+    images_per_class: int,
+    shots: Sequence[int],
+    device: str | None,
+) -> dict[str, Any]:
     started = time.perf_counter()
-    out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     images = draw_images(out, images_per_class, seed)
     drawn = time.perf_counter()
