@@ -3,8 +3,9 @@
 
 Per class the images are ordered by sha256(name); the first floor(n * test_fraction) are test,
 whatever the seed, the shots or the order of rows. The others are ordered by sha256(seed, name):
-the first `shots` train, the next min(shots, 4) validate. No random generator is involved, so a
-split is the same on every machine and a smaller one of the same seed lies inside a larger one.
+the first `shots` train, the next min(shots, 4) or what is left validate. No random generator is
+involved, so a split is the same on every machine, and the training images of a smaller one are
+among those of a larger one of the same seed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def few_shot_split(
         rows = sorted(by_class[k], key=lambda row: _digest("test", names[row]))
         num_test = int(len(rows) * test_fraction)
         pool = sorted(rows[num_test:], key=lambda row: _digest(f"seed {seed}", names[row]))
-        if len(pool) < shots + num_val:
+        if len(pool) < shots:
             name = repr(class_names[k]) if class_names is not None else str(k)
             short.append(f"{name} has {len(pool)}")
         roles["test"] += rows[:num_test]
@@ -77,7 +78,7 @@ def few_shot_split(
     if short:
         more = f" and {len(short) - 3} more classes" if len(short) > 3 else ""
         raise ValueError(
-            f"few_shot_split: shots = {shots} needs {shots} + {num_val} images per class "
+            f"few_shot_split: shots = {shots} needs {shots} images per class "
             f"beside the test share of {test_fraction:g}, but class "
             f"{', class '.join(short[:3])}{more}"
         )

@@ -39,6 +39,7 @@ class VTCLIP(nn.Module):
     spatial_dim: width of the spatial features. Where it differs from C, a learned projection
         without bias brings them to C first, as for the raw 7 x 7 x 2048 features of a ResNet.
     ffn_dim: hidden width, 4 C by default.
+    unit_spatial: give every spatial feature length 1 first, as the class texts have.
     init: "zero" starts at the zero-shot logits (the last norm's weight and bias are 0). "aligned"
         does too, and its first layer attends from the start to the tokens most similar to a class
         text, which makes `attention` an explanation; for spatial features in the text space, of
@@ -61,6 +62,7 @@ class VTCLIP(nn.Module):
         num_heads: int = 8,
         num_layers: int = 1,
         ffn_dim: int | None = None,
+        unit_spatial: bool = False,
         residual: float = 1.0,
         logit_scale: float = 100.0,
         init: str = "zero",
@@ -72,6 +74,7 @@ class VTCLIP(nn.Module):
         self.num_heads = int(num_heads)
         self.num_layers = int(num_layers)
         self.ffn_dim = 4 * C if ffn_dim is None else int(ffn_dim)
+        self.unit_spatial = bool(unit_spatial)
         self.residual = float(residual)
         self.logit_scale = float(logit_scale)
         self.init = init
@@ -117,6 +120,7 @@ class VTCLIP(nn.Module):
             "num_heads",
             "num_layers",
             "ffn_dim",
+            "unit_spatial",
             "residual",
             "logit_scale",
             "init",
@@ -227,6 +231,8 @@ class VTCLIP(nn.Module):
         if spatial_mask is not None:
             # 0 * NaN would reach the weights' gradient
             spatial = spatial.masked_fill(~spatial_mask[:, :, None], 0)
+        if self.unit_spatial:
+            spatial = F.normalize(spatial, dim=-1)
         tokens: Tensor = self.spatial_proj(spatial)
         return tokens
 
