@@ -40,9 +40,7 @@ def tail_plain(
 ) -> Tensor:
     """LayerNorm, residual, cosine, one after the other."""
     summed = text + F.layer_norm(hidden, hidden.shape[-1:], weight, bias)
-    return scale * torch.einsum(
-        "bc,bkc->bk", F.normalize(image, dim=-1), F.normalize(summed, dim=-1)
-    )
+    return cosine_normalized(image, summed, scale)
 
 
 class NaiveVTCLIP(nn.Module):

@@ -40,8 +40,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if group != (row["case"], row["mode"]):
             group = (row["case"], row["mode"])
             write(f"{row['case']} {row['mode']}")
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        write(
-            f"{row['median_ms']:10.3f} {row['times_ours']:7.2f} {peak:>9} {row['error']:9.1e}"
-            f"  {row['provider']}"
-        )
+        times = f"{row['median_ms']:10.3f} {row['times_ours']:7.2f}"
+        write(f"{times} {row['peak_mib']:9.1f} {row['error']:9.1e}  {row['provider']}")

@@ -98,7 +98,7 @@ def _row(
         "p20_ms": 1e3 * timing.quantile(0.2),
         "p80_ms": 1e3 * timing.quantile(0.8),
         "times_ours": timing.quantile(0.5) / ours,
-        "peak_mib": None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
+        "peak_mib": timing.peak_bytes / 2**20,
         "error": error,
         "rounds": len(timing.seconds),
     }
