@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the attention kernels of all instruction sets are given: addresses, byte strides, block sizes.
+// What the attention kernels of all instruction sets are given: addresses, byte strides, block
+// sizes.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +22,9 @@ struct HeadsView {
 struct AttnShape {
   int64_t B, H, K, L, D;
   Dtype dtype;
-  bool query_shared;    // one query set for all images
-  const char* mask;     // bool, or null: attend everywhere
-  int64_t mask_batch;   // byte strides of the mask
+  bool query_shared;   // one query set for all images
+  const char* mask;    // bool, or null: attend everywhere
+  int64_t mask_batch;  // byte strides of the mask
   int64_t mask_column;
   double scale;
   int64_t query_block;  // queries per block, a multiple of 16
@@ -47,16 +48,16 @@ struct AttnBackward {
   const char* grad_lse;  // may be null
   int64_t grad_lse_batch, grad_lse_head, grad_lse_row;
   void* query_pack;
-  void* query_rows;         // shared query only: [H, K, D padded] acc, times scale
-  void* d_query_partial;    // shared query only: [num_chunks, H, K, D padded] acc
-  int64_t chunk_images;     // images per task where the query is shared, else 1
+  void* query_rows;       // shared query only: [H, K, D padded] acc, times scale
+  void* d_query_partial;  // shared query only: [num_chunks, H, K, D padded] acc
+  int64_t chunk_images;   // images per task where the query is shared, else 1
   int64_t num_chunks;
 };
 
 struct WeightsForward {
   AttnShape shape;
   HeadsView query, key;
-  char* weights;     // [B, H, K, L] contiguous
+  char* weights;  // [B, H, K, L] contiguous
   void* query_pack;
 };
 

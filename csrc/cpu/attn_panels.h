@@ -79,8 +79,8 @@ struct SoftmaxState {
   T* rescale;  // what sums made before this tile must be multiplied by
 };
 
-// In place: score -> exp2(score - max); updates the state. A maximum of -inf is replaced by 0, so that
-// a column of -inf contributes 0 and not NaN while other tiles may still hold finite scores.
+// In place: score -> exp2(score - max); updates the state. A maximum of -inf is replaced by 0, so
+// that a column of -inf contributes 0 and not NaN while other tiles may still hold finite scores.
 template <class T, int N>
 VTCLIP_INLINE void softmax_columns(T* scores, int64_t ld, int64_t n, int64_t at, bool first,
                                    const SoftmaxState<T>& state) {
@@ -133,15 +133,15 @@ static void softmax_tile(T* scores, int64_t ld, int64_t n, int64_t queries, bool
   for (; at < columns; at += kLanes<T>) softmax_columns<T, 1>(scores, ld, n, at, first, state);
 }
 
-// Natural log-sum-exp from the base 2 state.
+// Natural log-sum-exp from the base 2 state. Where every score was -inf or NaN the maximum was
+// taken as 0, and the sum, 0 or NaN, decides.
 template <class T>
 VTCLIP_INLINE T log_sum(T top, T total) {
-  if (top == static_cast<T>(__builtin_inf()) || top == -static_cast<T>(__builtin_inf())) {
-    return top;
-  }
+  if (top == static_cast<T>(__builtin_inf())) return top;
   const double log_total = sizeof(T) == 4 ? static_cast<double>(__builtin_logf(total))
                                           : __builtin_log(static_cast<double>(total));
-  return static_cast<T>(static_cast<double>(top) * kLn2 + log_total);
+  const double shift = top == -static_cast<T>(__builtin_inf()) ? 0.0 : static_cast<double>(top);
+  return static_cast<T>(shift * kLn2 + log_total);
 }
 
 // Packed rows of one block to tensor memory.

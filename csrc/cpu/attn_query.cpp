@@ -43,9 +43,8 @@ void sum_partials(const AttnShape& shape, const Tensor& partials, int64_t num_ch
   const HeadsView view = heads_view(d_query);
   const void* data = partials.data_ptr();
   const auto run = VTCLIP_PICK(sum_chunk_units);
-  parallel_for(0, shape.H * shape.K, 64, [&](int64_t begin, int64_t end) {
-    run(shape, view, data, num_chunks, begin, end);
-  });
+  parallel_for(0, shape.H * shape.K, 64,
+               [&](int64_t begin, int64_t end) { run(shape, view, data, num_chunks, begin, end); });
 }
 
 }  // namespace cpu

@@ -55,9 +55,9 @@ inline const char* capability_name() {
 
 // Picks one of the three builds of the same kernel.
 #if VTCLIP_X86
-#define VTCLIP_PICK(function)                                                            \
-  (::vtclip::cpu::capability() == ::vtclip::cpu::Capability::kAvx512 ? avx512::function  \
-   : ::vtclip::cpu::capability() == ::vtclip::cpu::Capability::kAvx2 ? avx2::function    \
+#define VTCLIP_PICK(function)                                                           \
+  (::vtclip::cpu::capability() == ::vtclip::cpu::Capability::kAvx512 ? avx512::function \
+   : ::vtclip::cpu::capability() == ::vtclip::cpu::Capability::kAvx2 ? avx2::function   \
                                                                      : scalar::function)
 #else
 #define VTCLIP_PICK(function) (scalar::function)

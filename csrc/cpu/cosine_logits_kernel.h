@@ -64,7 +64,8 @@ static void shared_forward_units(const CosineForward& p, int64_t begin, int64_t 
       const T rnorm = unit_row(texts + i * ldt, t, s.D, s.D);
       if (b0 == 0) static_cast<T*>(s.text_rnorm)[k0 + i] = rnorm;
     }
-    blocked_gemm(Gemm<T>{count, padded, s.D, texts, ldt, false, columns, ldb, products, ldb, false});
+    blocked_gemm(
+        Gemm<T>{count, padded, s.D, texts, ldt, false, columns, ldb, products, ldb, false});
     transpose<T>(rows, ldk, products, ldb, count, images);
     for (int64_t i = 0; i < images; ++i) {
       store_row(p.logits + ((b0 + i) * s.K + k0) * item, count, s.dtype, rows + i * ldk,
@@ -206,13 +207,13 @@ static void finish_image_units(const CosineBackward& p, int64_t begin, int64_t e
   }
 }
 
-#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args)    \
-  void name(const Args& p, int64_t begin, int64_t end) {        \
-    if (p.dtype_of_args == Dtype::kFloat64) {                   \
-      function<double>(p, begin, end);                          \
-    } else {                                                    \
-      function<float>(p, begin, end);                           \
-    }                                                           \
+#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \
+  void name(const Args& p, int64_t begin, int64_t end) {     \
+    if (p.dtype_of_args == Dtype::kFloat64) {                \
+      function<double>(p, begin, end);                       \
+    } else {                                                 \
+      function<float>(p, begin, end);                        \
+    }                                                        \
   }
 
 VTCLIP_BY_DTYPE(cosine_images, image_units, Cosine, dtype)

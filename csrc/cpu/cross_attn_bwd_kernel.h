@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward attention of one instruction set. Included by cross_attn_kernel.h.
 //
-//   P = exp2(S - lse)      dP = dO V^T      Delta = rowsum(dO * O) - d_lse      dS = P * (dP - Delta)
-//   dV = P^T dO            dK = scale dS^T Q            dQ = scale dS K
+//   P = exp2(S - lse)      dP = dO V^T      Delta = rowsum(dO * O) - d_lse      dS = P * (dP -
+//   Delta) dV = P^T dO            dK = scale dS^T Q            dQ = scale dS K
 // P and dS are recomputed tile by tile, kept transposed ([keys, queries]), and never stored whole.
 
 // dO of one query block in both layouts, lse in base 2, and Delta.

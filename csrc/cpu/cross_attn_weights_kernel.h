@@ -69,7 +69,8 @@ static void weights_forward_units(const WeightsForward& p, int64_t begin, int64_
   }
 }
 
-// Columns with a weight other than 0 in some row of (b, h): all others are masked, or carry nothing.
+// Columns with a weight other than 0 in some row of (b, h): all others are masked, or carry
+// nothing.
 static int64_t used_columns(const WeightsBackward& p, int64_t b, int64_t h, bool* used,
                             int64_t* index) {
   const AttnShape& s = p.shape;

@@ -18,10 +18,10 @@ VTCLIP_INLINE VecF exp2(VecF x) {
   p = fma(p, f, splat(2.40226477e-1f));
   p = fma(p, f, splat(6.93147182e-1f));
   p = fma(p, f, splat(1.0f));
-  const VecI32 bits = (VecI32)p + ((VecI32)shifted << 23);
-  const VecI32 below = x < splat(-126.0f);
-  const VecI32 nan = x != x;
-  return (VecF)((bits & ~below & ~nan) | ((VecI32)x & nan));
+  const VecU32 bits = (VecU32)p + ((VecU32)shifted << 23);
+  const VecU32 below = (VecU32)(x < splat(-126.0f));
+  const VecU32 nan = (VecU32)(x != x);
+  return (VecF)((bits & ~below & ~nan) | ((VecU32)x & nan));
 }
 
 VTCLIP_INLINE VecD exp2(VecD x) {
@@ -44,8 +44,8 @@ VTCLIP_INLINE VecD exp2(VecD x) {
   p = fma(p, t, splat(0.5));
   p = fma(p, t, splat(1.0));
   p = fma(p, t, splat(1.0));
-  const VecI64 bits = (VecI64)p + ((VecI64)shifted << 52);
-  const VecI64 below = x < splat(-1022.0);
-  const VecI64 nan = x != x;
-  return (VecD)((bits & ~below & ~nan) | ((VecI64)x & nan));
+  const VecU64 bits = (VecU64)p + ((VecU64)shifted << 52);
+  const VecU64 below = (VecU64)(x < splat(-1022.0));
+  const VecU64 nan = (VecU64)(x != x);
+  return (VecD)((bits & ~below & ~nan) | ((VecU64)x & nan));
 }

@@ -3,7 +3,8 @@
 // vtclip::cpu::{scalar, avx2, avx512}. No include guard: one inclusion per kernel file.
 //
 // Code compiled here must not instantiate standard templates: the linker keeps one copy of an
-// instantiation for the whole process, and it could be the one with instructions this machine lacks.
+// instantiation for the whole process, and it could be the one with instructions this machine
+// lacks.
 
 #include "capability.h"
 #if VTCLIP_X86
@@ -48,7 +49,7 @@ namespace avx2 {
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                        \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else

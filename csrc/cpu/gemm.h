@@ -8,9 +8,9 @@ namespace vtclip {
 namespace cpu {
 
 // C[m, n] (+)= sum_k A[m, k] B[k, n].
-// A is read one element at a time: element (i, j) at a[i * lda + j], or a[j * lda + i] if transposed.
-// B and C rows are read and written in whole vectors: n is a multiple of the vector length and
-// ldb, ldc are at least n.
+// A is read one element at a time: element (i, j) at a[i * lda + j], or a[j * lda + i] if
+// transposed. B and C rows are read and written in whole vectors: n is a multiple of the vector
+// length and ldb, ldc are at least n.
 template <class T>
 struct Gemm {
   int64_t m, n, k;

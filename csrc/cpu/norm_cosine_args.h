@@ -18,14 +18,14 @@ struct NormCosine {
 
 struct NormCosineForward {
   NormCosine sizes;
-  char* logits;       // [B, K] contiguous
-  void* mean;         // [B, K] acc, as rstd and row_rnorm
+  char* logits;  // [B, K] contiguous
+  void* mean;    // [B, K] acc, as rstd and row_rnorm
   void* rstd;
   void* row_rnorm;
 };
 
-// Units are (chunk of texts, chunk of images). Sums over images (d_text) and texts (d_image) are made
-// per unit and added in ascending order afterwards.
+// Units are (chunk of texts, chunk of images). Sums over images (d_text) and texts (d_image) are
+// made per unit and added in ascending order afterwards.
 struct NormCosineBackward {
   NormCosine sizes;
   RowsView grad_logits, mean, rstd, row_rnorm;

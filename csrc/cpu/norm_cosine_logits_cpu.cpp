@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
     Tensor hidden, Tensor weight, Tensor bias, Tensor text, Tensor image, double residual,
     double scale, double eps) {
   NormCosineForward p{};
-  p.sizes = norm_sizes("norm_cosine_logits_fwd", hidden, weight, bias, text, image, residual, scale,
-                       eps);
+  p.sizes =
+      norm_sizes("norm_cosine_logits_fwd", hidden, weight, bias, text, image, residual, scale, eps);
   NormCosine& s = p.sizes;
   Tensor logits = new_tensor(hidden, {s.B, s.K});
   Tensor mean = new_acc(hidden, {s.B, s.K});

@@ -4,20 +4,18 @@
 
 typedef float VecF __attribute__((vector_size(VTCLIP_VECTOR_BYTES)));
 typedef double VecD __attribute__((vector_size(VTCLIP_VECTOR_BYTES)));
-typedef int32_t VecI32 __attribute__((vector_size(VTCLIP_VECTOR_BYTES)));
-typedef int64_t VecI64 __attribute__((vector_size(VTCLIP_VECTOR_BYTES)));
+typedef uint32_t VecU32 __attribute__((vector_size(VTCLIP_VECTOR_BYTES)));
+typedef uint64_t VecU64 __attribute__((vector_size(VTCLIP_VECTOR_BYTES)));
 
 template <class T>
 struct VecTraits;
 template <>
 struct VecTraits<float> {
   using Vec = VecF;
-  using Int = VecI32;
 };
 template <>
 struct VecTraits<double> {
   using Vec = VecD;
-  using Int = VecI64;
 };
 template <class T>
 using Vec = typename VecTraits<T>::Vec;
@@ -49,10 +47,18 @@ VTCLIP_INLINE Vec<T> splat(T x) {
 #if VTCLIP_LEVEL == 512
 VTCLIP_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
 VTCLIP_INLINE VecD fma(VecD a, VecD b, VecD c) { return _mm512_fmadd_pd(a, b, c); }
-VTCLIP_INLINE VecF max(VecF a, VecF b) { return _mm512_maskz_max_ps(static_cast<__mmask16>(-1), a, b); }
-VTCLIP_INLINE VecD max(VecD a, VecD b) { return _mm512_maskz_max_pd(static_cast<__mmask8>(-1), a, b); }
-VTCLIP_INLINE VecF min(VecF a, VecF b) { return _mm512_maskz_min_ps(static_cast<__mmask16>(-1), a, b); }
-VTCLIP_INLINE VecD min(VecD a, VecD b) { return _mm512_maskz_min_pd(static_cast<__mmask8>(-1), a, b); }
+VTCLIP_INLINE VecF max(VecF a, VecF b) {
+  return _mm512_maskz_max_ps(static_cast<__mmask16>(-1), a, b);
+}
+VTCLIP_INLINE VecD max(VecD a, VecD b) {
+  return _mm512_maskz_max_pd(static_cast<__mmask8>(-1), a, b);
+}
+VTCLIP_INLINE VecF min(VecF a, VecF b) {
+  return _mm512_maskz_min_ps(static_cast<__mmask16>(-1), a, b);
+}
+VTCLIP_INLINE VecD min(VecD a, VecD b) {
+  return _mm512_maskz_min_pd(static_cast<__mmask8>(-1), a, b);
+}
 #elif VTCLIP_LEVEL == 2
 VTCLIP_INLINE VecF fma(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
 VTCLIP_INLINE VecD fma(VecD a, VecD b, VecD c) { return _mm256_fmadd_pd(a, b, c); }

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is particular to the C++ kernels: instruction sets, memory, threads, extreme numbers.
+
+That their results are right for ordinary inputs is the business of the other files here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtclip import reference
+from vtclip.backends import native
+from vtclip.reference.cross_attn import cross_attn as cross_attn_reference
+
+CHILD = Path(__file__).with_name("_cpu_child.py")
+_spec = importlib.util.spec_from_file_location("_cpu_child", CHILD)
+_child = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_child)
+KERNELS, call_all = _child.KERNELS, _child.call_all
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# steps of rounding that sums of up to 300 terms may differ by when their order differs
+STEPS = {torch.float32: 64, torch.float64: 64, torch.float16: 4, torch.bfloat16: 4}
+
+pytestmark = pytest.mark.skipif(bool(native.load_cpu()), reason=native.load_cpu() or "loaded")
+
+
+def run_child(*args: str, capability: str | None = None) -> subprocess.CompletedProcess[str]:
+    root = str(Path(reference.__file__).parents[2])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    if capability:
+        env["VTCLIP_CPU_CAPABILITY"] = capability
+    command = [sys.executable, str(CHILD), *args]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scalar_results(tmp_path_factory) -> dict[str, list[Tensor]]:
+    """What the portable build of the kernels returns."""
+    path = tmp_path_factory.mktemp("scalar") / "results.pt"
+    done = run_child("results", str(path), capability="scalar")
+    assert done.returncode == 0, done.stderr
+    return torch.load(path, weights_only=True)
+
+
+def assert_close_sums(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        finite = e.isfinite()
+        assert torch.equal(a.isfinite(), finite), i
+        assert torch.equal(a[~finite], e[~finite]), i
+        if finite.any():
+            a, e = a[finite].double(), e[finite].double()
+            allowed = STEPS[dtype] * torch.finfo(dtype).eps * max(1.0, float(e.abs().amax()))
+            assert float((a - e).abs().amax()) <= allowed, i
+
+
+def test_portable_and_native_builds_agree(dtype, scalar_results):
+    assert_close_sums(call_all(dtype), scalar_results[str(dtype)], dtype)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has a second build")
+def test_avx2_build_agrees_where_there_is_avx512(tmp_path, scalar_results):
+    done = run_child("results", str(tmp_path / "avx2.pt"), capability="avx2")
+    assert done.returncode == 0, done.stderr
+    avx2 = torch.load(tmp_path / "avx2.pt", weights_only=True)
+    for dtype in DTYPES:
+        assert_close_sums(avx2[str(dtype)], scalar_results[str(dtype)], dtype)
+    # sums are split over vectors of another length, so equal bits would mean an ignored variable
+    pairs = zip(avx2["torch.float32"], scalar_results["torch.float32"], strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_no_kernel_reads_outside_its_inputs():
+    for capability in ("scalar", "avx2", "avx512"):
+        done = run_child("guard", capability=capability)
+        assert done.returncode == 0, f"{capability}: exit {done.returncode}\n{done.stderr}"
+
+
+def test_a_read_behind_the_last_element_would_be_fatal():
+    code = (
+        "import sys, ctypes, torch; sys.path.insert(0, sys.argv[1]); import _cpu_child as c;"
+        "t = c.guarded((5,), torch.float32, at_end=True); ctypes.string_at(t.data_ptr(), 21)"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(reference.__file__).parents[2])}
+    command = [sys.executable, "-c", code, str(CHILD.parent)]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=600)
+    assert done.returncode not in (0, 1)
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_fifty_runs_give_the_same_bits(threads):
+    torch.set_num_threads(4)
+    first = call_all(torch.float32)
+    assert all(same(call_all(torch.float32), first) for _ in range(49))
+
+
+def test_the_number_of_threads_does_not_change_a_bit(threads):
+    torch.set_num_threads(1)
+    single = {dtype: call_all(dtype) for dtype in DTYPES}
+    for count in (2, 3, 7):
+        torch.set_num_threads(count)
+        for dtype in DTYPES:
+            assert same(call_all(dtype), single[dtype]), (count, dtype)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> list[Tensor]:
+    """Outputs and gradients for a fixed output gradient."""
+    out, lse = KERNELS.cross_attn_fwd(query, key, value, mask, 0.25)
+    generator = torch.Generator().manual_seed(1)
+    seed = torch.randn(out.shape, generator=generator).to(out.dtype)
+    seed_lse = torch.randn(lse.shape, generator=generator).to(lse.dtype)
+    grads = KERNELS.cross_attn_bwd(seed, seed_lse, query, key, value, mask, out, lse, 0.25)
+    return [out, lse, *grads]
+
+
+@pytest.mark.parametrize("expanded", ["heads", "rows", "width", "images"])
+def test_stride_zero(expanded, dtype):
+    axis = {"images": 0, "heads": 1, "rows": 2, "width": 3}[expanded]
+    tensors = []
+    for rows in (19, 23, 23):
+        full = [3, 2, rows, 12]
+        small = full.copy()
+        small[axis] = 1
+        tensors.append(torch.randn(small).to(dtype).expand(full))
+    assert same(attention(*tensors), attention(*(t.contiguous() for t in tensors)))
+
+
+def test_strides_far_beyond_32_bits_on_axes_of_one():
+    # no storage can back a stride of 2^40 elements here, except on an axis of one
+    query, key, value = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 7, 8), torch.randn(1, 1, 7, 8)
+    far = [t.as_strided(t.shape, (1 << 40, 1 << 40, 8, 1)) for t in (query, key, value)]
+    assert same(attention(*far), attention(query, key, value))
+    column = query[..., :1].contiguous(), key[..., :1].contiguous(), value[..., :1].contiguous()
+    far = [t.as_strided(t.shape, (1 << 40, 1 << 40, 1, 1 << 40)) for t in column]
+    assert same(attention(*far), attention(*column))
+
+
+def test_storage_offset_and_misaligned_rows(dtype):
+    tensors = [torch.randn(2, 2, rows, 13).to(dtype) for rows in (9, 11, 11)]
+    shifted = [torch.cat([t.new_zeros(3), t.flatten()])[3:].view(t.shape) for t in tensors]
+    assert same(attention(*shifted), attention(*tensors))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_every_half_precision_number_survives(half):
+    # one key: the weight is 1 and out must be value, bit by bit
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(half)
+    value = numbers.view(1, 1024, 1, 64)
+    zeros = torch.zeros(1, 1024, 1, 64, dtype=half)
+    out, _ = KERNELS.cross_attn_fwd(zeros, zeros, value, None, 1.0)
+    finite = value.isfinite() & (value != 0)  # the sum 0 + -0 is 0
+    assert torch.equal(out[finite].view(torch.int16), value[finite].view(torch.int16))
+    assert torch.equal(out.isnan(), value.isnan())
+    assert torch.equal(out[value.isinf()], value[value.isinf()])
+
+
+def against_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, rel: float) -> None:
+    out, lse = KERNELS.cross_attn_fwd(query, key, value, None, scale)
+    wide = [t.double() for t in (query, key, value)]
+    expected, expected_lse = cross_attn_reference(*wide, None, scale)
+    for actual, oracle in ((out, expected), (lse, expected_lse)):
+        torch.testing.assert_close(actual.double(), oracle, rtol=rel, atol=rel * 10, equal_nan=True)
+
+
+def test_logits_of_ten_thousand():
+    # the scores are exact integers, so the softmax of float32 is that of float64
+    query, key = torch.randint(-9, 9, (1, 2, 30, 16)), torch.randint(-9, 9, (2, 2, 49, 16))
+    against_reference(query.float(), key.float(), torch.randn(2, 2, 49, 16), 16.0, 1e-5)
+
+
+def test_denormal_inputs():
+    query, key, value = (torch.randn(1, 2, 9, 8) * 1e-39 for _ in range(3))
+    against_reference(query, key, value, 1.0, 1e-6)
+
+
+def test_products_beyond_the_range_of_float16():
+    query, key = (torch.full((1, 1, 4, 64), 300.0, dtype=torch.float16) for _ in range(2))
+    key[:, :, 0] = 299.0
+    value = torch.randn(1, 1, 4, 64).half()
+    against_reference(query, key, value, 1e-4, 2e-3)
+
+
+def test_infinite_scores_are_as_in_the_reference():
+    query, key, value = (
+        torch.rand(1, 1, 6, 4) + 1,
+        torch.randn(1, 1, 600, 4),
+        torch.randn(1, 1, 600, 4),
+    )
+    key[:, :, :300] = -torch.inf  # a whole first tile without weight
+    against_reference(query, key, value, 0.5, 1e-5)
+    key[:, :, 400] = torch.inf
+    against_reference(query, key, value, 0.5, 1e-5)
+    key[:] = -torch.inf
+    against_reference(query, key, value, 0.5, 1e-5)
+
+
+def test_nan_stays_where_it_belongs():
+    query, key, value = (torch.randn(2, 2, 21, 8) for _ in range(3))
+    query[0, 1, 5, 3] = torch.nan
+    value[1, 0, 4, 2] = torch.nan
+    against_reference(query, key, value, 0.5, 1e-5)
+    # a NaN with any payload stays NaN through the exponential
+    query.view(torch.int32)[0, 1, 5, 3] = 0x7F800001 + 0x1FF
+    out, _ = KERNELS.cross_attn_fwd(query, key, value, None, 0.5)
+    assert out[0, 1, 5].isnan().all()
+
+
+def test_masked_tiles_hold_anything():
+    query, key, value = (
+        torch.randn(1, 2, 5, 8),
+        torch.randn(2, 2, 600, 8),
+        torch.randn(2, 2, 600, 8),
+    )
+    mask = torch.rand(2, 600) > 0.5
+    clean = attention(query, key, value, mask)
+    hidden = ~mask[:, None, :, None]
+    poisoned = attention(
+        query, key.masked_fill(hidden, torch.nan), value.masked_fill(hidden, torch.inf), mask
+    )
+    assert same(clean, poisoned)
+
+
+def test_cosine_of_rows_at_the_ends_of_the_range():
+    for size in (1e-42, 1e-30, 1.0, 1e30, 3e37):
+        image, text = torch.randn(3, 40) * size, torch.randn(5, 40) * size
+        logits, _, _ = KERNELS.cosine_logits_fwd(image, text, 1.0)
+        unit = torch.nn.functional.normalize
+        oracle = unit(image.double(), dim=1, eps=0.0) @ unit(text.double(), dim=1, eps=0.0).T
+        assert float((logits.double() - oracle).abs().amax()) < 1e-6, size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": torch.zeros(2, 3, 7, 4)}, r"cross_attn_fwd: value must be \[2, 3, 7, 8\], got"),
+        ({"query": torch.zeros(3, 3, 5, 8)}, r"query must be \[2, 3, 5, 8\] \(first axis 1"),
+        ({"key": torch.zeros(2, 3, 7, 8).half()}, "key must have dtype Float, got Half"),
+        ({"key_mask": torch.zeros(2, 6).bool()}, r"key_mask must be \[2, 7\]"),
+        ({"query": torch.zeros(3, 5, 8)}, "query must have 4 dimensions"),
+    ],
+)
+def test_memory_is_protected_below_the_public_checks(change, message):
+    arguments = {
+        "query": torch.zeros(1, 3, 5, 8),
+        "key": torch.zeros(2, 3, 7, 8),
+        "value": torch.zeros(2, 3, 7, 8),
+        "key_mask": None,
+    } | change
+    with pytest.raises(RuntimeError, match=message):
+        KERNELS.cross_attn_fwd(*arguments.values(), 1.0)
