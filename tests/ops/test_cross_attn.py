@@ -163,12 +163,26 @@ def test_expanded_output_gradient(impl, device, runnable):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def recomputing(
+    inputs: dict[str, Tensor], seeds: list[Tensor], fixed: dict[str, object]
+) -> dict[str, float]:
+    """`cancelling`, for kernels that recompute P = exp(S - lse) in the backward.
+
+    There the relative error of P is a rounding step of the largest score, which is far from 1 only
+    at scores no trained attention has.
+    """
+    query, key, _ = inputs.values()
+    scores = (query @ key.transpose(-1, -2)).abs() * fixed["scale"]
+    factor = 1.0 + float(scores.amax())
+    return {name: factor * size for name, size in cancelling(inputs, seeds, fixed).items()}
+
+
 @pytest.mark.parametrize("magnitude", [1e4, 1e-38, 300.0])
 def test_extreme_scores(magnitude, impl, runnable, compare):
     runnable("cross_attn", torch.float32, 32)
     inputs = draw("ordinary")
     inputs["query"] = inputs["query"] * magnitude
-    compare(ops.cross_attn, inputs, cancelling, scale=1.0)
+    compare(ops.cross_attn, inputs, cancelling if impl == "cpu" else recomputing, scale=1.0)
 
 
 @pytest.mark.parametrize(
