@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from vtclip.adapter import load_adapter
 from vtclip.api import fit
@@ -227,6 +228,7 @@ def _run(
     seeds = [seed + offset for offset in range(repeats)]
     folders: dict[int, list[Path]] = {}
     rows: dict[int, dict[str, Any]] = {}
+    bar = tqdm(total=len(shots) * repeats, desc="fits", disable=None)  # quiet without a terminal
     for count in shots:
         results = []
         for one in seeds:
@@ -244,12 +246,14 @@ def _run(
             )
             folders.setdefault(count, []).append(run.folder)
             results.append(run.result)
+            bar.update()
         adapted = [result["adapted"]["accuracy"] for result in results]
         rows[count] = {
             "zero_shot": results[0]["zero_shot"]["accuracy"],
             "vtclip": _mean(adapted),
             "vtclip_seeds": adapted,
         }
+    bar.close()
     fitted = time.perf_counter()
     records = open_source(images.folder, need_spatial=True, progress=False, **common)
     test = few_shot_split(records.label, records.names, shots=max(shots), seed=seed).test
