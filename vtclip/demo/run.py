@@ -39,7 +39,9 @@ SHOTS = (1, 4, 16)
 SPATIAL = "projected"
 IMAGES_PER_CLASS = 48
 PANELS = 8
-# Chosen on scenes of another seed (README.md). The attention starts at token-text similarity; the
+# Settings were chosen on scenes of the seeds 1 and 1001; the demo draws others.
+FRESH_SCENES = 5000
+# Chosen on those scenes (README.md). The attention starts at token-text similarity; the
 # tokens keep their length, which tells objects from background.
 OVERRIDES: dict[str, Any] = {
     "epochs": 20,
@@ -222,7 +224,7 @@ def _run(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    images = draw_images(out, images_per_class, seed)
+    images = draw_images(out, images_per_class, FRESH_SCENES + seed)
     drawn = time.perf_counter()
     common: dict[str, Any] = {"model": "demo", "spatial": SPATIAL, "cache_dir": out / "features"}
     seeds = [seed + offset for offset in range(repeats)]
