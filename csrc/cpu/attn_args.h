@@ -41,10 +41,8 @@ struct AttnForward {
 
 struct AttnBackward {
   AttnShape shape;
-  HeadsView query, key, value, out, grad_out;
+  HeadsView query, key, value, grad_out;
   HeadsView d_query, d_key, d_value;
-  const char* lse;  // [B, H, K] acc, byte strides
-  int64_t lse_batch, lse_head, lse_row;
   const char* grad_lse;  // may be null
   int64_t grad_lse_batch, grad_lse_head, grad_lse_row;
   void* query_pack;

@@ -4,7 +4,8 @@
 #include "rows.h"
 #include "unit_rows.h"
 
-constexpr int64_t kInner = 256;  // steps of the inner dimension whose panel stays in cache
+// Steps of the inner dimension per product: the panel stays in cache and partial sums stay short.
+constexpr int64_t kInner = 128;
 
 // image_unit[b] and image_rnorm[b] for b in [begin, end).
 template <class T>

@@ -1,51 +1,82 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward attention of one instruction set. Included by cross_attn_kernel.h.
 //
-//   P = exp2(S - lse)      dP = dO V^T      Delta = rowsum(dO * O) - d_lse      dS = P * (dP -
-//   Delta) dV = P^T dO            dK = scale dS^T Q            dQ = scale dS K
-// P and dS are recomputed tile by tile, kept transposed ([keys, queries]), and never stored whole.
+// P = softmax(S)
+// dP = dO V^T
+// Delta = sum_l P dP - d_lse
+// dS = P (dP - Delta)
+// dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
+//
+// The softmax of one query block is made again from the scores, all keys at once, and not from
+// exp(S - lse): at |S| = 1e4 a float32 lse is known to 1e-3 only. Delta comes from the same P, so
+// it cancels exactly where the softmax saturates, and the output need not be read again.
 
-// dO of one query block in both layouts, lse in base 2, and Delta.
+// dO of one query block in both layouts.
 template <class T>
 static void pack_grad_block(const AttnBackward& p, int64_t b, int64_t h, int64_t first,
-                            int64_t queries, T* rows, T* columns, T* lse, T* delta, T* buffer) {
+                            int64_t queries, T* rows, T* columns) {
   const AttnShape& s = p.shape;
   const int64_t ldd = leading_dim<T>(s.D), ldq = leading_dim<T>(s.query_block);
   pack_block<T>(s, rows, ldd, p.grad_out, b, h, first, queries, 1);
   pack_columns(s, columns, ldq, rows, ldd, queries);
-  const char* lse_row = p.lse + b * p.lse_batch + h * p.lse_head + first * p.lse_row;
-  const char* out_row = p.out.at(b, h) + first * p.out.row;
-  const char* grad_lse = p.grad_lse;
-  if (grad_lse != nullptr) {
-    grad_lse += b * p.grad_lse_batch + h * p.grad_lse_head + first * p.grad_lse_row;
-  }
-  for (int64_t q = 0; q < queries; ++q) {
-    T value;
-    __builtin_memcpy(&value, lse_row + q * p.lse_row, sizeof(T));
-    lse[q] = static_cast<T>(static_cast<double>(value) * kLog2E);
-    const T* out = view_row<T>(buffer, s.D, out_row + q * p.out.row, p.out.column, s.dtype);
-    delta[q] = dot_rows(rows + q * ldd, out, s.D);
-    if (grad_lse != nullptr) {
-      __builtin_memcpy(&value, grad_lse + q * p.grad_lse_row, sizeof(T));
-      delta[q] -= value;
-    }
-  }
-  for (int64_t q = queries; q < round_up(queries, kLanes<T>); ++q) lse[q] = delta[q] = 0;
 }
 
-// scores: S -> P; grads: dP -> dS.
+// d_lse of one query block, 0 where there is none.
 template <class T>
-static void grad_tile(T* scores, T* grads, int64_t ld, int64_t n, int64_t queries, const T* lse,
-                      const T* delta) {
-  const int64_t columns = round_up(queries, kLanes<T>);
+static void pack_grad_lse(const AttnBackward& p, int64_t b, int64_t h, int64_t first,
+                          int64_t queries, T* grad_lse) {
+  for (int64_t q = 0; q < round_up(queries, kLanes<T>); ++q) grad_lse[q] = 0;
+  if (p.grad_lse == nullptr) return;
+  const char* row =
+      p.grad_lse + b * p.grad_lse_batch + h * p.grad_lse_head + first * p.grad_lse_row;
+  for (int64_t q = 0; q < queries; ++q) {
+    __builtin_memcpy(grad_lse + q, row + q * p.grad_lse_row, sizeof(T));
+  }
+}
+
+// weights: exp2(S - max) -> P; grads: dP -> dS. N vectors of queries at column `at`.
+template <class T, int N>
+VTCLIP_INLINE void grad_columns(T* weights, T* grads, int64_t ld, int64_t n, int64_t at,
+                                const T* total, const T* grad_lse) {
+  Vec<T> norm[N], delta[N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+    norm[j] = T{1} / load(total + at + j * kLanes<T>);
+    delta[j] = Vec<T>{};
+  }
   for (int64_t l = 0; l < n; ++l) {
-    T* score = scores + l * ld;
-    T* grad = grads + l * ld;
-    for (int64_t q = 0; q < columns; q += kLanes<T>) {
-      const Vec<T> weight = exp2(load(score + q) - load(lse + q));
-      store(score + q, weight);
-      store(grad + q, weight * (load(grad + q) - load(delta + q)));
+    T* weight = weights + l * ld + at;
+    const T* grad = grads + l * ld + at;
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> w = load(weight + j * kLanes<T>) * norm[j];
+      store(weight + j * kLanes<T>, w);
+      delta[j] = fma(w, load(grad + j * kLanes<T>), delta[j]);
     }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) delta[j] -= load(grad_lse + at + j * kLanes<T>);
+  for (int64_t l = 0; l < n; ++l) {
+    const T* weight = weights + l * ld + at;
+    T* grad = grads + l * ld + at;
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const Vec<T> d = load(grad + j * kLanes<T>) - delta[j];
+      store(grad + j * kLanes<T>, load(weight + j * kLanes<T>) * d);
+    }
+  }
+}
+
+template <class T>
+static void grad_block(T* weights, T* grads, int64_t ld, int64_t n, int64_t queries, const T* total,
+                       const T* grad_lse) {
+  const int64_t columns = round_up(queries, kLanes<T>);
+  int64_t at = 0;
+  for (; at + 4 * kLanes<T> <= columns; at += 4 * kLanes<T>) {
+    grad_columns<T, 4>(weights, grads, ld, n, at, total, grad_lse);
+  }
+  for (; at < columns; at += kLanes<T>) {
+    grad_columns<T, 1>(weights, grads, ld, n, at, total, grad_lse);
   }
 }
 
@@ -61,11 +92,11 @@ static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
   const int64_t own = s.query_shared ? 0 : 1;
   const Scratch<int64_t> index(s.L + 1);
   const Scratch<T> keys(s.L * ldd), values(s.L * ldd), d_keys(s.L * ldd), d_values(s.L * ldd);
-  const Scratch<T> scores(s.key_tile * ldq), grads(s.key_tile * ldq);
+  const Scratch<T> weights(s.L * ldq), grads(s.L * ldq), state_memory(3 * ldq), grad_lse(ldq);
   const Scratch<T> out_rows(s.query_block * ldd), out_columns(block_size);
-  const Scratch<T> lse(ldq), delta(ldq), buffer(ldd);
   const Scratch<T> own_columns(own * block_size), own_rows(own * s.query_block * ldd);
   const Scratch<T> own_d_query(own * s.query_block * ldd);
+  const SoftmaxState<T> state{state_memory, state_memory + ldq, state_memory + 2 * ldq};
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t h = unit / p.num_chunks, chunk = unit % p.num_chunks;
@@ -102,18 +133,19 @@ static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
         }
         T* d_query = s.query_shared ? partial + first * width : own_d_query;
         const int64_t ld_d_query = s.query_shared ? width : ldd;
-        pack_grad_block<T>(p, b, h, first, queries, out_rows, out_columns, lse, delta, buffer);
+        pack_grad_block<T>(p, b, h, first, queries, out_rows, out_columns);
+        pack_grad_lse<T>(p, b, h, first, queries, grad_lse);
+        score_tile<T>(s, weights, ldq, keys, n, query_columns, queries);
+        softmax_tile<T>(weights, ldq, n, queries, true, state);
+        score_tile<T>(s, grads, ldq, values, n, out_columns, queries);
+        grad_block<T>(weights, grads, ldq, n, queries, state.total, grad_lse);
+        gemm(Gemm<T>{n, width, queries, weights, ldq, false, out_rows, ldd, d_values, ldd,
+                     block != 0});
+        gemm(Gemm<T>{n, width, queries, grads, ldq, false, query_rows, ld_rows, d_keys, ldd,
+                     block != 0});
         for (int64_t l = 0; l < n; l += s.key_tile) {
-          const int64_t tile = min_of(s.key_tile, n - l);
-          score_tile<T>(s, scores, ldq, keys + l * ldd, tile, query_columns, queries);
-          score_tile<T>(s, grads, ldq, values + l * ldd, tile, out_columns, queries);
-          grad_tile<T>(scores, grads, ldq, tile, queries, lse, delta);
-          gemm(Gemm<T>{tile, width, queries, scores, ldq, false, out_rows, ldd, d_values + l * ldd,
-                       ldd, block != 0});
-          gemm(Gemm<T>{tile, width, queries, grads, ldq, false, query_rows, ld_rows,
-                       d_keys + l * ldd, ldd, block != 0});
-          gemm(Gemm<T>{queries, width, tile, grads, ldq, true, keys + l * ldd, ldd, d_query,
-                       ld_d_query, s.query_shared || l != 0});
+          gemm(Gemm<T>{queries, width, min_of(s.key_tile, n - l), grads + l * ldq, ldq, true,
+                       keys + l * ldd, ldd, d_query, ld_d_query, s.query_shared || l != 0});
         }
         if (!s.query_shared) {
           store_rows<T>(s, p.d_query, b, h, first, queries, own_d_query, ldd,

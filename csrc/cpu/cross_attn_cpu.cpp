@@ -51,6 +51,7 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value
   return {out, lse};
 }
 
+// out and lse are not needed: the kernel makes the softmax again.
 std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional<Tensor> grad_lse,
                                                   Tensor query, Tensor key, Tensor value,
                                                   std::optional<Tensor> key_mask, Tensor out,
@@ -77,11 +78,6 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
     p.grad_lse_head = grad_lse->stride(1) * acc_bytes;
     p.grad_lse_row = grad_lse->stride(2) * acc_bytes;
   }
-  p.lse = static_cast<const char*>(lse.data_ptr());
-  p.lse_batch = lse.stride(0) * acc_bytes;
-  p.lse_head = lse.stride(1) * acc_bytes;
-  p.lse_row = lse.stride(2) * acc_bytes;
-
   Tensor d_query = new_heads(query, query.size(0), s.H, s.K, s.D);
   Tensor d_key = new_heads(key, s.B, s.H, s.L, s.D);
   Tensor d_value = new_heads(value, s.B, s.H, s.L, s.D);
@@ -94,7 +90,6 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
   p.query = heads_view(query);
   p.key = heads_view(key);
   p.value = heads_view(value);
-  p.out = heads_view(out);
   p.grad_out = heads_view(grad_out);
   p.d_query = heads_view(d_query);
   p.d_key = heads_view(d_key);

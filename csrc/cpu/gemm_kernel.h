@@ -15,7 +15,7 @@ static void tile(const Gemm<T>& g, const T* a, const T* b, T* c) {
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < N; ++j) {
-      acc[i][j] = g.accumulate ? load(c + i * g.ldc + j * kLanes<T>) : Vec<T>{};
+      acc[i][j] = Vec<T>{};
     }
   }
   const int64_t k = g.k, lda = g.lda, ldb = g.ldb;
@@ -31,6 +31,15 @@ static void tile(const Gemm<T>& g, const T* a, const T* b, T* c) {
     }
     a += kTransposed ? lda : 1;
     b += ldb;
+  }
+  // The old value is added last: sums made in several calls are sums of partial sums, whose
+  // rounding errors grow with the number of parts and not with the number of terms.
+  if (g.accumulate) {
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) acc[i][j] += load(c + i * g.ldc + j * kLanes<T>);
+    }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {

@@ -31,26 +31,34 @@ VTCLIP_INLINE T row_mean(const T* x, int64_t n) {
   return n > 0 ? total / static_cast<T>(n) : T{0};
 }
 
-// Biased variance around a known mean.
+// What rounding left out of the mean, mean(x - mean), and the biased variance.
 template <class T>
-VTCLIP_INLINE T row_variance(const T* x, int64_t n, T mean) {
+struct Spread {
+  T shift, variance;
+};
+
+template <class T>
+VTCLIP_INLINE Spread<T> row_spread(const T* x, int64_t n, T mean) {
   const Vec<T> centre = splat(mean);
-  Vec<T> sums[4] = {};
+  Vec<T> sums[2] = {}, squares[2] = {};
   int64_t i = 0;
-  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
+  for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
       const Vec<T> d = load(x + i + j * kLanes<T>) - centre;
-      sums[j] = fma(d, d, sums[j]);
+      sums[j] += d;
+      squares[j] = fma(d, d, squares[j]);
     }
   }
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    const Vec<T> d = load(x + i) - centre;
-    sums[0] = fma(d, d, sums[0]);
+  T sum = sum_lanes<T>(sums[0] + sums[1]), square = sum_lanes<T>(squares[0] + squares[1]);
+  for (; i < n; ++i) {
+    const T d = x[i] - mean;
+    sum += d;
+    square += d * d;
   }
-  T total = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < n; ++i) total += (x[i] - mean) * (x[i] - mean);
-  return n > 0 ? total / static_cast<T>(n) : T{0};
+  const T count = static_cast<T>(max_of(n, 1));
+  const T shift = sum / count;
+  return {shift, square / count - shift * shift};
 }
 
 // What one row computes with.
@@ -62,19 +70,22 @@ struct NormRow {
   const T* bias;
   const T* image;  // unit
   T mean, rstd, residual;
+  T offset;  // -rstd * mean(hidden - mean): a mean far from 0 is not exact in its own type
 };
 
-// y = text + residual * (weight * zh + bias), zh = (hidden - mean) * rstd; sums y^2 and y * image.
+// y = text + residual * (weight * zh + bias), zh = (hidden - mean) * rstd + offset; sums y^2 and y
+// * image.
 template <class T>
 VTCLIP_INLINE void mix_row(const NormRow<T>& r, int64_t n, T* y, T* square, T* dot) {
   Vec<T> squares[2] = {}, dots[2] = {};
-  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), residual = splat(r.residual);
+  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
+  const Vec<T> residual = splat(r.residual);
   int64_t i = 0;
   for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const int64_t at = i + j * kLanes<T>;
-      const Vec<T> zh = (load(r.hidden + at) - mean) * rstd;
+      const Vec<T> zh = fma(load(r.hidden + at) - mean, rstd, offset);
       const Vec<T> z = fma(load(r.weight + at), zh, load(r.bias + at));
       const Vec<T> v = fma(residual, z, load(r.text + at));
       squares[j] = fma(v, v, squares[j]);
@@ -85,7 +96,7 @@ VTCLIP_INLINE void mix_row(const NormRow<T>& r, int64_t n, T* y, T* square, T* d
   *square = sum_lanes<T>(squares[0] + squares[1]);
   *dot = sum_lanes<T>(dots[0] + dots[1]);
   for (; i < n; ++i) {
-    const T zh = (r.hidden[i] - r.mean) * r.rstd;
+    const T zh = (r.hidden[i] - r.mean) * r.rstd + r.offset;
     y[i] = r.text[i] + r.residual * (r.weight[i] * zh + r.bias[i]);
     *square += y[i] * y[i];
     *dot += y[i] * r.image[i];
@@ -108,7 +119,9 @@ static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_
     r.text = view_row<T>(text, s.C, s.text.at(0, k), s.text.column, s.dtype);
     r.image = static_cast<const T*>(s.image_unit) + b * width;
     r.mean = row_mean(r.hidden, s.C);
-    r.rstd = 1 / square_root(row_variance(r.hidden, s.C, r.mean) + static_cast<T>(s.eps));
+    const Spread<T> spread = row_spread(r.hidden, s.C, r.mean);
+    r.rstd = 1 / square_root(spread.variance + static_cast<T>(s.eps));
+    r.offset = -spread.shift * r.rstd;
     T square, dot, rnorm;
     mix_row<T>(r, s.C, y, &square, &dot);
     if (in_safe_range(square)) {
@@ -146,12 +159,13 @@ struct NormRowSums {
 template <class T>
 VTCLIP_INLINE void grad_row(const NormRow<T>& r, int64_t n, T* unit, T delta, T step, T cosine,
                             const NormRowSums<T>& sums, T* mean_g, T* mean_gz) {
-  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), residual = splat(r.residual);
+  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
+  const Vec<T> residual = splat(r.residual);
   Vec<T> total_g{}, total_gz{};
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) {
     const Vec<T> u = load(unit + i);
-    const Vec<T> zh = (load(r.hidden + i) - mean) * rstd;
+    const Vec<T> zh = fma(load(r.hidden + i) - mean, rstd, offset);
     const Vec<T> dy = (load(r.image + i) - u * cosine) * step;
     const Vec<T> dz = dy * residual;
     const Vec<T> g = dz * load(r.weight + i);
@@ -165,7 +179,7 @@ VTCLIP_INLINE void grad_row(const NormRow<T>& r, int64_t n, T* unit, T delta, T 
   *mean_g = sum_lanes<T>(total_g);
   *mean_gz = sum_lanes<T>(total_gz);
   for (; i < n; ++i) {
-    const T zh = (r.hidden[i] - r.mean) * r.rstd;
+    const T zh = (r.hidden[i] - r.mean) * r.rstd + r.offset;
     const T dy = (r.image[i] - unit[i] * cosine) * step;
     const T g = dy * r.residual * r.weight[i];
     sums.d_text[i] += dy;
@@ -182,14 +196,14 @@ VTCLIP_INLINE void grad_row(const NormRow<T>& r, int64_t n, T* unit, T delta, T 
 // d_hidden = rstd (g - mean(g) - zh mean(g zh)), in place on g.
 template <class T>
 VTCLIP_INLINE void hidden_grad_row(const NormRow<T>& r, int64_t n, T* g, T mean_g, T mean_gz) {
-  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd);
+  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    const Vec<T> zh = (load(r.hidden + i) - mean) * rstd;
+    const Vec<T> zh = fma(load(r.hidden + i) - mean, rstd, offset);
     store(g + i, (load(g + i) - mean_g - zh * mean_gz) * rstd);
   }
   for (; i < n; ++i) {
-    const T zh = (r.hidden[i] - r.mean) * r.rstd;
+    const T zh = (r.hidden[i] - r.mean) * r.rstd + r.offset;
     g[i] = (g[i] - mean_g - zh * mean_gz) * r.rstd;
   }
 }
@@ -224,6 +238,7 @@ static void norm_backward_units(const NormCosineBackward& p, int64_t begin, int6
         r.text = view_row<T>(text, s.C, s.text.at(0, k), s.text.column, s.dtype);
         r.mean = element<T>(p.mean, b, k);
         r.rstd = element<T>(p.rstd, b, k);
+        r.offset = -row_spread(r.hidden, s.C, r.mean).shift * r.rstd;
         const T rnorm = element<T>(p.row_rnorm, b, k);
         const char* grad = p.grad_logits.at(0, b) + k * p.grad_logits.column;
         const T delta = load_one<T>(grad, s.dtype) * static_cast<T>(s.scale);
