@@ -11,11 +11,10 @@
 
 #include "attn_args.h"
 #include "common/check.h"
+#include "parallel.h"
 
 namespace vtclip {
 namespace cpu {
-
-using torch::stable::parallel_for;
 
 inline HeadsView heads_view(const Tensor& tensor) {
   const int64_t item = item_bytes(dtype_of(tensor.scalar_type()));
@@ -35,14 +34,14 @@ inline Tensor new_buffer(const Tensor& like, int64_t count) {
   return torch::stable::new_empty(like, sizes, acc_type(like.scalar_type()));
 }
 
-// Blocks of at most 128 queries and tiles of at most 256 keys, evened out over the whole: two score
-// tiles (200 KiB in float32) stay in a second-level cache.
+// Blocks of at most 128 queries and tiles of at most 256 keys, evened out over the whole: a tile of
+// scores (128 KiB in float32) stays in a second-level cache.
 inline void set_blocks(AttnShape& shape) {
-  const int64_t blocks = std::max<int64_t>(1, (shape.K + 127) / 128);
-  const int64_t queries = (shape.K + blocks - 1) / blocks;
-  shape.query_block = std::max<int64_t>(16, (queries + 15) / 16 * 16);
-  const int64_t tiles = std::max<int64_t>(1, (shape.L + 255) / 256);
-  shape.key_tile = std::max<int64_t>(1, (shape.L + tiles - 1) / tiles);
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(shape.K, 128));
+  const int64_t queries = ceil_div(shape.K, blocks);
+  shape.query_block = std::max<int64_t>(16, ceil_div(queries, 16) * 16);
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(shape.L, 256));
+  shape.key_tile = std::max<int64_t>(1, ceil_div(shape.L, tiles));
 }
 
 inline AttnShape attn_shape(const char* op, const Tensor& query, const Tensor& key,
@@ -72,15 +71,20 @@ inline AttnShape attn_shape(const char* op, const Tensor& query, const Tensor& k
   return shape;
 }
 
+// Multiply-adds of one product between a query block and the keys of one image.
+inline int64_t block_work(const AttnShape& shape) {
+  return shape.query_block * (shape.L + 8) * (shape.D + 8);
+}
+
 // How many images one backward task takes where the query is shared: about 64 tasks in all, and at
 // most 256 MiB of partial sums. A function of the shape, so the order of every sum is fixed.
 inline int64_t images_per_chunk(const AttnShape& shape) {
   const int64_t item = shape.dtype == Dtype::kFloat64 ? 8 : 4;
   const int64_t bytes = std::max<int64_t>(1, shape.H * shape.K * shape.D * item);
-  const int64_t wanted = (63 + shape.H) / std::max<int64_t>(1, shape.H);
+  const int64_t wanted = ceil_div(64, std::max<int64_t>(1, shape.H));
   const int64_t affordable = std::max<int64_t>(1, (int64_t{256} << 20) / bytes);
   const int64_t chunks = std::max<int64_t>(1, std::min({wanted, affordable, shape.B}));
-  return (shape.B + chunks - 1) / chunks;
+  return ceil_div(shape.B, chunks);
 }
 
 // Elements of a panel row: the kernels pad to an odd number of cache lines, at most two more.

@@ -12,13 +12,15 @@
 namespace vtclip {
 namespace cpu {
 
+using torch::stable::parallel_for;
+
 Tensor pack_shared_query(const AttnShape& shape, const Tensor& query) {
   const int64_t units = shape.H * shape.num_blocks();
   Tensor pack = new_buffer(query, units * shape.D * padded(shape.query_block));
   const HeadsView view = heads_view(query);
   void* data = pack.data_ptr();
   const auto run = VTCLIP_PICK(pack_query_units);
-  parallel_for(0, units, 8,
+  parallel_for(0, units, grain_for(4 * shape.query_block * shape.D),
                [&](int64_t begin, int64_t end) { run(shape, view, data, begin, end); });
   return pack;
 }
@@ -29,7 +31,7 @@ Tensor pack_shared_query_rows(const AttnShape& shape, const Tensor& query) {
   const HeadsView view = heads_view(query);
   void* data = pack.data_ptr();
   const auto run = VTCLIP_PICK(pack_query_row_units);
-  parallel_for(0, rows, 256,
+  parallel_for(0, rows, grain_for(4 * shape.D),
                [&](int64_t begin, int64_t end) { run(shape, view, data, begin, end); });
   return pack;
 }

@@ -10,6 +10,7 @@
 #include "common/check.h"
 #include "cosine_args.h"
 #include "gemm.h"
+#include "parallel.h"
 #include "scratch.h"
 
 #define VTCLIP_KERNEL "cosine_logits_kernel.h"
@@ -18,17 +19,6 @@
 namespace vtclip {
 namespace cpu {
 namespace {
-
-using torch::stable::parallel_for;
-
-// Runs fn(args, begin, end) over [0, units).
-template <class Args>
-void run(void (*fn)(const Args&, int64_t, int64_t), const Args& args, int64_t units,
-         int64_t grain) {
-  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { fn(args, begin, end); });
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Cosine cosine_sizes(const char* op, const Tensor& image, const Tensor& text, double scale) {
   const ScalarType type = check_float(op, "image", image);
@@ -67,13 +57,14 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(Tensor image, Tensor text, 
   s.text_rnorm = text_rnorm.data_ptr();
   s.image_unit = image_unit.data_ptr();
   p.logits = static_cast<char*>(logits.data_ptr());
-  run(VTCLIP_PICK(cosine_images), s, s.B, 64);
+  run(VTCLIP_PICK(cosine_images), s, s.B, 4 * s.D);
   if (!shared) {
-    run(VTCLIP_PICK(cosine_own_fwd), p, s.B * s.K, 64);
+    run(VTCLIP_PICK(cosine_own_fwd), p, s.B * s.K, 8 * s.D);
   } else {
     // With no image there still are norms of the texts.
     const int64_t image_blocks = std::max<int64_t>(1, ceil_div(s.B, s.image_block));
-    run(VTCLIP_PICK(cosine_shared_fwd), p, image_blocks * ceil_div(s.K, s.text_block), 1);
+    run(VTCLIP_PICK(cosine_shared_fwd), p, image_blocks * ceil_div(s.K, s.text_block),
+        s.text_block * (s.image_block + 8) * s.D);
   }
   return {logits, image_rnorm, text_rnorm};
 }
@@ -125,15 +116,17 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(Tensor grad_logits, Tensor image, T
     grads = new_acc(text, {s.B, s.K});
     p.text_unit = text_unit.data_ptr();
     p.grads = grads.data_ptr();
-    run(VTCLIP_PICK(cosine_prepare), p, s.B + s.K, 64);
+    run(VTCLIP_PICK(cosine_prepare), p, s.B + s.K, 4 * s.D);
     const int64_t slices = ceil_div(width, 128);
-    run(VTCLIP_PICK(cosine_shared_image), p, ceil_div(s.B, s.image_block) * slices, 1);
-    run(VTCLIP_PICK(cosine_shared_text), p, ceil_div(s.K, s.text_block), 1);
+    run(VTCLIP_PICK(cosine_shared_image), p, ceil_div(s.B, s.image_block) * slices,
+        s.image_block * s.K * 128);
+    run(VTCLIP_PICK(cosine_shared_text), p, ceil_div(s.K, s.text_block),
+        s.text_block * (s.B + 8) * s.D);
   } else {
-    run(VTCLIP_PICK(cosine_prepare), p, s.B, 64);
-    run(VTCLIP_PICK(cosine_own_bwd), p, s.B * p.num_chunks, 1);
+    run(VTCLIP_PICK(cosine_prepare), p, s.B, 4 * s.D);
+    run(VTCLIP_PICK(cosine_own_bwd), p, s.B * p.num_chunks, 16 * s.text_block * s.D);
   }
-  run(VTCLIP_PICK(cosine_finish_image), p, s.B, 64);
+  run(VTCLIP_PICK(cosine_finish_image), p, s.B, 4 * p.num_chunks * s.D);
   return {d_image, d_text};
 }
 

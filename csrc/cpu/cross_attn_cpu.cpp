@@ -45,9 +45,7 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value
     pack = pack_shared_query(s, query);
     p.query_pack = pack.data_ptr();
   }
-  const auto run = VTCLIP_PICK(cross_attn_fwd_units);
-  parallel_for(0, s.B * s.H * s.num_blocks(), 1,
-               [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  run(VTCLIP_PICK(cross_attn_fwd_units), p, s.B * s.H * s.num_blocks(), 2 * block_work(s));
   return {out, lse};
 }
 
@@ -96,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
   p.d_value = heads_view(d_value);
 
   p.chunk_images = s.query_shared ? images_per_chunk(s) : 1;
-  p.num_chunks = (s.B + p.chunk_images - 1) / p.chunk_images;
+  p.num_chunks = ceil_div(s.B, p.chunk_images);
   Tensor pack, query_rows, partial;
   if (s.query_shared) {
     pack = pack_shared_query(s, query);
@@ -106,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
     p.query_rows = query_rows.data_ptr();
     p.d_query_partial = partial.data_ptr();
   }
-  const auto run = VTCLIP_PICK(cross_attn_bwd_units);
-  parallel_for(0, s.H * p.num_chunks, 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  run(VTCLIP_PICK(cross_attn_bwd_units), p, s.H * p.num_chunks,
+      5 * p.chunk_images * s.num_blocks() * block_work(s));
   if (s.query_shared) sum_partials(s, partial, p.num_chunks, d_query);
   return {d_query, d_key, d_value};
 }

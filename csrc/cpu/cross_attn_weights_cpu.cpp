@@ -38,9 +38,7 @@ Tensor cross_attn_weights_fwd(Tensor query, Tensor key, std::optional<Tensor> ke
     pack = pack_shared_query(s, query);
     p.query_pack = pack.data_ptr();
   }
-  const auto run = VTCLIP_PICK(weights_fwd_units);
-  parallel_for(0, s.B * s.H * s.num_blocks(), 1,
-               [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  run(VTCLIP_PICK(weights_fwd_units), p, s.B * s.H * s.num_blocks(), 2 * block_work(s));
   return weights;
 }
 
@@ -68,7 +66,7 @@ std::tuple<Tensor, Tensor> cross_attn_weights_bwd(Tensor grad_weights, Tensor we
   p.d_query = heads_view(d_query);
   p.d_key = heads_view(d_key);
   p.chunk_images = s.query_shared ? images_per_chunk(s) : 1;
-  p.num_chunks = (s.B + p.chunk_images - 1) / p.chunk_images;
+  p.num_chunks = ceil_div(s.B, p.chunk_images);
   Tensor query_rows, partials;
   if (s.query_shared) {
     query_rows = pack_shared_query_rows(s, query);
@@ -76,8 +74,8 @@ std::tuple<Tensor, Tensor> cross_attn_weights_bwd(Tensor grad_weights, Tensor we
     p.query_rows = query_rows.data_ptr();
     p.d_query_partial = partials.data_ptr();
   }
-  const auto run = VTCLIP_PICK(weights_bwd_units);
-  parallel_for(0, s.H * p.num_chunks, 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  run(VTCLIP_PICK(weights_bwd_units), p, s.H * p.num_chunks,
+      3 * p.chunk_images * s.num_blocks() * block_work(s));
   if (s.query_shared) sum_partials(s, partials, p.num_chunks, d_query);
   return {d_query, d_key};
 }

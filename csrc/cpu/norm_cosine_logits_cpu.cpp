@@ -9,6 +9,7 @@
 
 #include "common/check.h"
 #include "norm_cosine_args.h"
+#include "parallel.h"
 #include "scratch.h"
 
 #define VTCLIP_KERNEL "norm_cosine_logits_kernel.h"
@@ -17,16 +18,6 @@
 namespace vtclip {
 namespace cpu {
 namespace {
-
-using torch::stable::parallel_for;
-
-template <class Args>
-void run(void (*fn)(const Args&, int64_t, int64_t), const Args& args, int64_t units,
-         int64_t grain) {
-  parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { fn(args, begin, end); });
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 NormCosine norm_sizes(const char* op, const Tensor& hidden, const Tensor& weight,
                       const Tensor& bias, const Tensor& text, const Tensor& image, double residual,
@@ -76,8 +67,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
   p.mean = mean.data_ptr();
   p.rstd = rstd.data_ptr();
   p.row_rnorm = row_rnorm.data_ptr();
-  run(VTCLIP_PICK(norm_cosine_images), s, s.B, 64);
-  run(VTCLIP_PICK(norm_cosine_fwd), p, s.B * s.K, 32);
+  run(VTCLIP_PICK(norm_cosine_images), s, s.B, 4 * s.C);
+  run(VTCLIP_PICK(norm_cosine_fwd), p, s.B * s.K, 16 * s.C);
   return {logits, mean, rstd, image_rnorm, row_rnorm};
 }
 
@@ -155,9 +146,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
   p.d_unit_partial = d_unit_partial.data_ptr();
   p.d_weight_partial = d_weight_partial.data_ptr();
   p.d_bias_partial = d_bias_partial.data_ptr();
-  run(VTCLIP_PICK(norm_cosine_images), s, s.B, 64);
-  run(VTCLIP_PICK(norm_cosine_bwd), p, units, 1);
-  run(VTCLIP_PICK(norm_cosine_finish), p, s.K + s.B + 2, 16);
+  run(VTCLIP_PICK(norm_cosine_images), s, s.B, 4 * s.C);
+  run(VTCLIP_PICK(norm_cosine_bwd), p, units, 32 * p.text_chunk * p.image_chunk * s.C);
+  run(VTCLIP_PICK(norm_cosine_finish), p, s.K + s.B + 2,
+      8 * (p.text_chunks + p.image_chunks) * s.C);
   return {d_hidden, d_weight, d_bias, d_text, d_image};
 }
 
