@@ -40,6 +40,7 @@ def test_first_without_reasons_is_taken(monkeypatch):
 def test_the_interpreter_runs_only_when_named(monkeypatch):
     monkeypatch.setattr(native, "load_cpu", lambda: "gone")
     monkeypatch.setattr(triton, "interpreted", lambda: True)
+    monkeypatch.setattr(triton, "load", lambda: "")
     assert select(CPU_PROBLEM, None).name == "reference"
     assert select(CPU_PROBLEM, "triton").name == "triton"
 
