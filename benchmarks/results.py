@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from vtclip.backends import native
+
 ROWS: list[dict[str, object]] = []
 
 
@@ -26,6 +28,7 @@ def environment(device: str) -> dict[str, object]:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     return {
         "device": name,
+        "instructions": native.build_info().get("instructions", "none"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "commit": done.stdout.strip(),

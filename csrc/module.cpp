@@ -8,11 +8,16 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
+#include "cpu/capability.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of vtclip, registered with torch's dispatcher on import.";
   m.def(
       "build_info",
-      [] { return std::map<std::string, std::string>{VTCLIP_BUILD_INFO}; },
-      "What setup.py decided and why.");
+      [] {
+        std::map<std::string, std::string> info{VTCLIP_BUILD_INFO};
+        info["instructions"] = vtclip::cpu::capability_name();
+        return info;
+      },
+      "What setup.py decided and why, and the instruction set taken on this machine.");
 }
