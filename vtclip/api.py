@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 RUN_FILES = {TENSORS, CONFIG, RESULT, CHECKPOINT, LOG}
 # what decides the features and the rows of a run, in the words of `fit`
+SHOTS = (16, 8, 4, 2, 1)
 DATA_OPTIONS = ("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction")
 
 
@@ -44,7 +45,7 @@ def fit(
     source: str | Path,
     *,
     method: str = "vtclip",
-    shots: int = 16,
+    shots: int | None = None,
     seed: int = 1,
     model: str = "demo",
     spatial: str | None = None,
@@ -64,6 +65,8 @@ def fit(
     """Adapt a frozen CLIP to `source` with `shots` images per class, and evaluate it once.
 
     source: a folder of `class_name/*.jpg`, a FeatureSet folder, or an .npz table of features.
+    shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
+        beside the test share. A named number is never lowered.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...).
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED. It ends up with
         adapter.safetensors, adapter_config.json, result.json and log.jsonl.
@@ -71,13 +74,37 @@ def fit(
     The zero-shot decision is evaluated on the same test images in the same run.
     """
     pick("method", method, HEADS)
-    if shots < 0:
+    if shots is not None and shots < 0:
         raise ValueError(f"shots must be at least 0, got {shots}")
     check_seed(seed)
-    config = recipe_config(method, shots, overrides)
     where = choose_device(device)
     set_threads(threads)
     source = Path(source).expanduser()
+    watch = Stopwatch()
+
+    def opened() -> Records:
+        with watch.stage("features"):
+            return open_source(
+                source,
+                model=model,
+                spatial=spatial,
+                prompt=prompt,
+                templates=None if templates is None else list(templates),
+                augment_passes=augment_passes,
+                need_spatial=bool(HEADS[method].needs_spatial),  # type: ignore[attr-defined]
+                cache_dir=cache_dir,
+                device=str(where),
+                progress=progress,
+            )
+
+    records: Records | None = None
+    if shots is None:
+        recipe_config(method, max(SHOTS), overrides)  # what is wrong there is said before the work
+        if out is not None:
+            check_out(Path(out).expanduser(), source, overwrite=overwrite, resume=resume)
+        records = opened()
+        shots = usual_shots(records, test_fraction)
+    config = recipe_config(method, shots, overrides)
     folder = run_folder(out, source, method, shots, seed)
     check_out(folder, source, overwrite=overwrite, resume=resume)
     options = {
@@ -93,20 +120,8 @@ def fit(
     with removed_if_empty(folder), only_writer(folder):
         if resume and (folder / RESULT).is_file() and not (folder / CHECKPOINT).is_file():
             return finished_run(folder, {"method": method, "shots": shots, "seed": seed}, options)
-        watch = Stopwatch()
-        with watch.stage("features"):
-            records = open_source(
-                source,
-                model=model,
-                spatial=spatial,
-                prompt=prompt,
-                templates=None if templates is None else list(templates),
-                augment_passes=augment_passes,
-                need_spatial=bool(HEADS[method].needs_spatial),  # type: ignore[attr-defined]
-                cache_dir=cache_dir,
-                device=str(where),
-                progress=progress,
-            )
+        if records is None:
+            records = opened()
         split = split_rows(records, config, shots, seed, test_fraction)
         torch.manual_seed(seed)
         head = build_head(method, records, config, where)
@@ -293,6 +308,18 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}")
     return chosen
+
+
+def usual_shots(records: Records, test_fraction: float) -> int:
+    """16, or the largest of 8, 4, 2, 1 that every class has beside its test share."""
+    counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
+    smallest = min((count - int(count * test_fraction) for count in counts), default=0)
+    shots = next((known for known in SHOTS if known <= smallest), min(SHOTS))
+    if shots < max(SHOTS) and test_fraction < 1:
+        logger.warning(
+            "shots %d: the smallest class has %d images beside the test share", shots, smallest
+        )
+    return shots
 
 
 def run_folder(out: str | Path | None, source: Path, method: str, shots: int, seed: int) -> Path:

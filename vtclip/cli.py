@@ -113,7 +113,11 @@ def build_parser() -> Parser:
         "source", metavar="SOURCE", help="class_name/*.jpg folder, features folder, .npz"
     )
     fit.add_argument("--method", type=one_of(*METHODS), default="vtclip", help=" | ".join(METHODS))
-    fit.add_argument("--shots", type=number(int, 0, 1_000_000), default=16, help="images per class")
+    fit.add_argument(
+        "--shots",
+        type=number(int, 0, 1_000_000),
+        help="images per class (default: 16, or fewer where a class has fewer)",
+    )
     fit.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="draws the shots")
     fit.add_argument("--spatial", metavar="OPT", help="kind of spatial features (vtclip.clip)")
     fit.add_argument("--prompt", metavar="NAME", help="one prompt of an .npz with several")

@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,21 +143,24 @@ def test_damaged_explicit_folder_is_not_removed_unasked(
     assert (out / "shard-00000.safetensors").exists()
 
 
-@pytest.fixture
+@contextmanager
 def small_files_only() -> Iterator[None]:
-    """No file may grow beyond 1,000 bytes, as on a full disk."""
+    """Files end at 1000 bytes; around the call only, because pytest may write to a file too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk_names_path_and_bytes_and_keeps_the_old(
-    features: Path, pictures: Path, fake_clip: Any, small_files_only: None
+    features: Path, pictures: Path, fake_clip: Any
 ) -> None:
     good = contents(features)
     cache = features.parents[1]
-    with pytest.raises(OSError, match=r"cannot write \d+ bytes to .*: File too large"):
+    message = r"cannot write \d+ bytes to .*: File too large"
+    with small_files_only(), pytest.raises(OSError, match=message):
         cached_features(pictures, model=fake_clip(seed=1), spatial="raw", cache_dir=cache)
     assert contents(features) == good
     other = next(path for path in (cache / "features").iterdir() if path != features)

@@ -87,3 +87,14 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(
     assert main(["explain", run, photo, "--class", "beach", "--out", str(heat)]) == 0
     with Image.open(heat) as picture:
         assert picture.size == (320 + 8 + 320, 352)
+
+
+def test_without_named_shots_a_small_folder_takes_what_every_class_has(
+    shared_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = api.fit(shared_data / "photos", out=tmp_path / "run", cache_dir=tmp_path / "cache")
+    assert run.result["shots"] == 8  # 20 photos a class, half of them test
+    assert run.result["images"] == {"train": 152, "val": 38, "test": 190}
+    assert "shots 8: the smallest class has 10 images" in caplog.text
+    with pytest.raises(ValueError, match="shots = 16 needs 16 images per class"):
+        api.fit(shared_data / "photos", shots=16, out=tmp_path / "named")
