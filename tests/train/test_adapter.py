@@ -291,8 +291,9 @@ def test_25_kills_while_saving_leave_a_loadable_adapter(tmp_path: Path) -> None:
         """
 save_adapter(folder, make(0.0))
 draw, last, moved, between = random.Random(3), 0.0, 0, 0
-adapter, (saved, saves) = make(0.0), os.pipe()
+adapter = make(0.0)
 for kill in range(25):
+    saved, saves = os.pipe()  # a new one: the last child may have left notes of further saves
     child = os.fork()
     if child == 0:
         number = last
@@ -307,6 +308,8 @@ for kill in range(25):
     time.sleep(0.02 * draw.random())
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(saved)
+    os.close(saves)
     between += any(path.suffix == ".new" for path in folder.iterdir())
     found = value(folder)
     assert len(found) == 1 and min(found) >= last, (found, last)
@@ -316,7 +319,7 @@ print(moved, between)
 """,
     )
     moved, between = map(int, out.split())
-    assert moved >= 20
+    assert moved == 25
     assert between >= 3
 
 
