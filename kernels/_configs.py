@@ -12,7 +12,17 @@ import triton
 MAX_HEAD_DIM = 256  # cross_attn, cross_attn_weights: one padded [rows, d] tile
 MAX_WIDTH = 16384  # cosine_logits, norm_cosine_logits: one row of a program
 
-_KINDS = ("fwd", "bwd_query", "bwd_key", "weights", "weights_bwd")
+_KINDS = (
+    "fwd",
+    "bwd_query",
+    "bwd_key",
+    "weights",
+    "weights_bwd",
+    "rational_fwd",
+    "rational_bwd_query",
+    "rational_bwd_key",
+    "rational_one_bwd",
+)
 
 
 class Target(NamedTuple):
@@ -91,6 +101,41 @@ def query_strides(query: torch.Tensor) -> tuple[int, ...]:
     return (0 if query.shape[0] == 1 else query.stride(0), *query.stride()[1:])
 
 
+def kinds(
+    image_query: torch.Tensor | None,
+    text_query: torch.Tensor | None,
+    pair_query: torch.Tensor | None,
+) -> dict[str, bool]:
+    """Which queries rational_attn was given, as its kernels' switches."""
+    return {
+        "HAS_IMAGE": image_query is not None,
+        "HAS_TEXT": text_query is not None,
+        "HAS_PAIR": pair_query is not None,
+    }
+
+
+def query_arguments(
+    image_query: torch.Tensor | None,
+    text_query: torch.Tensor | None,
+    pair_query: torch.Tensor | None,
+    stand_in: torch.Tensor,
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Pointers and strides (b, h, d; b, h, k, d twice); of an absent query never read."""
+    queries = (image_query, text_query, pair_query)
+    image, text, pair = (
+        [0, 0, 0, 0] if query is None else list(query_strides(query)) for query in queries
+    )
+    strides = [*image[:2], image[3], *text, *pair]
+    return [stand_in if query is None else query for query in queries], strides
+
+
+def slices(out: torch.Tensor, count: int) -> torch.Tensor:
+    """`out` itself for one slice, else float32 [count, *out.shape] for `sum_partials`."""
+    if count == 1:
+        return out
+    return out.new_empty((count, *out.shape), dtype=torch.float32)
+
+
 def padded(size: int) -> int:
     """Power of two >= 16 that holds `size`."""
     return max(16, triton.next_power_of_2(size))
@@ -108,7 +153,8 @@ def images_per_program(B: int, programs_per_image: int, target: Target) -> int:
 
 
 # (block_k, block_l, num_warps, num_stages) for d up to 64, 128, 256, chosen by compiling for sm_80,
-# sm_90, sm_100 and gfx942: the largest tiles tried that spill no register. Run time: not measured.
+# sm_90, sm_100 and gfx942: the largest tiles tried that spill no register, but for the few float32
+# cases that tests/kernels/test_compile.py names. Run time: not measured.
 # "ieee" is float32 without tensor cores, "small" is for 64 KiB of shared memory; others fit into
 # the 99 KiB of sm_86, sm_89 and sm_120.
 _TILES = {
@@ -118,6 +164,10 @@ _TILES = {
         "bwd_key": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
         "weights": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
         "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+        "rational_fwd": ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+        "rational_bwd_query": ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+        "rational_bwd_key": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        "rational_one_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     },
     "tf32": {
         "fwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
@@ -125,6 +175,10 @@ _TILES = {
         "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
         "weights": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
         "weights_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "rational_fwd": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        "rational_bwd_query": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_key": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+        "rational_one_bwd": ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     },
     "ieee": {
         "fwd": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
@@ -132,6 +186,10 @@ _TILES = {
         "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
         "weights": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
         "weights_bwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "rational_fwd": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_query": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_key": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "rational_one_bwd": ((16, 16, 4, 1), (0, 0, 8, 1), (0, 0, 8, 1)),  # 0: never
     },
     "small half": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1))),
     "small float32": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))),
@@ -152,6 +210,8 @@ def attention(kind: str, dtype: torch.dtype, d: int, K: int, L: int, target: Tar
     block_k, block_l, num_warps, num_stages = _TILES[family][kind][width]
     if family == "half" and kind == "bwd_query" and target.capability >= 90:
         num_warps, num_stages = 8, 1  # two stages spill there
+    if family == "half" and kind.startswith("rational") and width == 0 and target.capability >= 90:
+        block_k, block_l, num_warps = 64, 64, 8  # which spill below
     return Tile(min(block_k, padded(K)), min(block_l, padded(L)), num_warps, num_stages)
 
 
@@ -160,3 +220,58 @@ def row_tile(width: int, elements: int) -> tuple[int, int, int]:
     block_d = padded(width)
     rows = max(1, elements // block_d)
     return rows, block_d, min(16, max(4, rows * block_d // 512))
+
+
+HEAD_ROWS = 16384  # rows of d_m that the backward of rational_head keeps at a time
+
+
+class HeadTile(NamedTuple):
+    """Class rows, output columns and summed columns of one step of rational_head."""
+
+    block_k: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        return Tile(0, 0, self.num_warps, self.num_stages).launch
+
+
+# (block_k, block_n, block_d, num_warps, num_stages) for K above 64 and up to 64; see _TILES
+_HEAD_TILES = {
+    "half": {"fwd": ((64, 64, 64, 8, 3),) * 2, "bwd": ((64, 64, 64, 8, 3),) * 2},
+    "tf32": {"fwd": ((64, 64, 32, 8, 2),) * 2, "bwd": ((64, 64, 32, 8, 2),) * 2},
+    "ieee": {"fwd": ((64, 64, 16, 8, 1),) * 2, "bwd": ((32, 32, 16, 8, 1),) * 2},
+    "small": {"fwd": ((64, 64, 32, 4, 1),) * 2, "bwd": ((64, 64, 32, 8, 1),) * 2},
+    "interpreter": {"fwd": ((32, 32, 32, 4, 1),) * 2, "bwd": ((32, 32, 32, 4, 1),) * 2},
+}
+
+
+def head(kind: str, dtype: torch.dtype, K: int, D: int, target: Target) -> HeadTile:
+    """Tile of a rational_head kernel, no larger than the problem."""
+    if target.backend == "interpreter":
+        family = "interpreter"
+    elif target.shared_bytes < 99 * 1024:
+        family = "small"
+    else:
+        family = input_precision(dtype, target) if dtype == torch.float32 else "half"
+    block_k, block_n, block_d, num_warps, num_stages = _HEAD_TILES[family][kind][K <= 64]
+    block_k, block_n, block_d = min(block_k, padded(K)), min(block_n, padded(D)), block_d
+    return HeadTile(block_k, block_n, min(block_d, padded(D)), num_warps, num_stages)
+
+
+def head_splits(programs: int, D: int, tile: HeadTile, target: Target) -> tuple[int, int]:
+    """(columns of one split, number of splits) of rational_head's forward.
+
+    A second launch costs as much as some dozens of steps, so short problems are not split; others
+    are, while their programs do not fill a device.
+    """
+    interpreted = target.backend == "interpreter"
+    tiles = triton.cdiv(D, tile.block_n)
+    short = tiles * triton.cdiv(D, tile.block_d) <= (3 if interpreted else 64)
+    wanted = 4 if interpreted else 128
+    splits = 1 if short else min(tiles, triton.cdiv(wanted, programs))
+    columns = triton.cdiv(tiles, splits) * tile.block_n
+    return columns, triton.cdiv(D, columns)

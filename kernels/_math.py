@@ -70,6 +70,27 @@ def row_max(x):
 
 
 @triton.jit
+def fused(x, factor, shift):
+    """x * factor - shift, rounded once; the interpreter has no such instruction."""
+    if INTERPRETED:
+        wide = x.to(tl.float64) * factor - shift
+        return tl.where(wide > 120.0, 120.0, wide).to(tl.float32)  # NumPy would warn of overflow
+    return tl.fma(x, factor, -shift)
+
+
+@triton.jit
+def opened(m):
+    """relu(1 + m); NaN stays."""
+    return tl.where(m <= -1.0, 0.0, 1.0 + m)
+
+
+@triton.jit
+def in_powers(natural):
+    """log2 of exp(natural), rounded: not to be contracted with what it is subtracted from."""
+    return tl.fma(natural, LOG2E, 0.0)
+
+
+@triton.jit
 def reciprocal_norm(x):
     """1 / |row| of x [rows, D] float32, 0 for a zero row; what it squares is at most 1."""
     top = row_max(tl.abs(x))

@@ -47,6 +47,29 @@ def sample(name: str, empty: bool, expanded: bool) -> tuple[object, ...]:
     if name == "norm_cosine_logits_bwd":
         outputs = ref.norm_cosine_logits_fwd(*tail, 0.5, 2.0, 1e-5)
         return torch.randn(B, K), *tail, *outputs, 0.5, 2.0, 1e-5
+    heads = torch.randn(B, H, K, d), torch.randn(B, H, K, d)
+    asked = torch.randn(B, H, 1, d), query, torch.randn(B, H, K, d)
+    if expanded:
+        heads = tuple(torch.randn(B, K, H, d).transpose(1, 2) for _ in range(2))
+        asked = None, query, None
+    if name == "rational_attn_fwd":
+        return *asked, *heads, 0.5, not expanded
+    if name == "rational_attn_bwd":
+        out, *kept = ref.rational_attn_fwd(*asked, *heads, 0.5, True)
+        return torch.randn(out.shape), *asked, *heads, *kept, 0.5
+    mask = torch.randn(B, K, C)
+    if name == "rational_logits_fwd":
+        return image, text, mask, 2.0
+    if name == "rational_logits_bwd":
+        return torch.randn(B, K), image, text, mask, 2.0
+    ending = mask, torch.randn(C, C), torch.randn(C), image, text
+    penalty = _library.PENALTIES["mse" if expanded else "linf"]
+    if name == "rational_head_fwd":
+        return *ending, 2.0, penalty
+    if name == "rational_head_bwd":
+        logits, size, peak = ref.rational_head_fwd(*ending, 2.0, penalty)
+        grads = torch.randn(logits.shape), torch.randn(size.shape)
+        return *grads, *ending, peak, 2.0, penalty, not expanded
     raise KeyError(f"no sample for {name}: every schema needs one")
 
 
@@ -71,6 +94,15 @@ CALLS = {
     "cross_attn_weights": (ops.cross_attn_weights, ((1, 2, 5, 8), (3, 2, 7, 8))),
     "cosine_logits": (ops.cosine_logits, ((3, 6), (5, 6))),
     "norm_cosine_logits": (ops.norm_cosine_logits, ((3, 5, 6), (6,), (6,), (5, 6), (3, 6))),
+    "rational_attn": (
+        ops.rational_attn,
+        ((3, 2, 1, 8), (1, 2, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8)),
+    ),
+    "rational_logits": (ops.rational_logits, ((3, 6), (5, 6), (3, 5, 6))),
+    "rational_head": (
+        lambda *t, **k: ops.rational_head(*t, penalty="mse", **k).logits,
+        ((3, 5, 6), (6, 6), (6,), (3, 6), (5, 6)),
+    ),
 }
 each_call = pytest.mark.parametrize("name", CALLS)
 

@@ -47,7 +47,35 @@ SCHEMAS: dict[str, str] = {
         " Tensor row_rnorm, float residual, float scale, float eps)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    # out, parts, image_out, stats
+    "rational_attn_fwd": (
+        "(Tensor? image_query, Tensor? text_query, Tensor? pair_query, Tensor key, Tensor value,"
+        " float scale, bool keep_parts) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "rational_attn_bwd": (
+        "(Tensor grad_out, Tensor? image_query, Tensor? text_query, Tensor? pair_query,"
+        " Tensor key, Tensor value, Tensor parts, Tensor image_out, Tensor stats, float scale)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "rational_logits_fwd": "(Tensor image, Tensor text, Tensor mask, float scale) -> Tensor",
+    "rational_logits_bwd": (
+        "(Tensor grad_logits, Tensor image, Tensor text, Tensor mask, float scale)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    # logits, penalty, peak
+    "rational_head_fwd": (
+        "(Tensor context, Tensor weight, Tensor bias, Tensor image, Tensor text, float scale,"
+        " int penalty) -> (Tensor, Tensor, Tensor)"
+    ),
+    "rational_head_bwd": (
+        "(Tensor grad_logits, Tensor grad_penalty, Tensor context, Tensor weight, Tensor bias,"
+        " Tensor image, Tensor text, Tensor peak, float scale, int penalty, bool features)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
 }
+
+# how the penalty of a mask travels through the schemas
+PENALTIES = {"none": 0, "l1": 1, "mse": 2, "linf": 3}
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -158,6 +186,95 @@ def _norm_cosine_logits_bwd(
         bias.new_empty(bias.shape),
         text.new_empty(text.shape),
         image.new_empty(image.shape),
+    )
+
+
+def _rational_attn_fwd(
+    image_query: Tensor | None,
+    text_query: Tensor | None,
+    pair_query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    keep_parts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, K, d = key.shape
+    acc = acc_dtype(key.dtype)
+    kinds = [query for query in (text_query, pair_query) if query is not None] * keep_parts
+    parts = key.new_empty((len(kinds), B, K, H, d)).transpose(2, 3)
+    image_out = key.new_empty((0 if image_query is None else B, H, d), dtype=acc)
+    stats = key.new_empty((3, 2, B, H), dtype=acc)
+    return _heads_inner(key, B, K, H, d), parts, image_out, stats
+
+
+def _rational_attn_bwd(
+    grad_out: Tensor,
+    image_query: Tensor | None,
+    text_query: Tensor | None,
+    pair_query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    parts: Tensor,
+    image_out: Tensor,
+    stats: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def grad(like: Tensor | None) -> Tensor:
+        if like is None:
+            return key.new_empty((0,))
+        B, H, K, d = like.shape
+        return _heads_inner(key, B, K, H, d)
+
+    return grad(image_query), grad(text_query), grad(pair_query), grad(key), grad(value)
+
+
+def _rational_logits_fwd(image: Tensor, text: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return image.new_empty(mask.shape[:2])
+
+
+def _rational_logits_bwd(
+    grad_logits: Tensor, image: Tensor, text: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return image.new_empty(image.shape), text.new_empty(text.shape), mask.new_empty(mask.shape)
+
+
+def _rational_head_fwd(
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: float,
+    penalty: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, K, _ = context.shape
+    peaks = B if penalty == PENALTIES["linf"] else 0
+    return (
+        context.new_empty((B, K)),
+        context.new_empty((B,), dtype=acc_dtype(context.dtype)),
+        context.new_empty((peaks,), dtype=torch.int64),
+    )
+
+
+def _rational_head_bwd(
+    grad_logits: Tensor,
+    grad_penalty: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    image: Tensor,
+    text: Tensor,
+    peak: Tensor,
+    scale: float,
+    penalty: int,
+    features: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        context.new_empty(context.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        image.new_empty(image.shape if features else (0,)),
+        text.new_empty(text.shape if features else (0,)),
     )
 
 

@@ -13,7 +13,15 @@ import vtclip
 from vtclip.backends import native, triton
 from vtclip.ops._select import Problem, explain
 
-OPS = ("cross_attn", "cross_attn_weights", "cosine_logits", "norm_cosine_logits")
+OPS = (
+    "cross_attn",
+    "cross_attn_weights",
+    "cosine_logits",
+    "norm_cosine_logits",
+    "rational_attn",
+    "rational_logits",
+    "rational_head",
+)
 DISTRIBUTIONS = ("triton", "open_clip_torch", "torchvision", "safetensors", "numpy", "pillow")
 
 

@@ -21,7 +21,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-_configs, cosine_logits, cross_attn, cross_attn_weights, norm_cosine_logits = (
+(
+    _configs,
+    cosine_logits,
+    cross_attn,
+    cross_attn_weights,
+    norm_cosine_logits,
+    rational_attn,
+    rational_head,
+    rational_logits,
+) = (
     importlib.import_module(f"{sys.argv[1]}.{name}")
     for name in (
         "_configs",
@@ -29,7 +38,10 @@ _configs, cosine_logits, cross_attn, cross_attn_weights, norm_cosine_logits = (
         "cross_attn",
         "cross_attn_weights",
         "norm_cosine_logits",
-    )  # fmt: skip
+        "rational_attn",
+        "rational_head",
+        "rational_logits",
+    )
 )
 
 TARGETS = {
@@ -43,6 +55,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.uint8: "*u8",
+    torch.int64: "*i64",
 }
 
 
@@ -166,6 +179,12 @@ def launches(dtype, width, B=32, H=8, K=1000):
         cross_attn.cross_attn_bwd(out, lse, query, key, value, key_mask, out, lse, 0.1)
     weights = cross_attn_weights.cross_attn_weights_fwd(query, key, key_mask, 0.1)
     cross_attn_weights.cross_attn_weights_bwd(weights, weights, query, key, 0.1)
+    pairs = new(B, H, K, width)
+    for classes in (16, 32, 50, K):  # one tile, of the smallest to the largest; several
+        image, texts, *pair_like = new(B, H, 1, width), query, pairs, pairs, pairs
+        tensors = (image, *(tensor[:, :, :classes] for tensor in (texts, *pair_like)))
+        out, *kept = rational_attn.rational_attn_fwd(*tensors, 0.1, True)
+        rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
     if width != 128:
         return
     C = H * width
@@ -178,6 +197,17 @@ def launches(dtype, width, B=32, H=8, K=1000):
     tensors = (new(B, K, C), new(C), new(C), text, image)
     stats = norm_cosine_logits.norm_cosine_logits_fwd(*tensors, 1.0, 1.0, 1e-5)
     norm_cosine_logits.norm_cosine_logits_bwd(g, *tensors, *stats, 1.0, 1.0, 1e-5)
+    mask = new(B, K, C)
+    rational_logits.rational_logits_fwd(image, text, mask, 1.0)
+    rational_logits.rational_logits_bwd(g, image, text, mask, 1.0)
+    for classes, penalty in ((50, 0), (K, 1), (50, 2), (K, 2), (K, 3)):
+        few = slice(0, 2)  # its matrix products outside the kernels are computed
+        tensors = (mask[few, :classes], new(C, C), new(C), image[few], text[:classes])
+        _, size, peak = rational_head.rational_head_fwd(*tensors, 1.0, penalty)
+        for features in (False, True):
+            rational_head.rational_head_bwd(
+                g[few, :classes], size, *tensors, peak, 1.0, penalty, features
+            )
 
 
 def main(package, target_name, dtype_name, precision, *widths):

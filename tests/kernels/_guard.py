@@ -37,9 +37,17 @@ def random(*shape):
 
 
 def main(package):
-    attn, weights, cosine, norm = (
+    attn, weights, cosine, norm, rational, ending, masked = (
         importlib.import_module(f"{package}.{name}")
-        for name in ("cross_attn", "cross_attn_weights", "cosine_logits", "norm_cosine_logits")
+        for name in (
+            "cross_attn",
+            "cross_attn_weights",
+            "cosine_logits",
+            "norm_cosine_logits",
+            "rational_attn",
+            "rational_head",
+            "rational_logits",
+        )
     )
     plain_new_empty = torch.Tensor.new_empty
 
@@ -69,6 +77,20 @@ def main(package):
         forward = norm.norm_cosine_logits_fwd(*tensors, 1.0, 1.0, 1e-5)
         results += forward
         results += norm.norm_cosine_logits_bwd(g, *tensors, *forward, 1.0, 1.0, 1e-5)
+        heads = (random(B, H, 1, d), query, *(random(B, H, K, d) for _ in range(3)))
+        forward = rational.rational_attn_fwd(*heads, 0.5, True)
+        results += forward
+        g = random(B, H, K, d)
+        results += rational.rational_attn_bwd(g, *heads, *forward[1:], 0.5)
+        g, size = random(B, K), random(B)
+        features, mask = (random(B, d), random(K, d)), random(B, K, d)
+        results += [masked.rational_logits_fwd(*features, mask, 1.0)]
+        results += masked.rational_logits_bwd(g, *features, mask, 1.0)
+        for penalty in range(4):
+            tensors = (mask, random(d, d), random(d), *features)
+            logits, sizes, peak = ending.rational_head_fwd(*tensors, 1.0, penalty)
+            results += [logits, sizes]
+            results += ending.rational_head_bwd(g, size, *tensors, peak, 1.0, penalty, True)
         if not all(result.isfinite().all() for result in results):
             raise SystemExit("an output has elements that were not written")
 

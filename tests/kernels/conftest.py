@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernel tests run on a GPU where there is one, else in Triton's interpreter on CPU tensors."""
 
+import contextlib
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -31,3 +33,35 @@ def _poisoned_outputs():
     assert torch.zeros(1).new_empty((3,)).isnan().all()
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def noted_launches():
+    """List of kernel names, filled as they are launched."""
+    names = []
+
+    def noting(plain, name_of):
+        def call(self, *args, **kwargs):
+            names.append(name_of(self))
+            return plain(self, *args, **kwargs)
+
+        return call
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import GridExecutor
+
+        call = noting(GridExecutor.__call__, lambda executor: executor.fn.__name__)
+        patch = mock.patch.object(GridExecutor, "__call__", call)
+    else:
+        from triton.runtime.jit import JITFunction
+
+        run = noting(JITFunction.run, lambda function: function.__name__)
+        patch = mock.patch.object(JITFunction, "run", run)
+    with patch:
+        yield names
+
+
+@pytest.fixture
+def launches():
+    """`with launches() as names:` collects the names of the kernels that are launched."""
+    return noted_launches

@@ -61,6 +61,27 @@ def call_all(dtype: torch.dtype, make: Make = random) -> list[Tensor]:
         forward = KERNELS.norm_cosine_logits_fwd(hidden, *tail, 0.7, 3.0, 1e-5)
         results += forward
         results += KERNELS.norm_cosine_logits_bwd(seed, hidden, *tail, *forward, 0.7, 3.0, 1e-5)
+        results += masked_logits(hidden, seed, make)
+    # more than one weight panel, more than one step of the inner dimension
+    wide = make(2, 70, 200, dtype=dtype)
+    return results + masked_logits(wide, make(2, 70, dtype=dtype), make)
+
+
+def masked_logits(context: Tensor, seed: Tensor, make: Make) -> list[Tensor]:
+    """rational_logits and rational_head, every penalty, on context [B, K, d] and seed [B, K]."""
+    (B, K, d), dtype = context.shape, context.dtype
+    image, text = make(B, d, dtype=dtype), make(K, d, dtype=dtype)
+    results = [KERNELS.rational_logits_fwd(image, text, context, 3.0)]
+    results += KERNELS.rational_logits_bwd(seed, image, text, context, 3.0)
+    layer = (context, make(d, d, dtype=dtype), make(d, dtype=dtype), image, text)
+    for penalty in range(4):
+        logits, size, peak = KERNELS.rational_head_fwd(*layer, 3.0, penalty)
+        results += [logits, size]
+        grad_size = make(B, dtype=size.dtype)
+        for features in (False, True):
+            results += KERNELS.rational_head_bwd(
+                seed, grad_size, *layer, peak, 3.0, penalty, features
+            )
     return results
 
 

@@ -270,3 +270,43 @@ def test_memory_is_protected_below_the_public_checks(change, message):
     } | change
     with pytest.raises(RuntimeError, match=message):
         KERNELS.cross_attn_fwd(*arguments.values(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"weight": torch.zeros(8, 7)},
+            r"rational_head_bwd: weight must be \[8, 8\], got \[8, 7\]",
+        ),
+        ({"text": torch.zeros(4, 8)}, r"text must be \[5, 8\], got"),
+        ({"grad_logits": torch.zeros(5, 2)}, r"grad_logits must be \[2, 5\], got"),
+        ({"peak": torch.zeros(0, dtype=torch.int64)}, r"peak must be \[2\], got \[0\]"),
+        ({"peak": torch.zeros(2)}, "peak must have dtype Long, got Float"),
+        ({"penalty": 4}, "penalty must be 0, 1, 2 or 3, got 4"),
+    ],
+)
+def test_memory_of_the_rational_head_is_protected(change, message):
+    arguments = {
+        "grad_logits": torch.zeros(2, 5),
+        "grad_penalty": torch.zeros(2),
+        "context": torch.zeros(2, 5, 8),
+        "weight": torch.zeros(8, 8),
+        "bias": torch.zeros(8),
+        "image": torch.zeros(2, 8),
+        "text": torch.zeros(5, 8),
+        "peak": torch.zeros(2, dtype=torch.int64),
+        "scale": 1.0,
+        "penalty": 3,
+        "features": True,
+    } | change
+    with pytest.raises(RuntimeError, match=message):
+        KERNELS.rational_head_bwd(*arguments.values())
+
+
+def test_a_peak_outside_the_mask_touches_nothing():
+    tensors = [torch.randn(shape) for shape in ((2, 5), (2,), (2, 5, 8), (8, 8), (8,), (2, 8))]
+    text, far = torch.randn(5, 8), torch.tensor([1 << 40, -1])
+    with_far = KERNELS.rational_head_bwd(*tensors, text, far, 1.0, 3, True)
+    without = KERNELS.rational_head_bwd(*tensors, text, far[:0], 1.0, 0, True)
+    assert same(with_far, without)

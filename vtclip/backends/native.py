@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Reason = TypeVar("Reason", bound=Callable[..., str])
 MAX_HEAD_WIDTH = 256
+ATTENTION = ("cross_attn", "cross_attn_weights", "rational_attn")  # width = head width
 HALF_TO_DOUBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -94,7 +95,7 @@ class _Native:
             reasons.append(missing)
         if problem.dtype not in HALF_TO_DOUBLE:
             reasons.append(f"has no {problem.dtype} kernel")
-        if problem.op.startswith("cross_attn") and problem.width > MAX_HEAD_WIDTH:
+        if problem.op in ATTENTION and problem.width > MAX_HEAD_WIDTH:
             reasons.append(f"head width {problem.width} is above {MAX_HEAD_WIDTH}")
         return tuple(reasons)
 

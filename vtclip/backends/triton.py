@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtclip._library import SCHEMAS
-from vtclip.backends.native import constant_when_traced
+from vtclip.backends.native import ATTENTION, constant_when_traced
 
 if TYPE_CHECKING:
     from vtclip.ops._select import Problem
@@ -55,7 +55,7 @@ class _Triton:
             reasons.append(missing)
         if problem.dtype not in KERNEL_DTYPES:
             reasons.append(f"has no {str(problem.dtype).removeprefix('torch.')} kernel")
-        attention = problem.op.startswith("cross_attn")
+        attention = problem.op in ATTENTION
         limit = MAX_HEAD_WIDTH if attention else MAX_FEATURE_WIDTH
         if problem.width > limit:
             kind = "head width" if attention else "width"

@@ -5,12 +5,19 @@ from vtclip.ops.cosine_logits import cosine_logits
 from vtclip.ops.cross_attn import AttnLSE, cross_attn, cross_attn_lse
 from vtclip.ops.cross_attn_weights import cross_attn_weights
 from vtclip.ops.norm_cosine_logits import norm_cosine_logits
+from vtclip.ops.rational_attn import rational_attn
+from vtclip.ops.rational_head import RationalLogits, rational_head
+from vtclip.ops.rational_logits import rational_logits
 
 __all__ = [
     "AttnLSE",
+    "RationalLogits",
     "cosine_logits",
     "cross_attn",
     "cross_attn_lse",
     "cross_attn_weights",
     "norm_cosine_logits",
+    "rational_attn",
+    "rational_head",
+    "rational_logits",
 ]

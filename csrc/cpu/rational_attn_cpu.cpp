@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// rational_attn_fwd and rational_attn_bwd for CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "attn_host.h"
+#include "attn_query.h"
+#include "common/check.h"
+#include "gemm.h"
+#include "rational_attn_args.h"
+#include "scratch.h"
+
+#define VTCLIP_KERNEL "rational_attn_kernel.h"
+#include "foreach_capability.h"
+
+namespace vtclip {
+namespace cpu {
+namespace {
+
+using Query = std::optional<Tensor>;
+
+// A map of at most 256 KiB with its gradient is one tile. Larger ones: blocks of at most 96 queries
+// (a multiple of the register tile's 6 rows) and tiles of at most 256 keys (whole register tiles),
+// both evened out. Blocks depend on the shape only, so results do not depend on the threads.
+void set_map_blocks(AttnShape& s) {
+  const int64_t item = s.dtype == Dtype::kFloat64 ? 8 : 4;
+  if (3 * item * s.K * s.K <= (int64_t{256} << 10)) {
+    s.query_block = s.key_tile = std::max<int64_t>(1, s.K);
+    return;
+  }
+  const int64_t keys = ceil_div(s.K, ceil_div(s.K, 1024 / item));
+  s.key_tile = ceil_div(keys, 64) * 64;
+  const int64_t queries = ceil_div(s.K, ceil_div(s.K, 96));
+  s.query_block = ceil_div(queries, 6) * 6;
+}
+
+RationalInputs rational_inputs(const char* op, const Query& image, const Query& text,
+                               const Query& pair, const Tensor& key, const Tensor& value,
+                               double scale) {
+  RationalInputs in{};
+  const ScalarType type = check_float(op, "key", key);
+  check_rank(op, "key", key, 4);
+  AttnShape& s = in.shape;
+  s.B = key.size(0);
+  s.H = key.size(1);
+  s.K = s.L = key.size(2);
+  s.D = key.size(3);
+  s.dtype = dtype_of(type);
+  s.scale = scale;
+  check_same(op, "value", value, type);
+  check_shape(op, "value", value, {s.B, s.H, s.K, s.D});
+  in.key = heads_view(key);
+  in.value = heads_view(value);
+  if (image.has_value()) {
+    check_same(op, "image_query", *image, type);
+    check_shape(op, "image_query", *image, {s.B, s.H, 1, s.D});
+    in.has_image = true;
+    in.image = heads_view(*image);
+  }
+  if (text.has_value()) {
+    check_same(op, "text_query", *text, type);
+    check_shape_or_shared(op, "text_query", *text, {s.B, s.H, s.K, s.D});
+    s.query_shared = text->size(0) == 1;
+    in.has[0] = true;
+    in.query[0] = heads_view(*text);
+  }
+  if (pair.has_value()) {
+    check_same(op, "pair_query", *pair, type);
+    check_shape(op, "pair_query", *pair, {s.B, s.H, s.K, s.D});
+    in.has[1] = true;
+    in.query[1] = heads_view(*pair);
+  }
+  in.num_kinds = in.has_image + in.has[0] + in.has[1];
+  if (in.num_kinds == 0) {
+    fail(op, "one of image_query, text_query, pair_query must be a tensor, got none");
+  }
+  set_map_blocks(s);
+  return in;
+}
+
+// Multiply-adds of one product between a query block and all keys.
+int64_t map_block_work(const AttnShape& s) { return s.query_block * (s.K + 8) * (s.D + 8); }
+
+// [m, B, H, K, D] with the heads inner, for the given matrix kinds; views in the order of kinds.
+void set_parts(const RationalInputs& in, const Tensor& parts, HeadsView* views) {
+  const int64_t item = item_bytes(in.shape.dtype);
+  int64_t m = 0;
+  for (int x = 0; x < kMatrixKinds; ++x) {
+    if (!in.has[x]) continue;
+    char* data = static_cast<char*>(parts.data_ptr()) + m++ * parts.stride(0) * item;
+    views[x] = {data, parts.stride(1) * item, parts.stride(2) * item, parts.stride(3) * item,
+                parts.stride(4) * item};
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(Query image, Query text, Query pair,
+                                                             Tensor key, Tensor value, double scale,
+                                                             bool keep_parts) {
+  RationalForward p{};
+  p.in = rational_inputs("rational_attn_fwd", image, text, pair, key, value, scale);
+  const AttnShape& s = p.in.shape;
+  const int64_t kinds = p.in.has[0] + p.in.has[1], pairs = s.B * s.H, blocks = s.num_blocks();
+  const ScalarType acc = acc_type(key.scalar_type());
+
+  Tensor out = new_heads(key, s.B, s.H, s.K, s.D);
+  const std::vector<int64_t> part_sizes{keep_parts ? kinds : 0, s.B, s.K, s.H, s.D};
+  Tensor parts = torch::stable::transpose(torch::stable::new_empty(key, part_sizes), 2, 3);
+  const std::vector<int64_t> image_sizes{p.in.has_image ? s.B : 0, s.H, s.D};
+  Tensor image_out = torch::stable::new_empty(key, image_sizes, acc);
+  const std::vector<int64_t> stats_sizes{3, 2, s.B, s.H};
+  Tensor stats = torch::stable::new_empty(key, stats_sizes, acc);
+  torch::stable::zero_(stats);
+  if (pairs * s.K == 0) {
+    torch::stable::zero_(image_out);
+    return {out, parts, image_out, stats};
+  }
+  p.out = heads_view(out);
+  p.keep_parts = keep_parts;
+  if (keep_parts) set_parts(p.in, parts, p.parts);
+  p.image_out = image_out.data_ptr();
+  p.stats = stats.data_ptr();
+  Tensor block_stats = new_buffer(key, pairs * kMatrixKinds * 2 * blocks);
+  p.block_stats = block_stats.data_ptr();
+
+  // Sums are made block by block, in whichever task: the split does not change them.
+  const int64_t wanted = kinds == 0 ? 1 : ceil_div(4 * torch::stable::get_num_threads(), pairs);
+  p.chunk_blocks = ceil_div(blocks, std::min(wanted, blocks));
+  p.num_chunks = ceil_div(blocks, p.chunk_blocks);
+  Tensor rows;
+  if (p.num_chunks > 1) {
+    rows = new_buffer(key, pairs * kMatrixKinds * s.K * padded(s.D));
+    p.rows = rows.data_ptr();
+  }
+  run(VTCLIP_PICK(rational_attn_fwd_units), p, pairs * p.num_chunks,
+      (2 * kinds + 1) * p.chunk_blocks * map_block_work(s));
+  if (p.num_chunks > 1) {
+    run(VTCLIP_PICK(rational_attn_finish_units), p, pairs * blocks, 4 * s.query_block * s.D);
+  }
+  return {out, parts, image_out, stats};
+}
+
+// Where there are few (image, head), the query blocks of one are split, and dk and dv are sums over
+// the parts: into 64 tasks in all, with at most 256 MiB of partial sums.
+int64_t backward_chunks(const AttnShape& s) {
+  const int64_t item = s.dtype == Dtype::kFloat64 ? 8 : 4, pairs = s.B * s.H;
+  const int64_t bytes = std::max<int64_t>(1, 2 * pairs * s.K * s.D * item);
+  const int64_t affordable = (int64_t{256} << 20) / bytes;
+  return std::max<int64_t>(1, std::min({64 / pairs, affordable, s.num_blocks()}));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query image,
+                                                                     Query text, Query pair,
+                                                                     Tensor key, Tensor value,
+                                                                     Tensor parts, Tensor image_out,
+                                                                     Tensor stats, double scale) {
+  const char* op = "rational_attn_bwd";
+  RationalBackward p{};
+  p.in = rational_inputs(op, image, text, pair, key, value, scale);
+  const AttnShape& s = p.in.shape;
+  const ScalarType type = key.scalar_type(), acc = acc_type(type);
+  const int64_t kinds = p.in.has[0] + p.in.has[1], pairs = s.B * s.H, blocks = s.num_blocks();
+  check_same(op, "grad_out", grad_out, type);
+  check_shape(op, "grad_out", grad_out, {s.B, s.H, s.K, s.D});
+  check_same(op, "parts", parts, type);
+  check_shape(op, "parts", parts, {kinds, s.B, s.H, s.K, s.D});
+  check_same(op, "image_out", image_out, acc);
+  check_shape(op, "image_out", image_out, {p.in.has_image ? s.B : 0, s.H, s.D});
+  check_same(op, "stats", stats, acc);
+  check_shape(op, "stats", stats, {3, 2, s.B, s.H});
+
+  const auto grad = [&](const Query& query) {
+    if (query.has_value()) return new_heads(key, query->size(0), s.H, query->size(2), s.D);
+    const std::vector<int64_t> none{0};
+    return torch::stable::new_empty(key, none);
+  };
+  Tensor d_image = grad(image), d_text = grad(text), d_pair = grad(pair);
+  Tensor d_key = new_heads(key, s.B, s.H, s.K, s.D);
+  Tensor d_value = new_heads(key, s.B, s.H, s.K, s.D);
+  if (pairs * s.K == 0) {
+    for (Tensor* empty : {&d_image, &d_text, &d_pair}) torch::stable::zero_(*empty);
+    return {d_image, d_text, d_pair, d_key, d_value};
+  }
+  p.grad_out = heads_view(grad_out);
+  set_parts(p.in, parts, p.parts);
+  if (image.has_value()) p.d_image = heads_view(d_image);
+  if (text.has_value()) p.d_query[0] = heads_view(d_text);
+  if (pair.has_value()) p.d_query[1] = heads_view(d_pair);
+  p.d_key = heads_view(d_key);
+  p.d_value = heads_view(d_value);
+  const int64_t item = item_bytes(dtype_of(acc));
+  p.stats = static_cast<const char*>(stats.data_ptr());
+  p.stats_kind = stats.stride(0) * item;
+  p.stats_which = stats.stride(1) * item;
+  p.stats_batch = stats.stride(2) * item;
+  p.stats_head = stats.stride(3) * item;
+
+  const std::vector<int64_t> mean_sizes{pairs * kMatrixKinds * blocks};
+  Tensor means = torch::stable::new_empty(key, mean_sizes, ScalarType::Double);
+  p.means = means.data_ptr();
+  p.chunk_blocks = ceil_div(blocks, kinds == 0 ? 1 : backward_chunks(s));
+  p.num_chunks = ceil_div(blocks, p.chunk_blocks);
+  p.chunk_images = s.query_shared ? images_per_chunk(s) : 1;
+  p.num_image_chunks = ceil_div(s.B, p.chunk_images);
+  Tensor text_partial, key_partial;
+  if (s.query_shared) {
+    text_partial = new_partials(s, key, p.num_image_chunks);
+    p.text_partial = text_partial.data_ptr();
+  }
+  if (p.num_chunks > 1) {
+    key_partial = new_buffer(key, p.num_chunks * pairs * 2 * s.K * padded(s.D));
+    p.key_partial = key_partial.data_ptr();
+    run(VTCLIP_PICK(rational_attn_mean_units), p, pairs * blocks, 4 * s.query_block * s.D);
+  }
+  run(VTCLIP_PICK(rational_attn_bwd_units), p, s.H * p.num_image_chunks * p.num_chunks,
+      (4 * kinds + 1) * p.chunk_images * p.chunk_blocks * map_block_work(s));
+  if (p.num_chunks > 1) {
+    run(VTCLIP_PICK(rational_attn_sum_units), p, pairs * s.K, 2 * p.num_chunks * s.D);
+  }
+  if (s.query_shared) sum_partials(s, text_partial, p.num_image_chunks, d_text);
+  return {d_image, d_text, d_pair, d_key, d_value};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vtclip
+
+STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
+  m.impl("rational_attn_fwd", TORCH_BOX(&vtclip::cpu::rational_attn_fwd));
+  m.impl("rational_attn_bwd", TORCH_BOX(&vtclip::cpu::rational_attn_bwd));
+}

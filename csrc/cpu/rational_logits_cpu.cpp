@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// rational_logits_fwd and rational_logits_bwd for CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <tuple>
+
+#include "common/check.h"
+#include "parallel.h"
+#include "rational_logits_args.h"
+#include "scratch.h"
+
+#define VTCLIP_KERNEL "rational_logits_kernel.h"
+#include "foreach_capability.h"
+
+namespace vtclip {
+namespace cpu {
+namespace {
+
+RationalLogits logits_sizes(const char* op, const Tensor& image, const Tensor& text,
+                            const Tensor& mask, double scale) {
+  const ScalarType type = check_float(op, "mask", mask);
+  check_rank(op, "mask", mask, 3);
+  RationalLogits s{};
+  s.B = mask.size(0);
+  s.K = mask.size(1);
+  s.D = mask.size(2);
+  check_same(op, "image", image, type);
+  check_same(op, "text", text, type);
+  check_shape(op, "image", image, {s.B, s.D});
+  check_shape(op, "text", text, {s.K, s.D});
+  s.dtype = dtype_of(type);
+  s.scale = scale;
+  s.image = rows_view(image);
+  s.text = rows_view(text);
+  s.mask = rows_view(mask);
+  return s;
+}
+
+Tensor rational_logits_fwd(Tensor image, Tensor text, Tensor mask, double scale) {
+  RationalLogitsForward p{};
+  p.sizes = logits_sizes("rational_logits_fwd", image, text, mask, scale);
+  const RationalLogits& s = p.sizes;
+  Tensor logits = new_tensor(image, {s.B, s.K});
+  p.logits = static_cast<char*>(logits.data_ptr());
+  run(VTCLIP_PICK(rational_logits_fwd_units), p, s.B * s.K, 4 * s.D);
+  return logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(Tensor grad_logits, Tensor image,
+                                                       Tensor text, Tensor mask, double scale) {
+  const char* op = "rational_logits_bwd";
+  RationalLogitsBackward p{};
+  p.sizes = logits_sizes(op, image, text, mask, scale);
+  const RationalLogits& s = p.sizes;
+  check_same(op, "grad_logits", grad_logits, mask.scalar_type());
+  check_shape(op, "grad_logits", grad_logits, {s.B, s.K});
+  Tensor d_image = new_tensor(image, {s.B, s.D});
+  Tensor d_text = new_tensor(text, {s.K, s.D});
+  Tensor d_mask = new_tensor(mask, {s.B, s.K, s.D});
+  if (s.B * s.K * s.D == 0) {
+    for (Tensor* grad : {&d_image, &d_text, &d_mask}) torch::stable::zero_(*grad);
+    return {d_image, d_text, d_mask};
+  }
+  p.grad_logits = rows_view(grad_logits);
+  p.d_image = rows_view(d_image);
+  p.d_text = rows_view(d_text);
+  p.d_mask = rows_view(d_mask);
+  p.chunks = row_chunks(s.B, s.K, 32);
+  const RowChunks& c = p.chunks;
+  const int64_t width = padded_row(s.D);
+  Tensor d_image_partial = new_acc(image, {c.text_chunks, s.B, width});
+  Tensor d_text_partial = new_acc(image, {c.image_chunks, s.K, width});
+  p.d_image_partial = d_image_partial.data_ptr();
+  p.d_text_partial = d_text_partial.data_ptr();
+  run(VTCLIP_PICK(rational_logits_bwd_units), p, c.units(), 8 * c.image_chunk * c.text_chunk * s.D);
+  run(VTCLIP_PICK(rational_logits_finish), p, s.B + s.K,
+      4 * (c.image_chunks + c.text_chunks) * s.D);
+  return {d_image, d_text, d_mask};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vtclip
+
+STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
+  m.impl("rational_logits_fwd", TORCH_BOX(&vtclip::cpu::rational_logits_fwd));
+  m.impl("rational_logits_bwd", TORCH_BOX(&vtclip::cpu::rational_logits_bwd));
+}

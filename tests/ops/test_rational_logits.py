@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rational_logits against its reference, and its identities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtclip import ops, testing
+
+# name -> (B, K, D)
+CASES = {
+    "ordinary": (4, 7, 64),
+    "odd": (3, 17, 59),
+    "wide": (2, 3, 1025),
+    "many-classes": (2, 131, 16),
+    "one-class": (3, 1, 8),
+    "one-of-each": (1, 1, 1),
+    "no-images": (0, 3, 8),
+    "no-classes": (3, 0, 8),
+    "no-width": (2, 3, 0),
+}
+
+
+def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    B, K, D = CASES[case]
+    shapes = {"image": (B, D), "text": (K, D), "mask": (B, K, D)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_dtype(case, dtype, impl, runnable, compare):
+    runnable("rational_logits", dtype, CASES[case][-1])
+    compare(ops.rational_logits, draw(case, dtype), scale=10.0)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        testing.spread,
+        testing.misaligned,
+        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda t: t[:1].expand_as(t),
+    ],
+    ids=["gaps", "misaligned", "transposed", "expanded"],
+)
+def test_any_strides(layout, impl, runnable, compare):
+    runnable("rational_logits", torch.float32, 59)
+    compare(ops.rational_logits, {name: layout(t) for name, t in draw("odd").items()})
+
+
+def test_zero_mask_gives_plain_products(impl, device, runnable):
+    runnable("rational_logits", torch.float32, 64)
+    image, text, mask = (tensor.to(device) for tensor in draw("ordinary").values())
+    logits = ops.rational_logits(image, text, torch.zeros_like(mask), scale=3.0, impl=impl)
+    torch.testing.assert_close(logits, 3 * image @ text.T, rtol=1e-5, atol=1e-4)
+
+
+def test_mask_below_minus_one_closes_and_has_no_gradient(impl, device, runnable):
+    runnable("rational_logits", torch.float32, 64)
+    image, text, mask = (tensor.to(device) for tensor in draw("ordinary").values())
+    mask = torch.where(mask > 0, -1.0, -2.0).requires_grad_()  # at -1 the slope is 0 as well
+    logits = ops.rational_logits(image, text, mask, impl=impl)
+    assert (logits == 0).all()
+    assert (torch.autograd.grad(logits.sum(), mask)[0] == 0).all()
+
+
+def test_nan_stays_in_its_logit(impl, device, runnable):
+    runnable("rational_logits", torch.float32, 64)
+    image, text, mask = (tensor.to(device) for tensor in draw("ordinary").values())
+    mask[2, 5, 7] = torch.nan
+    nan = ops.rational_logits(image, text, mask, impl=impl).isnan()
+    assert nan[2, 5]
+    assert nan.sum() == 1
+
+
+@pytest.mark.parametrize("impl_name", ["reference", "cpu"])
+def test_gradcheck(impl_name):
+    shapes = (2, 5), (3, 5), (2, 3, 5)
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(
+        lambda *tensors: ops.rational_logits(*tensors, scale=0.7, impl=impl_name), leaves
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"mask": torch.zeros(4, 7, 63)}, ValueError, r"mask must be \[B, K, D\] = \[4, 7, 64\]"),
+        ({"text": torch.zeros(7, 63)}, ValueError, r"text must be \[K, D\] = \[7, 64\]"),
+        ({"image": torch.zeros(4, 64, dtype=torch.int8)}, TypeError, "image must be one of"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, error, message):
+    with pytest.raises(error, match=message) as caught:
+        ops.rational_logits(**{**draw("ordinary"), **change})
+    assert str(caught.value).startswith("rational_logits: ")

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rational_attn`: RAda's attention among the classes of each image, without a K x K map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops.cross_attn import default_scale
+from vtclip.reference import rational_attn as reference
+
+
+class _RationalAttn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        image_query: Tensor | None,
+        text_query: Tensor | None,
+        pair_query: Tensor | None,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        keep_parts: bool,
+        backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor]
+        outputs = tuple(
+            backend.function("rational_attn_fwd")(
+                image_query, text_query, pair_query, key, value, scale, keep_parts
+            )
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, _, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 8
+        grads = ctx.backend.function("rational_attn_bwd")(grad_out, *ctx.saved_tensors, ctx.scale)
+        needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
+        return (*(grad if need else None for grad, need in needed), None, None, None)
+
+
+def rational_attn(
+    image_query: Tensor | None,
+    text_query: Tensor | None,
+    pair_query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    temperature: float = 1.0,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Mean over the given queries of K * softmax(query @ key^T * scale / temperature) @ value.
+
+    The softmax is over all K * K entries of a map together. RAda, arXiv 2507.15480, as released:
+    the queries are projections of the image, of the class texts and of their products. No map is
+    stored: memory grows with B * K * d.
+
+    Args:
+        image_query: [B|1, H, 1, d], the same query for every class.
+        text_query: [B|1, H, K, d]; with batch 1 it is neither copied nor expanded, and its gradient
+            is summed over the images inside the kernel.
+        pair_query: [B|1, H, K, d]. Any of the three may be None, not all.
+        key, value: [B|1, H, K, d]; any of float16, bfloat16, float32, float64; d up to 256 in
+            kernels. Mixed dtypes are promoted; under autocast all take its dtype.
+        scale: finite float, 1 / sqrt(d) by default; temperature: finite float above 0.
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        [B, H, K, d] in the (promoted) input dtype, accumulated in at least float32.
+
+    Raises:
+        TypeError: kind, layout or dtype of an argument. ValueError: shape, device or value.
+        NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Deterministic. A NaN reaches every class of its image and head, because the softmax is joint.
+    Second derivatives, `vmap` and forward-mode differentiation raise.
+    """
+    op = "rational_attn"
+    queries = {"image_query": image_query, "text_query": text_query, "pair_query": pair_query}
+    given = {name: query for name, query in queries.items() if query is not None}
+    if not given:
+        raise ValueError(f"{op}: one of {', '.join(queries)} must be a Tensor, got None for all")
+    expect_floats(op, key=key, value=value, **given)
+    specs = {name: (tensor, "B|1 H K d") for name, tensor in given.items()}
+    if image_query is not None:
+        specs["image_query"] = (image_query, "B|1 H one d")
+    sizes = expect_shape(op, key=(key, "B|1 H K d"), value=(value, "B|1 H K d"), **specs)
+    if image_query is not None and image_query.shape[2] != 1:
+        wanted = [sizes["B"], sizes["H"], 1, sizes["d"]]
+        raise ValueError(
+            f"{op}: image_query must be [B|1, H, 1, d] = {wanted}, got {list(image_query.shape)}"
+        )
+    expect_number(op, temperature=temperature)
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
+    if scale is None:
+        scale = default_scale(key)
+    else:
+        expect_number(op, scale=scale)
+    tensors = common_dtype(key, value, *given.values())
+    ready = dict(zip(("key", "value", *given), tensors, strict=True))
+    chosen = select(Problem(op, key.device.type, tensors[0].dtype, key.shape[-1]), impl)
+
+    def whole(name: str) -> Tensor | None:
+        tensor = ready.get(name)
+        return None if tensor is None else tensor.expand(sizes["B"], *tensor.shape[1:])
+
+    image, text, pair = whole("image_query"), ready.get("text_query"), whole("pair_query")
+    key, value = whole("key"), whole("value")  # type: ignore[assignment]
+    factor = float(scale) / float(temperature)
+    if chosen.name == "reference":
+        return reference.rational_attn(image, text, pair, key, value, factor)
+    keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    out: Tensor = _RationalAttn.apply(
+        image, text, pair, key, value, factor, keep_parts, chosen.backend
+    )[0]
+    return out

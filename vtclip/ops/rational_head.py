@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rational_head`: RAda's output projection, mask, logits and penalty in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip._library import PENALTIES
+from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.reference import rational_head as reference
+
+Penalty = Literal["none", "l1", "mse", "linf"]
+
+
+class RationalLogits(NamedTuple):
+    """logits [B, K] and penalty [B]; see `rational_head`."""
+
+    logits: Tensor
+    penalty: Tensor
+
+
+class _RationalHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        image: Tensor,
+        text: Tensor,
+        scale: float,
+        penalty: int,
+        backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor]
+        outputs = tuple(
+            backend.function("rational_head_fwd")(
+                context, weight, bias, image, text, scale, penalty
+            )
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, ctx.penalty, ctx.backend = inputs
+        peak = output[2]
+        ctx.mark_non_differentiable(peak)
+        ctx.save_for_backward(*tensors, peak)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logits: Tensor, grad_penalty: Tensor, _: Tensor) -> tuple[Any, ...]:
+        features = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        grads = ctx.backend.function("rational_head_bwd")(
+            grad_logits, grad_penalty, *ctx.saved_tensors, ctx.scale, ctx.penalty, features
+        )
+        needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
+        return (*(grad if need else None for grad, need in needed), None, None, None)
+
+
+def rational_head(
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    image: Tensor,
+    text: Tensor,
+    *,
+    scale: float = 1.0,
+    penalty: Penalty = "none",
+    impl: Impl | None = None,
+) -> RationalLogits:
+    """Masked logits and how far the mask is from 1; the mask [B, K, D] is never stored.
+
+        M = context @ weight^T + bias                      E = relu(1 + M) - 1
+        logits[b,k] = scale * sum_i relu(1 + M[b,k,i]) * image[b,i] * text[k,i]
+
+    RAda, arXiv 2507.15480, as released. The backward makes M again.
+
+    Args:
+        context: [B, K, D]; weight: [D, D]; bias: [D]; image: [B, D]; text: [K, D]. Used as given.
+            Dtypes are promoted to one; under autocast to its dtype.
+        scale: finite float.
+        penalty: per image "none" 0, "l1" the mean of |E|, "mse" the mean of E^2, "linf" the largest
+            |E| (the gradient goes to the first one, as with torch.max).
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        logits [B, K] in the (promoted) input dtype; penalty [B] in float32 (float64 for float64),
+        0 where K or D is 0. Both are differentiable.
+
+    Raises:
+        TypeError: kind, layout or dtype. ValueError: shape, device or value.
+        NotImplementedError: the named implementation cannot run this, with its reasons.
+    """
+    op = "rational_head"
+    expect_floats(op, context=context, weight=weight, bias=bias, image=image, text=text)
+    expect_number(op, scale=scale)
+    if penalty not in PENALTIES:
+        names = ", ".join(PENALTIES)
+        raise ValueError(f"{op}: penalty must be one of {names}, got {penalty!r}")
+    expect_shape(
+        op,
+        context=(context, "B K D"),
+        weight=(weight, "D D"),
+        bias=(bias, "D"),
+        image=(image, "B D"),
+        text=(text, "K D"),
+    )
+    context, weight, bias, image, text = common_dtype(context, weight, bias, image, text)
+    numbers = float(scale), PENALTIES[penalty]
+    chosen = select(Problem(op, context.device.type, context.dtype, context.shape[-1]), impl)
+    if chosen.name == "reference":
+        return RationalLogits(
+            *reference.rational_head(context, weight, bias, image, text, *numbers)
+        )
+    logits, size, _ = _RationalHead.apply(
+        context, weight, bias, image, text, *numbers, chosen.backend
+    )
+    return RationalLogits(logits, size)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rational_logits`: logits from the masked product of image and text features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.reference import rational_logits as reference
+
+
+class _RationalLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(image: Tensor, text: Tensor, mask: Tensor, scale: float, backend: Any) -> Tensor:
+        logits: Tensor = backend.function("rational_logits_fwd")(image, text, mask, scale)
+        return logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logits: Tensor) -> tuple[Any, ...]:
+        grads = ctx.backend.function("rational_logits_bwd")(
+            grad_logits, *ctx.saved_tensors, ctx.scale
+        )
+        needed = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        return (*(grad if need else None for grad, need in needed), None, None)
+
+
+def rational_logits(
+    image: Tensor, text: Tensor, mask: Tensor, *, scale: float = 1.0, impl: Impl | None = None
+) -> Tensor:
+    """scale * sum_i relu(1 + mask[b,k,i]) * image[b,i] * text[k,i]; RAda, arXiv 2507.15480.
+
+    Args:
+        image: [B, D]; text: [K, D]; mask: [B, K, D], 0 where nothing changes. Used as given: for
+            cosines normalise image and text before. Dtypes are promoted to one; under autocast to
+            its dtype.
+        scale: finite float.
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        [B, K] in the (promoted) input dtype, accumulated in at least float32.
+
+    Raises:
+        TypeError: kind, layout or dtype. ValueError: shape, device or value.
+        NotImplementedError: the named implementation cannot run this, with its reasons.
+    """
+    op = "rational_logits"
+    expect_floats(op, image=image, text=text, mask=mask)
+    expect_number(op, scale=scale)
+    expect_shape(op, image=(image, "B D"), text=(text, "K D"), mask=(mask, "B K D"))
+    image, text, mask = common_dtype(image, text, mask)
+    chosen = select(Problem(op, image.device.type, image.dtype, image.shape[-1]), impl)
+    if chosen.name == "reference":
+        return reference.rational_logits(image, text, mask, float(scale))
+    logits: Tensor = _RationalLogits.apply(image, text, mask, float(scale), chosen.backend)
+    return logits
