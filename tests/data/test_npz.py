@@ -138,6 +138,13 @@ def test_scale_defaults_to_100_and_temperature_is_its_log(tmp_path: Path) -> Non
     assert open_source(save(tmp_path, temperature=np.log(50.0))).logit_scale == pytest.approx(50)
 
 
+def row_of(value: float) -> np.ndarray:
+    """Image features whose row 4 is `value` throughout."""
+    image = np.ones((6, 4))
+    image[4] = value
+    return image
+
+
 NAN = np.full((6, 4), 1, np.float16)
 NAN[2, 1] = np.nan
 
@@ -146,8 +153,12 @@ NAN[2, 1] = np.nan
     ("change", "message"),
     [
         ({"text": None}, "array 'text' is missing, got classname, image, label"),
-        ({"image": NAN}, "NaN or infinity in 1 rows: 2"),
-        ({"image": np.zeros((6, 4), np.float32)}, "no zero rows, got 6"),
+        ({"image": NAN}, r"\.npz: records: image must be finite, got NaN .* in 1 rows: 2$"),
+        ({"image": np.zeros((6, 4), np.float32)}, r"\.npz: records: image .* no zero rows, got 6"),
+        # lengths that float32 cannot tell from 0 and from infinity
+        ({"image": row_of(1e-30)}, r"\.npz: records: image must hold no zero rows, got 1: 4$"),
+        ({"image": row_of(1e30)}, r"\.npz: records: image must hold no overlong rows, got 1: 4$"),
+        ({"text": np.eye(4, 4)[[0, 1, 3]] * [1, 0, 1, 1]}, r"\.npz: records: text .* got 1: 1$"),
         ({"image": np.ones((6, 4), np.int32)}, "image must hold floats, got int32"),
         ({"image": np.ones((6, 4, 1), np.float32)}, "image must have 2 non-empty dimensions"),
         ({"label": np.array([1, 2, 3, 1, 2, 3])}, r"labels must lie in 0\.\.2 .* got 1\.\.3"),

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FGVC Aircraft: variants.txt names the classes, images_variant_PART.txt has `id variant` lines."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from vtclip.data.sets.listing import ROLES, Listing, Part, Spec
+
+__all__ = ["FILES", "read_variants"]
+
+FILES = ("variants.txt", *(f"images_variant_{role}.txt" for role in ROLES))
+
+
+def read_variants(spec: Spec, root: Path) -> Listing:
+    """Labels are the lines of variants.txt; images are `id`.jpg."""
+    total = hashlib.sha256()
+    class_names = _lines(spec, root, FILES[0], total)
+    number = {name: k for k, name in enumerate(class_names)}
+    parts = []
+    for file in FILES[1:]:
+        part = Part()
+        for line in _lines(spec, root, file, total):
+            image, _, variant = line.partition(" ")
+            if variant.strip() not in number:
+                raise spec.error(f"{file}: line {line!a} names no variant of {FILES[0]}")
+            part.names.append(f"{image}.jpg")
+            part.label.append(number[variant.strip()])
+        parts.append(part)
+    train, val, test = parts
+    listing = Listing(
+        spec,
+        spec.image_root(root),
+        class_names,
+        class_names,
+        train,
+        val,
+        test,
+        total.hexdigest(),
+    )
+    return listing.check()
+
+
+def _lines(spec: Spec, root: Path, file: str, total: hashlib._Hash) -> list[str]:
+    data = (spec.place(root) / file).read_bytes()
+    total.update(data)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise spec.error(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies under a data root: per data set the files, counts, digests, and what is missing.
+
+A set is usable where a run on it would work: its list files are there and consistent, and every
+listed image is there and not empty (images are not decoded). Lists that differ from the official
+ones are told, and can be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vtclip.data.images import printable
+from vtclip.data.sets.listing import ROLES, Listing, SetError, Spec
+from vtclip.data.sets.reading import absent_images, missing_files, open_listing
+from vtclip.data.sets.table import SETS, find_set
+
+__all__ = ["check_lines", "check_sets"]
+
+SHOWN = 20
+
+
+def check_sets(root: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The state of the sets called `names`, or of those that are there; `usable`: all of them.
+
+    The others are in "elsewhere" with the place where people get them. JSON-able.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"data: the root of the data sets must be a folder, got {root}")
+    asked = list(dict.fromkeys(find_set(name).name for name in names))
+    there = [name for name, spec in SETS.items() if spec.place(root).is_dir()]
+    found = {name: _check(SETS[name], root) for name in asked or there}
+    return {
+        "root": str(root),
+        "usable": bool(found) and all(row["usable"] for row in found.values()),
+        "sets": found,
+        "elsewhere": {
+            name: {"folder": spec.folder, "images": spec.home, "lists": spec.lists}
+            for name, spec in SETS.items()
+            if name not in found and not asked
+        },
+    }
+
+
+def _check(spec: Spec, root: Path) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "title": spec.title,
+        "folder": spec.folder,
+        "usable": False,
+        "problems": missing_files(spec, root),
+        "notes": [],
+        "expected": _expected(spec),
+        "listed": None,
+        "found": None,
+        "absent": {"count": 0, "first": []},
+        "lists": {
+            "files": list(spec.files),
+            "sha256": None,
+            "digest": None,
+            "official": None,
+            "official_sha256": spec.list_sha256,
+            "official_digest": spec.list_digest,
+        },
+        "images_from": spec.home,
+        "lists_from": spec.lists,
+    }
+    if row["problems"]:
+        return row
+    try:
+        listing = open_listing(spec, root)
+    except SetError as error:
+        row["problems"].append(str(error).removeprefix(f"data: {spec.name}: "))
+        return row
+    row["lists"] |= {
+        "sha256": listing.list_sha256,
+        "digest": listing.digest(),
+        "official": listing.official(),
+    }
+    row["listed"] = {role: len(part) for role, part in listing.parts()}
+    row["listed"]["classes"] = len(listing.class_names)
+    _look_for_images(listing, row)
+    row["notes"] = list(_notes(listing, row))
+    row["usable"] = not row["problems"]
+    return row
+
+
+def _expected(spec: Spec) -> dict[str, int]:
+    counts = dict(zip(ROLES, spec.counts, strict=True))
+    return {**{role: n for role, n in counts.items() if n is not None}, "classes": spec.classes}
+
+
+def _look_for_images(listing: Listing, row: dict[str, Any]) -> None:
+    found: dict[str, int] = {}
+    for role, part in listing.parts():
+        absent = absent_images(listing.image_root, part.names)
+        found[role] = len(part) - len(absent)
+        row["absent"]["count"] += len(absent)
+        row["absent"]["first"] += absent[: SHOWN - len(row["absent"]["first"])]
+    row["found"] = found
+    if row["absent"]["count"]:
+        name, why = row["absent"]["first"][0]
+        row["problems"].append(
+            f"{row['absent']['count']} listed images are not below "
+            f"{printable(str(listing.image_root))}, first {printable(name)} ({why})"
+        )
+
+
+def _notes(listing: Listing, row: Mapping[str, Any]) -> Iterator[str]:
+    off = [
+        f"{what} {row['listed'].get(what, 0)}, not {n}"
+        for what, n in row["expected"].items()
+        if row["listed"].get(what, 0) != n
+    ]
+    if off:
+        yield f"counts differ from the official ones: {', '.join(off)}"
+    elif row["lists"]["official"] is False:
+        yield "the lists differ from the official ones: results are not comparable"
+    other = listing.other_names()
+    if other:
+        here, wanted = other[0]
+        yield (
+            f"{len(other)} class names are not those of the protocol, first "
+            f"{printable(here)!r} for {printable(wanted)!r}"
+        )
+
+
+def check_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report for people: one line per set, then its problems, notes and absent images."""
+    lines = []
+    for name, row in report["sets"].items():
+        state = "usable" if row["usable"] else "NOT USABLE"
+        lines.append(f"{name:<15} {state:<10} {_counts(row)}".rstrip())
+        lines += [f"    {problem}" for problem in row["problems"]]
+        lines += [f"    note: {note}" for note in row["notes"]]
+        lines += [
+            f"    absent: {printable(image)} ({why})" for image, why in row["absent"]["first"][1:]
+        ]
+        more = row["absent"]["count"] - len(row["absent"]["first"])
+        if more > 0:
+            lines.append(f"    absent: {more} more")
+    if not report["sets"]:
+        lines.append(f"no data set lies in {printable(report['root'])}")
+    if report["elsewhere"]:
+        lines.append("not there (folder: where people get it)")
+        lines += [
+            f"    {name:<15} {row['folder']}: {row['images']}"
+            for name, row in report["elsewhere"].items()
+        ]
+    return lines
+
+
+def _counts(row: Mapping[str, Any]) -> str:
+    if row["listed"] is None:
+        return ""
+    counts = ", ".join(
+        f"{role} {n}" if row["listed"][role] == n else f"{role} {n} of {row['listed'][role]}"
+        for role, n in row["found"].items()
+        if row["listed"][role]
+    )
+    kind = {True: "official", False: "not official", None: "unknown here"}[row["lists"]["official"]]
+    digest = row["lists"]["digest"][:12]
+    return f"{counts}; {row['listed']['classes']} classes; lists {digest} ({kind})"

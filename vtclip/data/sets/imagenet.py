@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ImageNet and the test sets over its classes: folders of images, named by classnames.txt.
+
+A line of classnames.txt is `n01440764 tench`; two synsets may share a name ("missile",
+"sunglasses"): such classes are told apart by their synset, and their prompts stay the same.
+
+Labels follow the sorted folders. Images follow their sorted file names; the original takes them in
+the order of the file system, which differs from machine to machine, so nobody can repeat its
+ImageNet picks from the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from vtclip.data.images import EXTENSIONS, printable
+from vtclip.data.sets.listing import Listing, Part, Spec, distinct_names
+
+__all__ = ["CLASSNAMES", "names_file", "read_imagenet", "read_numbered", "read_synsets"]
+
+CLASSNAMES = "classnames.txt"
+
+
+def names_file(spec: Spec, root: Path) -> Path:
+    """classnames.txt in the set's folder, else the one of ImageNet beside it."""
+    own, shared = spec.place(root) / CLASSNAMES, root / "imagenet" / CLASSNAMES
+    return shared if shared.is_file() and not own.is_file() else own
+
+
+def read_imagenet(spec: Spec, root: Path) -> Listing:
+    """images/train and images/val, where val is the test set and there is no validation list."""
+    names, prompts, digest = _class_names(spec, root)
+    train, test = _folders(spec, root, "train"), _folders(spec, root, "val")
+    for here, there, what in ((train, test, "val"), (test, train, "train")):
+        lost = [synset for synset in here if synset not in there]
+        if lost:
+            raise spec.error(
+                f"images/{what} lacks {len(lost)} of {len(here)} classes, first {lost[0]}"
+            )
+    _check_known(spec, train, names)
+    parts = [_part(spec, root, role, train) for role in ("train", "val")]
+    return Listing(
+        spec,
+        spec.image_root(root),
+        [names[synset] for synset in train],
+        [prompts[synset] for synset in train],
+        parts[0],
+        None,
+        parts[1],
+        digest,
+    ).check()
+
+
+def read_synsets(spec: Spec, root: Path) -> Listing:
+    """A test set whose folders are synsets: all of ImageNet's, or some."""
+    names, prompts, digest = _class_names(spec, root)
+    folders = _folders(spec, root, "")
+    _check_known(spec, folders, names)
+    test = _part(spec, root, "", folders)
+    class_names, words = [names[s] for s in folders], [prompts[s] for s in folders]
+    return Listing(
+        spec, spec.image_root(root), class_names, words, Part(), Part(), test, digest
+    ).check()
+
+
+def read_numbered(spec: Spec, root: Path) -> Listing:
+    """A test set whose folders are 0, 1, 2, ...: the lines of classnames.txt."""
+    names, prompts, digest = _class_names(spec, root)
+    found = set(_folders(spec, root, ""))
+    wanted = [str(k) for k in range(len(names))]
+    lost = [name for name in wanted if name not in found]
+    extra = sorted(found - set(wanted))
+    if lost or extra:
+        what = f"no folder {lost[0]}" if lost else f"a folder {printable(extra[0])!r}"
+        raise spec.error(
+            f"{spec.images} must hold the folders 0..{len(names) - 1}, one per line of "
+            f"{CLASSNAMES}; it has {what}"
+        )
+    test = _part(spec, root, "", wanted)
+    words = list(prompts.values())
+    return Listing(
+        spec, spec.image_root(root), list(names.values()), words, Part(), Part(), test, digest
+    ).check()
+
+
+def _class_names(spec: Spec, root: Path) -> tuple[dict[str, str], dict[str, str], str]:
+    """Synset to distinct name, synset to prompt word, and the file's sha256."""
+    path = names_file(spec, root)
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise spec.error(f"{CLASSNAMES} is not UTF-8 ({error.reason})") from None
+    prompts: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        synset, _, name = line.strip().partition(" ")
+        if not synset:
+            continue
+        if not name.strip() or synset in prompts:
+            what = "has no name" if not name.strip() else "is there twice"
+            raise spec.error(f"{CLASSNAMES}, line {number}: {printable(synset)} {what}")
+        prompts[synset] = name.strip()
+    if not prompts:
+        raise spec.error(f"{CLASSNAMES} is empty")
+    distinct = distinct_names(list(prompts.values()), list(prompts))
+    return dict(zip(prompts, distinct, strict=True)), prompts, hashlib.sha256(data).hexdigest()
+
+
+def _check_known(spec: Spec, folders: list[str], names: dict[str, str]) -> None:
+    unknown = [name for name in folders if name not in names]
+    if unknown:
+        raise spec.error(
+            f"{len(unknown)} folders are not in {CLASSNAMES}, first {printable(unknown[0])!r}"
+        )
+
+
+def _folders(spec: Spec, root: Path, below: str) -> list[str]:
+    place = spec.image_root(root) / below
+    shown = "/".join(part for part in (spec.images, below) if part)
+    if not place.is_dir():
+        raise spec.error(f"the folder {shown} is missing")
+    with os.scandir(place) as entries:
+        seen = [entry for entry in entries if not entry.name.startswith(".")]
+    found = sorted(entry.name for entry in seen if entry.is_dir())
+    if not found:
+        loose = sum(os.path.splitext(entry.name)[1].lower() in EXTENSIONS for entry in seen)
+        raise spec.error(f"{shown} must hold one folder per class, got {loose} loose images")
+    return found
+
+
+def _part(spec: Spec, root: Path, below: str, folders: list[str]) -> Part:
+    """The images of class folders, in the order of `folders` and then of their names."""
+    part, prefix = Part(), f"{below}/" if below else ""
+    for k, name in enumerate(folders):
+        files = sorted(
+            file
+            for file in os.listdir(spec.image_root(root) / below / name)
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS
+        )
+        part.names += [f"{prefix}{name}/{file}" for file in files]
+        part.label += [k] * len(files)
+    return part

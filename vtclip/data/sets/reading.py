@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open one data set under a root: its list files, its lists, its images on disk."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtclip.data.images import printable
+from vtclip.data.sets.imagenet import CLASSNAMES, names_file
+from vtclip.data.sets.listing import Listing, Spec
+from vtclip.data.sets.table import find_set
+
+__all__ = ["SetSource", "absent_images", "as_source", "missing_files", "open_listing"]
+
+
+@dataclass(frozen=True)
+class SetSource:
+    """A data set by name under a data root: a source of images beside folders and tables."""
+
+    spec: Spec
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def __str__(self) -> str:
+        return self.name
+
+    def resolve(self) -> SetSource:
+        """Itself: what a data set is called does not depend on where it lies."""
+        return self
+
+    def refuse(self, **given: object) -> None:
+        """Options that have no meaning here, by name; those that are false are not given."""
+        for name, value in given.items():
+            if value:
+                raise self.spec.error(f"{name} must be left out with a data set, got {value!r}")
+
+
+def as_source(source: str | Path | SetSource, data: str | Path | None) -> Path | SetSource:
+    """The data set `source` under the root `data`; without `data`, `source` as a path."""
+    if isinstance(source, SetSource):
+        return source
+    if data is None:
+        return Path(source).expanduser()
+    root = Path(data).expanduser()
+    spec = find_set(str(source))
+    if not root.is_dir():
+        raise ValueError(f"data: the root of the data sets must be a folder, got {data}")
+    return SetSource(spec, root)
+
+
+def missing_files(spec: Spec, root: Path) -> list[str]:
+    """What `spec` needs and `root` lacks, each with where to get it; nothing else is opened."""
+    place = spec.place(root)
+    if not place.is_dir():
+        hint = ""
+        if os.path.basename(os.path.realpath(root)) == spec.folder:
+            hint = f"; give {printable(str(root.parent))}, the folder above"
+        what = "a link to nothing" if place.is_symlink() else "missing"
+        return [f"the folder {printable(str(place))} is {what}{hint}; images: {spec.home}"]
+    found = []
+    for file in spec.files:
+        path = names_file(spec, root) if file == CLASSNAMES else place / file
+        if not path.is_file():
+            found.append(f"{printable(str(path))} is missing; official copy: {spec.lists}")
+    if not spec.image_root(root).is_dir():
+        found.append(
+            f"the image folder {printable(str(spec.image_root(root)))} is missing; "
+            f"images: {spec.home}"
+        )
+    return found
+
+
+def open_listing(spec: Spec, root: Path) -> Listing:
+    """The official lists of a set, or a SetError that names the first missing file and its home."""
+    missing = missing_files(spec, root)
+    if missing:
+        raise spec.error(f"{missing[0]} (no other split is made up)")
+    try:
+        return spec.read(spec, root)
+    except OSError as error:
+        raise spec.error(f"{error.filename}: {error.strerror}") from None
+
+
+def absent_images(image_root: Path, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, reason) of the images that are not there or are empty; links are followed."""
+
+    def look(name: str) -> str | None:
+        try:
+            status = os.stat(image_root / name)
+        except (OSError, ValueError) as error:
+            if os.path.islink(image_root / name):
+                return "a link to nothing"
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            return "no such file" if missing else str(getattr(error, "strerror", error))
+        if not stat.S_ISREG(status.st_mode):
+            return "not a regular file"
+        return None if status.st_size else "the file is empty"
+
+    def look_at(part: Sequence[str]) -> list[tuple[str, str]]:
+        return [(name, why) for name in part if (why := look(name)) is not None]
+
+    parts = [names[start : start + 1024] for start in range(0, len(names), 1024)]
+    with ThreadPoolExecutor(8, thread_name_prefix="vtclip-stat") as pool:
+        return [row for rows in pool.map(look_at, parts) for row in rows]

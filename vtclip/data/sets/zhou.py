@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""split_zhou_NAME.json: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vtclip.data.images import printable
+from vtclip.data.sets.listing import ROLES, Listing, Part, Spec
+
+__all__ = ["read_split"]
+
+
+def read_split(spec: Spec, root: Path) -> Listing:
+    """The lists in the set's split file. Labels run from 0 without gaps; one name per label."""
+    path = spec.place(root) / spec.files[0]
+    data = path.read_bytes()
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise spec.error(f"{path.name} is not valid JSON ({error})") from None
+    if not isinstance(value, dict) or not all(isinstance(value.get(r), list) for r in ROLES):
+        raise spec.error(f"{path.name} must hold the lists train, val and test")
+    names: dict[int, str] = {}
+    parts = {role: _part(spec, path.name, role, value[role], names) for role in ROLES}
+    if sorted(names) != list(range(len(names))):
+        first = next(k for k in range(len(names) + 1) if k not in names)
+        raise spec.error(
+            f"{path.name}: {len(names)} labels must be 0..{len(names) - 1}, got "
+            f"{min(names)}..{max(names)}, first one missing: {first}"
+        )
+    class_names = [names[k] for k in range(len(names))]
+    return Listing(
+        spec,
+        spec.image_root(root),
+        class_names,
+        class_names,
+        parts["train"],
+        parts["val"],
+        parts["test"],
+        hashlib.sha256(data).hexdigest(),
+    ).check()
+
+
+def _part(spec: Spec, file: str, role: str, rows: list[Any], names: dict[int, str]) -> Part:
+    part = Part()
+    for number, row in enumerate(rows):
+        good = isinstance(row, list) and len(row) == 3
+        if not good or not (
+            isinstance(row[0], str) and type(row[1]) is int and isinstance(row[2], str)
+        ):
+            raise spec.error(
+                f"{file}: {role}[{number}] must be [path, label, class name], got {row!a:.80}"
+            )
+        path, label, name = row
+        if names.setdefault(label, name) != name:
+            raise spec.error(
+                f"{file}: label {label} is {printable(names[label])!r} and, for "
+                f"{printable(path)}, {printable(name)!r}"
+            )
+        part.names.append(path)
+        part.label.append(label)
+    return part
