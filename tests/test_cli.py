@@ -22,6 +22,7 @@ import vtclip
 from vtclip import api, engine
 from vtclip.cli import main
 from vtclip.data.records import Records
+from vtclip.data.splits import few_shot_split
 from vtclip.files import to_json
 
 ROOT = Path(vtclip.__file__).parents[1]
@@ -114,6 +115,14 @@ def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         (["fit", "x", "--test-fraction", "1.5"], "--test-fraction: must be in 0..1"),
         (["fit", "x", "--optimizer", "adma"], "unknown name 'adma'; did you mean 'adamw'"),
         (["fit", "x", "--method", "vt-clip"], "unknown name 'vt-clip'; did you mean 'vtclip'"),
+        (["fit", "x", "--temperature", "0"], "--temperature: must be above 0"),
+        (["fit", "x", "--temperature", "-1"], "--temperature: must be above 0"),
+        (["fit", "x", "--penalty", "l2"], "unknown name 'l2'; did you mean 'l1'"),
+        (["fit", "x", "--penalty-weight", "-1"], "--penalty-weight: must be in 0..1e+06"),
+        (["fit", "x", "--label-smoothing", "1"], "--label-smoothing: must be in 0..0.99"),
+        (["fit", "x", "--queries", "image,txt"], "unknown name 'txt'; did you mean 'text'"),
+        (["fit", "x", "--queries", "image,image"], "--queries: names must differ"),
+        (["fit", "x", "--queries", ""], "unknown name ''"),
         (["fit", "no such place"], "SOURCE 'no such place' does not exist"),
         (["fit", "two\nlines"], r"SOURCE 'two\nlines' does not exist"),
         (["fit", "~/no such place"], "SOURCE '~/no such place' does not exist"),
@@ -144,8 +153,17 @@ def test_bad_sources_and_values_are_named(
     assert "shots must be at least 1" in refused(capsys, 2, "fit", npz, "--shots", "0")
     message = refused(capsys, 2, "fit", npz, "--method", "zeroshot", "--lr", "0.1")
     assert "method zeroshot has no training, so lr cannot be set" in message
+    message = refused(capsys, 2, "fit", npz, "--penalty-weight", "1")
+    assert "method vtclip has no penalty, so penalty_weight cannot be set" in message
+    message = refused(capsys, 2, "fit", npz, "--temperature", "0.1")
+    assert "method vtclip has no option temperature" in message
+    message = refused(capsys, 2, "fit", npz, "--method", "zeroshot", "--adapters")
+    assert "method zeroshot has no training, so adapters cannot be set" in message
+    words = ["--method", "rada", "--penalty", "none", "--penalty-weight", "1"]
+    message = refused(capsys, 2, "fit", npz, *words)
+    assert "penalty_weight must be 0 where the penalty is none, got 1" in message
     assert "leaves no test images" in refused(capsys, 2, "fit", npz, "--test-fraction", "0", *QUICK)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["runs", "text.npz"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["text.npz"]
 
 
 def test_fit_prints_a_table_and_writes_a_run(
@@ -227,7 +245,7 @@ def test_training_never_touches_a_test_row(
     monkeypatch.setattr(Records, "batch", batch)
     monkeypatch.setattr(engine, "fit", fit)
     run = api.fit(npz, shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu")
-    split = api.few_shot_split(
+    split = few_shot_split(
         torch.arange(4).repeat_interleave(24), [str(row) for row in range(96)], shots=4, seed=1
     )
     assert split.digest == run.result["split"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save as save_bytes
@@ -23,6 +23,9 @@ from . import __version__
 from .checkpoint import read_safetensors
 from .files import json_digest, move_new, read_json, tensors_digest, to_json, write_new
 from .heads import HEADS
+
+if TYPE_CHECKING:
+    from .data.records import Records
 
 FORMAT_VERSION = 1
 TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
@@ -185,3 +188,39 @@ def check_weights(adapter: Adapter, weights_digest: str, model: str) -> None:
             f"model {model!r} has weights {weights_digest[:12]}, the adapter was fitted on "
             f"{str(wanted)[:12]}"
         )
+
+
+def features_of(records: Records, model: str) -> dict[str, Any]:
+    """What an adapter must know of its features: where they come from and what they look like."""
+    info = records.info
+    return {
+        "model": info.get("model_name", model) if info.get("model") else None,
+        "model_config": info.get("model"),
+        "weights_digest": info.get("digests", {}).get("weights"),
+        "spatial": info.get("spatial"),
+        "templates": info.get("templates"),
+        "width": records.width,
+        "spatial_width": records.spatial_width,
+        "logit_scale": records.logit_scale,
+        "source": info.get("kind"),
+    }
+
+
+def check_features(adapter: Adapter, records: Records) -> None:
+    """Refuse features that are not of the kind the adapter was fitted on, naming what differs."""
+    model = adapter.features.get("model") or "unused"
+    have = features_of(records, model)
+    names = ["weights_digest", "model_config", "spatial", "width", "spatial_width"]
+    if not adapter.head.needs_spatial:
+        names = [name for name in names if not name.startswith("spatial")]
+    for name in names:
+        if adapter.features.get(name) != have[name]:
+            raise ValueError(
+                f"the source has {name} {_brief(have[name])}, the adapter was fitted on "
+                f"{_brief(adapter.features.get(name))}"
+            )
+
+
+def _brief(value: Any) -> str:
+    text = json_digest(value) if isinstance(value, dict) else str(value)
+    return text[:16]

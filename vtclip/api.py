@@ -6,44 +6,60 @@ The command line calls these two with the same names and defaults.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from . import engine, metrics
-from .adapter import CONFIG, TENSORS, Adapter, load_adapter, save_adapter
+from .adapter import Adapter, check_features, features_of, load_adapter, save_adapter
+from .base_to_new import check_method, evaluate_again, halves, with_new
 from .checkpoint import Checkpoint
-from .choices import pick
-from .config import FitConfig, check_seed
+from .choices import index_of, pick
+from .config import check_seed
 from .data.records import Records
+from .data.sets import SetSource, as_source
 from .data.sources import open_source
-from .data.splits import Split, few_shot_split
-from .files import json_digest, only_writer, to_json
+from .encoders import load_encoders
+from .files import only_writer, to_json
 from .heads import HEADS
 from .recipes import RECIPES
-from .result import RESULT, Run, Stopwatch, device_name, peak_memory_mb, revision, versions
+from .result import (
+    RESULT,
+    Run,
+    Stopwatch,
+    device_name,
+    named_classes,
+    peak_memory_mb,
+    revision,
+    unreadable,
+    versions,
+)
+from .runs import CHECKPOINT, LOG, check_out, finished_run, line_log, removed_if_empty, run_folder
+from .settings import (
+    SHOTS,
+    build_head,
+    calibrate,
+    choose_device,
+    recipe_config,
+    set_threads,
+    split_rows,
+    test_rows,
+    usual_shots,
+)
+from .ttt import TTT
+from .ttt_report import check_ttt, ttt_report
 
 __all__ = ["Run", "evaluate", "fit", "write_features"]
 
-logger = logging.getLogger(__name__)
-CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
-RUN_FILES = {TENSORS, CONFIG, RESULT, CHECKPOINT, LOG}
-# what decides the features and the rows of a run, in the words of `fit`
-SHOTS = (16, 8, 4, 2, 1)
-DATA_OPTIONS = ("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction")
-
 
 def fit(
-    source: str | Path,
+    source: str | Path | SetSource,
     *,
+    data: str | Path | None = None,
     method: str = "vtclip",
     shots: int | None = None,
     seed: int = 1,
@@ -53,6 +69,8 @@ def fit(
     templates: Sequence[str] | None = None,
     test_fraction: float = 0.5,
     augment_passes: int = 0,
+    train_encoders: bool = False,
+    base_to_new: bool = False,
     overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -64,10 +82,18 @@ def fit(
 ) -> Run:
     """Adapt a frozen CLIP to `source` with `shots` images per class, and evaluate it once.
 
-    source: a folder of `class_name/*.jpg`, a FeatureSet folder, or an .npz table of features.
+    source: a folder of `class_name/*.jpg`, a FeatureSet folder, an .npz table of features, or,
+        with `data`, the name of a data set.
+    data: the folder of the field's data sets (vtclip.data.sets): the official lists split them, and
+        shots are drawn as published. Nothing is written below it.
     shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
         beside the test share. A named number is never lowered.
-    overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...).
+    train_encoders: train both towers together with the head (method "rada", an image folder; see
+        vtclip.finetune). The run then also holds encoders.safetensors.
+    base_to_new: train on the first half of the classes, test on either half (vtclip.base_to_new).
+    overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
+        options of the head, such as {"adapters": True}, which are added to the recipe's), with
+        train_encoders of `FinetuneConfig` (vtclip/recipes/rada_finetune.py).
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED. It ends up with
         adapter.safetensors, adapter_config.json, result.json and log.jsonl.
 
@@ -79,7 +105,41 @@ def fit(
     check_seed(seed)
     where = choose_device(device)
     set_threads(threads)
-    source = Path(source).expanduser()
+    source = as_source(source, data)
+    if isinstance(source, SetSource):
+        fraction = test_fraction if test_fraction != 0.5 else None
+        source.refuse(train_encoders=train_encoders, prompt=prompt, test_fraction=fraction)
+        if shots is None:
+            shots = 0 if source.spec.test_only else max(SHOTS)
+    elif train_encoders:
+        from .finetune_run import fit_encoders, refuse
+
+        refuse(
+            {
+                "spatial": spatial,
+                "prompt": prompt,
+                "augment_passes": augment_passes,
+                "base_to_new": base_to_new,
+            }
+        )
+        return fit_encoders(
+            source,
+            method=method,
+            shots=shots,
+            seed=seed,
+            model=model,
+            templates=templates,
+            test_fraction=test_fraction,
+            overrides=overrides or {},
+            out=out,
+            overwrite=overwrite,
+            resume=resume,
+            device=device,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    if base_to_new:
+        check_method(method)
     watch = Stopwatch()
 
     def opened() -> Records:
@@ -92,6 +152,8 @@ def fit(
                 templates=None if templates is None else list(templates),
                 augment_passes=augment_passes,
                 need_spatial=bool(HEADS[method].needs_spatial),  # type: ignore[attr-defined]
+                shots=shots or 0,
+                seed=seed,
                 cache_dir=cache_dir,
                 device=str(where),
                 progress=progress,
@@ -103,18 +165,22 @@ def fit(
         if out is not None:
             check_out(Path(out).expanduser(), source, overwrite=overwrite, resume=resume)
         records = opened()
-        shots = usual_shots(records, test_fraction)
+        base = halves(records)[0] if base_to_new else records
+        shots = usual_shots(base, test_fraction)
     config = recipe_config(method, shots, overrides)
-    folder = run_folder(out, source, method, shots, seed)
+    name = f"{method}-base-to-new" if base_to_new else method
+    folder = run_folder(out, source, name, shots, seed)
     check_out(folder, source, overwrite=overwrite, resume=resume)
     options = {
         "source": str(source.resolve()),
+        "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
         "model": str(model),
         "spatial": spatial,
         "prompt": prompt,
         "templates": None if templates is None else list(templates),
         "augment_passes": augment_passes,
         "test_fraction": test_fraction,
+        "base_to_new": base_to_new,
         "fit": dataclasses.asdict(config),
     }
     with removed_if_empty(folder), only_writer(folder):
@@ -122,6 +188,9 @@ def fit(
             return finished_run(folder, {"method": method, "shots": shots, "seed": seed}, options)
         if records is None:
             records = opened()
+        new_records = None
+        if base_to_new:
+            records, new_records = halves(records)
         split = split_rows(records, config, shots, seed, test_fraction)
         torch.manual_seed(seed)
         head = build_head(method, records, config, where)
@@ -162,6 +231,10 @@ def fit(
                     one, records, split.test, device=where, temperature=temperature
                 )
                 values[name] = named_classes(dict(found), records.class_names)
+            both = {}
+            if new_records is not None:
+                heads = {"zero_shot": zero_shot, "adapted": head}
+                both = with_new(values, heads, new_records, seed, test_fraction, where)
         adapter = Adapter(
             head, records.class_names, values["adapted"]["temperature"], features_of(records, model)
         )
@@ -188,6 +261,7 @@ def fit(
             "classes": records.class_names,
             "images": {role: len(getattr(split, role)) for role in ("train", "val", "test")},
             "test": {"images": len(split.test), "unreadable": unreadable(records)},
+            **both,
         }
         run = Run(folder, json.loads(to_json(result)))
         run.save()
@@ -197,33 +271,55 @@ def fit(
 
 def evaluate(
     run: str | Path | Run,
-    source: str | Path | None = None,
+    source: str | Path | SetSource | None = None,
     *,
+    data: str | Path | None = None,
     device: str | torch.device | None = None,
     threads: int | None = None,
     cache_dir: str | Path | None = None,
+    ttt: TTT | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """The metrics of a run's adapter: on its own test images, or on all images of another source.
 
     Where `source` holds the images the run was fitted on, only its test images are counted.
+    data: the folder of the field's data sets, where `source` is the name of one: its test list is
+        counted, over its own classes where the run has more.
+    ttt: train on each unlabelled image first (vtclip.ttt), which needs a folder of images; the
+        answer's "ttt" then holds the metrics with it and those of averaged views without it.
     """
     run = run if isinstance(run, Run) else Run.load(run)
     where = choose_device(device)
     set_threads(threads)
     adapter = load_adapter(run.folder, device=where)
     options = run.result["config"]
-    opened = Path(options["source"] if source is None else source).expanduser()
+    if adapter.features.get("encoders") is not None:
+        options = {**options, "model": load_encoders(run.folder, adapter, None, where)}
+    if source is None:
+        opened = as_source(options["source"], data or options.get("data"))
+    else:
+        opened = as_source(source, data)
+    own = options.get("data") is not None and opened.name == options["source"]
+    if ttt is not None:
+        if isinstance(opened, SetSource):
+            raise ValueError(f"ttt: source must be a folder of images, got data set {opened}")
+        check_ttt(adapter, opened)
+        if options.get("base_to_new"):
+            raise ValueError("ttt: a base-to-new run is evaluated without it")
     records = open_source(
         opened,
         **{name: options[name] for name in ("model", "spatial", "prompt", "templates")},
         augment_passes=0,
         need_spatial=bool(adapter.head.needs_spatial),
+        shots=run.result["shots"] if own else 0,
+        seed=run.result["seed"],
         cache_dir=cache_dir,
         device=str(where),
         progress=progress,
     )
     check_features(adapter, records)
+    if options.get("base_to_new"):
+        return evaluate_again(adapter, run.result, records, opened, device=where)
     if records.info.get("digests", {}).get("images") == run.result["digests"].get("images"):
         config = RECIPES[run.result["method"]](run.result["shots"])
         fraction = options["test_fraction"]
@@ -234,16 +330,28 @@ def evaluate(
     elif source is None:
         raise ValueError(f"{opened}: its images have changed since the run was fitted")
     else:
-        index = torch.arange(len(records))
+        index = test_rows(records)
     to_run = torch.tensor([index_of(name, adapter.class_names) for name in records.class_names])
-    seen = engine.all_logits(adapter.head, records, index, device=where)
-    values = metrics.report(seen[0], to_run[seen[1]], adapter.temperature)
-    return {
+    logits, label = engine.all_logits(adapter.head, records, index, device=where)
+    names = adapter.class_names
+    if isinstance(opened, SetSource):  # told apart among its own classes
+        logits, names = logits[:, to_run], records.class_names
+    else:
+        label = to_run[label]
+    values = metrics.report(logits, label, adapter.temperature)
+    found = {
         "method": run.result["method"],
         "source": opened.name,
-        **named_classes(values, adapter.class_names),
+        **named_classes(values, names),
         "test": {"images": len(index), "unreadable": unreadable(records)},
     }
+    if ttt is None or isinstance(opened, SetSource):
+        return found
+    files = [records.names[row] for row in index.tolist()]
+    rows = ttt_report(
+        adapter, options["model"], opened, files, label, ttt, device=where, progress=progress
+    )
+    return {**found, "ttt": rows}
 
 
 def write_features(
@@ -273,214 +381,3 @@ def write_features(
         progress=progress,
     )
     return found.records()
-
-
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
-
-
-def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
-    """The recipe's settings with `overrides` in place of some."""
-    config = RECIPES[method](shots)
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    if given and not config.epochs:
-        raise ValueError(f"method {method} has no training, so {', '.join(given)} cannot be set")
-    for name in given:
-        pick("override", name, [field.name for field in dataclasses.fields(FitConfig)])
-    if given.get("epochs", 1) < 1:
-        raise ValueError(f"epochs must be at least 1, got {given['epochs']}")
-    return dataclasses.replace(config, **given)
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or the first GPU where there is one, else the CPU."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {chosen}: this torch sees {torch.cuda.device_count()} GPUs")
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}")
-    return chosen
-
-
-def usual_shots(records: Records, test_fraction: float) -> int:
-    """16, or the largest of 8, 4, 2, 1 that every class has beside its test share."""
-    counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
-    smallest = min((count - int(count * test_fraction) for count in counts), default=0)
-    shots = next((known for known in SHOTS if known <= smallest), min(SHOTS))
-    if shots < max(SHOTS) and test_fraction < 1:
-        logger.warning(
-            "shots %d: the smallest class has %d images beside the test share", shots, smallest
-        )
-    return shots
-
-
-def run_folder(out: str | Path | None, source: Path, method: str, shots: int, seed: int) -> Path:
-    if out is not None:
-        return Path(out).expanduser()
-    name = source.resolve().stem if source.suffix == ".npz" else source.resolve().name
-    return Path("runs") / f"{name}-{method}-{shots}shot-seed{seed}"
-
-
-def check_out(folder: Path, source: Path, *, overwrite: bool, resume: bool) -> None:
-    """Refuse an output that would touch the images, a file, or a run nobody asked to replace."""
-    if overwrite and resume:
-        raise ValueError("overwrite and resume exclude each other")
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"out {folder} lies inside the source {source}")
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileExistsError(f"out {folder} exists and is not a folder")
-    held = {path.name.removesuffix(".new") for path in folder.iterdir()}
-    if held - RUN_FILES and not held & RUN_FILES:
-        raise FileExistsError(f"out {folder} exists and is not a run (it holds {min(held)!r})")
-    if held and not overwrite and not resume:
-        raise FileExistsError(f"out {folder} holds a run already; say overwrite or resume")
-    if overwrite:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-
-
-def finished_run(folder: Path, named: dict[str, Any], options: dict[str, Any]) -> Run:
-    """The run that lies in `folder`, if it is the one asked for."""
-    run = Run.load(folder)
-    wanted = json.loads(to_json({**named, **options}))
-    have = {**run.result, **run.result["config"]}
-    for name, value in wanted.items():
-        if have.get(name) != value and not (name == "shots" and not have["fit"]["epochs"]):
-            raise ValueError(f"out {folder} holds a finished run with another {name}")
-    logger.info("%s is finished, nothing to resume", folder)
-    return run
-
-
-def split_rows(
-    records: Records, config: FitConfig, shots: int, seed: int, test_fraction: float
-) -> Split:
-    """Train, validation and test rows; a method without training may use every row for the test."""
-    if not config.epochs and test_fraction == 1:
-        shots = 0
-    elif config.epochs and shots < 1:
-        raise ValueError(f"shots must be at least 1 to train, got {shots}")
-    split = few_shot_split(
-        records.label,
-        records.names,
-        shots=shots,
-        seed=seed,
-        test_fraction=test_fraction,
-        class_names=records.class_names,
-    )
-    if len(split.test) == 0:
-        raise ValueError(f"test_fraction {test_fraction} leaves no test images")
-    return split
-
-
-def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> nn.Module:
-    """The head of `method` over the records' class texts, with the recipe's options."""
-    options: dict[str, Any] = {"logit_scale": records.logit_scale, **config.head}
-    if HEADS[method].needs_spatial:  # type: ignore[attr-defined]
-        options.setdefault("spatial_dim", records.spatial_width)
-    return HEADS[method](records.text, **options).to(device)
-
-
-def calibrate(
-    head: nn.Module, rows: engine.TrainingRows, val: Tensor, device: torch.device
-) -> float | None:
-    """The temperature fitted on the validation images; None where there are none."""
-    if len(val) == 0:
-        return None
-    return metrics.fit_temperature(*engine.all_logits(head, rows, val, device=device))
-
-
-def named_classes(values: dict[str, Any], class_names: list[str]) -> dict[str, Any]:
-    per_class = dict(zip(class_names, values["per_class"], strict=True))
-    return {**values, "per_class": per_class}
-
-
-def features_of(records: Records, model: str) -> dict[str, Any]:
-    """What an adapter must know of its features: where they come from and what they look like."""
-    info = records.info
-    return {
-        "model": info.get("model_name", model) if info.get("model") else None,
-        "model_config": info.get("model"),
-        "weights_digest": info.get("digests", {}).get("weights"),
-        "spatial": info.get("spatial"),
-        "templates": info.get("templates"),
-        "width": records.width,
-        "spatial_width": records.spatial_width,
-        "logit_scale": records.logit_scale,
-        "source": info.get("kind"),
-    }
-
-
-def check_features(adapter: Adapter, records: Records) -> None:
-    """Refuse features that are not of the kind the adapter was fitted on, naming what differs."""
-    model = adapter.features.get("model") or "unused"
-    have = features_of(records, model)
-    names = ["weights_digest", "model_config", "spatial", "width", "spatial_width"]
-    if not adapter.head.needs_spatial:
-        names = [name for name in names if not name.startswith("spatial")]
-    for name in names:
-        if adapter.features.get(name) != have[name]:
-            raise ValueError(
-                f"the source has {name} {_brief(have[name])}, the adapter was fitted on "
-                f"{_brief(adapter.features.get(name))}"
-            )
-
-
-def _brief(value: Any) -> str:
-    text = json_digest(value) if isinstance(value, dict) else str(value)
-    return text[:16]
-
-
-def index_of(name: str, class_names: Sequence[str]) -> int:
-    return list(class_names).index(pick("class", name, class_names))
-
-
-def unreadable(records: Records) -> list[str]:
-    """Files of the source that could not be read, as "name: reason"; no number counts them."""
-    return [f"{name}: {reason}" for name, reason in records.info.get("skipped", [])]
-
-
-@contextlib.contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Do not leave an empty run folder behind where the work fails before its first file."""
-    existed = folder.exists()
-    try:
-        yield
-    except BaseException:
-        if not existed:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-class _LineLog:
-    """Appends JSON lines; a full disk costs the log, not the run."""
-
-    def __init__(self, path: Path, append: bool) -> None:
-        self.path, self.broken = path, False
-        if not append:
-            path.unlink(missing_ok=True)
-
-    def __call__(self, row: dict[str, Any]) -> None:
-        if self.broken:
-            return
-        line = json.dumps(json.loads(to_json({**row, "time": time.time()}))) + "\n"
-        try:
-            with open(self.path, "a", encoding="ascii") as file:
-                file.write(line)
-        except OSError as error:
-            self.broken = True
-            logger.warning("cannot write %s (%s); the run goes on without it", self.path, error)
-
-
-@contextlib.contextmanager
-def line_log(path: Path, *, append: bool) -> Iterator[_LineLog]:
-    yield _LineLog(path, append)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -23,3 +23,7 @@ def pick(what: str, name: str, known: Iterable[str]) -> str:
     if name not in choices:
         raise ValueError(f"unknown {what} {name!r}{nearest(name, choices)}")
     return name
+
+
+def index_of(name: str, class_names: Sequence[str]) -> int:
+    return list(class_names).index(pick("class", name, class_names))

@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from .adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter, save_adapter
-from .api import choose_device, index_of
+from .choices import index_of
 from .data.images import open_image
+from .encoders import ENCODERS, load_encoders, saved_encoders
 from .explain import side_by_side, to_image
+from .settings import choose_device
 
 if TYPE_CHECKING:
     from .clip import Clip
@@ -49,8 +51,6 @@ class Classifier:
 
         `model` names another place of the same weights (see vtclip.clip); others are refused.
         """
-        from .clip import load_clip
-
         where = choose_device(device)
         adapter = load_adapter(path, device=where)
         if adapter.features.get("weights_digest") is None:
@@ -58,7 +58,7 @@ class Classifier:
                 f"{path} was fitted on a table of features and has no image encoder; "
                 "it can be evaluated on features, not on images"
             )
-        return cls(adapter, load_clip(model or adapter.features["model"], where), where)
+        return cls(adapter, load_encoders(path, adapter, model, where), where)
 
     @classmethod
     def from_pretrained(
@@ -69,12 +69,21 @@ class Classifier:
             return cls.load(repo_or_folder, device=device)
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(str(repo_or_folder), allow_patterns=[TENSORS, CONFIG])
+        folder = snapshot_download(str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS])
         return cls.load(folder, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter.safetensors and adapter_config.json, all that `from_pretrained` needs."""
-        save_adapter(Path(folder).expanduser(), self.adapter)
+        """Write all that `from_pretrained` needs.
+
+        That is adapter.safetensors and adapter_config.json, and encoders.safetensors where the
+        encoders were trained too.
+        """
+        folder = Path(folder).expanduser()
+        if self.adapter.features.get("encoders") is None:
+            save_adapter(folder, self.adapter)
+            return
+        with saved_encoders(folder, self.clip):
+            save_adapter(folder, self.adapter)
 
     @property
     def class_names(self) -> list[str]:

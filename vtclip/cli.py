@@ -16,83 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, data_command, evaluate_command
 from .choices import nearest
-
-METHODS = ("vtclip", "zeroshot")
-OPTIMIZERS = ("sgd", "adamw")
-OVERRIDES = ("epochs", "lr", "optimizer", "weight_decay", "batch_size")
-DEMO_NOTE = (
-    "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
-    "--model ViT-B-32:openai, or a local file as --model ViT-B-32:/path/to/weights.safetensors"
-)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and the nearest choice for a wrong name."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{self.prog}: {message}")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, extra = self.parse_known_args(argv)
-        if extra:
-            known: list[str] = getattr(args, "options", [])
-            hint = nearest(extra[0], known) if extra[0].startswith("-") else ""
-            self.error(f"unknown argument {extra[0]!r}{hint}")
-        return args
-
-
-class Once(argparse.Action):
-    """Stores a value, and refuses to be given twice."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: Any = None,
-    ) -> None:
-        seen = vars(namespace).setdefault("seen", set())
-        if self.dest in seen:
-            parser.error(f"{option} is given twice")
-        seen.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
-def fail(message: str, status: int = 2) -> NoReturn:
-    line = " ".join(message.replace("\n", "\\n").split(" "))
-    sys.stderr.write(f"{line}\n")
-    raise SystemExit(status)
-
-
-def one_of(*choices: str) -> Callable[[str], str]:
-    def check(value: str) -> str:
-        if value not in choices:
-            raise argparse.ArgumentTypeError(f"unknown name {value!r}{nearest(value, choices)}")
-        return value
-
-    return check
-
-
-def number(kind: type, low: float, high: float, above: bool = False) -> Callable[[str], Any]:
-    """A number in low..high; `above`: strictly above low."""
-
-    def check(value: str) -> Any:
-        try:
-            parsed = kind(value)
-        except ValueError:
-            word = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{value!r} is not {word}") from None
-        if not low <= parsed <= high or (above and parsed == low):
-            bounds = f"above {low:g} and at most {high:g}" if above else f"in {low:g}..{high:g}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}")
-        return parsed
-
-    return check
+from .fit_command import DEMO_NOTE, add_arguments, run_fit
+from .parsing import Once, Parser, emit, emit_json, existing, fail, number
 
 
 def build_parser() -> Parser:
@@ -109,37 +36,14 @@ def build_parser() -> Parser:
         return sub
 
     fit = command("fit", run_fit, "adapt to SOURCE, and compare with zero-shot on held-out images")
-    fit.add_argument(
-        "source", metavar="SOURCE", help="class_name/*.jpg folder, features folder, .npz"
-    )
-    fit.add_argument("--method", type=one_of(*METHODS), default="vtclip", help=" | ".join(METHODS))
-    fit.add_argument(
-        "--shots",
-        type=number(int, 0, 1_000_000),
-        help="images per class (default: 16, or fewer where a class has fewer)",
-    )
-    fit.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="draws the shots")
-    fit.add_argument("--spatial", metavar="OPT", help="kind of spatial features (vtclip.clip)")
-    fit.add_argument("--prompt", metavar="NAME", help="one prompt of an .npz with several")
-    fit.add_argument(
-        "--templates", metavar="NAME|FILE", help="imagenet7, imagenet80, a .txt, or text with {}"
-    )
-    fit.add_argument("--test-fraction", type=number(float, 0, 1), default=0.5, metavar="F")
-    fit.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
-    fit.add_argument("--epochs", type=number(int, 1, 1_000_000), metavar="N")
-    fit.add_argument("--lr", type=number(float, 0, 1000, above=True))
-    fit.add_argument("--optimizer", type=one_of(*OPTIMIZERS), help=" | ".join(OPTIMIZERS))
-    fit.add_argument("--weight-decay", type=number(float, 0, 1000), metavar="W")
-    fit.add_argument("--batch-size", type=number(int, 1, 1_000_000), metavar="N")
-    fit.add_argument("--out", metavar="RUN", help="default runs/SOURCE-METHOD-SHOTSshot-seedSEED")
-    fit.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    add_arguments(fit)
 
     evaluate = command(
-        "evaluate", run_evaluate, "metrics of a run, on its test images or on SOURCE"
+        "evaluate",
+        evaluate_command.run_evaluate,
+        "metrics of a run, on its test images or on SOURCE",
     )
-    evaluate.add_argument("folder", metavar="RUN")
-    evaluate.add_argument("source", metavar="SOURCE", nargs="?")
+    evaluate_command.add_arguments(evaluate)
 
     predict = command("predict", run_predict, "the most probable classes of images")
     predict.add_argument("folder", metavar="RUN")
@@ -163,6 +67,9 @@ def build_parser() -> Parser:
     features.add_argument("--templates", metavar="NAME|FILE")
     features.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
 
+    data = command("data", data_command.run_data, "which of the field's data sets lie in ROOT")
+    data_command.add_arguments(data)
+
     demo = command("demo", run_demo_command, "the whole way on bundled data, without network")
     demo.add_argument("--out", metavar="DIR", default="vtclip-demo")
 
@@ -181,94 +88,12 @@ def build_parser() -> Parser:
     for sub in (fit, evaluate, predict, explain, features, demo):
         sub.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU where there is one")
         sub.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
-    for sub in (fit, evaluate, predict):
+    for sub in (fit, evaluate, predict, data):
         sub.add_argument("--json", action="store_true", help="print JSON")
     for name, sub in commands.choices.items():
         known = [option for action in sub._actions for option in action.option_strings]
         sub.set_defaults(options=known, command=name)
     return parser
-
-
-def emit(text: str) -> None:
-    print(text)
-
-
-def emit_json(value: Any) -> None:
-    from .files import to_json
-
-    emit(to_json(value).decode("ascii").rstrip())
-
-
-def existing(name: str, path: str) -> Path:
-    """A path that is there, or exit 2 naming the argument."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        fail(f"vtclip: {name} {path!a} does not exist")
-    return found
-
-
-def run_fit(args: argparse.Namespace) -> int:
-    source = existing("SOURCE", args.source)
-    if source.is_dir() and args.model == "demo" and not (source / "manifest.json").exists():
-        sys.stderr.write(DEMO_NOTE + "\n")
-    from . import api
-
-    run = api.fit(
-        source,
-        method=args.method,
-        shots=args.shots,
-        seed=args.seed,
-        model=args.model,
-        spatial=args.spatial,
-        prompt=args.prompt,
-        templates=None if args.templates is None else [args.templates],
-        test_fraction=args.test_fraction,
-        augment_passes=args.augment_passes,
-        overrides={name: getattr(args, name) for name in OVERRIDES},
-        out=args.out,
-        overwrite=args.overwrite,
-        resume=args.resume,
-        device=args.device,
-        threads=args.threads,
-        cache_dir=args.cache_dir,
-        progress=sys.stderr is not None and sys.stderr.isatty(),
-    )
-    if args.json:
-        emit_json(run.result)
-        return 0
-    result = run.result
-    counts = result["images"]
-    emit(
-        f"{result['method']} on {result['source']}: {len(result['classes'])} classes, "
-        f"{counts['train']} training, {counts['val']} validation and {counts['test']} test images, "
-        f"seed {result['seed']}"
-    )
-    emit(run.table())
-    broken = result["test"]["unreadable"]
-    if broken:
-        emit(f"unreadable, not counted: {len(broken)} ({', '.join(broken[:3])}, ...)")
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items())
-    emit(f"{seconds}; peak memory {result['peak_memory_mb'] or 0:.0f} MB; {result['device']}")
-    files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
-    emit(f"run in {run.folder}: {files}")
-    return 0
-
-
-def run_evaluate(args: argparse.Namespace) -> int:
-    folder = existing("RUN", args.folder)
-    source = None if args.source is None else existing("SOURCE", args.source)
-    from . import api
-    from .result import rows_table
-
-    values = api.evaluate(
-        folder, source, device=args.device, threads=args.threads, cache_dir=args.cache_dir
-    )
-    if args.json:
-        emit_json(values)
-    else:
-        emit(f"{values['method']} on {values['source']}: {values['test']['images']} images")
-        emit(rows_table({values["method"]: values}))
-    return 0
 
 
 def run_predict(args: argparse.Namespace) -> int:
@@ -312,10 +137,10 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def load_classifier(args: argparse.Namespace, folder: Path) -> Any:
-    from . import api
     from .classifier import Classifier
+    from .settings import set_threads
 
-    api.set_threads(args.threads)
+    set_threads(args.threads)
     return Classifier.load(folder, model=args.model, device=args.device)
 
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vtclip.data.augment import random_view
+from vtclip.data.augment import LEAST_AREA, random_view
 from vtclip.data.hub import ClipNotFound, fetch, not_fetched
 
 if TYPE_CHECKING:
@@ -187,10 +187,12 @@ class Clip:
         """The model's own evaluation transform, [3, H, W] float32."""
         return self._transform(image)  # type: ignore[no-any-return]
 
-    def augment(self, image: Image, generator: torch.Generator) -> Tensor:
-        """Random resized crop (area 0.08-1, ratio 3/4-4/3) and flip drawn from `generator` only."""
+    def augment(
+        self, image: Image, generator: torch.Generator, least_area: float = LEAST_AREA
+    ) -> Tensor:
+        """Random resized crop (ratio 3/4-4/3) and flip drawn from `generator` only."""
         cfg = self.preprocess_cfg
-        return random_view(image, cfg["size"], cfg["mean"], cfg["std"], generator)
+        return random_view(image, cfg["size"], cfg["mean"], cfg["std"], generator, least_area)
 
     def check_spatial(self, spatial: str | None) -> str | None:
         """`spatial` with "default" resolved, or a ValueError that lists what this model offers."""
@@ -271,6 +273,14 @@ class Clip:
                 )
         unit: Tensor = total / norm[:, None]
         return unit
+
+    def tokens(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> Tensor:
+        """Token ids [T, K, context] of each of T templates filled with each of K class names."""
+        words = [name.replace("_", " ") for name in names]
+        lines = resolve_templates(templates)
+        return torch.stack(
+            [self.tokenizer([line.replace("{}", w) for w in words]) for line in lines]
+        )
 
 
 def attention_pool(pool: Any, image_map: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ MAX_SEED = 2**32 - 1  # the range that torch, NumPy and random all take
 class FitConfig:
     """How a head is built (`head`: its options) and trained; epochs = 0 means there is no training.
 
+    penalty_weight: what the head's penalty, averaged over the batch, counts beside cross-entropy.
+    label_smoothing: share of each label that is spread evenly over all classes.
     warmup "constant": the first `warmup_epochs` run at `warmup_lr` and the others, epoch by epoch,
         at lr * (1 + cos(pi * (epoch - warmup_epochs) / epochs)) / 2.
     warmup "linear": step by step, lr rises linearly over `warmup_epochs` and then falls to 0 as
@@ -30,6 +32,8 @@ class FitConfig:
     warmup_epochs: int = 1
     warmup_lr: float = 1e-5
     checkpoint_every: int = 10  # epochs between checkpoints and looks at the validation rows
+    penalty_weight: float = 0.0
+    label_smoothing: float = 0.0
     head: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -54,6 +58,12 @@ class FitConfig:
                 )
         if not 0 <= self.weight_decay <= 1e3:
             raise ValueError(f"weight_decay must be in 0..1000, got {self.weight_decay!r}")
+        if not 0 <= self.penalty_weight <= 1e6:
+            raise ValueError(f"penalty_weight must be in 0..1e+06, got {self.penalty_weight!r}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}"
+            )
 
     def rate(self, number: int, steps: int) -> float:
         """The learning rate of step `number` of epochs * steps."""

@@ -13,48 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from . import metrics
 from .checkpoint import Checkpoint, Interrupted, StopSignal
 from .config import FitConfig, check_seed
+from .steps import TrainingRows, compute_logits, make_optimizer, put_back, shuffled, training_loss
 
 if TYPE_CHECKING:
-    from .data.records import Batch, Records
+    from .data.records import Records
 
-
-class TrainingRows:
-    """The rows of `records` that training may see; any other row is an IndexError."""
-
-    def __init__(self, records: Records, *indices: Tensor) -> None:
-        self.num_passes = records.num_passes
-        self._batch = records.batch
-        self._allowed = torch.zeros(len(records), dtype=torch.bool)
-        for index in indices:
-            self._allowed[index] = True
-
-    def batch(self, index: Tensor, augment_pass: int = 0) -> Batch:
-        outside = index[~self._allowed[index]]
-        if len(outside):
-            raise IndexError(f"row {int(outside[0])} is neither a training nor a validation row")
-        return self._batch(index, augment_pass)
-
-
-def shuffled(index: Tensor, seed: int, epoch: int) -> Tensor:
-    """The order of one epoch, a function of seed and epoch alone: resuming needs no state."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return index[torch.randperm(len(index), generator=generator)]
-
-
-def compute_logits(head: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """Logits [B, K] of one batch, which is moved to `device` first."""
-    image = batch.image.to(device)
-    if not head.needs_spatial:
-        return head(image)  # type: ignore[no-any-return]
-    mask = None if batch.spatial_mask is None else batch.spatial_mask.to(device)
-    spatial = None if batch.spatial is None else batch.spatial.to(device)
-    return head(image, spatial, mask)  # type: ignore[no-any-return]
+__all__ = ["TrainingRows", "all_logits", "evaluate", "fit"]
 
 
 def fit(
@@ -71,7 +40,7 @@ def fit(
     resume: bool = False,
     progress: bool = False,
 ) -> None:
-    """Train `head` in place by cross-entropy; the weights of the last epoch stay in it.
+    """Train `head` in place by `training_loss`; the weights of the last epoch stay in it.
 
     An epoch is floor(N / batch_size) full batches, or one smaller one where N < batch_size. Epoch e
     uses augmentation pass 1 + e % num_passes where there are any. A loss or gradient that is not
@@ -85,13 +54,7 @@ def fit(
         raise ValueError(
             f"fit: {len(train_index)} rows and {config.epochs} epochs leave no step to train"
         )
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "sgd":
-        optimizer = torch.optim.SGD(
-            parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(parameters, config)
     torch.manual_seed(check_seed(seed))
     steps = max(1, len(train_index) // config.batch_size)  # per epoch
     first, loss_sum, last_loss = 0, 0.0, math.nan
@@ -113,8 +76,7 @@ def fit(
                 group["lr"] = lr
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
             batch = records.batch(rows, augment_pass)
-            logits = compute_logits(head, batch, device).float()
-            loss = F.cross_entropy(logits, batch.label.to(device))
+            loss = training_loss(head, batch, config, device)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -150,12 +112,6 @@ def fit(
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
         put_back(parameters, good)
         raise FloatingPointError("fit: the last step left weights that are not finite")
-
-
-def put_back(parameters: list[nn.Parameter], good: list[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, kept in zip(parameters, good, strict=True):
-            parameter.copy_(kept)
 
 
 @torch.no_grad()

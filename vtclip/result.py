@@ -12,12 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import __version__
 from .files import read_json, to_json, write_atomic
+
+if TYPE_CHECKING:
+    from .data.records import Records
 
 RESULT = "result.json"
 
@@ -105,16 +108,38 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
+def named_classes(values: dict[str, Any], class_names: list[str]) -> dict[str, Any]:
+    per_class = dict(zip(class_names, values["per_class"], strict=True))
+    return {**values, "per_class": per_class}
+
+
+def unreadable(records: Records) -> list[str]:
+    """Files of the source that could not be read, as "name: reason"; no number counts them."""
+    return [f"{name}: {reason}" for name, reason in records.info.get("skipped", [])]
+
+
 COLUMNS = {"accuracy": 9, "95 % interval": 14, "macro-F1": 9, "NLL": 8, "ECE": 8}
 COLUMNS |= {"NLL at T": 9, "ECE at T": 9, "T": 7}
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Zero-shot against adapted, one line each; T is the temperature fitted on validation."""
-    rows = {"zero-shot": result["zero_shot"]}
+    """Zero-shot against adapted, one line each; T is the temperature fitted on validation.
+
+    A base-to-new run has these lines for either half of the classes.
+    """
+    names = {"zero_shot": "zero-shot"}
     if result["method"] != "zeroshot":
-        rows[result["method"]] = result["adapted"]
-    return rows_table(rows)
+        names["adapted"] = result["method"]
+    if "harmonic_mean" not in result:
+        return rows_table({name: result[key] for key, name in names.items()})
+    rows = {
+        f"{part} {name}": result[part][key]
+        for part in ("base", "new")
+        for key, name in names.items()
+    }
+    mean = result["harmonic_mean"]
+    shares = ", ".join(f"{name} {100 * mean[key]:.2f} %" for key, name in names.items())
+    return f"{rows_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
 
 
 def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -184,15 +184,25 @@ def test_bad_pictures_and_models_are_one_line(
     assert not (tmp_path / "x.png").exists()
 
 
-def test_zeroshot_has_no_heat_map(world: dict[str, Path], tmp_path: Path) -> None:
-    api.fit(
-        world["images"], method="zeroshot", shots=4, model=str(world["model"]), device="cpu",
+@pytest.mark.parametrize("method", ["rada", "zeroshot"])
+def test_heads_that_see_no_places_predict_and_have_no_heat_map(
+    world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    run = api.fit(
+        world["images"], method=method, shots=4, model=str(world["model"]), device="cpu",
         out=tmp_path / "run", cache_dir=world["root"] / "cache",
     )  # fmt: skip
+    picture = world["images"] / "ocean" / "03.png"
     classifier = Classifier.load(tmp_path / "run", device="cpu")
-    assert len(classifier.predict(world["images"] / "ocean" / "03.png")) == 3
-    with pytest.raises(ValueError, match="method zeroshot has no attention"):
-        classifier.explain(world["images"] / "ocean" / "03.png")
+    assert len(classifier.predict(picture)) == 3
+    again = api.evaluate(run, device="cpu", cache_dir=world["root"] / "cache")
+    assert again["accuracy"] == run.accuracy
+    with pytest.raises(SystemExit) as done:
+        main(["explain", str(run.folder), str(picture), "--out", str(tmp_path / "x.png")])
+    assert done.value.code == 2
+    line = f"vtclip explain: method {method} has no attention to show; fit with vtclip\n"
+    assert capsys.readouterr().err == line
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_features_command_makes_a_source(world: dict[str, Path], tmp_path: Path) -> None:

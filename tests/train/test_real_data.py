@@ -89,6 +89,59 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(
         assert picture.size == (320 + 8 + 320, 352)
 
 
+@pytest.mark.slow
+def test_rada_on_a_real_folder_of_photos(
+    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, photos = str(tmp_path / "run"), shared_data / "photos"
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    words = ["--method", "rada", "--shots", "8", "--device", "cpu", "--out", run]
+    assert main(["fit", str(photos), *words, *cache]) == 0
+    assert "19 classes, 152 training, 38 validation and 190 test" in capsys.readouterr().out
+    # the bundled model was trained on drawings: every step has to work, the numbers are poor
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["adapted"] != result["zero_shot"]
+    photo = str(sorted((photos / "beach").iterdir())[0])
+    assert main(["predict", run, photo, "--json", "--topk", "3"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
+    assert main(["evaluate", run, str(photos), "--json", *cache]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["accuracy"]
+    with pytest.raises(SystemExit) as done:
+        main(["explain", run, photo, "--out", str(tmp_path / "heat.png")])
+    assert done.value.code == 2
+    assert "method rada has no attention to show; fit with vtclip" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "shots", "seeds", "points"),
+    [
+        ("ViT-B-32", 1, (1, 2, 3), 5),
+        ("ViT-B-32", 4, (1, 2, 3), 9),
+        ("ViT-B-32", 16, (1, 2, 3), 13),
+        ("RN50", 16, (1,), 20),
+    ],
+)
+def test_rada_beats_zeroshot_on_satellite_photos(
+    shared_data: Path,
+    tmp_path: Path,
+    architecture: str,
+    shots: int,
+    seeds: tuple[int, ...],
+    points: float,
+) -> None:
+    """19 classes, mean over seeds, the recipe as it is."""
+    gains = []
+    for seed in seeds:
+        run = api.fit(
+            shared_data / f"whurs19_CLIP_{architecture}.npz", method="rada", shots=shots,
+            seed=seed, out=tmp_path / str(seed), device="cpu",
+        )  # fmt: skip
+        gains.append(100 * (run.accuracy - run.result["zero_shot"]["accuracy"]))
+    assert sum(gains) / len(gains) >= points, gains
+
+
 def test_without_named_shots_a_small_folder_takes_what_every_class_has(
     shared_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 __all__ = ["AUGMENTATION", "crop_box", "pass_generator", "random_view"]
 
-AUGMENTATION = {"crop_area": [0.08, 1.0], "crop_ratio": [0.75, 4 / 3], "flip": 0.5, "version": 1}
+LEAST_AREA = 0.08
+AUGMENTATION = {
+    "crop_area": [LEAST_AREA, 1.0],
+    "crop_ratio": [0.75, 4 / 3],
+    "flip": 0.5,
+    "version": 1,
+}
 
 
 def pass_generator(digest: str, augment_pass: int) -> torch.Generator:
@@ -31,13 +37,14 @@ def random_view(
     mean: Sequence[float],
     std: Sequence[float],
     generator: torch.Generator,
+    least_area: float = LEAST_AREA,
 ) -> Tensor:
     """Random resized crop (bicubic), horizontal flip and normalisation, [3, H, W] float32."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as vision
 
     out = [size, size] if isinstance(size, int) else list(size)
-    top, left, height, width = crop_box(image.width, image.height, generator)
+    top, left, height, width = crop_box(image.width, image.height, generator, least_area)
     image = vision.resized_crop(image, top, left, height, width, out, InterpolationMode.BICUBIC)
     if float(torch.rand((), generator=generator)) < 0.5:
         image = vision.hflip(image)
@@ -45,12 +52,17 @@ def random_view(
     return pixels
 
 
-def crop_box(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop; after ten misses the largest central one."""
+def crop_box(
+    width: int, height: int, generator: torch.Generator, least_area: float = LEAST_AREA
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop of at least `least_area` of the image.
+
+    After ten misses the largest central one.
+    """
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):
         draw = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        area = width * height * (0.08 + 0.92 * draw[0])
+        area = width * height * (least_area + (1 - least_area) * draw[0])
         ratio = math.exp(low + (high - low) * draw[1])
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

@@ -53,6 +53,7 @@ from vtclip.data.hashing import (
     progress_bar,
 )
 from vtclip.data.images import (
+    Folder,
     ImageError,
     content_digest,
     decode,
@@ -107,7 +108,7 @@ def extract_features(
 
 
 def cached_features(
-    source: str | Path,
+    source: str | Path | Folder,
     *,
     model: str | Path | Clip = "demo",
     spatial: str | None = None,
@@ -120,7 +121,10 @@ def cached_features(
     progress: bool = True,
     follow_links: bool = False,
 ) -> tuple[FeatureSet, Report]:
-    """Features of an image folder from the cache, made first where they are missing or damaged."""
+    """Features of an image folder, or of listed files, from the cache.
+
+    They are made first where they are missing or damaged.
+    """
     job = _Job.of(source, model, spatial, augment_passes, templates, dtype, batch_size, device,
                   progress, follow_links)  # fmt: skip
     place = Path("features") / job.key[:32]
@@ -144,7 +148,7 @@ class _Job:
     @classmethod
     def of(
         cls,
-        source: str | Path,
+        source: str | Path | Folder,
         model: str | Path | Clip,
         spatial: str | None,
         augment_passes: int,
@@ -166,7 +170,10 @@ class _Job:
                     f"features: {what} must be an int of at least {low}, got {value!r}"
                 )
         lines = resolve_templates(templates)
-        folder = scan_folder(source, follow_links=follow_links)
+        if isinstance(source, Folder):
+            folder = source
+        else:
+            folder = scan_folder(source, follow_links=follow_links)
         clip = model if isinstance(model, Clip) else load_clip(model, device)
         spatial = clip.check_spatial(spatial)
         hashed = hash_all(folder, progress)
@@ -185,6 +192,8 @@ class _Job:
             "dtype": dtype if spatial is not None else None,
             "features_version": VERSION,
         }
+        if folder.prompts not in (None, folder.class_names):
+            fields["prompts"] = folder.prompts
         return cls(hashed, clip, fields, batch_size, progress)
 
     @property
@@ -263,7 +272,8 @@ class _Job:
                   for start in range(0, len(hashed.names), per_shard)]  # fmt: skip
         done = self._resume(folder)
         self._note(folder, done)  # before all else, so that a later run knows the folder as ours
-        text = clip.encode_text(fields["class_names"], fields["templates"]).cpu()
+        words = fields.get("prompts", fields["class_names"])
+        text = clip.encode_text(words, fields["templates"]).cpu()
         text_entry = _write_tensors(folder / TEXT, {"text": text})
         todo = [pair for number, pair in enumerate(ranges) if number not in done]
         rows = [row for start, stop in todo for row in range(start, stop)]

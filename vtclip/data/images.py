@@ -182,13 +182,17 @@ def _to_rgb(image: Image, path: str | Path) -> Image:
 
 @dataclass(frozen=True)
 class Folder:
-    """Image files of a folder of class folders: `names` are relative and use /, label in step."""
+    """Image files of a folder of class folders: `names` are relative and use /, label in step.
+
+    `prompts`: the words that stand for the classes in templates, where those are not the names.
+    """
 
     root: Path
     class_names: list[str]
     names: list[str]
     label: list[int]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    prompts: list[str] | None = None
 
     def path(self, name: str) -> Path:
         return self.root / name

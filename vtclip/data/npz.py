@@ -88,7 +88,7 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
     if need_spatial and index is not None:
         keep = index
     store = MemoryStore(
-        check_rows(image[keep], "image"),
+        _with_direction(path, "image", image)[keep],
         spatial if need_spatial or everywhere else None,
         projection,
     )
@@ -169,6 +169,13 @@ def _floats(path: Path, key: str, array: np.ndarray[Any, Any], dims: tuple[int, 
         raise ValueError(f"{path.name}: {error}") from None
 
 
+def _with_direction(path: Path, key: str, rows: Tensor) -> Tensor:
+    try:
+        return check_rows(rows, key)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+
+
 def _integers(path: Path, key: str, array: np.ndarray[Any, Any]) -> Tensor:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(
@@ -198,7 +205,7 @@ def class_texts(
             raise ValueError(
                 f"{path.name}: prompt {prompt!r} cannot be chosen, text is for one prompt"
             )
-        return functional.normalize(check_rows(text, "text"), dim=-1), names
+        return functional.normalize(_with_direction(path, "text", text), dim=-1), names
     if names and len(names) != len(text):
         raise ValueError(
             f"{path.name}: prompt must name the {len(text)} rows of text, got {len(names)} names"
@@ -213,8 +220,8 @@ def class_texts(
         chosen = [names.index(prompt)]
     else:
         chosen = [m for m in range(len(text)) if not names or names[m] != AVERAGE]
-    rows = functional.normalize(check_rows(text[chosen], "text"), dim=-1)  # [m, K, C]
-    mean = check_rows(rows.mean(dim=0), "mean text")
+    rows = functional.normalize(_with_direction(path, "text", text[chosen]), dim=-1)  # [m, K, C]
+    mean = _with_direction(path, "mean text", rows.mean(dim=0))
     return functional.normalize(mean, dim=-1), [names[m] for m in chosen] if names else []
 
 

@@ -28,6 +28,8 @@ __all__ = [
     "digest_of",
 ]
 
+MIN_LENGTH = 1e-12  # below it torch's normalize no longer gives rows of length 1
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -99,7 +101,8 @@ class Records:
     """Rows of features with their labels, names and class texts.
 
     `text` rows have norm 1. `info` is JSON-able and says where everything came from; its "digests"
-    name the content of images, texts and weights.
+    name the content of images, texts and weights. `roles` [N], where the source itself says which
+    rows train (0), validate (1) and test (2), is what every split of these rows follows.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Records:
         logit_scale: float = 100.0,
         info: dict[str, Any] | None = None,
         row: Tensor | None = None,
+        roles: Tensor | None = None,
     ) -> None:
         self.class_names = check_class_names(class_names)
         self.text = functional.normalize(check_rows(text, "text").float(), dim=-1)
@@ -138,6 +142,9 @@ class Records:
             )
         self.label = self.label.long()
         self._row = torch.arange(len(self.label)) if row is None else row
+        self.roles = roles
+        if roles is not None and roles.shape != self.label.shape:
+            raise ValueError(f"records: roles must be [{len(self.label)}], got {list(roles.shape)}")
         if len(self.names) != len(self.label) or len(self._row) != len(self.label):
             raise ValueError(
                 f"records: {len(self.label)} labels need as many names and rows, got "
@@ -231,6 +238,7 @@ class Records:
             logit_scale=self.logit_scale,
             info=self.info,
             row=self._row[index],
+            roles=None if self.roles is None else self.roles[index],
         )
 
     def subset_classes(self, classes: Sequence[int]) -> Records:
@@ -255,6 +263,7 @@ class Records:
             logit_scale=self.logit_scale,
             info={**self.info, "digests": digests},
             row=self._row[index],
+            roles=None if self.roles is None else self.roles[index],
         )
 
     def _checked(self, index: Tensor) -> Tensor:
@@ -321,15 +330,16 @@ def check_finite(rows: Tensor, what: str) -> Tensor:
 
 
 def check_rows(rows: Tensor, what: str) -> Tensor:
-    """Finite rows without a zero row, which has no direction."""
+    """Finite rows [N, ..., C] with a direction: length above 0 and not infinite in float32."""
     check_finite(rows, what)
-    zero = (rows == 0).all(dim=-1)
-    bad = zero.reshape(len(rows), -1).any(dim=1).nonzero().flatten().tolist() if len(rows) else []
-    if bad:
-        raise ValueError(
-            f"records: {what} must hold no zero rows, got {len(bad)}: "
-            f"{', '.join(map(str, bad[:5]))}"
-        )
+    length = rows.float().norm(dim=-1).reshape(len(rows), -1) if len(rows) else rows.new_ones(0, 1)
+    for fault, wrong in (("zero rows", length < MIN_LENGTH), ("overlong rows", length.isinf())):
+        bad = wrong.any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"records: {what} must hold no {fault}, got {len(bad)}: "
+                f"{', '.join(map(str, bad[:5]))}"
+            )
     return rows
 
 

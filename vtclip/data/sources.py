@@ -6,11 +6,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from vtclip.data.npz import open_npz
 from vtclip.data.records import Records
+from vtclip.data.sets import SetSource
+
+if TYPE_CHECKING:
+    from vtclip.clip import Clip
 
 __all__ = ["open_source", "source_kind"]
 
@@ -32,14 +37,16 @@ def source_kind(source: str | Path) -> str:
 
 
 def open_source(
-    source: str | Path,
+    source: str | Path | SetSource,
     *,
-    model: str | Path = "demo",
+    model: str | Path | Clip = "demo",
     spatial: str | None = None,
     prompt: str | None = None,
     templates: str | Sequence[str] | None = None,
     augment_passes: int = 0,
     need_spatial: bool = False,
+    shots: int = 0,
+    seed: int = 1,
     cache_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -49,8 +56,25 @@ def open_source(
     An image folder (class_name/*.jpg) goes through `model` into the feature cache first; `spatial`
     names the spatial option and `need_spatial` alone takes the model's default. Features that
     exist already (a FeatureSet folder, an .npz file) bring their own model: what was asked for and
-    cannot be had from them is an error. `prompt` chooses one prompt of an .npz file.
+    cannot be had from them is an error. `prompt` chooses one prompt of an .npz file. `shots` and
+    `seed` draw the images of a data set (vtclip.data.sets); other sources are split later.
     """
+    if isinstance(source, SetSource):
+        from vtclip.data.sets.features import open_set
+
+        source.refuse(prompt=prompt)
+        return open_set(
+            source,
+            shots=shots,
+            seed=seed,
+            model=model,
+            spatial=spatial or ("default" if need_spatial else None),
+            templates=templates,
+            augment_passes=augment_passes,
+            cache_dir=cache_dir,
+            device=device,
+            progress=progress,
+        )
     kind = source_kind(source)
     path = Path(source).expanduser()
     if kind == "npz":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_SEED", "MAX_VAL", "Split", "few_shot_split"]
+__all__ = ["MAX_SEED", "MAX_VAL", "Split", "few_shot_split", "split_by_roles"]
 
 MAX_SEED = 2**32 - 1
 MAX_VAL = 4
@@ -82,6 +82,17 @@ def few_shot_split(
             f"beside the test share of {test_fraction:g}, but class "
             f"{', class '.join(short[:3])}{more}"
         )
+    return _split(roles, label, names)
+
+
+def split_by_roles(label: Tensor, names: Sequence[str], roles: Tensor) -> Split:
+    """The split that a source brings: roles [N] hold 0 (train), 1 (validation) and 2 (test)."""
+    found = {role: (roles == number).nonzero().flatten().tolist()
+             for number, role in enumerate(("train", "val", "test"))}  # fmt: skip
+    return _split(found, label, names)
+
+
+def _split(roles: dict[str, list[int]], label: Tensor, names: Sequence[str]) -> Split:
     total = hashlib.sha256()
     for role, rows in roles.items():
         lines = sorted(f"{role}\0{int(label[row])}\0".encode() + _bytes(names[row]) for row in rows)

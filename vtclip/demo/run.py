@@ -49,7 +49,7 @@ OVERRIDES: dict[str, Any] = {
     "lr": 2e-3,
     "weight_decay": 5e-4,
     "warmup": "linear",
-    "head": {"init": "aligned"},
+    "head": {"init": "aligned", "unit_spatial": False},
 }
 
 

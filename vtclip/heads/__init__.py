@@ -3,9 +3,10 @@
 
 from torch import nn
 
+from vtclip.heads.rada import RAda
 from vtclip.heads.vtclip import VTCLIP
 from vtclip.heads.zeroshot import ZeroShot
 
-HEADS: dict[str, type[nn.Module]] = {head.method: head for head in (VTCLIP, ZeroShot)}
+HEADS: dict[str, type[nn.Module]] = {head.method: head for head in (VTCLIP, RAda, ZeroShot)}
 
-__all__ = ["HEADS", "VTCLIP", "ZeroShot"]
+__all__ = ["HEADS", "RAda", "VTCLIP", "ZeroShot"]

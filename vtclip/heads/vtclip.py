@@ -17,6 +17,7 @@ self-attention. Sharing is exact without dropout and in evaluation, hence there 
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,13 @@ class VTCLIP(nn.Module):
         query = queries(layer, target)[1]
         key, _ = keys_values(layer, tokens)
         return ops.cross_attn_weights(query, key, key_mask=spatial_mask).mean(1)
+
+    def with_text(self, text: Tensor) -> "VTCLIP":
+        """A head of the same parameters, copied, over other classes [K', C]."""
+        options: dict[str, Any] = self.options()
+        head = VTCLIP(text.to(self.text), **options)
+        head.load_state_dict({**self.state_dict(), "text": head.text})
+        return head
 
     def load_decoder_layer(self, layer: nn.TransformerDecoderLayer) -> None:
         """Copy one layer's parameters.

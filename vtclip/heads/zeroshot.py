@@ -38,3 +38,7 @@ class ZeroShot(nn.Module):
         """image [B, C] -> logits [B, K]."""
         check_image("ZeroShot", image, self.text)
         return ops.cosine_logits(image, self.text, scale=self.logit_scale)
+
+    def with_text(self, text: Tensor) -> "ZeroShot":
+        """The same decision over other classes [K', C]."""
+        return ZeroShot(text.to(self.text), logit_scale=self.logit_scale)

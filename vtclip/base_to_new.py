@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base-to-new: a head trained on the first half of the classes names the other half as well.
+
+The first ceil(n / 2) classes by label are base, the others new. Shots and validation images are of
+base classes only. Base test images are told apart among the base classes, new ones among the new
+classes, with the same parameters over the texts of the new classes. What trades one for the other
+shows in the harmonic mean of the two accuracies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import engine, metrics
+from .adapter import Adapter
+from .choices import pick
+from .config import FitConfig
+from .data.records import Records
+from .data.sets import SetSource
+from .heads import HEADS
+from .recipes import RECIPES
+from .result import named_classes, unreadable
+from .settings import split_rows, test_rows
+
+PARTS = ("base", "new")
+
+
+def check_method(method: str) -> None:
+    """Refuse a method whose parameters belong to its classes."""
+    able = [name for name, head in HEADS.items() if hasattr(head, "with_text")]
+    if method not in able:
+        raise ValueError(
+            f"base_to_new: method must be one of {', '.join(able)}, whose parameters do not "
+            f"depend on the classes, got {method!r}"
+        )
+
+
+def halves(records: Records) -> tuple[Records, Records]:
+    """The records of the base classes and those of the new classes."""
+    K = len(records.class_names)
+    if K < 2:
+        raise ValueError(f"base_to_new: the source must have at least 2 classes, got {K}")
+    middle = (K + 1) // 2
+    return records.subset_classes(range(middle)), records.subset_classes(range(middle, K))
+
+
+def held_out(records: Records, seed: int, test_fraction: float) -> tuple[Tensor, str]:
+    """The test rows of classes that are never trained on, and the digest of that split."""
+    split = split_rows(records, FitConfig(epochs=0), 0, seed, test_fraction)
+    return split.test, split.digest
+
+
+def with_new(
+    base: Mapping[str, Any],
+    heads: Mapping[str, nn.Module],
+    records: Records,
+    seed: int,
+    test_fraction: float,
+    device: torch.device,
+) -> dict[str, Any]:
+    """`base`, `new` and `harmonic_mean`, each with zero_shot and adapted.
+
+    records: those of the new classes; each of `heads` names their test images by their texts. The
+    temperature is the one fitted on base images: there are no others to fit it on.
+    """
+    index, digest = held_out(records, seed, test_fraction)
+    new: dict[str, Any] = {}
+    for name, head in heads.items():
+        values = engine.evaluate(
+            head.with_text(records.text),  # type: ignore[operator]
+            records,
+            index,
+            device=device,
+            temperature=base[name]["temperature"],
+        )
+        new[name] = named_classes(dict(values), records.class_names)
+    mean = {name: harmonic_mean(base[name]["accuracy"], new[name]["accuracy"]) for name in heads}
+    new |= {"classes": records.class_names, "split": digest}
+    return {"base": dict(base), "new": new, "harmonic_mean": mean}
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def evaluate_again(
+    adapter: Adapter,
+    result: Mapping[str, Any],
+    records: Records,
+    source: Path | SetSource,
+    *,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Metrics of a finished run on a source that has all of its new classes or none.
+
+    On the images of the run only its test rows count. `harmonic_mean` needs both kinds of classes.
+    """
+    same = records.info.get("digests", {}).get("images") == result["digests"].get("images")
+    if not same and str(source.resolve()) == result["config"]["source"]:
+        raise ValueError(f"{source}: its images have changed since the run was fitted")
+    known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
+    every = known["base"] + known["new"]
+    have = [pick("class", name, every) for name in records.class_names]
+    found: dict[str, Any] = {"method": result["method"], "source": source.name}
+    images = 0
+    for part in PARTS:
+        keep = [i for i, name in enumerate(have) if name in known[part]]
+        if not keep:
+            continue
+        own, head = records.subset_classes(keep), adapter.head
+        if part == "new":
+            head = head.with_text(texts_of(own, known[part]))  # type: ignore[operator]
+        index = rows_of_run(own, part, result, source) if same else test_rows(own)
+        to_run = torch.tensor([known[part].index(name) for name in own.class_names])
+        logits, label = engine.all_logits(head, own, index, device=device)
+        values = metrics.report(logits, to_run[label], adapter.temperature)
+        found[part] = named_classes(values, known[part])
+        images += len(index)
+    if all(part in found for part in PARTS):
+        found["harmonic_mean"] = harmonic_mean(*(found[part]["accuracy"] for part in PARTS))
+    return {**found, "test": {"images": images, "unreadable": unreadable(records)}}
+
+
+def texts_of(records: Records, class_names: list[str]) -> Tensor:
+    """The records' class texts in the order of `class_names`."""
+    missing = [name for name in class_names if name not in records.class_names]
+    if missing:
+        raise ValueError(
+            f"base_to_new: the source must have all new classes or none, {missing[0]!r} is missing"
+        )
+    return records.text[[records.class_names.index(name) for name in class_names]]
+
+
+def rows_of_run(
+    records: Records, part: str, result: Mapping[str, Any], source: Path | SetSource
+) -> Tensor:
+    """The test rows of the base or of the new classes, as the run had them."""
+    seed, fraction = result["seed"], result["config"]["test_fraction"]
+    if part == "new":
+        index, digest = held_out(records, seed, fraction)
+        wanted = result["new"]["split"]
+    else:
+        recipe = RECIPES[result["method"]](result["shots"])
+        split = split_rows(records, recipe, result["shots"], seed, fraction)
+        index, digest, wanted = split.test, split.digest, result["split"]
+    if digest != wanted:
+        raise ValueError(f"{source}: its split differs from the one the run was fitted with")
+    return index

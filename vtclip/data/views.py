@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many views of one image: the model's own crop, then random crops and flips.
+
+View 0 is the evaluation transform (resize, centre crop). View v >= 1 is a random resized crop
+(area 0.08-1, ratio 3/4-4/3) with a flip in half of the cases, drawn from a generator seeded by
+(seed, name, v) alone: neither the other images nor the number of views change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vtclip.data.hashing import ahead, decode_pool
+from vtclip.data.images import open_image
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vtclip.clip import Clip
+
+__all__ = ["folder_views", "image_views", "view_generator"]
+
+
+def view_generator(seed: int, name: str, view: int) -> torch.Generator:
+    """The generator of one view of the image called `name`."""
+    key = b"\0".join((b"view", str(seed).encode(), name.encode("utf-8", "surrogateescape")))
+    digest = hashlib.sha256(key + b"\0" + str(view).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def image_views(clip: Clip, image: Image, count: int, *, seed: int, name: str) -> Tensor:
+    """`count` views of an RGB image -> [count, 3, H, W] float32, the original one first."""
+    if count < 1:
+        raise ValueError(f"views must be at least 1, got {count}")
+    drawn = (clip.augment(image, view_generator(seed, name, view)) for view in range(1, count))
+    return torch.stack([clip.preprocess(image), *drawn])
+
+
+def folder_views(
+    clip: Clip, root: str | Path, names: Sequence[str], count: int, *, seed: int
+) -> Iterator[Tensor]:
+    """The views of root/name for every name, in that order, decoded ahead in threads."""
+
+    def load(name: str) -> Tensor:
+        return image_views(clip, open_image(Path(root) / name), count, seed=seed, name=name)
+
+    with decode_pool() as pool:
+        yield from ahead(pool, load, names, pool._max_workers)

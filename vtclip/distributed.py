@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process, or several that torchrun started: who is first, sums over all, and no hanging.
+
+Two limits of time. A sum over all processes fails after `STEP_TIMEOUT`: there each waits for the
+others' step only. What the first process does alone (features, saving, validation) may take up to
+`WORK_TIMEOUT`, and the others wait for its note in the store, so that they learn of its failure at
+once. A process that raises closes its connections, which ends the others' sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from .checkpoint import StopSignal
+
+STEP_TIMEOUT = timedelta(minutes=5)
+WORK_TIMEOUT = timedelta(hours=6)
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+DONE = "done"
+Result = TypeVar("Result")
+
+
+class PeerFailed(ConnectionError):
+    """Another process failed, stalled or differs, so this one cannot go on."""
+
+
+def is_first() -> bool:
+    """Whether this process is the only one or the first of several."""
+    return int(os.environ.get("RANK", "0")) == 0 or num_processes() == 1
+
+
+def num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class World:
+    """The processes of one run; alone (size 1) every method is the plain thing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
+        self.rank, self.size, self._store = rank, size, store
+        self._notes = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This process's part of a batch, contiguous, of equal sizes up to one row."""
+        count = len(rows)
+        return rows[self.rank * count // self.size : (self.rank + 1) * count // self.size]
+
+    def padded_share(self, count: int) -> Tensor:
+        """This process's part of `count` indices; the last index fills the parts up to one size."""
+        part = -(-count // self.size)
+        return torch.arange(self.rank * part, (self.rank + 1) * part).clamp(max=count - 1)
+
+    def gather(self, rows: Tensor, count: int) -> Tensor:
+        """The rows [count, D] of all, from each one's `padded_share`, with their gradient."""
+        if self.size == 1:
+            return rows
+        gathered: Tensor = _Gather.apply(rows, self)
+        return gathered[:count]
+
+    def sum(self, values: list[float], device: torch.device) -> list[float]:
+        """The sums over all processes, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def by_first(self, work: Callable[[], Result]) -> Result | None:
+        """`work` in the first process, while the others wait for it and get None."""
+        if self.size == 1:
+            return work()
+        self._notes += 1
+        key = f"note {self._notes}"
+        if self.first:
+            try:
+                result = work()
+            except BaseException as error:
+                self._store.set(key, f"{type(error).__name__}: {error}")
+                raise
+            self._store.set(key, DONE)
+            return result
+        self._store.wait([key], WORK_TIMEOUT)
+        note = self._store.get(key).decode()
+        if note != DONE:
+            raise PeerFailed(f"rank {self.rank}: stopped, because rank 0 failed: {note}")
+        return None
+
+    def by_each(self, work: Callable[[], Result]) -> Result:
+        """`work` in the first process and then, with its files in place, in the others."""
+        result = self.by_first(work)
+        return work() if result is None else result
+
+    def check_same(self, what: str, digest: str) -> None:
+        """Refuse to go on where the processes do not agree, e.g. on the images they found."""
+        if self.size == 1:
+            return
+        self._store.set(f"{what} {self.rank}", digest)
+        for rank in range(self.size):
+            self._store.wait([f"{what} {rank}"], STEP_TIMEOUT)
+            found = self._store.get(f"{what} {rank}").decode()
+            if found != digest:
+                raise PeerFailed(
+                    f"rank {self.rank} has {what} {digest[:12]}, rank {rank} has {found[:12]}"
+                )
+
+    def stop_signal(self) -> StopSignal:
+        return StopSignal() if self.size == 1 else _PatientStop()
+
+
+class _Gather(torch.autograd.Function):
+    """Rows [n, D] of each process to [size * n, D] in all of them.
+
+    Every process's loss depends on every row, so a row's gradient is the sum over the processes;
+    DistributedDataParallel then averages what follows from it, as from a loss of one process.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        parts = [torch.empty_like(rows) for _ in range(world.size)]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        part = len(total) // ctx.world.size
+        return total[ctx.world.rank * part : (ctx.world.rank + 1) * part], None
+
+
+class _PatientStop(StopSignal):
+    """Ctrl-C reaches each process twice, from the terminal and from torchrun: both only note it."""
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        self.received = self.received or signum
+
+
+def device_of_rank(device: torch.device, named: bool) -> torch.device:
+    """`device`, but cuda:LOCAL_RANK for several processes; `named`: the user gave an index."""
+    if num_processes() == 1 or device.type != "cuda":
+        return device
+    if named:
+        raise ValueError(f"device {device}: several processes take one GPU each, say cuda")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise ValueError(
+            f"LOCAL_RANK is {local}, this torch sees {torch.cuda.device_count()} GPUs; "
+            "start fewer processes, or say device cpu"
+        )
+    return torch.device("cuda", local)
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The world of this process, left again at the end; errors of a peer become PeerFailed."""
+    if num_processes() == 1:
+        yield World()
+        return
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {num_processes()} but {', '.join(missing)} is not set; "
+            "start the processes with torchrun"
+        )
+    rank = int(os.environ["RANK"])
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=STEP_TIMEOUT))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=STEP_TIMEOUT,
+        )
+        yield World(rank, size, PrefixStore("vtclip", store))
+    except RuntimeError as error:
+        if not _of_a_peer(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise PeerFailed(
+            f"rank {rank}: another process failed or stalled, see its message ({reason})"
+        ) from None
+    finally:
+        if dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def _of_a_peer(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    words = ("gloo", "nccl", "connection", "socket", "peer", "timed out", "timeout")
+    return any(word in text for word in words)

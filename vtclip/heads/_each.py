@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A head with parameters of its own for every image: [N, ...] stacks, batched products.
+
+A kernel takes any batch, so the attention and the mask run on N * m views at once; only the
+projections differ between images, and become one `torch.baddbmm` per matrix.
+"""
+
+from typing import TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtclip import ops
+from vtclip.heads.rada import RAda
+
+# per view and class: tensors of width D that forward keeps and backward makes
+ROWS_KEPT = 14
+# of every stacked parameter: itself, its gradient, AdamW's two moments
+COPIES = 4
+
+
+def has_each(head: nn.Module) -> TypeGuard[RAda]:
+    """Whether `Each` can take this head; adapters would make the texts differ between images."""
+    return isinstance(head, RAda) and not head.adapters
+
+
+def bytes_each(head: RAda, views: int) -> int:
+    """About what one image needs for one step on `views` views."""
+    K, D = head.text.shape
+    numbers = COPIES * sum(p.numel() for p in head.parameters()) + ROWS_KEPT * views * K * D
+    return numbers * head.text.element_size()
+
+
+class Each:
+    """RAda for N images: image [N, m, D], m views of each -> logits [N, m, K].
+
+    `own` holds the stacks [N, ...] of the trainable parameters, copies of the head's; `shared`
+    the rest as they are. While out.weight is 0 no gradient passes it: the first step's gradient
+    of every other parameter but out's is exactly 0. With first_step_only those are not stacked,
+    and nothing of them is kept for a backward; weight decay must be told by `decay`.
+    """
+
+    def __init__(self, head: RAda, images: int, *, first_step_only: bool = False) -> None:
+        self.head = head
+        self.num_images = images
+        still = first_step_only and not bool(head.out.weight.any())  # type: ignore[operator, union-attr]
+        self.own: dict[str, Tensor] = {}
+        self.shared: dict[str, Tensor] = {}
+        self._resting: list[str] = []
+        for name, parameter in head.named_parameters():
+            value = parameter.detach()
+            if parameter.requires_grad and not (still and not name.startswith("out.")):
+                stack = value.expand(images, *value.shape).clone()
+                self.own[name] = stack.requires_grad_()
+                continue
+            self.shared[name] = value
+            if parameter.requires_grad:
+                self._resting.append(name)
+
+    def decay(self, factor: float) -> None:
+        """Multiply the trainable parameters that are not stacked, as AdamW does at gradient 0."""
+        for name in self._resting:
+            self.shared[name] = self.shared[name] * factor
+
+    def __call__(self, image: Tensor) -> Tensor:
+        head, (N, m) = self.head, image.shape[:2]
+        K, D = head.text.shape
+        v, t = F.normalize(image, dim=-1), F.normalize(head.text, dim=-1)
+        root = head.logit_scale**0.5
+        X = ((head.logit_scale * v)[:, :, None] * t).view(N, m * K, D)
+        queries: list[Tensor | None] = [None, None, None]
+        if "image" in head.queries:
+            queries[0] = self._heads(self._project("image_query", root * v), 1)
+        if "text" in head.queries:
+            query = self._project("text_query", (root * t)[None])  # [N|1, K, D]
+            if len(query) == N > 1 or m == 1:
+                query = query[:, None].expand(-1, m, -1, -1).flatten(1, 2)
+            queries[1] = self._heads(query, K)
+        if "pair" in head.queries:
+            queries[2] = self._heads(self._project("pair_query", X), K)
+        key, value = (self._heads(self._project(name, X), K) for name in ("key", "value"))
+        context = ops.rational_attn(
+            queries[0], queries[1], queries[2], key, value, temperature=head.temperature
+        )
+        rows = context.transpose(1, 2).reshape(N, m * K, D)  # heads are inner in memory: a view
+        mask = self._project("out", rows).view(N * m, K, D)
+        logits = ops.rational_logits(v.flatten(0, 1), t, mask, scale=head.logit_scale)
+        return logits.view(N, m, K) + head.logit_bias
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        """x [N|1, rows, D] -> [N, rows, D], or [1, rows, D] where x and parameters are shared."""
+        weight, bias = self._get(f"{name}.weight"), self._get(f"{name}.bias")
+        if weight.ndim == bias.ndim + 1 == 2:
+            return F.linear(x, weight, bias)
+        N = self.num_images
+        weight, bias = weight.expand(N, -1, -1), bias.expand(N, -1)
+        return torch.baddbmm(bias[:, None], x.expand(N, -1, -1), weight.mT)
+
+    def _get(self, name: str) -> Tensor:
+        return self.own[name] if name in self.own else self.shared[name]
+
+    def _heads(self, x: Tensor, rows: int) -> Tensor:
+        """[n, m * rows, D] -> [n * m, H, rows, d], a view."""
+        split = x.reshape(-1, rows, self.head.num_heads, x.shape[-1] // self.head.num_heads)
+        return split.transpose(1, 2)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces of one training step: its rows, its order, its loss, its optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import FitConfig
+
+if TYPE_CHECKING:
+    from .data.records import Batch, Records
+
+
+class TrainingRows:
+    """The rows of `records` that training may see; any other row is an IndexError."""
+
+    def __init__(self, records: Records, *indices: Tensor) -> None:
+        self.num_passes = records.num_passes
+        self._batch = records.batch
+        self._allowed = torch.zeros(len(records), dtype=torch.bool)
+        for index in indices:
+            self._allowed[index] = True
+
+    def batch(self, index: Tensor, augment_pass: int = 0) -> Batch:
+        outside = index[~self._allowed[index]]
+        if len(outside):
+            raise IndexError(f"row {int(outside[0])} is neither a training nor a validation row")
+        return self._batch(index, augment_pass)
+
+
+def shuffled(index: Tensor, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch, a function of seed and epoch alone: resuming needs no state."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return index[torch.randperm(len(index), generator=generator)]
+
+
+def compute_logits(head: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Logits [B, K] of one batch, which is moved to `device` first."""
+    image = batch.image.to(device)
+    if not head.needs_spatial:
+        return head(image)  # type: ignore[no-any-return]
+    mask = None if batch.spatial_mask is None else batch.spatial_mask.to(device)
+    spatial = None if batch.spatial is None else batch.spatial.to(device)
+    return head(image, spatial, mask)  # type: ignore[no-any-return]
+
+
+def training_loss(head: nn.Module, batch: Batch, config: FitConfig, device: torch.device) -> Tensor:
+    """Cross-entropy with smoothed labels, + penalty_weight * mean penalty where that is above 0.
+
+    Only heads with `forward_with_penalty` have a penalty. The weight 0 leaves it uncomputed.
+    """
+    label = batch.label.to(device)
+    if not config.penalty_weight:
+        logits = compute_logits(head, batch, device).float()
+        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
+    seen = head.forward_with_penalty(batch.image.to(device))  # type: ignore[operator]
+    loss = F.cross_entropy(seen.logits.float(), label, label_smoothing=config.label_smoothing)
+    penalty: Tensor = seen.penalty.mean()
+    return loss + config.penalty_weight * penalty
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+def put_back(parameters: list[nn.Parameter], good: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, kept in zip(parameters, good, strict=True):
+            parameter.copy_(kept)
