@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import baselines
+import rada_baselines
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class Work:
     providers: dict[str, Provider]
     oracle: Callable[[], Tensor]
     parameters: dict[str, list[Tensor]] = field(default_factory=dict)
+    forward_only: tuple[str, ...] = ()  # providers that torch cannot differentiate
 
     def wanted(self, provider: str) -> list[Tensor]:
         """What forward+backward differentiates for this provider."""
@@ -128,6 +130,104 @@ def vtclip_head(device: str, dtype: torch.dtype, B: int, K: int, C: int, L: int,
     return Work([image, spatial], dict(modules), oracle, parameters)
 
 
+def rational_attn(device: str, dtype: torch.dtype, B: int, K: int, H: int, d: int) -> Work:
+    # memory [B, K, H, d], as a projection leaves it
+    leaves = [
+        torch.randn(shape, device=device).to(dtype).transpose(1, 2).requires_grad_()
+        for shape in ((B, 1, H, d), (1, K, H, d), (B, K, H, d), (B, K, H, d), (B, K, H, d))
+    ]
+    providers: dict[str, Provider] = {
+        "vtclip": ops.rational_attn,
+        "released: three repeated maps": rada_baselines.attention_released,
+        "shared and reduced in plain torch": rada_baselines.attention_reduced,
+    }
+    forward_only: tuple[str, ...] = ()
+    if device == "cpu":
+        forward_only = ("sdpa re-weighted by its log-sum-exp",)
+        providers[forward_only[0]] = rada_baselines.attention_sdpa_lse
+    else:
+        flex = torch.compile(rada_baselines.attention_flex_lse)
+        providers["FlexAttention re-weighted by its log-sum-exp, compiled"] = flex
+    return Work(
+        leaves,
+        providers,
+        lambda: ops.rational_attn(*(leaf.double() for leaf in leaves), impl="reference"),
+        forward_only=forward_only,
+    )
+
+
+def rational_logits(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
+    leaves = [
+        torch.randn(shape, device=device).to(dtype).requires_grad_()
+        for shape in ((B, D), (K, D), (B, K, D))
+    ]
+    return Work(
+        leaves,
+        {
+            "vtclip": lambda *t: ops.rational_logits(*t, scale=100.0),
+            "relu, multiply, sum": lambda *t: rada_baselines.masked_logits(*t, 100.0),
+        },
+        lambda: ops.rational_logits(
+            *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
+        ),
+    )
+
+
+def rational_head(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
+    unit = D**-0.5
+    shapes = (((B, K, D), 1.0), ((D, D), unit), ((D,), 0.1), ((B, D), unit), ((K, D), unit))
+    leaves = [
+        (size * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+        for shape, size in shapes
+    ]
+
+    def with_penalty(*tensors: Tensor, impl: ops.Impl | None = None) -> Tensor:
+        logits, penalty = ops.rational_head(*tensors, scale=100.0, penalty="mse", impl=impl)
+        return logits + penalty[:, None]
+
+    work = Work(
+        leaves,
+        {
+            "vtclip": with_penalty,
+            "linear, relu, multiply, sum": lambda *t: rada_baselines.masked_head(*t, 100.0),
+        },
+        lambda: with_penalty(*(leaf.double() for leaf in leaves), impl="reference"),
+    )
+    # the features are frozen: parameters and what lies before them need gradients
+    work.parameters = dict.fromkeys(work.providers, leaves[:3])
+    return work
+
+
+def rada_head(device: str, dtype: torch.dtype, B: int, K: int, D: int, H: int) -> Work:
+    torch.manual_seed(0)
+    image, text = (
+        torch.nn.functional.normalize(torch.randn(rows, D, device=device), dim=-1).to(dtype)
+        for rows in (B, K)
+    )
+    released = rada_baselines.ReleasedRAda(text, H, 100.0).to(device=device, dtype=dtype)
+    reduced = rada_baselines.ReducedRAda(text, H, 100.0).to(device=device, dtype=dtype)
+    reduced.load_state_dict(released.state_dict())
+
+    def oracle() -> Tensor:
+        wide = rada_baselines.ReleasedRAda(text.double(), H, 100.0).to(device).double()
+        wide.load_state_dict(released.state_dict())
+        out: Tensor = wide(image.double())
+        return out
+
+    modules: dict[str, nn.Module] = {
+        "vtclip": rada_baselines.OurRAda(released),
+        "released layer": released,
+        "shared and reduced in plain torch": reduced,
+    }
+    parameters = {
+        name: [p for p in module.parameters() if p.requires_grad]
+        for name, module in modules.items()
+    }
+    return Work([image], dict(modules), oracle, parameters)
+
+
+RADA = {"B": 32, "K": 50}
+MANY_CLASSES = {"B": 8, "K": 500}
 ATTENTION = {"B": 32, "H": 8, "K": 100, "L": 49, "d": 128}
 CASES = (
     Case("cross_attn", ATTENTION, cross_attn, compiled=("naive",)),
@@ -142,5 +242,15 @@ CASES = (
         {"B": 32, "K": 100, "C": 1024, "L": 49, "F": 2048},
         vtclip_head,
         compiled=("nn.TransformerDecoderLayer", "shared in plain torch"),
+    ),
+    *(
+        case
+        for sizes in (RADA, MANY_CLASSES)
+        for case in (
+            Case("rational_attn", {**sizes, "H": 8, "d": 64}, rational_attn),
+            Case("rational_logits", {**sizes, "D": 512}, rational_logits),
+            Case("rational_head", {**sizes, "D": 512}, rational_head),
+            Case("RAda", {**sizes, "D": 512, "H": 8}, rada_head, compiled=("released layer",)),
+        )
     ),
 )
