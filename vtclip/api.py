@@ -25,6 +25,7 @@ from .data.sets import SetSource, as_source
 from .data.sources import open_source
 from .encoders import load_encoders
 from .files import only_writer, to_json
+from .fitting import fit_head
 from .heads import HEADS
 from .recipes import RECIPES
 from .result import (
@@ -47,6 +48,7 @@ from .settings import (
     recipe_config,
     set_threads,
     split_rows,
+    takes_images,
     test_rows,
     usual_shots,
 )
@@ -167,7 +169,7 @@ def fit(
         records = opened()
         base = halves(records)[0] if base_to_new else records
         shots = usual_shots(base, test_fraction)
-    config = recipe_config(method, shots, overrides)
+    config, learns = recipe_config(method, shots, overrides), takes_images(method)
     name = f"{method}-base-to-new" if base_to_new else method
     folder = run_folder(out, source, name, shots, seed)
     check_out(folder, source, overwrite=overwrite, resume=resume)
@@ -191,38 +193,33 @@ def fit(
         new_records = None
         if base_to_new:
             records, new_records = halves(records)
-        split = split_rows(records, config, shots, seed, test_fraction)
-        torch.manual_seed(seed)
-        head = build_head(method, records, config, where)
+        split = split_rows(records, learns, shots, seed, test_fraction)
         zero_shot = build_head("zeroshot", records, RECIPES["zeroshot"](0), where)
         rows = engine.TrainingRows(records, split.train, split.val)
-        if config.epochs:
-            identity = {
-                "method": method,
-                "shots": shots,
-                "seed": seed,
-                "config": options["fit"],
-                "head": head.options(),  # type: ignore[operator]
-                "split": split.digest,
-                "digests": records.info.get("digests", {}),
-                "classes": records.class_names,
-            }
-            checkpoint = Checkpoint(folder / CHECKPOINT, identity)
-            go_on = resume and checkpoint.path.is_file()
-            with watch.stage("train"), line_log(folder / LOG, append=go_on) as log:
-                engine.fit(
-                    head,
-                    rows,
-                    split.train,
-                    split.val,
-                    config,
-                    device=where,
-                    seed=seed,
-                    log=log,
-                    checkpoint=checkpoint,
-                    resume=go_on,
-                    progress=progress,
-                )
+        identity = {
+            "method": method,
+            "shots": shots,
+            "seed": seed,
+            "config": options["fit"],
+            "split": split.digest,
+            "digests": records.info.get("digests", {}),
+            "classes": records.class_names,
+        }
+        checkpoint = Checkpoint(folder / CHECKPOINT, identity)
+        go_on = resume and checkpoint.path.is_file()
+        with watch.stage("train"), line_log(folder / LOG, append=go_on) as log:
+            head = fit_head(
+                method,
+                records,
+                split,
+                config,
+                device=where,
+                seed=seed,
+                log=log,
+                checkpoint=checkpoint,
+                resume=go_on,
+                progress=progress,
+            )
         with watch.stage("evaluate"):
             values = {}
             for name, one in ("zero_shot", zero_shot), ("adapted", head):
@@ -242,7 +239,7 @@ def fit(
         result = {
             "method": method,
             "source": source.name,
-            "shots": shots if config.epochs or len(split.val) else 0,
+            "shots": shots if learns or len(split.val) else 0,
             "seed": seed,
             **values,
             "accuracy": values["adapted"]["accuracy"],
@@ -321,9 +318,8 @@ def evaluate(
     if options.get("base_to_new"):
         return evaluate_again(adapter, run.result, records, opened, device=where)
     if records.info.get("digests", {}).get("images") == run.result["digests"].get("images"):
-        config = RECIPES[run.result["method"]](run.result["shots"])
-        fraction = options["test_fraction"]
-        split = split_rows(records, config, run.result["shots"], run.result["seed"], fraction)
+        learns, fraction = takes_images(run.result["method"]), options["test_fraction"]
+        split = split_rows(records, learns, run.result["shots"], run.result["seed"], fraction)
         if split.digest != run.result["split"]:
             raise ValueError(f"{opened}: its split differs from the one the run was fitted with")
         index = split.test

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 from . import engine, metrics
 from .adapter import Adapter
 from .choices import pick
-from .config import FitConfig
 from .data.records import Records
 from .data.sets import SetSource
 from .heads import HEADS
-from .recipes import RECIPES
 from .result import named_classes, unreadable
-from .settings import split_rows, test_rows
+from .settings import split_rows, takes_images, test_rows
 
 PARTS = ("base", "new")
 
@@ -51,7 +49,7 @@ def halves(records: Records) -> tuple[Records, Records]:
 
 def held_out(records: Records, seed: int, test_fraction: float) -> tuple[Tensor, str]:
     """The test rows of classes that are never trained on, and the digest of that split."""
-    split = split_rows(records, FitConfig(epochs=0), 0, seed, test_fraction)
+    split = split_rows(records, False, 0, seed, test_fraction)
     return split.test, split.digest
 
 
@@ -145,8 +143,8 @@ def rows_of_run(
         index, digest = held_out(records, seed, fraction)
         wanted = result["new"]["split"]
     else:
-        recipe = RECIPES[result["method"]](result["shots"])
-        split = split_rows(records, recipe, result["shots"], seed, fraction)
+        learns = takes_images(result["method"])
+        split = split_rows(records, learns, result["shots"], seed, fraction)
         index, digest, wanted = split.test, split.digest, result["split"]
     if digest != wanted:
         raise ValueError(f"{source}: its split differs from the one the run was fitted with")

@@ -15,6 +15,8 @@ MAX_SEED = 2**32 - 1  # the range that torch, NumPy and random all take
 class FitConfig:
     """How a head is built (`head`: its options) and trained; epochs = 0 means there is no training.
 
+    loss: "ce", cross-entropy, or "gce", (1 - p^q) / q of the true class's probability p with q =
+        gce_q, which wrong labels pull less (arXiv 1805.07836, eq. 6).
     penalty_weight: what the head's penalty, averaged over the batch, counts beside cross-entropy.
     label_smoothing: share of each label that is spread evenly over all classes.
     warmup "constant": the first `warmup_epochs` run at `warmup_lr` and the others, epoch by epoch,
@@ -27,11 +29,14 @@ class FitConfig:
     optimizer: str = "sgd"  # or "adamw"
     lr: float = 2e-3
     weight_decay: float = 5e-4
+    eps: float = 1e-8  # AdamW's
     batch_size: int = 32
     warmup: str = "constant"  # or "linear"
     warmup_epochs: int = 1
     warmup_lr: float = 1e-5
     checkpoint_every: int = 10  # epochs between checkpoints and looks at the validation rows
+    loss: str = "ce"  # or "gce"
+    gce_q: float = 0.5
     penalty_weight: float = 0.0
     label_smoothing: float = 0.0
     head: Mapping[str, Any] = field(default_factory=dict)
@@ -39,6 +44,12 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer must be sgd or adamw, got {self.optimizer!r}")
+        if self.loss not in ("ce", "gce"):
+            raise ValueError(f"loss must be ce or gce, got {self.loss!r}")
+        if not 0 < self.gce_q <= 1:
+            raise ValueError(f"gce_q must be above 0 and at most 1, got {self.gce_q!r}")
+        if self.loss == "gce" and self.label_smoothing:
+            raise ValueError("label_smoothing must be 0 with the loss gce")
         if self.warmup not in ("constant", "linear"):
             raise ValueError(f"warmup must be constant or linear, got {self.warmup!r}")
         for name, least in (
@@ -51,7 +62,7 @@ class FitConfig:
                 raise ValueError(
                     f"{name} must be an integer >= {least}, got {getattr(self, name)!r}"
                 )
-        for name in ("lr", "warmup_lr"):
+        for name in ("lr", "warmup_lr", "eps"):
             if not 0 < getattr(self, name) <= 1e3:
                 raise ValueError(
                     f"{name} must be above 0 and at most 1000, got {getattr(self, name)!r}"

@@ -22,7 +22,6 @@ from .adapter import Adapter, features_of, save_adapter
 from .checkpoint import Checkpoint
 from .choices import pick
 from .clip import Clip, load_clip, resolve_templates
-from .config import FitConfig
 from .data.extract import cached_features
 from .data.featureset import FeatureSet
 from .data.records import Records
@@ -143,7 +142,7 @@ class _Work:
         records = base.records()
         shots = usual_shots(records, r.test_fraction) if r.shots is None else r.shots
         folder = run_folder(r.out, r.source, METHOD + "-encoders", shots, r.seed)
-        split = split_rows(records, FitConfig(epochs=1), shots, r.seed, r.test_fraction)
+        split = split_rows(records, True, shots, r.seed, r.test_fraction)
         config = get_config(len(split.train), model=r.model, overrides=r.overrides)
         finetune.check_batch(config, world)
         options = {

@@ -16,6 +16,7 @@ from .data.sets import SetSource
 from .encoders import ENCODERS
 from .files import to_json
 from .result import RESULT, Run
+from .settings import takes_images
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
@@ -59,7 +60,7 @@ def finished_run(folder: Path, named: dict[str, Any], options: dict[str, Any]) -
     wanted = json.loads(to_json({**named, **options}))
     have = {**run.result, **run.result["config"]}
     for name, value in wanted.items():
-        if have.get(name) != value and not (name == "shots" and not have["fit"]["epochs"]):
+        if have.get(name) != value and not (name == "shots" and not takes_images(have["method"])):
             raise ValueError(f"out {folder} holds a finished run with another {name}")
     logger.info("%s is finished, nothing to resume", folder)
     return run

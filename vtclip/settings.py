@@ -47,6 +47,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+def takes_images(method: str) -> bool:
+    """Whether the method learns from labelled images, by training or by keeping them."""
+    head: Any = HEADS[method]
+    return not getattr(head, "fixed", False)
+
+
 def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
     """The recipe's settings with `overrides` in place of some; `head` adds to the recipe's.
 
@@ -55,9 +61,10 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) 
     config = RECIPES[method](shots)
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     options = dict(given.pop("head", None) or {})
-    named = [*given, *options]
-    if named and not config.epochs:
-        raise ValueError(f"method {method} has no training, so {', '.join(named)} cannot be set")
+    if given and not config.epochs:
+        raise ValueError(f"method {method} has no training, so {', '.join(given)} cannot be set")
+    if options and not config.epochs and not takes_images(method):
+        raise ValueError(f"method {method} has no training, so {', '.join(options)} cannot be set")
     takes = inspect.signature(HEADS[method]).parameters
     for name in options:
         if name == "text" or name not in takes:
@@ -90,15 +97,15 @@ def usual_shots(records: Records, test_fraction: float) -> int:
 
 
 def split_rows(
-    records: Records, config: FitConfig, shots: int, seed: int, test_fraction: float
+    records: Records, learns: bool, shots: int, seed: int, test_fraction: float
 ) -> Split:
-    """Train, validation and test rows; a method without training may use every row for the test.
+    """Train, validation and test rows; a method that learns nothing may test on every row.
 
     Rows that have roles were drawn already, and keep them.
     """
-    if not config.epochs and test_fraction == 1:
+    if not learns and test_fraction == 1:
         shots = 0
-    elif config.epochs and shots < 1:
+    elif learns and shots < 1:
         raise ValueError(f"shots must be at least 1 to train, got {shots}")
     if records.roles is not None:
         return split_by_roles(records.label, records.names, records.roles)
@@ -125,9 +132,13 @@ def test_rows(records: Records) -> Tensor:
 def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> nn.Module:
     """The head of `method` over the records' class texts, with the recipe's options."""
     options: dict[str, Any] = {"logit_scale": records.logit_scale, **config.head}
-    if HEADS[method].needs_spatial:  # type: ignore[attr-defined]
+    if "spatial_dim" in inspect.signature(HEADS[method]).parameters:
         options.setdefault("spatial_dim", records.spatial_width)
-    return HEADS[method](records.text, **options).to(device)
+    head: Any = HEADS[method](records.text, **options).to(device)
+    if hasattr(head, "set_text_views"):
+        head.set_text_views(records.text_views)
+    built: nn.Module = head
+    return built
 
 
 def calibrate(

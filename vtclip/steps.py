@@ -48,17 +48,26 @@ def compute_logits(head: nn.Module, batch: Batch, device: torch.device) -> Tenso
     return head(image, spatial, mask)  # type: ignore[no-any-return]
 
 
+def class_loss(logits: Tensor, label: Tensor, config: FitConfig) -> Tensor:
+    """Mean over the batch of cross-entropy or of the generalised one; see `FitConfig.loss`."""
+    if config.loss == "ce":
+        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
+    log_p = -F.cross_entropy(logits, label, reduction="none")
+    q = config.gce_q
+    return (-torch.expm1(q * log_p) / q).mean()
+
+
 def training_loss(head: nn.Module, batch: Batch, config: FitConfig, device: torch.device) -> Tensor:
-    """Cross-entropy with smoothed labels, + penalty_weight * mean penalty where that is above 0.
+    """`class_loss`, + penalty_weight * mean penalty where that is above 0.
 
     Only heads with `forward_with_penalty` have a penalty. The weight 0 leaves it uncomputed.
     """
     label = batch.label.to(device)
     if not config.penalty_weight:
         logits = compute_logits(head, batch, device).float()
-        return F.cross_entropy(logits, label, label_smoothing=config.label_smoothing)
+        return class_loss(logits, label, config)
     seen = head.forward_with_penalty(batch.image.to(device))  # type: ignore[operator]
-    loss = F.cross_entropy(seen.logits.float(), label, label_smoothing=config.label_smoothing)
+    loss = class_loss(seen.logits.float(), label, config)
     penalty: Tensor = seen.penalty.mean()
     return loss + config.penalty_weight * penalty
 
@@ -68,7 +77,9 @@ def make_optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.o
         return torch.optim.SGD(
             parameters, config.lr, momentum=0.9, weight_decay=config.weight_decay
         )
-    return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters, config.lr, eps=config.eps, weight_decay=config.weight_decay
+    )
 
 
 def put_back(parameters: list[nn.Parameter], good: list[Tensor]) -> None:

@@ -89,7 +89,7 @@ def test_published_accuracy_of_every_prompt(shared_data: Path, backbone: str, me
     batch = records.batch(torch.arange(len(records)))
     far = {}
     for prompt, wish in published.items():
-        text, used = class_texts(path, arrays, prompt)
+        text, _, used = class_texts(path, arrays, prompt)
         assert used == [prompt]
         hits = (batch.image @ text.T).argmax(1) == batch.label
         # 1,005 images: one image is 0.0995 points, the features are rounded to float16

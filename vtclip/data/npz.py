@@ -56,7 +56,7 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
     if len(label) != len(image):
         raise ValueError(f"{path.name}: label must hold {len(image)} entries, got {len(label)}")
     class_names = _strings(path, "classname", arrays["classname"])
-    text, templates = class_texts(path, arrays, prompt)
+    text, views, templates = class_texts(path, arrays, prompt)
     spatial, index, projection = _spatial(path, arrays, len(image))
     if need_spatial and spatial is None:
         raise ValueError(
@@ -96,6 +96,7 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
         store,
         class_names=class_names,
         text=text,
+        text_views=views,
         label=label[keep],
         names=[names[i] for i in keep.tolist()],
         logit_scale=scale,
@@ -196,8 +197,11 @@ def _strings(path: Path, key: str, array: np.ndarray[Any, Any]) -> list[str]:
 
 def class_texts(
     path: Path, arrays: dict[str, np.ndarray[Any, Any]], prompt: str | None
-) -> tuple[Tensor, list[str]]:
-    """Class texts [K, C] with unit rows, and the names of the prompts they came from."""
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Class texts [K, C], those of each prompt apart [K, M, C], and the names of the prompts.
+
+    All rows have length 1.
+    """
     text = _floats(path, "text", arrays["text"], (2, 3)).float()
     names = _strings(path, "prompt", arrays["prompt"]) if "prompt" in arrays else []
     if text.dim() == 2:
@@ -205,7 +209,8 @@ def class_texts(
             raise ValueError(
                 f"{path.name}: prompt {prompt!r} cannot be chosen, text is for one prompt"
             )
-        return functional.normalize(_with_direction(path, "text", text), dim=-1), names
+        text = functional.normalize(_with_direction(path, "text", text), dim=-1)
+        return text, text[:, None], names
     if names and len(names) != len(text):
         raise ValueError(
             f"{path.name}: prompt must name the {len(text)} rows of text, got {len(names)} names"
@@ -222,7 +227,8 @@ def class_texts(
         chosen = [m for m in range(len(text)) if not names or names[m] != AVERAGE]
     rows = functional.normalize(_with_direction(path, "text", text[chosen]), dim=-1)  # [m, K, C]
     mean = _with_direction(path, "mean text", rows.mean(dim=0))
-    return functional.normalize(mean, dim=-1), [names[m] for m in chosen] if names else []
+    used = [names[m] for m in chosen] if names else []
+    return functional.normalize(mean, dim=-1), rows.transpose(0, 1), used
 
 
 def _spatial(

@@ -103,6 +103,8 @@ class Records:
     `text` rows have norm 1. `info` is JSON-able and says where everything came from; its "digests"
     name the content of images, texts and weights. `roles` [N], where the source itself says which
     rows train (0), validate (1) and test (2), is what every split of these rows follows.
+    `text_views` [K, M, C] are the class texts of M templates apart, where the source has them; else
+    M is 1.
     """
 
     def __init__(
@@ -117,9 +119,15 @@ class Records:
         info: dict[str, Any] | None = None,
         row: Tensor | None = None,
         roles: Tensor | None = None,
+        text_views: Tensor | None = None,
     ) -> None:
         self.class_names = check_class_names(class_names)
         self.text = functional.normalize(check_rows(text, "text").float(), dim=-1)
+        views = self.text[:, None] if text_views is None else check_rows(text_views, "text_views")
+        if views.dim() != 3 or (views.shape[0], views.shape[2]) != tuple(self.text.shape):
+            fact = f"K, C = {list(self.text.shape)}, got {list(views.shape)}"
+            raise ValueError(f"records: text_views must be [K, M, C] with {fact}")
+        self.text_views = functional.normalize(views.float(), dim=-1)
         self.label = torch.as_tensor(label)
         self.names = list(names)
         self.logit_scale = float(logit_scale)
@@ -237,6 +245,7 @@ class Records:
             names=[self.names[i] for i in index.tolist()],
             logit_scale=self.logit_scale,
             info=self.info,
+            text_views=self.text_views,
             row=self._row[index],
             roles=None if self.roles is None else self.roles[index],
         )
@@ -262,6 +271,7 @@ class Records:
             names=[self.names[i] for i in index.tolist()],
             logit_scale=self.logit_scale,
             info={**self.info, "digests": digests},
+            text_views=self.text_views[torch.tensor(keep, dtype=torch.long)],
             row=self._row[index],
             roles=None if self.roles is None else self.roles[index],
         )

@@ -16,6 +16,7 @@ class ZeroShot(nn.Module):
 
     method = "zeroshot"
     needs_spatial = False
+    fixed = True  # learns nothing from labelled images
     text: Tensor
 
     def __init__(self, text: Tensor, *, logit_scale: float = 100.0) -> None:

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rows to an adapted head: what it keeps of the shots, its training, what validation chooses.
+
+Beside `forward`, a head may have
+    set_text_views(views)  class texts [K, M, C] of M templates, before anything else
+    fit_support(support)   takes in the training images; of a head without training, all there is
+    choose(val)            sets what validation images decide, after training; without any such
+                           images its defaults stay
+Each gets what its name says and nothing of the test images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import engine
+from .checkpoint import Checkpoint
+from .config import FitConfig
+from .data.records import Records
+from .data.splits import Split
+from .settings import build_head
+from .support import support_of
+
+
+def fit_head(
+    method: str,
+    records: Records,
+    split: Split,
+    config: FitConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    log: Callable[[dict[str, Any]], None],
+    checkpoint: Checkpoint | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> nn.Module:
+    """The head of `method`, fitted to the rows split.train and chosen by split.val."""
+    torch.manual_seed(seed)
+    head: Any = build_head(method, records, config, device)
+    rows = engine.TrainingRows(records, split.train, split.val)
+    if hasattr(head, "fit_support"):
+        head.fit_support(support_of(rows, split.train, device))
+    if config.epochs:
+        engine.fit(
+            head,
+            rows,
+            split.train,
+            split.val,
+            config,
+            device=device,
+            seed=seed,
+            log=log,
+            checkpoint=checkpoint,
+            resume=resume,
+            progress=progress,
+        )
+    if hasattr(head, "choose") and len(split.val):
+        head.choose(support_of(rows, split.val, device, spatial=bool(head.needs_spatial)))
+    answer: nn.Module = head.eval()
+    return answer
