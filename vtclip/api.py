@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import engine, metrics
 from .adapter import Adapter, check_features, features_of, load_adapter, save_adapter
+from .auto import fit_auto
 from .base_to_new import check_method, evaluate_again, halves, with_new
 from .checkpoint import Checkpoint
 from .choices import index_of, pick
@@ -208,18 +210,15 @@ def fit(
         checkpoint = Checkpoint(folder / CHECKPOINT, identity)
         go_on = resume and checkpoint.path.is_file()
         with watch.stage("train"), line_log(folder / LOG, append=go_on) as log:
-            head = fit_head(
-                method,
-                records,
-                split,
-                config,
-                device=where,
-                seed=seed,
-                log=log,
-                checkpoint=checkpoint,
-                resume=go_on,
-                progress=progress,
-            )
+            common: dict[str, Any] = {"device": where, "seed": seed, "log": log}
+            common["progress"] = progress
+            compared: dict[str, Any] = {}
+            head: nn.Module
+            if method == "auto":
+                head, compared["candidates"] = fit_auto(records, split, shots, **common)
+            else:
+                common |= {"checkpoint": checkpoint, "resume": go_on}
+                head = fit_head(method, records, split, config, **common)
         with watch.stage("evaluate"):
             values = {}
             for name, one in ("zero_shot", zero_shot), ("adapted", head):
@@ -259,6 +258,7 @@ def fit(
             "images": {role: len(getattr(split, role)) for role in ("train", "val", "test")},
             "test": {"images": len(split.test), "unreadable": unreadable(records)},
             **both,
+            **compared,
         }
         run = Run(folder, json.loads(to_json(result)))
         run.save()

@@ -10,7 +10,7 @@ from typing import Any
 
 from .parsing import emit, emit_json, fail, number, one_of, some_of, source_path
 
-METHODS = ("vtclip", "rada", "zeroshot")
+METHODS = ("vtclip", "rada", "zeroshot", "auto")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("fp32", "bf16")
 PENALTIES = ("none", "l1", "mse", "linf")

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +131,8 @@ def table(result: Mapping[str, Any]) -> str:
     if result["method"] != "zeroshot":
         names["adapted"] = result["method"]
     if "harmonic_mean" not in result:
-        return rows_table({name: result[key] for key, name in names.items()})
+        lines = rows_table({name: result[key] for key, name in names.items()})
+        return f"{compared(result['candidates'])}\n{lines}" if "candidates" in result else lines
     rows = {
         f"{part} {name}": result[part][key]
         for part in ("base", "new")
@@ -140,6 +141,20 @@ def table(result: Mapping[str, Any]) -> str:
     mean = result["harmonic_mean"]
     shares = ", ".join(f"{name} {100 * mean[key]:.2f} %" for key, name in names.items())
     return f"{rows_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
+
+
+def compared(candidates: Sequence[Mapping[str, Any]]) -> str:
+    """What validation images said of each candidate, one line each, and which were kept."""
+    count = max((row.get("count", 0) for row in candidates), default=0)
+    where = f"{count} validation images" if count else "no validation images"
+    lines = [f"{where:<24} {'accuracy':>9} {'NLL at T':>9} {'T':>7} {'seconds':>8}"]
+    for row in candidates:
+        accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else "-"
+        cells = _number(row.get("nll_scaled")), _number(row.get("temperature"))
+        kept = f"  kept, weight {row['weight']:.2f}" if row["weight"] else ""
+        line = f"{row['method']:<24} {accuracy:>9} {cells[0]:>9} {cells[1]:>7}"
+        lines.append(f"{line} {row['seconds']:>8.1f}{kept}")
+    return "\n".join(lines)
 
 
 def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:

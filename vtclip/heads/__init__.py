@@ -3,10 +3,11 @@
 
 from torch import nn
 
+from vtclip.heads.auto import Auto
 from vtclip.heads.rada import RAda
 from vtclip.heads.vtclip import VTCLIP
 from vtclip.heads.zeroshot import ZeroShot
 
-HEADS: dict[str, type[nn.Module]] = {head.method: head for head in (VTCLIP, RAda, ZeroShot)}
+HEADS: dict[str, type[nn.Module]] = {head.method: head for head in (VTCLIP, RAda, ZeroShot, Auto)}
 
-__all__ = ["HEADS", "RAda", "VTCLIP", "ZeroShot"]
+__all__ = ["HEADS", "Auto", "RAda", "VTCLIP", "ZeroShot"]

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 from vtclip.config import FitConfig
 
-from . import rada, vtclip, zeroshot
+from . import auto, rada, vtclip, zeroshot
 
 RECIPES: dict[str, Callable[[int], FitConfig]] = {
+    "auto": auto.get_config,
     "vtclip": vtclip.get_config,
     "rada": rada.get_config,
     "zeroshot": zeroshot.get_config,
