@@ -9,6 +9,7 @@ would otherwise be given a plausible accuracy.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,19 +75,43 @@ def nll(logits: Tensor, label: Tensor) -> float:
     return float(F.cross_entropy(logits, label))
 
 
-def ece(logits: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> float:
-    """Expected calibration error: sum over equal-width bins of n_bin / N * |accuracy - confidence|.
+def reliability(
+    logits: Tensor, label: Tensor, num_bins: int = NUM_BINS
+) -> list[tuple[float | None, float | None, int]]:
+    """Mean confidence, accuracy and count of each of `num_bins` equal-width bins of confidence.
 
     Bin i holds confidences in [i, i + 1) / num_bins; a confidence of exactly 1 is in the last bin.
+    A bin without rows is (None, None, 0).
     """
     logits, label = check_logits(logits, label)
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     bins = (confidence * num_bins).long().clamp(max=num_bins - 1)
-    # |sum over a bin of (hit - confidence)| is n_bin times the gap of the bin
-    gap = (predicted == label).double() - confidence
-    return float(
-        torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, gap).abs().sum()
-    ) / len(label)
+    zeros = torch.zeros(num_bins, dtype=torch.float64)
+    sums = zeros.index_add(0, bins, confidence).tolist()
+    hits = zeros.index_add(0, bins, (predicted == label).double()).tolist()
+    counts = torch.bincount(bins, minlength=num_bins).tolist()
+    return [
+        (total / count, hit / count, count) if count else (None, None, 0)
+        for total, hit, count in zip(sums, hits, counts, strict=True)
+    ]
+
+
+def ece(logits: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> float:
+    """Expected calibration error: sum over equal-width bins of n_bin / N * |accuracy - confidence|.
+
+    The bins are those of `reliability`.
+    """
+    return ece_of(reliability(logits, label, num_bins))
+
+
+def ece_of(bins: Sequence[tuple[float | None, float | None, int]]) -> float:
+    """The expected calibration error of the bins that `reliability` answers."""
+    gaps = [
+        count * abs(hit - confidence)
+        for confidence, hit, count in bins
+        if confidence is not None and hit is not None
+    ]
+    return sum(gaps) / sum(count for _, _, count in bins)
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -119,19 +144,28 @@ def fit_temperature(logits: Tensor, label: Tensor) -> float:
 
 
 def report(logits: Tensor, label: Tensor, temperature: float | None = None) -> dict[str, Any]:
-    """All numbers of one evaluation; `*_scaled` are those of logits / temperature, if given."""
+    """All numbers of one evaluation; `*_scaled` are those of logits / temperature, if given.
+
+    "reliability" holds the bins behind "ece" ("raw") and "ece_scaled" ("scaled", else None).
+    """
     logits, label = check_logits(logits, label)
     top1 = accuracy(logits, label)
     scaled = None if temperature is None else logits / temperature
+    bins = reliability(logits, label)
+    scaled_bins = None if scaled is None else reliability(scaled, label)
     return {
         "accuracy": top1,
         "interval95": list(wilson_interval(top1, len(label))),
         "macro_f1": macro_f1(logits, label),
         "nll": nll(logits, label),
-        "ece": ece(logits, label),
+        "ece": ece_of(bins),
         "nll_scaled": None if scaled is None else nll(scaled, label),
-        "ece_scaled": None if scaled is None else ece(scaled, label),
+        "ece_scaled": None if scaled_bins is None else ece_of(scaled_bins),
         "temperature": temperature,
         "count": len(label),
         "per_class": per_class_accuracy(logits, label),
+        "reliability": {
+            "raw": [list(one) for one in bins],
+            "scaled": None if scaled_bins is None else [list(one) for one in scaled_bins],
+        },
     }

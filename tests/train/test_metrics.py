@@ -66,6 +66,44 @@ def test_confidence_of_exactly_one_is_counted_in_the_last_bin() -> None:
     assert metrics.ece(logits, torch.tensor([0, 1, 1, 1])) == pytest.approx(0.25)
 
 
+def test_bins_by_hand() -> None:
+    # confidences 3/4, 3/4, 1/2 and, rounded, 1: bins 11, 11, 7 and 14 of 15
+    three, far = math.log(3.0), 1000.0
+    logits = torch.tensor([[three, 0.0], [0.0, three], [0.0, 0.0], [far, 0.0]]).double()
+    bins = metrics.reliability(logits, torch.tensor([0, 0, 1, 0]))
+    assert len(bins) == metrics.NUM_BINS == 15
+    filled = {i: found for i, found in enumerate(bins) if found[2]}
+    assert filled == {
+        7: (pytest.approx(0.5), 0.0, 1),
+        11: (pytest.approx(0.75), 0.5, 2),
+        14: (1.0, 1.0, 1),
+    }
+    assert {bins[i] for i in range(15) if i not in filled} == {(None, None, 0)}
+
+
+@pytest.mark.parametrize("temperature", [None, 3.0])
+def test_report_holds_the_bins_of_its_calibration_errors(temperature: float | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(200, 6, generator=generator) * 8
+    label = torch.randint(0, 6, (200,), generator=generator)
+    values = metrics.report(logits, label, temperature)
+    found = values["reliability"]
+    parts = {"raw": "ece"} if temperature is None else {"raw": "ece", "scaled": "ece_scaled"}
+    assert (found["scaled"] is None) == (temperature is None)
+    for part, key in parts.items():
+        bins = found[part]
+        assert sum(count for _, _, count in bins) == 200
+        hits = sum(share * count for _, share, count in bins if count)
+        assert hits == pytest.approx(200 * values["accuracy"])
+        for number, (confidence, _, count) in enumerate(bins):
+            assert confidence is None or number / 15 <= confidence <= (number + 1) / 15
+            assert (confidence is None) == (count == 0)
+        divided = logits / (1.0 if part == "raw" else temperature)
+        assert values[key] == pytest.approx(ece_loop(divided, label, 15), abs=1e-6)
+    if temperature is not None:
+        assert found["raw"] != found["scaled"]
+
+
 def test_wilson_interval_against_published_values() -> None:
     # 15 of 20: the interval is [0.531, 0.888] in the usual tables
     low, high = metrics.wilson_interval(0.75, 20)
