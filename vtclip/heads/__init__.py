@@ -4,10 +4,21 @@
 from torch import nn
 
 from vtclip.heads.auto import Auto
+from vtclip.heads.proker import ProKeR
 from vtclip.heads.rada import RAda
+from vtclip.heads.tip_adapter import TipAdapter, TipAdapterF
 from vtclip.heads.vtclip import VTCLIP
 from vtclip.heads.zeroshot import ZeroShot
 
-HEADS: dict[str, type[nn.Module]] = {head.method: head for head in (VTCLIP, RAda, ZeroShot, Auto)}
+_HEADS: tuple[type[nn.Module], ...] = (
+    VTCLIP,
+    RAda,
+    TipAdapter,
+    TipAdapterF,
+    ProKeR,
+    ZeroShot,
+    Auto,
+)
+HEADS: dict[str, type[nn.Module]] = {str(head.method): head for head in _HEADS}
 
-__all__ = ["HEADS", "Auto", "RAda", "VTCLIP", "ZeroShot"]
+__all__ = ["HEADS", "Auto", "ProKeR", "TipAdapter", "TipAdapterF", "RAda", "VTCLIP", "ZeroShot"]
