@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads: parameters plus calls to ops; one image record and the class texts in, logits out."""
 
+from typing import Any
+
 from torch import nn
 
 from vtclip.heads.auto import Auto
@@ -10,7 +12,7 @@ from vtclip.heads.tip_adapter import TipAdapter, TipAdapterF
 from vtclip.heads.vtclip import VTCLIP
 from vtclip.heads.zeroshot import ZeroShot
 
-_HEADS: tuple[type[nn.Module], ...] = (
+_HEADS: tuple[Any, ...] = (
     VTCLIP,
     RAda,
     TipAdapter,
@@ -19,6 +21,6 @@ _HEADS: tuple[type[nn.Module], ...] = (
     ZeroShot,
     Auto,
 )
-HEADS: dict[str, type[nn.Module]] = {str(head.method): head for head in _HEADS}
+HEADS: dict[str, type[nn.Module]] = {head.method: head for head in _HEADS}
 
 __all__ = ["HEADS", "Auto", "ProKeR", "TipAdapter", "TipAdapterF", "RAda", "VTCLIP", "ZeroShot"]
