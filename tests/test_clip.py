@@ -230,6 +230,8 @@ def test_texts_are_normalised_means_of_normalised_rows(clips: dict[str, Clip]) -
     mean = torch.stack(rows).mean(0)
     expected = mean / mean.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    views = clip.encode_text_views(["black_cat", "dog"], templates)
+    torch.testing.assert_close(views, torch.stack(rows, dim=1), rtol=1e-5, atol=1e-6)
 
 
 def test_chunks_do_not_change_texts(

@@ -48,6 +48,7 @@ __all__ = [
     "ClipNotFound",
     "build_clip",
     "load_clip",
+    "mean_text",
     "resolve_templates",
 ]
 
@@ -237,26 +238,33 @@ class Clip:
             tokens = pool.c_proj(pool.v_proj(tokens))
         return out["image_features"], tokens
 
-    @torch.no_grad()
     def encode_text(
         self, names: Sequence[str], templates: str | Sequence[str] | None = None
     ) -> Tensor:
         """Class texts [K, C] with unit rows: normalise per template, mean, normalise."""
+        return mean_text(self.encode_text_views(names, templates), names)
+
+    @torch.no_grad()
+    def encode_text_views(
+        self, names: Sequence[str], templates: str | Sequence[str] | None = None
+    ) -> Tensor:
+        """Class texts [K, M, C] of each of M templates apart, with unit rows."""
         lines = resolve_templates(templates)
         for index, name in enumerate(names):
             if not name.strip():
                 raise ValueError(f"encode_text: class name {index} is empty")
         words = [name.replace("_", " ") for name in names]
-        total = torch.zeros(len(words), self.width, device=self.device)
+        views = torch.empty(len(words), len(lines), self.width, device=self.device)
         truncated: list[str] = []
-        for line in lines:
+        for number, line in enumerate(lines):
             for start in range(0, len(words), TEXT_CHUNK):
                 # replace, not format: a class name may hold braces or %
                 prompts = [line.replace("{}", word) for word in words[start : start + TEXT_CHUNK]]
                 tokens = self.tokenizer(prompts).to(self.device)
                 truncated += _truncated(self.tokenizer, prompts)
                 rows = self.model.encode_text(tokens).float()  # type: ignore[operator]
-                total[start : start + TEXT_CHUNK] += functional.normalize(rows, dim=-1)
+                unit = _unit_text(rows, names[start : start + TEXT_CHUNK])
+                views[start : start + TEXT_CHUNK, number] = unit
         if truncated:
             logger.warning(
                 "%d of %d prompts are longer than the context of %d tokens and were cut, e.g. %r",
@@ -265,14 +273,7 @@ class Clip:
                 self.tokenizer.context_length,
                 truncated[0],
             )
-        norm = total.norm(dim=-1)
-        for index, value in enumerate(norm.tolist()):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"encode_text: the text feature of class {names[index]!r} has norm {value}"
-                )
-        unit: Tensor = total / norm[:, None]
-        return unit
+        return views
 
     def tokens(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> Tensor:
         """Token ids [T, K, context] of each of T templates filled with each of K class names."""
@@ -281,6 +282,25 @@ class Clip:
         return torch.stack(
             [self.tokenizer([line.replace("{}", w) for w in words]) for line in lines]
         )
+
+
+def mean_text(views: Tensor, names: Sequence[str]) -> Tensor:
+    """The normalised mean [K, C] over the templates of views [K, M, C]."""
+    total = torch.zeros_like(views[:, 0])
+    for number in range(views.shape[1]):  # one by one, so that cached texts keep their bits
+        total += views[:, number]
+    return _unit_text(total, names)
+
+
+def _unit_text(rows: Tensor, names: Sequence[str]) -> Tensor:
+    norm = rows.norm(dim=-1)
+    for index, value in enumerate(norm.tolist()):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(
+                f"encode_text: the text feature of class {names[index]!r} has norm {value}"
+            )
+    unit: Tensor = rows / norm[:, None]
+    return unit
 
 
 def attention_pool(pool: Any, image_map: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtclip.clip import Clip
+from vtclip.clip import Clip, resolve_templates
 
 
 class FakeClip(Clip):
@@ -50,8 +50,12 @@ class FakeClip(Clip):
             image[0, 0] = math.nan
         return image, pixels.reshape(len(pixels), 16, 12) if spatial else None
 
-    def encode_text(self, names: Any, templates: Any = None) -> Tensor:
-        rows = [torch.randn(16, generator=torch.Generator().manual_seed(len(n))) for n in names]
+    def encode_text_views(self, names: Any, templates: Any = None) -> Tensor:
+        def row(length: int) -> Tensor:
+            return torch.randn(16, generator=torch.Generator().manual_seed(length))
+
+        lines = resolve_templates(templates)
+        rows = [torch.stack([row(len(name) + 31 * m) for m in range(len(lines))]) for name in names]
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
 

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import vtclip.data.extract as extract
 from vtclip.data import Records, few_shot_split, open_source
 from vtclip.data.extract import cached_features, default_cache, extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
 from vtclip.data.images import open_image
+from vtclip.files import json_digest, to_json
 
 
 def everything(records: Records) -> list[torch.Tensor]:
@@ -267,6 +269,37 @@ def test_text_is_encoded_from_names_and_templates(
     records = found.records()
     assert len(records.info["templates"]) == 7
     torch.testing.assert_close(records.text.norm(dim=1), torch.ones(3))
+    views = fake_clip().encode_text_views(records.class_names, "imagenet7")
+    torch.testing.assert_close(records.text_views, views, rtol=0, atol=1e-6)
+    mean = torch.nn.functional.normalize(views.mean(dim=1), dim=-1)
+    torch.testing.assert_close(records.text, mean, rtol=0, atol=1e-6)
+    chosen = records.subset_classes([2, 0])
+    assert torch.equal(chosen.text_views, records.text_views[[2, 0]])
+
+
+def test_one_template_is_kept_once(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+    found, _ = extract_features(pictures, tmp_path / "out", model=fake_clip())
+    assert list(load_file(tmp_path / "out" / "text.safetensors")) == ["text"]
+    records = found.records()
+    torch.testing.assert_close(records.text_views[:, 0], records.text, rtol=0, atol=1e-6)
+    assert records.text_views.shape == (3, 1, 16)
+
+
+def test_features_without_texts_of_each_template_still_load(
+    pictures: Path, tmp_path: Path, fake_clip: Any
+) -> None:
+    """As they were written before each template's own texts were kept."""
+    out = tmp_path / "out"
+    found, _ = extract_features(pictures, out, model=fake_clip(), templates="imagenet7")
+    text, manifest = found.records().text, dict(found.manifest)
+    manifest["text"] = extract._write_tensors(out / "text.safetensors", {"text": text})
+    body = {name: value for name, value in manifest.items() if name != "digest"}
+    (out / "manifest.json").write_bytes(to_json({**body, "digest": json_digest(body)}))
+    again, report = extract_features(pictures, out, model=fake_clip(), templates="imagenet7")
+    assert report.reused
+    records = again.records()
+    assert torch.equal(records.text, text)
+    assert records.text_views.shape == (3, 1, 16)
 
 
 @pytest.mark.parametrize("option", [{"dtype": "int8"}, {"batch_size": 0}, {"augment_passes": -1}])

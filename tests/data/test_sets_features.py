@@ -84,6 +84,12 @@ def test_features_are_those_of_the_files(root: Path, cache: Path, fake_clip: Any
     torch.testing.assert_close(got.image, want, rtol=1e-5, atol=1e-5)
 
 
+def test_texts_of_each_template_come_along(root: Path, cache: Path, fake_clip: Any) -> None:
+    records = opened(root, cache, fake_clip(), templates="imagenet7")
+    views = fake_clip().encode_text_views(records.class_names, "imagenet7")
+    torch.testing.assert_close(records.text_views, views, rtol=0, atol=1e-6)
+
+
 def test_another_draw_encodes_its_own_images_only(root: Path, cache: Path, fake_clip: Any) -> None:
     clip = fake_clip()
     first = opened(root, cache, clip)

@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vtclip.clip import Clip, load_clip, resolve_templates
+from vtclip.clip import Clip, load_clip, mean_text, resolve_templates
 from vtclip.data.augment import AUGMENTATION, pass_generator
 from vtclip.data.featureset import (
     FORMAT,
@@ -273,8 +273,11 @@ class _Job:
         done = self._resume(folder)
         self._note(folder, done)  # before all else, so that a later run knows the folder as ours
         words = fields.get("prompts", fields["class_names"])
-        text = clip.encode_text(words, fields["templates"]).cpu()
-        text_entry = _write_tensors(folder / TEXT, {"text": text})
+        views = clip.encode_text_views(words, fields["templates"]).cpu()
+        texts = {"text": mean_text(views, words)}
+        if views.shape[1] > 1:
+            texts["text_views"] = views
+        text_entry = _write_tensors(folder / TEXT, texts)
         todo = [pair for number, pair in enumerate(ranges) if number not in done]
         rows = [row for start, stop in todo for row in range(start, stop)]
         per_batch = max(1, self.batch_size // passes)

@@ -2,7 +2,9 @@
 """Features on disk: a folder of safetensors shards and a manifest that names all they depend on.
 
     manifest.json               written last; a folder without it is unfinished
-    text.safetensors            text [K, C] float32
+    text.safetensors            text [K, C] float32; where there are M > 1 templates, and in a
+                                folder from before they were kept not even then, text_views
+                                [K, M, C] float32, the class texts of each template
     shard-00000.safetensors     image [n, 1 + P, C] float32, spatial [n, 1 + P, L, Cs] (dtype)
 
 Global features are float32, so that cached rows equal fresh ones; spatial features are float16
@@ -51,7 +53,8 @@ class FeatureSet:
         self.manifest = manifest
         self.key: str = manifest["key"]
         self.fields: dict[str, Any] = manifest["fields"]
-        self._text = _tensors(folder, manifest["text"])["text"]
+        texts = _tensors(folder, manifest["text"])
+        self._text, self._text_views = texts["text"], texts.get("text_views")
         self._store = ShardStore(folder, manifest)
 
     @classmethod
@@ -152,6 +155,7 @@ class FeatureSet:
             self._store,
             class_names=have["class_names"],
             text=self._text,
+            text_views=self._text_views,
             label=torch.tensor(manifest["label"], dtype=torch.long),
             names=manifest["names"],
             logit_scale=manifest["logit_scale"],

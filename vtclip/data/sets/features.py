@@ -129,6 +129,7 @@ def open_set(
         JoinedStore([table._store for table in tables], [len(table) for table in tables]),
         class_names=test.class_names,
         text=test.text,
+        text_views=test.text_views,
         label=torch.cat([table.label for table in tables]),
         names=names,
         logit_scale=test.logit_scale,
