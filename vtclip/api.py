@@ -64,6 +64,7 @@ def fit(
     source: str | Path | SetSource,
     *,
     data: str | Path | None = None,
+    records: Records | None = None,
     method: str = "vtclip",
     shots: int | None = None,
     seed: int = 1,
@@ -90,6 +91,9 @@ def fit(
         with `data`, the name of a data set.
     data: the folder of the field's data sets (vtclip.data.sets): the official lists split them, and
         shots are drawn as published. Nothing is written below it.
+    records: the rows of `source`, where they are open already (`vtclip.open_source` with the same
+        options; of a data set with the same shots and seed). `source` is then only their name, and
+        where `evaluate` looks for them.
     shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
         beside the test share. A named number is never lowered.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
@@ -120,6 +124,7 @@ def fit(
 
         refuse(
             {
+                "records": records,
                 "spatial": spatial,
                 "prompt": prompt,
                 "augment_passes": augment_passes,
@@ -148,6 +153,8 @@ def fit(
 
     def opened() -> Records:
         with watch.stage("features"):
+            if given is not None:
+                return given
             return open_source(
                 source,
                 model=model,
@@ -163,7 +170,9 @@ def fit(
                 progress=progress,
             )
 
-    records: Records | None = None
+    given, records = records, None
+    if given is not None and not given.has_spatial and HEADS[method].needs_spatial:  # type: ignore[attr-defined]
+        raise ValueError(f"method {method} needs spatial features, which records do not have")
     if shots is None:
         recipe_config(method, max(SHOTS), overrides)  # what is wrong there is said before the work
         if out is not None:

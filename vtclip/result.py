@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -63,6 +65,11 @@ class Stopwatch:
 
 
 def versions() -> dict[str, str | None]:
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"vtclip": __version__, "python": platform.python_version()}
     for name in ("torch", "open_clip_torch", "triton", "numpy", "pillow", "safetensors"):
         try:
@@ -72,8 +79,12 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
 def revision() -> str | None:
-    """The git commit of a checkout, "-dirty" where tracked files differ; None when installed."""
+    """The git commit of a checkout, "-dirty" where tracked files differ; None when installed.
+
+    It is that of the process: what was imported does not change with a later commit.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -100,6 +111,15 @@ def peak_memory_mb(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` count from now on, where the system can (a GPU, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def device_name(device: torch.device) -> str:
