@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from .adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter, save_adapter
 from .choices import index_of
-from .data.images import open_image
+from .data.hashing import ahead, decode_pool
+from .data.images import ImageError, as_rgb, open_image
 from .encoders import ENCODERS, load_encoders, saved_encoders
 from .explain import side_by_side, to_image
 from .settings import choose_device
@@ -91,32 +93,65 @@ class Classifier:
 
     @overload
     def predict(  # type: ignore[overload-overlap]
-        self, images: Picture, topk: int = 5
+        self, images: Picture, topk: int = 5, *, batch_size: int = 64
     ) -> list[Prediction]: ...
     @overload
-    def predict(self, images: Sequence[Picture], topk: int = 5) -> list[list[Prediction]]: ...
+    def predict(
+        self, images: Iterable[Picture], topk: int = 5, *, batch_size: int = 64
+    ) -> list[list[Prediction]]: ...
 
     def predict(
-        self, images: Picture | Sequence[Picture], topk: int = 5
+        self, images: Picture | Iterable[Picture], topk: int = 5, *, batch_size: int = 64
     ) -> list[Prediction] | list[list[Prediction]]:
-        """The min(topk, K) most probable classes, best first: of one image, or of each in a list.
+        """The min(topk, K) most probable classes, best first: of one image, or of each of many.
 
-        A tensor [B, 3, H, W] counts as a list of B images.
+        images: one, or any iterable of them, mixed as you like; a tensor [B, 3, H, W] counts as B
+            images, an iterable without any gives []. The first unreadable one is an ImageError.
+        batch_size: images at a time through the model; files are decoded meanwhile, in threads.
         """
-        if topk < 1:
-            raise ValueError(f"topk must be at least 1, got {topk}")
         one = isinstance(images, (str, Path, Image.Image))
         one = one or (isinstance(images, Tensor) and images.ndim == 3)
-        given: Any = images
-        pictures: list[Any] = [given] if one else list(given)
+        given: Any = [images] if one else images
         found = []
-        for start in range(0, len(pictures), 64):
-            pixels = torch.stack([self._pixels(one) for one in pictures[start : start + 64]])
-            best = self.probabilities(pixels).topk(min(topk, len(self.class_names)), dim=1)
-            for values, labels in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                names = [self.class_names[k] for k in labels]
-                found.append([Prediction(*pair) for pair in zip(names, values, strict=True)])
+        for best in self.predict_each(given, topk, batch_size=batch_size):
+            if isinstance(best, ImageError):
+                raise best
+            found.append(best)
         return found[0] if one else found
+
+    def predict_each(
+        self, images: Iterable[Picture], topk: int = 5, *, batch_size: int = 64
+    ) -> Iterator[list[Prediction] | ImageError]:
+        """`predict` of each image in turn; an unreadable one gives its ImageError, not a stop.
+
+        Takes from `images` what two batches need and no more, so that a generator of any length
+        does.
+        """
+        for name, value in ("topk", topk), ("batch_size", batch_size):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(images, Tensor) and images.ndim != 4:
+            wish = "[3, H, W] or [B, 3, H, W]"
+            raise ValueError(f"predict: a tensor must be {wish}, got {list(images.shape)}")
+        return self._predicted(images, min(topk, len(self.class_names)), batch_size)
+
+    def _predicted(
+        self, images: Iterable[Picture], topk: int, batch_size: int
+    ) -> Iterator[list[Prediction] | ImageError]:
+        with decode_pool() as pool:
+            loaded = ahead(pool, self._pixels, map(_in_memory, images), 2 * batch_size)
+            while batch := list(islice(loaded, batch_size)):
+                pixels = [one for one in batch if isinstance(one, Tensor)]
+                best = iter(self._best(torch.stack(pixels), topk) if pixels else [])
+                yield from (one if isinstance(one, ImageError) else next(best) for one in batch)
+
+    def _best(self, pixels: Tensor, topk: int) -> list[list[Prediction]]:
+        """pixels [B, 3, H, W] -> the topk classes of each."""
+        best = self.probabilities(pixels).topk(topk, dim=1)
+        return [
+            [Prediction(self.class_names[k], value) for k, value in zip(row, values, strict=True)]
+            for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
@@ -151,14 +186,38 @@ class Classifier:
         spatial = self.adapter.features["spatial"] if self.adapter.head.needs_spatial else None
         return self.clip.encode_image(pixels.to(self.device), spatial)
 
-    def _pixels(self, picture: Any) -> Tensor:
+    def _pixels(self, picture: Any) -> Tensor | ImageError:
+        """One image as the model takes it, [3, H, W] float32 on the CPU."""
         if isinstance(picture, Tensor):
-            if picture.ndim != 3:
-                raise ValueError(f"predict: a tensor must be [3, H, W], got {list(picture.shape)}")
+            return self._checked(picture)
+        if isinstance(picture, ImageError):
             return picture
-        if isinstance(picture, (str, Path)):
-            picture = open_image(picture)
-        elif not isinstance(picture, Image.Image):
+        if not isinstance(picture, (str, Path, Image.Image)):
             kind = type(picture).__name__
             raise TypeError(f"predict: an image must be a path, PIL image or tensor, got {kind}")
-        return self.clip.preprocess(picture)
+        try:
+            file = isinstance(picture, (str, Path))
+            return self.clip.preprocess(open_image(picture) if file else as_rgb(picture))
+        except ImageError as error:
+            return error
+
+    def _checked(self, pixels: Tensor) -> Tensor:
+        size = self.clip.preprocess_cfg["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        if list(pixels.shape) != [3, height, width]:
+            wish, fact = f"[3, {height}, {width}]", list(pixels.shape)
+            raise ValueError(f"predict: a tensor must be {wish}, preprocessed, got {fact}")
+        if not pixels.is_floating_point():
+            raise TypeError(f"predict: a tensor must be floating-point, got {pixels.dtype}")
+        return pixels.detach().to("cpu", torch.float32)
+
+
+def _in_memory(picture: Any) -> Any:
+    """A PIL image that was only opened reads its file here: no two threads may do so at once."""
+    if isinstance(picture, Image.Image):
+        try:
+            picture.load()
+        except Exception as error:  # decoders raise many kinds for damaged data
+            name = getattr(picture, "filename", "") or "a PIL image"
+            return ImageError(name, f"damaged: {' '.join(str(error).split())[:160]}")
+    return picture

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, data_command, evaluate_command
+from . import __version__, data_command, evaluate_command, predict_command
 from .choices import nearest
 from .fit_command import DEMO_NOTE, add_arguments, run_fit
-from .parsing import Once, Parser, emit, emit_json, existing, fail, number
+from .parsing import Once, Parser, emit, existing, fail, number
 
 
 def build_parser() -> Parser:
@@ -45,10 +45,8 @@ def build_parser() -> Parser:
     )
     evaluate_command.add_arguments(evaluate)
 
-    predict = command("predict", run_predict, "the most probable classes of images")
-    predict.add_argument("folder", metavar="RUN")
-    predict.add_argument("images", metavar="IMAGE", nargs="+", action="extend")
-    predict.add_argument("--topk", type=number(int, 1, 1_000_000), default=5)
+    predict = command("predict", predict_command.run_predict, "the most probable classes of images")
+    predict_command.add_arguments(predict)
 
     explain = command("explain", run_explain, "heat map of where a class looks in an image")
     explain.add_argument("folder", metavar="RUN")
@@ -94,26 +92,6 @@ def build_parser() -> Parser:
         known = [option for action in sub._actions for option in action.option_strings]
         sub.set_defaults(options=known, command=name)
     return parser
-
-
-def run_predict(args: argparse.Namespace) -> int:
-    folder = existing("RUN", args.folder)
-    for path in args.images:
-        existing("IMAGE", path)
-    classifier = load_classifier(args, folder)
-    found = classifier.predict(args.images, topk=args.topk)
-    if args.json:
-        rows = [
-            {"image": path, "predictions": [one._asdict() for one in best]}
-            for path, best in zip(args.images, found, strict=True)
-        ]
-        emit_json(rows)
-        return 0
-    for path, best in zip(args.images, found, strict=True):
-        emit(
-            f"{path!s}: " + ", ".join(f"{one.label} {100 * one.probability:.1f} %" for one in best)
-        )
-    return 0
 
 
 def run_explain(args: argparse.Namespace) -> int:

@@ -152,7 +152,6 @@ def test_predict_and_explain_commands(
         (["explain", "RUN", "IMAGE", "--out", "x.png", "--class", "oceon"], "did you mean 'ocean'"),
         (["explain", "RUN", "IMAGE", "--out", "x.jpg"], "--out must end in .png"),
         (["explain", "RUN", "IMAGE", "--out", "IMAGE"], "--out is the image itself"),
-        (["predict", "RUN", "BROKEN"], "broken.png"),
         (["predict", "RUN", "IMAGE", "--model", "OTHER"], "the adapter was fitted on"),
         (["predict", "RUN", "IMAGE", "--model", "nowhere"], "neither a folder nor a known"),
         (["evaluate", "RUN", "IMAGES/grass"], "source"),
@@ -170,7 +169,6 @@ def test_bad_pictures_and_models_are_one_line(
     names: dict[str, Any] = {
         "RUN": world["run"],
         "IMAGE": world["images"] / "ocean" / "03.png",
-        "BROKEN": world["images"] / "grass" / "broken.png",
         "IMAGES/grass": world["images"] / "grass",
     }
     if "OTHER" in words:

@@ -44,11 +44,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Folder",
     "ImageError",
+    "as_rgb",
     "decode",
     "natural_key",
     "open_image",
     "read_file",
     "scan_folder",
+    "walk_images",
 ]
 
 logger = logging.getLogger(__name__)
@@ -133,6 +135,13 @@ def decode(data: bytes, path: str | Path) -> Image:
     except Exception as error:  # decoders raise many kinds for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(path, f"damaged: {reason[:160]}") from None
+
+
+def as_rgb(image: Image) -> Image:
+    """A PIL image as `decode` would give it: upright, over white, RGB; or ImageError."""
+    path = getattr(image, "filename", "") or "a PIL image"
+    _check_size(image, path)
+    return _to_rgb(_upright(image), path)
 
 
 def _check_size(image: Image, path: str | Path) -> None:
@@ -239,6 +248,16 @@ def scan_folder(root: str | Path, *, follow_links: bool = False) -> Folder:
             "%d images lie directly in %s, in no class, and are passed over", loose, root
         )
     return Folder(root, classes, names, label, skipped)
+
+
+def walk_images(root: str | Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """The image files below `root`, in natural order, by the rules for one class; and the skipped.
+
+    Files of a folder come before those of its subfolders; skipped are (path, reason).
+    """
+    root, skipped = Path(root), []  # type: ignore[var-annotated]
+    found = [root / name for name in _walk(root, ".", os.path.realpath(root), skipped)]
+    return found, [(str(root / name), reason) for name, reason in skipped]
 
 
 def _check_classes(root: Path, classes: list[str], loose: int) -> list[str]:

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prediction in batches: every kind of input, unreadable files, folders, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vtclip import api, classifier
+from vtclip.classifier import Classifier, Prediction
+from vtclip.cli import main
+from vtclip.data.images import ImageError
+from vtclip.demo.scenes import CLASS_NAMES, render_scene, shifted_scene
+
+CLASSES = (0, 4, 8)  # striped circle, dotted square, checked triangle
+
+
+def draw(root: Path, label: int, count: int) -> None:
+    rng = np.random.default_rng(label)
+    folder = root / CLASS_NAMES[label]
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = render_scene(shifted_scene(label, rng), rng)[0]
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes") / "images"
+    for label in CLASSES:
+        draw(root, label, 8)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    api.fit(images, method="zeroshot", shots=2, out=place / "run", cache_dir=place, device="cpu")
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def loaded(run: Path) -> Classifier:
+    return Classifier.load(run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def paths(images: Path) -> list[Path]:
+    return sorted(images.glob("*/*.png"))
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: Classifier, paths: list[Path]) -> torch.Tensor:
+    """Probabilities [24, 3] by the model itself, one image at a time, in float64."""
+    rows = []
+    for path in paths:
+        with Image.open(path) as file:
+            pixels = loaded.clip.preprocess(file.convert("RGB"))[None]
+        image = loaded.clip.model.encode_image(pixels).double()
+        text = loaded.adapter.head.text.double()
+        cosine = torch.nn.functional.normalize(image, dim=1) @ text.T
+        rows.append((cosine * loaded.clip.logit_scale / loaded.adapter.temperature).softmax(1))
+    return torch.cat(rows)
+
+
+def table(found: list[list[Prediction]], names: list[str]) -> torch.Tensor:
+    rows = [dict(row) for row in found]
+    return torch.tensor([[row[name] for name in names] for row in rows], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 24, 1000])
+def test_every_kind_of_input_gives_the_same_numbers(
+    loaded: Classifier, paths: list[Path], expected: torch.Tensor, batch_size: int
+) -> None:
+    pictures: list[Any] = []
+    for path in paths:
+        with Image.open(path) as file:
+            pictures.append(file.convert("RGB"))
+    pixels = torch.stack([loaded.clip.preprocess(one) for one in pictures])
+    mixed: list[Any] = [str(paths[0]), pictures[1], pixels[2], *paths[3:]]
+    kinds = [paths, tuple(map(str, paths)), pictures, pixels, list(pixels), mixed, iter(mixed)]
+    for given in kinds:
+        found = loaded.predict(given, batch_size=batch_size)
+        seen = table(found, loaded.class_names)
+        assert (seen - expected).abs().max() < 1e-4
+        assert all(row == sorted(row, key=lambda one: -one.probability) for row in found)
+
+
+def test_nothing_gives_nothing(loaded: Classifier) -> None:
+    for given in ([], (), iter(()), torch.empty(0, 3, 64, 64)):
+        assert loaded.predict(given) == []
+
+
+def test_a_generator_is_taken_two_batches_ahead_and_no_further(
+    loaded: Classifier, paths: list[Path]
+) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield paths[taken % len(paths)]
+
+    found = loaded.predict_each(endless(), 1, batch_size=4)
+    assert taken == 0
+    first = [next(found) for _ in range(4)]
+    assert len(first) == 4
+    assert 4 < taken <= 12  # decoding is ahead of the model, and bounded
+    found.close()
+
+
+def test_files_are_decoded_outside_of_the_caller(
+    loaded: Classifier, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def spy(path: Any) -> Any:
+        seen.add(threading.current_thread().name)
+        return opened(path)
+
+    opened = classifier.open_image
+    monkeypatch.setattr(classifier, "open_image", spy)
+    loaded.predict(paths)
+    assert seen
+    assert all(name.startswith("vtclip-decode") for name in seen)
+
+
+def test_a_picture_object_is_read_as_its_file_is(loaded: Classifier, tmp_path: Path) -> None:
+    """Transparency goes over white and EXIF turns the picture, from a file and from PIL alike."""
+    draw = np.random.default_rng(0).integers(0, 255, (64, 64, 4), dtype=np.uint8)
+    clear, turned = tmp_path / "clear.png", tmp_path / "turned.jpg"
+    Image.fromarray(draw).save(clear)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(draw[..., :3]).save(turned, exif=exif)
+    for path in (clear, turned):
+        with Image.open(path) as picture:
+            assert loaded.predict(picture) == loaded.predict(path)
+
+
+def test_an_unreadable_image_is_named_and_stops_nothing(
+    loaded: Classifier, paths: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:2000])
+    with Image.open(tmp_path / "cut.png") as half:
+        given = [paths[0], tmp_path / "broken.png", half, paths[1], tmp_path]
+        found = list(loaded.predict_each(given, 1, batch_size=2))
+    assert [isinstance(one, ImageError) for one in found] == [False, True, True, False, True]
+    assert "broken.png: not an image" in str(found[1])
+    assert "cut.png" in str(found[2])
+    assert "a folder" in str(found[4])
+    assert found[0] == loaded.predict([paths[0]], 1)[0]
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        loaded.predict(given[:2])
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "message"),
+    [
+        (torch.zeros(64, 64), {}, ValueError, r"must be \[3, H, W\] or .*, got \[64, 64\]"),
+        ([torch.zeros(3, 8, 8)], {}, ValueError, r"must be \[3, 64, 64\], .* got \[3, 8, 8\]"),
+        ([torch.zeros(3, 64, 64, dtype=torch.uint8)], {}, TypeError, "floating-point, got torch.u"),
+        (["x.png", None], {}, TypeError, "path, PIL image or tensor, got NoneType"),
+        ([], {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ([], {"topk": 0}, ValueError, "topk must be at least 1, got 0"),
+        ([torch.full((3, 64, 64), float("nan"))], {}, FloatingPointError, "must be finite"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    loaded: Classifier, given: Any, options: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        loaded.predict(given, **options)
+
+
+def test_the_command_takes_folders_and_goes_on_after_broken_files(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = tmp_path / "in" / "deep"
+    deep.mkdir(parents=True)
+    for name in ("in/10.png", "in/9.png", "in/deep/a.PNG"):
+        (tmp_path / name).write_bytes((images / CLASS_NAMES[4] / "00.png").read_bytes())
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    (tmp_path / "in" / "deep" / "b.png").write_bytes(b"broken")
+    one = str(images / CLASS_NAMES[0] / "00.png")
+    words = ["predict", str(run), str(tmp_path / "in"), one, "--topk", "1", "--batch-size", "2"]
+    order = [str(tmp_path / "in" / name) for name in ("9.png", "10.png", "deep/a.PNG")] + [one]
+
+    assert main(words) == 1
+    seen = capsys.readouterr()
+    assert [line.rpartition(": ")[0] for line in seen.out.splitlines()] == order
+    assert seen.err.count("\n") == 1
+    assert str(deep / "b.png") in seen.err
+
+    assert main([*words, "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["image"] for row in rows if "predictions" in row] == order
+    (bad,) = (row for row in rows if "error" in row)
+    assert bad["image"] == str(deep / "b.png")
+
+    assert main([*words[:-4], "--topk", "2", "--csv"]) == 1
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["image"], row["rank"]) for row in lines] == [
+        (path, rank) for path in order for rank in ("1", "2")
+    ]
+    best = {row["image"]: row["predictions"][0] for row in rows if "predictions" in row}
+    for row in lines[::2]:
+        assert row["label"] == best[row["image"]]["label"]
+        assert float(row["probability"]) == pytest.approx(
+            best[row["image"]]["probability"], abs=1e-5
+        )
+
+    (deep / "b.png").unlink()
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["RUN", "nowhere.png"], "IMAGE 'nowhere.png' does not exist"),
+        (["RUN", "EMPTY"], "is a folder without images"),
+        (["RUN", "IMAGES", "--json", "--csv"], "--json and --csv exclude each other"),
+        (["RUN", "IMAGES", "--batch-size", "0"], "--batch-size: must be in"),
+        (["IMAGES", "IMAGES"], "not a vtclip adapter"),
+    ],
+)
+def test_bad_input_is_one_line(
+    run: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    places = {"RUN": str(run), "IMAGES": str(images), "EMPTY": str(tmp_path)}
+    with pytest.raises(SystemExit) as done:
+        main(["predict", *(places.get(word, word) for word in words)])
+    seen = capsys.readouterr()
+    assert done.value.code == 2
+    assert message in seen.err
+    assert (seen.err.count("\n"), seen.out) == (1, "")
