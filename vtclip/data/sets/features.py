@@ -45,12 +45,14 @@ def open_set(
     cache_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    kept: dict[str, Any] | None = None,
 ) -> Records:
     """Records with `roles`: `shots` drawn training images per class, validation, the test list.
 
     `templates` None takes the set's own one. The cache must lie outside the data root. A listed
     image that is absent is an error; one that cannot be decoded too, unless it is a test image,
-    which is then reported as unreadable and not counted.
+    which is then reported as unreadable and not counted. `kept` is given the lists and the test
+    features, which all draws share, and saves a later call with the same options from reading them.
     """
     from vtclip.clip import load_clip
     from vtclip.data.extract import cached_features, default_cache
@@ -63,10 +65,14 @@ def open_set(
         raise spec.error(
             "a test set without training images; fit imagenet, then evaluate the run on this one"
         )
-    listing = open_listing(spec, source.root)
+    kept = {} if kept is None else kept
+    if "listing" not in kept:
+        kept["listing"] = open_listing(spec, source.root)
+    listing: Listing = kept["listing"]
     picks, held = drawn(listing, shots=shots, seed=seed)
     support = Part(picks.names + held.names, picks.label + held.label)
-    absent = absent_images(listing.image_root, support.names + listing.test.names)
+    looked_at = [] if "test" in kept else listing.test.names
+    absent = absent_images(listing.image_root, support.names + looked_at)
     if absent:
         name, why = absent[0]
         raise spec.error(
@@ -92,7 +98,9 @@ def open_set(
         return found
 
     made = [extract(support, augment_passes)] if len(support) else []
-    made.append(extract(listing.test, 0))
+    if "test" not in kept:
+        kept["test"] = extract(listing.test, 0)
+    made.append(kept["test"])
     tables = [one.records() for one in made]
     test = tables[-1]
     if len(support) and tables[0].info["skipped"]:

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources x methods x shots x seeds as one list of jobs, and what came out of them.
+
+jobs.py     the list: a pure function of what was asked for
+rows.py     the folder of results: settings, one JSON line per job, locks
+opening.py  every source opened once, its features kept between jobs
+run.py      one process's share of the list
+table.py    means, intervals, Markdown and CSV
+"""

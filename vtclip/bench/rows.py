@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a benchmark: its settings, one JSON line per job, and who may write what.
+
+    bench.json             settings and sources, which every process must agree with
+    results.jsonl          one line per finished, failed or skipped job; of shard i of n
+                           results-I-of-N.jsonl
+    runs/NAME/             the run of each job
+
+A line is a run's result.json with the job's key, its source's name and its shots, or what kept the
+job from running ("skipped", "failed"). A process holds the lock of its own file of rows as long as
+it lives, and that of the folder while it compares settings or writes tables. A line without its end
+was cut off by a kill or a full disk: readers ignore it, the next writer removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vtclip.data.sets import SetSource
+from vtclip.files import fcntl, read_json, to_json, write_atomic
+
+logger = logging.getLogger(__name__)
+
+BENCH = "bench.json"
+FORMAT = "vtclip-bench"
+VERSION = 1
+PLACE = ("source", "method", "shots", "seed")
+
+
+def check_out(out: Path, sources: Sequence[Path | SetSource]) -> None:
+    """Refuse a folder inside a source, a file, or a folder that holds something else."""
+    for source in sources:
+        images = source.root if isinstance(source, SetSource) else source
+        if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
+            raise ValueError(f"out {out} lies inside the source {images}")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise FileExistsError(f"out {out} exists and is not a folder")
+    held = sorted(path.name for path in out.iterdir())
+    if held and BENCH not in held and held != [BENCH + ".new"]:
+        raise FileExistsError(f"out {out} exists and is not a benchmark (it holds {held[0]!r})")
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder, after waiting for others to be done with it; not for longer work."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def settle(
+    out: Path, settings: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write what all processes share, or refuse the folder where it says something else.
+
+    settings must be equal; of the sources that both name every entry must be, and new ones join.
+    """
+    wanted = json.loads(to_json({"settings": settings, "sources": sources}))
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        have = {"settings": wanted["settings"], "sources": {}}
+        if (out / BENCH).exists():
+            have = read_bench(out)
+        for name, value in wanted["settings"].items():
+            was = have["settings"].get(name)
+            if was != value:
+                raise ValueError(
+                    f"out {out} holds results with {name} {was!r}, now it is {value!r}"
+                )
+        for name, facts in wanted["sources"].items():
+            known = have["sources"].get(name, {})
+            for fact in facts.keys() & known.keys():
+                if known[fact] != facts[fact]:
+                    raise ValueError(
+                        f"out {out} holds results of {_other(name, fact, known[fact])}"
+                    )
+        merged = {
+            **have["sources"],
+            **{name: have["sources"].get(name, {}) | facts
+               for name, facts in wanted["sources"].items()},
+        }  # fmt: skip
+        if merged != have["sources"]:
+            body = {"format": FORMAT, "version": VERSION, "settings": have["settings"]}
+            write_atomic(out / BENCH, to_json({**body, "sources": merged}))
+
+
+def _other(name: str, fact: str, was: Any) -> str:
+    if fact == "spatial_rows_only":
+        rows = "its rows with spatial features only" if was else "all its rows"
+        more = "say --spatial default" if was else "name another out"
+        return f"{name} over {rows}, now it is the other way round; {more}"
+    return f"another {name}: its {fact} differ, so its rows would not compare; name another out"
+
+
+def read_bench(out: Path) -> dict[str, Any]:
+    found = read_json(out / BENCH, "a folder of vtclip bench")
+    if found.get("format") != FORMAT or found.get("version") != VERSION:
+        have = f"{found.get('format')} {found.get('version')}"
+        raise ValueError(f"{out / BENCH}: this vtclip reads {FORMAT} {VERSION}, got {have}")
+    return found
+
+
+class RowFile:
+    """The rows of one shard, held against a second writer until it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._end = _end_of_lines(path)
+            os.ftruncate(self._file, self._end)
+        except BlockingIOError:
+            os.close(self._file)
+            raise FileExistsError(f"{path} is being written by another benchmark") from None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """One line, on the disk when this returns, or an OSError and no line at all."""
+        plain = json.loads(to_json({**row, "time": time.time()}))
+        line = (json.dumps(plain) + "\n").encode("ascii")
+        try:
+            written = os.write(self._file, line)
+            if written < len(line):  # the next write says why
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            message = f"cannot write {len(line)} bytes to {self.path}: {error.strerror}"
+            raise OSError(error.errno, message, str(self.path)) from error
+        self._end += len(line)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _end_of_lines(path: Path) -> int:
+    """The size of the file up to its last complete line."""
+    return path.read_bytes().rfind(b"\n") + 1
+
+
+def read_rows(out: str | Path) -> list[dict[str, Any]]:
+    """The rows of all shards, one for each job, in the order in which they came.
+
+    Where a job was tried again the later row counts, but what failed or was skipped never replaces
+    a finished row of the same key.
+    """
+    rows = [row for path in sorted(Path(out).glob("results*.jsonl")) for row in _rows_of(path)]
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: float(row.get("time") or 0)):
+        place = tuple(row[name] for name in PLACE)
+        old = found.get(place)
+        if old is None or is_finished(row) or row["key"] != old["key"] or not is_finished(old):
+            found.pop(place, None)
+            found[place] = row
+    return list(found.values())
+
+
+def is_finished(row: Mapping[str, Any]) -> bool:
+    """Whether the row holds numbers."""
+    return "accuracy" in row
+
+
+def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    data = path.read_bytes()
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            row = json.loads(line)
+            complete = all(name in row for name in ("key", *PLACE))
+        except (ValueError, TypeError):
+            complete = False
+        if complete:
+            yield row
+        else:
+            logger.warning("%s: line %d is no row; its job runs again", path, number)
