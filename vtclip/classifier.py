@@ -196,8 +196,9 @@ class Classifier:
             kind = type(picture).__name__
             raise TypeError(f"predict: an image must be a path, PIL image or tensor, got {kind}")
         try:
-            file = isinstance(picture, (str, Path))
-            return self.clip.preprocess(open_image(picture) if file else as_rgb(picture))
+            if isinstance(picture, Image.Image):
+                return self.clip.preprocess(as_rgb(picture))
+            return self.clip.preprocess(open_image(picture))
         except ImageError as error:
             return error
 
