@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import itertools
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,10 +19,16 @@ from .fitting import fit_head
 from .heads import HEADS
 from .heads.auto import Auto
 from .recipes import RECIPES
+from .support import Support, support_of
 
 CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
-BLIND = ("proker", "rada")  # averaged where there is nothing to choose by
+# Chosen by benchmarks/choose_auto.py on images that neither train nor test.
+TRUSTED = ("proker", "rada", "vtclip")  # share the weight equally before validation speaks
+DOUBTED = 0.2  # of a trusted one's prior weight, for each of the others
+STRENGTH = 20.0  # images that the prior weighs as much as
+MAX_MEMBERS = 3
 MAX_FOLDS = 4
+VAL_FOLDS = 5
 REPORTED = ("accuracy", "nll_scaled", "temperature", "count")
 
 
@@ -73,8 +78,7 @@ def fit_auto(
         seen = []
         for part in parts:
             head = heads[name] if part is split else fitted(name, part)
-            allowed = engine.TrainingRows(records, part.val)
-            seen.append(engine.all_logits(head, allowed, part.val, device=device))
+            seen.append(unseen_logits(head, records, part.val, device))
         rows[name] = {"method": name}
         if seen:
             logits[name], label = (torch.cat(column) for column in zip(*seen, strict=True))
@@ -82,7 +86,7 @@ def fit_auto(
             found = metrics.report(logits[name], label, temperature)
             rows[name] |= {key: found[key] for key in REPORTED}
         rows[name]["seconds"] = time.perf_counter() - started
-    chosen = choose_members(logits, label) if len(label) else dict.fromkeys(BLIND, 0.5)
+    chosen = choose_weights(logits or {name: torch.empty(0, 1) for name in heads}, label)
     for name, row in rows.items():
         row["weight"] = chosen.get(name, 0.0)
     members = [
@@ -121,21 +125,54 @@ def folds(records: Records, split: Split) -> list[Split]:
     ]
 
 
-def choose_members(logits: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
-    """Method to weight: the best pair by likelihood where it beats the best single method.
+def unseen_logits(
+    head: Any, records: Records, val: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the rows `val`, none of which its own hyper-parameters saw.
 
-    logits: of each candidate [N, K] on the N validation images; each is given the temperature
-    that suits it there (metrics.fit_temperature) before likelihoods and averages are taken.
+    A head that chooses by validation images chooses again for each of VAL_FOLDS parts of them, by
+    the others: judged by the rows that it chose by, it would look better than it is.
     """
-    shares = {
-        name: (rows.double() / metrics.fit_temperature(rows, label)).log_softmax(dim=1)
-        for name, rows in logits.items()
-    }
-    scores: dict[tuple[str, ...], float] = {
-        (name,): metrics.nll(rows, label) for name, rows in shares.items()
-    }
-    for one, two in itertools.combinations(shares, 2):
-        mean = torch.logaddexp(shares[one], shares[two]) - math.log(2)
-        scores[one, two] = metrics.nll(mean, label)
-    best = min(scores, key=lambda names: scores[names])
-    return {name: 1 / len(best) for name in best}
+    rows = engine.TrainingRows(records, val)
+    logits, label = engine.all_logits(head, rows, val, device=device)
+    if not hasattr(head, "choose") or len(val) < 2:
+        return logits, label
+    support = support_of(rows, val, device, spatial=bool(head.needs_spatial))
+    order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
+    for part in order.chunk(VAL_FOLDS):
+        others = torch.ones(len(val), dtype=torch.bool)
+        others[part] = False
+        one = copy.deepcopy(head)
+        here = others.to(support.image.device)
+        tokens = None if support.spatial is None else support.spatial[here]
+        one.choose(Support(support.image[here], support.label[here], tokens))
+        logits[part] = engine.all_logits(one, rows, val[part], device=device)[0]
+    return logits, label
+
+
+def choose_weights(logits: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
+    """Method to weight w: what makes the average most likely, held near a prior.
+
+        max over w  sum_n log sum_i w_i p_i(label_n) + STRENGTH * sum_i prior_i log w_i
+
+    by expectation maximisation, and of the result the MAX_MEMBERS heaviest. logits: of each
+    candidate [N, K] on the N validation images, each at the temperature that suits it there
+    (metrics.fit_temperature). The prior is what 20 images could outweigh: few validation images
+    rank methods badly, and the average of methods that err differently is better than most.
+    """
+    names = list(logits)
+    prior = torch.tensor([1.0 if name in TRUSTED else DOUBTED for name in names]).double()
+    prior /= prior.sum()
+    true = torch.ones(len(label), len(names), dtype=torch.float64)
+    if len(label):
+        for i, rows in enumerate(logits.values()):
+            log_p = (rows.double() / metrics.fit_temperature(rows, label)).log_softmax(dim=1)
+            true[:, i] = log_p.gather(1, label[:, None])[:, 0].exp()
+    weight = prior
+    for _ in range(500):
+        share = weight * true.clamp(min=1e-30)
+        weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + STRENGTH * prior
+        weight = weight / weight.sum()
+    kept = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
+    total = float(weight[kept].sum())
+    return {names[i]: float(weight[i]) / total for i in kept}

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vtclip import api, auto
+from vtclip import api, auto, engine
 from vtclip.adapter import load_adapter
-from vtclip.auto import choose_members, folds
+from vtclip.auto import choose_weights, folds
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
+from vtclip.support import Support, support_of
 
 
 def logits_of(label: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
@@ -25,24 +26,71 @@ def logits_of(label: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
     return torch.randn(len(label), 4, generator=generator) + strength * F.one_hot(label, 4)
 
 
-def test_the_best_single_method_is_kept_where_no_pair_is_better():
-    label = torch.arange(200) % 4
-    good = logits_of(label, 6.0, 1)
-    chosen = choose_members({"poor": torch.zeros(200, 4), "good": good}, label)
-    assert chosen == {"good": 1.0}
-
-
-def test_two_independent_methods_are_averaged():
+def test_a_method_that_knows_outweighs_the_prior():
     label = torch.arange(400) % 4
-    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate("ab")}
-    assert choose_members({**parts, "poor": torch.zeros(400, 4)}, label) == {"a": 0.5, "b": 0.5}
+    parts = {"proker": torch.zeros(400, 4), "zeroshot": logits_of(label, 6.0, 1)}
+    weights = choose_weights(parts, label)
+    assert weights["zeroshot"] > 0.9
+    assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_few_images_leave_the_prior_nearly_alone():
+    label = torch.arange(4)
+    parts = {"proker": torch.zeros(4, 4), "rada": logits_of(label, 6.0, 1)}
+    assert 0.5 < choose_weights(parts, label)["rada"] < 0.65
+    assert choose_weights({name: rows[:0] for name, rows in parts.items()}, label[:0]) == {
+        "proker": pytest.approx(0.5),
+        "rada": pytest.approx(0.5),
+    }
+
+
+def test_two_independent_methods_share_the_weight():
+    label = torch.arange(400) % 4
+    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate(("rada", "vtclip"))}
+    weights = choose_weights({**parts, "proker": torch.zeros(400, 4)}, label)
+    assert weights["rada"] == pytest.approx(weights["vtclip"], abs=0.15)
+    assert weights["proker"] < 0.1
 
 
 def test_the_temperature_decides_not_the_scale_of_the_logits():
     label = torch.arange(400) % 4
-    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate("ab")}
-    scaled = {"a": 50 * parts["a"], "b": parts["b"] / 50}
-    assert choose_members(scaled, label) == {"a": 0.5, "b": 0.5}
+    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate(("rada", "vtclip"))}
+    scaled = {"rada": 50 * parts["rada"], "vtclip": parts["vtclip"] / 50}
+    plain = choose_weights(parts, label)
+    assert choose_weights(scaled, label) == {
+        name: pytest.approx(w, abs=0.02) for name, w in plain.items()
+    }
+
+
+def test_at_most_three_are_kept():
+    label = torch.arange(40) % 4
+    parts = {name: logits_of(label, 2.0, 5) for name in auto.CANDIDATES}
+    weights = choose_weights(parts, label)
+    assert set(weights) == {"proker", "rada", "vtclip"}
+
+
+def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records: Records):
+    """A head that learns its validation rows by heart gains nothing from them here."""
+
+    class ByHeart(torch.nn.Module):
+        needs_spatial = False
+
+        def choose(self, val: Support) -> None:
+            self.seen = val
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            near = F.normalize(image, dim=-1) @ self.seen.image.T
+            best = near.max(dim=1)
+            known = F.one_hot(self.seen.label[best.indices], 4).float()
+            return known * (best.values > 0.99999).float()[:, None]
+
+    head, val, cpu = ByHeart(), torch.arange(0, 96, 5), torch.device("cpu")
+    head.choose(support_of(records, val, cpu))
+    plain = engine.all_logits(head, records, val, device=cpu)
+    assert bool((plain[0].argmax(dim=1) == plain[1]).all())
+    logits, label = auto.unseen_logits(head, records, val, cpu)
+    assert torch.equal(label, plain[1])
+    assert not bool(logits.any())
 
 
 def test_folds_use_every_training_row_once_and_no_other(records: Records):
@@ -64,7 +112,6 @@ def test_one_shot_has_no_folds(records: Records):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates that fit in a moment."""
     monkeypatch.setattr(auto, "CANDIDATES", ("zeroshot", "rada"))
-    monkeypatch.setattr(auto, "BLIND", ("zeroshot", "rada"))
 
 
 def fitted(records: Records, split: Split) -> tuple[auto.Auto, list[dict[str, object]]]:
@@ -80,11 +127,12 @@ def test_without_validation_images_the_shots_are_cross_validated(records: Record
     assert [row["count"] for row in rows] == [len(split.train)] * 2
 
 
-def test_without_anything_to_choose_by_both_are_averaged(records: Records, quick: None):
+def test_without_anything_to_choose_by_the_prior_stands(records: Records, quick: None):
     split = few_shot_split(records.label, records.names, shots=1, seed=1)
     none = Split(split.train, split.val[:0], split.test, split.digest)
     kept, rows = fitted(records, none)
-    assert kept.members == ["zeroshot", "rada"]
+    assert kept.members == ["rada", "zeroshot"]
+    assert kept.weights == pytest.approx([1 / 1.2, 0.2 / 1.2])
     assert "accuracy" not in rows[0]
 
 
@@ -101,7 +149,7 @@ def test_command_prints_the_comparison_and_keeps_an_adapter(
     weights = [row["weight"] for row in result["candidates"]]
     assert sum(weights) == pytest.approx(1)
     kept = [row["method"] for row in result["candidates"] if row["weight"]]
-    assert load_adapter(out).head.members == kept
+    assert sorted(load_adapter(out).head.members) == sorted(kept)
     assert api.evaluate(out)["accuracy"] == result["accuracy"]
 
 
