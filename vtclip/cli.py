@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, data_command, evaluate_command, predict_command
+from . import __version__, bench_command, data_command, evaluate_command, predict_command
 from .choices import nearest
 from .fit_command import DEMO_NOTE, add_arguments, run_fit
 from .parsing import Once, Parser, emit, existing, fail, number
@@ -68,25 +68,28 @@ def build_parser() -> Parser:
     data = command("data", data_command.run_data, "which of the field's data sets lie in ROOT")
     data_command.add_arguments(data)
 
+    bench = command("bench", bench_command.run_bench_command, "sources x methods x shots x seeds")
+    bench_command.add_arguments(bench)
+
     demo = command("demo", run_demo_command, "the whole way on bundled data, without network")
     demo.add_argument("--out", metavar="DIR", default="vtclip-demo")
 
     command("info", run_info, "what is installed, which kernels run, and why others do not")
 
-    for sub in (fit, features):
+    for sub in (fit, features, bench):
         sub.add_argument(
             "--model", default="demo", help="demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
         )
     for sub in (predict, explain):
         sub.add_argument("--model", help="another place of the weights the run was fitted on")
-    for sub in (fit, evaluate, features):
+    for sub in (fit, evaluate, features, bench):
         sub.add_argument(
             "--cache-dir", metavar="DIR", help="where features of image folders are kept"
         )
-    for sub in (fit, evaluate, predict, explain, features, demo):
+    for sub in (fit, evaluate, predict, explain, features, bench, demo):
         sub.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU where there is one")
         sub.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
-    for sub in (fit, evaluate, predict, data):
+    for sub in (fit, evaluate, predict, data, bench):
         sub.add_argument("--json", action="store_true", help="print JSON")
     for name, sub in commands.choices.items():
         known = [option for action in sub._actions for option in action.option_strings]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from vtclip.data.records import Records, Store
 from vtclip.data.sets import Listing, SetSource, open_listing
 from vtclip.data.sets.features import open_set
 from vtclip.data.sources import open_source
+
 from .jobs import Job, Settings, Source, needs_spatial
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Opener:
 
     spatial: names of the sources that are opened with spatial features. Methods that take none are
         given the same rows without them, so that none are read.
+    note: is told each opened source's name and the digests of its images and weights.
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class Opener:
         device: torch.device,
         cache_dir: str | Path | None,
         progress: bool,
+        note: Callable[[str, dict[str, str]], None],
     ) -> None:
         self.settings, self.device, self.cache_dir = settings, device, cache_dir
-        self.progress = progress
+        self.progress, self._note = progress, note
         self._spatial = frozenset(spatial)
         self._clip: Clip | None = None
         self._source: Source | None = None
@@ -62,6 +65,7 @@ class Opener:
             except (ValueError, TypeError) as error:
                 self._failed[place] = str(error)
                 raise
+            self._note(job.source.name, _content(self._open[1]))
         records = self._open[1]
         return records if _keeps_spatial(job) else without_spatial(records)
 
@@ -116,6 +120,14 @@ def _keeps_spatial(job: Job) -> bool:
     if job.method == "auto":  # takes what is there
         return job.spatial is not None or job.source.kind in ("npz", "features")
     return needs_spatial(job.method)
+
+
+def _content(records: Records) -> dict[str, str]:
+    """Digests of what all draws of a source share."""
+    digests = records.info.get("digests", {})
+    found = {"images": digests.get("test_images", digests.get("images"))}
+    found["weights"] = digests.get("weights")
+    return {name: digest for name, digest in found.items() if digest is not None}
 
 
 class _GlobalOnly:

@@ -34,6 +34,10 @@ VERSION = 1
 PLACE = ("source", "method", "shots", "seed")
 
 
+class OtherContent(ValueError):
+    """The folder holds results of other settings or of a source with other content."""
+
+
 def check_out(out: Path, sources: Sequence[Path | SetSource]) -> None:
     """Refuse a folder inside a source, a file, or a folder that holds something else."""
     for source in sources:
@@ -77,14 +81,14 @@ def settle(
         for name, value in wanted["settings"].items():
             was = have["settings"].get(name)
             if was != value:
-                raise ValueError(
+                raise OtherContent(
                     f"out {out} holds results with {name} {was!r}, now it is {value!r}"
                 )
         for name, facts in wanted["sources"].items():
             known = have["sources"].get(name, {})
             for fact in facts.keys() & known.keys():
                 if known[fact] != facts[fact]:
-                    raise ValueError(
+                    raise OtherContent(
                         f"out {out} holds results of {_other(name, fact, known[fact])}"
                     )
         merged = {
@@ -102,7 +106,7 @@ def _other(name: str, fact: str, was: Any) -> str:
         rows = "its rows with spatial features only" if was else "all its rows"
         more = "say --spatial default" if was else "name another out"
         return f"{name} over {rows}, now it is the other way round; {more}"
-    return f"another {name}: its {fact} differ, so its rows would not compare; name another out"
+    return f"another {name} (its {fact} differs), so rows would not compare; name another out"
 
 
 def read_bench(out: Path) -> dict[str, Any]:

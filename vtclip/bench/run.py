@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process's share of a benchmark: every job fitted once, its row on the disk before the next.
+
+A kill loses at most the running job, and of that only what its own checkpoint does not hold. A job
+that fails becomes a row that says so and is tried again by the next call; the others go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vtclip import api
+from vtclip.checkpoint import Interrupted
+from vtclip.result import RESULT, reset_peak_memory
+from vtclip.runs import CHECKPOINT
+from vtclip.settings import choose_device, set_threads
+
+from .jobs import Job, Settings, Shard, Source, job_list, needs_spatial, spatial_rows_only
+from .opening import Opener
+from .rows import PLACE, OtherContent, RowFile, check_out, is_finished, locked, read_rows, settle
+from .table import write_tables
+
+logger = logging.getLogger(__name__)
+
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@dataclass
+class Report:
+    """What one process did: jobs by outcome, those of other shards that are left, the summary."""
+
+    out: Path
+    jobs: int = 0
+    resumed: int = 0
+    finished: int = 0
+    skipped: int = 0
+    failed: list[str] = field(default_factory=list)
+    left: int = 0
+    seconds: float = 0.0
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        parts = [f"{self.finished} finished"]
+        parts += [f"{self.resumed} of them before"] if self.resumed else []
+        parts += [f"{self.skipped} skipped"] if self.skipped else []
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        parts += [f"{self.left} left to other shards"] if self.left else []
+        return f"{self.jobs} jobs in {self.seconds:.1f} s: {', '.join(parts)}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "out": str(self.out)}
+
+
+def run_bench(
+    sources: Sequence[Source],
+    out: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    shots: Sequence[int] = (1, 2, 4, 8, 16),
+    seeds: Sequence[int] = (1, 2, 3),
+    settings: Settings | None = None,
+    shard: Shard | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Fit and evaluate every method on every source, draw by draw; rows and tables lie in `out`.
+
+    sources: from `jobs.own_sources` or `jobs.set_sources`, with the same settings.
+    methods: None takes those that apply to each source.
+    shard: the part of the list that this process does; all of it by default.
+    Jobs that have a row in `out` are not done again. Raises ValueError or FileExistsError before
+    anything is written where `out` is something else or has other settings; OSError where a row
+    cannot be written (then the rows so far remain).
+    """
+    started, settings, shard = time.perf_counter(), settings or Settings(), shard or Shard()
+    where, out = _device(device), Path(out).expanduser()
+    set_threads(threads)
+    jobs = job_list(sources, methods, shots, seeds, settings)
+    check_out(out, [source.where for source in sources])
+    asked = dataclasses.asdict(settings)
+    settle(out, asked, _facts(sources, jobs))
+    opener = Opener(
+        settings,
+        spatial={job.source.name for job in jobs if job.spatial or needs_spatial(job.method)},
+        device=where,
+        cache_dir=cache_dir,
+        progress=progress,
+        note=lambda name, facts: settle(out, asked, {name: facts}),
+    )
+    mine = shard.of(jobs)
+    report = Report(out, jobs=len(mine))
+    rows = RowFile(out / shard.file)
+    try:
+        known = {row["key"]: row for row in read_rows(out)}
+        todo = [job for job in mine if not is_finished(known.get(job.key, {}))]
+        report.finished = report.resumed = len(mine) - len(todo)
+        bar = tqdm(
+            total=len(mine),
+            initial=report.resumed,
+            desc="jobs",
+            disable=None if progress else True,
+        )
+        with bar:
+            for job in todo:
+                _do(job, opener, rows, report, known.get(job.key, {}))
+                bar.update()
+    finally:
+        rows.close()
+    report.seconds = time.perf_counter() - started
+    with locked(out):
+        found = read_rows(out)
+        done = {row["key"] for row in found}
+        report.left = sum(job.key not in done for job in jobs)
+        report.summary = write_tables(out, found, [source.name for source in sources])
+    return report
+
+
+def _device(named: str | torch.device | None) -> torch.device:
+    """The named device; without a name each process that torchrun started takes its own GPU."""
+    count, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
+    if named is None and count > 1 and rank.isdecimal():
+        named = f"cuda:{int(rank) % count}"
+    return choose_device(named)
+
+
+def _facts(sources: Iterable[Source], jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """What must stay the same of every source for its rows to compare."""
+    return {
+        source.name: {
+            "kind": source.kind,
+            "content": source.identity,
+            "spatial_rows_only": spatial_rows_only(source, jobs),
+        }
+        for source in sources
+    }
+
+
+def _do(job: Job, opener: Opener, rows: RowFile, report: Report, old: Mapping[str, Any]) -> None:
+    """Run one job and append its row; only what concerns all jobs is raised."""
+    head = {"key": job.key, **dict(zip(PLACE, job.place(), strict=True))}
+    try:
+        reason = job.skip or opener.why_not(job)
+        if reason is not None:
+            report.skipped += 1
+            logger.info("%s: skipped, %s", job.name, reason)
+            if old.get("skipped") != reason:
+                rows.append({**head, "skipped": reason})
+            return
+        result = _fit(job, opener, rows.path.parent / "runs" / job.name)
+    except (Interrupted, OtherContent):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        fault = _one_line(error)
+        report.failed.append(f"{job.name}: {fault}")
+        logger.error("%s: failed, %s", job.name, fault)
+        logger.debug("%s", job.name, exc_info=True)
+        rows.append({**head, "failed": fault})
+        return
+    rows.append({**result, **head, "run": f"runs/{job.name}"})
+    report.finished += 1
+    logger.info("%s: accuracy %.2f %%", job.name, 100 * result["accuracy"])
+
+
+def _fit(job: Job, opener: Opener, folder: Path) -> dict[str, Any]:
+    """The result of the job's run, which goes on where an earlier process was stopped."""
+    records, settings = opener.records(job), opener.settings
+    reset_peak_memory(opener.device)
+    given: dict[str, Any] = {
+        "records": records,
+        "method": job.method,
+        "shots": job.shots,
+        "seed": job.seed,
+        "model": settings.model,
+        "spatial": job.spatial,
+        "prompt": settings.prompt,
+        "templates": settings.templates,
+        "test_fraction": settings.test_fraction,
+        "augment_passes": settings.augment_passes,
+        "out": folder,
+        "device": opener.device,
+        "cache_dir": opener.cache_dir,
+    }
+    begun = (folder / CHECKPOINT).is_file() or (folder / RESULT).is_file()
+    try:
+        return api.fit(job.source.where, resume=True, **given).result
+    except ValueError as error:
+        if not begun:
+            raise
+        logger.info("%s: begun anew, %s", job.name, error)
+    return api.fit(job.source.where, overwrite=True, **given).result
+
+
+def _one_line(error: Exception) -> str:
+    """The message of a user's error; of any other with its type."""
+    text = " ".join(str(error).split()) or "no message"
+    known = (ValueError, OSError, NotImplementedError, FloatingPointError)
+    return text if isinstance(error, known) else f"{type(error).__name__}: {text}"
