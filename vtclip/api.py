@@ -29,14 +29,15 @@ from .encoders import load_encoders
 from .files import only_writer, to_json
 from .fitting import fit_head
 from .heads import HEADS
+from .memory import peak_memory_mb
 from .recipes import RECIPES
 from .result import (
     RESULT,
     Run,
     Stopwatch,
     device_name,
+    environment,
     named_classes,
-    peak_memory_mb,
     revision,
     unreadable,
     versions,
@@ -149,7 +150,7 @@ def fit(
         )
     if base_to_new:
         check_method(method)
-    watch = Stopwatch()
+    watch = Stopwatch(where)
 
     def opened() -> Records:
         with watch.stage("features"):
@@ -187,6 +188,7 @@ def fit(
     options = {
         "source": str(source.resolve()),
         "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
+        "shots": shots,
         "model": str(model),
         "spatial": spatial,
         "prompt": prompt,
@@ -253,7 +255,9 @@ def fit(
             "accuracy": values["adapted"]["accuracy"],
             "seconds": {**watch.seconds, "total": sum(watch.seconds.values())},
             "peak_memory_mb": peak_memory_mb(where),
+            "memory_mb": watch.memory_mb,
             "device": device_name(where),
+            "environment": environment(where),
             "versions": versions(),
             "revision": revision(),
             "config": options,

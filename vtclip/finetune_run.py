@@ -31,6 +31,7 @@ from .distributed import World, device_of_rank, is_first, joined, num_processes
 from .encoders import ENCODERS, saved_encoders, with_weights
 from .files import json_digest, only_writer, to_json
 from .heads import HEADS
+from .memory import peak_memory_mb
 from .recipes import RECIPES
 from .recipes.rada_finetune import TEMPLATES, FinetuneConfig, get_config
 from .result import (
@@ -38,8 +39,8 @@ from .result import (
     Run,
     Stopwatch,
     device_name,
+    environment,
     named_classes,
-    peak_memory_mb,
     revision,
     unreadable,
     versions,
@@ -131,7 +132,7 @@ class _Request:
 
 class _Work:
     def __init__(self, request: _Request, world: World) -> None:
-        self.request, self.world, self.watch = request, world, Stopwatch()
+        self.request, self.world, self.watch = request, world, Stopwatch(request.device)
 
     def run(self) -> Run:
         r, world = self.request, self.world
@@ -312,7 +313,9 @@ class _Work:
             "accuracy": values["adapted"]["accuracy"],
             "seconds": {**watch.seconds, "total": sum(watch.seconds.values())},
             "peak_memory_mb": peak_memory_mb(r.device),
+            "memory_mb": watch.memory_mb,
             "device": device_name(r.device),
+            "environment": environment(r.device),
             "processes": num_processes(),
             "versions": versions(),
             "revision": revision(),

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import __version__
+from .backends import native
 from .files import read_json, to_json, write_atomic
+from .memory import reset_peak_memory as reset_peak_memory
+from .memory import stage_peak
 
 if TYPE_CHECKING:
     from .data.records import Records
@@ -53,14 +55,17 @@ class Run:
 
 @dataclass
 class Stopwatch:
-    """Seconds per named stage."""
+    """Seconds per named stage and, where a device is named, the most memory held in each."""
 
+    device: torch.device | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    memory_mb: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
+        start, known = time.perf_counter(), self.device
+        with nullcontext() if known is None else stage_peak(name, self.memory_mb, known):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
@@ -101,25 +106,29 @@ def _git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def peak_memory_mb(device: torch.device) -> float | None:
-    """Most memory used so far: allocated on a GPU, else resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+def environment(device: torch.device) -> dict[str, Any]:
+    """What else decides the last bits of a result: device, threads, instruction sets, processes."""
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": {
+            "torch": torch.backends.cpu.get_cpu_capability(),
+            "vtclip": native.build_info().get("instructions"),
+        },
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+@functools.cache
+def _processor() -> str:
     try:
-        import resource
-    except ImportError:  # no such module on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory_mb` count from now on, where the system can (a GPU, Linux)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.partition(":")[2] for line in file if line.startswith("model name")]
+        return names[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:
