@@ -31,6 +31,8 @@ from .fitting import fit_head
 from .heads import HEADS
 from .memory import peak_memory_mb
 from .recipes import RECIPES
+from .prompts import check_text_encoder
+from .pseudo_labels import check_pseudo_labels, pseudo_labelled, pseudo_report, unlabelled_split
 from .result import (
     RESULT,
     Run,
@@ -78,6 +80,7 @@ def fit(
     train_encoders: bool = False,
     base_to_new: bool = False,
     overrides: Mapping[str, Any] | None = None,
+    pseudo_labels: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -103,6 +106,8 @@ def fit(
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
         train_encoders of `FinetuneConfig` (vtclip/recipes/rada_finetune.py).
+    pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
+        ones (vtclip.pseudo_labels); without validation images, and so without a temperature.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED. It ends up with
         adapter.safetensors, adapter_config.json, result.json and log.jsonl.
 
@@ -119,6 +124,9 @@ def fit(
         fraction = test_fraction if test_fraction != 0.5 else None
         source.refuse(train_encoders=train_encoders, prompt=prompt, test_fraction=fraction)
         if shots is None:
+    if pseudo_labels:
+        check_pseudo_labels(method, shots, base_to_new=base_to_new, train_encoders=train_encoders)
+        shots = max(SHOTS) if shots is None else shots
             shots = 0 if source.spec.test_only else max(SHOTS)
     elif train_encoders:
         from .finetune_run import fit_encoders, refuse
@@ -171,6 +179,7 @@ def fit(
                 progress=progress,
             )
 
+                pool=pseudo_labels,
     given, records = records, None
     if given is not None and not given.has_spatial and HEADS[method].needs_spatial:  # type: ignore[attr-defined]
         raise ValueError(f"method {method} needs spatial features, which records do not have")
@@ -201,12 +210,19 @@ def fit(
     with removed_if_empty(folder), only_writer(folder):
         if resume and (folder / RESULT).is_file() and not (folder / CHECKPOINT).is_file():
             return finished_run(folder, {"method": method, "shots": shots, "seed": seed}, options)
+        "pseudo_labels": pseudo_labels,
         if records is None:
             records = opened()
         new_records = None
         if base_to_new:
             records, new_records = halves(records)
-        split = split_rows(records, learns, shots, seed, test_fraction)
+        check_text_encoder(method, records)
+        if pseudo_labels:
+            split = unlabelled_split(records, seed, test_fraction)
+            training, split = pseudo_labelled(records, split, shots, where)
+        else:
+            split = split_rows(records, learns, shots, seed, test_fraction)
+            training = records
         zero_shot = build_head("zeroshot", records, RECIPES["zeroshot"](0), where)
         rows = engine.TrainingRows(records, split.train, split.val)
         identity = {
@@ -220,16 +236,17 @@ def fit(
         }
         checkpoint = Checkpoint(folder / CHECKPOINT, identity)
         go_on = resume and checkpoint.path.is_file()
+            "pseudo_labels": pseudo_labels,
         with watch.stage("train"), line_log(folder / LOG, append=go_on) as log:
             common: dict[str, Any] = {"device": where, "seed": seed, "log": log}
             common["progress"] = progress
             compared: dict[str, Any] = {}
             head: nn.Module
             if method == "auto":
-                head, compared["candidates"] = fit_auto(records, split, shots, **common)
+                head, compared["candidates"] = fit_auto(training, split, shots, **common)
             else:
                 common |= {"checkpoint": checkpoint, "resume": go_on}
-                head = fit_head(method, records, split, config, **common)
+                head = fit_head(method, training, split, config, **common)
         with watch.stage("evaluate"):
             values = {}
             for name, one in ("zero_shot", zero_shot), ("adapted", head):
@@ -277,6 +294,7 @@ def fit(
         run.save()
         (folder / CHECKPOINT).unlink(missing_ok=True)
     return run
+            **(pseudo_report(training, records, split) if pseudo_labels else {}),
 
 
 def evaluate(
@@ -332,7 +350,11 @@ def evaluate(
         return evaluate_again(adapter, run.result, records, opened, device=where)
     if records.info.get("digests", {}).get("images") == run.result["digests"].get("images"):
         learns, fraction = takes_images(run.result["method"]), options["test_fraction"]
-        split = split_rows(records, learns, run.result["shots"], run.result["seed"], fraction)
+        count = run.result["shots"]
+        if options.get("pseudo_labels"):
+            learns, count = False, 0
+        split = split_rows(records, learns, count, run.result["seed"], fraction)
+        pool=own and bool(options.get("pseudo_labels")),
         if split.digest != run.result["split"]:
             raise ValueError(f"{opened}: its split differs from the one the run was fitted with")
         index = split.test

@@ -10,13 +10,21 @@ from typing import Any
 
 from .parsing import emit, emit_json, fail, number, one_of, some_of, source_path
 
-METHODS = ("vtclip", "rada", "zeroshot", "auto")
+METHODS = ("vtclip", "rada", "coop", "zeroshot", "auto")
 OPTIMIZERS = ("sgd", "adamw")
+LOSSES = ("ce", "gce")
+POSITIONS = ("end", "middle", "front")
 PRECISIONS = ("fp32", "bf16")
 PENALTIES = ("none", "l1", "mse", "linf")
 QUERIES = ("image", "text", "pair")
 TRAINING = ("epochs", "lr", "optimizer", "weight_decay", "batch_size")
-OVERRIDES = (*TRAINING, "penalty_weight", "label_smoothing")
+OVERRIDES = (*TRAINING, "penalty_weight", "label_smoothing", "loss", "gce_q")
+COOP_OPTIONS = {  # argument: option of the head
+    "context_length": "num_context",
+    "class_specific": "class_specific",
+    "class_position": "class_position",
+    "context_init": "init",
+}
 HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
 DEMO_NOTE = (
     "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
@@ -70,6 +78,24 @@ def add_arguments(fit: Any) -> None:
     fit.add_argument(
         "--temperature", type=number(float, 0, 1e6, above=True), help="rada: of its attention"
     )
+    fit.add_argument("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
+    fit.add_argument("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="of gce")
+    fit.add_argument(
+        "--pseudo-labels",
+        action="store_true",
+        help="no labels: --shots of the images surest zero-shot, per class it names",
+    )
+    fit.add_argument(
+        "--context-length",
+        type=number(int, 1, 10_000),
+        metavar="N",
+        help="coop: learned vectors (16)",
+    )
+    fit.add_argument("--class-specific", action="store_true", help="coop: vectors for each class")
+    fit.add_argument("--class-position", type=one_of(*POSITIONS), help="coop: end | middle | front")
+    fit.add_argument(
+        "--context-init", metavar="WORDS", help='coop: start at these, e.g. "a photo of a"'
+    )
     fit.add_argument("--out", metavar="RUN", help="default runs/SOURCE-METHOD-SHOTSshot-seedSEED")
     fit.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -92,6 +118,8 @@ def run_fit(args: argparse.Namespace) -> int:
     head = {name: value for name, value in head.items() if value not in (None, False)}
     overrides["head"] = head or None
     if args.train_encoders:
+    if args.gce_q is not None and args.loss != "gce":
+        fail("vtclip fit: --gce-q is for --loss gce, which is not given")
         overrides["precision"] = args.precision
         overrides["grad_checkpointing"] = args.grad_checkpointing or None
     elif args.precision is not None or args.grad_checkpointing:
@@ -114,6 +142,7 @@ def run_fit(args: argparse.Namespace) -> int:
         train_encoders=args.train_encoders,
         base_to_new=args.base_to_new,
         overrides=overrides,
+        pseudo_labels=args.pseudo_labels,
         out=args.out,
         overwrite=args.overwrite,
         resume=args.resume,

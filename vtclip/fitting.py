@@ -3,6 +3,8 @@
 
 Beside `forward`, a head may have
     set_text_views(views)  class texts [K, M, C] of M templates, before anything else
+    set_text_encoder(clip, class_names)  where its `needs_text_encoder` is true: the model that made
+                           the class texts
     fit_support(support)   takes in the training images; of a head without training, all there is
     choose(val)            sets what validation images decide, after training; without any such
                            images its defaults stay
@@ -22,6 +24,7 @@ from .checkpoint import Checkpoint
 from .config import FitConfig
 from .data.records import Records
 from .data.splits import Split
+from .prompts import text_encoder
 from .settings import build_head
 from .support import support_of
 
@@ -42,6 +45,8 @@ def fit_head(
     """The head of `method`, fitted to the rows split.train and chosen by split.val."""
     torch.manual_seed(seed)
     head: Any = build_head(method, records, config, device)
+    if getattr(head, "needs_text_encoder", False):
+        head.set_text_encoder(text_encoder(records, device), records.class_names)
     rows = engine.TrainingRows(records, split.train, split.val)
     if hasattr(head, "fit_support"):
         head.fit_support(support_of(rows, split.train, device))

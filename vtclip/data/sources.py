@@ -47,6 +47,7 @@ def open_source(
     need_spatial: bool = False,
     shots: int = 0,
     seed: int = 1,
+    pool: bool = False,
     cache_dir: str | Path | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
@@ -57,7 +58,8 @@ def open_source(
     names the spatial option and `need_spatial` alone takes the model's default. Features that
     exist already (a FeatureSet folder, an .npz file) bring their own model: what was asked for and
     cannot be had from them is an error. `prompt` chooses one prompt of an .npz file. `shots` and
-    `seed` draw the images of a data set (vtclip.data.sets); other sources are split later.
+    `seed` draw the images of a data set (vtclip.data.sets), `pool` takes its whole training list
+    instead; other sources are split later.
     """
     if isinstance(source, SetSource):
         from vtclip.data.sets.features import open_set
@@ -67,6 +69,7 @@ def open_source(
             source,
             shots=shots,
             seed=seed,
+            pool=pool,
             model=model,
             spatial=spatial or ("default" if need_spatial else None),
             templates=templates,

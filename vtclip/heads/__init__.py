@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from vtclip.heads.auto import Auto
+from vtclip.heads.coop import CoOp
 from vtclip.heads.proker import ProKeR
 from vtclip.heads.rada import RAda
 from vtclip.heads.tip_adapter import TipAdapter, TipAdapterF
@@ -18,9 +19,10 @@ _HEADS: tuple[Any, ...] = (
     TipAdapter,
     TipAdapterF,
     ProKeR,
+    CoOp,
     ZeroShot,
     Auto,
 )
 HEADS: dict[str, type[nn.Module]] = {head.method: head for head in _HEADS}
 
-__all__ = ["HEADS", "Auto", "ProKeR", "TipAdapter", "TipAdapterF", "RAda", "VTCLIP", "ZeroShot"]
+__all__ = ["HEADS", "Auto", "CoOp", "ProKeR", "TipAdapter", "TipAdapterF", "RAda", "VTCLIP", "ZeroShot"]

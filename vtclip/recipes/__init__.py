@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from vtclip.config import FitConfig
 
-from . import auto, proker, rada, tip_adapter, tip_adapter_f, vtclip, zeroshot
+from . import auto, coop, proker, rada, tip_adapter, tip_adapter_f, vtclip, zeroshot
 
 RECIPES: dict[str, Callable[[int], FitConfig]] = {
     "tip-adapter": tip_adapter.get_config,
     "tip-adapter-f": tip_adapter_f.get_config,
     "proker": proker.get_config,
+    "coop": coop.get_config,
     "auto": auto.get_config,
     "vtclip": vtclip.get_config,
     "rada": rada.get_config,

@@ -38,6 +38,7 @@ def open_set(
     *,
     shots: int,
     seed: int,
+    pool: bool = False,
     model: str | Path | Clip = "demo",
     spatial: str | None = None,
     templates: str | Sequence[str] | None = None,
@@ -53,6 +54,7 @@ def open_set(
     image that is absent is an error; one that cannot be decoded too, unless it is a test image,
     which is then reported as unreadable and not counted. `kept` is given the lists and the test
     features, which all draws share, and saves a later call with the same options from reading them.
+    `pool` takes every image of the training list instead of a draw, and none for validation.
     """
     from vtclip.clip import load_clip
     from vtclip.data.extract import cached_features, default_cache
@@ -69,7 +71,10 @@ def open_set(
     if "listing" not in kept:
         kept["listing"] = open_listing(spec, source.root)
     listing: Listing = kept["listing"]
-    picks, held = drawn(listing, shots=shots, seed=seed)
+    if pool:
+        picks, held = listing.train, Part([], [])
+    else:
+        picks, held = drawn(listing, shots=shots, seed=seed)
     support = Part(picks.names + held.names, picks.label + held.label)
     looked_at = [] if "test" in kept else listing.test.names
     absent = absent_images(listing.image_root, support.names + looked_at)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CoOp: learned context vectors go through the frozen text encoder in place of a prompt's words.
+
+    t_k    = g(v_1 .. v_M, name_k)       v: `context`, shared by the classes or one row set for each
+    logits = s * cos(image, t_k)
+
+arXiv 2109.01134, eq. 2 and 3. The text encoder is no part of the head and is not saved: the class
+texts it last gave are the buffer `text`, which is all that prediction needs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtclip import ops
+from vtclip.heads._check import check_image, check_text
+from vtclip.prompts import POSITIONS, TextTower
+
+if TYPE_CHECKING:
+    from vtclip.clip import Clip
+
+logger = logging.getLogger(__name__)
+NUM_CONTEXT = 16
+SPREAD = 0.02  # standard deviation of random vectors
+
+
+class CoOp(nn.Module):
+    """text [K, C]: the class texts to start from, and after training those that were learned.
+
+    num_context: M learned vectors; None takes 16, fewer where the text encoder has not the room,
+        or as many as `init` has tokens.
+    class_specific: vectors of their own for each class, `context` [K, M, W] instead of [M, W].
+    class_position: of the class name: "end", "middle" (of the vectors) or "front".
+    init: words whose embeddings the vectors start at, such as "a photo of a", in place of random
+        ones of standard deviation 0.02.
+    context_width: W, the text encoder's; 0 until `set_text_encoder`, which makes the vectors.
+
+    In training mode the logits are of freshly encoded class texts; `eval()` after training stores
+    these in `text`. Without a text encoder the head is the decision by `text`.
+    """
+
+    method = "coop"
+    needs_spatial = False
+    needs_text_encoder = True
+    text: Tensor
+
+    def __init__(
+        self,
+        text: Tensor,
+        *,
+        num_context: int | None = None,
+        class_specific: bool = False,
+        class_position: str = "end",
+        init: str | None = None,
+        context_width: int = 0,
+        logit_scale: float = 100.0,
+    ) -> None:
+        super().__init__()
+        check_text("CoOp", text)
+        if class_position not in POSITIONS:
+            raise ValueError(
+                f"CoOp: class_position must be {', '.join(POSITIONS)}, got {class_position!r}"
+            )
+        if num_context is not None and num_context < 1:
+            raise ValueError(f"CoOp: num_context must be at least 1, got {num_context}")
+        if init is not None and not init.strip():
+            raise ValueError("CoOp: init must hold words, got none")
+        if context_width < 0:
+            raise ValueError(f"CoOp: context_width must be at least 0, got {context_width}")
+        self.num_context = num_context
+        self.class_specific = bool(class_specific)
+        self.class_position = class_position
+        self.init = init
+        self.logit_scale = float(logit_scale)
+        self._tower: TextTower | None = None
+        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
+        self.context = nn.Parameter(text.new_zeros(*self._rows(num_context or 0), context_width))
+
+    @property
+    def num_classes(self) -> int:
+        return self.text.shape[0]
+
+    def options(self) -> dict[str, Any]:
+        """What the constructor needs beside `text`, as plain numbers and strings."""
+        names = "num_context", "class_specific", "class_position", "init", "logit_scale"
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "context_width": self.context.shape[-1]}
+
+    def set_text_encoder(self, clip: Clip, class_names: Sequence[str]) -> None:
+        """Train through the text side of `clip`; vectors there are already stay as they are.
+
+        class_names: K names in the order of `text`; an underscore is read as a space.
+        """
+        if len(class_names) != self.num_classes:
+            raise ValueError(
+                f"CoOp: class_names must be {self.num_classes}, got {len(class_names)}"
+            )
+        tower = TextTower(clip)
+        if not self.context.shape[-1]:
+            self.context = nn.Parameter(self._first_context(tower, class_names))
+        elif self.context.shape[-1] != tower.width:
+            raise ValueError(
+                f"CoOp: the text encoder must be {self.context.shape[-1]} wide, got {tower.width}"
+            )
+        M = self.context.shape[-2]
+        self._prompts = tower.prompts(class_names, M, self.class_position)
+        self._tower = tower
+
+    def train(self, mode: bool = True) -> CoOp:
+        """As every module's; leaving training mode stores the learned class texts in `text`."""
+        if self.training and not mode and self._tower is not None:
+            with torch.no_grad():
+                self.text.copy_(self.class_texts())
+        return super().train(mode)
+
+    def class_texts(self) -> Tensor:
+        """Unit rows [K, C] of the context as it is, differentiable in it."""
+        if self._tower is None:
+            raise ValueError("CoOp: class_texts needs the text encoder; call set_text_encoder")
+        rows = self._tower.class_texts(self.context.to(self._tower.device), self._prompts)
+        return rows.to(self.text)
+
+    def forward(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Tensor:
+        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+        check_image("CoOp", image, self.text)
+        live = self.training and self._tower is not None
+        text = self.class_texts() if live else self.text
+        return ops.cosine_logits(image, text, scale=self.logit_scale)
+
+    def with_names(self, clip: Clip, class_names: Sequence[str]) -> CoOp:
+        """The same shared context before other class names, encoded by `clip`."""
+        if self.class_specific:
+            raise ValueError("CoOp: class_specific context belongs to its classes, not to others")
+        options = self.options()
+        head = CoOp(self.text.new_zeros(len(class_names), self.text.shape[1]), **options)
+        head.load_state_dict({"text": head.text, "context": self.context.detach()})
+        head.set_text_encoder(clip, class_names)
+        return head.eval()
+
+    def _first_context(self, tower: TextTower, class_names: Sequence[str]) -> Tensor:
+        """Vectors to start from; sets num_context where it was left open."""
+        words = tower.words(self.init) if self.init is not None else []
+        if self.init is not None and self.num_context not in (None, len(words)):
+            raise ValueError(
+                f"CoOp: num_context must be {len(words)}, as many as init {self.init!r} has "
+                f"tokens, got {self.num_context}"
+            )
+        if self.num_context is None:
+            room = max(1, tower.room(class_names))
+            self.num_context = len(words) or min(NUM_CONTEXT, room)
+            if not words and self.num_context < NUM_CONTEXT:
+                logger.warning(
+                    "coop: %d context vectors instead of %d, as many as the text encoder's %d "
+                    "places leave beside the class names",
+                    self.num_context, NUM_CONTEXT, tower.context_length,
+                )  # fmt: skip
+        shape = *self._rows(self.num_context), tower.width
+        if words:
+            return tower.embed(torch.tensor(words)).to(self.text).expand(shape).clone()
+        return torch.empty(shape).normal_(std=SPREAD).to(self.text)
+
+    def _rows(self, M: int) -> tuple[int, ...]:
+        return (self.num_classes, M) if self.class_specific else (M,)
