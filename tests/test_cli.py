@@ -26,7 +26,8 @@ from vtclip.data.splits import few_shot_split
 from vtclip.files import to_json
 
 ROOT = Path(vtclip.__file__).parents[1]
-QUICK = ["--shots", "4", "--epochs", "3", "--threads", "1", "--device", "cpu"]
+VT = ["--method", "vtclip"]
+QUICK = [*VT, "--shots", "4", "--epochs", "3", "--threads", "1", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the table of features."""
     out = tmp_path_factory.mktemp("runs") / "animals"
-    api.fit(npz, shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1)
+    api.fit(npz, method="vtclip", shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1)
     return out
 
 
@@ -153,10 +154,12 @@ def test_bad_sources_and_values_are_named(
     assert "shots must be at least 1" in refused(capsys, 2, "fit", npz, "--shots", "0")
     message = refused(capsys, 2, "fit", npz, "--method", "zeroshot", "--lr", "0.1")
     assert "method zeroshot has no training, so lr cannot be set" in message
-    message = refused(capsys, 2, "fit", npz, "--penalty-weight", "1")
+    message = refused(capsys, 2, "fit", npz, *VT, "--penalty-weight", "1")
     assert "method vtclip has no penalty, so penalty_weight cannot be set" in message
-    message = refused(capsys, 2, "fit", npz, "--temperature", "0.1")
+    message = refused(capsys, 2, "fit", npz, *VT, "--temperature", "0.1")
     assert "method vtclip has no option temperature" in message
+    message = refused(capsys, 2, "fit", npz, "--lr", "0.1")
+    assert "each with its own settings; to set lr, name one method" in message
     message = refused(capsys, 2, "fit", npz, "--method", "zeroshot", "--adapters")
     assert "method zeroshot has no training, so adapters cannot be set" in message
     words = ["--method", "rada", "--penalty", "none", "--penalty-weight", "1"]
@@ -244,7 +247,7 @@ def test_training_never_touches_a_test_row(
 
     monkeypatch.setattr(Records, "batch", batch)
     monkeypatch.setattr(engine, "fit", fit)
-    run = api.fit(npz, shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu")
+    run = api.fit(npz, method="vtclip", shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu")
     split = few_shot_split(
         torch.arange(4).repeat_interleave(24), [str(row) for row in range(96)], shots=4, seed=1
     )

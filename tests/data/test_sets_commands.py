@@ -15,7 +15,7 @@ import pytest
 from vtclip.cli import main
 from vtclip.data.sets import SETS
 
-QUICK = ["--epochs", "2", "--threads", "1", "--device", "cpu"]
+QUICK = ["--method", "vtclip", "--epochs", "2", "--threads", "1", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_imagenet_and_a_test_set_over_some_of_its_classes(
     root = trees.make_imagenet(tmp_path / "root")
     trees.make_variant(root, "imagenet_a", (0, 2))
     before = trees.fingerprint(root)
-    quick = QUICK if method == "rada" else QUICK[2:]
+    quick = QUICK[2:] if method == "rada" else QUICK[4:]
     words = ["--data", root, "--method", method, "--shots", "2", "--out", "r"]
     assert call("fit", "imagenet", *words, *quick) == 0
     result = result_of("r")
@@ -131,7 +131,7 @@ def test_base_to_new_on_a_data_set(
     tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = trees.make_imagenet(tmp_path / "root")
-    words = ["--method", "rada", "--base-to-new", "--shots", "2", "--out", "r", *QUICK]
+    words = ["--method", "rada", "--base-to-new", "--shots", "2", "--out", "r", *QUICK[2:]]
     assert call("fit", "imagenet", "--data", root, *words) == 0
     result = result_of("r")
     assert result["images"] == {"train": 4, "val": 4, "test": 6}

@@ -61,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "images" / "grass" / "broken.png").write_bytes(b"not a picture")
     model = write_model(root / "model", seed=1)
     run = api.fit(
-        root / "images", shots=4, model=str(model), out=root / "run", device="cpu", threads=1,
+        root / "images", method="vtclip", shots=4, model=str(model), out=root / "run", device="cpu", threads=1,
         cache_dir=root / "cache", overrides={"epochs": 30, "lr": 1e-2},
     )  # fmt: skip
     assert run.accuracy == 1.0  # three plain colours
@@ -207,7 +207,9 @@ def test_features_command_makes_a_source(world: dict[str, Path], tmp_path: Path)
     out = tmp_path / "features"
     words = ["--model", str(world["model"]), "--augment-passes", "1", "--device", "cpu"]
     assert main(["features", str(world["images"]), "--out", str(out), *words]) == 0
-    run = api.fit(out, shots=4, out=tmp_path / "run", device="cpu", overrides={"epochs": 2})
+    run = api.fit(
+        out, method="vtclip", shots=4, out=tmp_path / "run", device="cpu", overrides={"epochs": 2}
+    )
     fitted = json.loads((world["run"] / "result.json").read_text())
     assert run.result["split"] == fitted["split"]
     assert run.result["zero_shot"] == fitted["zero_shot"]
