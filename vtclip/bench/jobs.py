@@ -49,7 +49,7 @@ class Source:
     """One source of the list. identity: digest of its content, as far as it is known unopened.
 
     spatial: "none", "some" (an .npz whose spatial features are of some rows only) or "all".
-    encoder: whether an image encoder, and so a text encoder, belongs to it.
+    encoder: whether a model, and so a text encoder, belongs to it.
     """
 
     name: str
@@ -92,8 +92,8 @@ def needs_spatial(method: str) -> bool:
 
 
 def needs_encoder(method: str) -> bool:
-    """Whether the method passes through the model's text encoder, which tables lack."""
-    return bool(getattr(HEADS[method], "needs_encoder", False))
+    """Whether the method trains through the model's text encoder, which an .npz table lacks."""
+    return bool(getattr(HEADS[method], "needs_text_encoder", False))
 
 
 def own_sources(paths: Sequence[str | Path], settings: Settings) -> list[Source]:
@@ -166,7 +166,7 @@ def _look_at(path: Path, settings: Settings) -> Source:
             augment_passes=settings.augment_passes,
         )
         spatial = "none" if features.fields["spatial"] is None else "all"
-        return Source(name, path, kind, features.key, spatial, encoder=False)
+        return Source(name, path, kind, features.key, spatial, encoder=True)
     folder = scan_folder(path)
     total = hashlib.sha256()
     for file, label in zip(folder.names, folder.label, strict=True):
@@ -217,7 +217,7 @@ def not_applicable(method: str, source: Source) -> str | None:
     if needs_spatial(method) and source.spatial == "none":
         return f"{method} needs spatial features, and {source.name} has none"
     if needs_encoder(method) and not source.encoder:
-        return f"{method} needs a text encoder, and {source.name} holds features only"
+        return f"{method} needs the text encoder, and {source.name} names no model"
     if takes_images(method) and source.test_only:
         return f"{method} needs training images, and {source.name} is a test set"
     return None

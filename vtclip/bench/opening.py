@@ -87,7 +87,7 @@ class Opener:
         source, settings = job.source, self.settings
         need = source.name in self._spatial
         common: dict[str, Any] = {
-            "model": self._model() if source.encoder else settings.model,
+            "model": self._model() if source.kind in ("folder", "set") else settings.model,
             "templates": settings.templates,
             "augment_passes": settings.augment_passes,
             "cache_dir": self.cache_dir,

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from vtclip import api
 from vtclip.checkpoint import Interrupted
-from vtclip.result import RESULT, reset_peak_memory
+from vtclip.memory import reset_peak_memory
+from vtclip.result import RESULT
 from vtclip.runs import CHECKPOINT
 from vtclip.settings import choose_device, set_threads
 
@@ -94,7 +95,11 @@ def run_bench(
     settle(out, asked, _facts(sources, jobs))
     opener = Opener(
         settings,
-        spatial={job.source.name for job in jobs if job.spatial or needs_spatial(job.method)},
+        spatial={
+            job.source.name
+            for job in jobs
+            if job.spatial or (needs_spatial(job.method) and job.skip is None)
+        },
         device=where,
         cache_dir=cache_dir,
         progress=progress,

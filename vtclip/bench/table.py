@@ -81,19 +81,28 @@ def _cell(
     if method == ZERO_SHOT and not runs:
         runs = _zero_shot_runs(rows)
     runs = sorted(runs, key=lambda row: int(row["seed"]))
-    missing = {reason for row in own if (reason := _reason(row)) is not None}
-    seeds = sorted({int(row["seed"]) for row in rows} - {int(row["seed"]) for row in (*own, *runs)})
+    missing = _reasons(own)
+    seeds = {int(row["seed"]) for row in rows} - {int(row["seed"]) for row in (*own, *runs)}
     if seeds and any(is_finished(row) for row in rows):
-        missing.add("not run yet")
+        missing.append("not run yet")
     cell = {"source": source, "method": method, "shots": shots}
     cell |= _values(method, runs)
-    return {**cell, "missing": sorted(missing)}
+    return {**cell, "missing": missing}
 
 
-def _reason(row: Mapping[str, Any]) -> str | None:
-    if "failed" in row:
-        return f"seed {row['seed']} failed: {row['failed']}"
-    return None if is_finished(row) else f"skipped: {row.get('skipped')}"
+def _reasons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why runs are not there, each reason once, with the seeds where it is not of all."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        if not is_finished(row):
+            kind = "failed" if "failed" in row else "skipped"
+            found.setdefault(f"{kind}: {row.get(kind)}", []).append(int(row["seed"]))
+    return [
+        text
+        if len(seeds) == len(rows)
+        else f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))} {text}"
+        for text, seeds in found.items()
+    ]
 
 
 def _zero_shot_runs(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -272,7 +281,7 @@ def markdown(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
 def _head(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     seeds = sorted({seed for cell in found["cells"] for seed in cell["seeds"]})
     runs = [row for row in rows if is_finished(row)]
-    made = sorted({f"{row['device']}, revision {str(row.get('revision'))[:12]}" for row in runs})
+    made = sorted({f"{row['device']}, {_revision(row)}" for row in runs})
     lines = [
         "# Few-shot results",
         "",
@@ -285,6 +294,12 @@ def _head(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         f"{len(runs)} runs; {'; '.join(made)}",
     ]
     return "\n".join(lines)
+
+
+def _revision(row: Mapping[str, Any]) -> str:
+    commit, _, dirty = str(row.get("revision") or "").partition("-")
+    mark = f" (revision {commit[:12]}{'-' * bool(dirty)}{dirty})" if commit else ""
+    return f"vtclip {row.get('versions', {}).get('vtclip')}{mark}"
 
 
 def _accuracy_table(cells: Sequence[Mapping[str, Any]], notes: dict[str, int]) -> str:
