@@ -387,7 +387,7 @@ def test_plain_locale_and_optimised_python_behave_the_same(npz: Path, tmp_path: 
 def test_a_signal_saves_and_resuming_gives_the_same_adapter(
     npz: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    words = ["fit", str(npz), "--shots", "4", "--epochs", "100", "--threads", "1"]
+    words = ["fit", str(npz), *VT, "--shots", "4", "--epochs", "100", "--threads", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vtclip", *words, "--out", "r"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
