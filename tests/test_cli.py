@@ -68,7 +68,9 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the table of features."""
     out = tmp_path_factory.mktemp("runs") / "animals"
-    api.fit(npz, method="vtclip", shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1)
+    api.fit(
+        npz, method="vtclip", shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1
+    )
     return out
 
 
@@ -247,7 +249,9 @@ def test_training_never_touches_a_test_row(
 
     monkeypatch.setattr(Records, "batch", batch)
     monkeypatch.setattr(engine, "fit", fit)
-    run = api.fit(npz, method="vtclip", shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu")
+    run = api.fit(
+        npz, method="vtclip", shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu"
+    )
     split = few_shot_split(
         torch.arange(4).repeat_interleave(24), [str(row) for row in range(96)], shots=4, seed=1
     )

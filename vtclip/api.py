@@ -29,10 +29,11 @@ from .encoders import load_encoders
 from .files import only_writer, to_json
 from .fitting import fit_head
 from .heads import HEADS
+from .parts import Opener, evaluate_parts
 from .memory import peak_memory_mb
-from .recipes import RECIPES
 from .prompts import check_text_encoder
 from .pseudo_labels import check_pseudo_labels, pseudo_labelled, pseudo_report, unlabelled_split
+from .recipes import RECIPES
 from .result import (
     RESULT,
     Run,
@@ -68,7 +69,7 @@ def fit(
     *,
     data: str | Path | None = None,
     records: Records | None = None,
-    method: str = "vtclip",
+    method: str | None = None,
     shots: int | None = None,
     seed: int = 1,
     model: str = "demo",
@@ -79,8 +80,8 @@ def fit(
     augment_passes: int = 0,
     train_encoders: bool = False,
     base_to_new: bool = False,
-    overrides: Mapping[str, Any] | None = None,
     pseudo_labels: bool = False,
+    overrides: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -98,35 +99,39 @@ def fit(
     records: the rows of `source`, where they are open already (`vtclip.open_source` with the same
         options; of a data set with the same shots and seed). `source` is then only their name, and
         where `evaluate` looks for them.
+    method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
+        (vtclip.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
     shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
         beside the test share. A named number is never lowered.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.finetune). The run then also holds encoders.safetensors.
     base_to_new: train on the first half of the classes, test on either half (vtclip.base_to_new).
+    pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
+        ones (vtclip.pseudo_labels); without validation images, and so without a temperature.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
         train_encoders of `FinetuneConfig` (vtclip/recipes/rada_finetune.py).
-    pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
-        ones (vtclip.pseudo_labels); without validation images, and so without a temperature.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED. It ends up with
         adapter.safetensors, adapter_config.json, result.json and log.jsonl.
 
     The zero-shot decision is evaluated on the same test images in the same run.
     """
+    if method is None:
+        method = "rada" if train_encoders or base_to_new else "auto"
     pick("method", method, HEADS)
     if shots is not None and shots < 0:
         raise ValueError(f"shots must be at least 0, got {shots}")
     check_seed(seed)
     where = choose_device(device)
     set_threads(threads)
+    if pseudo_labels:
+        check_pseudo_labels(method, shots, base_to_new=base_to_new, train_encoders=train_encoders)
+        shots = max(SHOTS) if shots is None else shots
     source = as_source(source, data)
     if isinstance(source, SetSource):
         fraction = test_fraction if test_fraction != 0.5 else None
         source.refuse(train_encoders=train_encoders, prompt=prompt, test_fraction=fraction)
         if shots is None:
-    if pseudo_labels:
-        check_pseudo_labels(method, shots, base_to_new=base_to_new, train_encoders=train_encoders)
-        shots = max(SHOTS) if shots is None else shots
             shots = 0 if source.spec.test_only else max(SHOTS)
     elif train_encoders:
         from .finetune_run import fit_encoders, refuse
@@ -174,12 +179,12 @@ def fit(
                 need_spatial=bool(HEADS[method].needs_spatial),  # type: ignore[attr-defined]
                 shots=shots or 0,
                 seed=seed,
+                pool=pseudo_labels,
                 cache_dir=cache_dir,
                 device=str(where),
                 progress=progress,
             )
 
-                pool=pseudo_labels,
     given, records = records, None
     if given is not None and not given.has_spatial and HEADS[method].needs_spatial:  # type: ignore[attr-defined]
         raise ValueError(f"method {method} needs spatial features, which records do not have")
@@ -205,12 +210,12 @@ def fit(
         "augment_passes": augment_passes,
         "test_fraction": test_fraction,
         "base_to_new": base_to_new,
+        "pseudo_labels": pseudo_labels,
         "fit": dataclasses.asdict(config),
     }
     with removed_if_empty(folder), only_writer(folder):
         if resume and (folder / RESULT).is_file() and not (folder / CHECKPOINT).is_file():
             return finished_run(folder, {"method": method, "shots": shots, "seed": seed}, options)
-        "pseudo_labels": pseudo_labels,
         if records is None:
             records = opened()
         new_records = None
@@ -231,12 +236,12 @@ def fit(
             "seed": seed,
             "config": options["fit"],
             "split": split.digest,
+            "pseudo_labels": pseudo_labels,
             "digests": records.info.get("digests", {}),
             "classes": records.class_names,
         }
         checkpoint = Checkpoint(folder / CHECKPOINT, identity)
         go_on = resume and checkpoint.path.is_file()
-            "pseudo_labels": pseudo_labels,
         with watch.stage("train"), line_log(folder / LOG, append=go_on) as log:
             common: dict[str, Any] = {"device": where, "seed": seed, "log": log}
             common["progress"] = progress
@@ -289,12 +294,12 @@ def fit(
             "test": {"images": len(split.test), "unreadable": unreadable(records)},
             **both,
             **compared,
+            **(pseudo_report(training, records, split) if pseudo_labels else {}),
         }
         run = Run(folder, json.loads(to_json(result)))
         run.save()
         (folder / CHECKPOINT).unlink(missing_ok=True)
     return run
-            **(pseudo_report(training, records, split) if pseudo_labels else {}),
 
 
 def evaluate(
@@ -321,6 +326,11 @@ def evaluate(
     set_threads(threads)
     adapter = load_adapter(run.folder, device=where)
     options = run.result["config"]
+    if "sources" in run.result:
+        if ttt is not None:
+            raise ValueError("ttt: an extended run is evaluated without it")
+        opener = Opener(run, adapter, where, cache_dir=cache_dir, progress=progress)
+        return evaluate_parts(opener, source, data)
     if adapter.features.get("encoders") is not None:
         options = {**options, "model": load_encoders(run.folder, adapter, None, where)}
     if source is None:
@@ -341,6 +351,7 @@ def evaluate(
         need_spatial=bool(adapter.head.needs_spatial),
         shots=run.result["shots"] if own else 0,
         seed=run.result["seed"],
+        pool=own and bool(options.get("pseudo_labels")),
         cache_dir=cache_dir,
         device=str(where),
         progress=progress,
@@ -354,7 +365,6 @@ def evaluate(
         if options.get("pseudo_labels"):
             learns, count = False, 0
         split = split_rows(records, learns, count, run.result["seed"], fraction)
-        pool=own and bool(options.get("pseudo_labels")),
         if split.digest != run.result["split"]:
             raise ValueError(f"{opened}: its split differs from the one the run was fitted with")
         index = split.test

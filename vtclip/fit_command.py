@@ -37,7 +37,7 @@ def add_arguments(fit: Any) -> None:
         "source", metavar="SOURCE", help="class_name/*.jpg folder, features folder, .npz, NAME"
     )
     fit.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
-    fit.add_argument("--method", type=one_of(*METHODS), default="vtclip", help=" | ".join(METHODS))
+    fit.add_argument("--method", type=one_of(*METHODS), help="default auto: " + " | ".join(METHODS))
     fit.add_argument(
         "--shots",
         type=number(int, 0, 1_000_000),
@@ -115,11 +115,12 @@ def run_fit(args: argparse.Namespace) -> int:
         sys.stderr.write(DEMO_NOTE + "\n")
     overrides = {name: getattr(args, name) for name in OVERRIDES}
     head = {name: getattr(args, name) for name in HEAD_OPTIONS}
+    head |= {option: getattr(args, name) for name, option in COOP_OPTIONS.items()}
     head = {name: value for name, value in head.items() if value not in (None, False)}
     overrides["head"] = head or None
-    if args.train_encoders:
     if args.gce_q is not None and args.loss != "gce":
         fail("vtclip fit: --gce-q is for --loss gce, which is not given")
+    if args.train_encoders:
         overrides["precision"] = args.precision
         overrides["grad_checkpointing"] = args.grad_checkpointing or None
     elif args.precision is not None or args.grad_checkpointing:
@@ -141,8 +142,8 @@ def run_fit(args: argparse.Namespace) -> int:
         augment_passes=args.augment_passes,
         train_encoders=args.train_encoders,
         base_to_new=args.base_to_new,
-        overrides=overrides,
         pseudo_labels=args.pseudo_labels,
+        overrides=overrides,
         out=args.out,
         overwrite=args.overwrite,
         resume=args.resume,

@@ -61,6 +61,11 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) 
     config = RECIPES[method](shots)
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
     options = dict(given.pop("head", None) or {})
+    if method == "auto" and (given or options):
+        raise ValueError(
+            "method auto fits several methods, each with its own settings; to set "
+            f"{', '.join([*given, *options])}, name one method"
+        )
     if given and not config.epochs:
         raise ValueError(f"method {method} has no training, so {', '.join(given)} cannot be set")
     if options and not config.epochs and not takes_images(method):
