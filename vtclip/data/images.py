@@ -46,6 +46,7 @@ __all__ = [
     "ImageError",
     "as_rgb",
     "decode",
+    "is_ignored",
     "natural_key",
     "open_image",
     "read_file",
@@ -217,7 +218,7 @@ def scan_folder(root: str | Path, *, follow_links: bool = False) -> Folder:
     loose = 0
     with os.scandir(root) as entries:
         for entry in entries:
-            if _is_ignored(entry.name):
+            if is_ignored(entry.name):
                 continue
             if not entry.is_dir():
                 loose += os.path.splitext(entry.name)[1].lower() in EXTENSIONS
@@ -288,7 +289,7 @@ def _walk(
         deeper: list[str] = []
         with os.scandir(root / folder) as entries:
             for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
-                if _is_ignored(entry.name):
+                if is_ignored(entry.name):
                     continue
                 name = f"{folder}/{entry.name}"
                 is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
@@ -302,7 +303,8 @@ def _walk(
         pending += reversed(deeper)
 
 
-def _is_ignored(name: str) -> bool:
+def is_ignored(name: str) -> bool:
+    """Names of hidden files and of what file managers leave behind."""
     return name.startswith(".") or name.lower() in IGNORED
 
 
