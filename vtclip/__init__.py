@@ -18,6 +18,7 @@ _LAZY = {
     "testing": "vtclip.testing",
     "fit": "vtclip.api:fit",
     "evaluate": "vtclip.api:evaluate",
+    "repeat": "vtclip.repeat_run:repeat",
     "Run": "vtclip.api:Run",
     "Classifier": "vtclip.classifier:Classifier",
     "open_source": "vtclip.data.sources:open_source",

@@ -16,7 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, bench_command, data_command, evaluate_command, predict_command
+from . import (
+    __version__,
+    bench_command,
+    data_command,
+    evaluate_command,
+    predict_command,
+    repeat_command,
+)
 from .choices import nearest
 from .fit_command import DEMO_NOTE, add_arguments, run_fit
 from .parsing import Once, Parser, emit, existing, fail, number
@@ -64,6 +71,9 @@ def build_parser() -> Parser:
     )
     features.add_argument("--templates", metavar="NAME|FILE")
     features.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
+
+    repeat = command("repeat", repeat_command.run_repeat, "run RUN again, and compare")
+    repeat_command.add_arguments(repeat)
 
     data = command("data", data_command.run_data, "which of the field's data sets lie in ROOT")
     data_command.add_arguments(data)

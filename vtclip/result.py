@@ -20,6 +20,7 @@ import torch
 from . import __version__
 from .backends import native
 from .files import read_json, to_json, write_atomic
+from .memory import peak_memory_mb as peak_memory_mb
 from .memory import reset_peak_memory as reset_peak_memory
 from .memory import stage_peak
 

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run can be repeated from its result alone, and what differs is found and named."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtclip
+from vtclip import api
+from vtclip.cli import main
+from vtclip.heads import HEADS
+from vtclip.recipes import RECIPES
+from vtclip.repeat_run import METRICS, arguments_of, repeat
+from vtclip.result import Run
+
+TEXTS_ARE_ENOUGH = sorted(set(HEADS) - {"coop"})  # coop learns words: it needs a text encoder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of eight pictures of 16 x 16 pixels."""
+    folder = tmp_path_factory.mktemp("photos")
+    for k, name in enumerate(("red dot", "green dot", "blue dot")):
+        (folder / name).mkdir()
+        for number in range(8):
+            pixels = np.random.default_rng([k, number]).integers(0, 200, (16, 16, 3))
+            pixels[4:12, 4:12, k] = 255
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    head = {"queries": ["image", "text"]}
+    overrides = {"epochs": 2, "lr": 7e-4, "head": head}
+    return api.fit(npz, method="rada", shots=2, seed=3, overrides=overrides, out=out)
+
+
+def altered(run: Run, tmp_path: Path, **changes: Any) -> Path:
+    """The run with other entries in its result; "a.b" stands for result["a"]["b"]."""
+    result = copy.deepcopy(run.result)
+    for place, value in changes.items():
+        *parents, last = place.split(".")
+        here = result
+        for step in parents:
+            here = here[step]
+        here[last] = value
+    folder = tmp_path / "altered"
+    folder.mkdir()
+    for name in ("adapter.safetensors", "adapter_config.json"):
+        (folder / name).write_bytes((run.folder / name).read_bytes())
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+@pytest.mark.parametrize("method", TEXTS_ARE_ENOUGH)
+def test_every_method_matches(method: str, npz: Path, tmp_path: Path) -> None:
+    shots = 1 if method == "auto" else 4
+    trained = RECIPES[method](shots).epochs > 0
+    overrides = {"epochs": 2, "batch_size": 7} if trained else None
+    made = api.fit(npz, method=method, shots=shots, overrides=overrides, out=tmp_path / "run")
+    found = repeat(made.folder, out=tmp_path / "again")
+    assert found["verdict"] == "MATCH"
+    assert found["differs"] == {}
+    adapters = [(tmp_path / name / "adapter.safetensors").read_bytes() for name in ("run", "again")]
+    assert adapters[0] == adapters[1]
+    assert all(row["difference"] == 0 for row in found["metrics"].values())
+    assert len(found["metrics"]) == 2 * len(METRICS)
+    again = Run.load(tmp_path / "again").result
+    assert again["config"] == made.result["config"]
+
+
+def test_learned_words_match(photos: Path, cache: Path, tmp_path: Path) -> None:
+    if "coop" not in HEADS:
+        pytest.skip("no method that needs a text encoder is registered")
+    options: dict[str, Any] = {"method": "coop", "shots": 1, "overrides": {"epochs": 1}}
+    made = api.fit(photos, **options, out=tmp_path / "run", cache_dir=cache)
+    assert repeat(made, cache_dir=cache)["verdict"] == "MATCH"
+
+
+def test_settings_that_are_not_the_recipe_are_taken_over(run: Run) -> None:
+    arguments = arguments_of(run.result)
+    assert arguments["overrides"] == {
+        "epochs": 2,
+        "lr": 7e-4,
+        "head": {"queries": ["image", "text"]},
+    }
+    assert (arguments["seed"], arguments["shots"], arguments["device"]) == (3, 2, "cpu")
+
+
+def test_base_to_new_compares_both_halves(npz: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "rada", "shots": 2, "overrides": {"epochs": 1}}
+    made = api.fit(npz, base_to_new=True, out=tmp_path / "run", **options)
+    found = repeat(made)
+    assert found["verdict"] == "MATCH"
+    assert (
+        found["metrics"]["new adapted accuracy"]["now"]
+        == (made.result["new"]["adapted"]["accuracy"])
+    )
+    assert found["split_new"]["equal"]
+    folder = altered(made, tmp_path, **{"new.split": "0" * 64})
+    assert repeat(folder)["verdict"] == "DIFFERENT"
+
+
+def test_trained_encoders_match(photos: Path, cache: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "rada", "shots": 2, "train_encoders": True}
+    overrides = {"epochs": 1, "batch_size": 3, "head_lr": 2e-3}
+    made = api.fit(photos, **options, overrides=overrides, out=tmp_path / "run", cache_dir=cache)
+    found = repeat(made, cache_dir=cache)
+    assert found["encoders"]["equal"]
+    assert found["verdict"] == "MATCH"
+    folder = altered(made, tmp_path, **{"digests.encoders": "0" * 64})
+    found = repeat(folder, cache_dir=cache)
+    assert (found["encoders"]["equal"], found["verdict"]) == (False, "CLOSE")
+
+
+def test_data_set_matches(cache: Path, tmp_path: Path) -> None:
+    path = Path(__file__).parents[1] / "data" / "trees.py"
+    spec = spec_from_file_location("small_trees", path)
+    assert spec is not None
+    assert spec.loader is not None
+    trees = module_from_spec(spec)
+    spec.loader.exec_module(trees)
+    root = trees.make_split(tmp_path / "root", "eurosat")
+    options: dict[str, Any] = {"data": root, "method": "tip-adapter", "shots": 2, "seed": 2}
+    made = api.fit("eurosat", **options, out=tmp_path / "run", cache_dir=cache)
+    found = repeat(made, cache_dir=cache)
+    assert found["verdict"] == "MATCH"
+    assert found["inputs"]["lists"]["equal"]
+    listed = json.loads((root / "eurosat" / "split_zhou_EuroSAT.json").read_text())["test"][0][0]
+    trees.picture(next(root.rglob(listed)), 77, 1)
+    with pytest.raises(ValueError, match=r"the images of eurosat below \S+ have changed"):
+        repeat(made, cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"digests.adapter": "0" * 64}, "CLOSE"),  # the same numbers by another adapter
+        ({"digests.images": "0" * 64}, None),
+        ({"digests.text": "0" * 64}, "DIFFERENT"),
+        ({"split": "0" * 64}, "DIFFERENT"),
+        ({"adapted.nll": 5.0}, "DIFFERENT"),
+        ({"adapted.nll": 5.0, "versions.torch": "1.0"}, "CLOSE"),
+        ({"adapted.nll": 5.0, "environment.instructions.torch": "SSE"}, "CLOSE"),
+        ({"one image": 1}, "DIFFERENT"),
+        ({"one image": 1, "versions.torch": "1.0"}, "CLOSE"),
+        ({"one image": 2, "versions.torch": "1.0"}, "DIFFERENT"),
+    ],
+)
+def test_verdicts(
+    run: Run, tmp_path: Path, changes: dict[str, Any], verdict: str | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if "one image" in changes:
+        values, images = run.result["adapted"], changes.pop("one image")
+        changes["adapted.accuracy"] = values["accuracy"] - images / values["count"]
+    folder = altered(run, tmp_path, **changes)
+    if verdict is None:
+        with pytest.raises(SystemExit) as stopped:
+            main(["repeat", str(folder)])
+        assert stopped.value.code == 2
+        assert "have changed" in capsys.readouterr().err
+        return
+    assert main(["repeat", str(folder), "--json"]) == (verdict == "DIFFERENT")
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == verdict
+    if "versions.torch" in changes:
+        assert found["differs"] == {"torch": ["1.0", run.result["versions"]["torch"]]}
+    if "digests.adapter" in changes:
+        assert found["adapter"]["largest_difference"] == 0
+
+
+def test_how_much_an_adapter_differs_is_said(
+    run: Run, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = api.fit(
+        npz, method="rada", shots=2, seed=3, overrides={"epochs": 3}, out=tmp_path / "o"
+    )
+    assert other.result["digests"]["adapter"] != run.result["digests"]["adapter"]
+    changes = {"config.fit.epochs": 3, "config.fit.lr": other.result["config"]["fit"]["lr"]}
+    folder = altered(run, tmp_path, **changes, **{"config.fit.head": {}})
+    assert main(["repeat", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "adapter                differs: " in printed
+    assert "DIFFERENT: " in printed.splitlines()[-1]
+    assert "adapted nll " in printed
+    assert "differs by" in printed
+
+
+def test_a_source_that_is_gone_is_named(run: Run, tmp_path: Path) -> None:
+    folder = altered(run, tmp_path, **{"config.source": str(tmp_path / "no.npz")})
+    with pytest.raises(ValueError, match=r"the source of .*altered is gone: source: no such file"):
+        repeat(folder)
+
+
+def test_changed_images_are_named(photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy_of = tmp_path / "photos"
+    shutil.copytree(photos, copy_of)
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    made = api.fit(copy_of, method="zeroshot", shots=1, out=out, cache_dir=cache)
+    assert repeat(made, cache_dir=cache)["verdict"] == "MATCH"
+    Image.new("RGB", (16, 16)).save(copy_of / "red dot" / "3.png")
+    (copy_of / "red dot" / "5.png").unlink()
+    Image.new("RGB", (16, 17)).save(copy_of / "blue dot" / "new.png")
+    wanted = (
+        r"photos have changed: 1 changed \(red dot/3.png\), 1 new \(blue dot/new.png\), "
+        r"1 gone \(red dot/5.png\)$"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        repeat(made, cache_dir=cache)
+    with pytest.raises(ValueError, match=r"photos have changed$"):  # no list of those of then
+        repeat(made, cache_dir=tmp_path / "other")
+    assert not list(tmp_path.glob("other/features/*/manifest.json"))
+
+
+def test_results_that_cannot_be_repeated(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a vtclip run"):
+        repeat(tmp_path)
+    result = {**run.result, "config": {"source": "x"}}
+    with pytest.raises(ValueError, match=r"the result lacks config.model, config.fit"):
+        repeat(Run(tmp_path, result))
+    with pytest.raises(ValueError, match="came from `vtclip extend`"):
+        arguments_of({**run.result, "extended_from": {}})
+
+
+def test_threads_are_those_of_then_and_are_put_back(run: Run, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    folder = altered(run, tmp_path, **{"environment.threads": before + 1})
+    found = repeat(folder, out=tmp_path / "again")
+    assert Run.load(tmp_path / "again").result["environment"]["threads"] == before + 1
+    assert "threads" not in found["differs"]
+    assert torch.get_num_threads() == before
+
+
+def test_a_device_that_is_not_here_is_named(run: Run, tmp_path: Path) -> None:
+    folder = altered(run, tmp_path, **{"environment.device": "cuda:77"})
+    found = repeat(folder)
+    assert found["differs"]["device"][0] == "cuda:77"
+    assert found["verdict"] in ("MATCH", "CLOSE")
+
+
+def test_older_results_without_an_environment_are_repeated(run: Run, tmp_path: Path) -> None:
+    folder = altered(run, tmp_path)
+    result = json.loads((folder / "result.json").read_text())
+    del result["environment"]
+    del result["config"]["shots"]
+    result["device"] = "cpu (1 threads)"
+    (folder / "result.json").write_text(json.dumps(result))
+    assert arguments_of(result)["threads"] == 1
+    found = vtclip.repeat(folder)
+    assert (found["verdict"], found["differs"]) == ("MATCH", {})
+
+
+def test_every_argument_that_decides_a_number_is_in_the_result(run: Run) -> None:
+    elsewhere = {"method", "seed", "device", "threads"}  # beside "config" in the result
+    named = {"overrides": "fit"}  # in "config" by another name
+    conduct = {"records", "out", "overwrite", "resume", "cache_dir", "progress"}
+    own = {"train_encoders"}  # is in the results of such runs only
+    for name in set(inspect.signature(api.fit).parameters) - elsewhere - conduct - own:
+        assert named.get(name, name) in run.result["config"], name
+    assert {"method", "seed", "environment", "versions", "revision"} <= set(run.result)
+    assert {"images", "text", "split", "adapter"} <= set(run.result["digests"])
