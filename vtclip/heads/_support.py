@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,25 @@ from vtclip import ops
 from vtclip.heads._check import check_image, check_text
 from vtclip.support import Support
 
+TEMPERATURES = tuple(2 ** (step / 2) for step in range(-3, 4))  # 0.35 .. 2.8
+# Support rows up to which hyper-parameters are searched over all classes. Beyond it every j-th
+# class is searched over, so that the time and memory of a search stop growing with the support.
+SEARCH_ROWS = 2048
+
 
 class SupportHead(nn.Module):
     """text [K, C], and the support: `keys` [N, C] of length 1 with their classes `label` [N].
 
-    num_support: N. The rows are zeros until `fit_support` or a loaded state brings them; without
-        any the logits are zero-shot's.
+    num_support: N. The rows are zeros until `fit_support` or a loaded state brings them. Without
+        any (N = 0) the logits are zero-shot's.
+
+    A class needs no support, and classes may have different numbers of images. The order of the
+    support does not matter; an image that is there twice counts twice.
     """
 
     needs_spatial = False
+    trains_keys = False
+    searched: tuple[str, ...] = ()  # the hyper-parameters that `choose` sets
     text: Tensor
     keys: Tensor
     label: Tensor
@@ -35,12 +45,16 @@ class SupportHead(nn.Module):
         check_text(name, text)
         if num_support < 0:
             raise ValueError(f"{name}: num_support must be at least 0, got {num_support}")
+        check_positive(name, logit_scale=logit_scale)
         self.logit_scale = float(logit_scale)
         self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
-        self.register_buffer("keys", text.new_zeros(num_support, text.shape[1]))
-        self.register_buffer(
-            "label", torch.zeros(num_support, dtype=torch.long, device=text.device)
-        )
+        keys = text.new_zeros(num_support, text.shape[1])
+        if self.trains_keys:
+            self.keys = nn.Parameter(keys)
+        else:
+            self.register_buffer("keys", keys)
+        label = torch.zeros(num_support, dtype=torch.long, device=text.device)
+        self.register_buffer("label", label)
 
     @property
     def num_classes(self) -> int:
@@ -48,28 +62,58 @@ class SupportHead(nn.Module):
 
     def options(self) -> dict[str, Any]:
         """What the constructor needs beside `text`, as plain numbers and strings."""
-        return {"num_support": len(self.keys), "logit_scale": self.logit_scale}
+        names = ("logit_scale", *self.searched)
+        return {"num_support": len(self.keys), **{name: getattr(self, name) for name in names}}
 
+    @torch.no_grad()
     def fit_support(self, support: Support) -> None:
-        """Keep the labelled images."""
-        self.keys, self.label = self.checked(support)
+        """Keep the labelled images, in place of any that were kept before."""
+        keys, self.label = check_support(type(self).__name__, support, self.text)
+        self.keys = nn.Parameter(keys) if self.trains_keys else keys
 
-    def checked(self, support: Support) -> tuple[Tensor, Tensor]:
-        """Rows of length 1 in the dtype of `text`, and their labels."""
-        name, C = type(self).__name__, self.text.shape[1]
-        image, label = support.image, support.label
-        if image.ndim != 2 or image.shape[1] != C or label.shape != image.shape[:1]:
-            raise ValueError(
-                f"{name}: support must be image [N, {C}] and label [N], got {list(image.shape)} "
-                f"and {list(label.shape)}"
-            )
-        if len(label) and not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
-            raise ValueError(
-                f"{name}: support labels must lie in 0..{self.num_classes - 1}, "
-                f"got {int(label.min())}..{int(label.max())}"
-            )
-        rows = F.normalize(image.to(self.text), dim=-1)
-        return rows, label.to(self.text.device, torch.long)
+    @torch.no_grad()
+    def choose(self, val: Support) -> None:
+        """Set `searched` by validation images, see `most_likely`; their present values are centre.
+
+        Above SEARCH_ROWS support rows every j-th class is searched over, with its images alone.
+        """
+        image, label = check_support(type(self).__name__, val, self.text)
+        step = -(-len(self.keys) // SEARCH_ROWS)
+        if step > 1:
+            part, kept = self._every(step), label % step == 0
+            found = part.search(image[kept], label[kept] // step)
+        else:
+            found = self.search(image, label)
+        for name, value in found.items():
+            setattr(self, name, value)
+
+    def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
+        """The best hyper-parameters for image [n, C] of length 1 with label [n]."""
+        raise NotImplementedError
+
+    def extend(self, text_new: Tensor, support: Support) -> Self:
+        """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1.
+
+        It equals the head of the same hyper-parameters that was given both supports at once.
+        """
+        text = extended_text(type(self).__name__, self.text, text_new, support)
+        larger = type(self)(text, **{**self.options(), "num_support": 0})
+        image, label = check_support(type(self).__name__, support, text)
+        with torch.no_grad():
+            rows = torch.cat([self.keys, image]), torch.cat([self.label, label])
+            larger.fit_support(Support(*rows))
+            if self.trains_keys:  # a trained key need not have length 1
+                larger.keys[: len(self.keys)] = self.keys
+        return larger.train(self.training)
+
+    def _every(self, step: int) -> Self:
+        """The head over classes 0, step, 2 step, ... alone, without what a solve made."""
+        kept = self.label % step == 0
+        part = type(self)(self.text[::step], **{**self.options(), "num_support": 0})
+        part.label = self.label[kept] // step
+        keys = self.keys[kept]
+        part.keys = nn.Parameter(keys) if self.trains_keys else keys
+        return part
 
     def zero_shot(self, image: Tensor) -> Tensor:
         """image [B, C] -> logits [B, K] of the class texts alone."""
@@ -81,63 +125,78 @@ class SupportHead(nn.Module):
         return F.one_hot(self.label, self.num_classes).to(self.text)
 
 
-def extended(
-    head: SupportHead, text_new: Tensor, support: Support, build: Callable[[Tensor], SupportHead]
-) -> SupportHead:
-    """`build(all texts)` with the head's own rows and those of new classes K..K+K'-1 after them."""
-    text = torch.cat([head.text, text_new.to(head.text)])
-    larger = build(text).to(head.text.device)
-    image, label = larger.checked(support)
-    old = head.num_classes
-    if len(label) and int(label.min()) < old:
-        raise ValueError(
-            f"{type(head).__name__}: support labels of new classes must be {old} or more, "
-            f"got {int(label.min())}"
-        )
-    larger.fit_support(Support(torch.cat([head.keys, image]), torch.cat([head.label, label])))
-    return larger
+def check_support(head: str, support: Support, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1 in the dtype and on the device of text [K, C], and their labels."""
+    K, C = text.shape
+    image, label = support.image, support.label
+    if image.ndim != 2 or image.shape[1] != C or label.shape != image.shape[:1]:
+        shapes = f"{list(image.shape)} and {list(label.shape)}"
+        raise ValueError(f"{head}: support must be image [N, {C}] and label [N], got {shapes}")
+    if label.is_floating_point() or label.dtype == torch.bool:
+        raise TypeError(f"{head}: support labels must be integers, got {label.dtype}")
+    if len(label) and not 0 <= int(label.min()) <= int(label.max()) < K:
+        fact = f"{int(label.min())}..{int(label.max())}"
+        raise ValueError(f"{head}: support labels must lie in 0..{K - 1}, got {fact}")
+    if not bool(image.isfinite().all()):
+        row = int((~image.isfinite()).any(dim=1).nonzero()[0])
+        raise ValueError(f"{head}: support must be finite, got NaN or infinity in row {row}")
+    return F.normalize(image.to(text), dim=-1), label.to(text.device, torch.long)
 
 
-def grid(**values: Sequence[float]) -> Iterator[dict[str, float]]:
-    """Every combination, the first name slowest."""
-    for row in itertools.product(*values.values()):
-        yield dict(zip(values, row, strict=True))
+def extended_text(head: str, text: Tensor, text_new: Tensor, support: Support) -> Tensor:
+    """[K + K', C], where every label of `support` is one of the K' new classes."""
+    K, C = text.shape
+    if text_new.ndim != 2 or text_new.shape[1] != C:
+        raise ValueError(f"{head}: text_new must be [K', {C}], got {list(text_new.shape)}")
+    if len(support.label) and int(support.label.min()) < K:
+        fact = int(support.label.min())
+        raise ValueError(f"{head}: support labels of new classes must be {K} or more, got {fact}")
+    return torch.cat([text, text_new.to(text)])
 
 
-def best(
-    choices: Iterator[dict[str, float]],
-    logits_of: Callable[[Mapping[str, float]], Tensor],
-    label: Tensor,
-) -> dict[str, float]:
-    """The first choice whose logits [N, K] give the labels [N] the least mean NLL.
-
-    Each choice is taken at the better of a few temperatures, so that it is judged by what it tells
-    apart and not by how loud it is. Accuracy would leave most choices of a few images tied.
-    """
-    found, least = {}, math.inf
-    for choice in choices:
-        nll = scaled_nll(logits_of(choice), label)
-        if nll < least - 1e-9:
-            found, least = choice, nll
-    return found
-
-
-TEMPERATURES = (0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83)
-
-
-def scaled_nll(logits: Tensor, label: Tensor) -> float:
-    """The least mean NLL of logits / T over TEMPERATURES, each weighed as by one more image.
-
-    log T has a standard normal prior, as in `metrics.fit_temperature`.
-    """
-    scores = [
-        F.cross_entropy(logits / T, label) + math.log(T) ** 2 / (2 * len(label))
-        for T in TEMPERATURES
-    ]
-    return float(torch.stack(scores).min())
-
-
-def options_above_zero(head: str, **values: float) -> None:
+def check_positive(head: str, **values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{head}: {name} must be finite and above 0, got {value}")
+
+
+def steps(low: float, high: float, factor: float) -> tuple[float, ...]:
+    """low, low * factor, ... up to high."""
+    count = round(math.log(high / low) / math.log(factor)) + 1
+    return tuple(low * factor**i for i in range(count))
+
+
+def most_likely(
+    grid: Mapping[str, Sequence[float]],
+    centre: Mapping[str, float],
+    logits_of: Callable[[Mapping[str, float]], Tensor],
+    label: Tensor,
+) -> dict[str, float]:
+    """The point of the grid under which labels [n] are most probable, given a prior about `centre`.
+
+    cost = min_T sum_i -log softmax(logits_i / T)[label_i] + log(T)^2 / 2
+           + sum_p log(p / centre_p)^2 / (2 log(2)^2)
+
+    logits_of answers [n, K] for one point. T, over TEMPERATURES, judges a point by what it tells
+    apart and not by how loud it is; its prior is that of `metrics.fit_temperature`. With a few
+    images many points are as good as tied, and the prior then keeps close to a centre that suits
+    most tables; each further image counts for more against it.
+    """
+    best: dict[str, float] = {}
+    least = math.inf
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        away = sum(math.log(value / centre[name]) ** 2 for name, value in point.items())
+        cost = scaled_nll(logits_of(point), label) + away / (2 * math.log(2) ** 2)
+        if cost < least:
+            best, least = point, cost
+    return best
+
+
+def scaled_nll(logits: Tensor, label: Tensor) -> float:
+    """min over TEMPERATURES of the summed NLL of logits / T [n, K], + log(T)^2 / 2."""
+    costs = [
+        F.cross_entropy(logits / T, label, reduction="sum") + math.log(T) ** 2 / 2
+        for T in TEMPERATURES
+    ]
+    return float(torch.stack(costs).min())

@@ -1,57 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
 """ProKeR: kernel ridge regression that is pulled towards zero-shot instead of towards 0.
 
-    logits = z(x) + k(x, S) (k(S, S) + lambda I)^-1 (alpha Y - z(S))
-    k(x, s) = exp(-beta * (1 - x s^T) * 2) = exp(-beta * |x - s|^2),  x and s of length 1
+    logits = z(x) + k(x, S) (k(S, S) + lam I)^-1 (alpha Y - z(S))
+    k(x, s) = exp(-beta |x - s|^2) = exp(-2 beta (1 - x s^T)),  x and s of length 1
 
-z and Y without their means over the classes, which a softmax ignores: lambda -> infinity is
-zero-shot exactly. alpha is the height, in logits, that the true class of a support image is pulled
-to. arXiv 2501.11175, eq. 9 and 10; there z is scaled to the one-hot Y instead of Y to z.
+z, Y: zero-shot logits and one-hot labels. arXiv 2501.11175, whose target is Y and whose z is scaled
+to it; here z keeps its scale and alpha scales Y, which multiplies all logits by one number. Inside
+the solve z and Y have no means over the classes, which adds one number to all logits of an image.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._support import SupportHead, best, extended, grid, options_above_zero
+from vtclip.heads._support import SupportHead, check_positive, most_likely, steps
 from vtclip.support import Support
 
-ALPHAS = (2.5, 5.0, 10.0, 20.0, 40.0)
-BETAS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+ALPHAS = steps(0.025, 0.8, 2)  # times logit_scale
+BETAS = (0.25, 1.0, 4.0)
 LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+LEAST_LAM = 1e-6  # below it duplicates would make the system singular in float64
 
 
 class ProKeR(SupportHead):
-    """Closed form; `coefficients` [N, K] are what the solve gives, made by `fit_support`.
+    """Closed form: `coefficients` [N, K], from one float64 solve in `fit_support`.
 
-    alpha, beta, lam: target in logits, sharpness of the kernel, weight of the pull to zero-shot;
-    `choose` sets all three by validation images.
+    alpha: how far, in logits, the true class of a support image is pulled above the others.
+        Default 0.15 * logit_scale.
+    beta: sharpness of the kernel.
+    lam: weight of the pull to zero-shot, at least 1e-6. `choose` sets all three and solves again.
+
+    The solve holds three float64 tables of [N, N].
     """
 
     method = "proker"
+    searched = ("alpha", "beta", "lam")
     coefficients: Tensor
+    alpha: float
+    beta: float
+    lam: float
 
     def __init__(
         self,
         text: Tensor,
         *,
         num_support: int = 0,
-        alpha: float = 10.0,
-        beta: float = 0.5,
+        alpha: float | None = None,
+        beta: float = 1.0,
         lam: float = 0.1,
         logit_scale: float = 100.0,
     ) -> None:
         super().__init__(text, num_support=num_support, logit_scale=logit_scale)
-        options_above_zero("ProKeR", alpha=alpha, beta=beta, lam=lam)
+        alpha = 0.15 * logit_scale if alpha is None else alpha
+        check_positive("ProKeR", alpha=alpha, beta=beta, lam=lam)
+        if lam < LEAST_LAM:
+            raise ValueError(f"ProKeR: lam must be at least {LEAST_LAM:g}, got {lam}")
         self.alpha, self.beta, self.lam = float(alpha), float(beta), float(lam)
         self.register_buffer("coefficients", text.new_zeros(num_support, text.shape[0]))
-
-    def options(self) -> dict[str, Any]:
-        names = "alpha", "beta", "lam"
-        return {**super().options(), **{name: getattr(self, name) for name in names}}
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
@@ -62,61 +69,48 @@ class ProKeR(SupportHead):
 
     @torch.no_grad()
     def fit_support(self, support: Support) -> None:
-        """Keep the labelled images and solve for their coefficients, in float64."""
+        """Keep the labelled images, in place of any before, and solve for their coefficients."""
         super().fit_support(support)
+        keys = self.keys.double()
         Y, z = self._targets()
-        gram = kernel(self.keys.double(), self.keys.double(), self.beta)
-        self.coefficients = solve(gram, self.alpha * Y - z, self.lam).to(self.text)
+        ridge = kernel(keys, keys, self.beta)
+        ridge.diagonal().add_(self.lam)
+        factor = torch.linalg.cholesky(ridge)
+        self.coefficients = torch.cholesky_solve(self.alpha * Y - z, factor).to(self.text)
 
-    @torch.no_grad()
     def choose(self, val: Support) -> None:
-        """alpha, beta and lam of the least NLL over validation images; solves again."""
-        if not len(self.keys):
-            return
-        image, label = self.checked(val)
-        base = self.zero_shot(image).double()
-        Y, z = self._targets()
-        keys, rows = self.keys.double(), image.double()
-        parts: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
-        for beta in BETAS:
-            to_val = kernel(rows, keys, beta)
-            values, vectors = torch.linalg.eigh(kernel(keys, keys, beta))
-            right = vectors.mT @ torch.cat([Y, z], dim=1)
-            left = to_val @ vectors
-            for lam in LAMBDAS:
-                both = left @ (right / (values[:, None].clamp(min=0) + lam))
-                Y_part, z_part = both.split(self.num_classes, dim=1)
-                parts[beta, lam] = Y_part, z_part
-
-        def logits(at: Mapping[str, float]) -> Tensor:
-            Y_part, z_part = parts[at["beta"], at["lam"]]
-            return base + at["alpha"] * Y_part - z_part
-
-        found = best(grid(alpha=ALPHAS, beta=BETAS, lam=LAMBDAS), logits, label)
-        self.alpha, self.beta, self.lam = found["alpha"], found["beta"], found["lam"]
+        super().choose(val)
         self.fit_support(Support(self.keys, self.label))
 
-    def extend(self, text_new: Tensor, support: Support) -> SupportHead:
-        """The head over old and new classes; support.label of the new images starts at K.
+    def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
+        """One eigendecomposition per beta serves every alpha and lam; in the dtype of `text`."""
+        base, (Y, z) = self.zero_shot(image), self._targets()
+        both = torch.cat([Y, z], dim=1).to(self.text)
+        parts: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
+        for beta in BETAS:
+            values, vectors = torch.linalg.eigh(kernel(self.keys, self.keys, beta))
+            to_val, right = kernel(image, self.keys, beta) @ vectors, vectors.mT @ both
+            for lam in LAMBDAS:
+                shrunk = to_val / (values.clamp(min=0) + lam)
+                Y_part, z_part = (shrunk @ right).tensor_split(2, dim=1)
+                parts[beta, lam] = Y_part, base - z_part
 
-        Solved again over all support images with the same alpha, beta and lam.
-        """
-        options = {**self.options(), "num_support": 0}
-        return extended(self, text_new, support, lambda text: ProKeR(text, **options))
+        def logits(at: Mapping[str, float]) -> Tensor:
+            Y_part, rest = parts[at["beta"], at["lam"]]
+            return at["alpha"] * Y_part + rest
+
+        alphas = [self.logit_scale * value for value in ALPHAS]
+        grid = {"alpha": alphas, "beta": BETAS, "lam": LAMBDAS}
+        centre = {name: getattr(self, name) for name in self.searched}
+        return most_likely(grid, centre, logits, label)
 
     def _targets(self) -> tuple[Tensor, Tensor]:
         """Y and z(S) [N, K] without their means over the classes, float64."""
-        Y, z = self.one_hot().double(), self.zero_shot(self.keys).double()
+        Y = self.one_hot().double()
+        z = self.logit_scale * (self.keys.double() @ F.normalize(self.text.double(), dim=-1).mT)
         return Y - Y.mean(dim=1, keepdim=True), z - z.mean(dim=1, keepdim=True)
 
 
 def kernel(x: Tensor, s: Tensor, beta: float) -> Tensor:
     """exp(-beta |x - s|^2) [B, N] of rows of length 1."""
     return torch.exp(-2 * beta * (1 - x @ s.mT))
-
-
-def solve(gram: Tensor, residual: Tensor, lam: float) -> Tensor:
-    """(gram + lam I)^-1 residual, gram symmetric [N, N]."""
-    ridge = gram + lam * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    found: Tensor = torch.linalg.solve(ridge, residual)
-    return found

@@ -3,101 +3,117 @@
 
     logits = z + alpha * exp(-beta * (1 - v S^T)) Y     z: zero-shot logits, v and S of length 1
 
-arXiv 2111.03930, eq. 5 and 6. With the trained keys of Tip-Adapter-F, S is a parameter.
+arXiv 2111.03930. With the trained keys of Tip-Adapter-F, S is a parameter. As
+attention over the support: exp(-beta * (1 - v S^T)) Y = exp(lse - beta) * softmax(beta v S^T) Y,
+where lse is the logarithm of what the softmax divides by.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._support import SupportHead, best, extended, grid, options_above_zero
-from vtclip.support import Support
+from vtclip.heads._support import SupportHead, check_positive, most_likely, steps
 
-ALPHAS = tuple(0.25 * 2 ** (step / 2) for step in range(17))  # 0.25 .. 64
-BETAS = tuple(0.5 * 2 ** (step / 2) for step in range(13))  # 0.5 .. 32
+ALPHAS = steps(0.005, 1.28, 2)  # times logit_scale
+BETAS = steps(1.0, 45.3, 2**0.5)
 
 
 class TipAdapter(SupportHead):
     """Training-free cache over `num_support` images.
 
-    alpha, beta: weight and sharpness of the votes; `choose` sets both by validation images.
-    `alpha` may be 0: then the logits are zero-shot's.
+    alpha: weight of the votes, in logits; 0 leaves zero-shot's. Default 0.16 * logit_scale.
+    beta: sharpness of the votes. `choose` sets both.
+
+    Beside validation images, `choose` asks each support image of a class with several what the
+    others say of it, its own class's votes multiplied by n / (n - 1) for the one that is left out.
     """
 
     method = "tip-adapter"
+    searched: tuple[str, ...] = ("alpha", "beta")
+    alpha: float
+    beta: float
 
     def __init__(
         self,
         text: Tensor,
         *,
         num_support: int = 0,
-        alpha: float = 1.0,
-        beta: float = 5.5,
+        alpha: float | None = None,
+        beta: float = 8.0,
         logit_scale: float = 100.0,
     ) -> None:
         super().__init__(text, num_support=num_support, logit_scale=logit_scale)
-        options_above_zero(type(self).__name__, beta=beta)
+        check_positive(type(self).__name__, beta=beta)
+        alpha = 0.16 * logit_scale if alpha is None else alpha
         if not 0 <= alpha < float("inf"):
-            raise ValueError(f"{type(self).__name__}: alpha must be at least 0, got {alpha}")
+            raise ValueError(
+                f"{type(self).__name__}: alpha must be finite and at least 0, got {alpha}"
+            )
         self.alpha, self.beta = float(alpha), float(beta)
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "alpha": self.alpha, "beta": self.beta}
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Tensor:
         """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
-        return self.zero_shot(image) + self.alpha * self.votes(self.similarity(image), self.beta)
+        z = self.zero_shot(image)
+        return z + self.alpha * (self.affinity(self.similarity(image), self.beta) @ self.one_hot())
 
     def similarity(self, image: Tensor) -> Tensor:
-        """image [B, C] -> cosine to each support row [B, N]."""
-        return F.normalize(image, dim=-1) @ F.normalize(self.keys, dim=-1).mT
+        """image [B, C] -> v S^T [B, N]."""
+        return F.normalize(image, dim=-1) @ self.keys.mT
 
-    def votes(self, similarity: Tensor, beta: float) -> Tensor:
-        """[B, N] -> [B, K]."""
-        return torch.exp(-beta * (1 - similarity)) @ self.one_hot()
+    @staticmethod
+    def affinity(similarity: Tensor, beta: float) -> Tensor:
+        return torch.exp(-beta * (1 - similarity))
 
-    @torch.no_grad()
-    def choose(self, val: Support) -> None:
-        """alpha and beta of the least NLL over validation images."""
-        image, label = self.checked(val)
-        z, similarity = self.zero_shot(image), self.similarity(image)
-        votes = {beta: self.votes(similarity, beta) for beta in BETAS}
+    def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
+        z, label, votes_of = self.evidence(image, label)
+        similarity = self.similarity(image), self.similarity(self.keys)
+        votes = {
+            beta: votes_of(*(self.affinity(rows, beta) for rows in similarity)) for beta in BETAS
+        }
 
         def logits(at: Mapping[str, float]) -> Tensor:
             return z + at["alpha"] * votes[at["beta"]]
 
-        found = best(grid(alpha=ALPHAS, beta=BETAS), logits, label)
-        self.alpha, self.beta = found["alpha"], found["beta"]
+        grid = {"alpha": [self.logit_scale * value for value in ALPHAS], "beta": BETAS}
+        return most_likely(grid, self.centre(), logits, label)
 
-    def extend(self, text_new: Tensor, support: Support) -> SupportHead:
-        """The head over old and new classes; support.label of the new images starts at K.
+    def centre(self) -> dict[str, float]:
+        """Present values; a zero, which has no logarithm, stands for the least that is tried."""
+        least = self.logit_scale * min(ALPHAS)
+        return {name: getattr(self, name) or least for name in self.searched}
 
-        Equal to a head fitted on everything at once with the same alpha and beta.
+    def evidence(
+        self, image: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Zero-shot logits [n + m, K] and labels of the n images and of m support rows.
+
+        The function makes votes [n + m, K] of affinities [n, N] and [N, N]; in the latter each of
+        the m rows is left out of its own.
         """
-        options = {**self.options(), "num_support": 0}
-        return extended(self, text_new, support, lambda text: type(self)(text, **options))
+        Y = self.one_hot()
+        count = Y.sum(dim=0)
+        # trained keys have fitted their own labels, and say nothing about other images
+        several = (count[self.label] > 1) & (not self.trains_keys)
+
+        def votes(to_val: Tensor, to_support: Tensor) -> Tensor:
+            own = to_support.clone().fill_diagonal_(0)[several] @ Y
+            own = own * torch.where(Y.bool(), count / (count - 1).clamp(min=1), 1)[several]
+            return torch.cat([to_val @ Y, own])
+
+        z = self.zero_shot(torch.cat([image, self.keys[several]]))
+        return z, torch.cat([label, self.label[several]]), votes
 
 
 class TipAdapterF(TipAdapter):
     """Tip-Adapter whose keys are trained; they start at the support images.
 
-    An extended head keeps the trained keys beside the new images as they are: a warm start.
+    Its `extend` is a warm start, not a new training: trained keys stay and each image of a new
+    class joins as it is.
     """
 
     method = "tip-adapter-f"
-
-    def __init__(self, text: Tensor, *, num_support: int = 0, **options: Any) -> None:
-        super().__init__(text, num_support=num_support, **options)
-        keys = self.keys
-        del self.keys
-        self.keys = nn.Parameter(keys)
-
-    def fit_support(self, support: Support) -> None:
-        """Start the keys at the labelled images."""
-        keys, self.label = self.checked(support)
-        self.keys = nn.Parameter(keys)
+    trains_keys = True

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TIP-X: Tip-Adapter, and votes by how alike two images are in the eyes of the class texts.
+
+    logits = z + alpha * exp(-beta * (1 - v S^T)) Y + gamma * (offset - slope * KL) Y
+    KL[b, n] = sum_k P(v_b)[k] log(P(v_b)[k] / P(s_n)[k]),  P(x) = softmax(x T^T / 0.5)
+
+v, S and T of length 1; arXiv 2211.16198, section 3.2. `slope` and `offset` bring -KL to the range
+of v S^T. The released code takes both ranges over all evaluation images at once, so that an image's
+logits depend on the others of its batch; here they are fixed on pairs of support images.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtclip.heads._support import most_likely, steps
+from vtclip.heads.tip_adapter import TipAdapter
+from vtclip.support import Support
+
+ALPHAS = steps(0.005, 1.28, 2)  # times logit_scale
+BETAS = steps(1.0, 32.0, 2)
+GAMMAS = steps(0.01, 0.64, 2)  # times logit_scale
+TEMPERATURE = 0.5
+
+
+class TipX(TipAdapter):
+    """Training-free; with gamma = 0 it is Tip-Adapter.
+
+    gamma: weight of the second votes, in logits; default 0.08 * logit_scale. `choose` sets it with
+        alpha and beta.
+    slope, offset: None lets `fit_support` set them: the ranges of -KL and of v S^T over pairs of
+        different support images become equal (1 and 0 where a range is empty).
+    """
+
+    method = "tip-x"
+    searched = ("alpha", "beta", "gamma")
+    gamma: float
+
+    def __init__(
+        self,
+        text: Tensor,
+        *,
+        num_support: int = 0,
+        alpha: float | None = None,
+        beta: float = 8.0,
+        gamma: float | None = None,
+        slope: float | None = None,
+        offset: float | None = None,
+        logit_scale: float = 100.0,
+    ) -> None:
+        super().__init__(
+            text, num_support=num_support, alpha=alpha, beta=beta, logit_scale=logit_scale
+        )
+        gamma = 0.08 * logit_scale if gamma is None else gamma
+        if not 0 <= gamma < float("inf"):
+            raise ValueError(f"TipX: gamma must be finite and at least 0, got {gamma}")
+        self.gamma, self.slope, self.offset = float(gamma), slope, offset
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "slope": self.slope, "offset": self.offset}
+
+    def forward(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Tensor:
+        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+        votes = self.alpha * self.affinity(self.similarity(image), self.beta)
+        votes = votes + self.gamma * self.likeness(image)
+        return self.zero_shot(image) + votes @ self.one_hot()
+
+    def likeness(self, image: Tensor) -> Tensor:
+        """image [B, C] -> offset - slope * KL to each support row [B, N]."""
+        slope, offset = 1.0 if self.slope is None else self.slope, self.offset or 0.0
+        return offset - slope * self.divergence(image)
+
+    def divergence(self, image: Tensor) -> Tensor:
+        """image [B, C] -> KL(P(image) || P(support)) [B, N]."""
+        log_p, log_q = self._log_p(image), self._log_p(self.keys)
+        p = log_p.exp()
+        return (p * log_p).sum(dim=1, keepdim=True) - p @ log_q.mT
+
+    @torch.no_grad()
+    def fit_support(self, support: Support) -> None:
+        """Keep the labelled images; set `slope` and `offset` where they are None."""
+        super().fit_support(support)
+        if self.slope is None or self.offset is None:
+            self.slope, self.offset = self._range()
+
+    def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
+        z, label, votes_of = self.evidence(image, label)
+        rows = self.similarity(image), self.similarity(self.keys)
+        votes = {beta: votes_of(*(self.affinity(each, beta) for each in rows)) for beta in BETAS}
+        alike = votes_of(self.likeness(image), self.likeness(self.keys))
+
+        def logits(at: Mapping[str, float]) -> Tensor:
+            return z + at["alpha"] * votes[at["beta"]] + at["gamma"] * alike
+
+        alphas, gammas = ([self.logit_scale * v for v in grid] for grid in (ALPHAS, GAMMAS))
+        grid = {"alpha": alphas, "beta": BETAS, "gamma": gammas}
+        return most_likely(grid, self.centre(), logits, label)
+
+    def _log_p(self, x: Tensor) -> Tensor:
+        return (self.zero_shot(x) / (self.logit_scale * TEMPERATURE)).log_softmax(dim=-1)
+
+    def _range(self) -> tuple[float, float]:
+        """slope and offset over all pairs of different support rows."""
+        N = len(self.keys)
+        pairs = ~torch.eye(N, dtype=torch.bool, device=self.keys.device)
+        if N < 2:
+            return 1.0, 0.0
+        similar, alike = self.similarity(self.keys)[pairs], -self.divergence(self.keys)[pairs]
+        low, width = float(alike.min()), float(alike.max() - alike.min())
+        wanted = float(similar.max() - similar.min())
+        # ranges of nothing but rounding errors: one class, or all images the same
+        if min(width, wanted) < 1e-6:
+            return 1.0, 0.0
+        slope = wanted / width
+        return slope, float(similar.min()) - slope * low
