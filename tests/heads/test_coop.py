@@ -128,13 +128,12 @@ def test_a_long_class_name_is_refused_with_what_would_fit(clip: Clip) -> None:
 def test_other_text_towers_are_refused(clip: Clip) -> None:
     with pytest.raises(ValueError, match="plain text transformer, got TextTransformer"):
         TextTower(small_clip(embed_cls=True))
+    masked, foreign = small_clip(no_causal_mask=True), small_clip()
+    masked.model.text.use_pad_mask = True  # type: ignore[union-attr,assignment]
     with pytest.raises(ValueError, match="plain text transformer, got TextTransformer"):
-        masked = small_clip(no_causal_mask=True)
-        masked.model.text.use_pad_mask = True  # type: ignore[union-attr,assignment]
         TextTower(masked)
+    foreign.model.text = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="plain text transformer, got Linear"):
-        foreign = small_clip()
-        foreign.model.text = nn.Linear(2, 2)
         TextTower(foreign)
 
 
