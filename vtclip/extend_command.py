@@ -27,7 +27,7 @@ def add_arguments(extend: Any) -> None:
 
 def run_extend(args: argparse.Namespace) -> int:
     folder, source = existing("RUN", args.folder), existing("FOLDER", args.source)
-    from .extend import extend
+    from .extend_run import extend
 
     run = extend(
         folder,
