@@ -83,7 +83,8 @@ def _cell(
     runs = sorted(runs, key=lambda row: int(row["seed"]))
     missing = _reasons(own)
     seeds = {int(row["seed"]) for row in rows} - {int(row["seed"]) for row in (*own, *runs)}
-    if seeds and any(is_finished(row) for row in rows):
+    asked = own or method != ZERO_SHOT
+    if asked and seeds and any(is_finished(row) for row in rows):
         missing.append("not run yet")
     cell = {"source": source, "method": method, "shots": shots}
     cell |= _values(method, runs)
