@@ -94,6 +94,14 @@ def test_learned_words_match(photos: Path, cache: Path, tmp_path: Path) -> None:
     assert repeat(made, cache_dir=cache)["verdict"] == "MATCH"
 
 
+def test_pseudo_labels_match(npz: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "tip-adapter", "shots": 2, "pseudo_labels": True}
+    made = api.fit(npz, out=tmp_path / "run", **options)
+    found = repeat(made, out=tmp_path / "again")
+    assert found["verdict"] == "MATCH"
+    assert Run.load(tmp_path / "again").result["config"]["pseudo_labels"] is True
+
+
 def test_settings_that_are_not_the_recipe_are_taken_over(run: Run) -> None:
     arguments = arguments_of(run.result)
     assert arguments["overrides"] == {
