@@ -162,7 +162,7 @@ def fit(
             progress=progress,
         )
     if base_to_new:
-        check_method(method)
+        check_method(method, overrides)
     watch = Stopwatch(where)
 
     def opened() -> Records:

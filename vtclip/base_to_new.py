@@ -22,20 +22,38 @@ from .choices import pick
 from .data.records import Records
 from .data.sets import SetSource
 from .heads import HEADS
+from .prompts import text_encoder
 from .result import named_classes, unreadable
 from .settings import split_rows, takes_images, test_rows
 
 PARTS = ("base", "new")
 
 
-def check_method(method: str) -> None:
-    """Refuse a method whose parameters belong to its classes."""
-    able = [name for name, head in HEADS.items() if hasattr(head, "with_text")]
+def check_method(method: str, overrides: Mapping[str, Any] | None = None) -> None:
+    """Refuse a method, or an option of it, whose parameters belong to its classes."""
+    able = [
+        name
+        for name, head in HEADS.items()
+        if hasattr(head, "with_text") or hasattr(head, "with_names")
+    ]
     if method not in able:
         raise ValueError(
             f"base_to_new: method must be one of {', '.join(able)}, whose parameters do not "
             f"depend on the classes, got {method!r}"
         )
+    if ((overrides or {}).get("head") or {}).get("class_specific"):
+        raise ValueError("base_to_new: class_specific context belongs to its own classes")
+
+
+def over(head: Any, records: Records, class_names: list[str], device: torch.device) -> nn.Module:
+    """The head's parameters over `class_names`, of which the records must have each."""
+    text = texts_of(records, class_names)
+    if getattr(head, "needs_text_encoder", False):
+        other = head.with_names(text_encoder(records, device), class_names)
+    else:
+        other = head.with_text(text)
+    moved: nn.Module = other.to(device)
+    return moved
 
 
 def halves(records: Records) -> tuple[Records, Records]:
@@ -70,7 +88,7 @@ def with_new(
     new: dict[str, Any] = {}
     for name, head in heads.items():
         values = engine.evaluate(
-            head.with_text(records.text),  # type: ignore[operator]
+            over(head, records, records.class_names, device),
             records,
             index,
             device=device,
@@ -112,7 +130,7 @@ def evaluate_again(
             continue
         own, head = records.subset_classes(keep), adapter.head
         if part == "new":
-            head = head.with_text(texts_of(own, known[part]))  # type: ignore[operator]
+            head = over(head, own, known[part], device)
         index = rows_of_run(own, part, result, source) if same else test_rows(own)
         to_run = torch.tensor([known[part].index(name) for name in own.class_names])
         logits, label = engine.all_logits(head, own, index, device=device)

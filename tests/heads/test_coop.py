@@ -281,7 +281,7 @@ def test_wrong_options_are_said(options: dict[str, object], what: str) -> None:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pictures") / "shapes"
     generator = np.random.default_rng(1)
-    for name in NAMES:
+    for name in [*NAMES, "zebra"]:
         (root / name).mkdir(parents=True)
         for i in range(6):
             pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
@@ -299,7 +299,7 @@ def test_command_trains_saves_and_predicts_without_the_text_side(
     config = json.loads((out / "adapter_config.json").read_text())
     kept = {"num_context": 4, "class_specific": True, "class_position": "middle"}
     assert kept.items() <= config["options"].items()
-    assert config["tensors"]["head.context"][1] == [3, 4, 96]
+    assert config["tensors"]["head.context"][1] == [4, 4, 96]
     result = json.loads((out / "result.json").read_text())
     monkeypatch.setattr(TextTower, "encode", None)  # no text encoder from here on
     assert api.evaluate(out, cache_dir=cache)["accuracy"] == result["accuracy"]
@@ -345,3 +345,23 @@ def test_another_models_weights_are_refused() -> None:
     records = Records.from_tensors(rows, torch.arange(2), rows, ["a", "b"], info=info)
     with pytest.raises(ValueError, match="the features were made by ffffffffffff"):
         text_encoder(records, torch.device("cpu"))
+
+
+def test_base_to_new_encodes_the_new_names_with_the_shared_context(
+    images: Path, tmp_path: Path
+) -> None:
+    options = {"epochs": 2, "head": {"init": "a photo of a"}}
+    cache, out = tmp_path / "cache", tmp_path / "run"
+    common = {"method": "coop", "shots": 2, "base_to_new": True, "cache_dir": cache}
+    run = api.fit(images, overrides=options, out=out, **common)
+    assert (run.result["classes"], run.result["new"]["classes"]) == (
+        ["blue_square", "red circle"], ["tree", "zebra"],
+    )  # fmt: skip
+    assert load_adapter(out).head.text.shape == (2, 128)
+    again = api.evaluate(run, cache_dir=cache)
+    assert again["new"]["nll"] > 0
+    assert again["new"]["nll"] == run.result["new"]["adapted"]["nll"]
+    specific = {"head": {"class_specific": True}}
+    with pytest.raises(ValueError, match="class_specific context belongs to its own classes"):
+        api.fit(images, overrides=specific, out=tmp_path / "none", **common)
+    assert not (tmp_path / "none").exists()
