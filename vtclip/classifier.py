@@ -156,7 +156,7 @@ class Classifier:
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels [B, 3, H, W] -> probabilities [B, K] on the CPU."""
-        image, spatial = self._encode(pixels)
+        image, spatial = self.encode(pixels)
         head = self.adapter.head
         logits: Tensor = head(image, spatial) if head.needs_spatial else head(image)
         if not bool(logits.isfinite().all()):
@@ -176,13 +176,14 @@ class Classifier:
         probability = self.probabilities(pixels[None])[0]
         k = int(probability.argmax()) if k is None else k
         attention: Any = head.attention
-        weights = attention(self._encode(pixels[None])[1])[0, k].cpu()
+        weights = attention(self.encode(pixels[None])[1])[0, k].cpu()
         cfg = self.clip.preprocess_cfg
         seen = to_image(pixels, cfg["mean"], cfg["std"])
         caption = f"{self.class_names[k]}  {100 * float(probability[k]):.1f} %"
         return side_by_side(picture, seen, weights, caption)
 
-    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Preprocessed pixels [B, 3, H, W] -> image [B, C], and spatial if the head reads it."""
         spatial = self.adapter.features["spatial"] if self.adapter.head.needs_spatial else None
         return self.clip.encode_image(pixels.to(self.device), spatial)
 

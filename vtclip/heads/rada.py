@@ -162,7 +162,7 @@ class RAda(nn.Module):
         """`_logits` of all images at once, or in chunks by BYTE_BUDGET."""
         B, (K, D) = v.shape[0], t.shape
         step = max(1, BYTE_BUDGET // max(1, ROWS_KEPT * K * D * v.element_size()))
-        if step >= B or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or step >= B:  # in this order: a free B is not compared
             return self._logits(v, t, text_query, scale)
         parts = []
         for images in v.split(step):  # type: ignore[no-untyped-call]

@@ -8,6 +8,8 @@ the first backend without reasons; a named `impl` runs or raises. Only static fa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -79,6 +81,17 @@ def select(problem: Problem, impl: Impl | None) -> Named:
         f"{problem.op}: no implementation can run {dtype} of width {problem.width}"
         f" on {problem.device} ({'; '.join(refused)})"
     )
+
+
+@contextmanager
+def only_reference() -> Iterator[None]:
+    """Within it `impl=None` takes the plain torch implementation, in every thread."""
+    global BACKENDS
+    before, BACKENDS = BACKENDS, BACKENDS[-1:]
+    try:
+        yield
+    finally:
+        BACKENDS = before
 
 
 def explain(problem: Problem) -> list[tuple[str, tuple[str, ...]]]:
