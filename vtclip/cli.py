@@ -21,6 +21,8 @@ from . import (
     bench_command,
     data_command,
     evaluate_command,
+    export_command,
+    extend_command,
     predict_command,
     repeat_command,
 )
@@ -75,6 +77,12 @@ def build_parser() -> Parser:
     repeat = command("repeat", repeat_command.run_repeat, "run RUN again, and compare")
     repeat_command.add_arguments(repeat)
 
+    extend = command("extend", extend_command.run_extend, "a run with new classes added to it")
+    extend_command.add_arguments(extend)
+
+    export = command("export", export_command.run_export, "a run as a .pt2 or an .onnx file")
+    export_command.add_arguments(export)
+
     data = command("data", data_command.run_data, "which of the field's data sets lie in ROOT")
     data_command.add_arguments(data)
 
@@ -90,16 +98,17 @@ def build_parser() -> Parser:
         sub.add_argument(
             "--model", default="demo", help="demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
         )
-    for sub in (predict, explain):
+    for sub in (predict, explain, extend, export):
         sub.add_argument("--model", help="another place of the weights the run was fitted on")
-    for sub in (fit, evaluate, features, bench):
+    for sub in (fit, evaluate, features, bench, extend, export):
         sub.add_argument(
             "--cache-dir", metavar="DIR", help="where features of image folders are kept"
         )
-    for sub in (fit, evaluate, predict, explain, features, bench, demo):
+    for sub in (fit, evaluate, predict, explain, features, bench, demo, extend):
         sub.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU where there is one")
         sub.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
-    for sub in (fit, evaluate, predict, data, bench):
+    export.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
+    for sub in (fit, evaluate, predict, data, bench, extend, export):
         sub.add_argument("--json", action="store_true", help="print JSON")
     for name, sub in commands.choices.items():
         known = [option for action in sub._actions for option in action.option_strings]
