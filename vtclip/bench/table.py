@@ -262,21 +262,20 @@ def _csv(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def markdown(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The tables as text: per source, then the means over sources, then what is missing and why."""
+    """The tables as text: accuracy of each source and of their mean, what is missing, the rest."""
     notes: dict[str, int] = {}
-    parts = [_head(found, rows)]
+    accuracy, details = [_head(found, rows)], ["# Calibration, time and memory"]
     for source in dict.fromkeys(cell["source"] for cell in _all_cells(found)):
         cells = [cell for cell in _all_cells(found) if cell["source"] == source]
         images = {cell["test_images"] for cell in cells} - {None}
         counted = f", {max(images)} test images" if images else ""
-        parts.append(f"## {_printable(source)}{counted}")
-        parts.append(_accuracy_table(cells, notes))
-        parts.append(_details_table(cells))
+        accuracy += [f"## {_printable(source)}{counted}", _accuracy_table(cells, notes)]
+        if images:
+            details += [f"## {_printable(source)}", _details_table(cells)]
     if notes:
-        parts.append(
-            "\n".join(f"[{number}] {_printable(text)}  " for text, number in notes.items())
-        )
-    return "\n\n".join(part for part in parts if part) + "\n"
+        numbered = (f"[{number}] {_printable(text)}  " for text, number in notes.items())
+        accuracy.append("\n".join(numbered))
+    return "\n\n".join([*accuracy, *(details if len(details) > 1 else [])]) + "\n"
 
 
 def _head(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
@@ -337,7 +336,7 @@ def _details_table(cells: Sequence[Mapping[str, Any]]) -> str:
                 for name, (_, show) in DETAILS.items()
             ]
             lines.append([cell["method"], str(cell["shots"]), *values])
-    return _table(lines) if len(lines) > 1 else ""
+    return _table(lines)
 
 
 def _table(lines: Sequence[Sequence[str]]) -> str:
