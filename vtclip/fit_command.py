@@ -10,7 +10,23 @@ from typing import Any
 
 from .parsing import emit, emit_json, fail, number, one_of, some_of, source_path
 
-METHODS = ("vtclip", "rada", "coop", "zeroshot", "auto")
+METHODS = (
+    "zeroshot",
+    "clip-adapter",
+    "coop",
+    "tip-adapter",
+    "tip-adapter-f",
+    "proker",
+    "linear-probe",
+    "autoclip",
+    "mm-adapter",
+    "proto-clip",
+    "tip-x",
+    "calip",
+    "vtclip",
+    "rada",
+    "auto",
+)
 OPTIMIZERS = ("sgd", "adamw")
 LOSSES = ("ce", "gce")
 POSITIONS = ("end", "middle", "front")

@@ -36,6 +36,11 @@ def check_spatial(
         )
 
 
+def check_share(head: str, name: str, value: float) -> None:
+    if not 0 <= value <= 1:  # also refuses NaN
+        raise ValueError(f"{head}: {name} must lie in 0..1, got {value}")
+
+
 def check_dtype(head: str, name: str, x: Tensor, dtype: torch.dtype) -> None:
     # autocast brings every operand to its own type, so there any float type will do
     if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):

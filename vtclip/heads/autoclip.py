@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoCLIP: every image weighs the templates of the class texts by itself, without labels.
+
+    e[b,k,m] = v_b . t_km                          v and t of length 1, template m of M
+    p[b]     = softmax_k(c * mean_m e[b,k,m])
+    g[b,m]   = sum_k p[b,k] e[b,k,m]               gradient of logsumexp_k by the template weights
+    w[b]     = softmax(tau_b * g[b])               tau_b: entropy of w[b] = share * log2(M)
+    logits   = s * sum_m w[b,m] e[b,k,m]
+
+One step of gradient ascent on logsumexp_k from equal weights, its length found by bisection.
+arXiv 2309.16414. c = 1 is what its authors' own example does. With one template, M = 1, the logits
+are zero-shot's.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtclip import ops
+from vtclip.heads._check import check_image, check_share, check_text
+
+BYTE_BUDGET = 2**26  # of e[b,k,m] at a time; images are taken in chunks below it
+LOG2_TAU, STEPS = (-30.0, 60.0), 64
+
+
+class AutoCLIP(nn.Module):
+    """Class texts of M templates [K, M, C] against image [B, C]; nothing to learn.
+
+    num_views: M; the texts are ones of `text` until `set_text_views` or a loaded state brings them.
+    entropy: share of the largest possible entropy, log2(M), that each image's weights have.
+    inner_scale: the c above.
+
+    `with_text` is missing on purpose: other classes need texts of every template.
+    """
+
+    method = "autoclip"
+    needs_spatial = False
+    fixed = True  # learns nothing from labelled images
+    text: Tensor
+    views: Tensor
+
+    def __init__(
+        self,
+        text: Tensor,
+        *,
+        num_views: int = 1,
+        entropy: float = 0.85,
+        inner_scale: float = 1.0,
+        logit_scale: float = 100.0,
+    ) -> None:
+        super().__init__()
+        check_text("AutoCLIP", text)
+        check_share("AutoCLIP", "entropy", entropy)
+        if num_views < 1:
+            raise ValueError(f"AutoCLIP: num_views must be at least 1, got {num_views}")
+        self.entropy = float(entropy)
+        self.inner_scale = float(inner_scale)
+        self.logit_scale = float(logit_scale)
+        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
+        self.register_buffer("views", text.detach()[:, None].repeat(1, num_views, 1))
+
+    @property
+    def num_classes(self) -> int:
+        return self.text.shape[0]
+
+    def options(self) -> dict[str, Any]:
+        """What the constructor needs beside `text`, as plain numbers and strings."""
+        names = "entropy", "inner_scale", "logit_scale"
+        return {"num_views": self.views.shape[1], **{name: getattr(self, name) for name in names}}
+
+    def set_text_views(self, views: Tensor) -> None:
+        """Take class texts [K, M, C] of M templates."""
+        K, C = self.text.shape
+        if views.ndim != 3 or views.shape[0] != K or views.shape[2] != C or not views.shape[1]:
+            raise ValueError(f"AutoCLIP: views must be [{K}, M, {C}], got {list(views.shape)}")
+        self.views = views.detach().to(self.text).contiguous()
+
+    def forward(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Tensor:
+        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+        check_image("AutoCLIP", image, self.text)
+        K, M, _ = self.views.shape
+        if M == 1:
+            return ops.cosine_logits(image, self.text, scale=self.logit_scale)
+        step = max(1, BYTE_BUDGET // (K * M * image.element_size()))
+        t = F.normalize(self.views, dim=-1).flatten(0, 1)  # [K * M, C]
+        parts = [self._logits(v, t) for v in F.normalize(image, dim=-1).split(step)]  # type: ignore[no-untyped-call]
+        return torch.cat(parts)
+
+    def _logits(self, v: Tensor, t: Tensor) -> Tensor:
+        e = (v @ t.T).view(len(v), *self.views.shape[:2])  # [b, K, M]
+        p = (self.inner_scale * e.mean(dim=2)).softmax(dim=1)
+        g = (p[:, None] @ e).squeeze(1)  # [b, M]
+        weights = entropy_softmax(g, self.entropy)
+        mixed: Tensor = (e @ weights[:, :, None]).squeeze(2)
+        return self.logit_scale * mixed
+
+
+def entropy_softmax(g: Tensor, share: float) -> Tensor:
+    """softmax(tau * g) of each row of g [B, M], tau > 0 such that its entropy is share * log2(M).
+
+    The entropy falls from log2(M) at tau = 0 to that of an equal choice among the largest entries:
+    where it cannot fall as low as wanted, or g is constant, it ends there.
+    """
+    M = g.shape[1]
+    with torch.no_grad():
+        wide = g.double()
+        wide = wide - wide.amax(dim=1, keepdim=True)
+        spread = -wide.amin(dim=1, keepdim=True)
+        wide = wide / spread.masked_fill(spread == 0, 1.0)  # in -1..0
+        target = share * torch.log(torch.tensor(float(M), dtype=torch.float64, device=g.device))
+        low = wide.new_full((len(g), 1), LOG2_TAU[0])
+        high = wide.new_full((len(g), 1), LOG2_TAU[1])
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            log_w = (middle.exp2() * wide).log_softmax(dim=1)
+            above = torch.special.entr(log_w.exp()).sum(dim=1, keepdim=True) > target
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        tau = low.exp2() / spread.masked_fill(spread == 0, 1.0)
+    return (tau * (g.double() - g.double().amax(dim=1, keepdim=True))).softmax(dim=1).to(g.dtype)

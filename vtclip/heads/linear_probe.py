@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear probe: logistic regression on frozen image features; the class texts take no part.
+
+    logits = W v + b                                                   v of length 1
+    W, b   = argmin  sum_n CE(W v_n + b, y_n) + l2 / 2 * |W|^2
+
+The baseline of Radford et al. 2021 (arXiv 2103.00020, section 3.2): full-batch L-BFGS, its strength
+chosen on validation images.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtclip.heads._check import check_image, check_text
+from vtclip.heads._support import scaled_nll
+from vtclip.support import Support
+
+# one column of the search; strongest first, each starts from the one before
+STRENGTHS = tuple(10 ** (step / 2) for step in range(2, -11, -1))  # 10 .. 1e-5
+MAX_STEPS = 200
+
+
+class LinearProbe(nn.Module):
+    """Weights [K, C] and biases [K], 0 until `fit_support`: all classes are then equally likely.
+
+    l2: strength of the penalty, per sum over the images; `choose` sets it by validation images and
+        without any it stays.
+    logit_scale: not used, since nothing here is a cosine; kept so that all heads are built alike.
+    """
+
+    method = "linear-probe"
+    needs_spatial = False
+    text: Tensor
+
+    def __init__(self, text: Tensor, *, l2: float = 1e-3, logit_scale: float = 100.0) -> None:
+        super().__init__()
+        check_text("LinearProbe", text)
+        if not 0 < l2 < float("inf"):
+            raise ValueError(f"LinearProbe: l2 must be finite and above 0, got {l2}")
+        self.l2 = float(l2)
+        self.logit_scale = float(logit_scale)
+        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
+        self.weight = nn.Parameter(torch.zeros_like(self.text))
+        self.bias = nn.Parameter(torch.zeros_like(self.text[:, 0]))
+        self._support: Support | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.text.shape[0]
+
+    def options(self) -> dict[str, Any]:
+        """What the constructor needs beside `text`, as plain numbers and strings."""
+        return {"l2": self.l2, "logit_scale": self.logit_scale}
+
+    def forward(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Tensor:
+        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+        check_image("LinearProbe", image, self.text)
+        return F.linear(F.normalize(image, dim=-1), self.weight, self.bias)
+
+    def fit_support(self, support: Support) -> None:
+        """Fit to labelled images [N, C]; ValueError where there are none or a label is not 0..K-1.
+
+        They are kept, outside the state, until `choose` has fitted every strength to them.
+        """
+        C, label = self.text.shape[1], support.label
+        if support.image.ndim != 2 or support.image.shape[1] != C or not len(label):
+            raise ValueError(
+                f"LinearProbe: support must be image [N, {C}] with N >= 1, "
+                f"got {list(support.image.shape)}"
+            )
+        if not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
+            raise ValueError(
+                f"LinearProbe: support labels must lie in 0..{self.num_classes - 1}, "
+                f"got {int(label.min())}..{int(label.max())}"
+            )
+        self._support = support
+        self._take(*logistic_regression(support, self.num_classes, [self.l2])[0])
+
+    def choose(self, val: Support) -> None:
+        """Fit every strength to the images of `fit_support`, keep what validation finds likeliest.
+
+        The kept images are let go.
+        """
+        if self._support is None:
+            raise ValueError("LinearProbe: choose needs the images of fit_support, got none")
+        every = logistic_regression(self._support, self.num_classes, STRENGTHS)
+        fits = dict(zip(STRENGTHS, every, strict=True))
+        image = F.normalize(val.image.double(), dim=-1)
+        self.l2 = min(fits, key=lambda l2: scaled_nll(F.linear(image, *fits[l2]), val.label))
+        self._support = None
+        self._take(*fits[self.l2])
+
+    def _take(self, weight: Tensor, bias: Tensor) -> None:
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
+
+
+def logistic_regression(
+    support: Support, num_classes: int, strengths: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """(W [K, C], b [K]) in float64 for each l2 of `strengths`, strongest first.
+
+    Solved for images less their mean, which the unpenalised bias takes up, and within their span,
+    outside of which W is 0 at the optimum.
+    """
+    v = F.normalize(support.image.double(), dim=-1)
+    mean = v.mean(dim=0)
+    centred = v - mean
+    basis = torch.linalg.qr(centred.T)[0] if len(v) < v.shape[1] else None  # [C, N]
+    x = centred if basis is None else centred @ basis
+    flat = x.new_zeros(num_classes, x.shape[1] + 1)  # the last column is the bias
+    found = []
+    for l2 in strengths:
+        flat = _solve(x, support.label, flat, l2)
+        weight, bias = flat[:, :-1], flat[:, -1]
+        weight = weight if basis is None else weight @ basis.T
+        found.append((weight, bias - weight @ mean))
+    return found
+
+
+def _solve(x: Tensor, label: Tensor, start: Tensor, l2: float) -> Tensor:
+    """The minimum over [W, b] of mean CE + l2 / (2 N) |W|^2 by L-BFGS."""
+    flat = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [flat],
+        max_iter=MAX_STEPS,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-12,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        logits = F.linear(x, flat[:, :-1], flat[:, -1])
+        penalty = l2 / (2 * len(x)) * flat[:, :-1].square().sum()
+        loss = F.cross_entropy(logits, label) + penalty
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    with torch.enable_grad():
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    return flat.detach()

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear probe: logistic regression on image features."""
+
+from __future__ import annotations
+
+from vtclip.config import FitConfig
+
+
+def get_config(shots: int) -> FitConfig:
+    """No epochs: the head solves for its weights; `shots` does not matter.
+
+    Expected: 80.7 / 95.5 / 98.6 % beside 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds 1-3,
+        on 500 satellite photos of 19 classes through ViT-B/32. It takes nothing from the class
+        texts, and with one image a class may fall below zero-shot.
+    Cost: 0.2 / 0.5 / 1.2 s on one CPU core.
+    Command: vtclip fit SOURCE --method linear-probe --shots 16
+    """
+    del shots
+    return FitConfig(epochs=0)
