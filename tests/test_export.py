@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported runs: the numbers of the run, without vtclip, and no file where they would differ."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import vtclip
+from vtclip import api, export_job, export_run
+from vtclip.backends import native
+from vtclip.classifier import Classifier
+from vtclip.cli import main
+from vtclip.clip import build_clip
+from vtclip.demo.tokenizer import build_vocab
+from vtclip.result import Run
+
+COLOURS = {"grass": (40, 160, 60), "ocean": (30, 60, 190), "sunset": (220, 90, 40)}
+SIDE, WIDTH = 32, 16
+CONFIG = {
+    "model_cfg": {
+        "embed_dim": WIDTH,
+        "vision_cfg": {
+            "image_size": SIDE, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16
+        },
+        "text_cfg": {"context_length": 16, "vocab_size": 8, "width": 16, "heads": 2, "layers": 1},
+    },
+    "preprocess_cfg": {"size": SIDE, "mean": [0.5, 0.4, 0.6], "std": [0.25, 0.3, 0.2]},
+}  # fmt: skip
+METHODS = ("vtclip", "rada", "zeroshot")
+HAVE_ONNX = all(importlib.util.find_spec(name) for name in export_run.ONNX_PACKAGES)
+# first without vtclip, from the two files alone: the class and the probability of each picture;
+# then another program, with vtclip's own operators
+ALONE = """
+import json, sys
+sys.modules["vtclip"] = None
+import numpy as np, torch
+from PIL import Image
+about = json.load(open(sys.argv[2]))
+cfg = about["preprocess"]
+side, mean, std = cfg["size"], *(torch.tensor(cfg[k])[:, None, None] for k in ("mean", "std"))
+batch = []
+for path in sys.argv[4:]:
+    picture = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    batch.append((torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - mean) / std)
+module = torch.export.load(sys.argv[1]).module()
+found = module(torch.stack(batch))
+assert not [name for name in sys.modules if name.startswith("vtclip.")]
+rows = [[about["class_names"][row.argmax()], row.max().item()] for row in found]
+del sys.modules["vtclip"]
+import vtclip
+own = vtclip.load_exported(sys.argv[3])
+print(json.dumps({"rows": rows, "own": own(torch.ones(1, 16))[0].tolist()}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain colours with noise, and a small model with random weights."""
+    root = tmp_path_factory.mktemp("export")
+    draw = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / "images" / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = np.clip(np.array(colour) + draw.integers(-40, 40, (40, 40, 3)), 0, 255)
+            image = Image.fromarray(pixels.astype(np.uint8))
+            image.save(root / "images" / name / f"{number:02d}.png")
+    vocab = build_vocab(["a", "photo", "of", *COLOURS])
+    CONFIG["model_cfg"]["text_cfg"]["vocab_size"] = len(vocab)
+    (root / "model").mkdir()
+    (root / "model" / "open_clip_config.json").write_text(json.dumps(CONFIG))
+    (root / "model" / "vocab.json").write_text(json.dumps(vocab))
+    torch.manual_seed(1)
+    weights = build_clip(CONFIG).state_dict()
+    save_file({k: v.contiguous() for k, v in weights.items()}, root / "model" / "w.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(place: Path) -> dict[str, Path]:
+    for method in METHODS:
+        overrides = {} if method == "zeroshot" else {"epochs": 8, "lr": 1e-2}
+        api.fit(
+            place / "images", method=method, shots=2, model=str(place / "model"), device="cpu",
+            out=place / method, cache_dir=place / "cache", overrides=overrides,
+        )  # fmt: skip
+    return {method: place / method for method in METHODS}
+
+
+class Exported(NamedTuple):
+    file: Path
+    about: dict[str, Any]
+    classifier: Classifier
+
+    def module(self) -> Any:
+        return torch.export.load(self.file).module()
+
+
+@pytest.fixture(scope="module")
+def exported(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that makes each export once, because tracing takes a second."""
+
+    @functools.cache
+    def make(method: str, kind: str, portable: bool = True) -> Exported:
+        file = tmp_path_factory.mktemp(f"{method}-{kind}") / "model.pt2"
+        about = vtclip.export(runs[method], file, kind=kind, portable=portable)
+        return Exported(file, about, Classifier.load(runs[method], device="cpu"))
+
+    return make
+
+
+def pixels_of(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(count))
+
+
+def test_the_program_gives_the_probabilities_of_the_run_at_any_batch(exported: Any) -> None:
+    file, about, classifier = one = exported("vtclip", "image")
+    assert set(about["parity"]["pt2"]["cases"]) == {
+        f"{name}, batch {size}" for name in ("random", "real") for size in (1, 3)
+    }
+    module = one.module()
+    for count in (1, 2, 5, 17):
+        found = module(pixels_of(count))
+        assert found.dtype == torch.float32
+        assert (found - classifier.probabilities(pixels_of(count))).abs().max() < 1e-5
+    program = torch.export.load(file)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert not [name for name in names if name.startswith("vtclip")]
+    assert not [name for name in program.state_dict if "text" in name and "head" not in name]
+
+
+@pytest.mark.parametrize("method", ["vtclip", "rada"])
+def test_features_to_logits(exported: Any, method: str) -> None:
+    _, about, classifier = one = exported(method, "features")
+    head: Any = classifier.adapter.head
+    assert list(about["inputs"]) == (["image", "spatial"] if head.needs_spatial else ["image"])
+    assert about["output"]["name"] == "logits"
+    assert about["temperature_applied"] is False
+    module = one.module()
+    for count in (1, 4):
+        given = [part for part in classifier.encode(pixels_of(count)) if part is not None]
+        wanted = head(*given)
+        assert (module(*given) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_a_run_without_an_encoder_exports_its_head(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    text = rng.standard_normal((3, 8)).astype(np.float32)
+    label = np.repeat(np.arange(3), 8)
+    image = text[label] + rng.standard_normal((24, 8)).astype(np.float32)
+    classes = np.array(["ant", "bee", "cat"])
+    np.savez(tmp_path / "t.npz", image=image, label=label, text=text, classname=classes)
+    run = api.fit(tmp_path / "t.npz", method="zeroshot", shots=2, out=tmp_path / "run")
+    about = vtclip.export(run, tmp_path / "head.pt2", kind="features")
+    assert about["preprocess"] is None
+    module = torch.export.load(tmp_path / "head.pt2").module()
+    unit = [torch.nn.functional.normalize(torch.from_numpy(rows), dim=1) for rows in (image, text)]
+    assert torch.allclose(module(torch.from_numpy(image)), 100 * unit[0] @ unit[1].T, atol=1e-4)
+    with pytest.raises(ValueError, match="has no image encoder"):
+        vtclip.export(run, tmp_path / "image.pt2")
+    assert not (tmp_path / "image.pt2").exists()
+
+
+@pytest.mark.skipif(bool(native.load_cpu()), reason="the compiled operators are not built")
+def test_one_runs_where_vtclip_is_not_installed_and_the_other_by_its_operators(
+    exported: Any, place: Path
+) -> None:
+    file, about, classifier = exported("vtclip", "image")
+    own, own_about, own_classifier = exported("rada", "features", portable=False)
+    assert (about["portable"], own_about["portable"]) == (True, False)
+    targets = {str(node.target) for node in torch.export.load(own).graph.nodes}
+    assert {"vtclip.rational_attn_fwd.default", "vtclip.rational_head_fwd.default"} <= targets
+    paths = sorted((place / "images").glob("*/00.png"))
+    words = [str(file), str(file.with_suffix(".json")), str(own), *map(str, paths)]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *words],
+        capture_output=True,
+        text=True,
+        cwd=file.parent,
+        env={**os.environ, "PYTHONPATH": str(Path(vtclip.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for (name, share), best in zip(found["rows"], classifier.predict(paths, 1), strict=True):
+        assert name == best[0].label
+        assert share == pytest.approx(best[0].probability, abs=1e-5)
+    wanted = own_classifier.adapter.head(torch.ones(1, WIDTH))[0].tolist()
+    assert found["own"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_file_names_no_place_of_this_machine(exported: Any, place: Path) -> None:
+    file, about, _ = exported("vtclip", "image")
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            for private in (str(Path(vtclip.__file__).parent), str(place)):
+                assert private.encode() not in archive.read(name)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == about["files"]["model.pt2"]
+
+
+def test_what_lies_beside_it(runs: dict[str, Path], tmp_path: Path) -> None:
+    about = vtclip.export(runs["rada"], tmp_path / "m.pt2", kind="features", fixed_batch=2)
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert written == json.loads(json.dumps(about))
+    result = json.loads((runs["rada"] / "result.json").read_text())
+    config = json.loads((runs["rada"] / "adapter_config.json").read_text())
+    assert written["class_names"] == config["class_names"]
+    assert written["temperature"] == config["temperature"]
+    assert written["digests"]["adapter"] == config["tensors_digest"]
+    assert written["digests"]["weights"] == result["digests"]["weights"]
+    wanted = config["features"]["model_config"]["preprocess_cfg"]
+    assert written["preprocess"] == wanted
+    assert {"size", "mean", "std", "interpolation"} <= set(wanted)
+    assert written["inputs"]["image"]["shape"] == [2, WIDTH]
+    module = torch.export.load(tmp_path / "m.pt2").module()
+    assert module(torch.randn(2, WIDTH)).shape == (2, 3)
+    with pytest.raises((RuntimeError, AssertionError)):
+        module(torch.randn(3, WIDTH))
+
+
+def test_a_program_that_differs_leaves_no_file(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def off(data: bytes, portable: bool) -> Any:
+        module = load(data, portable)
+        return lambda *given: module(*given) + 2e-4
+
+    load = export_run.load_bytes
+    monkeypatch.setattr(export_run, "load_bytes", off)
+    with pytest.raises(SystemExit) as done:
+        main(["export", str(runs["zeroshot"]), "--out", str(tmp_path / "m.pt2"), "--features"])
+    seen = capsys.readouterr()
+    assert done.value.code == 1
+    assert "m.pt2 differs from the run by 0.000" in seen.err
+    assert seen.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_may_be_gone(runs: dict[str, Path], place: Path) -> None:
+    run, classifier = Run.load(runs["zeroshot"]), Classifier.load(runs["zeroshot"], device="cpu")
+    images = place / "images"
+    real = export_job.real_pixels(run, classifier)
+    assert real is not None
+    assert real.shape == (3, 3, SIDE, SIDE)
+    images.rename(place / "away")
+    try:
+        assert export_job.real_pixels(run, classifier) is None
+    finally:
+        (place / "away").rename(images)
+
+
+def test_the_command(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(runs["zeroshot"]), "--out", str(tmp_path / "m.pt2"), "--features"]
+    assert main([*words, "--dynamic-batch"]) == 0
+    out = capsys.readouterr().out
+    assert f"image ['batch', {WIDTH}] -> logits ['batch', 3]" in out
+    assert "largest error" in out
+    assert main([*words, "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "features"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--out FILE.pt2 or --onnx FILE.onnx must be given"),
+        (["--out", "m.pt"], "path must end in .pt2, got 'm.pt'"),
+        (["--onnx", "m.pt2"], "onnx must end in .onnx"),
+        (["--out", "there.pt2"], "there.pt2 exists; overwrite, or give another name"),
+        (["--out", "no/m.pt2"], "the folder no does not exist"),
+        (["--out", "m.pt2", "--fixed-batch", "0"], "--fixed-batch: must be in"),
+        (["--out", "m.pt2", "--fixed-batch", "2", "--dynamic-batch"], "not allowed with"),
+        (["--out", "m.pt2", "--model", "nowhere"], "neither a folder nor a known"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.pt2").write_bytes(b"mine")
+    with pytest.raises(SystemExit) as done:
+        main(["export", str(runs["zeroshot"]), *words])
+    seen = capsys.readouterr()
+    assert done.value.code == 2
+    assert message in seen.err
+    assert seen.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["there.pt2"]
+    assert (tmp_path / "there.pt2").read_bytes() == b"mine"
+
+
+def test_onnx_that_is_not_installed_is_named_with_its_extra(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name)
+    )
+    with pytest.raises(ValueError, match=r"onnx needs .*onnxruntime; pip install 'vtclip\[onnx\]'"):
+        vtclip.export(runs["zeroshot"], tmp_path / "m.pt2", onnx=tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not HAVE_ONNX, reason="the extra vtclip[onnx] is not installed")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["image", "features"])
+def test_onnx_gives_the_same_numbers(
+    runs: dict[str, Path], tmp_path: Path, method: str, kind: str
+) -> None:
+    import onnxruntime
+
+    about = vtclip.export(runs[method], None, onnx=tmp_path / "m.onnx", kind=kind)
+    assert set(about["parity"]) == {"onnx"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "m.onnx"]
+    classifier = Classifier.load(runs[method], device="cpu")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [given.name for given in session.get_inputs()] == list(about["inputs"])
+    for count in (1, 6):
+        pixels = pixels_of(count)
+        if kind == "image":
+            given, wanted = [pixels], classifier.probabilities(pixels)
+        else:
+            given = [one for one in classifier.encode(pixels) if one is not None]
+            wanted = classifier.adapter.head(*given)
+        arrays = {name: one.numpy() for name, one in zip(about["inputs"], given, strict=True)}
+        found = torch.from_numpy(session.run(None, arrays)[0])
+        assert (found - wanted).abs().max() < 1e-4
