@@ -25,12 +25,13 @@ from .config import check_seed
 from .data.records import Records
 from .data.sets import SetSource, as_source
 from .data.sources import open_source
+from .distributed import device_of_rank, joined
 from .encoders import load_encoders
 from .files import only_writer, to_json
 from .fitting import fit_head
 from .heads import HEADS
-from .parts import Opener, evaluate_parts
 from .memory import peak_memory_mb
+from .parts import Opener, evaluate_parts
 from .prompts import check_text_encoder
 from .pseudo_labels import check_pseudo_labels, pseudo_labelled, pseudo_report, unlabelled_split
 from .recipes import RECIPES
@@ -407,18 +408,26 @@ def write_features(
     threads: int | None = None,
     progress: bool = False,
 ) -> Records:
-    """Features of an image folder in the folder `out`, which `fit` then takes as its source."""
+    """Features of an image folder in the folder `out`, which `fit` then takes as its source.
+
+    Processes that torchrun started share the work, and each answers the same.
+    """
     from .data.extract import extract_features
 
     set_threads(threads)
-    found, _ = extract_features(
-        source,
-        out,
-        model=model,
-        spatial=spatial,
-        templates=None if templates is None else list(templates),
-        augment_passes=augment_passes,
-        device=choose_device(device),
-        progress=progress,
-    )
+    where = choose_device(device)
+    named = device is not None and torch.device(device).index is not None
+    where = device_of_rank(where, named)
+    with joined(where) as world:
+        found, _ = extract_features(
+            source,
+            out,
+            model=model,
+            spatial=spatial,
+            templates=None if templates is None else list(templates),
+            augment_passes=augment_passes,
+            device=where,
+            progress=progress and world.first,
+            world=world,
+        )
     return found.records()

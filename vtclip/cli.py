@@ -27,7 +27,7 @@ from . import (
     repeat_command,
 )
 from .choices import nearest
-from .fit_command import DEMO_NOTE, add_arguments, run_fit
+from .fit_command import DEMO_NOTE, add_arguments, first_process, run_fit
 from .parsing import Once, Parser, emit, existing, fail, number
 
 
@@ -146,7 +146,7 @@ def load_classifier(args: argparse.Namespace, folder: Path) -> Any:
 
 def run_features(args: argparse.Namespace) -> int:
     source = existing("SOURCE", args.source)
-    if args.model == "demo":
+    if args.model == "demo" and first_process():
         sys.stderr.write(DEMO_NOTE + "\n")
     from . import api
 
@@ -161,7 +161,8 @@ def run_features(args: argparse.Namespace) -> int:
         threads=args.threads,
         progress=sys.stderr is not None and sys.stderr.isatty(),
     )
-    emit(f"{args.out}: {records!r}")
+    if first_process():
+        emit(f"{args.out}: {records!r}")
     return 0
 
 

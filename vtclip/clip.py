@@ -38,6 +38,7 @@ from torch.nn import functional
 
 from vtclip.data.augment import LEAST_AREA, random_view
 from vtclip.data.hub import ClipNotFound, fetch, not_fetched
+from vtclip.data.pixels import normalized
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -159,7 +160,9 @@ class Clip:
         overlay["size"] = _size(image_size)
         cfg = merge_preprocess_dict(PreprocessCfg(), overlay)
         self.preprocess_cfg: dict[str, Any] = json.loads(json.dumps(cfg))
-        self._transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
+        transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False).transforms
+        # the last two are ToTensor and Normalize, which `normalized` does
+        self._geometry, self._normalize = transform[:-2], transform[-1]
         self.config: dict[str, Any] = {
             "model_cfg": deepcopy(config.get("model_cfg", config)),
             "preprocess_cfg": self.preprocess_cfg,
@@ -186,7 +189,9 @@ class Clip:
 
     def preprocess(self, image: Image) -> Tensor:
         """The model's own evaluation transform, [3, H, W] float32."""
-        return self._transform(image)  # type: ignore[no-any-return]
+        for step in self._geometry:
+            image = step(image)
+        return normalized(image, self._normalize.mean, self._normalize.std)
 
     def augment(
         self, image: Image, generator: torch.Generator, least_area: float = LEAST_AREA

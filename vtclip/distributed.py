@@ -28,6 +28,7 @@ STEP_TIMEOUT = timedelta(minutes=5)
 WORK_TIMEOUT = timedelta(hours=6)
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 DONE = "done"
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -50,6 +51,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size, self._store = rank, size, store
         self._notes = 0
+        self._patient: Any = None
 
     @property
     def first(self) -> bool:
@@ -104,6 +106,16 @@ class World:
         """`work` in the first process and then, with its files in place, in the others."""
         result = self.by_first(work)
         return work() if result is None else result
+
+    def collect(self, value: Item) -> list[Item]:
+        """Every process's value, by rank, in all of them, however far apart they come here."""
+        if self.size == 1:
+            return [value]
+        if self._patient is None:  # sums have no such patience
+            self._patient = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._patient)
+        return values
 
     def check_same(self, what: str, digest: str) -> None:
         """Refuse to go on where the processes do not agree, e.g. on the images they found."""

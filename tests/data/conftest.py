@@ -25,6 +25,7 @@ class FakeClip(Clip):
     def __init__(self, *, seed: int = 0, poison: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.name = "fake"
+        self.device = torch.device("cpu")
         self.width = 16
         self.weight = torch.randn(192, 16, generator=generator)
         self.poison = poison

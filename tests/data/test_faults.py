@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import vtclip.data.extract as extract
+import vtclip.data.shards as shards
 from vtclip.data.extract import cached_features, extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
 
@@ -29,7 +30,7 @@ def features(
     pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """A finished folder in a cache, of four shards."""
-    monkeypatch.setattr(extract, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     found, _ = cached_features(
         pictures, model=fake_clip(), spatial="raw", cache_dir=tmp_path / "cache"
     )
@@ -178,8 +179,9 @@ spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
 helpers = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(helpers)
 import vtclip.data.extract as extract
+import vtclip.data.shards as shards
 from vtclip.data.featureset import FeatureSet
-extract.SHARD_ROWS = 2
+shards.SHARD_ROWS = 2
 root = Path(sys.argv[2])
 pictures = helpers.make_folder(root / "pictures", each=10)
 
@@ -219,7 +221,7 @@ for run in range(25):
         found.verify()
         state = "finished"
     elif (out / "partial.json").exists():
-        state = f"{len(json.loads((out / 'partial.json').read_text())['shards'])} shards"
+        state = f"{len(list(out.glob('shard-*.json')))} shards"
     seen.append(state)
     if state == "finished":
         out = root / f"killed{run}"

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import vtclip.data.extract as extract
+import vtclip.data.shards as shards
 from vtclip.data import Records, few_shot_split, open_source
 from vtclip.data.extract import cached_features, default_cache, extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
@@ -38,7 +39,7 @@ def same(one: Records, two: Records) -> bool:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extract, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
 
 
 def test_rows_are_those_of_the_model(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
@@ -64,7 +65,7 @@ def test_shards_do_not_change_rows(
 ) -> None:
     options = {"model": fake_clip(), "spatial": "raw", "augment_passes": 2, "batch_size": 3}
     one, _ = extract_features(pictures, tmp_path / "one", **options)
-    monkeypatch.setattr(extract, "SHARD_ROWS", 4)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     two, _ = extract_features(pictures, tmp_path / "two", **options)
     assert [entry["rows"] for entry in two.manifest["shards"]] == [4, 4, 4, 3]
     assert one.key == two.key
@@ -292,7 +293,7 @@ def test_features_without_texts_of_each_template_still_load(
     out = tmp_path / "out"
     found, _ = extract_features(pictures, out, model=fake_clip(), templates="imagenet7")
     text, manifest = found.records().text, dict(found.manifest)
-    manifest["text"] = extract._write_tensors(out / "text.safetensors", {"text": text})
+    manifest["text"] = shards.write_tensors(out / "text.safetensors", {"text": text})
     body = {name: value for name, value in manifest.items() if name != "digest"}
     (out / "manifest.json").write_bytes(to_json({**body, "digest": json_digest(body)}))
     again, report = extract_features(pictures, out, model=fake_clip(), templates="imagenet7")
@@ -348,12 +349,12 @@ def test_damaged_shard_of_an_unfinished_run_is_made_again(
     found, _ = extract_features(pictures, out, model=fake_clip())
     good = {path.name: path.read_bytes() for path in out.iterdir()}
     manifest = json.loads(good["manifest.json"])
-    kept = {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}
-    shards = [{**manifest["shards"][n], "number": n, "kept": rows, "skipped": []}
-              for n, rows in kept.items()]  # fmt: skip
-    body = {"key": found.key, "shards": shards}
-    partial = {**body, "digest": extract.json_digest(body)}
-    (out / "partial.json").write_bytes(extract.to_json(partial))
+    for n, rows in {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}.items():
+        entry = {**manifest["shards"][n], "number": n, "kept": rows, "skipped": []}
+        body = {"key": found.key, "rows": [rows[0], rows[-1] + 1, 64], "entry": entry}
+        note = {**body, "digest": extract.json_digest(body)}
+        (out / f"shard-{n:05d}.json").write_bytes(extract.to_json(note))
+    (out / "partial.json").write_bytes(extract.to_json({"key": found.key}))
     (out / "manifest.json").unlink()
     broken = bytearray(good["shard-00001.safetensors"])
     broken[-1] ^= 1

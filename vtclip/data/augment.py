@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtclip.data.pixels import normalized
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -48,8 +50,7 @@ def random_view(
     image = vision.resized_crop(image, top, left, height, width, out, InterpolationMode.BICUBIC)
     if float(torch.rand((), generator=generator)) < 0.5:
         image = vision.hflip(image)
-    pixels: Tensor = vision.normalize(vision.to_tensor(image.convert("RGB")), mean, std)
-    return pixels
+    return normalized(image.convert("RGB"), mean, std)
 
 
 def crop_box(

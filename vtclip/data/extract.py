@@ -2,10 +2,13 @@
 """Image folders to features on disk: hashed, decoded in threads, resumable, one writer at a time.
 
 Order of work: every file is hashed; the key follows from hashes and model; finished features of
-that key are reused; else shards are written one by one (temporary file, fsync, rename), noted in
-partial.json, and the manifest comes last. A run that was cut off goes on after its last shard. A
-full disk or a kill leaves finished features untouched. Files that cannot be decoded are listed in
-the report and the manifest and have no row.
+that key are reused; else partial.json marks the folder, shards are written one by one (temporary
+file, fsync, rename; vtclip.data.shards), and the manifest comes last. A run that was cut off goes
+on with the shards that are missing. A full disk or a kill leaves finished features untouched. Files
+that cannot be decoded are listed in the report and the manifest and have no row.
+
+Of several processes (torchrun) each hashes and encodes its part; the first holds the folder, writes
+texts and manifest, and the bytes are those of one process with as many threads.
 
 The cache lies in VTCLIP_CACHE or ~/.cache/vtclip, one folder per key. A file counts as unchanged
 by its content, not by its name or time.
@@ -16,62 +19,33 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
-from vtclip.clip import Clip, load_clip, mean_text, resolve_templates
-from vtclip.data.augment import AUGMENTATION, pass_generator
-from vtclip.data.featureset import (
-    FORMAT,
-    MANIFEST,
-    TEXT,
-    VERSION,
-    FeaturesDamaged,
-    FeatureSet,
-    file_digest,
-)
-from vtclip.data.hashing import (
-    Hashed,
-    Report,
-    ahead,
-    decode_pool,
-    duplicates_of,
-    hash_all,
-    progress_bar,
-)
-from vtclip.data.images import (
-    Folder,
-    ImageError,
-    content_digest,
-    decode,
-    printable,
-    read_file,
-    scan_folder,
-)
-from vtclip.files import json_digest, only_writer, read_json, to_json, write_atomic
+from vtclip.clip import Clip, load_clip, resolve_templates
+from vtclip.data.augment import AUGMENTATION
+from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
+from vtclip.data.hashing import Report, duplicates_of, hash_all
+from vtclip.data.images import Folder, printable, scan_folder
+from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
+from vtclip.distributed import World
+from vtclip.files import json_digest, only_writer, to_json, write_atomic
 
 __all__ = ["Report", "cached_features", "default_cache", "extract_features"]
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = "partial.json"
-SHARD_BYTES, SHARD_ROWS = 64 * 2**20, 4096
 LOCK_WAIT_S = 600.0
 EAGER_BYTES = 2**30
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def default_cache() -> Path:
@@ -93,18 +67,21 @@ def extract_features(
     device: str | torch.device = "cpu",
     progress: bool = True,
     follow_links: bool = False,
+    world: World | None = None,
 ) -> tuple[FeatureSet, Report]:
     """Features of an image folder in the folder `out`, reused where they are there already.
 
     `dtype` is that of the spatial features. Features of something else in `out` are an error that
-    names what differs, and stay as they are.
+    names what differs, and stay as they are. `world`: the processes that share the work, each of
+    which calls this with the same arguments (vtclip.distributed.joined).
     """
     out = Path(out).expanduser()
     if _is_inside(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
+    world = world or World()
     job = _Job.of(source, model, spatial, augment_passes, templates, dtype, batch_size, device,
-                  progress, follow_links)  # fmt: skip
-    return job.run(out)
+                  progress, follow_links, world)  # fmt: skip
+    return job.run(out, world)
 
 
 def cached_features(
@@ -132,18 +109,11 @@ def cached_features(
         cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
         if (cache / place / MANIFEST).is_file() and not os.access(cache / place, os.W_OK):
             return job.reuse(FeatureSet.open(cache / place))
-    return job.run(_writable_cache(cache_dir) / place, rebuild=True)
+    return job.run(_writable_cache(cache_dir) / place, World(), rebuild=True)
 
 
-@dataclass
-class _Job:
-    """One extraction: hashed files, a model and the fields that decide every number."""
-
-    hashed: Hashed
-    clip: Clip
-    fields: dict[str, Any]
-    batch_size: int
-    progress: bool
+class _Job(Work):
+    """One extraction: what is to be made, and where it may lie already."""
 
     @classmethod
     def of(
@@ -158,6 +128,7 @@ class _Job:
         device: str | torch.device,
         progress: bool,
         follow_links: bool,
+        world: World | None = None,
     ) -> _Job:
         if dtype not in DTYPES:
             raise ValueError(f"features: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -174,9 +145,16 @@ class _Job:
             folder = source
         else:
             folder = scan_folder(source, follow_links=follow_links)
-        clip = model if isinstance(model, Clip) else load_clip(model, device)
+        world = world or World()
+        world.check_same("list of images", json_digest({"names": [*map(ascii, folder.names)]}))
+        if isinstance(model, Clip):
+            clip = model
+        else:
+            name = model
+            clip = world.by_each(lambda: load_clip(name, device))
         spatial = clip.check_spatial(spatial)
-        hashed = hash_all(folder, progress)
+        start = time.perf_counter()
+        hashed = hash_all(folder, progress, world)
         fields = {
             "model": clip.config,
             "weights": clip.weights_digest,
@@ -194,11 +172,8 @@ class _Job:
         }
         if folder.prompts not in (None, folder.class_names):
             fields["prompts"] = folder.prompts
-        return cls(hashed, clip, fields, batch_size, progress)
-
-    @property
-    def key(self) -> str:
-        return json_digest(self.fields)
+        stages = {"hashing": time.perf_counter() - start}
+        return cls(hashed, clip, fields, batch_size, progress, stages)
 
     def reuse(self, found: FeatureSet) -> tuple[FeatureSet, Report]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
@@ -209,26 +184,33 @@ class _Job:
             len(found), found.skipped, duplicates_of(self.hashed), found.num_bytes, reused=True
         )
 
-    def run(self, folder: Path, *, rebuild: bool = False) -> tuple[FeatureSet, Report]:
+    def run(
+        self, folder: Path, world: World, *, rebuild: bool = False
+    ) -> tuple[FeatureSet, Report]:
         start = time.perf_counter()
-        report = Report(duplicates=duplicates_of(self.hashed))
-        if report.duplicates:
+        report = Report(duplicates=duplicates_of(self.hashed), stages=self.stages)
+        if report.duplicates and world.first:
             first, second = report.duplicates[0]
             logger.warning(
                 "%d images have the same content as another one, e.g. %s and %s: they may be in "
                 "training and test at once",
                 len(report.duplicates), printable(first), printable(second),
             )  # fmt: skip
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _hold(folder):
-            found = self._finished(folder, rebuild)
-            report.reused = found is not None
-            if found is None:
-                self._build(folder)
-                found = FeatureSet.open(folder)
+        world.check_same("features", self.key)
+        with contextlib.ExitStack() as held:
+
+            def enter() -> bool:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_hold(folder))
+                return self._finished(folder, rebuild) is not None
+
+            report.reused = bool(world.collect(world.by_first(enter))[0])
+            if not report.reused:
+                self._build(folder, world)
+            found = FeatureSet.open(folder)
         report.rows, report.skipped = len(found), found.skipped
         report.num_bytes, report.seconds = found.num_bytes, time.perf_counter() - start
-        if report.skipped:
+        if report.skipped and world.first:
             logger.warning("%s", "; ".join(report.lines(5)))
         return found, report
 
@@ -259,44 +241,26 @@ class _Job:
             raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
         return None
 
-    def _build(self, folder: Path) -> None:
-        clip, fields, hashed = self.clip, self.fields, self.hashed
-        passes = 1 + fields["augment_passes"]
+    def _build(self, folder: Path, world: World) -> None:
         tokens = self._spatial_shape()
-        row_bytes = passes * 4 * clip.width
-        if tokens is not None:
-            row_bytes += passes * tokens[0] * tokens[1] * DTYPES[fields["dtype"]].itemsize
-        self._announce(folder, row_bytes)
-        per_shard = max(1, min(SHARD_ROWS, SHARD_BYTES // row_bytes))
-        ranges = [(start, min(start + per_shard, len(hashed.names)))
-                  for start in range(0, len(hashed.names), per_shard)]  # fmt: skip
-        done = self._resume(folder)
-        self._note(folder, done)  # before all else, so that a later run knows the folder as ours
-        words = fields.get("prompts", fields["class_names"])
-        views = clip.encode_text_views(words, fields["templates"]).cpu()
-        texts = {"text": mean_text(views, words)}
-        if views.shape[1] > 1:
-            texts["text_views"] = views
-        text_entry = _write_tensors(folder / TEXT, texts)
-        todo = [pair for number, pair in enumerate(ranges) if number not in done]
-        rows = [row for start, stop in todo for row in range(start, stop)]
-        per_batch = max(1, self.batch_size // passes)
-        with (
-            warnings.catch_warnings(),
-            decode_pool() as pool,
-            progress_bar(len(hashed.names), "features", self.progress) as bar,
-        ):
-            warnings.filterwarnings("ignore", module="PIL")  # metadata that nobody uses
-            loaded = ahead(pool, self._load, rows, 2 * per_batch)
-            bar.update(len(hashed.names) - len(rows))
-            for number, (start, stop) in enumerate(ranges):
-                if number in done:
-                    continue
-                done[number] = self._shard(
-                    folder, number, range(start, stop), loaded, per_batch, tokens, bar
-                )
-                self._note(folder, done)
-        self._finish(folder, [done[number] for number in range(len(ranges))], text_entry, tokens)
+        shards = shards_of(self, tokens)
+
+        def begin() -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+            self._announce(folder, self.row_bytes(tokens))
+            done = finished_shards(self, shards, folder)
+            if done:
+                logger.info("features: going on after %d finished shards", len(done))
+            # before all else, so that a later run knows the folder as ours
+            write_atomic(folder / PARTIAL, to_json({"key": self.key}))
+            return done, write_text(self, folder)
+
+        done, text = world.collect(world.by_first(begin))[0] or ({}, {})
+        todo = [shard for shard in shards if shard.number not in done]
+        ready = sum(shard.stop - shard.start for shard in shards if shard.number in done)
+        for made in world.collect(make_shards(self, todo, folder, tokens, world, ready)):
+            done |= made
+        entries = [done[number] for number in range(len(shards))]
+        world.by_first(lambda: self._finish(folder, entries, text, tokens))
 
     def _announce(self, folder: Path, row_bytes: int) -> None:
         need = row_bytes * len(self.hashed.names)
@@ -320,104 +284,6 @@ class _Job:
         if spatial is None:
             raise ValueError(f"features: the model gives no spatial {self.fields['spatial']!r}")
         return int(spatial.shape[1]), int(spatial.shape[2])
-
-    def _note(self, folder: Path, done: dict[int, dict[str, Any]]) -> None:
-        body = {"key": self.key, "shards": [done[number] for number in sorted(done)]}
-        write_atomic(folder / PARTIAL, to_json({**body, "digest": json_digest(body)}))
-
-    def _resume(self, folder: Path) -> dict[int, dict[str, Any]]:
-        """Shards of this key that an earlier run finished and whose bytes are still right."""
-        if not (folder / PARTIAL).exists():
-            return {}
-        try:
-            partial = read_json(folder / PARTIAL, "a list of finished shards")
-        except ValueError:
-            return {}
-        body = {"key": partial.get("key"), "shards": partial.get("shards")}
-        if partial.get("digest") != json_digest(body) or body["key"] != self.key:
-            return {}
-        good: dict[int, dict[str, Any]] = {}
-        for entry in partial["shards"]:
-            path = folder / Path(entry["file"]).name
-            if path.is_file() and file_digest(path) == entry["sha256"]:
-                good[int(entry["number"])] = entry
-        logger.info("features: going on after %d finished shards", len(good))
-        return good
-
-    def _load(self, row: int) -> Tensor | ImageError:
-        """Views [1 + P, 3, H, W] of one file: plain, then the augmented passes."""
-        path = self.hashed.folder.path(self.hashed.names[row])
-        data = read_file(path)
-        digest = content_digest(data)
-        if digest != self.hashed.digests[row]:
-            raise ImageError(path, "the file changed while features were made")
-        try:
-            image = decode(data, path)
-        except ImageError as error:
-            return error
-        views = [self.clip.preprocess(image)]
-        for augment_pass in range(1, 1 + self.fields["augment_passes"]):
-            views.append(self.clip.augment(image, pass_generator(digest, augment_pass)))
-        return torch.stack(views)
-
-    def _shard(
-        self,
-        folder: Path,
-        number: int,
-        rows: range,
-        loaded: Iterator[Tensor | ImageError],
-        per_batch: int,
-        tokens: tuple[int, int] | None,
-        bar: Any,
-    ) -> dict[str, Any]:
-        images: list[Tensor] = []
-        spatials: list[Tensor] = []
-        kept: list[int] = []
-        skipped: list[tuple[str, str]] = []
-        # batches end with their shard, so that a resumed run computes the very same numbers
-        for start in range(rows.start, rows.stop, per_batch):
-            views: list[Tensor] = []
-            for row in range(start, min(start + per_batch, rows.stop)):
-                item = next(loaded)
-                bar.update()
-                if isinstance(item, ImageError):
-                    skipped.append((self.hashed.names[row], item.reason))
-                else:
-                    kept.append(row)
-                    views.append(item)
-            if not views:
-                continue
-            image, spatial = self.clip.encode_image(torch.cat(views), self.fields["spatial"])
-            shape = (len(views), len(views[0]))
-            images.append(image.float().cpu().unflatten(0, shape))  # type: ignore[no-untyped-call]
-            if spatial is not None:
-                spatials.append(
-                    spatial.cpu().to(DTYPES[self.fields["dtype"]]).unflatten(0, shape)  # type: ignore[no-untyped-call]
-                )
-        passes = 1 + self.fields["augment_passes"]
-        empty = torch.empty(0, passes, self.clip.width)
-        tensors = {"image": torch.cat(images) if images else empty}
-        if tokens is not None:
-            none = torch.empty(0, passes, *tokens, dtype=DTYPES[self.fields["dtype"]])
-            tensors["spatial"] = torch.cat(spatials) if spatials else none
-        self._check(tensors, kept)
-        entry = _write_tensors(folder / f"shard-{number:05d}.safetensors", tensors)
-        return {**entry, "number": number, "rows": len(kept), "kept": kept, "skipped": skipped}
-
-    def _check(self, tensors: dict[str, Tensor], kept: list[int]) -> None:
-        for what, tensor in tensors.items():
-            flat = tensor.flatten(1) if len(tensor) else tensor.reshape(0, 1)
-            bad = (~flat.isfinite()).any(dim=1).nonzero().flatten().tolist()
-            if bad:
-                hint = " (try dtype='float32')" if tensor.dtype == torch.float16 else ""
-                raise ValueError(
-                    f"features: {what} features of {len(bad)} images are not finite{hint}, "
-                    f"e.g. of {printable(self.hashed.names[kept[bad[0]]])}"
-                )
-        zero = (tensors["image"] == 0).all(dim=-1).any(dim=-1).nonzero().flatten().tolist()
-        if zero:
-            raise ValueError(f"features: the image features of {len(zero)} images are all 0, e.g. "
-                             f"of {printable(self.hashed.names[kept[zero[0]]])}")  # fmt: skip
 
     def _finish(
         self,
@@ -458,17 +324,8 @@ class _Job:
             ],
         }
         write_atomic(folder / MANIFEST, to_json({**body, "digest": json_digest(body)}))
-        for path in (folder / PARTIAL, *folder.glob("*.new")):
+        for path in (*folder.glob("shard-*.json"), folder / PARTIAL, *folder.glob("*.new")):
             path.unlink(missing_ok=True)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    # cloned, because a view would take its whole storage to the disk
-    data = safetensors.torch.save(
-        {name: value.contiguous().clone() for name, value in tensors.items()}
-    )
-    write_atomic(path, data)
-    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vtclip.data.cores import num_cores
 from vtclip.data.images import (
     Folder,
     ImageError,
@@ -22,6 +22,7 @@ from vtclip.data.images import (
     read_file,
     scan_folder,
 )
+from vtclip.distributed import World
 
 __all__ = [
     "Hashed",
@@ -40,7 +41,10 @@ Result = TypeVar("Result")
 
 @dataclass
 class Report:
-    """What a look at a folder found; `lines()` is for people."""
+    """What a look at a folder found; `lines()` is for people.
+
+    `stages`: seconds of hashing, of encoding, and of waiting for decoded images and for the disk.
+    """
 
     rows: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -48,6 +52,7 @@ class Report:
     num_bytes: int = 0
     seconds: float = 0.0
     reused: bool = False
+    stages: dict[str, float] = field(default_factory=dict)
 
     def lines(self, limit: int = 20) -> list[str]:
         total = self.rows + len(self.skipped)
@@ -104,7 +109,12 @@ def check_folder(
     return hashed.folder, report
 
 
-def hash_all(folder: Folder, progress: bool) -> Hashed:
+def hash_all(folder: Folder, progress: bool, world: World | None = None) -> Hashed:
+    """Size and digest of every file; of several processes each reads its part of them."""
+    world = world or World()
+    rows = range(world.rank, len(folder.names), world.size)
+    names = [folder.names[row] for row in rows]
+
     def attempt(name: str) -> tuple[int, str] | ImageError:
         try:
             data = read_file(folder.path(name))
@@ -113,17 +123,21 @@ def hash_all(folder: Folder, progress: bool) -> Hashed:
         return len(data), content_digest(data)
 
     out = Hashed(folder, [], [], [], [], list(folder.skipped))
-    with decode_pool() as pool, progress_bar(len(folder.names), "hashing", progress) as bar:
-        found = ahead(pool, attempt, folder.names, 256)
-        for name, k, item in zip(folder.names, folder.label, found, strict=True):
+    mine = []
+    with decode_pool() as pool, progress_bar(len(names), "hashing", progress) as bar:
+        for item in ahead(pool, attempt, names, 256):
             bar.update()
-            if isinstance(item, ImageError):
-                out.skipped.append((name, item.reason))
-                continue
-            out.names.append(name)
-            out.label.append(k)
-            out.sizes.append(item[0])
-            out.digests.append(item[1])
+            mine.append(item)
+    parts = world.collect(mine)
+    for row, (name, k) in enumerate(zip(folder.names, folder.label, strict=True)):
+        item = parts[row % world.size][row // world.size]
+        if isinstance(item, ImageError):
+            out.skipped.append((name, item.reason))
+            continue
+        out.names.append(name)
+        out.label.append(k)
+        out.sizes.append(item[0])
+        out.digests.append(item[1])
     return out
 
 
@@ -134,7 +148,7 @@ def duplicates_of(hashed: Hashed) -> list[tuple[str, str]]:
 
 
 def decode_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="vtclip-decode")
+    return ThreadPoolExecutor(min(16, num_cores()), thread_name_prefix="vtclip-decode")
 
 
 def ahead(

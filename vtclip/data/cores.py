@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cores divided between decoding threads and the computation that they feed.
+
+While a batch is computed, decoding has the cores that the computation leaves free; while the
+computation waits for a batch, decoding has them all. With more running threads than cores, every
+decoded image would stop one thread of a parallel loop, and with it, at the loop's end, all others.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Cores", "num_cores"]
+
+
+def num_cores() -> int:
+    """The cores this process may use; of processes that torchrun started together, its share."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        count = os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class Cores:
+    """At most `total` threads decode at once, and `total - computing` while there is computing."""
+
+    def __init__(self, total: int, computing: int) -> None:
+        self.total, self.spare = max(1, total), max(0, total - computing)
+        self._limit, self._running = self.spare, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """One decoding thread's piece of work; it begins when there is a core for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < self._limit)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The computation waits: all cores decode, until the block ends and takes its own back."""
+        self._let(self.total)
+        yield
+        self._let(self.spare)
+        with self._changed:
+            self._changed.wait_for(lambda: self._running <= self.spare)
+
+    def close(self) -> None:
+        """Nothing is computed any more: let every waiting thread go on."""
+        self._let(self.total)
+
+    def _let(self, limit: int) -> None:
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()

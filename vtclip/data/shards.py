@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shards of one features folder: which images make which, encoded and written.
+
+A shard holds whole batches, and which images those are follows from the number of images and the
+batch size alone: so one process and several, a run and one that was cut off and went on, compute
+the very same batches and write the same bytes. Of several processes each makes every n-th shard
+that is missing. A finished shard has a note beside it, shard-00000.json, which goes when the
+manifest is there.
+
+While one batch is encoded the next is decoded on the cores that are free (vtclip.data.cores), and
+the last shard is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from vtclip.clip import Clip, mean_text
+from vtclip.data.augment import pass_generator
+from vtclip.data.cores import Cores, num_cores
+from vtclip.data.featureset import TEXT, file_digest
+from vtclip.data.hashing import Hashed, decode_pool, progress_bar
+from vtclip.data.images import ImageError, content_digest, decode, printable, read_file
+from vtclip.distributed import World
+from vtclip.files import json_digest, read_json, to_json, write_atomic
+
+__all__ = ["DTYPES", "Shard", "Work", "finished_shards", "make_shards", "shards_of", "write_text"]
+
+logger = logging.getLogger(__name__)
+
+# about SHARDS of them, so that several processes have equal shares; fewer where they would be
+# smaller than LEAST_ROWS, and more where they would be larger than SHARD_ROWS or SHARD_BYTES
+SHARDS, LEAST_ROWS, SHARD_ROWS, SHARD_BYTES = 32, 64, 4096, 64 * 2**20
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class Work:
+    """Hashed files, a model and the fields that decide every number of their features."""
+
+    hashed: Hashed
+    clip: Clip
+    fields: dict[str, Any]
+    batch_size: int
+    progress: bool
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return json_digest(self.fields)
+
+    @property
+    def passes(self) -> int:
+        return 1 + int(self.fields["augment_passes"])
+
+    @property
+    def per_batch(self) -> int:
+        """Images of one batch; their augmented passes go through the model with them."""
+        return max(1, self.batch_size // self.passes)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+
+    def row_bytes(self, tokens: tuple[int, int] | None) -> int:
+        found = self.passes * 4 * self.clip.width
+        if tokens is not None:
+            size = DTYPES[self.fields["dtype"]].itemsize
+            found += self.passes * tokens[0] * tokens[1] * size
+        return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Images start..stop - 1 of the hashed ones."""
+
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"shard-{self.number:05d}.safetensors"
+
+    def note(self, folder: Path) -> Path:
+        return folder / f"shard-{self.number:05d}.json"
+
+
+def shards_of(work: Work, tokens: tuple[int, int] | None) -> list[Shard]:
+    """The shards of all images: whole batches, but for the last of all."""
+    count, batch = len(work.hashed.names), work.per_batch
+    most = max(1, min(SHARD_ROWS, SHARD_BYTES // work.row_bytes(tokens)))
+    rows = -(-max(LEAST_ROWS, -(-count // SHARDS)) // batch) * batch
+    if rows > most:
+        rows = max(most // batch * batch, min(most, batch))
+    return [
+        Shard(number, start, min(start + rows, count))
+        for number, start in enumerate(range(0, count, rows))
+    ]
+
+
+def finished_shards(work: Work, shards: Sequence[Shard], folder: Path) -> dict[int, dict[str, Any]]:
+    """Entries of the shards that an earlier run finished and whose bytes are still right."""
+    good: dict[int, dict[str, Any]] = {}
+    for shard in shards:
+        try:
+            note = read_json(shard.note(folder), "a note of a finished shard")
+        except (OSError, ValueError):
+            continue
+        entry, path = note.get("entry", {}), folder / shard.file
+        if note != _note(work, shard, entry) or not path.is_file():
+            continue
+        if file_digest(path) == entry["sha256"]:
+            good[shard.number] = entry
+    return good
+
+
+def _note(work: Work, shard: Shard, entry: dict[str, Any]) -> dict[str, Any]:
+    rows = [shard.start, shard.stop, work.per_batch]
+    body = {"key": work.key, "rows": rows, "entry": entry}
+    return {**body, "digest": json_digest(body)}
+
+
+def write_text(work: Work, folder: Path) -> dict[str, Any]:
+    """Encode and write the class texts; answers the manifest's entry of their file."""
+    words = work.fields.get("prompts", work.fields["class_names"])
+    views = work.clip.encode_text_views(words, work.fields["templates"]).cpu()
+    texts = {"text": mean_text(views, words)}
+    if views.shape[1] > 1:
+        texts["text_views"] = views
+    return write_tensors(folder / TEXT, texts)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    # cloned, because a view would take its whole storage to the disk
+    data = safetensors.torch.save(
+        {name: value.contiguous().clone() for name, value in tensors.items()}
+    )
+    write_atomic(path, data)
+    return {"file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def make_shards(
+    work: Work,
+    shards: Sequence[Shard],
+    folder: Path,
+    tokens: tuple[int, int] | None,
+    world: World,
+    finished: int = 0,
+) -> dict[int, dict[str, Any]]:
+    """Make this process's part of `shards`; `finished` images of others are on the bar already."""
+    mine = shards[world.rank :: world.size]
+    done: dict[int, dict[str, Any]] = {}
+    total = finished + sum(shard.stop - shard.start for shard in mine)
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(1, thread_name_prefix="vtclip-write") as writer,
+        progress_bar(total, "features", work.progress) as bar,
+    ):
+        warnings.filterwarnings("ignore", module="PIL")  # metadata that nobody uses
+        bar.update(finished)
+        batches = _decoded(work, mine)
+        pending: Future[None] | None = None
+
+        def write(shard: Shard, tensors: dict[str, Tensor], kept: list[int], lost: Any) -> None:
+            _check(work, tensors, kept)
+            entry = write_tensors(folder / shard.file, tensors)
+            entry |= {"number": shard.number, "rows": len(kept), "kept": kept, "skipped": lost}
+            write_atomic(shard.note(folder), to_json(_note(work, shard, entry)))
+            done[shard.number] = entry
+
+        try:
+            for shard in mine:
+                made = _encoded(work, shard, batches, tokens, bar)
+                with work.timed("waiting for the disk"):
+                    if pending is not None:
+                        pending.result()
+                pending = writer.submit(write, shard, *made)
+            with work.timed("waiting for the disk"):
+                if pending is not None:
+                    pending.result()
+        finally:
+            batches.close()
+    return done
+
+
+def _decoded(
+    work: Work, shards: Sequence[Shard]
+) -> Generator[list[Tensor | ImageError], None, None]:
+    """The images of each batch in order, decoded one batch ahead."""
+    on_cpu = work.clip.device.type == "cpu"
+    cores = Cores(num_cores(), torch.get_num_threads() if on_cpu else 1)
+    pieces = [
+        range(start, min(start + work.per_batch, shard.stop))
+        for shard in shards
+        for start in range(shard.start, shard.stop, work.per_batch)
+    ]
+
+    def load(row: int) -> Tensor | ImageError:
+        with cores.decoding():
+            return load_views(work, row)
+
+    with decode_pool() as pool:
+        ahead: list[list[Future[Tensor | ImageError]]] = []
+        try:
+            for number in range(len(pieces)):
+                for piece in pieces[number + len(ahead) : number + 2]:
+                    ahead.append([pool.submit(load, row) for row in piece])
+                with work.timed("waiting for images"), cores.lent():
+                    batch = [future.result() for future in ahead.pop(0)]
+                yield batch
+        finally:
+            for future in (one for batch in ahead for one in batch):
+                future.cancel()
+            cores.close()
+
+
+def load_views(work: Work, row: int) -> Tensor | ImageError:
+    """Views [1 + P, 3, H, W] of one file: plain, then the augmented passes."""
+    path = work.hashed.folder.path(work.hashed.names[row])
+    data = read_file(path)
+    digest = content_digest(data)
+    if digest != work.hashed.digests[row]:
+        raise ImageError(path, "the file changed while features were made")
+    try:
+        image = decode(data, path)
+    except ImageError as error:
+        return error
+    views = [work.clip.preprocess(image)]
+    for augment_pass in range(1, work.passes):
+        views.append(work.clip.augment(image, pass_generator(digest, augment_pass)))
+    return torch.stack(views) if len(views) > 1 else views[0][None]
+
+
+def _encoded(
+    work: Work,
+    shard: Shard,
+    batches: Iterator[list[Tensor | ImageError]],
+    tokens: tuple[int, int] | None,
+    bar: Any,
+) -> tuple[dict[str, Tensor], list[int], list[tuple[str, str]]]:
+    """A shard's tensors, the rows that are in them, and the files that are not, with reasons."""
+    images: list[Tensor] = []
+    spatials: list[Tensor] = []
+    kept: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    for start in range(shard.start, shard.stop, work.per_batch):
+        batch = next(batches)
+        views: list[Tensor] = []
+        for row, item in enumerate(batch, start=start):
+            if isinstance(item, ImageError):
+                skipped.append((work.hashed.names[row], item.reason))
+            else:
+                kept.append(row)
+                views.append(item)
+        if views:
+            with work.timed("encoding"):
+                image, spatial = work.clip.encode_image(torch.cat(views), work.fields["spatial"])
+                shape = (len(views), work.passes)
+                images.append(image.float().cpu().reshape(*shape, -1))
+                if spatial is not None:
+                    rows = spatial.cpu().to(DTYPES[work.fields["dtype"]])
+                    spatials.append(rows.reshape(*shape, *rows.shape[1:]))
+        bar.update(len(batch))
+    empty = torch.empty(0, work.passes, work.clip.width)
+    tensors = {"image": torch.cat(images) if images else empty}
+    if tokens is not None:
+        none = torch.empty(0, work.passes, *tokens, dtype=DTYPES[work.fields["dtype"]])
+        tensors["spatial"] = torch.cat(spatials) if spatials else none
+    return tensors, kept, skipped
+
+
+def _check(work: Work, tensors: dict[str, Tensor], kept: list[int]) -> None:
+    for what, tensor in tensors.items():
+        flat = tensor.flatten(1) if len(tensor) else tensor.reshape(0, 1)
+        bad = (~flat.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if bad:
+            hint = " (try dtype='float32')" if tensor.dtype == torch.float16 else ""
+            raise ValueError(
+                f"features: {what} features of {len(bad)} images are not finite{hint}, "
+                f"e.g. of {printable(work.hashed.names[kept[bad[0]]])}"
+            )
+    zero = (tensors["image"] == 0).all(dim=-1).any(dim=-1).nonzero().flatten().tolist()
+    if zero:
+        raise ValueError(
+            f"features: the image features of {len(zero)} images are all 0, e.g. "
+            f"of {printable(work.hashed.names[kept[zero[0]]])}"
+        )
