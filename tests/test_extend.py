@@ -404,3 +404,21 @@ def test_tuned_encoders_come_along(scenes: Path, tmp_path: Path) -> None:
     tuned = Classifier.load(tmp_path / "run", device="cpu").clip.weights_digest
     assert classifier.clip.weights_digest == tuned
     assert api.evaluate(larger, **options)["accuracy"] == larger.accuracy
+
+
+def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
+    run = api.fit(scenes / "old", method="coop", shots=1, out=tmp_path / "run",
+                  overrides={"epochs": 1}, **options)  # fmt: skip
+    larger = vtclip.extend(run, scenes / "new", out=tmp_path / "run2", **options)
+    before, after = head_of(run.folder), head_of(larger.folder)
+    assert torch.equal(after.text[:3], before.text)
+    names = larger.result["classes"]
+    again = before.with_names(vtclip.load_clip("demo"), names)
+    assert torch.allclose(after.text, again.text, atol=1e-5)
+    assert larger.result["extension"]["exact"] is False
+    own = api.fit(scenes / "old", method="coop", shots=1, out=tmp_path / "csc",
+                  overrides={"epochs": 1, "head": {"class_specific": True}}, **options)  # fmt: skip
+    with pytest.raises(ValueError, match="coop, whose parameters belong to its classes"):
+        vtclip.extend(own, scenes / "new", out=tmp_path / "run3", **options)
+    assert not (tmp_path / "run3").exists()
