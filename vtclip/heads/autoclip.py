@@ -55,6 +55,8 @@ class AutoCLIP(nn.Module):
         check_share("AutoCLIP", "entropy", entropy)
         if num_views < 1:
             raise ValueError(f"AutoCLIP: num_views must be at least 1, got {num_views}")
+        if not 0 < inner_scale < float("inf"):
+            raise ValueError(f"AutoCLIP: inner_scale must be finite and above 0, got {inner_scale}")
         self.entropy = float(entropy)
         self.inner_scale = float(inner_scale)
         self.logit_scale = float(logit_scale)
@@ -87,11 +89,13 @@ class AutoCLIP(nn.Module):
             return ops.cosine_logits(image, self.text, scale=self.logit_scale)
         step = max(1, BYTE_BUDGET // (K * M * image.element_size()))
         t = F.normalize(self.views, dim=-1).flatten(0, 1)  # [K * M, C]
-        parts = [self._logits(v, t) for v in F.normalize(image, dim=-1).split(step)]  # type: ignore[no-untyped-call]
-        return torch.cat(parts)
+        v = F.normalize(image, dim=-1)
+        if torch.compiler.is_compiling():  # a traced batch may have any size
+            return self._logits(v, t)
+        return torch.cat([self._logits(rows, t) for rows in v.split(step)])  # type: ignore[no-untyped-call]
 
     def _logits(self, v: Tensor, t: Tensor) -> Tensor:
-        e = (v @ t.T).view(len(v), *self.views.shape[:2])  # [b, K, M]
+        e = (v @ t.T).view(v.shape[0], *self.views.shape[:2])  # [b, K, M]
         p = (self.inner_scale * e.mean(dim=2)).softmax(dim=1)
         g = (p[:, None] @ e).squeeze(1)  # [b, M]
         weights = entropy_softmax(g, self.entropy)

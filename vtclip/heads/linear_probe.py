@@ -20,7 +20,7 @@ from vtclip.support import Support
 
 # one column of the search; strongest first, each starts from the one before
 STRENGTHS = tuple(10 ** (step / 2) for step in range(2, -11, -1))  # 10 .. 1e-5
-MAX_STEPS = 200
+MAX_STEPS = 500
 
 
 class LinearProbe(nn.Module):
@@ -130,8 +130,8 @@ def _solve(x: Tensor, label: Tensor, start: Tensor, l2: float) -> Tensor:
     optimizer = torch.optim.LBFGS(
         [flat],
         max_iter=MAX_STEPS,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-12,
+        tolerance_grad=1e-8,
+        tolerance_change=1e-14,
         line_search_fn="strong_wolfe",
     )
 

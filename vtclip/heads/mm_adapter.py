@@ -110,7 +110,8 @@ class MMAdapter(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[rows, d] -> [1, H, rows, d / H]."""
-        return x.view(len(x), self.num_heads, -1).transpose(0, 1)[None]
+        H = self.num_heads
+        return x.view(x.shape[0], H, self.hidden // H).transpose(0, 1)[None]
 
     def with_text(self, text: Tensor) -> "MMAdapter":
         """A head of the same parameters, copied, over other classes [K', C]."""

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ClipAdapter against its equation, its limits, its edges and its errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtclip.heads import HEADS, ClipAdapter, ZeroShot
+
+EXACT = 1e-11  # float64, sums of tens of terms, logits up to 100
+
+
+def written_out(head: ClipAdapter, image: Tensor) -> Tensor:
+    """One image at a time, from the equation."""
+    rows = []
+    for v in image:
+        hidden = (head.down.weight @ v).clamp(min=0)
+        adapted = (head.up.weight @ hidden).clamp(min=0)
+        mixed = head.ratio * adapted + (1 - head.ratio) * v
+        lengths = mixed.norm() * head.text.norm(dim=1)
+        rows.append(head.logit_scale * (head.text @ mixed) / lengths)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.7, 1.0])
+def test_equals_the_equation(record, ratio):
+    text, image, spatial = record()
+    head = ClipAdapter(3 * text, ratio=ratio, reduction=2, logit_scale=30.0)
+    want = written_out(head, image)
+    torch.testing.assert_close(head(image), want, rtol=0, atol=EXACT)
+    assert torch.equal(head(image, spatial), head(image))
+    moved = (want - ZeroShot(text, logit_scale=30.0)(image)).detach()
+    assert float(moved.abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ratio_0_is_zero_shot_to_the_last_bit(record, dtype):
+    text, image, _ = record(dtype=dtype)
+    assert torch.equal(ClipAdapter(text, ratio=0)(image), ZeroShot(text)(image))
+
+
+def test_the_length_of_the_rows_does_not_matter(record):
+    """Tables of rows of length 1 and encoders' own long rows train alike."""
+    text, image, _ = record()
+    head = ClipAdapter(text)
+    found = []
+    for scale in (1.0, 11.0, 1e-3):
+        logits = head(scale * image)
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(3))
+        found.append((logits, *torch.autograd.grad(loss, list(head.parameters()))))
+    for other in found[1:]:
+        for mine, wanted in zip(other, found[0], strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=EXACT)
+    assert all(float(grad.abs().max()) > 0 for grad in found[0][1:])
+
+
+def test_gradcheck(record):
+    text, image, _ = record(B=2, K=3, C=8)
+    head = ClipAdapter(text, ratio=0.5, logit_scale=2.0)
+    names = [name for name, _ in head.named_parameters()]
+
+    def logits(image: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(head, dict(zip(names, weights, strict=True)), (image,))
+
+    inputs = image.requires_grad_(), *head.parameters()
+    assert torch.autograd.gradcheck(logits, inputs)
+
+
+@pytest.mark.parametrize("sizes", [{"K": 1}, {"B": 1}, {"B": 0}, {"C": 1}, {"C": 3}])
+def test_edges(record, sizes):
+    text, image, _ = record(**sizes)
+    head = ClipAdapter(text)
+    logits = head(image)
+    assert logits.shape == (len(image), len(text))
+    assert bool(logits.isfinite().all())
+    if len(image):
+        torch.testing.assert_close(logits, written_out(head, image), rtol=0, atol=EXACT)
+
+
+def test_a_zero_image_is_undecided(record):
+    text, image, _ = record()
+    image[1] = 0
+    assert torch.equal(ClipAdapter(text)(image)[1], torch.zeros(7, dtype=text.dtype))
+
+
+def test_state_dict_and_options_rebuild_the_head(record):
+    text, image, _ = record(dtype=torch.float32)
+    head = ClipAdapter(text, ratio=0.4, reduction=8, logit_scale=7.0)
+    again = HEADS["clip-adapter"](torch.zeros_like(text), **head.options())
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again(image), head(image))
+    assert again.options() == head.options()
+    assert (head.num_classes, head.needs_spatial) == (7, False)
+
+
+def test_other_texts_keep_the_parameters(record):
+    text, image, _ = record()
+    head = ClipAdapter(text, ratio=0.4)
+    other = head.with_text(text[[4, 1]])
+    torch.testing.assert_close(other(image), head(image)[:, [4, 1]], rtol=0, atol=EXACT)
+    with torch.no_grad():
+        other.up.weight.zero_()
+    assert bool(head.up.weight.any())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": -0.1}, r"ratio must lie in 0\.\.1, got -0.1"),
+        ({"ratio": 1.5}, r"ratio must lie in 0\.\.1, got 1.5"),
+        ({"ratio": float("nan")}, r"ratio must lie in 0\.\.1, got nan"),
+        ({"reduction": 0}, "reduction must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(record, options, message):
+    with pytest.raises(ValueError, match=f"^ClipAdapter: {message}$"):
+        ClipAdapter(record()[0], **options)
+
+
+def test_bad_features(record):
+    text, image, _ = record()
+    with pytest.raises(ValueError, match=r"^ClipAdapter: image must be \[B, 32\], got \[3, 31\]$"):
+        ClipAdapter(text)(image[:, 1:])
+    with pytest.raises(TypeError, match=r"^ClipAdapter: image must be torch.float64 like the head"):
+        ClipAdapter(text)(image.float())
