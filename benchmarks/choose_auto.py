@@ -22,7 +22,7 @@ from torch import Tensor
 from vtclip import auto, engine, metrics
 from vtclip.data import few_shot_split, open_source
 from vtclip.data.records import Records
-from vtclip.fitting import fit_head
+from vtclip.fitting import choose_by, fit_head
 from vtclip.recipes import RECIPES
 
 CPU = torch.device("cpu")
@@ -72,8 +72,11 @@ def measure(records: Records, shots: int, seed: int) -> dict[str, float]:
     label, true = records.label[split.val], records.label[index]
     for name in auto.candidates(records):
         config = RECIPES[name](shots)
-        head = fit_head(name, records, split, config, device=CPU, seed=seed, log=lambda row: None)
+        head = fit_head(
+            name, records, split, config, device=CPU, seed=seed, log=lambda row: None, choose=False
+        )
         val[name], _ = auto.unseen_logits(head, records, split.val, CPU)
+        choose_by(head, records, split.val, CPU)
         logits, _ = engine.all_logits(head, records, index, device=CPU)
         rest[name] = (logits.double() / metrics.fit_temperature(val[name], label)).log_softmax(1)
     found = {name: metrics.accuracy(rows, true) for name, rows in rest.items()}

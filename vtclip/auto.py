@@ -15,11 +15,10 @@ from torch import Tensor
 from . import engine, metrics
 from .data.records import Records
 from .data.splits import Split
-from .fitting import fit_head
+from .fitting import choose_by, fit_head
 from .heads import HEADS
 from .heads.auto import Auto
 from .recipes import RECIPES
-from .support import Support, support_of
 
 CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
 # Chosen by benchmarks/choose_auto.py on images that neither train nor test.
@@ -65,6 +64,7 @@ def fit_auto(
             seed=seed,
             log=lambda row: log({"candidate": name, **row}),
             progress=progress,
+            choose=False,
         )
 
     heads: dict[str, Any] = {}
@@ -85,6 +85,7 @@ def fit_auto(
             temperature = metrics.fit_temperature(logits[name], label)
             found = metrics.report(logits[name], label, temperature)
             rows[name] |= {key: found[key] for key in REPORTED}
+        choose_by(heads[name], records, split.val, device)
         rows[name]["seconds"] = time.perf_counter() - started
     chosen = choose_weights(logits or {name: torch.empty(0, 1) for name in heads}, label)
     for name, row in rows.items():
@@ -130,22 +131,20 @@ def unseen_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels of the rows `val`, none of which its own hyper-parameters saw.
 
-    A head that chooses by validation images chooses again for each of VAL_FOLDS parts of them, by
-    the others: judged by the rows that it chose by, it would look better than it is.
+    A head that chooses by validation images does so for each of VAL_FOLDS parts of them by the
+    others: judged by the rows that it chose by, it would look better than it is. `head` is one that
+    has not chosen yet, and stays so.
     """
     rows = engine.TrainingRows(records, val)
     logits, label = engine.all_logits(head, rows, val, device=device)
     if not hasattr(head, "choose") or len(val) < 2:
         return logits, label
-    support = support_of(rows, val, device, spatial=bool(head.needs_spatial))
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
     for part in order.chunk(VAL_FOLDS):
         others = torch.ones(len(val), dtype=torch.bool)
         others[part] = False
         one = copy.deepcopy(head)
-        here = others.to(support.image.device)
-        tokens = None if support.spatial is None else support.spatial[here]
-        one.choose(Support(support.image[here], support.label[here], tokens))
+        choose_by(one, records, val[others], device)
         logits[part] = engine.all_logits(one, rows, val[part], device=device)[0]
     return logits, label
 

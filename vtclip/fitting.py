@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import engine
 from .checkpoint import Checkpoint
@@ -41,8 +41,12 @@ def fit_head(
     checkpoint: Checkpoint | None = None,
     resume: bool = False,
     progress: bool = False,
+    choose: bool = True,
 ) -> nn.Module:
-    """The head of `method`, fitted to the rows split.train and chosen by split.val."""
+    """The head of `method`, fitted to the rows split.train and chosen by split.val.
+
+    choose=False leaves it with its hyper-parameters as they were, for `choose_by`.
+    """
     torch.manual_seed(seed)
     head: Any = build_head(method, records, config, device)
     if getattr(head, "needs_text_encoder", False):
@@ -64,7 +68,14 @@ def fit_head(
             resume=resume,
             progress=progress,
         )
-    if hasattr(head, "choose") and len(split.val):
-        head.choose(support_of(rows, split.val, device, spatial=bool(head.needs_spatial)))
+    if choose:
+        choose_by(head, records, split.val, device)
     answer: nn.Module = head.eval()
     return answer
+
+
+def choose_by(head: Any, records: Records, val: Tensor, device: torch.device) -> None:
+    """Let the head choose by the rows `val`, where it has a choice and there are any."""
+    if hasattr(head, "choose") and len(val):
+        rows = engine.TrainingRows(records, val)
+        head.choose(support_of(rows, val, device, spatial=bool(head.needs_spatial)))
