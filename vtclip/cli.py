@@ -25,6 +25,7 @@ from . import (
     extend_command,
     predict_command,
     repeat_command,
+    report_command,
 )
 from .choices import nearest
 from .fit_command import DEMO_NOTE, add_arguments, first_process, run_fit
@@ -74,11 +75,14 @@ def build_parser() -> Parser:
     features.add_argument("--templates", metavar="NAME|FILE")
     features.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
 
+    extend = command("extend", extend_command.run_extend, "a run with new classes added to it")
+    extend_command.add_arguments(extend)
+
     repeat = command("repeat", repeat_command.run_repeat, "run RUN again, and compare")
     repeat_command.add_arguments(repeat)
 
-    extend = command("extend", extend_command.run_extend, "a run with new classes added to it")
-    extend_command.add_arguments(extend)
+    report = command("report", report_command.run_report, "tables and a page of a benchmark's rows")
+    report_command.add_arguments(report)
 
     export = command("export", export_command.run_export, "a run as a .pt2 or an .onnx file")
     export_command.add_arguments(export)
@@ -100,15 +104,15 @@ def build_parser() -> Parser:
         )
     for sub in (predict, explain, extend, export):
         sub.add_argument("--model", help="another place of the weights the run was fitted on")
-    for sub in (fit, evaluate, features, bench, extend, export):
+    for sub in (fit, evaluate, extend, features, bench, export):
         sub.add_argument(
             "--cache-dir", metavar="DIR", help="where features of image folders are kept"
         )
-    for sub in (fit, evaluate, predict, explain, features, bench, demo, extend):
+    for sub in (fit, evaluate, predict, explain, extend, features, bench, demo):
         sub.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU where there is one")
         sub.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
     export.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
-    for sub in (fit, evaluate, predict, data, bench, extend, export):
+    for sub in (fit, evaluate, predict, extend, data, bench, export):
         sub.add_argument("--json", action="store_true", help="print JSON")
     for name, sub in commands.choices.items():
         known = [option for action in sub._actions for option in action.option_strings]

@@ -162,7 +162,7 @@ def test_imagenet_is_compared_under_its_own_templates() -> None:
     assert matching("zeroshot", "imagenet", "RN50", 0)[0].accuracy == 58.24
     seven = matching("zeroshot", "imagenet", "RN50", 0, templates="imagenet7")
     assert seven[0].accuracy == 60.33
-    assert matching("tip-adapter-f", "imagenet", "RN50", 16)[0].accuracy == 65.51
+    assert matching("tip-adapter-f", "imagenet", "RN50", 16)[0].accuracy == 65.03
 
 
 def test_a_mean_needs_all_of_its_sets() -> None:

@@ -71,8 +71,8 @@ def matching(
 ) -> list[Published]:
     """What was printed for this set, backbone and shots, the one to compare with first.
 
-    part: None for all classes. templates: those of the other side; a record that is known to be of
-    others comes after those that are not.
+    part: None for all classes. templates: those of the other side; records that are known to be of
+    the same come first.
     """
     settings = ("base-to-new",) if part else ("zero-shot",) if shots == 0 else ("few-shot",)
     if part and method == "zeroshot":
@@ -85,7 +85,7 @@ def matching(
         and (record.shots, record.part, record.variant) == (shots, part, None)
     ]
     mine = "imagenet7" if templates == "imagenet7" else "one"
-    return sorted(found, key=lambda record: record.templates not in (None, mine))
+    return sorted(found, key=lambda record: record.templates != mine)
 
 
 def mean_over(method: str, names: Sequence[str], backbone: str, shots: int) -> float | None:

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a report, for every kind of page: what stands in each cell, and what is best."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from vtclip.bench.cells import Cell, Group, Row, by, group_key, method_of, shown
+from vtclip.bench.published import Published, read_published
+from vtclip.bench.report import Beside, Report
+
+NO_NUMBER = ""  # where nothing is published
+CSV_HEAD = [
+    *("source", "set", "backbone", "part", "method", "shots", "seeds", "accuracy", "half_interval"),
+    *("interval", "nll", "ece", "nll_scaled", "ece_scaled", "temperature", "train_seconds"),
+    *("total_seconds", "peak_memory_mb", "published", "difference", "published_in", "caveat"),
+]
+METRIC_TITLES = {
+    "nll": "NLL",
+    "ece": "ECE",
+    "nll_scaled": "NLL at T",
+    "ece_scaled": "ECE at T",
+    "temperature": "T",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell: its text, what follows in small letters, and whether it is the column's best."""
+
+    text: str
+    small: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Entry]]
+    words: frozenset[int] = field(default_factory=frozenset)  # columns of text besides the first
+
+
+def entry(cell: Cell | None, best: bool = False) -> Entry:
+    if cell is None:
+        return Entry("–")
+    small = "" if cell.half is None else f"± {100 * cell.half:.2f}"
+    return Entry(
+        f"{100 * cell.mean:.2f}", small + ("" if cell.over_seeds or not small else "†"), best
+    )
+
+
+def accuracy_table(group: Group) -> Table:
+    """A line per method, a column per number of shots."""
+    best = {shots: group.best(shots) for shots in group.shots}
+    rows = [
+        [Entry(line), *(entry(cells.get(n), line in best[n]) for n in group.shots)]
+        for line, cells in group.lines.items()
+    ]
+    head = ["method", *(f"{n} shot{'' if n == 1 else 's'}" for n in group.shots)]
+    return Table(group.title, head, rows)
+
+
+def decimals(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def mean_of(rows: Sequence[Row], *names: str) -> float | None:
+    """Mean over rows of a number that lies under `names`; None where a row has none."""
+    found = []
+    for row in rows:
+        value: Any = row
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is not None:
+            found.append(float(value))
+    return fmean(found) if found and len(found) == len(rows) else None
+
+
+def details_tables(group: Group) -> list[Table]:
+    """Calibration and cost, a table for each number of shots."""
+    tables = []
+    for shots in group.shots:
+        cells = {line: of[shots] for line, of in group.lines.items() if shots in of}
+        lowest = {
+            name: min(
+                (v for c in cells.values() if (v := c.metrics.get(name)) is not None), default=0
+            )
+            for name in METRIC_TITLES
+            if name != "temperature"
+        }
+        rows = []
+        for line, cell in cells.items():
+            values = {name: cell.metrics.get(name) for name in METRIC_TITLES}
+            metrics = [
+                Entry(decimals(v), best=v is not None and v == lowest.get(name))
+                for name, v in values.items()
+            ]
+            cost = [
+                Entry(decimals(mean_of(cell.rows, "seconds", "train"), 2)),
+                Entry(decimals(mean_of(cell.rows, "seconds", "total"), 2)),
+                Entry(decimals(mean_of(cell.rows, "memory_mb", "train"), 0)),
+                Entry(decimals(mean_of(cell.rows, "peak_memory_mb"), 0)),
+            ]
+            rows.append([Entry(line), entry(cell, line in group.best(shots)), *metrics, *cost])
+        head = [
+            "method",
+            "accuracy",
+            *METRIC_TITLES.values(),
+            "train s",
+            "total s",
+            "train MB",
+            "peak MB",
+        ]
+        tables.append(Table(f"{shots} shot{'' if shots == 1 else 's'}", head, rows))
+    return tables
+
+
+def beside_tables(found: Sequence[Beside]) -> tuple[list[Table], list[str]]:
+    """Ours beside what was published, a table for each group, and the remarks they point to."""
+    tables = []
+    remarks: dict[str, int] = {}
+    for group in dict.fromkeys(id(one.group) for one in found):
+        own = [one for one in found if id(one.group) == group]
+        title = f"{own[0].group.title}, {own[0].group.backbone}"
+        head = ["method", "shots", "ours", "published", "difference", "from", "also published"]
+        rows = [_beside_row(one, remarks) for one in own]
+        tables.append(Table(title, head, rows, frozenset({5, 6})))
+    return tables, list(remarks)
+
+
+def _beside_row(one: Beside, remarks: dict[str, int]) -> list[Entry]:
+    ours = [Entry(one.line), Entry(str(one.shots)), entry(one.cell)]
+    if not one.published:
+        return [*ours, *(Entry(NO_NUMBER) for _ in range(4))]
+    first, *others = one.published
+    place = _place(first, remarks)
+    also = [f"{other.accuracy:.2f} {_place(other, remarks)}" for other in others]
+    return [
+        *ours,
+        Entry(f"{first.accuracy:.2f}"),
+        Entry(signed(one.difference or 0.0, 2)),
+        Entry(place),
+        Entry("; ".join(also)),
+    ]
+
+
+def signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _place(record: Published, remarks: dict[str, int]) -> str:
+    """Where a number was printed, with the number of each remark on it."""
+    source = read_published().sources[record.source]
+    said = [f"{source['title']}: {source['where']}."]
+    if record.templates is not None:
+        count = "one template" if record.templates == "one" else "the mean of seven templates"
+        said.append(f"Class texts of {count}.")
+    if record.caveat:
+        said.append(f"{record.caveat[:1].upper()}{record.caveat[1:]}.")
+    numbers = [remarks.setdefault(text, len(remarks) + 1) for text in said]
+    return f"{source['title']} [{', '.join(map(str, numbers))}]"
+
+
+def hardest_classes(group: Group, count: int = 10) -> Table | None:
+    """The classes on which the best method at most shots is weakest, beside zero-shot."""
+    shots = group.shots[-1]
+    able = {
+        line: cells[shots]
+        for line, cells in group.lines.items()
+        if method_of(line) != "zeroshot" and shots in cells and group.part is None
+    }
+    if not able:
+        return None
+    line = max(able, key=lambda name: able[name].mean)
+    rows = able[line].rows
+    ours, zero = (_per_class(rows, key) for key in ("adapted", "zero_shot"))
+    worst = sorted(ours, key=lambda name: ours[name])[:count]
+    if not worst:
+        return None
+    head = ["class", "zero-shot", line, "difference"]
+    lines = [
+        [
+            Entry(name),
+            Entry(decimals(100 * zero[name], 1) if name in zero else "–"),
+            Entry(decimals(100 * ours[name], 1)),
+            Entry(signed(100 * (ours[name] - zero[name]), 1) if name in zero else "–"),
+        ]
+        for name in worst
+    ]
+    return Table(f"{group.title}, {shots} shots", head, lines)
+
+
+def _per_class(rows: Sequence[Row], key: str) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        named = row[key].get("per_class")
+        for name, value in named.items() if isinstance(named, Mapping) else ():
+            if value is not None and math.isfinite(value):
+                found.setdefault(name, []).append(float(value))
+    return {name: fmean(values) for name, values in found.items()}
+
+
+def missed_table(rows: Sequence[Row]) -> Table | None:
+    """Jobs without numbers and why, those of one reason together."""
+    if not rows:
+        return None
+
+    def reason(row: Row) -> tuple[str, str, str, str]:
+        kind = "failed" if "failed" in row else "skipped"
+        return str(row.get("source")), str(row.get("method")), kind, str(row[kind])
+
+    lines = []
+    for (source, method, kind, why), own in by(rows, reason).items():
+        shots = sorted({str(row.get("shots", "–")) for row in own}, key=lambda n: (len(n), n))
+        cells = [source, method, ", ".join(shots), str(len(own)), f"{kind}: {why}"]
+        lines.append([Entry(text) for text in cells])
+    head = ["source", "method", "shots", "jobs", "why"]
+    return Table("Without a number", head, lines, frozenset({1, 2, 4}))
+
+
+def facts_table(rows: Sequence[Row]) -> Table:
+    """What made the rows; of values that differ each with the number of rows."""
+    names = sorted({name for row in rows for name in row.get("versions") or {}})
+    order = ["vtclip", "torch", *(name for name in names if name not in ("vtclip", "torch"))]
+    reads: dict[str, Callable[[Row], Any]] = {
+        "revision": lambda row: row.get("revision"),
+        "device": lambda row: row.get("device"),
+        "processor": lambda row: (row.get("environment") or {}).get("name"),
+        "model": lambda row: row["config"].get("model"),
+        "templates": lambda row: row["config"].get("templates"),
+        "weights digest": lambda row: (row.get("digests") or {}).get("weights"),
+    }
+
+    def version(name: str) -> Callable[[Row], Any]:
+        return lambda row: (row.get("versions") or {}).get(name)
+
+    reads |= {f"{name} version": version(name) for name in order if name in names}
+    lines = []
+    for what, read in reads.items():
+        values = [shown(value) if (value := read(row)) is not None else "–" for row in rows]
+        counts = {value: values.count(value) for value in dict.fromkeys(values)}
+        text = "; ".join(v if len(counts) == 1 else f"{v} ({n} rows)" for v, n in counts.items())
+        lines.append([Entry(what), Entry(text)])
+    return Table("How the rows were made", ["what", "value"], lines, frozenset({1}))
+
+
+def sources_table(rows: Sequence[Row]) -> Table:
+    """What each source held: classes, test images, digests of images and splits by seed."""
+    lines = []
+    for own in by(rows, lambda row: (row["source"], group_key(row))).values():
+        first, digests = own[0], own[0].get("digests") or {}
+        splits = {
+            f"{row['shots']} shots, seed {row['seed']}: {str(row['split'])[:16]}"
+            for row in own
+            if row.get("split")
+        }
+        images = digests.get("test_images") or digests.get("images")
+        tested = mean_of(own, "test", "images")
+        lines.append(
+            [
+                Entry(str(first["source"])),
+                Entry(str(len(first.get("classes") or [])) or "–"),
+                Entry(decimals(tested, 0)),
+                Entry("–" if images is None else str(images)),
+                Entry("; ".join(sorted(splits, key=lambda text: (len(text), text)))),
+            ]
+        )
+    head = ["source", "classes", "test images", "images digest", "split digests"]
+    return Table("What was tested on", head, lines, frozenset({3, 4}))
+
+
+def commands(rows: Sequence[Row]) -> list[str]:
+    """The command of each source, method and number of shots, for its first seed."""
+    found = by(rows, lambda row: (row["source"], row["method"], row["shots"]))
+    return [command_of(own[0]) for own in found.values()]
+
+
+OPTIONS = ("model", "spatial", "prompt", "templates", "test_fraction", "augment_passes")
+USUAL = {"model": "demo", "test_fraction": 0.5, "augment_passes": 0}
+
+
+def command_of(row: Row) -> str:
+    """The `vtclip fit` that makes a row whose recipe is the method's own."""
+    config = row["config"]
+    data = config.get("data")
+    words = ["vtclip", "fit", row["source"] if data else str(config.get("source", row["source"]))]
+    words += ["--data", str(data)] if data else []
+    words += ["--method", row["method"], "--shots", str(row["shots"]), "--seed", str(row["seed"])]
+    for name in OPTIONS:
+        value = config.get(name)
+        if value is None or value == USUAL.get(name):
+            continue
+        first = value[0] if isinstance(value, list) and value else value
+        words += [f"--{name.replace('_', '-')}", shown(first)]
+    words += ["--base-to-new"] if config.get("base_to_new") else []
+    return shlex.join(words)
+
+
+def csv_text(report: Report) -> str:
+    """Every cell as a line, with what was published where it was compared."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_HEAD, lineterminator="\n")
+    writer.writeheader()
+    beside = {(id(one.group), one.line, one.shots): one for one in report.beside or ()}
+    for group in report.tables:
+        for line, cells in group.lines.items():
+            for shots, cell in cells.items():
+                number = 0 if method_of(line) == "zeroshot" else shots
+                writer.writerow(
+                    _csv_row(group, line, shots, cell, beside.get((id(group), line, number)))
+                )
+    return text.getvalue()
+
+
+def _csv_row(group: Group, line: str, shots: int, cell: Cell, one: Beside | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "source": group.title,
+        "set": group.name,
+        "backbone": group.backbone,
+        "part": group.part,
+        "method": line,
+        "shots": shots,
+        "seeds": " ".join(map(str, cell.accuracy)),
+        "accuracy": f"{100 * cell.mean:.4f}",
+        "half_interval": None if cell.half is None else f"{100 * cell.half:.4f}",
+        "interval": None if cell.half is None else "seeds" if cell.over_seeds else "test set",
+        **{name: cell.metrics.get(name) for name in METRIC_TITLES},
+        "train_seconds": mean_of(cell.rows, "seconds", "train"),
+        "total_seconds": mean_of(cell.rows, "seconds", "total"),
+        "peak_memory_mb": mean_of(cell.rows, "peak_memory_mb"),
+    }
+    if one is not None and one.published:
+        first = one.published[0]
+        row |= {"published": first.accuracy, "difference": f"{one.difference:.4f}"}
+        row |= {"published_in": read_published().sources[first.source]["where"]}
+        row |= {"caveat": first.caveat}
+    return row
+
+
+def plain(text: str) -> str:
+    """One line of Markdown in which names stay names."""
+    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    for letter in "\\`*_[]|":
+        line = line.replace(letter, "\\" + letter)
+    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def markdown(table: Table) -> str:
+    """A table in Markdown, numbers to the right, the best of a column bold."""
+    rules = ["---" if n == 0 or n in table.words else "---:" for n in range(len(table.head))]
+    lines = [[plain(name) for name in table.head], rules]
+    lines += [[_markdown_cell(one) for one in row] for row in table.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _markdown_cell(one: Entry) -> str:
+    text = f"**{plain(one.text)}**" if one.best else plain(one.text)
+    return f"{text} {one.small}" if one.small else text
