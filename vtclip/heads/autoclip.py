@@ -116,8 +116,8 @@ def entropy_softmax(g: Tensor, share: float) -> Tensor:
         spread = -wide.amin(dim=1, keepdim=True)
         wide = wide / spread.masked_fill(spread == 0, 1.0)  # in -1..0
         target = share * torch.log(torch.tensor(float(M), dtype=torch.float64, device=g.device))
-        low = wide.new_full((len(g), 1), LOG2_TAU[0])
-        high = wide.new_full((len(g), 1), LOG2_TAU[1])
+        low = wide.new_full((g.shape[0], 1), LOG2_TAU[0])
+        high = wide.new_full((g.shape[0], 1), LOG2_TAU[1])
         for _ in range(STEPS):
             middle = (low + high) / 2
             log_w = (middle.exp2() * wide).log_softmax(dim=1)

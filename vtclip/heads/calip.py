@@ -87,15 +87,17 @@ class CALIP(nn.Module):
         """The three terms of the logits, [B, K] each, before their weights."""
         check_image("CALIP", image, self.text)
         check_spatial("CALIP", spatial, spatial_mask, self.text.shape[1], self.text.dtype)
-        if len(image) != len(spatial):
-            fact = f"{len(image)} and {len(spatial)}"
+        if image.shape[0] != spatial.shape[0]:
+            fact = f"{image.shape[0]} and {spatial.shape[0]}"
             raise ValueError(f"CALIP: image and spatial must have the same B, got {fact}")
         v, t = F.normalize(image, dim=-1), F.normalize(self.text, dim=-1)
         row = spatial.shape[1] * (3 * t.shape[1] + 3 * t.shape[0]) * image.element_size()
         step = max(1, BYTE_BUDGET // max(1, row))
         found = []
-        for start in range(0, max(1, len(v)), step):
-            here = slice(start, start + step)
+        # a traced batch may have any size, and is taken at once
+        traced = torch.compiler.is_compiling()
+        for start in (0,) if traced else range(0, max(1, len(v)), step):
+            here = slice(start, None if traced else start + step)
             mask = None if spatial_mask is None else spatial_mask[here]
             found.append(_attended(v[here], spatial[here], mask, t))
         by_text, by_image = (
