@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,9 @@ from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.clip import build_clip
 from vtclip.demo.tokenizer import build_vocab
+from vtclip.heads import HEADS
 from vtclip.result import Run
+from vtclip.support import Support
 
 COLOURS = {"grass": (40, 160, 60), "ocean": (30, 60, 190), "sunset": (220, 90, 40)}
 SIDE, WIDTH = 32, 16
@@ -164,6 +167,34 @@ def test_features_to_logits(exported: Any, method: str) -> None:
         given = [part for part in classifier.encode(pixels_of(count)) if part is not None]
         wanted = head(*given)
         assert (module(*given) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+SLOW = {"autoclip": pytest.mark.slow}  # its bisection is unrolled
+OTHERS = [name for name in HEADS if name not in METHODS]
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=SLOW.get(name, ())) for name in OTHERS]
+)
+def test_every_other_head_is_traced_for_any_batch(method: str) -> None:
+    views = torch.nn.functional.normalize(torch.randn(4, 3, WIDTH), dim=-1)
+    head: Any = HEADS[method](torch.nn.functional.normalize(views.mean(1), dim=-1))
+    if hasattr(head, "set_text_views"):
+        head.set_text_views(views)
+    if hasattr(head, "fit_support"):
+        head.fit_support(Support(views.flatten(0, 1), torch.arange(4).repeat_interleave(3)))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    given = (torch.randn(3, WIDTH), torch.randn(3, 5, WIDTH))[: 1 + bool(head.needs_spatial)]
+    program = export_job.FeatureProgram(head)
+    job = export_job.Job(Any, SimpleNamespace(head=head), program, {"x": given}, head, None)
+    module = export_run.traced(job, True, None).module()
+    for count in (1, 8):
+        rows = [one[:1].repeat(count, *(1,) * (one.ndim - 1)) for one in given]
+        rows = [one + 0.1 * torch.randn(one.shape) for one in rows]
+        wanted = head(*rows)
+        assert wanted.shape == (count, 4)
+        assert (module(*rows) - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
 
 
 def test_a_run_without_an_encoder_exports_its_head(tmp_path: Path) -> None:
