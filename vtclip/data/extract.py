@@ -245,20 +245,29 @@ class _Job(Work):
         tokens = self._spatial_shape()
         shards = shards_of(self, tokens)
 
-        def begin() -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
+        def begin() -> dict[int, dict[str, Any]]:
             self._announce(folder, self.row_bytes(tokens))
             done = finished_shards(self, shards, folder)
             if done:
                 logger.info("features: going on after %d finished shards", len(done))
             # before all else, so that a later run knows the folder as ours
             write_atomic(folder / PARTIAL, to_json({"key": self.key}))
-            return done, write_text(self, folder)
+            return done
 
-        done, text = world.collect(world.by_first(begin))[0] or ({}, {})
+        text: dict[str, Any] = {}
+
+        def texts() -> None:
+            if world.first:
+                with self.timed("texts"):
+                    text.update(write_text(self, folder))
+
+        done = world.collect(world.by_first(begin))[0] or {}
         todo = [shard for shard in shards if shard.number not in done]
         ready = sum(shard.stop - shard.start for shard in shards if shard.number in done)
-        for made in world.collect(make_shards(self, todo, folder, tokens, world, ready)):
-            done |= made
+        mine = todo[world.rank :: world.size]
+        made = make_shards(self, mine, folder, tokens, finished=ready, meanwhile=texts)
+        for part in world.collect(made):
+            done |= part
         entries = [done[number] for number in range(len(shards))]
         world.by_first(lambda: self._finish(folder, entries, text, tokens))
 

@@ -3,9 +3,8 @@
 
 A shard holds whole batches, and which images those are follows from the number of images and the
 batch size alone: so one process and several, a run and one that was cut off and went on, compute
-the very same batches and write the same bytes. Of several processes each makes every n-th shard
-that is missing. A finished shard has a note beside it, shard-00000.json, which goes when the
-manifest is there.
+the very same batches and write the same bytes. A finished shard has a note beside it,
+shard-00000.json, which goes when the manifest is there.
 
 While one batch is encoded the next is decoded on the cores that are free (vtclip.data.cores), and
 the last shard is written.
@@ -13,11 +12,12 @@ the last shard is written.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +30,10 @@ from torch import Tensor
 
 from vtclip.clip import Clip, mean_text
 from vtclip.data.augment import pass_generator
-from vtclip.data.cores import Cores, num_cores
 from vtclip.data.featureset import TEXT, file_digest
-from vtclip.data.hashing import Hashed, decode_pool, progress_bar
+from vtclip.data.hashing import Hashed, progress_bar
 from vtclip.data.images import ImageError, content_digest, decode, printable, read_file
-from vtclip.distributed import World
+from vtclip.data.loading import Batches
 from vtclip.files import json_digest, read_json, to_json, write_atomic
 
 __all__ = ["DTYPES", "Shard", "Work", "finished_shards", "make_shards", "shards_of", "write_text"]
@@ -96,6 +95,9 @@ class Shard:
     @property
     def file(self) -> str:
         return f"shard-{self.number:05d}.safetensors"
+
+    def batches(self, rows: int) -> list[range]:
+        return [range(at, min(at + rows, self.stop)) for at in range(self.start, self.stop, rows)]
 
     def note(self, folder: Path) -> Path:
         return folder / f"shard-{self.number:05d}.json"
@@ -160,21 +162,35 @@ def make_shards(
     shards: Sequence[Shard],
     folder: Path,
     tokens: tuple[int, int] | None,
-    world: World,
+    *,
     finished: int = 0,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> dict[int, dict[str, Any]]:
-    """Make this process's part of `shards`; `finished` images of others are on the bar already."""
-    mine = shards[world.rank :: world.size]
+    """Encode and write `shards`; answers the entries of their files.
+
+    finished: images that the progress bar counts from the start. meanwhile: done while the first
+    batch is decoded.
+    """
     done: dict[int, dict[str, Any]] = {}
-    total = finished + sum(shard.stop - shard.start for shard in mine)
+    total = finished + sum(shard.stop - shard.start for shard in shards)
+    pieces = [piece for shard in shards for piece in shard.batches(work.per_batch)]
+    size = work.clip.preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    on_cpu = work.clip.device.type == "cpu"
     with (
         warnings.catch_warnings(),
         ThreadPoolExecutor(1, thread_name_prefix="vtclip-write") as writer,
         progress_bar(total, "features", work.progress) as bar,
+        Batches(
+            functools.partial(load_views, work),
+            pieces,
+            (work.passes, 3, height, width),
+            torch.get_num_threads() if on_cpu else 1,
+        ) as batches,
     ):
         warnings.filterwarnings("ignore", module="PIL")  # metadata that nobody uses
         bar.update(finished)
-        batches = _decoded(work, mine)
+        meanwhile()
         pending: Future[None] | None = None
 
         def write(shard: Shard, tensors: dict[str, Tensor], kept: list[int], lost: Any) -> None:
@@ -184,50 +200,16 @@ def make_shards(
             write_atomic(shard.note(folder), to_json(_note(work, shard, entry)))
             done[shard.number] = entry
 
-        try:
-            for shard in mine:
-                made = _encoded(work, shard, batches, tokens, bar)
-                with work.timed("waiting for the disk"):
-                    if pending is not None:
-                        pending.result()
-                pending = writer.submit(write, shard, *made)
+        for shard in shards:
+            made = _encoded(work, shard, batches, tokens, bar)
             with work.timed("waiting for the disk"):
                 if pending is not None:
                     pending.result()
-        finally:
-            batches.close()
+            pending = writer.submit(write, shard, *made)
+        with work.timed("waiting for the disk"):
+            if pending is not None:
+                pending.result()
     return done
-
-
-def _decoded(
-    work: Work, shards: Sequence[Shard]
-) -> Generator[list[Tensor | ImageError], None, None]:
-    """The images of each batch in order, decoded one batch ahead."""
-    on_cpu = work.clip.device.type == "cpu"
-    cores = Cores(num_cores(), torch.get_num_threads() if on_cpu else 1)
-    pieces = [
-        range(start, min(start + work.per_batch, shard.stop))
-        for shard in shards
-        for start in range(shard.start, shard.stop, work.per_batch)
-    ]
-
-    def load(row: int) -> Tensor | ImageError:
-        with cores.decoding():
-            return load_views(work, row)
-
-    with decode_pool() as pool:
-        ahead: list[list[Future[Tensor | ImageError]]] = []
-        try:
-            for number in range(len(pieces)):
-                for piece in pieces[number + len(ahead) : number + 2]:
-                    ahead.append([pool.submit(load, row) for row in piece])
-                with work.timed("waiting for images"), cores.lent():
-                    batch = [future.result() for future in ahead.pop(0)]
-                yield batch
-        finally:
-            for future in (one for batch in ahead for one in batch):
-                future.cancel()
-            cores.close()
 
 
 def load_views(work: Work, row: int) -> Tensor | ImageError:
@@ -250,38 +232,34 @@ def load_views(work: Work, row: int) -> Tensor | ImageError:
 def _encoded(
     work: Work,
     shard: Shard,
-    batches: Iterator[list[Tensor | ImageError]],
+    batches: Batches,
     tokens: tuple[int, int] | None,
     bar: Any,
 ) -> tuple[dict[str, Tensor], list[int], list[tuple[str, str]]]:
     """A shard's tensors, the rows that are in them, and the files that are not, with reasons."""
-    images: list[Tensor] = []
-    spatials: list[Tensor] = []
+    dtype = DTYPES[work.fields["dtype"]] if tokens is not None else torch.float32
+    images = [torch.empty(0, work.passes, work.clip.width)]
+    spatials = [torch.empty(0, work.passes, *(tokens or ()), dtype=dtype)]
     kept: list[int] = []
     skipped: list[tuple[str, str]] = []
-    for start in range(shard.start, shard.stop, work.per_batch):
-        batch = next(batches)
-        views: list[Tensor] = []
-        for row, item in enumerate(batch, start=start):
-            if isinstance(item, ImageError):
-                skipped.append((work.hashed.names[row], item.reason))
-            else:
+    for piece in shard.batches(work.per_batch):
+        with work.timed("waiting for images"):
+            pixels, errors = batches.next_batch()
+        for row, error in zip(piece, errors, strict=True):
+            if error is None:
                 kept.append(row)
-                views.append(item)
-        if views:
+            else:
+                skipped.append((work.hashed.names[row], error.reason))
+        if len(pixels):
             with work.timed("encoding"):
-                image, spatial = work.clip.encode_image(torch.cat(views), work.fields["spatial"])
-                shape = (len(views), work.passes)
-                images.append(image.float().cpu().reshape(*shape, -1))
+                image, spatial = work.clip.encode_image(pixels, work.fields["spatial"])
+                images.append(image.float().cpu().reshape(-1, *images[0].shape[1:]))
                 if spatial is not None:
-                    rows = spatial.cpu().to(DTYPES[work.fields["dtype"]])
-                    spatials.append(rows.reshape(*shape, *rows.shape[1:]))
-        bar.update(len(batch))
-    empty = torch.empty(0, work.passes, work.clip.width)
-    tensors = {"image": torch.cat(images) if images else empty}
+                    spatials.append(spatial.cpu().to(dtype).reshape(-1, *spatials[0].shape[1:]))
+        bar.update(len(errors))
+    tensors = {"image": torch.cat(images)}
     if tokens is not None:
-        none = torch.empty(0, work.passes, *tokens, dtype=DTYPES[work.fields["dtype"]])
-        tensors["spatial"] = torch.cat(spatials) if spatials else none
+        tensors["spatial"] = torch.cat(spatials)
     return tensors, kept, skipped
 
 
