@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -422,3 +423,27 @@ def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="coop, whose parameters belong to its classes"):
         vtclip.extend(own, scenes / "new", out=tmp_path / "run3", **options)
     assert not (tmp_path / "run3").exists()
+
+
+def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path) -> None:
+    place = Path(__file__).parent / "data" / "trees.py"
+    spec = importlib.util.spec_from_file_location("trees", place)
+    assert spec is not None
+    assert spec.loader is not None
+    trees: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(trees)
+    root = trees.make_split(tmp_path / "root", "caltech101")
+    before = trees.fingerprint(root)
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "device": "cpu"}
+    run = api.fit("caltech101", data=root, method="tip-adapter", shots=1, out=tmp_path / "run",
+                  **options)  # fmt: skip
+    new = draw(tmp_path / "striped circle", 0, 6)
+    larger = vtclip.extend(run, new, out=tmp_path / "run2", **options)
+    assert larger.result["before"]["adapted"]["accuracy"] == run.accuracy
+    assert larger.result["images"]["test"] == run.result["images"]["test"] + 3
+    # the new class is read with the words that the set's own template has
+    templates = load_adapter(run.folder).features["templates"]
+    text = vtclip.load_clip("demo").encode_text(["striped circle"], templates)
+    assert torch.allclose(head_of(larger.folder).text[-1:], text, atol=1e-6)
+    assert api.evaluate(larger, **options)["accuracy"] == larger.accuracy
+    assert trees.fingerprint(root) == before
