@@ -2,12 +2,15 @@
 """A frozen text transformer run from token embeddings, and prompts with places for learned vectors.
 
 `TextTower.encode` of the embeddings of a prompt's tokens is the model's own encode_text of that
-prompt. Under a causal mask the positions after the one that is read change nothing and are left
-out: a prompt of 24 tokens costs 24 positions, not the model's 77.
+prompt. Two things make it cheaper under a causal mask, and neither changes a feature. The places
+after the one that is read are left out: a prompt of 24 tokens costs 24 places, not the model's 77.
+And vectors that all classes share before the name are encoded once for many classes, which follow
+one another in one row and whose mask hides them from each other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,12 +30,20 @@ BYTE_BUDGET = 2**30
 
 
 class Prompts(NamedTuple):
-    """ids [K, L] of the tokens; slots [K, M], where the learned vectors go; read [K], the place of
-    each prompt's feature."""
+    """The prompts of K classes, c of them in each of R rows of L places (c = 1: one prompt a row).
+
+    ids [R, L]; place [L], which of the model's positions each is; mask [L, L] or None;
+    slots [R, lead + c (M - lead)], where the vectors go: the first `lead` once, the others in each
+    prompt; read [R, c], where the features are. Prompts beyond K repeat the last one.
+    """
 
     ids: Tensor
     slots: Tensor
     read: Tensor
+    place: Tensor
+    mask: Tensor | None
+    lead: int
+    num_classes: int
 
 
 class TextTower:
@@ -75,13 +86,11 @@ class TextTower:
         rows: Tensor = self._tower.token_embedding(ids.to(self.device)).detach()
         return rows
 
-    def encode(self, embedded: Tensor, read: Tensor) -> Tensor:
-        """embedded [K, L, W], read [K] -> features [K, C], not normalised."""
-        tower, L = self._tower, embedded.shape[1]
-        mask = tower.attn_mask
-        x = embedded + tower.positional_embedding[:L]
-        x = tower.transformer(x, attn_mask=None if mask is None else mask[:L, :L])
-        x = tower.ln_final(x[torch.arange(len(x), device=x.device), read])
+    def encode(self, embedded: Tensor, read: Tensor, place: Tensor, mask: Tensor | None) -> Tensor:
+        """embedded [R, L, W], read [R, c] -> features [R * c, C], not normalised."""
+        tower = self._tower
+        x = tower.transformer(embedded + tower.positional_embedding[place], attn_mask=mask)
+        x = tower.ln_final(x.gather(1, read[..., None].expand(-1, -1, self.width)).flatten(0, 1))
         project = tower.text_projection
         if project is None:
             return x  # type: ignore[no-any-return]
@@ -91,65 +100,105 @@ class TextTower:
         """How many learned vectors fit beside the longest class name."""
         return self.context_length - max(len(self._parts(name)) for name in class_names)
 
-    def prompts(self, class_names: Sequence[str], M: int, position: str) -> Prompts:
-        """ "V.. name .", "V.. name V.. ." or "name V.. ." with M places V, per class name."""
-        rows, slots, read = [], [], []
-        for name in class_names:
-            row, free = self._prompt(name, M, position)
-            rows.append(row)
-            slots.append(free)
-            read.append(len(row) - 1)
-        L = max(len(row) for row in rows)
-        if self.pool in ("first", "last") or self._tower.attn_mask is None:
-            L = self.context_length
-        if self.pool in ("first", "last"):
-            read = [0 if self.pool == "first" else L - 1] * len(rows)
-        ids = torch.full((len(rows), L), self._pad)
-        for k, row in enumerate(rows):
-            ids[k, : len(row)] = torch.tensor(row)
+    def prompts(
+        self, class_names: Sequence[str], M: int, position: str, *, shared: bool = True
+    ) -> Prompts:
+        """ "V.. name .", "V.. name V.. ." or "name V.. ." with M places V, per class name.
+
+        shared: all classes have the same vectors.
+        """
         self._check_read(class_names[0])
-        return Prompts(
-            ids.to(self.device),
-            torch.tensor(slots, device=self.device).view(len(rows), M),
-            torch.tensor(read, device=self.device),
-        )
+        lead = _before(M, position)
+        rows = [self._prompt(name, M, lead) for name in class_names]
+        causal = self.pool in ("argmax", "eos") and self._tower.attn_mask is not None
+        longest = max(len(row) for row, _ in rows)
+        if not causal:
+            longest = self.context_length
+        packed = causal and shared and lead > 0
+        P = len(self._start) + lead if packed else 0
+        c = self._together(P, longest - P, len(rows)) if packed else 1
+        if c == 1:
+            P = lead = 0
+        return self._laid_out(rows, P, longest - P, c, lead)
 
     def class_texts(self, context: Tensor, prompts: Prompts) -> Tensor:
         """context [M, W] or [K, M, W] in the places of `prompts` -> unit rows [K, C].
 
         Differentiable in `context`; memory as BYTE_BUDGET says.
         """
-        K, M = prompts.slots.shape
-        every = context.expand(K, M, self.width)
+        R, c = prompts.read.shape
+        first, rest = context[..., : prompts.lead, :], context[..., prompts.lead :, :]
+        vectors = torch.cat([first, *[rest] * c], dim=-2).expand(R, -1, -1)
         step = max(1, BYTE_BUDGET // self.bytes_kept(prompts.ids.shape[1]))
-        chunks = range(0, K, step)
+        chunks = range(0, R, step)
         again = torch.is_grad_enabled() and len(chunks) > 1
         parts = []
-        for first in chunks:
-            part = Prompts(*(rows[first : first + step] for rows in prompts))
-            rows = every[first : first + step]
+        for start in chunks:
+            rows = slice(start, start + step)
+            part = prompts._replace(
+                ids=prompts.ids[rows], slots=prompts.slots[rows], read=prompts.read[rows]
+            )
             if again:
-                parts.append(checkpoint(self._texts, rows, part, use_reentrant=False))
+                parts.append(checkpoint(self._texts, vectors[rows], part, use_reentrant=False))
             else:
-                parts.append(self._texts(rows, part))
-        return torch.cat(parts)
+                parts.append(self._texts(vectors[rows], part))
+        return torch.cat(parts)[: prompts.num_classes]
 
     def bytes_kept(self, L: int) -> int:
-        """What autograd keeps of one prompt of L tokens: 22 rows and two score maps per block."""
+        """What autograd keeps of one row of L places: 22 rows of W and two score maps per block."""
         blocks = self._tower.transformer.resblocks
         heads = int(getattr(blocks[0].attn, "num_heads", 1))
         return 4 * len(blocks) * (22 * L * self.width + 2 * heads * L * L)
 
-    def _texts(self, context: Tensor, prompts: Prompts) -> Tensor:
-        at = prompts.slots[..., None].expand(context.shape)
-        x = self.embed(prompts.ids).scatter(1, at, context)
-        return F.normalize(self.encode(x, prompts.read), dim=-1)
+    def _texts(self, vectors: Tensor, prompts: Prompts) -> Tensor:
+        at = prompts.slots[..., None].expand(vectors.shape)
+        x = self.embed(prompts.ids).scatter(1, at, vectors)
+        return F.normalize(self.encode(x, prompts.read, prompts.place, prompts.mask), dim=-1)
+
+    def _together(self, P: int, S: int, K: int) -> int:
+        """How many prompts of S places share P before them, at the least arithmetic per prompt.
+
+        A place costs 24 W^2 in the linear maps and 4 W with each place it meets, so that c prompts
+        cost (P + c S) (24 W^2 + 4 W (P + c S)), per prompt least at c = sqrt(6 W P + P^2) / S. The
+        prompts are spread evenly over the rows.
+        """
+        best = max(1, min(K, round(math.sqrt(6 * self.width * P + P * P) / S)))
+        return math.ceil(K / math.ceil(K / best))
+
+    def _laid_out(
+        self, rows: list[tuple[list[int], list[int]]], P: int, S: int, c: int, lead: int
+    ) -> Prompts:
+        """`rows` as (ids, slots), c to a row: their first P places once, the other S of each."""
+        K = len(rows)
+        R = math.ceil(K / c)
+        ids = torch.full((R, P + c * S), self._pad)
+        slots: list[list[int]] = []
+        read = torch.empty(R, c, dtype=torch.long)
+        for r in range(R):
+            slots.append(rows[0][1][:lead])
+            for i in range(c):
+                row, free = rows[min(r * c + i, K - 1)]
+                ids[r, :P] = torch.tensor(row[:P])
+                ids[r, P + i * S : i * S + len(row)] = torch.tensor(row[P:])
+                slots[r] = slots[r] + [i * S + at for at in free[lead:]]
+                last = {"first": 0, "last": S - 1}.get(self.pool, len(row) - 1)
+                read[r, i] = i * S + last
+        place = torch.cat([torch.arange(P), torch.arange(P, P + S).repeat(c)])
+        mask = self._tower.attn_mask
+        if mask is not None:
+            block = torch.cat([torch.zeros(P), torch.arange(1, c + 1).repeat_interleave(S)])
+            seen = (block == 0) | (block[:, None] == block)
+            mask = mask[: P + S, : P + S][place][:, place]
+            mask = mask.masked_fill(~seen.to(mask.device), -math.inf)
+        at = torch.tensor(slots, dtype=torch.long).view(R, -1)
+        ids, at, read, place = (x.to(self.device) for x in (ids, at, read, place))
+        return Prompts(ids, at, read, place, mask, lead, K)
 
     def _parts(self, name: str) -> list[int]:
         return self._start + self.words(f"{_words(name)}.") + self._end
 
-    def _prompt(self, name: str, M: int, position: str) -> tuple[list[int], list[int]]:
-        """The ids of one prompt, 0 in its M places, and those places."""
+    def _prompt(self, name: str, M: int, before: int) -> tuple[list[int], list[int]]:
+        """The ids of one prompt, 0 in its M places, and those places; `before` come before it."""
         whole, alone = self.words(f"{_words(name)}."), self.words(_words(name))
         n = len(alone) if whole[: len(alone)] == alone else len(whole)
         length = len(self._start) + M + len(whole) + len(self._end)
@@ -159,7 +208,6 @@ class TextTower:
                 f"encoder has {self.context_length}; num_context can be at most "
                 f"{self.context_length - length + M}"
             )
-        before = {"end": M, "middle": M // 2, "front": 0}[position]
         row = self._start + [0] * before + whole[:n] + [0] * (M - before) + whole[n:] + self._end
         first = len(self._start)
         second = first + before + n
@@ -207,6 +255,11 @@ def check_text_encoder(method: str, records: Records) -> None:
             f"method {method} needs the text encoder, which {what} does not have; give a folder "
             "of images, a data set or a features folder"
         )
+
+
+def _before(M: int, position: str) -> int:
+    """How many of M vectors come before the class name."""
+    return {"end": M, "middle": M // 2, "front": 0}[position]
 
 
 def _words(name: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +93,41 @@ def test_prompts_put_the_vectors_around_the_name(clip: Clip) -> None:
     start, end = vocab["<start>"], vocab["<end>"]
     name = tower.words("red circle")
     assert name == [vocab["red"], vocab["circle"]]
-    rows = {position: tower.prompts(["red circle", "tree"], 3, position)
+    rows = {position: tower.prompts(["red circle", "tree"], 3, position, shared=False)
             for position in ("end", "middle", "front")}  # fmt: skip
     assert rows["end"].ids[0].tolist() == [start, 0, 0, 0, *name, end]
     assert rows["middle"].ids[0].tolist() == [start, 0, *name, 0, 0, end]
     assert rows["front"].ids[0].tolist() == [start, *name, 0, 0, 0, end]
     assert rows["middle"].slots.tolist() == [[1, 4, 5], [1, 3, 4]]
-    assert rows["end"].read.tolist() == [6, 5]
+    assert rows["end"].read.tolist() == [[6], [5]]
+
+
+@pytest.mark.parametrize("kind", ["demo", "plain", "eos"])
+@pytest.mark.parametrize("position", ["end", "middle"])
+@pytest.mark.parametrize("K", [1, 3, 11])
+def test_classes_in_one_row_are_those_in_rows_of_their_own(
+    clip: Clip, kind: str, position: str, K: int
+) -> None:
+    model = clip if kind == "demo" else small_clip(**TOWERS[kind])
+    model = deepcopy(model)
+    model.model.double()
+    tower = TextTower(model)
+    words = ["red", "blue", "tree", "circle red", "square blue tree", "photo of a tree"]
+    names = [words[k % 6] + " a" * (k // 6) for k in range(K)]
+    context = torch.randn(5, tower.width, dtype=torch.float64, requires_grad=True)
+    way = torch.randn(K, 1, dtype=torch.float64)
+    found = []
+    for shared in (True, False):
+        made = tower.prompts(names, 5, position, shared=shared)
+        assert made.read.numel() >= K
+        if shared and K > 1:
+            assert len(made.ids) < K  # there is something to compare
+            assert made.ids.numel() < tower.prompts(names, 5, position, shared=False).ids.numel()
+        texts = tower.class_texts(context, made)
+        found.append((texts, *torch.autograd.grad((texts * way).sum(), context)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    assert float(found[0][1].abs().amax()) > 1e-3
 
 
 def test_a_dot_after_the_vectors_where_the_name_is_in_front() -> None:
@@ -198,10 +227,14 @@ def kept_bytes(head: CoOp) -> int:
     return sum(seen.values())
 
 
-def test_chunks_change_memory_and_nothing_else(clip: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("specific", [True, False])
+def test_chunks_change_memory_and_nothing_else(
+    clip: Clip, monkeypatch: pytest.MonkeyPatch, specific: bool
+) -> None:
     names = [f"{a} {b}" for a, b in itertools.product(["red", "blue", "tree", "dog"], repeat=2)]
+    monkeypatch.setattr(TextTower, "_together", lambda self, P, S, K: 2)
     torch.manual_seed(3)
-    head = CoOp(torch.randn(16, clip.width), num_context=8)
+    head = CoOp(torch.randn(16, clip.width), num_context=8, class_specific=specific)
     head.set_text_encoder(clip, names)
     way = torch.randn(16, clip.width)
 
@@ -213,12 +246,14 @@ def test_chunks_change_memory_and_nothing_else(clip: Clip, monkeypatch: pytest.M
         return texts.detach(), head.context.grad.clone()
 
     tower = TextTower(clip)
-    one = tower.bytes_kept(head._prompts.ids.shape[1])
+    R, L = head._prompts.ids.shape
+    one = tower.bytes_kept(L)
     wanted = gradient()
     whole = kept_bytes(head)
-    assert whole <= 16 * one  # the estimate is a bound
-    assert whole > 6 * one  # and not an idle one
-    monkeypatch.setattr(prompts, "BYTE_BUDGET", 3 * one)
+    assert whole <= R * one  # the estimate is a bound
+    assert whole > 0.3 * R * one  # and not an idle one
+    assert R > 6
+    monkeypatch.setattr(prompts, "BYTE_BUDGET", R // 5 * one)
     found = gradient()
     assert kept_bytes(head) < whole / 4
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)

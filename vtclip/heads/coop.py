@@ -108,7 +108,8 @@ class CoOp(nn.Module):
                 f"CoOp: the text encoder must be {self.context.shape[-1]} wide, got {tower.width}"
             )
         M = self.context.shape[-2]
-        self._prompts = tower.prompts(class_names, M, self.class_position)
+        shared = not self.class_specific
+        self._prompts = tower.prompts(class_names, M, self.class_position, shared=shared)
         self._tower = tower
 
     def train(self, mode: bool = True) -> CoOp:
