@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from vtclip import api, prompts
 from vtclip.adapter import load_adapter
+from vtclip.checkpoint import Interrupted
 from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.clip import DEMO_ASSETS, Clip, build_clip, load_clip
@@ -355,6 +357,33 @@ def test_a_run_repeats_itself_and_resumes_from_words(images: Path, tmp_path: Pat
     assert head.options()["num_context"] == 4
     start = TextTower(load_clip("demo"))
     assert not torch.equal(head.context, start.embed(torch.tensor(start.words("a photo of a"))))
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fitted(name: str, **options: bool) -> Path:
+        run = api.fit(
+            images, method="coop", shots=2, overrides={"epochs": 4, "checkpoint_every": 2},
+            cache_dir=tmp_path / "cache", out=tmp_path / name, **options,
+        )  # fmt: skip
+        return run.folder / "adapter.safetensors"
+
+    wanted = fitted("whole").read_bytes()
+    steps = itertools.count(1)
+    texts = TextTower.class_texts
+
+    def stop_in_the_third(self: TextTower, *args: object) -> torch.Tensor:
+        if torch.is_grad_enabled() and next(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return texts(self, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextTower, "class_texts", stop_in_the_third)
+        with pytest.raises(Interrupted):
+            fitted("stopped")
+    assert not (tmp_path / "stopped" / "adapter.safetensors").exists()
+    assert fitted("stopped", resume=True).read_bytes() == wanted
 
 
 def test_a_table_without_a_model_is_refused_and_nothing_is_written(
