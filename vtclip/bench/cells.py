@@ -133,6 +133,11 @@ def backbone_of(row: Row) -> tuple[str | None, str | None]:
     return None, None
 
 
+def printable(text: str) -> str:
+    """One line of text: control characters, line ends and the like are spelled out."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"

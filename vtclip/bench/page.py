@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vtclip.bench.cells import Group
+from vtclip.bench.cells import Group, printable
 from vtclip.bench.panels import (
     DIAGRAM,
     PANEL,
@@ -309,9 +309,5 @@ def markdown_page(report: Report, title: str, command: str, pictures: Sequence[s
     if missed is not None:
         parts += [f"## {missed.title}", markdown(missed)]
     parts += ["## Provenance", markdown(facts_table(report.rows))]
-    parts += [markdown(sources_table(report.rows)), "This page:", f"    {plain_line(command)}"]
+    parts += [markdown(sources_table(report.rows)), "This page:", f"    {printable(command)}"]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def plain_line(text: str) -> str:
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vtclip.bench.cells import Cell, Group, method_of
+from vtclip.bench.cells import Cell, Group, method_of, printable
 from vtclip.bench.published import matching, mean_over, read_published
 
 Bin = tuple[float, float, int]  # confidence, accuracy, count
@@ -58,11 +58,9 @@ THEME = (
 )
 
 
-def escape(text: object) -> str:
+def escape(text: str) -> str:
     """Text for HTML and SVG: markup is harmless, and what cannot be printed is spelled out."""
-    letters = (c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(text))
-    plain = "".join(letters).encode("utf-8", "backslashreplace").decode("utf-8")
-    return html.escape(plain, quote=True)
+    return html.escape(printable(text), quote=True)
 
 
 def styles_of(lines: Sequence[str]) -> dict[str, Style]:
@@ -121,7 +119,7 @@ def published_of(group: Group, line: str, members: Sequence[Group]) -> dict[int,
             rows = matching(method, name, group.backbone, shots, templates=group.templates)
             value = rows[0].accuracy if rows else None
         if group.name is None and len(names) == len(members):
-            mean = mean_over(method, names, group.backbone, shots)
+            mean = mean_over(method, names, group.backbone, shots, templates=group.templates)
             value = value if mean is None else mean
         if value is not None:
             found[shots] = value

@@ -88,9 +88,11 @@ def matching(
     return sorted(found, key=lambda record: record.templates != mine)
 
 
-def mean_over(method: str, names: Sequence[str], backbone: str, shots: int) -> float | None:
+def mean_over(
+    method: str, names: Sequence[str], backbone: str, shots: int, *, templates: str | None = None
+) -> float | None:
     """Mean of what was printed for each of the sets, or None where one has no number."""
-    rows = [matching(method, name, backbone, shots) for name in names]
+    rows = [matching(method, name, backbone, shots, templates=templates) for name in names]
     if not rows or not all(rows):
         return None
     return sum(row[0].accuracy for row in rows) / len(rows)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from vtclip.bench.cells import Cell, Group, Row, by, group_key, method_of, shown
+from vtclip.bench.cells import Cell, Group, Row, by, group_key, method_of, printable, shown
 from vtclip.bench.published import Published, read_published
 from vtclip.bench.report import Beside, Report
 
@@ -347,8 +347,7 @@ def _csv_row(group: Group, line: str, shots: int, cell: Cell, one: Beside | None
 
 def plain(text: str) -> str:
     """One line of Markdown in which names stay names."""
-    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    line = printable(text)
     for letter in "\\`*_[]|":
         line = line.replace(letter, "\\" + letter)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

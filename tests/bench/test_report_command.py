@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip report` as a command: what it writes and refuses, and that a refusal writes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtclip.cli import main
+
+
+def loaded() -> Any:
+    """rows.py beside this file, which is in no package."""
+    spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+made = loaded()
+
+
+def run(*words: object) -> int:
+    try:
+        return main(["report", *map(str, words)])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line of an error with status 2."""
+    assert run(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err.rstrip("\n")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return made.write(tmp_path / "bench", made.grid())  # type: ignore[no-any-return]
+
+
+def test_without_a_page_tables_are_written(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(out) == 0
+    assert set(files(out)) == {"results.jsonl", "report.md", "report.csv"}
+    assert capsys.readouterr().out.startswith("18 runs: ")
+    assert "svg" not in (out / "report.md").read_text()
+
+
+def test_with_a_page_pictures_are_written(out: Path, tmp_path: Path) -> None:
+    page = tmp_path / "deep" / "er" / "page.html"
+    assert run(out, "--html", page, "--published", "--method", "rada") == 0
+    assert set(files(out)) == {
+        "results.jsonl", "report.md", "report.csv", "report-shots.svg", "report-reliability.svg",
+    }  # fmt: skip
+    text = page.read_text(encoding="utf-8")
+    assert "<title>vtclip benchmark: bench</title>" in text
+    assert "--published --method rada" in text
+    assert "proker" not in text
+    assert "![report-shots.svg](report-shots.svg)" in (out / "report.md").read_text()
+
+
+def test_the_same_rows_give_the_same_bytes(out: Path) -> None:
+    page = out / "page.html"
+    assert run(out, "--html", page) == 0
+    first = files(out)
+    assert run(out, "--html", page) == 0
+    assert files(out) == first
+
+
+def test_no_torch_is_imported(out: Path) -> None:
+    code = (
+        "import sys; from vtclip.cli import main; "
+        f"assert main(['report', {str(out)!r}, '--html', {str(out / 'p.html')!r}]) == 0; "
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torn_lines_are_said(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(out / "results.jsonl", "a") as file:
+        file.write('{"source": "animals", "meth')
+    assert run(out, "--html", out / "page.html") == 0
+    said = "results.jsonl, line 19: cut off or broken, not counted."
+    assert said in capsys.readouterr().out
+    for name in ("page.html", "report.md"):
+        assert said in (out / name).read_text().replace("\\_", "_")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no results*.jsonl; vtclip bench writes them"),
+        ("", "holds no whole row in its results*.jsonl"),
+        ('{"source": "a', "holds no whole row in its results*.jsonl"),
+        ("5\n", "results.jsonl, line 1: a row must be an object, got int"),
+        (
+            '{"source": "a", "method": "rada", "shots": 1, "seed": 1, "failed": "boom"}\n',
+            "OUT holds no finished run: 1 were skipped or failed",
+        ),
+    ],
+)
+def test_folders_without_rows_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "results.jsonl").write_text(content)
+    before = files(tmp_path)
+    page = tmp_path / "sub" / "page.html"
+    assert message in refused(capsys, tmp_path, "--html", page)
+    assert files(tmp_path) == before
+    assert not page.parent.exists()
+
+
+def test_a_wrong_argument_is_one_line(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(out)
+    assert "does not exist" in refused(capsys, tmp_path / "none")
+    assert "must be a folder" in refused(capsys, out / "results.jsonl")
+    assert "--html must end in .html, got" in refused(capsys, out, "--html", out / "results.jsonl")
+    assert "no row is of 'prok'" in refused(capsys, out, "--method", "prok")
+    assert "must differ" in refused(capsys, out, "--method", "rada,rada")
+    assert "not be empty" in refused(capsys, out, "--method", "")
+    assert "unknown argument" in refused(capsys, out, "--htm", "x.html")
+    assert files(out) == before
+
+
+def test_a_page_of_other_origin_stays(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "index.html"
+    page.write_text("<html>mine</html>")
+    before = files(out)
+    assert "is no report; --overwrite replaces it" in refused(capsys, out, "--html", page)
+    assert page.read_text() == "<html>mine</html>"
+    assert files(out) == before
+    assert run(out, "--html", page, "--overwrite") == 0
+    assert "mine" not in page.read_text()
+    assert run(out, "--html", page) == 0  # now it is a report
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.csv", "report-shots.svg"])
+def test_other_files_of_other_origin_stay(
+    out: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (out / name).write_text("mine")
+    before = files(out)
+    assert repr(str(out / name)) in refused(capsys, out, "--html", out / "page.html")
+    assert files(out) == before
+
+
+def test_a_folder_is_never_replaced(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (out / "page.html").mkdir()
+    words = (out, "--html", out / "page.html", "--overwrite")
+    assert "is a folder" in refused(capsys, *words)
+    assert not (out / "report.md").exists()
+
+
+def test_differing_settings_are_said_on_page_and_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*made.grid(seeds=(1,)), *made.grid(seeds=(2,), revision="f" * 40)]
+    out = made.write(tmp_path / "bench", rows)
+    assert run(out, "--html", out / "page.html") == 0
+    said = "The rows are of 2 revisions: 0123456789ab (6 rows), ffffffffffff (6 rows)."
+    assert said in capsys.readouterr().out
+    assert said in (out / "page.html").read_text()
+
+
+def test_rows_of_a_real_benchmark_are_read(animals: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench"
+    words = ["bench", str(animals), "--methods", "zeroshot,proker", "--shots", "1,2"]
+    assert main([*words, "--seeds", "1,2", "--out", str(out), "--threads", "1"]) == 0
+    assert run(out, "--html", out / "page.html") == 0
+    text = (out / "page.html").read_text()
+    assert "animals, 2 shots" in text  # its rows hold the bins of the diagrams
+    ours = {line.split("|")[1].strip(): line for line in _rows(out / "report.md")}
+    theirs = {line.split("|")[1].strip(): line for line in _rows(out / "table.md")}
+    for method in ("zeroshot", "proker"):
+        wanted = [cell.strip(" *†") for cell in theirs[method].replace("+-", "±").split("|")]
+        assert [cell.strip(" *†").replace("**", "") for cell in ours[method].split("|")] == [
+            cell.replace("**", "") for cell in wanted
+        ]
+
+
+def _rows(path: Path) -> list[str]:
+    """The lines of the first table, the one of accuracies."""
+    lines = path.read_text().splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("| ---") or "-:" in line)
+    end = next(n for n in range(start, len(lines)) if not lines[n].startswith("|"))
+    return lines[start + 1 : end]
+
+
+def test_report_is_listed_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "report" in capsys.readouterr().out.split()
