@@ -16,7 +16,6 @@ from vtclip import ops
 from vtclip.heads._check import check_image, check_text
 from vtclip.support import Support
 
-TEMPERATURES = tuple(2 ** (step / 2) for step in range(-3, 4))  # 0.35 .. 2.8
 # Support rows up to which hyper-parameters are searched over all classes. Beyond it every j-th
 # class is searched over, so that the time and memory of a search stop growing with the support.
 SEARCH_ROWS = 2048
@@ -177,7 +176,7 @@ def most_likely(
     cost = min_T sum_i -log softmax(logits_i / T)[label_i] + log(T)^2 / 2
            + sum_p log(p / centre_p)^2 / (2 log(2)^2)
 
-    logits_of answers [n, K] for one point. T, over TEMPERATURES, judges a point by what it tells
+    logits_of answers [n, K] for one point. T, see `scaled_nll`, judges a point by what it tells
     apart and not by how loud it is; its prior is that of `metrics.fit_temperature`. With a few
     images many points are as good as tied, and the prior then keeps close to a centre that suits
     most tables; each further image counts for more against it.
@@ -194,9 +193,14 @@ def most_likely(
 
 
 def scaled_nll(logits: Tensor, label: Tensor) -> float:
-    """min over TEMPERATURES of the summed NLL of logits / T [n, K], + log(T)^2 / 2."""
-    costs = [
-        F.cross_entropy(logits / T, label, reduction="sum") + math.log(T) ** 2 / 2
-        for T in TEMPERATURES
-    ]
+    """min over T = 2^(-3/2), 2^-1, ... 2^(3/2) of the summed NLL of logits / T [n, K], + log(T)^2 / 2."""
+    below = logits - logits.amax(dim=1, keepdim=True)
+    own = below.gather(1, label[:, None]).sum()
+    costs = []
+    for first in (3, 2):
+        share = (below / 2 ** (first / 2)).exp()
+        for step in range(first, -4, -2):
+            T = 2 ** (step / 2)
+            costs.append(share.sum(dim=1).log().sum() - own / T + math.log(T) ** 2 / 2)
+            share.square_()  # exp(x / T)^2 = exp(x / (T / 2))
     return float(torch.stack(costs).min())

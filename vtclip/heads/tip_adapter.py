@@ -24,7 +24,7 @@ class TipAdapter(SupportHead):
     """Training-free cache over `num_support` images.
 
     alpha: weight of the votes, in logits; 0 leaves zero-shot's. Default 0.16 * logit_scale.
-    beta: sharpness of the votes. `choose` sets both.
+    beta: sharpness of the votes, default 8. `choose` sets both.
 
     Beside validation images, `choose` asks each support image of a class with several what the
     others say of it, its own class's votes multiplied by n / (n - 1) for the one that is left out.
@@ -32,6 +32,8 @@ class TipAdapter(SupportHead):
 
     method = "tip-adapter"
     searched: tuple[str, ...] = ("alpha", "beta")
+    usual_alpha = 0.16  # times logit_scale
+    usual_beta = 8.0
     alpha: float
     beta: float
 
@@ -41,12 +43,13 @@ class TipAdapter(SupportHead):
         *,
         num_support: int = 0,
         alpha: float | None = None,
-        beta: float = 8.0,
+        beta: float | None = None,
         logit_scale: float = 100.0,
     ) -> None:
         super().__init__(text, num_support=num_support, logit_scale=logit_scale)
+        alpha = self.usual_alpha * logit_scale if alpha is None else alpha
+        beta = self.usual_beta if beta is None else beta
         check_positive(type(self).__name__, beta=beta)
-        alpha = 0.16 * logit_scale if alpha is None else alpha
         if not 0 <= alpha < float("inf"):
             raise ValueError(
                 f"{type(self).__name__}: alpha must be finite and at least 0, got {alpha}"
@@ -111,9 +114,14 @@ class TipAdapter(SupportHead):
 class TipAdapterF(TipAdapter):
     """Tip-Adapter whose keys are trained; they start at the support images.
 
+    Training runs at the given alpha and beta, defaults 0.04 * logit_scale and 5.5: each image's own
+    key votes for it, and a larger alpha leaves little loss to learn from. `choose` follows.
+
     Its `extend` is a warm start, not a new training: trained keys stay and each image of a new
     class joins as it is.
     """
 
     method = "tip-adapter-f"
     trains_keys = True
+    usual_alpha = 0.04
+    usual_beta = 5.5

@@ -44,7 +44,7 @@ class TipX(TipAdapter):
         *,
         num_support: int = 0,
         alpha: float | None = None,
-        beta: float = 8.0,
+        beta: float | None = None,
         gamma: float | None = None,
         slope: float | None = None,
         offset: float | None = None,

@@ -19,6 +19,6 @@ def get_config(shots: int) -> FitConfig:
         lr=1e-3,
         eps=1e-4,
         weight_decay=1e-2,
-        batch_size=32 if shots >= 8 else 256,
+        batch_size=32,
         warmup="linear",
     )
