@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,14 @@ class Prompts(NamedTuple):
     num_classes: int
 
 
+class TextModel(Protocol):
+    """What is needed of a `vtclip.clip.Clip`."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+
 class TextTower:
     """The text transformer of `clip`, not a module of whatever holds it: its weights stay frozen.
 
@@ -53,7 +61,7 @@ class TextTower:
     that mixes a class token or a padding mask into its attention.
     """
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: TextModel) -> None:
         tower: Any = getattr(clip.model, "text", clip.model)
         parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
         self.pool = str(getattr(tower, "pool_type", getattr(tower, "text_pool_type", "none")))

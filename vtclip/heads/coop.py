@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_text
-from vtclip.prompts import POSITIONS, TextTower
-
-if TYPE_CHECKING:
-    from vtclip.clip import Clip
+from vtclip.prompts import POSITIONS, TextModel, TextTower
 
 logger = logging.getLogger(__name__)
 NUM_CONTEXT = 16
@@ -91,7 +88,7 @@ class CoOp(nn.Module):
         own = {name: getattr(self, name) for name in names}
         return {**own, "context_width": self.context.shape[-1]}
 
-    def set_text_encoder(self, clip: Clip, class_names: Sequence[str]) -> None:
+    def set_text_encoder(self, clip: TextModel, class_names: Sequence[str]) -> None:
         """Train through the text side of `clip`; vectors there are already stay as they are.
 
         class_names: K names in the order of `text`; an underscore is read as a space.
@@ -135,7 +132,7 @@ class CoOp(nn.Module):
         text = self.class_texts() if live else self.text
         return ops.cosine_logits(image, text, scale=self.logit_scale)
 
-    def with_names(self, clip: Clip, class_names: Sequence[str]) -> CoOp:
+    def with_names(self, clip: TextModel, class_names: Sequence[str]) -> CoOp:
         """The same shared context before other class names, encoded by `clip`."""
         if self.class_specific:
             raise ValueError("CoOp: class_specific context belongs to its classes, not to others")
