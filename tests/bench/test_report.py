@@ -62,6 +62,14 @@ def test_one_seed_has_the_interval_of_its_test_set() -> None:
     assert zero.half == pytest.approx(0.05)
 
 
+def test_seeds_that_all_agree_have_the_interval_of_the_test_set() -> None:
+    rows = [made.make_row(method="calip", seed=seed, accuracy=0.62) for seed in (1, 2, 3)]
+    cell = make_report(rows).groups[0].lines["calip"][4]
+    assert len(cell.accuracy) == 3
+    assert cell.half == pytest.approx(0.05)
+    assert not cell.over_seeds
+
+
 def test_means_agree_with_the_tables_of_the_benchmark() -> None:
     """An implementation by others: vtclip.bench.table."""
     rows = made.grid(sources=("animals", "plants"), methods=("zeroshot", "rada", "proker"))

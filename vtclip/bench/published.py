@@ -82,7 +82,7 @@ def matching(
         for record in read_published().records
         if record.setting in settings
         and (record.method, record.set, record.backbone) == (method, name, backbone)
-        and (record.shots, record.part, record.variant) == (shots, part, None)
+        and (record.shots, record.part) == (shots, part)
     ]
     mine = "imagenet7" if templates == "imagenet7" else "one"
     return sorted(found, key=lambda record: record.templates != mine)
