@@ -23,6 +23,7 @@ from vtclip.bench.tables import (
     command_of,
     csv_text,
     details_tables,
+    facts_table,
     hardest_classes,
     markdown,
 )
@@ -273,6 +274,19 @@ def test_provenance_is_on_the_page() -> None:
         "--templates imagenet7",
     ):
         assert text in page, text
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({}, "–"),
+        ({"digests": {"weights": "cd" * 32}}, "RN50:openai"),
+        ({"data": "/x"}, "RN50:openai"),
+    ],
+)
+def test_features_without_an_encoder_name_no_model(change: dict[str, Any], wanted: str) -> None:
+    table = facts_table([made.make_row(**change)])
+    assert dict([one.text for one in row] for row in table.rows)["model"] == wanted
 
 
 def test_commands_quote_what_a_shell_would_take() -> None:

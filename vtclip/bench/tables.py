@@ -226,6 +226,12 @@ def missed_table(rows: Sequence[Row]) -> Table | None:
     return Table("Without a number", head, lines, frozenset({1, 2, 4}))
 
 
+def _model(row: Row) -> Any:
+    """The encoder's name; features that name no weights were not made by the option's model."""
+    known = (row.get("digests") or {}).get("weights") is not None or row["config"].get("data")
+    return row["config"].get("model") if known else None
+
+
 def facts_table(rows: Sequence[Row]) -> Table:
     """What made the rows; of values that differ each with the number of rows."""
     names = sorted({name for row in rows for name in row.get("versions") or {}})
@@ -234,7 +240,7 @@ def facts_table(rows: Sequence[Row]) -> Table:
         "revision": lambda row: row.get("revision"),
         "device": lambda row: row.get("device"),
         "processor": lambda row: (row.get("environment") or {}).get("name"),
-        "model": lambda row: row["config"].get("model"),
+        "model": _model,
         "templates": lambda row: row["config"].get("templates"),
         "weights digest": lambda row: (row.get("digests") or {}).get("weights"),
     }
