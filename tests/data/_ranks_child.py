@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features made by two processes of which one may misbehave; prints what came of each way.
+
+    python _ranks_child.py CONFTEST FOLDER
+
+The processes are forked from this one, so that torch is imported once for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from vtclip.data import shards
+from vtclip.data.extract import extract_features
+from vtclip.distributed import joined
+
+LIMIT_S = 60.0
+spec = spec_from_file_location("helpers", sys.argv[1])
+assert spec is not None
+assert spec.loader is not None
+helpers: Any = module_from_spec(spec)
+spec.loader.exec_module(helpers)
+root = Path(sys.argv[2])
+shards.SHARD_ROWS = 3
+torch.set_num_threads(1)
+
+
+def rank(number: int, size: int, port: int, how: str, out: Path) -> NoReturn:
+    """One process; never returns."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(size)
+    source = root / ("other" if how == "differ" and number else "pictures")
+    clip = helpers.FakeClip(poison=how == "poison" and number == 1)
+    encode, last = clip.encode_image, number == size - 1
+
+    def misbehave(pixels: torch.Tensor, spatial: Any = None) -> Any:
+        if how == "kill" and last and clip.images_encoded >= 4:  # in its second shard
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "slow" and number == 0:
+            time.sleep(0.05)
+        return encode(pixels, spatial)
+
+    clip.encode_image = misbehave
+    found: dict[str, Any] = {"error": None}
+    try:
+        with joined(torch.device("cpu")) as world:
+            made, report = extract_features(
+                source, out, model=clip, spatial="raw", batch_size=2, progress=False, world=world
+            )
+        found |= {"rows": len(made), "reused": report.reused, "skipped": report.skipped}
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    found["encoded"] = clip.images_encoded
+    (root / f"{out.name}-{how}.{number}").write_text(json.dumps(found))
+    os._exit(0 if found["error"] is None else 1)
+
+
+def together(how: str, out: Path, size: int = 2) -> dict[str, Any]:
+    """`size` processes at once, and what is in `out` when all have ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for number in range(size):
+        child = os.fork()
+        if child == 0:
+            rank(number, size, port, how, out)
+        children.append(child)
+    started, codes = time.monotonic(), []
+    for child in children:
+        ended = 0
+        while not ended and time.monotonic() < started + LIMIT_S:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.01)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        codes.append(os.waitstatus_to_exitcode(status))
+    places = [root / f"{out.name}-{how}.{number}" for number in range(size)]
+    answers = [json.loads(one.read_text()) if one.exists() else None for one in places]
+    return {
+        "codes": codes,
+        "answers": answers,
+        "files": sorted(path.name for path in out.glob("*")),
+        "same": files(out) == whole,
+    }
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*")}
+
+
+pictures = helpers.make_folder(root / "pictures", each=7)
+(pictures / "dog" / "3.png").write_bytes(b"no image")  # its row is in nobody's shard
+helpers.make_folder(root / "other", each=6)
+extract_features(
+    pictures, root / "whole", model=helpers.FakeClip(), spatial="raw", batch_size=2, progress=False
+)
+whole = files(root / "whole")
+found = {
+    "two": together("fine", root / "two"),
+    "five": together("fine", root / "five", 5),
+    "slow": together("slow", root / "slow"),
+    "killed": together("kill", root / "killed"),
+    "again": together("fine", root / "killed"),
+    "reused": together("fine", root / "two"),
+    "poison": together("poison", root / "poison"),
+    "differ": together("differ", root / "differ"),
+}
+sys.stdout.write(json.dumps(found))

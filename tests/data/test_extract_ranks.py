@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes make one set of features: each image once, the bytes those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtclip.cli import main
+from vtclip.data.extract import extract_features
+from vtclip.data.featureset import FeatureSet
+from vtclip.data.shards import Work, shards_of
+
+READABLE, LOST = 20, 1  # 3 classes of 7 pictures, of which one is no picture
+
+
+def environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]:
+    """What came of each way in which the processes behaved; see _ranks_child.py."""
+    here, place = Path(__file__).parent, tmp_path_factory.mktemp("ranks")
+    done = subprocess.run(
+        [sys.executable, str(here / "_ranks_child.py"), str(here / "conftest.py"), str(place)],
+        env=environment(root), capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(("way", "size"), [("two", 2), ("five", 5), ("slow", 2)])
+def test_bytes_are_those_of_one_process(ways: dict[str, Any], way: str, size: int) -> None:
+    found = ways[way]
+    assert found["codes"] == [0] * size
+    assert found["same"]
+    encoded = [answer["encoded"] for answer in found["answers"]]
+    assert sum(encoded) == READABLE + size  # and a blank image in each, for the shape
+    assert max(encoded) - min(encoded) <= 4  # a shard is 2 images
+    for answer in found["answers"]:
+        assert answer["rows"] == READABLE
+        assert [name for name, _ in answer["skipped"]] == ["dog/3.png"]
+
+
+def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(
+    ways: dict[str, Any],
+) -> None:
+    found = ways["killed"]
+    assert found["codes"] == [1, -9]
+    assert "manifest.json" not in found["files"]
+    assert "partial.json" in found["files"]
+    assert "PeerFailed: rank 0: another process failed" in found["answers"][0]["error"]
+    notes = [name for name in found["files"] if name.endswith(".json") and "shard" in name]
+    assert len(notes) >= 1
+    again = ways["again"]
+    assert again["codes"] == [0, 0]
+    assert again["same"]
+    encoded = sum(answer["encoded"] for answer in again["answers"])
+    assert encoded < READABLE  # what was finished is not made again
+    assert again["files"] == ways["two"]["files"]
+
+
+def test_finished_features_are_reused_by_all(ways: dict[str, Any]) -> None:
+    assert ways["reused"]["codes"] == [0, 0]
+    assert all(answer["reused"] for answer in ways["reused"]["answers"])
+    assert [answer["encoded"] for answer in ways["reused"]["answers"]] == [0, 0]
+    assert not any(answer["reused"] for answer in ways["two"]["answers"])
+
+
+def test_an_error_in_one_process_ends_all(ways: dict[str, Any]) -> None:
+    found = ways["poison"]
+    assert found["codes"] == [1, 1]
+    first, second = (answer["error"] for answer in found["answers"])
+    assert "ValueError: features: image features of 1 images are not finite" in second
+    assert "PeerFailed: rank 0: another process failed or stalled" in first
+    assert "manifest.json" not in found["files"]
+
+
+def test_processes_that_see_other_images_refuse_to_begin(ways: dict[str, Any]) -> None:
+    found = ways["differ"]
+    assert found["codes"] == [1, 1]
+    assert any("has list of images" in answer["error"] for answer in found["answers"])
+    assert found["files"] == []
+
+
+def test_torchrun_writes_what_one_process_writes(tmp_path: Path, root: Path) -> None:
+    """The command, with the bundled model: three shards for two processes."""
+    for k, name in enumerate(("red dot", "green dot")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(66):
+            pixels = np.random.default_rng([k, number]).integers(0, 256, (12, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    words = ["features", str(tmp_path / "pictures"), "--device", "cpu", "--spatial", "none"]
+    words += ["--threads", "1", "--out"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node", "2", "-m", "vtclip", *words, str(tmp_path / "two")]
+    done = subprocess.run(
+        launch, env=environment(root), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Records(132 images") == 1
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two
+    assert len([name for name in one if name.startswith("shard-")]) == 3
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "passes", "rows"),
+    [
+        (1, 64, 1, [1]),
+        (64, 64, 1, [64]),
+        (1005, 64, 1, [64] * 15 + [45]),
+        (100_000, 64, 1, [3136] * 31 + [2784]),
+        (1_281_167, 64, 1, [4096] * 312 + [3215]),
+        (200, 64, 11, [65, 65, 65, 5]),  # five images to a batch
+        (10, 4, 1, [10]),
+        (70, 7, 1, [70]),
+    ],
+)
+def test_shards_follow_from_the_images_alone(
+    images: int, batch: int, passes: int, rows: list[int], monkeypatch: pytest.MonkeyPatch,
+    fake_clip: Any,
+) -> None:  # fmt: skip
+    class Hashed:
+        names = range(images)
+
+    fields = {"augment_passes": passes - 1, "dtype": None}
+    work = Work(Hashed(), fake_clip(), fields, batch, False)  # type: ignore[arg-type]
+    for size in (1, 2, 7):
+        monkeypatch.setenv("WORLD_SIZE", str(size))
+        found = shards_of(work, None)
+        assert [shard.stop - shard.start for shard in found] == rows
+        assert [shard.start for shard in found] == [sum(rows[:n]) for n in range(len(rows))]
+
+
+def test_another_batch_size_takes_over_no_shards(
+    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of a run that was cut off is used for the very same batches only."""
+    monkeypatch.setattr("vtclip.data.shards.SHARD_ROWS", 4)
+    for batch, taken in ((2, 8), (4, 0)):
+        clip = fake_clip()
+        encode = clip.encode_image
+
+        def stop(pixels: Any, spatial: Any = None, clip: Any = clip, encode: Any = encode) -> Any:
+            if clip.images_encoded >= 8:
+                raise KeyboardInterrupt
+            return encode(pixels, spatial)
+
+        clip.encode_image = stop
+        out = tmp_path / f"out{batch}"
+        with pytest.raises(KeyboardInterrupt):
+            extract_features(pictures, out, model=clip, batch_size=2)
+        again = fake_clip()
+        extract_features(pictures, out, model=again, batch_size=batch)
+        assert again.images_encoded == 15 - taken
+        FeatureSet.open(out).verify()
