@@ -19,6 +19,7 @@ from vtclip.support import Support
 # Support rows up to which hyper-parameters are searched over all classes. Beyond it every j-th
 # class is searched over, so that the time and memory of a search stop growing with the support.
 SEARCH_ROWS = 2048
+PRIOR_FACTOR = 2.0  # a hyper-parameter off its centre by this factor costs half a nat
 
 
 class SupportHead(nn.Module):
@@ -174,26 +175,28 @@ def most_likely(
     """The point of the grid under which labels [n] are most probable, given a prior about `centre`.
 
     cost = min_T sum_i -log softmax(logits_i / T)[label_i] + log(T)^2 / 2
-           + sum_p log(p / centre_p)^2 / (2 log(2)^2)
+           + sum_p log(p / centre_p)^2 / (2 log(PRIOR_FACTOR)^2)
 
     logits_of answers [n, K] for one point. T, see `scaled_nll`, judges a point by what it tells
     apart and not by how loud it is; its prior is that of `metrics.fit_temperature`. With a few
     images many points are as good as tied, and the prior then keeps close to a centre that suits
-    most tables; each further image counts for more against it.
+    most tables; each further image counts for more against it. Likelihood with this prior was the
+    best of the rules that `benchmarks/choose_search.py` compares, on images that neither train nor
+    validate nor test.
     """
     best: dict[str, float] = {}
     least = math.inf
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
         away = sum(math.log(value / centre[name]) ** 2 for name, value in point.items())
-        cost = scaled_nll(logits_of(point), label) + away / (2 * math.log(2) ** 2)
+        cost = scaled_nll(logits_of(point), label) + away / (2 * math.log(PRIOR_FACTOR) ** 2)
         if cost < least:
             best, least = point, cost
     return best
 
 
 def scaled_nll(logits: Tensor, label: Tensor) -> float:
-    """min over T = 2^(-3/2), 2^-1, ... 2^(3/2) of the summed NLL of logits / T [n, K], + log(T)^2 / 2."""
+    """Least sum of NLL(logits [n, K] / T) + log(T)^2 / 2 over T = 2^(-3/2), 2^-1, ... 2^(3/2)."""
     below = logits - logits.amax(dim=1, keepdim=True)
     own = below.gather(1, label[:, None]).sum()
     costs = []

@@ -83,13 +83,15 @@ class ProKeR(SupportHead):
         self.fit_support(Support(self.keys, self.label))
 
     def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
-        """One eigendecomposition per beta serves every alpha and lam; in the dtype of `text`."""
-        base, (Y, z) = self.zero_shot(image), self._targets()
-        both = torch.cat([Y, z], dim=1).to(self.text)
+        """One eigendecomposition per beta serves every alpha and lam; in float32 or float64."""
+        wide = torch.promote_types(self.text.dtype, torch.float32)
+        base, (Y, z) = self.zero_shot(image).to(wide), self._targets()
+        both = torch.cat([Y, z], dim=1).to(wide)
+        image, keys = image.to(wide), self.keys.to(wide)
         parts: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
         for beta in BETAS:
-            values, vectors = torch.linalg.eigh(kernel(self.keys, self.keys, beta))
-            to_val, right = kernel(image, self.keys, beta) @ vectors, vectors.mT @ both
+            values, vectors = torch.linalg.eigh(kernel(keys, keys, beta))
+            to_val, right = kernel(image, keys, beta) @ vectors, vectors.mT @ both
             for lam in LAMBDAS:
                 shrunk = to_val / (values.clamp(min=0) + lam)
                 Y_part, z_part = (shrunk @ right).tensor_split(2, dim=1)

@@ -9,6 +9,7 @@ of v S^T. The released code takes both ranges over all evaluation images at once
 logits depend on the others of its batch; here they are fixed on pairs of support images.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,9 @@ class TipX(TipAdapter):
         gamma = 0.08 * logit_scale if gamma is None else gamma
         if not 0 <= gamma < float("inf"):
             raise ValueError(f"TipX: gamma must be finite and at least 0, got {gamma}")
+        for name, value in (("slope", slope), ("offset", offset)):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"TipX: {name} must be finite, got {value}")
         self.gamma, self.slope, self.offset = float(gamma), slope, offset
 
     def options(self) -> dict[str, Any]:
@@ -65,9 +69,9 @@ class TipX(TipAdapter):
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Tensor:
         """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+        z = self.zero_shot(image)
         votes = self.alpha * self.affinity(self.similarity(image), self.beta)
-        votes = votes + self.gamma * self.likeness(image)
-        return self.zero_shot(image) + votes @ self.one_hot()
+        return z + (votes + self.gamma * self.likeness(image)) @ self.one_hot()
 
     def likeness(self, image: Tensor) -> Tensor:
         """image [B, C] -> offset - slope * KL to each support row [B, N]."""
