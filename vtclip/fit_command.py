@@ -187,8 +187,12 @@ def run_fit(args: argparse.Namespace) -> int:
     broken = result["test"]["unreadable"]
     if broken:
         emit(f"unreadable, not counted: {len(broken)} ({', '.join(broken[:3])}, ...)")
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items())
-    emit(f"{seconds}; peak memory {result['peak_memory_mb'] or 0:.0f} MB; {result['device']}")
+    held = {name: f" in {most:.0f} MB" for name, most in result.get("memory_mb", {}).items()}
+    held["total"] = f" in {result['peak_memory_mb'] or 0:.0f} MB"
+    stages = ", ".join(
+        f"{name} {value:.1f} s{held.get(name, '')}" for name, value in result["seconds"].items()
+    )
+    emit(f"{stages}; {result['device']}")
     files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
     emit(f"run in {run.folder}: {files}")
     return 0
