@@ -58,6 +58,7 @@ def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data: Path, tmp_path: P
     for seed in (1, 2, 3):
         run = api.fit(
             shared_data / "mira_tinyclip_fashion.npz",
+            method="vtclip",
             shots=16,
             seed=seed,
             out=tmp_path / str(seed),
@@ -73,7 +74,7 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(
 ) -> None:
     """The bundled model was trained on drawings: the numbers are poor, every step has to work."""
     run, photos = str(tmp_path / "run"), shared_data / "photos"
-    words = ["--shots", "1", "--epochs", "2", "--device", "cpu", "--out", run]
+    words = ["--method", "vtclip", "--shots", "1", "--epochs", "2", "--device", "cpu", "--out", run]
     assert main(["fit", str(photos), *words, "--cache-dir", str(tmp_path / "cache")]) == 0
     seen = capsys.readouterr()
     assert "19 classes, 19 training, 19 validation and 190 test images" in seen.out
