@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the defaults of `--method rada` were chosen: `python benchmarks/choose_defaults.py SOURCE...`
+"""How the defaults of a method were chosen: `python benchmarks/choose_defaults.py SOURCE...`
 
-Fits the recipe, and every setting that differs from it in one option, on few-shot draws of each
-source, and prints accuracy and negative log-likelihood on images that neither train nor test: per
-class the rows of the training half that were not drawn. The test half is cut off before anything
-is fitted. The draws are those of seeds 101 and 102, so that reported seeds are others.
+Fits the recipe of --method, and every setting that differs from it in one option, on few-shot draws
+of each source, and prints accuracy and negative log-likelihood on images that neither train nor
+test: per class the rows of the training half that were not drawn. The test half is cut off before
+anything is fitted. The draws are those of seeds 101 and 102, so that reported seeds are others.
+Nothing is chosen by validation images here: the head's defaults are what is compared.
 
 A row is better by more than chance where it gains about a point on average over the columns.
 """
@@ -13,35 +14,54 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vtclip import engine, metrics
 from vtclip.config import FitConfig
 from vtclip.data import Records, few_shot_split, open_source
+from vtclip.data.splits import Split
+from vtclip.fitting import fit_head
+from vtclip.heads import HEADS
 from vtclip.recipes import RECIPES
-from vtclip.settings import build_head
 
 CPU = torch.device("cpu")
-# option -> the values tried for it, each with the recipe's value of every other option
-GRID: dict[str, list[Any]] = {
+# option -> the values tried for it, each with the recipe's value of every other option; "a b" sets
+# two options at once
+TRAINING: dict[str, list[Any]] = {
     "lr": [3e-4, 1e-3, 3e-3, 1e-2],
-    "epochs": [10, 20, 40],
+    "epochs": [10, 20, 40, 50, 100, 200],
+    "lr epochs": ["3e-4 200", "1e-3 100"],
     "weight_decay": [5e-4, 1e-1],
+    "batch_size": [64, 256],
     "label_smoothing": [0.0, 0.1, 0.2],
+}
+HEAD: dict[str, list[Any]] = {
     "penalty": ["none 0", "l1 1", "mse 0.1", "mse 1", "mse 10", "linf 0.1", "linf 1"],
     "temperature": [0.1, 0.3, 1.0, 3.0],
+    "ratio": [0.1, 0.2, 0.4],
+    "l2": [1e-1, 1e-2, 1e-3, 1e-4, 1e-5],
+    "beta2": [0.0, 0.1, 0.3, 1.0],
+    "beta3": [0.0, 0.03, 0.1, 0.3],
 }
+GRID = {**TRAINING, **HEAD}
 
 
-def settings(shots: int, only: list[str]) -> Iterator[tuple[str, FitConfig]]:
+def options_of(method: str) -> list[str]:
+    """What of GRID the method has."""
+    takes = inspect.signature(HEADS[method]).parameters
+    trained = list(TRAINING) if RECIPES[method](1).epochs else []
+    return trained + [name for name in HEAD if name in takes]
+
+
+def settings(method: str, shots: int, only: list[str]) -> Iterator[tuple[str, FitConfig]]:
     """(name, config): the recipe first."""
-    recipe = RECIPES["rada"](shots)
+    recipe = RECIPES[method](shots)
     yield "recipe", recipe
     for option in only:
         for value in GRID[option]:
@@ -51,63 +71,69 @@ def settings(shots: int, only: list[str]) -> Iterator[tuple[str, FitConfig]]:
 
 
 def changed(recipe: FitConfig, option: str, value: Any) -> FitConfig:
+    if option == "lr epochs":
+        lr, epochs = value.split()
+        return dataclasses.replace(recipe, lr=float(lr), epochs=int(epochs))
     if option == "penalty":
         kind, weight = value.split()
         head = {**recipe.head, "penalty": kind}
         return dataclasses.replace(recipe, penalty_weight=float(weight), head=head)
-    if option == "temperature":
-        return dataclasses.replace(recipe, head={**recipe.head, "temperature": value})
+    if option in HEAD:
+        return dataclasses.replace(recipe, head={**recipe.head, option: value})
     return dataclasses.replace(recipe, **{option: value})
 
 
-def rows_of(records: Records, shots: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Training rows, and the rows that are neither training nor test."""
+def rows_of(records: Records, shots: int, seed: int) -> tuple[Split, torch.Tensor]:
+    """A split without validation rows, and the rows that are neither training nor test."""
     split = few_shot_split(records.label, records.names, shots=shots, seed=seed)
     held = torch.ones(len(records), dtype=torch.bool)
     held[split.train] = held[split.test] = False
-    return split.train, held.nonzero().flatten()
+    nothing = torch.tensor([], dtype=torch.long)
+    return dataclasses.replace(split, val=nothing, test=nothing), held.nonzero().flatten()
 
 
 def measure(
     method: str, records: Records, config: FitConfig, shots: int, seed: int
 ) -> dict[str, Any]:
     """Metrics on the held-out rows."""
-    train, held = rows_of(records, shots, seed)
-    rows = engine.TrainingRows(records, train, held)
-    torch.manual_seed(seed)
-    head = build_head(method, records, config, CPU)
-    if config.epochs:
-        nothing = torch.tensor([], dtype=torch.long)
-        engine.fit(head, rows, train, nothing, config, device=CPU, seed=seed, log=lambda row: None)
-    return metrics.report(*engine.all_logits(head, rows, held, device=CPU))
+    split, held = rows_of(records, shots, seed)
+    head = fit_head(method, records, split, config, device=CPU, seed=seed, log=lambda row: None)
+    return metrics.report(*engine.all_logits(head, records, held, device=CPU))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
+    parser.add_argument("--method", choices=[m for m in RECIPES if m != "auto"], default="rada")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102])
-    parser.add_argument("--only", nargs="+", choices=list(GRID), default=list(GRID))
+    parser.add_argument("--only", nargs="+", choices=list(GRID))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
-    tables = {Path(source).stem: open_source(source, progress=False) for source in args.sources}
+    only = [name for name in options_of(args.method) if args.only is None or name in args.only]
+    spatial = bool(HEADS[args.method].needs_spatial)  # type: ignore[attr-defined]
+    tables = {
+        Path(source).stem: open_source(source, need_spatial=spatial, progress=False)
+        for source in args.sources
+    }
     cells = [(name, shots) for name in tables for shots in args.shots]
     for name, records in tables.items():
         print(f"{name}: {records!r}")
-    print(f"held-out accuracy / NLL, seeds {args.seeds}; columns: source, shots")
+    print(f"{args.method}, held-out accuracy / NLL, seeds {args.seeds}; columns: source, shots")
     print(f"{'':26}" + "".join(f"{name[-9:]:>13}{shots:>3}" for name, shots in cells) + "     mean")
     line("zero-shot", [[measure("zeroshot", tables[name], FitConfig(epochs=0), shots, seed)
                         for seed in args.seeds] for name, shots in cells])  # fmt: skip
-    per_shots = {shots: list(settings(shots, args.only)) for shots in args.shots}
+    per_shots = {shots: list(settings(args.method, shots, only)) for shots in args.shots}
     names = dict.fromkeys(name for rows in per_shots.values() for name, _ in rows)
     for label in names:
         found = []
         for name, shots in cells:
             # the recipe of some shots may have a value that is another's change
-            config = dict(per_shots[shots]).get(label, RECIPES["rada"](shots))
-            found.append([measure("rada", tables[name], config, shots, s) for s in args.seeds])
+            config = dict(per_shots[shots]).get(label, RECIPES[args.method](shots))
+            rows = [measure(args.method, tables[name], config, shots, s) for s in args.seeds]
+            found.append(rows)
         line(label, found)
     print(f"{time.perf_counter() - start:.0f} s, {torch.get_num_threads()} threads")
 
