@@ -180,9 +180,11 @@ def most_likely(
     logits_of answers [n, K] for one point. T, see `scaled_nll`, judges a point by what it tells
     apart and not by how loud it is; its prior is that of `metrics.fit_temperature`. With a few
     images many points are as good as tied, and the prior then keeps close to a centre that suits
-    most tables; each further image counts for more against it. Likelihood with this prior was the
-    best of the rules that `benchmarks/choose_search.py` compares, on images that neither train nor
-    validate nor test.
+    most tables; each further image counts for more against it.
+
+    Chosen by `benchmarks/choose_search.py` on images that neither train nor validate nor test: for
+    every head the mean accuracy over two tables and 1, 4 and 16 shots is 0.2 to 0.6 points above
+    that of likelihood without the prior, and 0.2 to 0.7 above that of validation accuracy.
     """
     best: dict[str, float] = {}
     least = math.inf
