@@ -28,7 +28,8 @@ class TipAdapter(SupportHead):
 
     Beside validation images, `choose` asks each support image of a class with several what the
     others say of it, its own class's votes multiplied by n / (n - 1) for the one that is left out.
-    `benchmarks/choose_search.py`: that gains 1.3 points with 16 shots on RN50, elsewhere -0.1 to 0.3.
+    By `benchmarks/choose_search.py` that gains 1.3 points with 16 shots on RN50 and elsewhere
+    between -0.1 and 0.3.
     """
 
     method = "tip-adapter"
