@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch.nn import functional as F
 from vtclip import ops
 from vtclip.heads._check import check_image, check_text
 from vtclip.support import Support
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 # Support rows up to which hyper-parameters are searched over all classes. Beyond it every j-th
 # class is searched over, so that the time and memory of a search stop growing with the support.
