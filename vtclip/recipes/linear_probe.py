@@ -15,7 +15,7 @@ def get_config(shots: int) -> FitConfig:
     Expected: 80.7 / 95.5 / 98.6 % beside 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds 1-3,
         on 500 satellite photos of 19 classes through ViT-B/32. It takes nothing from the class
         texts, and with one image a class may fall below zero-shot.
-    Cost: 0.2 / 0.5 / 1.2 s on one CPU core.
+    Cost: 1 / 2 / 4 s on one CPU core.
     Command: vtclip fit SOURCE --method linear-probe --shots 16
     """
     del shots
