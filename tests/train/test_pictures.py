@@ -61,8 +61,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "images" / "grass" / "broken.png").write_bytes(b"not a picture")
     model = write_model(root / "model", seed=1)
     run = api.fit(
-        root / "images", method="vtclip", shots=4, model=str(model), out=root / "run", device="cpu", threads=1,
-        cache_dir=root / "cache", overrides={"epochs": 30, "lr": 1e-2},
+        root / "images", method="vtclip", shots=4, model=str(model), out=root / "run",
+        device="cpu", threads=1, cache_dir=root / "cache", overrides={"epochs": 30, "lr": 1e-2},
     )  # fmt: skip
     assert run.accuracy == 1.0  # three plain colours
     return {"root": root, "model": model, "run": root / "run", "images": root / "images"}
