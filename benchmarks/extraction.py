@@ -4,10 +4,11 @@
     python benchmarks/extraction.py [--images N] [--threads T] [--batch-size B] [--rounds R]
 
 The folder holds N drawn JPEGs of 500 x 375 pixels; the model has random weights. "encoder" is
-`Clip.encode_image` over all batches of preprocessed pixels, with T threads. "extraction" is
-`extract_features` with the same model, threads and batches: hashing, reading, decoding, resizing,
-encoding, class texts, shards and manifest on the disk. Both run in turn, R rounds, in one process;
-medians of wall time and processor time per image, and of the ratios of each round, are printed.
+`Clip.encode_image` over all batches of preprocessed pixels and `Clip.encode_text` of the class
+names, with T threads. "extraction" is `extract_features` with the same model, threads and batches:
+hashing, reading, decoding, resizing, encoding of images and class names, shards and manifest on the
+disk. Both run in turn, R rounds, in one process; medians of wall time and processor time per image,
+and of the ratios of each round, are printed.
 
 With fewer threads than cores, decoding has cores of its own. With as many, it must take its time
 from the encoder's cores, and encoder / (encoder + decoding) in processor time is the best there is.
@@ -89,6 +90,7 @@ def main() -> None:
 
 def compare(clip: Clip, batches: tuple[Tensor, ...], root: Path, args: argparse.Namespace) -> None:
     def encoder() -> Tensor:
+        clip.encode_text(sorted(CLASSES))
         return torch.cat([clip.encode_image(batch)[0] for batch in batches])
 
     def extraction() -> tuple[Tensor, Report]:

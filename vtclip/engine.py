@@ -57,6 +57,7 @@ def fit(
     optimizer = make_optimizer(parameters, config)
     torch.manual_seed(check_seed(seed))
     steps = max(1, len(train_index) // config.batch_size)  # per epoch
+    epochs = config.num_epochs(steps)
     first, loss_sum, last_loss = 0, 0.0, math.nan
     if resume and checkpoint is not None:
         first, loss_sum = checkpoint.load(head, optimizer)
@@ -65,7 +66,7 @@ def fit(
 
     with StopSignal() as stop:
         quiet = None if progress else True  # None: tqdm is quiet where stderr is no terminal
-        for number in tqdm(range(first, config.epochs * steps), "train", disable=quiet):
+        for number in tqdm(range(first, epochs * steps), "train", disable=quiet):
             epoch, step = divmod(number, steps)
             if step == 0 or number == first:
                 head.train()
@@ -96,7 +97,7 @@ def fit(
 
             if step + 1 == steps:
                 row = {"epoch": epoch, "step": number + 1, "lr": lr, "loss": loss_sum / steps}
-                loss_sum, last_epoch = 0.0, epoch + 1 == config.epochs
+                loss_sum, last_epoch = 0.0, epoch + 1 == epochs
                 if last_epoch or (epoch + 1) % config.checkpoint_every == 0:
                     if len(val_index):
                         seen = metrics.report(*all_logits(head, records, val_index, device=device))

@@ -24,6 +24,7 @@ import torch
 from . import api
 from .adapter import TENSORS
 from .checkpoint import read_safetensors
+from .config import FitConfig
 from .data.extract import default_cache
 from .data.featureset import MANIFEST, FeatureSet
 from .data.hashing import hash_all
@@ -108,6 +109,8 @@ def overrides_of(
     if encoders:
         return {name: value for name, value in settings.items() if name != "recipe"}
     recipe = dataclasses.asdict(RECIPES[method](shots))
+    # of settings that came after the run, what they mean where they are not there
+    settings = {**dataclasses.asdict(FitConfig(settings["epochs"])), **settings}
     other = {name: value for name, value in settings.items() if recipe.get(name) != value}
     if "head" in other:
         other["head"] = {

@@ -56,7 +56,8 @@ def takes_images(method: str) -> bool:
 def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
     """The recipe's settings with `overrides` in place of some; `head` adds to the recipe's.
 
-    A head without a penalty takes no penalty_weight; where its kind is "none" the weight is 0.
+    Epochs that are asked for are trained, all of them. A head without a penalty takes no
+    penalty_weight; where its kind is "none" the weight is 0.
     """
     config = RECIPES[method](shots)
     given = {name: value for name, value in (overrides or {}).items() if value is not None}
@@ -84,6 +85,8 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) 
             raise ValueError(f"penalty_weight must be 0 where the penalty is none, got {weight:g}")
         given["penalty_weight"] = 0.0
     given["head"] = {**config.head, **options}
+    if "epochs" in given:
+        given.setdefault("enough_steps", 0)
     if given.get("epochs", 1) < 1:
         raise ValueError(f"epochs must be at least 1, got {given['epochs']}")
     return dataclasses.replace(config, **given)

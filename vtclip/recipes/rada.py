@@ -20,4 +20,12 @@ def get_config(shots: int) -> FitConfig:
     Command: vtclip fit SOURCE --method rada --shots 16
     """
     lr = 1e-3 if shots < 4 else 3e-3
-    return FitConfig(epochs=20, optimizer="adamw", lr=lr, warmup="linear", penalty_weight=1.0)
+    return FitConfig(
+        epochs=20,
+        enough_steps=300,
+        least_epochs=6,
+        optimizer="adamw",
+        lr=lr,
+        warmup="linear",
+        penalty_weight=1.0,
+    )
