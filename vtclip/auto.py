@@ -23,9 +23,9 @@ from .recipes import RECIPES
 CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
 # Chosen by benchmarks/choose_auto.py on images that neither train nor test.
 TRUSTED = ("proker", "rada", "vtclip")  # share the weight equally before validation speaks
-DOUBTED = 0.2  # of a trusted one's prior weight, for each of the others
+DOUBTED = 0.5  # of a trusted one's prior weight, for each of the others
 STRENGTH = 20.0  # images that the prior weighs as much as
-MAX_MEMBERS = 3
+MAX_MEMBERS = 4
 MAX_FOLDS = 4
 VAL_FOLDS = 5
 REPORTED = ("accuracy", "nll_scaled", "temperature", "count")

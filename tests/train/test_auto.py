@@ -62,11 +62,12 @@ def test_the_temperature_decides_not_the_scale_of_the_logits():
     }
 
 
-def test_at_most_three_are_kept():
+def test_at_most_four_are_kept():
     label = torch.arange(40) % 4
     parts = {name: logits_of(label, 2.0, 5) for name in auto.CANDIDATES}
     weights = choose_weights(parts, label)
-    assert set(weights) == {"proker", "rada", "vtclip"}
+    assert len(weights) == 4
+    assert set(weights) > {"proker", "rada", "vtclip"}
 
 
 def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records: Records):
@@ -132,7 +133,7 @@ def test_without_anything_to_choose_by_the_prior_stands(records: Records, quick:
     none = Split(split.train, split.val[:0], split.test, split.digest)
     kept, rows = fitted(records, none)
     assert kept.members == ["rada", "zeroshot"]
-    assert kept.weights == pytest.approx([1 / 1.2, 0.2 / 1.2])
+    assert kept.weights == pytest.approx([1 / 1.5, 0.5 / 1.5])
     assert "accuracy" not in rows[0]
 
 

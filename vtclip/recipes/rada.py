@@ -22,8 +22,8 @@ def get_config(shots: int) -> FitConfig:
     lr = 1e-3 if shots < 4 else 3e-3
     return FitConfig(
         epochs=20,
-        enough_steps=300,
-        least_epochs=6,
+        enough_steps=250,
+        least_epochs=5,
         optimizer="adamw",
         lr=lr,
         warmup="linear",
