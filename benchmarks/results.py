@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def environment(device: str) -> dict[str, object]:
         name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
     return {
         "device": name,
+        **(_cuda_versions() if device == "cuda" else {}),
         "instructions": native.build_info().get("instructions", "none"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -36,13 +38,28 @@ def environment(device: str) -> dict[str, object]:
     }
 
 
+def _cuda_versions() -> dict[str, object]:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        driver = done.stdout.strip()
+    except OSError:
+        driver = "unknown"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = "none"
+    return {"driver": driver, "triton": triton, "cuda": torch.version.cuda}
+
+
 def save(out: Path, device: str) -> None:
     """Writes `results.csv` and `results.json` under `out`."""
     out.mkdir(parents=True, exist_ok=True)
     where = environment(device)
     rows = [{**row, **where} for row in ROWS]
     with (out / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(file, fieldnames=list(columns))
         writer.writeheader()
         writer.writerows(rows)
     (out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
