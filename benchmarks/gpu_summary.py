@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections import Counter
 from datetime import datetime, timezone
@@ -40,8 +39,8 @@ def where(torch: ModuleType, device: str, root: Path) -> dict[str, str]:
         found["devices"] = str(torch.cuda.device_count())
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["memory_gib"] = f"{properties.total_memory / 2**30:.0f}"
-        done = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=False)
-        found["nvcc"] = (done.stdout.strip().splitlines() or ["none"])[-1]
+        told = results.output("nvcc", "--version").strip().splitlines()
+        found["nvcc"] = told[-1] if told else "none"
     return found
 
 

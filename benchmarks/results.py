@@ -20,9 +20,6 @@ ROWS: list[dict[str, object]] = []
 
 def environment(device: str) -> dict[str, object]:
     """Where the numbers come from."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
     if device == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -33,23 +30,31 @@ def environment(device: str) -> dict[str, object]:
         "instructions": native.build_info().get("instructions", "none"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "commit": done.stdout.strip(),
+        "commit": output("git", "describe", "--always", "--dirty").strip(),
         "date": date.today().isoformat(),
     }
 
 
-def _cuda_versions() -> dict[str, object]:
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+def output(*command: str) -> str:
+    """What a program prints; nothing where it is absent or fails."""
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        driver = done.stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
-        driver = "unknown"
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _cuda_versions() -> dict[str, object]:
+    asked = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
     try:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "none"
-    return {"driver": driver, "triton": triton, "cuda": torch.version.cuda}
+    return {
+        "driver": output(*asked).strip() or "unknown",
+        "triton": triton,
+        "cuda": torch.version.cuda,
+    }
 
 
 def save(out: Path, device: str) -> None:

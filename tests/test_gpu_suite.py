@@ -98,7 +98,8 @@ def test_rehearsal_goes_through_every_step_and_keeps_what_it_found(tmp_path):
     assert state["not_reached"] == []
     assert notes["tests"] == "finished", (out / "tests-0.log").read_text()[-2000:]
     assert notes["benchmarks"] == "finished", (out / "benchmarks.log").read_text()[-2000:]
-    assert [entry["calls"] for entry in state["sanitizer"]] == [4]  # two operators, two dtypes
+    (watched,) = state["sanitizer"]
+    assert watched["calls"] >= 4  # of at least two operators, in two dtypes each
     suite = ElementTree.parse(out / "junit.xml").getroot()
     assert suite.get("failures") == suite.get("errors") == "0"
     assert int(suite.get("tests")) > int(suite.get("skipped")) > 0
