@@ -55,7 +55,7 @@ def attention_reduced(
 def _joint(out: Tensor, lse: Tensor) -> Tensor:
     """Row-wise attention out [B, H, K, d], lse [B, H, K] -> that of the joint softmax, times K."""
     weight = torch.softmax(lse, dim=-1) * lse.shape[-1]  # K exp(lse_i - logsumexp_i lse_i)
-    return out * weight[..., None]
+    return out * weight[..., None].to(out.dtype)
 
 
 def attention_sdpa_lse(

@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, dict[str, object]]:
     return found
 
 
-def _reason(report: pytest.TestReport) -> str:
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     if report.skipped and isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -92,6 +92,8 @@ class Stream:
         if report.failed:
             reason = " ".join(report.longreprtext.split())[-KEPT:]
             self.write(report.nodeid, outcome="not collected", reason=reason)
+        elif report.skipped:
+            self.write(report.nodeid, outcome="skipped", reason=_reason(report))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
