@@ -111,7 +111,7 @@ def as_tf32(tensor: Tensor) -> Tensor:
     return (tensor.contiguous().view(torch.int32) & -(1 << TF32_BITS)).view(torch.float32)
 
 
-class _Tf32Products(TorchDispatchMode):
+class _Tf32Products(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -145,4 +145,4 @@ def tf32_products() -> TorchDispatchMode:
     What a peer needs that is to be as exact as a kernel on tensor cores: the library behind
     torch.matmul takes them for some shapes only, and no CPU has them.
     """
-    return _Tf32Products()
+    return _Tf32Products()  # type: ignore[no-untyped-call, unused-ignore]
