@@ -58,7 +58,6 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
         return [], {}
     home = cuda_home()
     os.environ.update({"CUDA_HOME": home} if home else {})
-    import pybind11
     import torch
     from torch.utils import cpp_extension
 
@@ -73,7 +72,7 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
     (ROOT / "build").mkdir(exist_ok=True)
     (ROOT / "build" / "build_info.h").write_text(f"#define VTCLIP_BUILD_INFO {entries}\n")
 
-    includes = [*cpp_extension.include_paths(), pybind11.get_include()]
+    includes = cpp_extension.include_paths()  # pybind11's headers among them: torch brings a copy
     strict = ["-Werror"] * (os.environ.get("VTCLIP_WERROR") == "1")
     host = ["-O3", "-Wall", "-Wextra", *strict, *(f"-isystem{path}" for path in includes)]
     common = {

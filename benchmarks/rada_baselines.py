@@ -55,7 +55,7 @@ def attention_reduced(
 def _joint(out: Tensor, lse: Tensor) -> Tensor:
     """Row-wise attention out [B, H, K, d], lse [B, H, K] -> that of the joint softmax, times K."""
     weight = torch.softmax(lse, dim=-1) * lse.shape[-1]  # K exp(lse_i - logsumexp_i lse_i)
-    return out * weight[..., None]
+    return out * weight[..., None].to(out.dtype)
 
 
 def attention_sdpa_lse(
@@ -134,18 +134,26 @@ class ReleasedRAda(nn.Module):
 class ReducedRAda(ReleasedRAda):
     """The same layer: image queries are B rows, text queries K rows, three linears are one."""
 
+    attend = staticmethod(attention_reduced)
+
     def forward(self, image: Tensor) -> Tensor:
         root, v = math.sqrt(self.scale), image[:, None]
         product = self.scale * (v * self.text)
         layers = self.q_proj3, self.k_proj, self.v_proj
         weight, bias = (torch.cat([getattr(x, n) for x in layers]) for n in ("weight", "bias"))
         projected = F.linear(product, weight, bias).chunk(3, dim=-1)
-        context = attention_reduced(
+        context = self.attend(
             self._split(self.q_proj1(root * v)),
             self._split(self.q_proj2(root * self.text[None])),
             *(self._split(x) for x in projected),
         )
         return self._end(context, image)
+
+
+class FlexRAda(ReducedRAda):
+    """The same layer with FlexAttention; to be compiled."""
+
+    attend = staticmethod(attention_flex_lse)
 
 
 class OurRAda(nn.Module):

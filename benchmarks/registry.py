@@ -29,6 +29,7 @@ class Work:
     oracle: Callable[[], Tensor]
     parameters: dict[str, list[Tensor]] = field(default_factory=dict)
     forward_only: tuple[str, ...] = ()  # providers that torch cannot differentiate
+    backward_memory: bool = False  # the peak of the backward alone is of interest
 
     def wanted(self, provider: str) -> list[Tensor]:
         """What forward+backward differentiates for this provider."""
@@ -45,6 +46,7 @@ class Case:
     build: Callable[..., Work]
     dtype: torch.dtype = torch.float32
     compiled: tuple[str, ...] = ()  # providers shown through torch.compile as well
+    graph: bool = False  # on CUDA, time the replay of a captured call
 
     @property
     def name(self) -> str:

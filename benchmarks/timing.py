@@ -48,6 +48,41 @@ class _Clock:
         return start_event.elapsed_time(end_event) / 1000.0
 
 
+class Captured:
+    """A call as a CUDA graph: each call replays it, `result` is what every replay overwrites."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is made at first use must not be captured
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = call()
+
+    def __call__(self) -> object:
+        self.graph.replay()
+        return self.result
+
+
+def kernel_count(call: Callable[[], object]) -> int:
+    """Device activities of one call: kernels, and copies and fills, which cost a launch as well."""
+    call()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(
+        event.device_type == cuda and not getattr(event, "is_user_annotation", False)
+        for event in profile.events()
+    )
+
+
 def peak_bytes(call: Callable[[], object], device: str) -> int:
     """The most that one call holds at a time of what it takes from torch's allocator.
 

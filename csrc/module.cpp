@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module vtclip._C. Importing it loads the library, whose static initialisers register
 // the CPU kernels; tensors never pass through pybind11.
+#undef TORCH_TARGET_VERSION  // under it torch's copy of pybind11 refuses; nothing here is torch's
 #include <map>
 #include <string>
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from vtclip.ops._select import Problem, select
 
 ROOT = Path(__file__).parents[1]
-IMPLS = ("cpu", "triton", "cuda")
+IMPLS = ("cpu", "triton", "cuda", "reference")
 
 
 @pytest.fixture(autouse=True)
@@ -48,17 +48,15 @@ def shared_data() -> Path:
 
 def device_for(impl: str) -> str:
     """Where an implementation's tests run on this machine."""
-    if impl == "cuda" or (impl == "triton" and torch.cuda.is_available()):
-        return "cuda"
-    return "cpu"
+    return "cpu" if impl == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 @pytest.fixture(params=IMPLS)
 def impl(request: pytest.FixtureRequest) -> str:
-    """Each compiled implementation; skipped, with the reason, where it cannot run at all."""
+    """Each implementation; skipped, with the reason, where it cannot run or would prove nothing."""
     name: str = request.param
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("cuda: no CUDA device")
+    if name in ("cuda", "reference") and not torch.cuda.is_available():
+        pytest.skip(f"{name}: no CUDA device")
     return name
 
 

@@ -62,3 +62,25 @@ def test_poisoned_empty_poisons_and_restores():
         assert torch.empty(3).isnan().all()
         assert torch.ones(2).new_empty(4).isnan().all()
     assert torch.empty.__name__ == "empty"
+
+
+def test_tf32_products_cut_the_operands_of_every_product_and_nothing_else():
+    a, b = torch.randn(5, 40), torch.randn(40, 3)
+    added = torch.full((5, 3), 1 + 2.0**-20)  # not to be cut
+    cut = testing.as_tf32(a), testing.as_tf32(b)
+    error = float(((cut[0] - a) / a).abs().max())
+    assert 2.0**-11 < error < 2.0**-10
+    assert (cut[0].abs() <= a.abs()).all()
+    leaves = [t.clone().requires_grad_() for t in (a, b)]
+    with testing.tf32_products():
+        product = leaves[0] @ leaves[1]
+        d_a, d_b = torch.autograd.grad(product.sum(), leaves)
+        sums = torch.addmm(added, a, b)
+        batched = torch.matmul(a.expand(2, 5, 40), b.expand(2, 40, 3))
+    wanted = cut[0] @ cut[1]
+    torch.testing.assert_close(product, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(batched[1], wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(sums - added, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(d_a, cut[1].sum(1).expand(5, 40), rtol=0, atol=1e-5)
+    torch.testing.assert_close(d_b, cut[0].sum(0)[:, None].expand(40, 3), rtol=0, atol=1e-5)
+    assert float((product.detach() - a @ b).abs().max()) > 1e-4

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # error allowed relative to the reference's own, as flash-attention's suite: outputs, gradients
 FORWARD_FACTOR = 2.0
@@ -99,3 +101,48 @@ def poisoned_empty() -> Iterator[None]:
         mock.patch.object(Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k))),
     ):
         yield
+
+
+TF32_BITS = 13  # of a float32's fraction that a tensor core does not read
+
+
+def as_tf32(tensor: Tensor) -> Tensor:
+    """float32 values with the fraction cut to the 10 bits of TF32, as tensor cores read them."""
+    return (tensor.contiguous().view(torch.int32) & -(1 << TF32_BITS)).view(torch.float32)
+
+
+class _Tf32Products(TorchDispatchMode):  # type: ignore[no-untyped-call, unused-ignore]
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in _PRODUCTS:
+            first = _PRODUCTS[func.overloadpacket]  # what is added to a product is not an operand
+            args = (
+                *args[:first],
+                *(
+                    as_tf32(a) if isinstance(a, Tensor) and a.dtype == torch.float32 else a
+                    for a in args[first:]
+                ),
+            )
+        return func(*args, **(kwargs or {}))
+
+
+# torch's matrix products -> position of the first operand
+_PRODUCTS = {
+    torch.ops.aten.mm: 0,
+    torch.ops.aten.bmm: 0,
+    torch.ops.aten.mv: 0,
+    torch.ops.aten.dot: 0,
+    torch.ops.aten.addmm: 1,
+    torch.ops.aten.baddbmm: 1,
+    torch.ops.aten.addmv: 1,
+}
+
+
+def tf32_products() -> TorchDispatchMode:
+    """Within it torch's float32 matrix products, backward too, read their operands as TF32.
+
+    What a peer needs that is to be as exact as a kernel on tensor cores: the library behind
+    torch.matmul takes them for some shapes only, and no CPU has them.
+    """
+    return _Tf32Products()  # type: ignore[no-untyped-call, unused-ignore]

@@ -11,7 +11,22 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
-pytest.importorskip("triton", reason="triton is not installed")
+try:
+    import triton  # noqa: F401
+except ImportError as error:  # Triton itself, or numpy, which it does not declare
+    WHY_NOT = str(error)
+else:
+    WHY_NOT = ""
+
+
+class _Without(pytest.Module):
+    def collect(self):
+        pytest.skip(f"triton cannot be imported: {WHY_NOT}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Without Triton every file here is skipped before it is imported."""
+    return _Without.from_parent(parent, path=module_path) if WHY_NOT else None
 
 
 @pytest.fixture

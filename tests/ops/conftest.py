@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from vtclip import testing
 # (inputs in float64, output gradients, fixed arguments) -> magnitude of the terms that cancel
 Floor = Callable[[dict[str, Tensor], list[Tensor], dict[str, object]], dict[str, float]]
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32-tf32": torch.float32,
+}
 
 
 def _run(
@@ -36,23 +43,40 @@ def _run(
     return [out.detach() for out in outputs], dict(zip(leaves, grads, strict=True)), seeds
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Every dtype the operators accept."""
-    return request.param
+def _tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest, device: str) -> Iterator[torch.dtype]:
+    """Every dtype the operators accept; float32 a second time with TF32 allowed."""
+    name: str = request.param
+    if name == "float32-tf32" and device != "cuda":
+        pytest.skip("float32-tf32: no CUDA device runs this")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "float32-tf32" else "ieee"
+    yield DTYPES[name]
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.fixture
 def compare(impl: str, device: str) -> Callable[..., None]:
-    """Outputs and every gradient of `impl` within budget of the float64 reference."""
+    """Outputs and every gradient of `impl` within budget of the float64 reference.
+
+    Oracle and peer are the reference on the device of `impl`; for the reference itself on CPU.
+    With TF32 allowed, the peer's products take operands of that precision, whatever the library
+    behind torch.matmul chooses for a shape.
+    """
+    home = "cpu" if impl == "reference" else device
 
     def check(
         op: Op, inputs: dict[str, Tensor], floor: Floor | None = None, **fixed: object
     ) -> None:
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        fixed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in fixed.items()}
+        inputs = {name: tensor.to(home) for name, tensor in inputs.items()}
+        fixed = {k: v.to(home) if isinstance(v, Tensor) else v for k, v in fixed.items()}
         dtype = next(iter(inputs.values())).dtype
-        peer_out, peer_grads, seeds = _run(op, inputs, fixed, "reference", None)
+        with testing.tf32_products() if _tf32() else contextlib.nullcontext():
+            peer_out, peer_grads, seeds = _run(op, inputs, fixed, "reference", None)
         wide = {name: tensor.double() for name, tensor in inputs.items()}
         wide_fixed = {
             k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -60,11 +84,13 @@ def compare(impl: str, device: str) -> Callable[..., None]:
         }
         oracle_out, oracle_grads, _ = _run(op, wide, wide_fixed, "reference", seeds)
         cancelling = floor(wide, seeds, wide_fixed) if floor else {}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        fixed = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in fixed.items()}
         saved = {name: tensor.clone() for name, tensor in inputs.items()}
         out, grads, _ = _run(op, inputs, fixed, impl, seeds)
         for i, (actual, oracle, peer) in enumerate(zip(out, oracle_out, peer_out, strict=True)):
             testing.assert_within_budget(
-                actual,
+                actual.to(home),
                 oracle,
                 peer,
                 name=f"output {i}",
@@ -72,7 +98,7 @@ def compare(impl: str, device: str) -> Callable[..., None]:
             )
         for name, actual in grads.items():
             testing.assert_within_budget(
-                actual,
+                actual.to(home),
                 oracle_grads[name],
                 peer_grads[name],
                 factor=testing.GRADIENT_FACTOR,

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of gpu_suite.sh leaves to read: summary.md, junit.xml, targets.csv.
+
+python benchmarks/gpu_summary.py OUT_DIR        # again, from the files of a run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import results
+import streamed
+import targets
+
+STATE = "state.json"
+SHOWN = 40  # failed tests named on the page; junit.xml has them all
+
+
+def where(torch: ModuleType, device: str, root: Path) -> dict[str, str]:
+    """Device, driver, versions, commit, date."""
+    here = os.getcwd()
+    os.chdir(root)  # the commit is asked for here
+    try:
+        found = {name: str(value) for name, value in results.environment(device).items()}
+    finally:
+        os.chdir(here)
+    found["python"] = platform.python_version()
+    found["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["devices"] = str(torch.cuda.device_count())
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found["memory_gib"] = f"{properties.total_memory / 2**30:.0f}"
+        told = results.output("nvcc", "--version").strip().splitlines()
+        found["nvcc"] = told[-1] if told else "none"
+    return found
+
+
+def tests(out: Path) -> dict[str, dict[str, object]]:
+    """Every test of every part that was begun."""
+    found: dict[str, dict[str, object]] = {}
+    for path in sorted(out.glob("*.jsonl")):
+        found |= streamed.read(path)
+    return found
+
+
+def junit(found: dict[str, dict[str, object]]) -> ElementTree.ElementTree:
+    """JUnit XML of the tests, whatever happened to the process that ran them."""
+    bad = {"failed": "failure", "error": "error", "crashed": "error", "not collected": "error"}
+    suite = ElementTree.Element("testsuite", name="vtclip on a device", tests=str(len(found)))
+    for name, entry in found.items():
+        file, _, test = name.partition("::")
+        seconds = str(entry.get("seconds", 0.0))
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=file, name=test or file, time=seconds
+        )
+        outcome, reason = str(entry["outcome"]), str(entry.get("reason", ""))
+        if outcome in bad:
+            ElementTree.SubElement(case, bad[outcome], message=f"{outcome}: {reason}")
+        elif outcome != "passed":
+            ElementTree.SubElement(case, "skipped", message=f"{outcome}: {reason}")
+    for kind, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        suite.set(kind, str(len(suite.findall(f"./testcase/{tag}"))))
+    return ElementTree.ElementTree(suite)
+
+
+def _tests_page(found: dict[str, dict[str, object]]) -> list[str]:
+    if not found:
+        return ["No test was begun."]
+    counts = Counter((name.split("::")[0], str(entry["outcome"])) for name, entry in found.items())
+    files = list(dict.fromkeys(file for file, _ in counts))
+    outcomes = ["passed", "failed", "skipped", "error", "crashed", "not collected", "stopped"]
+    outcomes = [outcome for outcome in outcomes if any(counts[file, outcome] for file in files)]
+    lines = [f"| file | {' | '.join(outcomes)} |", "| --- " * (1 + len(outcomes)) + "|"]
+    for file in files:
+        lines.append(f"| {file} | {' | '.join(str(counts[file, o]) for o in outcomes)} |")
+    totals = Counter(str(entry["outcome"]) for entry in found.values())
+    lines.append(f"| **all** | {' | '.join(str(totals[o]) for o in outcomes)} |")
+    bad = [(name, e) for name, e in found.items() if e["outcome"] not in ("passed", "skipped")]
+    if bad:
+        lines += ["", "Not passed:", ""]
+        lines += [f"- `{n}` {e['outcome']}: {str(e['reason'])[:200]}" for n, e in bad[:SHOWN]]
+        if len(bad) > SHOWN:
+            lines.append(f"- and {len(bad) - SHOWN} more, in junit.xml")
+    reasons = Counter(str(e["reason"]) for e in found.values() if e["outcome"] == "skipped")
+    if reasons:
+        lines += ["", "Skipped, by reason:", ""]
+        lines += [f"- {count}: {reason}" for reason, count in reasons.most_common()]
+    return lines
+
+
+def _targets_page(lines: list[dict[str, str]]) -> list[str]:
+    page = [
+        "| case | mode | what | graph | at most | measured | reached |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for line in lines:
+        cells = (line[c] for c in ("case", "mode", "what", "graph", "at_most", "measured"))
+        page.append(f"| {' | '.join(cells)} | {line['reached'] or '-'} |")
+    return page
+
+
+def _rows_page(rows: list[dict[str, str]]) -> list[str]:
+    if not rows:
+        return ["No benchmark was finished."]
+    columns = ("median_ms", "p20_ms", "p80_ms", "times_ours", "kernels", "peak_mib")
+    page = [f"| case | mode | provider | {' | '.join(columns)} |", "| --- " * 9 + "|"]
+    for row in rows:
+        texts = [row.get(column) or "" for column in columns]
+        if row.get("note"):
+            cells = [row["note"].replace("|", "/"), *[""] * (len(columns) - 1)]
+        else:
+            cells = [f"{float(t):.4g}" if t else "-" for t in texts]
+        page.append(f"| {row['case']} | {row['mode']} | {row['provider']} | {' | '.join(cells)} |")
+    return page
+
+
+def _sanitizer_page(found: list[dict[str, object]]) -> list[str]:
+    if not found:
+        return ["Not reached."]
+    page = [
+        "| check | impl | calls made | errors | in kernels | exit code |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in found:
+        told = {key: "-" if value is None else value for key, value in entry.items()}
+        kernels = ", ".join(entry["kernels"]) or "-"  # type: ignore[arg-type]
+        cells = f"{told['calls']} | {told['errors']} | {kernels} | {told['exit_code']}"
+        page.append(f"| {told['check']} | {told['impl']} | {cells} |")
+    return page
+
+
+def page(out: Path, state: dict[str, object]) -> str:
+    """summary.md."""
+    environment: dict[str, str] = state["environment"]  # type: ignore[assignment]
+    steps: list[dict[str, object]] = state["steps"]  # type: ignore[assignment]
+    compiled = targets.read(out / "benchmarks-compiled" / "results.csv")
+    rows = targets.read(out / "benchmarks" / "results.csv")
+    seen = {(row["case"], row["mode"], row["provider"]) for row in rows}
+    rows += [row for row in compiled if (row["case"], row["mode"], row["provider"]) not in seen]
+    table = targets.table(rows)
+    targets.write(out / "targets.csv", table)
+    lines = ["# vtclip on a device", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in environment.items()]
+    lines += ["", f"## Steps, of {state['minutes']:g} minutes", "", "| step | seconds | note |"]
+    lines += ["| --- | --- | --- |"]
+    lines += [
+        f"| {s['step']} | {s['seconds']} | {str(s['note']).replace('|', '/')} |" for s in steps
+    ]
+    left: list[str] = state["not_reached"]  # type: ignore[assignment]
+    lines += ["", f"Not reached in the time: {', '.join(left) or 'nothing'}."]
+    lines += ["", "## Tests", "", *_tests_page(tests(out))]
+    lines += ["", "## Targets", "", *_targets_page(table)]
+    sanitized: list[dict[str, object]] = state.get("sanitizer", [])  # type: ignore[assignment]
+    lines += ["", "## compute-sanitizer", "", *_sanitizer_page(sanitized)]
+    lines += ["", "## Benchmarks", ""]
+    lines += ["Medians between CUDA events, the L2 cache flushed before each call or replay;"]
+    lines += ["`times_ours` is the provider over vtclip in the same run.", "", *_rows_page(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def write(out: Path, state: dict[str, object]) -> None:
+    """All three files, from what the steps have left so far."""
+    (out / STATE).write_text(json.dumps(state, indent=1) + "\n")
+    junit(tests(out)).write(out / "junit.xml", encoding="utf-8", xml_declaration=True)
+    (out / "summary.md").write_text(page(out, state))
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write(folder, json.loads((folder / STATE).read_text()))

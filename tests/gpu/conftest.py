@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a device can show; VTCLIP_GPU_REHEARSE=1 runs the same code on CPU at tiny sizes.
+
+The operators and the shapes of their arguments come from the table of tests/test_library.py, whose
+sizes B K L H d C are distinct numbers, so that others can be put in their place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from vtclip import testing
+from vtclip.ops._select import Problem, select
+
+REHEARSE = os.environ.get("VTCLIP_GPU_REHEARSE") == "1"
+TABLE_SIZES = {"B": 3, "K": 5, "L": 7, "H": 2, "d": 8, "C": 6}
+TINY = {"B": 2, "K": 4, "L": 5, "H": 1, "d": 8, "C": 16}
+
+
+def _table() -> dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]]:
+    path = Path(__file__).parents[1] / "test_library.py"
+    spec = importlib.util.spec_from_file_location("_vtclip_library_table", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    calls: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = module.CALLS
+    return calls
+
+
+CALLS = _table()
+NAMES = tuple(CALLS)
+
+
+@pytest.fixture(autouse=True)
+def _device_is_there() -> None:
+    if not torch.cuda.is_available() and not REHEARSE:
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=("triton", "cuda"))
+def impl(request: pytest.FixtureRequest) -> str:
+    """The implementations that have device code; in a rehearsal Triton's interpreter."""
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("cuda: no CUDA device")
+    return name
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The first CUDA device, or the CPU that stands in for it."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Every public operator."""
+    return request.param
+
+
+class Call:
+    """One operator with drawn arguments [.., of the sizes asked for]."""
+
+    def __init__(self, name: str, device: torch.device, impl: str) -> None:
+        self.op, self.shapes = CALLS[name]
+        self.name, self.device, self.impl = name, device, impl
+
+    def draw(
+        self, dtype: torch.dtype = torch.float32, sizes: dict[str, int] | None = None
+    ) -> list[Tensor]:
+        """Leaves in float32 rounded to `dtype`; matrices [C, C] as projections have them."""
+        wanted = TINY if REHEARSE or sizes is None else sizes
+        put = {TABLE_SIZES[letter]: size for letter, size in wanted.items()}
+        drawn = []
+        for shape in self.shapes:
+            new = [put.get(size, size) for size in shape]
+            unit = new[-1] ** -0.5 if len(new) == 2 and new[0] == new[1] else 1.0
+            drawn.append((unit * torch.randn(new)).to(dtype).to(self.device).requires_grad_())
+        width = drawn[-1].shape[-1]
+        op = "cross_attn" if self.name == "cross_attn_lse" else self.name
+        try:
+            select(Problem(op, self.device.type, dtype, width), self.impl)  # type: ignore[arg-type]
+        except NotImplementedError as refused:
+            pytest.skip(str(refused))
+        return drawn
+
+    def run(self, leaves: list[Tensor], impl: str | None = None) -> list[Tensor]:
+        """The result and its gradients, for an output gradient that depends on the result."""
+        out = self.op(*leaves, impl=impl or self.impl)
+        seed = torch.cos(3.0 * torch.arange(out.numel(), device=out.device)).view(out.shape)
+        return [out.detach(), *torch.autograd.grad(out, leaves, seed.to(out.dtype))]
+
+    def within_budget(self, found: list[Tensor], leaves: list[Tensor], what: str = "") -> None:
+        """Result and gradients against the reference: float64 as oracle, the dtype as peer."""
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        if tf32:
+            with testing.tf32_products():
+                peer = self.run(leaves, "reference")
+        else:
+            peer = self.run(leaves, "reference")
+        wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        oracle = self.run(wide, "reference")
+        for i, (actual, want, other) in enumerate(zip(found, oracle, peer, strict=True)):
+            factor = testing.GRADIENT_FACTOR if i else testing.FORWARD_FACTOR
+            part = f"{self.name}{what}: " + (f"gradient {i - 1}" if i else "output")
+            testing.assert_within_budget(actual, want, other, factor=factor, name=part)
+
+
+@pytest.fixture
+def call(name: str, device: torch.device, impl: str) -> Call:
+    """The operator `name` of implementation `impl` on `device`."""
+    return Call(name, device, impl)
+
+
+@pytest.fixture
+def need_memory(device: torch.device) -> Callable[[float], None]:
+    """A function that skips where less than so many GiB of device memory are free."""
+
+    def check(gib: float) -> None:
+        if device.type != "cuda":
+            pytest.skip(f"needs {gib:g} GiB of device memory, there is no CUDA device")
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0] / 2**30
+        if free < gib:
+            pytest.skip(f"needs {gib:g} GiB of device memory, {free:.1f} are free")
+
+    return check
