@@ -35,7 +35,8 @@ def load_row(ptr, offs_d, stride_d, D):
 def cast(x, dtype: tl.constexpr):
     """float32 -> dtype, to nearest even; the interpreter alone would truncate towards bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
+        # in Triton 3.8 a sum times a Python float is float64 there
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         odd = (bits >> 16) & 1
         # a NaN stays as it is: the increment could carry it into the sign bit
         bits = tl.where(x == x, bits + 0x7FFF + odd, bits)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import LOG2E, attended, cast, dot, load_rows, row_max, store_rows, sum_partials
 
 
@@ -212,7 +212,8 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
     if weights.numel() == 0:
         return weights
     target = _configs.target_of(query)
-    tile = _configs.attention("weights", query.dtype, d, K, L, target)
+    precision = _configs.input_precision(query.dtype, target)
+    tile = _tiles.choose("weights", query.dtype, precision, (B, H, K, L, d), target)
     mask, mask_strides = _configs.mask_argument(key_mask, weights)
     with torch.cuda.device_of(query):
         cross_attn_weights_fwd_kernel[(B * H * triton.cdiv(K, tile.block_k),)](
@@ -220,7 +221,7 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
             *_configs.query_strides(query), *key.stride(), *mask_strides,
             scale, H, K, L, d,
             HAS_MASK=key_mask is not None,
-            PRECISION=_configs.input_precision(query.dtype, target),
+            PRECISION=precision,
             BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip
@@ -236,9 +237,10 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     delta = query.new_empty((B, H, K), dtype=torch.float32)
     target = _configs.target_of(query)
-    tile = _configs.attention("weights_bwd", query.dtype, d, K, L, target)
+    precision = _configs.input_precision(query.dtype, target)
+    tile = _tiles.choose("weights_bwd", query.dtype, precision, (B, H, K, L, d), target)
     settings = {
-        "PRECISION": _configs.input_precision(query.dtype, target),
+        "PRECISION": precision,
         "BLOCK_K": tile.block_k,
         "BLOCK_L": tile.block_l,
         "BLOCK_D": _configs.padded(d),
