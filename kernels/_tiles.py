@@ -223,8 +223,7 @@ def by_waves(tile: Tile, maps: int, K: int, precision: str, target: Target) -> T
             chosen, least = tile, cost
         if rows <= 16:
             return chosen
-        # half the rows on half the threads: registers of a thread stay as they are
-        tile = tile._replace(block_k=rows // 2, num_warps=max(4, tile.num_warps // 2))
+        tile = tile._replace(block_k=rows // 2)  # on as many threads: half the warps would spill
 
 
 def fitted(kind: str, tile: AnyTile, sizes: tuple[int, ...]) -> AnyTile:

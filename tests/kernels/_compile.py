@@ -185,12 +185,12 @@ def launches(dtype, width, B=32, H=8, K=1000):
         tensors = (image, *(tensor[:, :, :classes] for tensor in (texts, *pair_like)))
         out, *kept = rational_attn.rational_attn_fwd(*tensors, 0.1, True)
         rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
-    one = (tensor[:1, :, :100] for tensor in (query, query, key, value, pairs))
-    few, shared, key, value, pair = one  # one image: the shortest tiles, chosen by waves
+    # one image: the shortest tiles, chosen by waves
+    few, key, value, pair = (tensor[:1, :, :100] for tensor in (query, key, value, pairs))
     out, lse = cross_attn.cross_attn_fwd(few, key, value, None, 0.1)
     cross_attn.cross_attn_bwd(out, lse, few, key, value, None, out, lse, 0.1)
     cross_attn_weights.cross_attn_weights_fwd(few, key, None, 0.1)
-    tensors = (None, shared, pair, pair, pair)
+    tensors = (None, few, pair, pair, pair)
     out, *kept = rational_attn.rational_attn_fwd(*tensors, 0.1, True)
     rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
     if width != 128:

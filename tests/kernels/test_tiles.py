@@ -90,8 +90,7 @@ def test_by_waves_is_never_later_than_the_table(name, maps, K):
     assert time(chosen.block_k) == best
     longer = [rows for rows in (128, 64, 32, 16) if rows > chosen.block_k]
     assert all(time(rows) > best for rows in longer)
-    assert chosen.num_warps == {128: 8, 64: 4, 32: 4, 16: 4}[chosen.block_k]
-    assert chosen[1::2] == (64, 2) or chosen[1] == 64
+    assert chosen[1:] == start[1:]
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_90", "sm_100"])
