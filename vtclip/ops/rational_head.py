@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip._library import PENALTIES, acc_dtype
-from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_head as reference
 
@@ -26,6 +26,7 @@ class RationalLogits(NamedTuple):
 
 class _RationalHead(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(
         context: Tensor,
         weight: Tensor,
