@@ -174,7 +174,7 @@ _OTHER_TILES = {
 }
 
 SMALL_K = 128  # up to so many classes, programs may be too few for the device: tiles by waves
-_BY_WAVES = ("fwd", "bwd_query", "weights", "rational_bwd_query")  # a program per tile of classes
+_BY_WAVES = ("fwd", "bwd_query", "weights")  # a program per tile of classes; shorter ones fit
 KEYS_AS_ROWS = 16  # loading the keys and values of an image costs about so many rows of queries
 
 
