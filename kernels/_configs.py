@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launch configurations: functions of shapes, dtype and target, never timed at run time."""
+"""What launchers ask before a launch: device, precision, limits, strides, how to split a batch.
+
+Everything is a function of shapes, dtype and target. Tiles are chosen in _tiles.py.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,18 +16,6 @@ import triton
 MAX_HEAD_DIM = 256  # cross_attn, cross_attn_weights: one padded [rows, d] tile
 MAX_WIDTH = 16384  # cosine_logits, norm_cosine_logits: one row of a program
 
-_KINDS = (
-    "fwd",
-    "bwd_query",
-    "bwd_key",
-    "weights",
-    "weights_bwd",
-    "rational_fwd",
-    "rational_bwd_query",
-    "rational_bwd_key",
-    "rational_one_bwd",
-)
-
 
 class Target(NamedTuple):
     """What a configuration may depend on besides the problem."""
@@ -31,32 +23,16 @@ class Target(NamedTuple):
     backend: str  # "cuda", "hip" or "interpreter"
     capability: int  # 80, 90, 100, ...; 0 where it has no meaning
     shared_bytes: int  # shared memory one program may ask for
-
-
-class Tile(NamedTuple):
-    """Class rows and columns of one program and how it is launched."""
-
-    block_k: int
-    block_l: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        # the default of enable_fp_fusion differs between Triton versions
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
+    name: str = ""  # of the device; only tables a user has tuned look at it
 
 
 @functools.cache
 def _cuda_target(index: int) -> Target:
     info = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return Target("hip", 0, 64 * 1024)
-    return Target("cuda", 10 * info.major + info.minor, info.shared_memory_per_block_optin)
+        return Target("hip", 0, 64 * 1024, info.name)
+    capability = 10 * info.major + info.minor
+    return Target("cuda", capability, info.shared_memory_per_block_optin, info.name)
 
 
 def target_of(tensor: torch.Tensor) -> Target:
@@ -141,78 +117,40 @@ def padded(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+# Multiprocessors of the data-centre or largest part of an architecture. Not asked of the device, so
+# that the order of summation is the same on every part of one architecture.
+_MULTIPROCESSORS = {70: 80, 75: 68, 80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188}
+
+
+def multiprocessors(target: Target) -> int:
+    """How many programs run side by side where each takes a multiprocessor."""
+    if target.backend == "hip":
+        return 304
+    return _MULTIPROCESSORS.get(target.capability, 132)
+
+
+@functools.lru_cache(maxsize=4096)
 def images_per_program(B: int, programs_per_image: int, target: Target) -> int:
     """How many images one program streams past its query tile.
 
-    Enough programs stay to fill a large device about four times; the number does not depend on
-    the device, so that neither does the order of summation.
+    Of the splits into chunks that give every multiprocessor two to eight programs, as far as there
+    are images, the one that is done first: waves * (images of a chunk + 1), where 1 stands for
+    loading the query tile and leaving its result; of equals the one with the fewest chunks.
     """
-    wanted = 4 if target.backend == "interpreter" else 512
-    chunks = min(max(1, triton.cdiv(wanted, max(1, programs_per_image))), max(1, B))
-    return max(1, triton.cdiv(B, chunks))
-
-
-# (block_k, block_l, num_warps, num_stages) for d up to 64, 128, 256, chosen by compiling for sm_80,
-# sm_90, sm_100 and gfx942: the largest tiles tried that spill no register, but for the few float32
-# cases that tests/kernels/test_compile.py names. Run time: not measured.
-# "ieee" is float32 without tensor cores, "small" is for 64 KiB of shared memory; others fit into
-# the 99 KiB of sm_86, sm_89 and sm_120.
-_TILES = {
-    "half": {
-        "fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        "bwd_query": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-        "bwd_key": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
-        "weights": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
-        "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
-        "rational_fwd": ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
-        "rational_bwd_query": ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
-        "rational_bwd_key": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
-        "rational_one_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-    },
-    "tf32": {
-        "fwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
-        "bwd_query": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
-        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-        "weights": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-        "weights_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-        "rational_fwd": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
-        "rational_bwd_query": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
-        "rational_bwd_key": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-        "rational_one_bwd": ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    },
-    "ieee": {
-        "fwd": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
-        "bwd_query": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-        "weights": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-        "weights_bwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "rational_fwd": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-        "rational_bwd_query": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        "rational_bwd_key": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        "rational_one_bwd": ((16, 16, 4, 1), (0, 0, 8, 1), (0, 0, 8, 1)),  # 0: never
-    },
-    "small half": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1))),
-    "small float32": dict.fromkeys(_KINDS, ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))),
-    "interpreter": dict.fromkeys(_KINDS, ((32, 64, 4, 1),) * 3),
-}
-
-
-def attention(kind: str, dtype: torch.dtype, d: int, K: int, L: int, target: Target) -> Tile:
-    """Tile of an attention kernel, no larger than the problem."""
-    block_d = padded(d)
-    width = 0 if block_d <= 64 else 1 if block_d <= 128 else 2
+    per_image = max(1, programs_per_image)
     if target.backend == "interpreter":
-        family = "interpreter"
-    elif target.shared_bytes < 99 * 1024:
-        family = "small float32" if dtype == torch.float32 else "small half"
-    else:
-        family = input_precision(dtype, target) if dtype == torch.float32 else "half"
-    block_k, block_l, num_warps, num_stages = _TILES[family][kind][width]
-    if family == "half" and kind == "bwd_query" and target.capability >= 90:
-        num_warps, num_stages = 8, 1  # two stages spill there
-    if family == "half" and kind.startswith("rational") and width == 0 and target.capability >= 90:
-        block_k, block_l, num_warps = 64, 64, 8  # which spill below
-    return Tile(min(block_k, padded(K)), min(block_l, padded(L)), num_warps, num_stages)
+        return max(1, triton.cdiv(B, min(triton.cdiv(4, per_image), max(1, B))))
+    at_once = multiprocessors(target)
+    chosen, least = 1, math.inf
+    for wanted in range(
+        triton.cdiv(2 * at_once, per_image), triton.cdiv(8 * at_once, per_image) + 1
+    ):
+        images = max(1, triton.cdiv(B, wanted))
+        programs = triton.cdiv(B, images) * per_image
+        cost = triton.cdiv(programs, at_once) * (images + 1)
+        if cost < least and programs >= 2 * at_once:
+            chosen, least = images, cost
+    return chosen
 
 
 def row_tile(width: int, elements: int) -> tuple[int, int, int]:
@@ -220,58 +158,3 @@ def row_tile(width: int, elements: int) -> tuple[int, int, int]:
     block_d = padded(width)
     rows = max(1, elements // block_d)
     return rows, block_d, min(16, max(4, rows * block_d // 512))
-
-
-HEAD_ROWS = 16384  # rows of d_m that the backward of rational_head keeps at a time
-
-
-class HeadTile(NamedTuple):
-    """Class rows, output columns and summed columns of one step of rational_head."""
-
-    block_k: int
-    block_n: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        return Tile(0, 0, self.num_warps, self.num_stages).launch
-
-
-# (block_k, block_n, block_d, num_warps, num_stages) for K above 64 and up to 64; see _TILES
-_HEAD_TILES = {
-    "half": {"fwd": ((64, 64, 64, 8, 3),) * 2, "bwd": ((64, 64, 64, 8, 3),) * 2},
-    "tf32": {"fwd": ((64, 64, 32, 8, 2),) * 2, "bwd": ((64, 64, 32, 8, 2),) * 2},
-    "ieee": {"fwd": ((64, 64, 16, 8, 1),) * 2, "bwd": ((32, 32, 16, 8, 1),) * 2},
-    "small": {"fwd": ((64, 64, 32, 4, 1),) * 2, "bwd": ((64, 64, 32, 8, 1),) * 2},
-    "interpreter": {"fwd": ((32, 32, 32, 4, 1),) * 2, "bwd": ((32, 32, 32, 4, 1),) * 2},
-}
-
-
-def head(kind: str, dtype: torch.dtype, K: int, D: int, target: Target) -> HeadTile:
-    """Tile of a rational_head kernel, no larger than the problem."""
-    if target.backend == "interpreter":
-        family = "interpreter"
-    elif target.shared_bytes < 99 * 1024:
-        family = "small"
-    else:
-        family = input_precision(dtype, target) if dtype == torch.float32 else "half"
-    block_k, block_n, block_d, num_warps, num_stages = _HEAD_TILES[family][kind][K <= 64]
-    block_k, block_n, block_d = min(block_k, padded(K)), min(block_n, padded(D)), block_d
-    return HeadTile(block_k, block_n, min(block_d, padded(D)), num_warps, num_stages)
-
-
-def head_splits(programs: int, D: int, tile: HeadTile, target: Target) -> tuple[int, int]:
-    """(columns of one split, number of splits) of rational_head's forward.
-
-    A second launch costs as much as some dozens of steps, so short problems are not split; others
-    are, while their programs do not fill a device.
-    """
-    interpreted = target.backend == "interpreter"
-    tiles = triton.cdiv(D, tile.block_n)
-    short = tiles * triton.cdiv(D, tile.block_d) <= (3 if interpreted else 64)
-    wanted = 4 if interpreted else 128
-    splits = 1 if short else min(tiles, triton.cdiv(wanted, programs))
-    columns = triton.cdiv(tiles, splits) * tile.block_n
-    return columns, triton.cdiv(D, columns)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import (
     cast,
     dot,
@@ -133,16 +133,17 @@ def cosine_logits_fwd(image, text, scale):
     with torch.cuda.device_of(image):
         if text.dim() == 2:
             image_rnorm, text_rnorm = _reciprocal_norm(image), _reciprocal_norm(text)
-            block_b, block_k, block_d = 32, 32, 64
             if B * K:
                 target = _configs.target_of(image)
-                grid = (triton.cdiv(B, block_b) * triton.cdiv(K, block_k),)
+                precision = _configs.input_precision(image.dtype, target)
+                tile = _tiles.choose("cosine_fwd", image.dtype, precision, (B, K, D), target)
+                grid = (triton.cdiv(B, tile.block_n) * triton.cdiv(K, tile.block_j),)
                 cosine_logits_fwd_kernel[grid](
                     image, text, image_rnorm, text_rnorm, logits,
                     *image.stride(), *text.stride(), scale, B, K, D,
-                    PRECISION=_configs.input_precision(image.dtype, target),
-                    BLOCK_B=block_b, BLOCK_K=block_k, BLOCK_D=block_d,
-                    num_warps=4, num_stages=2, enable_fp_fusion=True,
+                    PRECISION=precision,
+                    BLOCK_B=tile.block_n, BLOCK_K=tile.block_j, BLOCK_D=tile.block_d,
+                    **tile.launch,
                 )  # fmt: skip
             return logits, image_rnorm, text_rnorm
         image_rnorm = image.new_empty((B,), dtype=torch.float32)

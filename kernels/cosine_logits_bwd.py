@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import cast, dot, load_row, load_rows, store_rows
 
 
@@ -131,14 +131,15 @@ def _gather(g, y, rnorm):
     rows_per_split = max(256, triton.next_power_of_2(triton.cdiv(J, 16)))
     splits = triton.cdiv(J, rows_per_split)
     partial = y.new_empty((splits, N, D), dtype=torch.float32)
-    block_n, block_j, block_d = 32, 32, 64
     if partial.numel():
-        grid = (splits * triton.cdiv(N, block_n) * triton.cdiv(D, block_d),)
+        target = _configs.target_of(y)
+        precision = _configs.input_precision(y.dtype, target)
+        tile = _tiles.choose("cosine_gather", y.dtype, precision, (N, J, D), target)
+        grid = (splits * triton.cdiv(N, tile.block_n) * triton.cdiv(D, tile.block_d),)
         cosine_logits_bwd_gather_kernel[grid](
             g, y, rnorm, partial, *g.stride(), *y.stride(), N, J, D, rows_per_split,
-            PRECISION=_configs.input_precision(y.dtype, _configs.target_of(y)),
-            BLOCK_N=block_n, BLOCK_J=block_j, BLOCK_D=block_d,
-            num_warps=8, num_stages=2, enable_fp_fusion=True,
+            PRECISION=precision,
+            BLOCK_N=tile.block_n, BLOCK_J=tile.block_j, BLOCK_D=tile.block_d, **tile.launch,
         )  # fmt: skip
     return partial
 

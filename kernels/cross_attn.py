@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import LN2, LOG2E, attended, dot, load_rows, row_max, store_rows
 from .cross_attn_bwd import cross_attn_bwd
 
@@ -114,7 +114,8 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
     if lse.numel() == 0:
         return out, lse
     target = _configs.target_of(query)
-    tile = _configs.attention("fwd", query.dtype, d, K, L, target)
+    precision = _configs.input_precision(query.dtype, target)
+    tile = _tiles.choose("fwd", query.dtype, precision, (B, H, K, L, d), target)
     programs = H * triton.cdiv(K, tile.block_k)
     shared = query.shape[0] == 1
     images = _configs.images_per_program(B, programs, target) if shared else 1
@@ -125,7 +126,7 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, *out.stride(),
             scale, B, H, K, L, d, images,
             SHARED_QUERY=shared, HAS_MASK=key_mask is not None, ONE_TILE=tile.block_l >= L,
-            PRECISION=_configs.input_precision(query.dtype, target),
+            PRECISION=precision,
             BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip

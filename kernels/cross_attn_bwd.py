@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import LOG2E, attended, dot, load_rows, store_rows, sum_partials
 
 
@@ -188,15 +188,17 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
     d_value = value.new_empty((B, L, H, d)).transpose(1, 2)
     delta = torch.empty_like(lse)
     target = _configs.target_of(query)
+    precision = _configs.input_precision(query.dtype, target)
     mask, mask_strides = _configs.mask_argument(key_mask, lse)
     settings = {
         "HAS_MASK": key_mask is not None,
-        "PRECISION": _configs.input_precision(query.dtype, target),
+        "PRECISION": precision,
         "BLOCK_D": _configs.padded(d),
     }
 
     shared = query.shape[0] == 1
-    tile = _configs.attention("bwd_query", query.dtype, d, K, L, target)
+    sizes = (B, H, K, L, d)
+    tile = _tiles.choose("bwd_query", query.dtype, precision, sizes, target)
     programs = H * triton.cdiv(K, tile.block_k)
     images = _configs.images_per_program(B, programs, target) if shared else 1
     chunks = triton.cdiv(B, images)
@@ -217,7 +219,7 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
         if partial is not d_query:
             sum_partials(partial, d_query)
         if B * H * L:
-            tile = _configs.attention("bwd_key", query.dtype, d, K, L, target)
+            tile = _tiles.choose("bwd_key", query.dtype, precision, sizes, target)
             cross_attn_bwd_key_kernel[(B * H * triton.cdiv(L, tile.block_l),)](
                 grad_out, query, key, value, mask, lse, delta, d_key, d_value,
                 *grad_out.stride(), *_configs.query_strides(query), *key.stride(), *value.stride(),

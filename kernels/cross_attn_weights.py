@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import LOG2E, attended, cast, dot, load_rows, row_max, store_rows, sum_partials
 
 
@@ -21,7 +21,14 @@ def load_weights(ptr, offs_row, offs_col, stride_row, stride_col, in_row, in_col
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["H", "K", "L"])
+@triton.jit
+def store_weights(ptr, p, offs_k, cols, in_k, L):
+    """Write a float32 tile of a contiguous [K, L] matrix in the dtype of `ptr`."""
+    mask = in_k[:, None] & (cols < L)[None, :]
+    tl.store(ptr + offs_k[:, None] * L + cols[None, :], cast(p, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "H", "K", "L", "images_per_program"])
 def cross_attn_weights_fwd_kernel(
     query_ptr,  # [B|1, H, K, D]
     key_ptr,  # [B, H, L, D]
@@ -30,57 +37,69 @@ def cross_attn_weights_fwd_kernel(
     stride_query_b, stride_query_h, stride_query_k, stride_query_d,
     stride_key_b, stride_key_h, stride_key_l, stride_key_d,
     stride_mask_b, stride_mask_l,
-    scale, H, K, L, D,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    scale, B, H, K, L, D, images_per_program,
+    HAS_MASK: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image, head, query tile)
+    # program = (image chunk, head, query tile), one image a chunk unless they share the query
     pid = tl.program_id(0)
     num_tiles = tl.cdiv(K, BLOCK_K)
     h = (pid // num_tiles % H).to(tl.int64)
-    b = (pid // num_tiles // H).to(tl.int64)
+    first = (pid // num_tiles // H).to(tl.int64) * images_per_program
     offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
 
-    key_ptr += b * stride_key_b + h * stride_key_h
-    mask_ptr += b * stride_mask_b
-    weights_ptr += (b * H + h) * K * L
     q = load_rows(
-        query_ptr + b * stride_query_b + h * stride_query_h,
+        query_ptr + first * stride_query_b + h * stride_query_h,
         offs_k, offs_d, stride_query_k, stride_query_d, in_k, D,
     )  # fmt: skip
     scale_log2 = scale * LOG2E
 
-    top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    for start in range(0, L, BLOCK_L):
-        cols = start + offs_l
-        keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
-        k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-        s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], in powers of two
-        s = tl.where(keep[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, row_max(s))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
-        top = new_top
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.where(total == 0.0, 1.0, total)
+    for i in range(0, tl.minimum(images_per_program, B - first)):
+        b = first + i
+        key_b = key_ptr + b * stride_key_b + h * stride_key_h
+        mask_b = mask_ptr + b * stride_mask_b
+        weights_b = weights_ptr + (b * H + h) * K * L
 
-    # the scores again: cheaper than keeping a row of them for any L
-    for start in range(0, L, BLOCK_L):
-        cols = start + offs_l
-        in_l = cols < L
-        keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
-        k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-        s = dot(q, tl.trans(k), PRECISION) * scale_log2
-        p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) / total[:, None], 0.0)
-        tl.store(
-            weights_ptr + offs_k[:, None] * L + cols[None, :],
-            cast(p, weights_ptr.dtype.element_ty),
-            mask=in_k[:, None] & in_l[None, :],
-        )
+        if ONE_TILE:
+            keep = attended(mask_b, offs_l, stride_mask_l, L, HAS_MASK)
+            k = load_rows(key_b, offs_l, offs_d, stride_key_l, stride_key_d, keep, D)
+            s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], powers of two
+            s = tl.where(keep[None, :], s, float("-inf"))
+            top = row_max(s)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            p = tl.exp2(s - top[:, None])
+            total = tl.sum(p, axis=1)
+            total = tl.where(total == 0.0, 1.0, total)
+            p = tl.where(keep[None, :], p / total[:, None], 0.0)
+            store_weights(weights_b, p, offs_k, offs_l, in_k, L)
+        else:
+            top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+            total = tl.zeros((BLOCK_K,), tl.float32)
+            for start in range(0, L, BLOCK_L):
+                cols = start + offs_l
+                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
+                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
+                s = dot(q, tl.trans(k), PRECISION) * scale_log2
+                s = tl.where(keep[None, :], s, float("-inf"))
+                new_top = tl.maximum(top, row_max(s))
+                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+                shrunk = total * tl.exp2(top - shift)
+                total = shrunk + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
+                top = new_top
+            top = tl.where(top == float("-inf"), 0.0, top)
+            total = tl.where(total == 0.0, 1.0, total)
+
+            # the scores again: cheaper than keeping a row of them for any L
+            for start in range(0, L, BLOCK_L):
+                cols = start + offs_l
+                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
+                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
+                s = dot(q, tl.trans(k), PRECISION) * scale_log2
+                p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) / total[:, None], 0.0)
+                store_weights(weights_b, p, offs_k, cols, in_k, L)
 
 
 @triton.jit(do_not_specialize=["B", "H", "K", "L", "images_per_program"])
@@ -212,15 +231,17 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
     if weights.numel() == 0:
         return weights
     target = _configs.target_of(query)
-    tile = _configs.attention("weights", query.dtype, d, K, L, target)
+    precision = _configs.input_precision(query.dtype, target)
+    tile = _tiles.choose("weights", query.dtype, precision, (B, H, K, L, d), target)
+    programs = H * triton.cdiv(K, tile.block_k)
+    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
     mask, mask_strides = _configs.mask_argument(key_mask, weights)
     with torch.cuda.device_of(query):
-        cross_attn_weights_fwd_kernel[(B * H * triton.cdiv(K, tile.block_k),)](
+        cross_attn_weights_fwd_kernel[(programs * triton.cdiv(B, images),)](
             query, key, mask, weights,
             *_configs.query_strides(query), *key.stride(), *mask_strides,
-            scale, H, K, L, d,
-            HAS_MASK=key_mask is not None,
-            PRECISION=_configs.input_precision(query.dtype, target),
+            scale, B, H, K, L, d, images,
+            HAS_MASK=key_mask is not None, ONE_TILE=tile.block_l >= L, PRECISION=precision,
             BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip
@@ -236,9 +257,10 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     delta = query.new_empty((B, H, K), dtype=torch.float32)
     target = _configs.target_of(query)
-    tile = _configs.attention("weights_bwd", query.dtype, d, K, L, target)
+    precision = _configs.input_precision(query.dtype, target)
+    tile = _tiles.choose("weights_bwd", query.dtype, precision, (B, H, K, L, d), target)
     settings = {
-        "PRECISION": _configs.input_precision(query.dtype, target),
+        "PRECISION": precision,
         "BLOCK_K": tile.block_k,
         "BLOCK_L": tile.block_l,
         "BLOCK_D": _configs.padded(d),

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import (
     cast,
     load_row,
@@ -164,12 +164,14 @@ def norm_cosine_logits_bwd_kernel(
     tl.store(d_bias_ptr + program, residual * tl.sum(d_text, axis=0), mask=in_c)
 
 
-def _tiling(op, hidden, elements):
+def _tiling(kind, hidden):
     B, K, C = hidden.shape
-    _configs.check(op, hidden, C, _configs.MAX_WIDTH)
-    rows, block_c, num_warps = _configs.row_tile(C, elements)
+    _configs.check("norm_cosine_logits", hidden, C, _configs.MAX_WIDTH)
+    target = _configs.target_of(hidden)
+    tile = _tiles.choose(kind, hidden.dtype, "", (B, K, C), target)
+    rows, block_c, num_warps = _configs.row_tile(C, tile.elements)
     tiles = max(1, triton.cdiv(K, rows))
-    images = _configs.images_per_program(B, tiles, _configs.target_of(hidden))
+    images = _configs.images_per_program(B, tiles, target)
     settings = {
         "BLOCK_K": rows,
         "BLOCK_C": block_c,
@@ -182,7 +184,7 @@ def _tiling(op, hidden, elements):
 def norm_cosine_logits_fwd(hidden, weight, bias, text, image, residual, scale, eps):
     """(logits [B, K]; mean, rstd [B, K], image_rnorm [B], row_rnorm [B, K], all float32)."""
     B, K, C = hidden.shape
-    tiles, images, chunks, settings = _tiling("norm_cosine_logits", hidden, 8192)
+    tiles, images, chunks, settings = _tiling("norm_cosine_fwd", hidden)
     logits = hidden.new_empty((B, K))
     mean, rstd, row_rnorm = (hidden.new_empty((B, K), dtype=torch.float32) for _ in range(3))
     image_rnorm = hidden.new_empty((B,), dtype=torch.float32)
@@ -202,7 +204,7 @@ def norm_cosine_logits_bwd(
 ):  # fmt: skip
     """(d_hidden [B, K, C], d_weight [C], d_bias [C], d_text [K, C], d_image [B, C])."""
     B, K, C = hidden.shape
-    tiles, images, chunks, settings = _tiling("norm_cosine_logits", hidden, 4096)
+    tiles, images, chunks, settings = _tiling("norm_cosine_bwd", hidden)
     if K == 0:
         tiles = 0
     programs = tiles * chunks

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import LN2, LOG2E, cast, dot, fused, in_powers, load_row, load_rows, row_max, store_rows
 from .rational_attn_bwd import rational_attn_bwd
 
@@ -317,7 +317,8 @@ def rational_attn_fwd(image_query, text_query, pair_query, key, value, scale, ke
         return out, parts, image_out, stats
     target = _configs.target_of(key)
     rows = K * (matrices > 0) + has["HAS_IMAGE"]
-    tile = _configs.attention("rational_fwd", key.dtype, d, rows, K, target)
+    precision = _configs.input_precision(key.dtype, target)
+    tile = _tiles.choose("rational_fwd", key.dtype, precision, (B, H, rows, K, d), target)
     tiles = triton.cdiv(rows, tile.block_k)
     one = tiles == 1 and matrices > 0
     scratch = parts
@@ -333,7 +334,7 @@ def rational_attn_fwd(image_query, text_query, pair_query, key, value, scale, ke
             *strides, *key.stride(), *value.stride(), *out.stride(),
             scale, share, B, H, K, d,
             **has, ONE_TILE=one, KEEP=keep_parts,
-            PRECISION=_configs.input_precision(key.dtype, target),
+            PRECISION=precision,
             BLOCK_K=tile.block_k, BLOCK_J=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip

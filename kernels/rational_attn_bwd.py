@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import LOG2E, cast, dot, fused, load_row, load_rows, store_rows, sum_partials
 from .rational_attn_one_bwd import image_terms, load_map, rational_attn_one_bwd_kernel
 
@@ -280,16 +280,18 @@ def rational_attn_bwd(
         return tuple(grads)
     has = _configs.kinds(image_query, text_query, pair_query)
     target = _configs.target_of(key)
+    precision = _configs.input_precision(key.dtype, target)
     queries, strides = _configs.query_arguments(image_query, text_query, pair_query, key)
     common = {
         **has,
-        "PRECISION": _configs.input_precision(key.dtype, target),
+        "PRECISION": precision,
         "BLOCK_D": _configs.padded(d),
     }
     tensors = (grad_out, *queries, key, value, stats)
     lengths = (*grad_out.stride(), *strides, *key.stride(), *value.stride())
     numbers = (scale, 1.0 / sum(has.values()), B, H, K, d)
-    tile = _configs.attention("rational_one_bwd", key.dtype, d, K, K, target)
+    sizes = (B, H, K, K, d)
+    tile = _tiles.choose("rational_one_bwd", key.dtype, precision, sizes, target)
     with torch.cuda.device_of(key):
         if tile.block_k >= K:
             slices = _text_slices(d_text, key, B if has["HAS_TEXT"] else 1)
@@ -325,7 +327,9 @@ def _text_slices(d_text, key, chunks):
 
 def _key_gradients(tensors, lengths, numbers, common, c, row, d_key, d_value, d_image):
     B, H, K, d = d_key.shape
-    tile = _configs.attention("rational_bwd_key", d_key.dtype, d, K, K, _configs.target_of(d_key))
+    target = _configs.target_of(d_key)
+    sizes = (B, H, K, K, d)
+    tile = _tiles.choose("rational_bwd_key", d_key.dtype, common["PRECISION"], sizes, target)
     tiles = triton.cdiv(K, tile.block_l)
     partial = d_image
     if tiles > 1 and common["HAS_IMAGE"]:
@@ -342,7 +346,8 @@ def _query_gradients(tensors, lengths, numbers, common, c, d_text, d_pair):
     grad_out, _, text_query, pair_query, key, value, stats = tensors
     B, H, K, d = key.shape
     target = _configs.target_of(key)
-    tile = _configs.attention("rational_bwd_query", key.dtype, d, K, K, target)
+    sizes = (B, H, K, K, d)
+    tile = _tiles.choose("rational_bwd_query", key.dtype, common["PRECISION"], sizes, target)
     programs = H * triton.cdiv(K, tile.block_k)
     shared = common["HAS_TEXT"] and text_query.shape[0] == 1
     images = _configs.images_per_program(B, programs, target) if shared else 1

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import cast, dot, load_row, load_rows, opened
 from .rational_head_bwd import rational_head_bwd
 
@@ -159,9 +159,10 @@ def rational_head_fwd(context, weight, bias, image, text, scale, penalty):
             tensor[:] = 0
         return logits, size, peak
     target = _configs.target_of(context)
-    tile = _configs.head("fwd", context.dtype, K, D, target)
+    precision = _configs.input_precision(context.dtype, target)
+    tile = _tiles.choose("head_fwd", context.dtype, precision, (B, K, D), target)
     tiles = triton.cdiv(K, tile.block_k)
-    columns, splits = _configs.head_splits(B * tiles, D, tile, target)
+    columns, splits = _tiles.head_splits(B * tiles, D, tile, target)
     outputs = [logits, size, peak]
     if splits > 1:
         outputs[0] = context.new_empty((splits, B, K), dtype=torch.float32)
@@ -174,7 +175,7 @@ def rational_head_fwd(context, weight, bias, image, text, scale, penalty):
             context, weight, bias, image, text, *outputs,
             *context.stride(), *weight.stride(), *bias.stride(), *image.stride(), *text.stride(),
             scale, 1.0 / (K * D), B, K, D, columns,
-            PENALTY=penalty, PRECISION=_configs.input_precision(context.dtype, target),
+            PENALTY=penalty, PRECISION=precision,
             BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, **tile.launch,
         )  # fmt: skip
         if splits * tiles > 1:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import cast, dot, load_row, load_rows, opened, store_rows, sum_partials
 
 
@@ -111,9 +111,10 @@ def rational_head_bwd(
         return tuple(grads)
     d_context, d_weight, d_bias, d_image, d_text = grads
     target = _configs.target_of(context)
-    tile = _configs.head("bwd", context.dtype, K, D, target)
+    precision = _configs.input_precision(context.dtype, target)
+    tile = _tiles.choose("head_bwd", context.dtype, precision, (B, K, D), target)
     tiles, columns = triton.cdiv(K, tile.block_k), triton.cdiv(D, tile.block_n)
-    batch = min(B, max(1, _configs.HEAD_ROWS // K))  # images in the workspace at a time
+    batch = min(B, max(1, _tiles.HEAD_ROWS // K))  # images in the workspace at a time
     images = _configs.images_per_program(batch, tiles * columns, target)
     starts = range(0, B, batch)
     chunks = [triton.cdiv(min(batch, B - start), images) for start in starts]
@@ -143,7 +144,7 @@ def rational_head_bwd(
                 *places.stride(), B * D,
                 scale, 1.0 / (K * D), count, K, D, images,
                 PENALTY=penalty, FEATURES=features,
-                PRECISION=_configs.input_precision(context.dtype, target),
+                PRECISION=precision,
                 BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, **tile.launch,
             )  # fmt: skip
             rows = d_m[:count].view(-1, D)

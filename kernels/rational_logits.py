@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs
+from . import _configs, _tiles
 from ._math import cast, load_row, load_rows, opened, store_rows, sum_partials
 
 
@@ -92,10 +92,11 @@ def rational_logits_bwd_kernel(
     store_rows(d_text_ptr + chunk * K * D, d_text, offs_k, offs_d, D, 1, in_k, D)
 
 
-def _tile(D):
-    """(rows, columns, num_warps) of 4096 elements."""
-    block_d = min(256, _configs.padded(D))
-    return 4096 // block_d, block_d, 4
+def _tile(mask, target):
+    """(rows, columns, num_warps)"""
+    elements = _tiles.choose("rational_logits", mask.dtype, "", mask.shape, target).elements
+    block_d = min(256, _configs.padded(mask.shape[2]))
+    return max(1, elements // block_d), block_d, 4
 
 
 def rational_logits_fwd(image, text, mask, scale):
@@ -103,7 +104,7 @@ def rational_logits_fwd(image, text, mask, scale):
     B, K, D = mask.shape
     _configs.check("rational_logits", mask, D, _configs.MAX_WIDTH)
     logits = image.new_empty((B, K))
-    rows, block_d, num_warps = _tile(D)
+    rows, block_d, num_warps = _tile(mask, _configs.target_of(mask))
     if B * K:
         with torch.cuda.device_of(mask):
             rational_logits_fwd_kernel[(B * triton.cdiv(K, rows),)](
@@ -118,9 +119,10 @@ def rational_logits_bwd(grad_logits, image, text, mask, scale):
     """(d_image [B, D], d_text [K, D], d_mask [B, K, D]), contiguous."""
     B, K, D = mask.shape
     _configs.check("rational_logits", mask, D, _configs.MAX_WIDTH)
-    rows, block_d, num_warps = _tile(D)
+    target = _configs.target_of(mask)
+    rows, block_d, num_warps = _tile(mask, target)
     tiles, columns = triton.cdiv(K, rows), triton.cdiv(D, block_d)
-    images = _configs.images_per_program(B, tiles * columns, _configs.target_of(mask))
+    images = _configs.images_per_program(B, tiles * columns, target)
     chunks = triton.cdiv(B, images)
     d_image, d_text, d_mask = (t.new_empty(t.shape) for t in (image, text, mask))
     slices_image = _configs.slices(d_image, tiles)

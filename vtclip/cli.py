@@ -26,6 +26,7 @@ from . import (
     predict_command,
     repeat_command,
     report_command,
+    tune_command,
 )
 from .choices import nearest
 from .fit_command import DEMO_NOTE, add_arguments, first_process, run_fit
@@ -92,6 +93,9 @@ def build_parser() -> Parser:
 
     bench = command("bench", bench_command.run_bench_command, "sources x methods x shots x seeds")
     bench_command.add_arguments(bench)
+
+    tune = command("tune", tune_command.run_tune, "time the GPU kernels' tiles, and keep a table")
+    tune_command.add_arguments(tune)
 
     demo = command("demo", run_demo_command, "the whole way on bundled data, without network")
     demo.add_argument("--out", metavar="DIR", default="vtclip-demo")

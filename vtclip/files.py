@@ -28,6 +28,12 @@ except ImportError:  # Windows has no flock; there the folder is not locked
     fcntl = None
 
 
+def default_cache() -> Path:
+    """VTCLIP_CACHE, else ~/.cache/vtclip."""
+    named = os.environ.get("VTCLIP_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "vtclip"
+
+
 def write_new(path: Path, data: bytes) -> Path:
     """Write `data` to `path` + ".new" and flush it to the disk; `path` itself is not touched."""
     path = Path(os.path.realpath(path))

@@ -304,10 +304,11 @@ def test_bad_features_are_refused_by_name(arguments, error, message):
         RAda(TEXT).forward_with_penalty(*arguments)
 
 
-def test_no_image_and_a_zero_image():
-    head = RAda(TEXT, logit_bias=2.0)
-    assert head(torch.randn(0, 16)).shape == (0, 4)
-    logits = head(torch.stack([torch.zeros(16), torch.ones(16)]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_image_and_a_zero_image(dtype):
+    head = RAda(TEXT.to(dtype), logit_bias=2.0)
+    assert head(torch.randn(0, 16, dtype=dtype)).shape == (0, 4)
+    logits = head(torch.stack([torch.zeros(16), torch.ones(16)]).to(dtype))
     assert (logits[0] == 2).all()
     assert logits.isfinite().all()
 

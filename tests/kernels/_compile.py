@@ -5,6 +5,7 @@ Launchers run on CPU tensors with `JITFunction.run` replaced: instead of a launc
 are specialised the way Triton does it and compiled for the target. One JSON line per kernel.
 
 Usage: TRITON_INTERPRET=0 python _compile.py PACKAGE TARGET DTYPE PRECISION WIDTH...
+A width of 0 stands for the tiles that `vtclip tune` would time beside the built-in ones.
 """
 
 import importlib
@@ -22,9 +23,12 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 (
+    _candidates,
     _configs,
+    _tiles,
     cosine_logits,
     cross_attn,
+    cross_attn_descriptor,
     cross_attn_weights,
     norm_cosine_logits,
     rational_attn,
@@ -33,9 +37,12 @@ from triton.runtime.jit import JITFunction
 ) = (
     importlib.import_module(f"{sys.argv[1]}.{name}")
     for name in (
+        "_candidates",
         "_configs",
+        "_tiles",
         "cosine_logits",
         "cross_attn",
+        "cross_attn_descriptor",
         "cross_attn_weights",
         "norm_cosine_logits",
         "rational_attn",
@@ -137,6 +144,16 @@ def narrow_offsets(ttir):
     return bad
 
 
+def float32_dots(ttir):
+    """How dots of float32 operands are computed: "ieee" where nothing is said."""
+    found = set()
+    for line in re.findall(r"^.*= tt\.dot .*$", ttir, flags=re.M):
+        if re.search(r": tensor<\w+xf32> \*", line):
+            said = re.search(r"inputPrecision = (\w+)", line)
+            found.add(said.group(1) if said else "ieee")
+    return sorted(found)
+
+
 def record(rows, target):
     seen = set()
 
@@ -158,6 +175,7 @@ def record(rows, target):
                 "registers": registers,
                 "spilled": spilled,
                 "narrow": narrow_offsets(compiled.asm["ttir"]),
+                "dots": float32_dots(compiled.asm["ttir"]),
                 "grid": grid,
                 "options": options,
             }
@@ -177,7 +195,7 @@ def launches(dtype, width, B=32, H=8, K=1000):
         key_mask = torch.ones(B, L, dtype=torch.bool)
         out, lse = cross_attn.cross_attn_fwd(query, key, value, key_mask, 0.1)
         cross_attn.cross_attn_bwd(out, lse, query, key, value, key_mask, out, lse, 0.1)
-    weights = cross_attn_weights.cross_attn_weights_fwd(query, key, key_mask, 0.1)
+        weights = cross_attn_weights.cross_attn_weights_fwd(query, key, key_mask, 0.1)
     cross_attn_weights.cross_attn_weights_bwd(weights, weights, query, key, 0.1)
     pairs = new(B, H, K, width)
     for classes in (16, 32, 50, K):  # one tile, of the smallest to the largest; several
@@ -185,8 +203,17 @@ def launches(dtype, width, B=32, H=8, K=1000):
         tensors = (image, *(tensor[:, :, :classes] for tensor in (texts, *pair_like)))
         out, *kept = rational_attn.rational_attn_fwd(*tensors, 0.1, True)
         rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
+    # one image: the shortest tiles, chosen by waves
+    few, key, value, pair = (tensor[:1, :, :100] for tensor in (query, key, value, pairs))
+    out, lse = cross_attn.cross_attn_fwd(few, key, value, None, 0.1)
+    cross_attn.cross_attn_bwd(out, lse, few, key, value, None, out, lse, 0.1)
+    cross_attn_weights.cross_attn_weights_fwd(few, key, None, 0.1)
+    tensors = (None, few, pair, pair, pair)
+    out, *kept = rational_attn.rational_attn_fwd(*tensors, 0.1, True)
+    rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
     if width != 128:
         return
+    cross_attn_descriptor.cross_attn_descriptor_fwd(query, new(B, H, 49, width), value, 0.1)
     C = H * width
     image, text, g = new(B, C), new(K, C), new(B, K)
     _, *rnorms = cosine_logits.cosine_logits_fwd(image, text, 1.0)
@@ -210,6 +237,35 @@ def launches(dtype, width, B=32, H=8, K=1000):
             )
 
 
+def candidates(dtype, precision, target, B=32, H=8, K=1000, L=49, d=128):
+    """Launchers once for each neighbour of a built-in tile."""
+
+    def new(*shape):
+        return torch.empty(shape, dtype=dtype)
+
+    query, key, value = new(1, H, K, d), new(B, H, L, d), new(B, H, L, d)
+    out, lse = new(B, H, K, d), torch.empty(B, H, K)
+    context = (new(2, K, H * d), new(H * d, H * d), new(H * d), new(2, H * d), new(K, H * d))
+    calls = {
+        "fwd": lambda: cross_attn.cross_attn_fwd(query, key, value, None, 0.1),
+        "bwd_key": lambda: cross_attn.cross_attn_bwd(
+            out, None, query, key, value, None, out, lse, 0.1
+        ),
+        "weights": lambda: cross_attn_weights.cross_attn_weights_fwd(query, key, None, 0.1),
+        "head_fwd": lambda: rational_head.rational_head_fwd(*context, 1.0, 0),
+    }
+    for kind, call in calls.items():
+        sizes = (2, K, H * d) if kind == "head_fwd" else (B, H, K, L, d)
+        tile = _tiles.choose(kind, dtype, precision, sizes, target)
+        near = _candidates.neighbours(kind, tile, dtype, sizes, target)
+        assert len(near) >= 3, (kind, near)
+        name = _tiles.entry_name(kind, dtype, precision, sizes)
+        for one in near:
+            _tiles.use_tuned({(target.name, target.capability): {name: tuple(one)}})
+            call()
+        _tiles.use_tuned({})
+
+
 def main(package, target_name, dtype_name, precision, *widths):
     gpu, target = TARGETS[target_name]
     _configs.target_of = lambda tensor: target
@@ -217,7 +273,10 @@ def main(package, target_name, dtype_name, precision, *widths):
     rows = []
     JITFunction.run = record(rows, gpu)
     for width in widths:
-        launches(getattr(torch, dtype_name), int(width))
+        if int(width):
+            launches(getattr(torch, dtype_name), int(width))
+        else:
+            candidates(getattr(torch, dtype_name), precision, target)
         for row in rows:
             sys.stdout.write(json.dumps({"width": int(width), **row}) + "\n")
         rows.clear()

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel, compiled without a GPU in the configuration it would be launched with.
 
-What is read from the result: shared memory under the limit of the device, no spilled registers, and
-pointer offsets computed in 64 bits from the first multiplication on.
+What is read from the result: shared memory under the limit of the device, no spilled registers,
+pointer offsets computed in 64 bits from the first multiplication on, and float32 products computed
+as torch was told to, never by Triton's default.
 """
 
 import json
@@ -77,6 +78,8 @@ def test_every_kernel_fits(target, dtype, precision, widths):
                 row["spilled"] > SPILLS.get((dtype, row["kernel"]), 0),
             ),
             (f"32-bit offsets {row['narrow']}", bool(row["narrow"])),
+            # dots of 16-bit operands have no precision; of float32 it is torch's, said in each
+            (f"dots of float32 as {row['dots']}", row["dots"] not in ([], [precision])),
         )
         if bad
     ]
@@ -85,15 +88,29 @@ def test_every_kernel_fits(target, dtype, precision, widths):
         assert {row["kernel"] for row in rows} == kernel_names()
 
 
-def test_a_lost_cast_is_seen(tmp_path):
-    """The check of 64-bit offsets fails for kernels without their casts."""
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_tiles_that_tune_would_time_fit(target):
+    rows = compile_all("vtclip.kernels", target, "bfloat16", "tf32", (0,), ROOT)
+    large = [row for row in rows if row["shared"] > LIMITS[target]]
+    assert not large
+    assert len({json.dumps(row["options"]) for row in rows}) > 3
+    kernels = {row["kernel"] for row in rows}
+    assert {"cross_attn_fwd_kernel", "rational_head_fwd_kernel"} <= kernels
+
+
+def test_a_lost_cast_and_a_lost_precision_are_seen(tmp_path):
+    """The checks of offsets and of products fail for kernels without casts and precision."""
     shutil.copytree(KERNELS, tmp_path / "mutant")
     file = tmp_path / "mutant" / "cross_attn.py"
     text = file.read_text()
     assert ".to(tl.int64)" in text
     file.write_text(text.replace(".to(tl.int64)", ""))
-    rows = compile_all(
-        "mutant", "sm_80", "bfloat16", "tf32", (64,), f"{tmp_path}{os.pathsep}{ROOT}"
-    )
+    file = tmp_path / "mutant" / "_math.py"
+    text = file.read_text()
+    assert "input_precision=PRECISION, " in text
+    file.write_text(text.replace("input_precision=PRECISION, ", ""))
+    rows = compile_all("mutant", "sm_80", "float32", "ieee", (64,), f"{tmp_path}{os.pathsep}{ROOT}")
+    assert {tuple(row["dots"]) for row in rows} == {(), ("tf32",)}
     narrow = {row["kernel"] for row in rows if row["narrow"]}
     assert narrow == {"cross_attn_fwd_kernel"}

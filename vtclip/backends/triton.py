@@ -66,11 +66,28 @@ class _Triton:
         return getattr(torch.ops.vtclip, f"{name}_triton")
 
 
-def _launcher(name: str) -> Any:
+@functools.cache
+def _load_launcher(name: str) -> Any:
+    """The launcher of that name; before the first one a table that VTCLIP_TUNED names is read."""
+    _read_tuned()
     module = f"vtclip.kernels.{name.removesuffix('_fwd').removesuffix('_bwd')}"
+    return getattr(importlib.import_module(module), name)
 
+
+@functools.cache
+def _read_tuned() -> None:
+    if not os.environ.get("VTCLIP_TUNED"):
+        return
+    device = None
+    if torch.cuda.is_available() and not interpreted():
+        major, minor = torch.cuda.get_device_capability()
+        device = torch.cuda.get_device_name(), 10 * major + minor
+    importlib.import_module("vtclip.tuned").activate(device)
+
+
+def _launcher(name: str) -> Any:
     def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        return _load_launcher(name)(*args)
 
     return launch
 

@@ -37,7 +37,7 @@ from vtclip.data.hashing import Report, duplicates_of, hash_all
 from vtclip.data.images import Folder, printable, scan_folder
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
 from vtclip.distributed import World
-from vtclip.files import json_digest, only_writer, to_json, write_atomic
+from vtclip.files import default_cache, json_digest, only_writer, to_json, write_atomic
 
 __all__ = ["Report", "cached_features", "default_cache", "extract_features"]
 
@@ -46,12 +46,6 @@ logger = logging.getLogger(__name__)
 PARTIAL = "partial.json"
 LOCK_WAIT_S = 600.0
 EAGER_BYTES = 2**30
-
-
-def default_cache() -> Path:
-    """VTCLIP_CACHE, else ~/.cache/vtclip."""
-    named = os.environ.get("VTCLIP_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "vtclip"
 
 
 def extract_features(

@@ -97,8 +97,9 @@ def before_last_norm(
         attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
         u = _add(F.linear(attended, weight, bias), x1)
     x2 = _norm(layer.norm2, u)
-    hidden = F.relu(layer.linear1(x2), inplace=True)  # [B, K, F]
-    return _add(layer.linear2(hidden), x2)
+    # of a matrix the product is no view: to change a view in place costs its backward four copies
+    hidden = F.relu(layer.linear1(x2.flatten(0, 1)), inplace=True)  # [B K, F]
+    return _add(layer.linear2(hidden).view_as(x2), x2)
 
 
 def decode(
@@ -140,5 +141,8 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y into the fresh tensor x where dtypes allow (under autocast the sum stays wide)."""
-    return x.add_(y) if x.dtype == y.dtype else x + y
+    """x + y, into the fresh tensor x where nothing is differentiated and dtypes allow.
+
+    Products of more than two dimensions are views, see above; under autocast the sum stays wide.
+    """
+    return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else x.add_(y)

@@ -35,6 +35,7 @@ RELEASED = {
     "v_proj": "value",
     "out_proj": "out",
 }
+TINY = 1e-12  # lengths below it count as 0, as in F.normalize
 # Intermediate results of all images are kept for the backward up to this many bytes; above it
 # images are taken in chunks below it, and each chunk's results are made again in its backward.
 BYTE_BUDGET = 2**30
@@ -146,43 +147,55 @@ class RAda(nn.Module):
             raise ValueError(f"RAda: text must be {wish}, got {list(text.shape)}")
         if self.adapters:
             image, text = image + self.image_adapter(image), text + self.text_adapter(text)
-        v, t = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        v, t = _level(image), _level(text)
         scale = self.logit_scale if logit_scale is None else logit_scale.detach()
+        root_t = (scale / t.shape[1]) ** 0.5 * t  # sqrt(s) times the text of length 1
         text_query = None
         if "text" in self.queries:
-            text_query = self._heads(self._linear("text_query")(scale**0.5 * t)[None])
-        logits, penalty = self._chunked(v, t, text_query, scale)
+            text_query = self._heads(self._linear("text_query")(root_t)[None])
+        logits, penalty = self._chunked(v, t, root_t, text_query, scale)
         if logit_scale is not None:
             logits = logits * logit_scale
         return RationalLogits(logits + self.logit_bias if self.logit_bias else logits, penalty)
 
     def _chunked(
-        self, v: Tensor, t: Tensor, text_query: Tensor | None, scale: float | Tensor
+        self,
+        v: Tensor,
+        t: Tensor,
+        root_t: Tensor,
+        text_query: Tensor | None,
+        scale: float | Tensor,
     ) -> RationalLogits:
         """`_logits` of all images at once, or in chunks by BYTE_BUDGET."""
         B, (K, D) = v.shape[0], t.shape
         step = max(1, BYTE_BUDGET // max(1, ROWS_KEPT * K * D * v.element_size()))
         if torch.compiler.is_compiling() or step >= B:  # in this order: a free B is not compared
-            return self._logits(v, t, text_query, scale)
+            return self._logits(v, t, root_t, text_query, scale)
         parts = []
         for images in v.split(step):  # type: ignore[no-untyped-call]
             if torch.is_grad_enabled():
-                parts.append(
-                    checkpoint(self._logits, images, t, text_query, scale, use_reentrant=False)
-                )
+                inputs = images, t, root_t, text_query, scale
+                parts.append(checkpoint(self._logits, *inputs, use_reentrant=False))
             else:
-                parts.append(self._logits(images, t, text_query, scale))
+                parts.append(self._logits(images, t, root_t, text_query, scale))
         logits, penalty = zip(*parts, strict=True)
         return RationalLogits(torch.cat(logits), torch.cat(penalty))
 
     def _logits(
-        self, v: Tensor, t: Tensor, text_query: Tensor | None, scale: float | Tensor
+        self,
+        v: Tensor,
+        t: Tensor,
+        root_t: Tensor,
+        text_query: Tensor | None,
+        scale: float | Tensor,
     ) -> RationalLogits:
-        """v [B, D], t [K, D] of length 1, text_query [1, H, K, d] or None."""
-        X = (scale * v)[:, None] * t  # [B, K, D]
+        """v [B, D], t [K, D] of length sqrt(D), root_t = sqrt(s/D) t, text_query [1, H, K, d]."""
+        D = t.shape[1]
+        root_v = (scale / D) ** 0.5 * v  # of length sqrt(s), as root_t
+        X = root_v[:, None] * root_t  # [B, K, D]
         image_query = pair_query = None
         if "image" in self.queries:
-            image_query = self._heads(self._linear("image_query")(scale**0.5 * v)[:, None])
+            image_query = self._heads(self._linear("image_query")(root_v)[:, None])
         if "pair" in self.queries:
             pair_query = self._heads(self._linear("pair_query")(X))
         context = ops.rational_attn(
@@ -200,7 +213,7 @@ class RAda(nn.Module):
             out.bias,
             v,
             t,
-            scale=scale if isinstance(scale, float) else 1.0,
+            scale=(scale if isinstance(scale, float) else 1.0) / D,
             penalty=self.penalty,
         )
 
@@ -248,6 +261,15 @@ class RAda(nn.Module):
         """[B, K, D] -> [B, H, K, d], a view."""
         H = self.num_heads
         return x.view(*x.shape[:2], H, x.shape[-1] // H).transpose(1, 2)
+
+
+def _level(x: Tensor) -> Tensor:
+    """Rows [., D] brought to length sqrt(D): on a GPU one kernel, where to length 1 takes three.
+
+    Entries are about 1, which suits narrow dtypes; a zero row stays 0 in all of them.
+    """
+    D = x.shape[-1]
+    return F.rms_norm(x, (D,), eps=TINY**2 / D)
 
 
 def _adapter(D: int) -> nn.Sequential:

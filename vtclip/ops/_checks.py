@@ -3,12 +3,24 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def bound_once(forward: Forward) -> Forward:
+    """Keeps the signature of an `autograd.Function.forward`, which torch asks for in every call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -48,14 +60,26 @@ def expect_shape(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
     Returns the size of every letter; a "B|1" seen only as 1 gives 1.
     """
     sizes: dict[str, int] = {}
+    fits = True
     for tensor, spec in specs.values():
         letters = spec.split()
         if tensor.dim() != len(letters):
+            fits = False
             continue
         for letter, size in zip(letters, tensor.shape, strict=True):
             name, _, one = letter.partition("|")
-            if not (one and size == 1):
-                sizes.setdefault(name, size)
+            if not (one and size == 1) and sizes.setdefault(name, size) != size:
+                fits = False
+    if not fits:
+        _explain_shape(op, specs, sizes)
+    for _, spec in specs.values():
+        for letter in spec.split():
+            sizes.setdefault(letter.partition("|")[0], 1)
+    return sizes
+
+
+def _explain_shape(op: str, specs: dict[str, tuple[Tensor, str]], sizes: dict[str, int]) -> None:
+    """Raises for the first argument that does not fit `sizes`."""
     for argument, (tensor, spec) in specs.items():
         letters = spec.split()
         fits = tensor.dim() == len(letters) and all(
@@ -71,10 +95,6 @@ def expect_shape(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
             raise ValueError(
                 f"{op}: {argument} must be [{named}] = [{wanted}], got {list(tensor.shape)}"
             )
-    for _, spec in specs.values():
-        for letter in spec.split():
-            sizes.setdefault(letter.partition("|")[0], 1)
-    return sizes
 
 
 def expect_number(op: str, **numbers: object) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import cosine_logits as reference
 
 
 class _CosineLogits(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(
         image: Tensor, text: Tensor, scale: float, backend: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,10 +29,13 @@ class _CosineLogits(torch.autograd.Function):
         _, image_rnorm, text_rnorm = output
         ctx.mark_non_differentiable(image_rnorm, text_rnorm)
         ctx.save_for_backward(image, text, image_rnorm, text_rnorm)
+        ctx.set_materialize_grads(False)  # else one fill per output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_logits is None:
+            return (None,) * 4
         d_image, d_text = ctx.backend.function("cosine_logits_bwd")(
             grad_logits, *ctx.saved_tensors, ctx.scale
         )

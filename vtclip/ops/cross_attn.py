@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import (
+    bound_once,
     common_dtype,
     expect_floats,
     expect_mask,
@@ -30,6 +31,7 @@ class AttnLSE(NamedTuple):
 
 class _CrossAttn(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(
         query: Tensor,
         key: Tensor,

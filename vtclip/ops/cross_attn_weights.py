@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vtclip.ops._checks import bound_once
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.ops.cross_attn import validate
 from vtclip.reference import cross_attn_weights as reference
@@ -16,6 +17,7 @@ from vtclip.reference import cross_attn_weights as reference
 
 class _CrossAttnWeights(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(
         query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Any
     ) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import norm_cosine_logits as reference
 
 
 class _NormCosineLogits(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(
         hidden: Tensor,
         weight: Tensor,
@@ -40,10 +41,13 @@ class _NormCosineLogits(torch.autograd.Function):
         *tensors, ctx.residual, ctx.scale, ctx.eps, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)  # else one fill per output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_logits is None:
+            return (None,) * 9
         grads = ctx.backend.function("norm_cosine_logits_bwd")(
             grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, ctx.eps
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.ops.cross_attn import default_scale
 from vtclip.reference import rational_attn as reference
@@ -17,6 +17,7 @@ from vtclip.reference import rational_attn as reference
 
 class _RationalAttn(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(
         image_query: Tensor | None,
         text_query: Tensor | None,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip._library import PENALTIES
-from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip._library import PENALTIES, acc_dtype
+from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_head as reference
 
@@ -26,6 +26,7 @@ class RationalLogits(NamedTuple):
 
 class _RationalHead(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(
         context: Tensor,
         weight: Tensor,
@@ -50,13 +51,25 @@ class _RationalHead(torch.autograd.Function):
         peak = output[2]
         ctx.mark_non_differentiable(peak)
         ctx.save_for_backward(*tensors, peak)
+        ctx.set_materialize_grads(False)  # else one fill per output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logits: Tensor, grad_penalty: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_logits: Tensor | None, grad_penalty: Tensor | None, _: Any
+    ) -> tuple[Any, ...]:
+        if grad_logits is None and grad_penalty is None:
+            return (None,) * 8
         features = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        *tensors, peak = ctx.saved_tensors
+        context, penalty = tensors[0], ctx.penalty
+        if grad_logits is None:
+            grad_logits = context.new_zeros(context.shape[:2])
+        if grad_penalty is None:  # nobody used it: as if there were none, and nothing is read
+            penalty, peak = PENALTIES["none"], peak[:0]
+            grad_penalty = context.new_empty(context.shape[:1], dtype=acc_dtype(context.dtype))
         grads = ctx.backend.function("rational_head_bwd")(
-            grad_logits, grad_penalty, *ctx.saved_tensors, ctx.scale, ctx.penalty, features
+            grad_logits, grad_penalty, *tensors, peak, ctx.scale, penalty, features
         )
         needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
         return (*(grad if need else None for grad, need in needed), None, None, None)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_logits as reference
 
 
 class _RationalLogits(torch.autograd.Function):
     @staticmethod
+    @bound_once
     def forward(image: Tensor, text: Tensor, mask: Tensor, scale: float, backend: Any) -> Tensor:
         logits: Tensor = backend.function("rational_logits_fwd")(image, text, mask, scale)
         return logits

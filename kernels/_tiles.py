@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of every kernel: a table per architecture and number format, and a formula for few classes.
+
+`choose` is a function of kind, dtype, precision, sizes and target alone: nothing is timed at run
+time. Where a user has asked for a table that `vtclip tune` timed, its entry of exactly these sizes
+is taken instead.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import triton
+
+from ._configs import Target, multiprocessors, padded
+
+
+class Tile(NamedTuple):
+    """Attention: class rows and columns of one program and how it is launched."""
+
+    block_k: int
+    block_l: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        return _launch(self.num_warps, self.num_stages)
+
+
+class HeadTile(NamedTuple):
+    """rational_head: class rows, output columns and summed columns of one step."""
+
+    block_k: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        return _launch(self.num_warps, self.num_stages)
+
+
+class CosineTile(NamedTuple):
+    """Products of cosine_logits: rows of either side and columns of one step."""
+
+    block_n: int
+    block_j: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int | bool]:
+        return _launch(self.num_warps, self.num_stages)
+
+
+class RowTile(NamedTuple):
+    """Kernels without a product: elements of a tile of rows."""
+
+    elements: int
+
+
+def _launch(num_warps: int, num_stages: int) -> dict[str, int | bool]:
+    # the default of enable_fp_fusion differs between Triton versions
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+AnyTile = Tile | HeadTile | CosineTile | RowTile
+ATTENTION_SIZES = ("B", "H", "K", "L", "d")
+
+
+class Kind(NamedTuple):
+    """What a tile of some kernel consists of, and the sizes it is chosen by."""
+
+    tile: type[AnyTile]
+    sizes: tuple[str, ...]
+
+
+KINDS: dict[str, Kind] = {
+    "fwd": Kind(Tile, ATTENTION_SIZES),
+    "bwd_query": Kind(Tile, ATTENTION_SIZES),
+    "bwd_key": Kind(Tile, ATTENTION_SIZES),
+    "weights": Kind(Tile, ATTENTION_SIZES),
+    "weights_bwd": Kind(Tile, ATTENTION_SIZES),
+    # K rows, one more with an image query; L = number of classes
+    "rational_fwd": Kind(Tile, ATTENTION_SIZES),
+    "rational_bwd_query": Kind(Tile, ATTENTION_SIZES),
+    "rational_bwd_key": Kind(Tile, ATTENTION_SIZES),
+    "rational_one_bwd": Kind(Tile, ATTENTION_SIZES),
+    "head_fwd": Kind(HeadTile, ("B", "K", "D")),
+    "head_bwd": Kind(HeadTile, ("B", "K", "D")),
+    "cosine_fwd": Kind(CosineTile, ("B", "K", "D")),
+    "cosine_gather": Kind(CosineTile, ("N", "J", "D")),
+    "norm_cosine_fwd": Kind(RowTile, ("B", "K", "D")),
+    "norm_cosine_bwd": Kind(RowTile, ("B", "K", "D")),
+    "rational_logits": Kind(RowTile, ("B", "K", "D")),
+}
+_ATTENTION = [name for name, kind in KINDS.items() if kind.tile is Tile]
+
+# (block_k, block_l, num_warps, num_stages) for d up to 64, 128, 256, chosen by compiling for sm_80,
+# sm_90, sm_100 and gfx942: the largest tiles tried that spill no register, but for the few float32
+# cases that tests/kernels/test_compile.py names. Run time: not measured.
+# "ieee" is float32 without tensor cores, "small" is for 64 KiB of shared memory; others fit into
+# the 99 KiB of sm_86, sm_89 and sm_120.
+_TILES = {
+    "half": {
+        "fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "bwd_query": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+        "bwd_key": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        "weights": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
+        "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+        "rational_fwd": ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+        "rational_bwd_query": ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+        "rational_bwd_key": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        "rational_one_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+    },
+    "tf32": {
+        "fwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
+        "bwd_query": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+        "weights": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        "weights_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "rational_fwd": ((32, 32, 4, 1), (32, 32, 8, 1), (32, 16, 8, 1)),
+        "rational_bwd_query": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_key": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+        "rational_one_bwd": ((32, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "ieee": {
+        "fwd": ((32, 32, 4, 1), (32, 16, 8, 1), (16, 32, 8, 1)),
+        "bwd_query": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "bwd_key": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+        "weights": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        "weights_bwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "rational_fwd": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_query": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_key": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "rational_one_bwd": ((16, 16, 4, 1), (0, 0, 8, 1), (0, 0, 8, 1)),  # 0: never
+    },
+    "small half": dict.fromkeys(_ATTENTION, ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1))),
+    "small float32": dict.fromkeys(_ATTENTION, ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))),
+    "interpreter": dict.fromkeys(_ATTENTION, ((32, 64, 4, 1),) * 3),
+}
+# where sm_90 and later differ: two stages of bwd_query spill there, larger rational tiles do not
+_TILES_FROM_90 = {
+    "half": {
+        "bwd_query": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+        "rational_fwd": ((64, 64, 8, 2), *_TILES["half"]["rational_fwd"][1:]),
+        "rational_bwd_query": ((64, 64, 8, 2), *_TILES["half"]["rational_bwd_query"][1:]),
+        "rational_bwd_key": ((64, 64, 8, 2), *_TILES["half"]["rational_bwd_key"][1:]),
+        "rational_one_bwd": ((64, 64, 8, 1), *_TILES["half"]["rational_one_bwd"][1:]),
+    }
+}
+# in the order of HeadTile
+_HEAD_TILES = {
+    "half": {"head_fwd": (64, 64, 64, 8, 3), "head_bwd": (64, 64, 64, 8, 3)},
+    "tf32": {"head_fwd": (64, 64, 32, 8, 2), "head_bwd": (64, 64, 32, 8, 2)},
+    "ieee": {"head_fwd": (64, 64, 16, 8, 1), "head_bwd": (32, 32, 16, 8, 1)},
+    "small half": {"head_fwd": (64, 64, 32, 4, 1), "head_bwd": (64, 64, 32, 8, 1)},
+    "small float32": {"head_fwd": (64, 64, 32, 4, 1), "head_bwd": (64, 64, 32, 8, 1)},
+    "interpreter": {"head_fwd": (32, 32, 32, 4, 1), "head_bwd": (32, 32, 32, 4, 1)},
+}
+# the same for every target
+_OTHER_TILES = {
+    "cosine_fwd": (32, 32, 64, 4, 2),
+    "cosine_gather": (32, 32, 64, 8, 2),
+    "norm_cosine_fwd": (8192,),
+    "norm_cosine_bwd": (4096,),
+    "rational_logits": (4096,),
+}
+
+SMALL_K = 128  # up to so many classes, programs may be too few for the device: tiles by waves
+_BY_WAVES = ("fwd", "bwd_query", "weights")  # a program per tile of classes; shorter ones fit
+KEYS_AS_ROWS = 16  # loading the keys and values of an image costs about so many rows of queries
+
+
+def family(dtype: torch.dtype, precision: str, target: Target) -> str:
+    """The part of the table: interpreter, small shared memory, or how products are computed."""
+    if target.backend == "interpreter":
+        return "interpreter"
+    if target.shared_bytes < 99 * 1024:
+        return "small float32" if dtype == torch.float32 else "small half"
+    return precision if dtype == torch.float32 else "half"
+
+
+def built_in(
+    kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...], target: Target
+) -> AnyTile:
+    """The tile without a user's table; it may be larger than the problem."""
+    part = family(dtype, precision, target)
+    if kind in _OTHER_TILES:
+        return KINDS[kind].tile(*_OTHER_TILES[kind])
+    if KINDS[kind].tile is HeadTile:
+        return HeadTile(*_HEAD_TILES[part][kind])
+    B, H, K, _, d = sizes
+    table = _TILES[part]
+    if target.capability >= 90:
+        table = table | _TILES_FROM_90.get(part, {})
+    width = 0 if padded(d) <= 64 else 1 if padded(d) <= 128 else 2
+    tile = Tile(*table[kind][width])
+    if kind in _BY_WAVES and K <= SMALL_K and part != "interpreter":
+        return by_waves(tile, B * H, K, precision, target)
+    return tile
+
+
+def by_waves(tile: Tile, maps: int, K: int, precision: str, target: Target) -> Tile:
+    """`tile` or a shorter one, whichever is done first with `maps` score maps of K rows each.
+
+    Time is taken to be waves * (rows of a tile + KEYS_AS_ROWS). From sm_90 on, tensor cores reach
+    their rate with 64 rows; with fewer a row costs twice as much. Of equals the longest is taken.
+    """
+    full_rate = 64 if target.capability >= 90 and precision != "ieee" else 16
+    chosen, least = tile, None
+    while True:
+        rows = tile.block_k
+        waves = triton.cdiv(maps * triton.cdiv(K, rows), multiprocessors(target))
+        cost = waves * (rows * (1 if rows >= full_rate else 2) + KEYS_AS_ROWS)
+        if least is None or cost < least:
+            chosen, least = tile, cost
+        if rows <= 16:
+            return chosen
+        tile = tile._replace(block_k=rows // 2)  # on as many threads: half the warps would spill
+
+
+def fitted(kind: str, tile: AnyTile, sizes: tuple[int, ...]) -> AnyTile:
+    """`tile`, no larger than the problem."""
+    size = dict(zip(KINDS[kind].sizes, sizes, strict=True))
+    if isinstance(tile, Tile):
+        block_k, block_l = (
+            min(tile.block_k, padded(size["K"])),
+            min(tile.block_l, padded(size["L"])),
+        )
+        return tile._replace(block_k=block_k, block_l=block_l)
+    if isinstance(tile, HeadTile):
+        block_k, columns = min(tile.block_k, padded(size["K"])), padded(size["D"])
+        return tile._replace(
+            block_k=block_k,
+            block_n=min(tile.block_n, columns),
+            block_d=min(tile.block_d, columns),
+        )
+    return tile
+
+
+_tuned: Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]] = {}
+
+
+def use_tuned(tables: Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]]) -> None:
+    """Take tiles from `tables`, by (device name, capability) and `entry_name`, where they have any.
+
+    Entries are trusted; {} goes back to the built-in table.
+    """
+    global _tuned
+    _tuned = tables
+    choose.cache_clear()
+
+
+def entry_name(kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...]) -> str:
+    """Key of a user's table, such as "fwd bfloat16 tf32 B32 H8 K1000 L49 d64"."""
+    named = zip(KINDS[kind].sizes, sizes, strict=True)
+    words = (kind, str(dtype).removeprefix("torch."), precision)
+    return " ".join((*words, *(f"{name}{size}" for name, size in named)))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(
+    kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...], target: Target
+) -> AnyTile:
+    """The tile of a launch; `sizes` in the order of `KINDS[kind].sizes`."""
+    table = _tuned.get((target.name, target.capability))
+    found = table.get(entry_name(kind, dtype, precision, sizes)) if table else None
+    if found is not None:
+        tile: AnyTile = KINDS[kind].tile(*found)
+    else:
+        tile = built_in(kind, dtype, precision, sizes, target)
+    return fitted(kind, tile, sizes)
+
+
+HEAD_ROWS = 16384  # rows of d_m that the backward of rational_head keeps at a time
+
+
+def head_splits(programs: int, D: int, tile: HeadTile, target: Target) -> tuple[int, int]:
+    """(columns of one split, number of splits) of rational_head's forward.
+
+    A second launch costs as much as some dozens of steps, so short problems are not split; others
+    are, while their programs do not fill a device.
+    """
+    interpreted = target.backend == "interpreter"
+    tiles = triton.cdiv(D, tile.block_n)
+    short = tiles * triton.cdiv(D, tile.block_d) <= (3 if interpreted else 64)
+    wanted = 4 if interpreted else 128
+    splits = 1 if short else min(tiles, triton.cdiv(wanted, programs))
+    columns = triton.cdiv(tiles, splits) * tile.block_n
+    return columns, triton.cdiv(D, columns)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPU kernels per step of the heads, counted on the launchers' sm_90 path; no value is computed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vtclip import heads, ops
+
+if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+    pytest.skip("launches are noted in Triton's interpreter", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def launches() -> ModuleType:
+    path = Path(__file__).parents[1] / "launch_counting.py"
+    spec = importlib.util.spec_from_file_location("launch_counting", path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
+
+
+def kernels(launches, call, parameters) -> tuple[list[str], list[str]]:
+    """Names of the kernels of a call, and of the backward of what it returns."""
+    with launches.counting() as forward:
+        outputs = call()
+    outputs = [out for out in outputs if out.requires_grad]
+    grads = [torch.ones_like(out) for out in outputs]
+    with launches.counting() as backward:
+        torch.autograd.grad(outputs, parameters, grads, allow_unused=True)
+    return forward, backward
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(shape), dim=-1).bfloat16()
+
+
+@pytest.mark.parametrize("penalty", ["none", "mse"])
+def test_rada_of_fifty_classes(launches, penalty):
+    """2 norms, 3 products, 5 projections, attention, head; backward 6 and two of a projection."""
+    head = heads.RAda(unit(50, 512), penalty=penalty)
+    image = unit(32, 512)
+    forward, backward = kernels(
+        launches, lambda: head.forward_with_penalty(image), list(head.parameters())
+    )
+    assert len(forward) == 12, forward
+    assert len(backward) == 16, backward
+    assert forward[-2:] == ["rational_attn_fwd_kernel", "rational_head_fwd_kernel"]
+
+
+def test_an_unused_penalty_costs_nothing(launches):
+    head = heads.RAda(unit(50, 512), penalty="linf")
+    image = unit(32, 512)
+    call = lambda: head.forward_with_penalty(image)[:1]  # noqa: E731
+    _, backward = kernels(launches, call, list(head.parameters()))
+    assert len(backward) == 16, backward
+
+
+def test_vtclip_of_a_hundred_classes(launches):
+    head = heads.VTCLIP(unit(100, 1024), num_heads=8, init="torch")
+    inputs = unit(32, 1024), unit(32, 49, 1024)
+    forward, backward = kernels(launches, lambda: (head(*inputs),), list(head.parameters()))
+    assert len(forward) == 18, forward
+    assert len(backward) <= 60, backward
+    copies = [name for name in backward if name in ("clone", "copy_", "new_zeros", "zeros")]
+    assert len(copies) <= 6, backward
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: float(x[0]),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: torch.equal(x, x),
+        lambda x: torch.cuda.synchronize(),
+    ],
+)
+def test_waiting_for_the_device_is_seen(launches, wait):
+    x = torch.ones(3)
+    with pytest.raises(launches.Synchronises), launches.counting():
+        wait(x)
+
+
+def test_every_op_without_a_fill_or_a_copy(launches):
+    """Each op launches Triton's kernels and torch's matrix products, and never waits."""
+    B, K, H, L, d = 4, 50, 2, 49, 64
+    D = H * d
+    ragged = [torch.randn(s).bfloat16().requires_grad_() for s in ((1, H, K, d), (B, H, L, d))]
+    rows = [torch.randn(s).bfloat16().requires_grad_() for s in ((B, D), (K, D), (B, K, D))]
+    square = torch.randn(D, D).bfloat16().requires_grad_()
+    bias = torch.randn(D).bfloat16().requires_grad_()
+    query, key = ragged
+    image, text, mask = rows
+    pairs = torch.randn(B, H, K, d).bfloat16().requires_grad_()
+    some = torch.rand(B, L) > 0.5
+    one = torch.randn(B, H, 1, d).bfloat16().requires_grad_()
+    calls = {
+        "cross_attn": lambda: (ops.cross_attn(query, key, key),),
+        "cross_attn, masked": lambda: (ops.cross_attn(query, key, key, key_mask=some),),
+        "cross_attn_lse": lambda: ops.cross_attn_lse(query, key, key),
+        "cross_attn_weights": lambda: (ops.cross_attn_weights(query, key),),
+        "cosine_logits": lambda: (ops.cosine_logits(image, text),),
+        "norm_cosine_logits": lambda: (ops.norm_cosine_logits(mask, bias, bias, text, image),),
+        "rational_attn": lambda: (ops.rational_attn(one, query, pairs, pairs, pairs),),
+        "rational_logits": lambda: (ops.rational_logits(image, text, mask),),
+        "rational_head": lambda: ops.rational_head(mask, square, bias, image, text, penalty="mse"),
+    }
+    leaves = [query, key, image, text, mask, square, bias, pairs, one]
+    for name, call in calls.items():
+        forward, backward = kernels(launches, call, leaves)
+        assert forward, name
+        assert all(kernel.endswith("_kernel") for kernel in forward), (name, forward)
+        own = [kernel for kernel in backward if kernel.endswith("_kernel")]
+        rest = [kernel for kernel in backward if not kernel.endswith("_kernel")]
+        assert own, name
+        # a leaf given twice has its gradients added
+        assert set(rest) <= {"mm", "add"}, (name, rest)
+        assert len(own) <= 5, (name, own)
