@@ -272,7 +272,7 @@ def ffn_cosine_logits_fwd(
             count = min(batch, B - start)
             if not fused:
                 out = product[:count].view(-1, C)
-                torch.mm(hidden[part].reshape(-1, F), weight.t(), out=out)
+                torch.mm(hidden[part].reshape(count * K, F), weight.t(), out=out)
             state, images = residual_input[part], image[part]
             ffn_cosine_logits_fwd_kernel[(splits * count * tiles,)](
                 hidden[part], weight, product, bias, state, norm_weight, norm_bias, text, images,

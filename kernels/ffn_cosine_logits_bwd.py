@@ -216,7 +216,7 @@ def ffn_cosine_logits_bwd(
             count = min(batch, B - start)
             if not fused:
                 out = product[:count].view(-1, C)
-                torch.mm(hidden[part].reshape(-1, F), centred_weight.t(), out=out)
+                torch.mm(hidden[part].reshape(count * K, F), centred_weight.t(), out=out)
             grad, state, some = grad_logits[part], residual_input[part], image[part]
             ffn_cosine_logits_bwd_kernel[(chunks[i] * tiles * columns,)](
                 grad, hidden[part], centred_weight, product, bias, state, norm_weight, norm_bias,
@@ -233,8 +233,8 @@ def ffn_cosine_logits_bwd(
             )  # fmt: skip
             done += chunks[i]
         rows = d_z.view(-1, C)
-        torch.mm(rows, weight, out=d_hidden.view(-1, F))
-        torch.mm(rows.t(), hidden.reshape(-1, F), out=d_weight)
+        torch.mm(rows, weight, out=d_hidden.view(B * K, F))
+        torch.mm(rows.t(), hidden.reshape(B * K, F), out=d_weight)
         sum_partials(part_bias.view(-1, C), d_bias)
         sum_partials(part_weight.view(-1, C), d_norm_weight)
         sum_partials(part_norm_bias.view(-1, C), d_norm_bias)

@@ -44,7 +44,9 @@ class _FfnCosineLogits(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logits: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_logits is None:
+            return (None,) * 12
         features = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
         grads = ctx.backend.function("ffn_cosine_logits_bwd")(
             grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, features
