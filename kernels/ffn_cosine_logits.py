@@ -61,7 +61,7 @@ def store_stats(
     tl.store(stats_ptr + 6 * stride_stat + rows, mean_gz, mask=in_k)
 
 
-@triton.jit(do_not_specialize=["B", "K", "columns"])
+@triton.jit(do_not_specialize=["B", "K", "columns", "stride_stat"])
 def ffn_cosine_logits_fwd_kernel(
     hidden_ptr,  # [B, K, F], read if FUSED
     weight_ptr,  # [C, F] centred, contiguous, read if FUSED
@@ -179,7 +179,7 @@ def ffn_cosine_logits_fwd_kernel(
         tl.store(ptrs + 13 * total, tl.zeros_like(dd) + largest, mask=in_k)
     else:
         store_stats(
-            logits_ptr, stats_ptr, stride_stat, b * K + offs_k, in_k,
+            logits_ptr, stats_ptr, stride_stat.to(tl.int64), b * K + offs_k, in_k,
             s0, s1, s2, s3, s4, s5, dd, vd, nd, nv, nn, mean, size, largest,
             residual, scale, eps, width,
         )  # fmt: skip

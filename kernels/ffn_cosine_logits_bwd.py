@@ -62,7 +62,7 @@ def product_tile(
     return z
 
 
-@triton.jit(do_not_specialize=["B", "K", "images_per_program"])
+@triton.jit(do_not_specialize=["B", "K", "images_per_program", "stride_stat"])
 def ffn_cosine_logits_bwd_kernel(
     d_logits_ptr,  # [B, K]
     hidden_ptr,  # [B, K, F], read if FUSED
@@ -107,6 +107,7 @@ def ffn_cosine_logits_bwd_kernel(
     cols = (pid % num_cols).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_k = offs_k < K
     in_n = cols < C
+    stride_stat = stride_stat.to(tl.int64)
     bias = load_row(bias_ptr, cols, stride_bias_c, C)
     norm_weight = load_row(norm_weight_ptr, cols, stride_norm_weight_c, C)
     norm_bias = load_row(norm_bias_ptr, cols, stride_norm_bias_c, C)

@@ -21,7 +21,10 @@ from dataclasses import dataclass
 MARGIN = 2
 
 # kinds of device on which the twice absorbed form is used where it saves operations
-ABSORB_FFN = ("cuda", "cpu")
+ABSORB_FFN = ("cuda",)
+
+# rows from which the fused tail is used on CPU: twice those at which it was measured to be even
+FUSED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,11 @@ def plan(B: int, K: int, C: int, L: int, H: int, F: int, device: str = "cpu") ->
     return Plan(absorb=absorb, flops=shared + B * each, naive_flops=B * naive)
 
 
-def fuse_tail(device: str, *, training: bool) -> bool:
+def fuse_tail(rows: int, device: str, *, training: bool) -> bool:
     """Whether the second feed-forward matrix joins the last norm and the cosine in one operator.
 
-    It then stores no [B, K, C] result, and its backward makes that again, a sixth more operations
-    per step than reading it. So: in evaluation only.
+    It then stores no [B, K, C] result, and its backward makes that again: a sixth more operations
+    per step. So in evaluation only, and on CPU for `rows` = B K enough to pay for packing the
+    weight.
     """
-    return not training
+    return not training and (device != "cpu" or rows >= FUSED_ROWS)

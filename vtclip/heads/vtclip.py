@@ -155,7 +155,6 @@ class VTCLIP(nn.Module):
         x1, query = queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
         key, value = keys_values(first, tokens)  # [B, H, L, d]
         last = self._decoder()[-1].norm3
-        fuse = fuse_tail(x1.device.type, training=torch.is_grad_enabled())
         options: dict[str, Any] = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
 
         def part(images: slice, classes: slice) -> Tensor:
@@ -166,7 +165,8 @@ class VTCLIP(nn.Module):
                 state = *queries(layer, last_norm(below, z)), *keys_values(layer, tokens[images])
             hidden, x2 = hidden_units(layer, *state, mask)
             tail = last.weight, last.bias, self.text[classes], image[images]
-            if fuse:
+            rows = x2.shape[0] * x2.shape[1]
+            if fuse_tail(rows, x2.device.type, training=torch.is_grad_enabled()):
                 linear = layer.linear2
                 return ops.ffn_cosine_logits(
                     hidden, linear.weight, linear.bias, x2, *tail, **options
