@@ -83,24 +83,19 @@ def hidden_units(
     """x1 [1|B, K, C], query [1|B, H, K, d], key, value [B, H, L, d] -> h [B, K, F], x2 [B, K, C].
 
     absorb: how many of the matrices after the attention are pushed through the values: 0 none, 1
-    the output projection, 2 the first feed-forward matrix too; None asks `cost.plan`.
+    the output projection, 2 the first feed-forward matrix too; None asks `cost.plan`, which
+        never says 2 to a traced graph.
     """
-    cross, C = layer.multihead_attn, x1.shape[-1]
-    weight = cross.out_proj.weight
-    bias = cross.out_proj.bias + weight @ cross.in_proj_bias[2 * C :]
     if absorb is None:
-        B, H, L, _ = key.shape
+        (B, H, L, _), C = key.shape, x1.shape[-1]
+        if torch.compiler.is_compiling():
+            B = 1  # a choice by the number of images would tie a traced graph to that number
         sizes = B, x1.shape[1], C, L, H, layer.linear1.out_features
         absorb = plan(*sizes, device=x1.device.type).absorb
     if absorb == 2:
-        return _absorbed_twice(layer, x1 + bias, query, key, value, key_mask)
-    if absorb == 1:
-        attended = _absorbed(query, key, value, weight, key_mask)
-        u = _add(attended, x1 + bias)
-    else:
-        attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
-        u = _add(F.linear(attended, weight, bias), x1)
-    x2 = _norm(layer.norm2, u)
+        return _absorbed_twice(layer, x1, query, key, value, key_mask)
+    # u is held by no name here: without gradients it is freed before h is made
+    x2 = _norm(layer.norm2, _attended(layer, x1, query, key, value, key_mask, absorb == 1))
     return F.relu(layer.linear1(x2), inplace=True), x2
 
 
@@ -121,6 +116,31 @@ def last_norm(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     return _norm(layer.norm3, x)
 
 
+def _out_bias(layer: nn.TransformerDecoderLayer) -> Tensor:
+    """bo + Wo bv [C]."""
+    cross = layer.multihead_attn
+    weight: Tensor = cross.out_proj.weight
+    bias: Tensor = cross.out_proj.bias + weight @ cross.in_proj_bias[2 * weight.shape[0] :]
+    return bias
+
+
+def _attended(
+    layer: nn.TransformerDecoderLayer,
+    x1: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    absorbed: bool,
+) -> Tensor:
+    """u [B, K, C]."""
+    weight, bias = layer.multihead_attn.out_proj.weight, _out_bias(layer)
+    if absorbed:
+        return _add(_absorbed(query, key, value, weight, key_mask), x1 + bias)
+    attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
+    return _add(F.linear(attended, weight, bias), x1)
+
+
 def _absorbed(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, key_mask: Tensor | None
 ) -> Tensor:
@@ -131,24 +151,25 @@ def _absorbed(
 
 def _absorbed_twice(
     layer: nn.TransformerDecoderLayer,
-    start: Tensor,
+    x1: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """h and x2 from one product of inner size H L per image; start [1|B, K, C] = x1 + bias.
+    """h and x2 from one product of inner size H L per image; start = x1 + bias of u.
 
     W~    = W1 diag(g2) (I - 1 1^T / C)                        LN2's weight and centring
     [u|t] = [start | start W~^T] + sum_h P_h (V_h [Wo_h^T | Wo_h^T W~^T])
     x2    = LN2(u)      h = relu(t / std(u) + W1 b2 + c1)      as W1 x2 + c1 = W~ u / std + ..
     """
     norm, linear = layer.norm2, layer.linear1
-    C, width = start.shape[-1], linear.out_features
+    C, width = x1.shape[-1], linear.out_features
     scaled = linear.weight * norm.weight
     centred = scaled - scaled.mean(1, keepdim=True)  # [F, C]
     per_head = _per_head(layer.multihead_attn.out_proj.weight, value.shape[1])
     projected = _projected(value, torch.cat([per_head, per_head @ centred.T], -1))
+    start = x1 + _out_bias(layer)
     start = torch.cat([start, start @ centred.T], -1)
     mixed = torch.baddbmm(start, _flat_weights(query, key, key_mask), projected)
     u, t = mixed.split((C, width), dim=-1)

@@ -78,11 +78,11 @@ def plan(B: int, K: int, C: int, L: int, H: int, F: int, device: str = "cpu") ->
     `naive_flops` the same layer on the class texts repeated for each image.
     """
     count = flops(B, K, C, L, H, F)
-    out, ffn = (
-        crossover is not None and crossover * MARGIN <= K
-        for crossover in (crossover_out(C, L, H), crossover_ffn(B, C, L, H, F))
-    )
-    absorb = 2 if out and ffn and device in ABSORB_FFN else int(out)
+    crossover = crossover_out(C, L, H)
+    absorb = int(crossover is not None and crossover * MARGIN <= K)
+    if absorb and device in ABSORB_FFN:
+        crossover = crossover_ffn(B, C, L, H, F)
+        absorb += int(crossover is not None and crossover * MARGIN <= K)
     shared = 8 * K * C * C + 4 * K * K * C + 2 * K * C * C  # self-attention and the query
     scores = 2 * K * L * C
     keys_values = 4 * L * C * C

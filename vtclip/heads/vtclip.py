@@ -165,7 +165,8 @@ class VTCLIP(nn.Module):
                 state = *queries(layer, last_norm(below, z)), *keys_values(layer, tokens[images])
             hidden, x2 = hidden_units(layer, *state, mask)
             tail = last.weight, last.bias, self.text[classes], image[images]
-            rows = x2.shape[0] * x2.shape[1]
+            # a choice by the number of images would tie a traced graph to that number
+            rows = 0 if torch.compiler.is_compiling() else x2.shape[0] * x2.shape[1]
             if fuse_tail(rows, x2.device.type, training=torch.is_grad_enabled()):
                 linear = layer.linear2
                 return ops.ffn_cosine_logits(
