@@ -172,7 +172,7 @@ def _absorbed_twice(
     start = x1 + _out_bias(layer)
     start = torch.cat([start, start @ centred.T], -1)
     mixed = torch.baddbmm(start, _flat_weights(query, key, key_mask), projected)
-    u, t = mixed.split((C, width), dim=-1)
+    u, t = mixed.split_with_sizes((C, width), -1)
     rstd = (u.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
     shift = linear.bias + linear.weight @ norm.bias
     return F.relu(torch.addcmul(shift, t, rstd), inplace=True), _norm(norm, u)
