@@ -7,8 +7,10 @@ Add an operator by adding a function that returns a `Work` and its rows to `CASE
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import baselines
 import rada_baselines
@@ -99,6 +101,50 @@ def norm_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int) 
             *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
         ),
     )
+
+
+def _tail_with_own_product(*tensors: Tensor) -> Tensor:
+    """ffn_cosine_logits with the product made in the Triton kernels, whatever they would choose."""
+    configs: Any = importlib.import_module("vtclip.kernels._gemm_configs")
+    before, configs.stores_product = configs.stores_product, lambda target: False
+    try:
+        return ops.ffn_cosine_logits(*tensors, scale=100.0, impl="triton")
+    finally:
+        configs.stores_product = before
+
+
+def ffn_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int, F: int) -> Work:
+    shapes = ((B, K, F), (C, F), (C,), (B, K, C), (C,), (C,), (K, C), (B, C))
+    sizes = (1.0, F**-0.5, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0)
+    leaves = [
+        (size * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+        for shape, size in zip(shapes, sizes, strict=True)
+    ]
+
+    def linear_then_norm(h: Tensor, w: Tensor, b: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        z = torch.nn.functional.linear(h, w, b).add_(x)
+        return ops.norm_cosine_logits(z, *rest, scale=100.0)
+
+    def plain(h: Tensor, w: Tensor, b: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        return baselines.tail_plain(torch.nn.functional.linear(h, w, b).add_(x), *rest, 100.0)
+
+    providers: dict[str, Provider] = {
+        "vtclip": lambda *t: ops.ffn_cosine_logits(*t, scale=100.0),
+        "linear, norm_cosine_logits": linear_then_norm,
+        "linear, layer_norm, add, cosine": plain,
+    }
+    if device == "cuda":
+        providers["product in the Triton kernels"] = _tail_with_own_product
+    work = Work(
+        leaves,
+        providers,
+        lambda: ops.ffn_cosine_logits(
+            *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
+        ),
+    )
+    # the features are frozen: parameters and what lies before them need gradients
+    work.parameters = dict.fromkeys(work.providers, leaves[:6])
+    return work
 
 
 def vtclip_head(device: str, dtype: torch.dtype, B: int, K: int, C: int, L: int, F: int) -> Work:
@@ -239,6 +285,7 @@ CASES = (
     Case("cross_attn", {**ATTENTION, "B": 8}, cross_attn, torch.bfloat16),
     Case("cosine_logits", {"B": 128, "K": 1000, "D": 512}, cosine_logits),
     Case("norm_cosine_logits", {"B": 32, "K": 100, "C": 1024}, norm_cosine_logits),
+    Case("ffn_cosine_logits", {"B": 32, "K": 100, "C": 1024, "F": 2048}, ffn_cosine_logits),
     Case(
         "VTCLIP",
         {"B": 32, "K": 100, "C": 1024, "L": 49, "F": 2048},

@@ -47,6 +47,12 @@ def sample(name: str, empty: bool, expanded: bool) -> tuple[object, ...]:
     if name == "norm_cosine_logits_bwd":
         outputs = ref.norm_cosine_logits_fwd(*tail, 0.5, 2.0, 1e-5)
         return torch.randn(B, K), *tail, *outputs, 0.5, 2.0, 1e-5
+    ffn = torch.randn(B, K, 4), torch.randn(C, 4), torch.randn(C), tail[0]
+    if name == "ffn_cosine_logits_fwd":
+        return *ffn, *tail[1:], 0.5, 2.0, 1e-5
+    if name == "ffn_cosine_logits_bwd":
+        _, *kept = ref.ffn_cosine_logits_fwd(*ffn, *tail[1:], 0.5, 2.0, 1e-5)
+        return torch.randn(B, K), *ffn, *tail[1:], *kept, 0.5, 2.0, not expanded
     heads = torch.randn(B, H, K, d), torch.randn(B, H, K, d)
     asked = torch.randn(B, H, 1, d), query, torch.randn(B, H, K, d)
     if expanded:
@@ -94,6 +100,10 @@ CALLS = {
     "cross_attn_weights": (ops.cross_attn_weights, ((1, 2, 5, 8), (3, 2, 7, 8))),
     "cosine_logits": (ops.cosine_logits, ((3, 6), (5, 6))),
     "norm_cosine_logits": (ops.norm_cosine_logits, ((3, 5, 6), (6,), (6,), (5, 6), (3, 6))),
+    "ffn_cosine_logits": (
+        ops.ffn_cosine_logits,
+        ((3, 5, 4), (6, 4), (6,), (3, 5, 6), (6,), (6,), (5, 6), (3, 6)),
+    ),
     "rational_attn": (
         ops.rational_attn,
         ((3, 2, 1, 8), (1, 2, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8)),

@@ -47,6 +47,18 @@ SCHEMAS: dict[str, str] = {
         " Tensor row_rnorm, float residual, float scale, float eps)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    # logits, stats, image_rnorm
+    "ffn_cosine_logits_fwd": (
+        "(Tensor hidden, Tensor weight, Tensor bias, Tensor residual_input, Tensor norm_weight,"
+        " Tensor norm_bias, Tensor text, Tensor image, float residual, float scale, float eps)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+    "ffn_cosine_logits_bwd": (
+        "(Tensor grad_logits, Tensor hidden, Tensor weight, Tensor bias, Tensor residual_input,"
+        " Tensor norm_weight, Tensor norm_bias, Tensor text, Tensor image, Tensor stats,"
+        " Tensor image_rnorm, float residual, float scale, bool features)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
     # out, parts, image_out, stats
     "rational_attn_fwd": (
         "(Tensor? image_query, Tensor? text_query, Tensor? pair_query, Tensor key, Tensor value,"
@@ -186,6 +198,56 @@ def _norm_cosine_logits_bwd(
         bias.new_empty(bias.shape),
         text.new_empty(text.shape),
         image.new_empty(image.shape),
+    )
+
+
+def _ffn_cosine_logits_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual_input: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    text: Tensor,
+    image: Tensor,
+    residual: float,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # stats: mean and shift (both are subtracted), rstd, 1 / |y|, cosine, mean of g, mean of g zh;
+    # g = residual norm_weight (image / |image| - cosine y / |y|). The mean is the implementation's:
+    # of z, or of residual_input + bias where the rest of z is centred; its backward reads it.
+    B, K, _ = hidden.shape
+    acc = acc_dtype(hidden.dtype)
+    logits = hidden.new_empty((B, K))
+    return logits, hidden.new_empty((7, B, K), dtype=acc), hidden.new_empty((B,), dtype=acc)
+
+
+def _ffn_cosine_logits_bwd(
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual_input: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    text: Tensor,
+    image: Tensor,
+    stats: Tensor,
+    image_rnorm: Tensor,
+    residual: float,
+    scale: float,
+    features: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape),
+        bias.new_empty(bias.shape),
+        residual_input.new_empty(residual_input.shape),
+        norm_weight.new_empty(norm_weight.shape),
+        norm_bias.new_empty(norm_bias.shape),
+        text.new_empty(text.shape if features else (0,)),
+        image.new_empty(image.shape if features else (0,)),
     )
 
 

@@ -17,6 +17,7 @@ OPS = (
     "cross_attn",
     "cross_attn_weights",
     "cosine_logits",
+    "ffn_cosine_logits",
     "norm_cosine_logits",
     "rational_attn",
     "rational_logits",

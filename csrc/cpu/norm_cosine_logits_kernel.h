@@ -4,104 +4,7 @@
 #include "simd.h"
 #include "rows.h"
 #include "unit_rows.h"
-
-// Rows of image / |image|.
-template <class T>
-static void unit_images(const NormCosine& s, int64_t begin, int64_t end) {
-  const int64_t width = round_up(s.C, kLanes<T>);
-  const Scratch<T> buffer(s.C);
-  for (int64_t b = begin; b < end; ++b) {
-    const T* x = view_row<T>(buffer, s.C, s.image.at(0, b), s.image.column, s.dtype);
-    static_cast<T*>(s.image_rnorm)[b] =
-        unit_row(static_cast<T*>(s.image_unit) + b * width, x, s.C, width);
-  }
-}
-
-template <class T>
-VTCLIP_INLINE T row_mean(const T* x, int64_t n) {
-  Vec<T> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sums[j] += load(x + i + j * kLanes<T>);
-  }
-  for (; i + kLanes<T> <= n; i += kLanes<T>) sums[0] += load(x + i);
-  T total = sum_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < n; ++i) total += x[i];
-  return n > 0 ? total / static_cast<T>(n) : T{0};
-}
-
-// What rounding left out of the mean, mean(x - mean), and the biased variance.
-template <class T>
-struct Spread {
-  T shift, variance;
-};
-
-template <class T>
-VTCLIP_INLINE Spread<T> row_spread(const T* x, int64_t n, T mean) {
-  const Vec<T> centre = splat(mean);
-  Vec<T> sums[2] = {}, squares[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const Vec<T> d = load(x + i + j * kLanes<T>) - centre;
-      sums[j] += d;
-      squares[j] = fma(d, d, squares[j]);
-    }
-  }
-  T sum = sum_lanes<T>(sums[0] + sums[1]), square = sum_lanes<T>(squares[0] + squares[1]);
-  for (; i < n; ++i) {
-    const T d = x[i] - mean;
-    sum += d;
-    square += d * d;
-  }
-  const T count = static_cast<T>(max_of(n, 1));
-  const T shift = sum / count;
-  return {shift, square / count - shift * shift};
-}
-
-// What one row computes with.
-template <class T>
-struct NormRow {
-  const T* hidden;
-  const T* text;
-  const T* weight;
-  const T* bias;
-  const T* image;  // unit
-  T mean, rstd, residual;
-  T offset;  // -rstd * mean(hidden - mean): a mean far from 0 is not exact in its own type
-};
-
-// y = text + residual * (weight * zh + bias), zh = (hidden - mean) * rstd + offset; sums y^2 and y
-// * image.
-template <class T>
-VTCLIP_INLINE void mix_row(const NormRow<T>& r, int64_t n, T* y, T* square, T* dot) {
-  Vec<T> squares[2] = {}, dots[2] = {};
-  const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
-  const Vec<T> residual = splat(r.residual);
-  int64_t i = 0;
-  for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      const int64_t at = i + j * kLanes<T>;
-      const Vec<T> zh = fma(load(r.hidden + at) - mean, rstd, offset);
-      const Vec<T> z = fma(load(r.weight + at), zh, load(r.bias + at));
-      const Vec<T> v = fma(residual, z, load(r.text + at));
-      squares[j] = fma(v, v, squares[j]);
-      dots[j] = fma(v, load(r.image + at), dots[j]);
-      store(y + at, v);
-    }
-  }
-  *square = sum_lanes<T>(squares[0] + squares[1]);
-  *dot = sum_lanes<T>(dots[0] + dots[1]);
-  for (; i < n; ++i) {
-    const T zh = (r.hidden[i] - r.mean) * r.rstd + r.offset;
-    y[i] = r.text[i] + r.residual * (r.weight[i] * zh + r.bias[i]);
-    *square += y[i] * y[i];
-    *dot += y[i] * r.image[i];
-  }
-}
+#include "norm_cosine_rows.h"
 
 template <class T>
 static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_t end) {
@@ -136,13 +39,6 @@ static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_
     static_cast<T*>(p.row_rnorm)[row] = rnorm;
     store_one<T>(p.logits + row * item, s.dtype, static_cast<T>(s.scale) * dot);
   }
-}
-
-template <class T>
-VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j) {
-  T x;
-  __builtin_memcpy(&x, view.at(0, i) + j * view.column, sizeof(T));
-  return x;
 }
 
 // Sums one row adds to.

@@ -5,34 +5,17 @@
 #include "rows.h"
 #include "unit_rows.h"
 #include "rational_logits_rows.h"
-
-// Steps of the inner dimension per product: a panel's part (32 KiB in float32) stays in the first
-// cache and partial sums stay short.
-constexpr int64_t kInner = 128;
+#include "weight_panels.h"
 
 // Unit u < panels: columns of weight^T; after them, of weight.
 template <class T>
 static void pack_units(const RationalHead& s, int64_t begin, int64_t end) {
-  const int64_t panels = panels_of(s.D), ldw = leading_dim<T>(s.D);
-  const Scratch<T> rows(kPanel * ldw), buffer(s.D);
+  const int64_t panels = panels_of(s.D);
   for (int64_t u = begin; u < end; ++u) {
-    const bool transposed = u < panels;
-    const int64_t first = u % panels * kPanel, count = min_of(kPanel, s.D - first);
-    T* panel = static_cast<T*>(transposed ? s.weight_t : s.weight_pack) + first * s.D;
-    if (transposed) {
-      for (int64_t j = 0; j < count; ++j) {
-        load_row<T>(rows + j * ldw, s.D, s.D, s.weight.at(0, first + j), s.weight.column, s.dtype,
-                    T{1});
-      }
-      transpose<T>(panel, kPanel, rows, ldw, count, s.D);
-      for (int64_t i = 0; i < s.D && count < kPanel; ++i) {
-        for (int64_t j = count; j < kPanel; ++j) panel[i * kPanel + j] = 0;
-      }
+    if (u < panels) {
+      pack_transposed<T>(static_cast<T*>(s.weight_t), s.weight, s.D, s.D, s.dtype, u);
     } else {
-      for (int64_t i = 0; i < s.D; ++i) {
-        load_row<T>(panel + i * kPanel, count, kPanel, s.weight.at(0, i) + first * s.weight.column,
-                    s.weight.column, s.dtype, T{1});
-      }
+      pack_plain<T>(static_cast<T*>(s.weight_pack), s.weight, s.D, s.D, s.dtype, u - panels);
     }
   }
 }

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtclip.heads import HEADS, VTCLIP, ZeroShot, _decoder, vtclip
+from vtclip import ops
+from vtclip.heads import HEADS, VTCLIP, ZeroShot, _decoder, cost, vtclip
 from vtclip.testing import GRADIENT_FACTOR, assert_within_budget
 
 # float64 with sums of at most a few hundred terms and logits up to 100: 1e-13 is seen
@@ -236,23 +238,62 @@ def test_smallest_sizes(record, B, K, L):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_absorbed_equals_direct(record, masked):
+@pytest.mark.parametrize("absorb", [1, 2])
+@pytest.mark.parametrize("shared", [False, True])
+def test_absorbed_equals_direct(record, masked, absorb, shared):
+    """Every gradient too, with every bias and every norm's affine drawn at random."""
     text, _, spatial = record()
     _, (layer,) = head_and_layers(text)
     mask = torch.rand(3, 5) < 0.6 if masked else None
-    x1, query = _decoder.queries(layer, text[None])
-    key, value = _decoder.keys_values(layer, spatial)
+    target = text[None] if shared else text[None] + torch.randn(3, *text.shape, dtype=text.dtype)
+    used = [p for n, p in layer.named_parameters() if not n.startswith("norm3")]
+    spatial.requires_grad_()
     results, grads = [], []
-    for absorb in (False, True):
-        out = _decoder.before_last_norm(layer, x1, query, key, value, mask, absorb_out=absorb)
-        used = [p for n, p in layer.named_parameters() if not n.startswith("norm3")]
-        results.append(out)
-        grads.append(gradients(out.square().sum(), None, *used)) if absorb else grads.append(
-            torch.autograd.grad(out.square().sum(), used, retain_graph=True)
-        )
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=EXACT)
+    for form in (0, absorb):
+        attention = *_decoder.queries(layer, target), *_decoder.keys_values(layer, spatial)
+        state = _decoder.hidden_units(layer, *attention, mask, absorb=form)
+        out = _decoder.before_last_norm(layer, *state)
+        results.append((out.detach(), *(part.detach() for part in state)))
+        grads.append(torch.autograd.grad(out.square().sum(), [*used, spatial]))
+    for absorbed, direct in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(absorbed, direct, rtol=0, atol=EXACT)
     for absorbed, direct in zip(*reversed(grads), strict=True):
-        torch.testing.assert_close(absorbed, direct, rtol=1e-12, atol=EXACT)
+        size = max(float(direct.abs().max()), 1.0)
+        torch.testing.assert_close(absorbed, direct, rtol=1e-12, atol=EXACT * size)
+
+
+@pytest.mark.parametrize("absorb", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_form_is_torch_s_layer(record, monkeypatch, absorb, count):
+    text, image, spatial = record()
+    head, layers = head_and_layers(text, count)
+    monkeypatch.setattr(_decoder, "plan", lambda *_, **__: SimpleNamespace(absorb=absorb))
+    wanted = plain_logits(layers, text, image, spatial)
+    torch.testing.assert_close(head(image, spatial), wanted, rtol=1e-12, atol=EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(head(image, spatial), wanted, rtol=1e-12, atol=EXACT)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_evaluation_takes_the_fused_tail_and_training_does_not(record, monkeypatch, count):
+    text, image, spatial = record()
+    head, _ = head_and_layers(text, count)
+    taken = []
+
+    def noted(name):
+        op = getattr(ops, name)
+        return lambda *args, **kwargs: taken.append(name) or op(*args, **kwargs)
+
+    for name in ("ffn_cosine_logits", "norm_cosine_logits"):
+        monkeypatch.setattr(ops, name, noted(name))
+    trained = head(image, spatial).detach()
+    with torch.no_grad():
+        few = head(image, spatial)
+        monkeypatch.setattr(cost, "FUSED_ROWS", text.shape[0] * image.shape[0])
+        evaluated = head(image, spatial)
+    assert taken == ["norm_cosine_logits", "norm_cosine_logits", "ffn_cosine_logits"]
+    torch.testing.assert_close(few, trained, rtol=0, atol=EXACT)
+    torch.testing.assert_close(evaluated, trained, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("budget", [1, 60_000, 100_000])

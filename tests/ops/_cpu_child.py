@@ -62,9 +62,24 @@ def call_all(dtype: torch.dtype, make: Make = random) -> list[Tensor]:
         results += forward
         results += KERNELS.norm_cosine_logits_bwd(seed, hidden, *tail, *forward, 0.7, 3.0, 1e-5)
         results += masked_logits(hidden, seed, make)
+        results += feed_forward(hidden, seed, 2 * d + 1, make)
     # more than one weight panel, more than one step of the inner dimension
-    wide = make(2, 70, 200, dtype=dtype)
-    return results + masked_logits(wide, make(2, 70, dtype=dtype), make)
+    wide, seed = make(2, 70, 200, dtype=dtype), make(2, 70, dtype=dtype)
+    return results + masked_logits(wide, seed, make) + feed_forward(wide, seed, 150, make)
+
+
+def feed_forward(state: Tensor, seed: Tensor, width: int, make: Make) -> list[Tensor]:
+    """ffn_cosine_logits from `width` hidden units to state [B, K, C], with and without features."""
+    (B, K, C), dtype = state.shape, state.dtype
+    vectors = [make(C, dtype=dtype) for _ in range(3)]
+    hidden, weight = make(B, K, width, dtype=dtype), make(C, width, dtype=dtype)
+    text, image = make(K, C, dtype=dtype), make(B, C, dtype=dtype)
+    layer = (hidden, weight, vectors[0], state, *vectors[1:], text, image)
+    forward = KERNELS.ffn_cosine_logits_fwd(*layer, 0.7, 3.0, 1e-5)
+    results = list(forward)
+    for features in (False, True):
+        results += KERNELS.ffn_cosine_logits_bwd(seed, *layer, *forward[1:], 0.7, 3.0, features)
+    return results
 
 
 def masked_logits(context: Tensor, seed: Tensor, make: Make) -> list[Tensor]:

@@ -304,6 +304,41 @@ def test_memory_of_the_rational_head_is_protected(change, message):
         KERNELS.rational_head_bwd(*arguments.values())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"weight": torch.zeros(8, 7)},
+            r"ffn_cosine_logits_bwd: weight must be \[8, 6\], got \[8, 7\]",
+        ),
+        ({"hidden": torch.zeros(2, 6)}, "hidden must have 3 dimensions"),
+        ({"residual_input": torch.zeros(2, 5, 7)}, r"residual_input must be \[2, 5, 8\], got"),
+        ({"stats": torch.zeros(5, 2, 5)}, r"stats must be \[7, 2, 5\], got \[5, 2, 5\]"),
+        ({"stats": torch.zeros(7, 2, 5).double()}, "stats must have dtype Float, got Double"),
+        ({"image": torch.zeros(2, 8).half()}, "image must have dtype Float, got Half"),
+    ],
+)
+def test_memory_of_the_feed_forward_tail_is_protected(change, message):
+    arguments = {
+        "grad_logits": torch.zeros(2, 5),
+        "hidden": torch.zeros(2, 5, 6),
+        "weight": torch.zeros(8, 6),
+        "bias": torch.zeros(8),
+        "residual_input": torch.zeros(2, 5, 8),
+        "norm_weight": torch.zeros(8),
+        "norm_bias": torch.zeros(8),
+        "text": torch.zeros(5, 8),
+        "image": torch.zeros(2, 8),
+        "stats": torch.zeros(7, 2, 5),
+        "image_rnorm": torch.zeros(2),
+        "residual": 1.0,
+        "scale": 1.0,
+        "features": True,
+    } | change
+    with pytest.raises(RuntimeError, match=message):
+        KERNELS.ffn_cosine_logits_bwd(*arguments.values())
+
+
 def test_a_peak_outside_the_mask_touches_nothing():
     tensors = [torch.randn(shape) for shape in ((2, 5), (2,), (2, 5, 8), (8, 8), (8,), (2, 8))]
     text, far = torch.randn(5, 8), torch.tensor([1 << 40, -1])

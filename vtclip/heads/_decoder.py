@@ -8,8 +8,8 @@ share it, else [B, K, C]; what follows from a shared target stays shared.
     Q   = x1 Wq^T + bq                                                   `queries`
     K_b = F_b Wk^T   V_b = F_b Wv^T                                      `keys_values`
     u   = x1 + Attn(Q, K_b, V_b) Wo^T + (bo + Wo bv)
-    x2  = LN2(u)
-    z   = x2 + W2 relu(W1 x2 + c1) + c2, the input of LN3                `before_last_norm`
+    x2  = LN2(u)      h = relu(W1 x2 + c1)                               `hidden_units`
+    z   = x2 + W2 h + c2, the input of LN3                               `before_last_norm`
 
 The key bias adds a constant to each row of scores, which a softmax does not see; its gradient is 0.
 The value bias passes through the attention unchanged (weights sum to 1) and joins the output bias.
@@ -71,59 +71,132 @@ def keys_values(layer: nn.TransformerDecoderLayer, tokens: Tensor) -> tuple[Tens
     return _heads(key, cross.num_heads), _heads(value, cross.num_heads)
 
 
-def before_last_norm(
+def hidden_units(
     layer: nn.TransformerDecoderLayer,
     x1: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     key_mask: Tensor | None,
-    absorb_out: bool | None = None,
-) -> Tensor:
-    """x1 [1|B, K, C], query [1|B, H, K, d], key and value [B, H, L, d] -> [B, K, C].
+    absorb: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x1 [1|B, K, C], query [1|B, H, K, d], key, value [B, H, L, d] -> h [B, K, F], x2 [B, K, C].
 
-    absorb_out: which form of the output projection; None asks `cost.plan`.
+    absorb: how many of the matrices after the attention are pushed through the values: 0 none, 1
+    the output projection, 2 the first feed-forward matrix too; None asks `cost.plan`, which
+        never says 2 to a traced graph.
     """
-    cross, C = layer.multihead_attn, x1.shape[-1]
-    weight = cross.out_proj.weight
-    bias = cross.out_proj.bias + weight @ cross.in_proj_bias[2 * C :]
-    if absorb_out is None:
-        B, H, L, _ = key.shape
-        absorb_out = plan(B, x1.shape[1], C, L, H, layer.linear1.out_features).absorb_out
-    if absorb_out:
-        attended = _absorbed(query, key, value, weight, key_mask)
-        u = _add(attended, x1 + bias)
-    else:
-        attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
-        u = _add(F.linear(attended, weight, bias), x1)
-    x2 = _norm(layer.norm2, u)
+    if absorb is None:
+        (B, H, L, _), C = key.shape, x1.shape[-1]
+        if torch.compiler.is_compiling():
+            B = 1  # a choice by the number of images would tie a traced graph to that number
+        sizes = B, x1.shape[1], C, L, H, layer.linear1.out_features
+        absorb = plan(*sizes, device=x1.device.type).absorb
+    if absorb == 2:
+        return _absorbed_twice(layer, x1, query, key, value, key_mask)
+    # u is held by no name here: without gradients it is freed before h is made
+    x2 = _norm(layer.norm2, _attended(layer, x1, query, key, value, key_mask, absorb == 1))
     # of a matrix the product is no view: to change a view in place costs its backward four copies
     hidden = F.relu(layer.linear1(x2.flatten(0, 1)), inplace=True)  # [B K, F]
-    return _add(layer.linear2(hidden).view_as(x2), x2)
+    return hidden.unflatten(0, x2.shape[:2]), x2
+
+
+def before_last_norm(layer: nn.TransformerDecoderLayer, hidden: Tensor, x2: Tensor) -> Tensor:
+    """h [B, K, F] and x2 [B, K, C], as `hidden_units` gives them -> z [B, K, C]."""
+    return _add(layer.linear2(hidden.flatten(0, 1)).view_as(x2), x2)
 
 
 def decode(
     layer: nn.TransformerDecoderLayer, target: Tensor, tokens: Tensor, key_mask: Tensor | None
 ) -> Tensor:
     """The layer without its last norm: target [1|B, K, C], tokens [B, L, C] -> [B, K, C]."""
-    return before_last_norm(layer, *queries(layer, target), *keys_values(layer, tokens), key_mask)
+    attention = *queries(layer, target), *keys_values(layer, tokens)
+    return before_last_norm(layer, *hidden_units(layer, *attention, key_mask))
 
 
 def last_norm(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     return _norm(layer.norm3, x)
 
 
+def _out_bias(layer: nn.TransformerDecoderLayer) -> Tensor:
+    """bo + Wo bv [C]."""
+    cross = layer.multihead_attn
+    weight: Tensor = cross.out_proj.weight
+    bias: Tensor = cross.out_proj.bias + weight @ cross.in_proj_bias[2 * weight.shape[0] :]
+    return bias
+
+
+def _attended(
+    layer: nn.TransformerDecoderLayer,
+    x1: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    absorbed: bool,
+) -> Tensor:
+    """u [B, K, C]."""
+    weight, bias = layer.multihead_attn.out_proj.weight, _out_bias(layer)
+    if absorbed:
+        return _add(_absorbed(query, key, value, weight, key_mask), x1 + bias)
+    attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
+    return _add(F.linear(attended, weight, bias), x1)
+
+
 def _absorbed(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, key_mask: Tensor | None
 ) -> Tensor:
     """sum_h P_h (V_h W[:, h]^T): one product of inner size H L per image -> [B, K, C]."""
+    per_head = _per_head(weight, value.shape[1])
+    return _flat_weights(query, key, key_mask) @ _projected(value, per_head)
+
+
+def _absorbed_twice(
+    layer: nn.TransformerDecoderLayer,
+    x1: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """h and x2 from one product of inner size H L per image; start = x1 + bias of u.
+
+    W~    = W1 diag(g2) (I - 1 1^T / C)                        LN2's weight and centring
+    [u|t] = [start | start W~^T] + sum_h P_h (V_h [Wo_h^T | Wo_h^T W~^T])
+    x2    = LN2(u)      h = relu(t / std(u) + W1 b2 + c1)      as W1 x2 + c1 = W~ u / std + ..
+    """
+    norm, linear = layer.norm2, layer.linear1
+    C, width = x1.shape[-1], linear.out_features
+    scaled = linear.weight * norm.weight
+    centred = scaled - scaled.mean(1, keepdim=True)  # [F, C]
+    per_head = _per_head(layer.multihead_attn.out_proj.weight, value.shape[1])
+    projected = _projected(value, torch.cat([per_head, per_head @ centred.T], -1))
+    start = x1 + _out_bias(layer)
+    start = torch.cat([start, start @ centred.T], -1)
+    mixed = torch.baddbmm(start, _flat_weights(query, key, key_mask), projected)
+    u, t = mixed.split_with_sizes((C, width), -1)
+    rstd = (u.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
+    shift = linear.bias + linear.weight @ norm.bias
+    return F.relu(torch.addcmul(shift, t, rstd), inplace=True), _norm(norm, u)
+
+
+def _per_head(weight: Tensor, H: int) -> Tensor:
+    """Output projection [C, C] -> [H, d, C], its part of each head, transposed."""
+    return weight.view(weight.shape[0], H, -1).permute(1, 2, 0)
+
+
+def _projected(value: Tensor, per_head: Tensor) -> Tensor:
+    """value [B, H, L, d], per_head [H, d, n] -> [B, H L, n]."""
     B, H, L, d = value.shape
-    K, C = query.shape[2], weight.shape[0]
-    weights = ops.cross_attn_weights(query, key, key_mask=key_mask)  # [B, H, K, L]
-    per_head = weight.view(C, H, d).permute(1, 2, 0)  # [H, d, C]
     rows = value.transpose(0, 1).reshape(H, B * L, d)
-    projected = (rows @ per_head).view(H, B, L, C).transpose(0, 1).reshape(B, H * L, C)
-    return weights.transpose(1, 2).reshape(B, K, H * L) @ projected
+    n = per_head.shape[-1]
+    return (rows @ per_head).view(H, B, L, n).transpose(0, 1).reshape(B, H * L, n)
+
+
+def _flat_weights(query: Tensor, key: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Attention weights [B, K, H L]."""
+    weights = ops.cross_attn_weights(query, key, key_mask=key_mask)  # [B, H, K, L]
+    return weights.transpose(1, 2).flatten(2)
 
 
 def _heads(x: Tensor, H: int) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which exact form of the cross-attention's output projection costs less.
+"""Which exact form of a decoder layer costs less.
 
 One image, H heads of width d = C / H, weights P_h [K, L], values V_h [L, d], projection W [C, C]:
 
@@ -8,16 +8,23 @@ One image, H heads of width d = C / H, weights P_h [K, L], values V_h [L, d], pr
 
 Both give the same numbers: the result of one image has rank at most H L, so with many classes and
 few tokens it is cheaper to push the projection through the tokens. The same identity reaches the
-first feed-forward matrix (`ffn_direct`, `ffn_absorbed`). That form is counted but not used: it
-saves arithmetic from a few hundred classes on, and writes and reads B H L F numbers for it.
+first feed-forward matrix (`ffn_direct`, `ffn_absorbed`): LayerNorm's centring folds into that
+matrix, its 1 / std multiplies the product. It saves arithmetic from a few hundred classes on, and
+writes and reads B H L F numbers for it.
 
-Everything here is arithmetic on integers: no tensors, no devices.
+Everything here is arithmetic on integers, but for what was measured on a kind of device.
 """
 
 from dataclasses import dataclass
 
 # near the crossover the extra traffic of the absorbed form eats what it saves
 MARGIN = 2
+
+# kinds of device on which the twice absorbed form is used where it saves operations
+ABSORB_FFN = ("cuda",)
+
+# rows from which the fused tail is used on CPU: twice those at which it was measured to be even
+FUSED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Flops:
 class Plan:
     """What a layer does for one problem size, and what that costs per step (B images)."""
 
-    absorb_out: bool
+    absorb: int  # 0 nothing, 1 the output projection, 2 the first feed-forward matrix too
     flops: float
     naive_flops: float
 
@@ -64,7 +71,7 @@ def crossover_ffn(B: int, C: int, L: int, H: int, F: int) -> int | None:
     return (B * L * C + C * C) // gain + 1 if gain > 0 else None
 
 
-def plan(B: int, K: int, C: int, L: int, H: int, F: int) -> Plan:
+def plan(B: int, K: int, C: int, L: int, H: int, F: int, device: str = "cpu") -> Plan:
     """The form for B images, K classes, width C, L tokens, H heads and hidden width F.
 
     `flops` counts one forward pass of one layer with what does not depend on the image done once;
@@ -72,11 +79,25 @@ def plan(B: int, K: int, C: int, L: int, H: int, F: int) -> Plan:
     """
     count = flops(B, K, C, L, H, F)
     crossover = crossover_out(C, L, H)
-    absorb_out = crossover is not None and crossover * MARGIN <= K
-    out = count.out_absorbed if absorb_out else count.out_direct
+    absorb = int(crossover is not None and crossover * MARGIN <= K)
+    if absorb and device in ABSORB_FFN:
+        crossover = crossover_ffn(B, C, L, H, F)
+        absorb += int(crossover is not None and crossover * MARGIN <= K)
     shared = 8 * K * C * C + 4 * K * K * C + 2 * K * C * C  # self-attention and the query
     scores = 2 * K * L * C
     keys_values = 4 * L * C * C
-    each = keys_values + scores + out + 2 * count.ffn_direct
-    naive = shared + keys_values + scores + count.out_direct + 2 * count.ffn_direct
-    return Plan(absorb_out=absorb_out, flops=shared + B * each, naive_flops=B * naive)
+    rest = keys_values + scores + count.ffn_direct
+    first = count.ffn_absorbed if absorb == 2 else count.ffn_direct
+    each = rest + first + (count.out_absorbed if absorb else count.out_direct)
+    naive = shared + rest + count.out_direct + count.ffn_direct
+    return Plan(absorb=absorb, flops=shared + B * each, naive_flops=B * naive)
+
+
+def fuse_tail(rows: int, device: str, *, training: bool) -> bool:
+    """Whether the second feed-forward matrix joins the last norm and the cosine in one operator.
+
+    It then stores no [B, K, C] result, and its backward makes that again: a sixth more operations
+    per step. So in evaluation only, and on CPU for `rows` = B K enough to pay for packing the
+    weight.
+    """
+    return not training and (device != "cpu" or rows >= FUSED_ROWS)

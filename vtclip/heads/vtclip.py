@@ -8,7 +8,8 @@ T [K, C] are the class texts, F_b [L, C] the spatial features of image b, Decode
 applied to the texts repeated for each image; the work is not: the first layer's self-attention
 and query see texts only and are computed once per step (`_decoder.py` has the equations). From
 the second layer on the texts differ between images and nothing can be shared. The last norm, the
-residual and the cosine are one operator, `ops.norm_cosine_logits`.
+residual and the cosine are one operator, `ops.norm_cosine_logits`, or with the second feed-forward
+matrix `ops.ffn_cosine_logits`.
 
 Dropout: `nn.TransformerDecoderLayer` defaults to 0.1 and would draw another mask per image in the
 self-attention. Sharing is exact without dropout and in evaluation, hence there is none here.
@@ -25,7 +26,16 @@ from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_spatial, check_text
-from vtclip.heads._decoder import align, before_last_norm, decode, keys_values, last_norm, queries
+from vtclip.heads._decoder import (
+    align,
+    before_last_norm,
+    decode,
+    hidden_units,
+    keys_values,
+    last_norm,
+    queries,
+)
+from vtclip.heads.cost import fuse_tail
 
 EPS = 1e-5
 INITS = ("zero", "aligned", "torch")
@@ -145,24 +155,24 @@ class VTCLIP(nn.Module):
         x1, query = queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
         key, value = keys_values(first, tokens)  # [B, H, L, d]
         last = self._decoder()[-1].norm3
+        options: dict[str, Any] = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
 
         def part(images: slice, classes: slice) -> Tensor:
             mask = None if spatial_mask is None else spatial_mask[images]
-            hidden = before_last_norm(
-                first, x1[:, classes], query[:, :, classes], key[images], value[images], mask
-            )
+            layer, state = first, (x1[:, classes], query[:, :, classes], key[images], value[images])
             for below, layer in pairwise(self._decoder()):
-                hidden = decode(layer, last_norm(below, hidden), tokens[images], mask)
-            return ops.norm_cosine_logits(
-                hidden,
-                last.weight,
-                last.bias,
-                self.text[classes],
-                image[images],
-                residual=self.residual,
-                scale=self.logit_scale,
-                eps=EPS,
-            )
+                z = before_last_norm(below, *hidden_units(below, *state, mask))
+                state = *queries(layer, last_norm(below, z)), *keys_values(layer, tokens[images])
+            hidden, x2 = hidden_units(layer, *state, mask)
+            tail = last.weight, last.bias, self.text[classes], image[images]
+            # a choice by the number of images would tie a traced graph to that number
+            rows = 0 if torch.compiler.is_compiling() else x2.shape[0] * x2.shape[1]
+            if fuse_tail(rows, x2.device.type, training=torch.is_grad_enabled()):
+                linear = layer.linear2
+                return ops.ffn_cosine_logits(
+                    hidden, linear.weight, linear.bias, x2, *tail, **options
+                )
+            return ops.norm_cosine_logits(before_last_norm(layer, hidden, x2), *tail, **options)
 
         b, k = self._chunk(B)
         if b >= B and k >= K:

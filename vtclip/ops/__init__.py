@@ -4,6 +4,7 @@
 from vtclip.ops.cosine_logits import cosine_logits
 from vtclip.ops.cross_attn import AttnLSE, cross_attn, cross_attn_lse
 from vtclip.ops.cross_attn_weights import cross_attn_weights
+from vtclip.ops.ffn_cosine_logits import ffn_cosine_logits
 from vtclip.ops.norm_cosine_logits import norm_cosine_logits
 from vtclip.ops.rational_attn import rational_attn
 from vtclip.ops.rational_head import RationalLogits, rational_head
@@ -16,6 +17,7 @@ __all__ = [
     "cross_attn",
     "cross_attn_lse",
     "cross_attn_weights",
+    "ffn_cosine_logits",
     "norm_cosine_logits",
     "rational_attn",
     "rational_head",

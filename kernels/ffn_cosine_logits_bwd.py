@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backward of ffn_cosine_logits.
+
+Tiles of z are made again, as in the forward, and become d_z element by element from seven numbers
+per row. d_z is the gradient of residual_input; the two matrix products with it, d_hidden = d_z
+weight and d_weight = d_z^T hidden, are torch's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _configs, _gemm_configs
+from ._math import dot, load_row, load_rows, store_rows, sum_partials
+from .cosine_logits_bwd import project
+
+
+@triton.jit(do_not_specialize=["C"])
+def centred_kernel(
+    weight_ptr,  # [C, F]
+    out_ptr,  # [C, F], contiguous: written
+    stride_weight_c, stride_weight_f,
+    C, F,
+    BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    # out[c, f] = weight[c, f] - mean of weight[:, f];  program = column tile
+    offs_f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    offs_c = tl.arange(0, BLOCK_C).to(tl.int64)
+    total = tl.zeros((BLOCK_F,), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        rows = start + offs_c
+        in_c = rows < C
+        w = load_rows(weight_ptr, rows, offs_f, stride_weight_c, stride_weight_f, in_c, F)
+        total += tl.sum(w.to(tl.float32), axis=0)
+    mean = total / C.to(tl.float32)
+    for start in range(0, C, BLOCK_C):
+        rows = start + offs_c
+        in_c = rows < C
+        w = load_rows(weight_ptr, rows, offs_f, stride_weight_c, stride_weight_f, in_c, F)
+        store_rows(out_ptr, w.to(tl.float32) - mean[None, :], rows, offs_f, F, 1, in_c, F)
+
+
+@triton.jit
+def product_tile(
+    hidden_ptr, weight_ptr, product_ptr, offs_k, cols, in_k, stride_hidden_k, stride_hidden_f,
+    C, F,
+    FUSED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK_N] float32 of one image's hidden weight^T, made here or read."""
+    if FUSED:
+        z = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+        in_n = cols < C
+        for start in range(0, F, BLOCK_D):
+            inner = start + offs_d
+            h = load_rows(hidden_ptr, offs_k, inner, stride_hidden_k, stride_hidden_f, in_k, F)
+            w = load_rows(weight_ptr, cols, inner, F, 1, in_n, F)
+            z += dot(h, tl.trans(w), PRECISION)
+    else:
+        z = load_rows(product_ptr, offs_k, cols, C, 1, in_k, C).to(tl.float32)
+    return z
+
+
+@triton.jit(do_not_specialize=["B", "K", "images_per_program", "stride_stat"])
+def ffn_cosine_logits_bwd_kernel(
+    d_logits_ptr,  # [B, K]
+    hidden_ptr,  # [B, K, F], read if FUSED
+    weight_ptr,  # [C, F] centred, contiguous, read if FUSED
+    product_ptr,  # [B, K, C] hidden weight^T, contiguous, read if not FUSED
+    bias_ptr,  # [C]
+    state_ptr,  # [B, K, C] residual_input
+    norm_weight_ptr,  # [C]
+    norm_bias_ptr,  # [C]
+    text_ptr,  # [K, C]
+    image_ptr,  # [B, C]
+    image_rnorm_ptr,  # [B] float32
+    stats_ptr,  # [7, B, K] float32, slices of stride_stat
+    d_z_ptr,  # [B, K, C], contiguous: written
+    d_bias_ptr,  # [chunks, tiles, C] float32, contiguous: written
+    d_norm_weight_ptr,  # [chunks, tiles, C] float32, contiguous: written
+    d_norm_bias_ptr,  # [chunks, tiles, C] float32, contiguous: written
+    d_text_ptr,  # [chunks, K, C] float32, contiguous: written if FEATURES
+    d_unit_ptr,  # [tiles, B, C] float32, slices of stride_slice: written if FEATURES
+    stride_d_logits_b, stride_d_logits_k,
+    stride_hidden_b, stride_hidden_k, stride_hidden_f,
+    stride_bias_c,
+    stride_state_b, stride_state_k, stride_state_c,
+    stride_norm_weight_c, stride_norm_bias_c,
+    stride_text_k, stride_text_c,
+    stride_image_b, stride_image_c,
+    stride_stat, stride_slice,
+    residual, scale, B, K, C, F, images_per_program,
+    FUSED: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # program = (image chunk, class tile, column tile); with v = image / |image|, u = y / |y|:
+    # d_y = step (v - cosine u),  step = scale d_logit / |y|,
+    # d_z = rstd (residual norm_weight d_y - step mean_g - step mean_gz zh)
+    pid = tl.program_id(0)
+    num_cols = tl.cdiv(C, BLOCK_N)
+    num_tiles = tl.cdiv(K, BLOCK_K)
+    tile = (pid // num_cols % num_tiles).to(tl.int64)
+    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    first = chunk * images_per_program
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    cols = (pid % num_cols).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_k = offs_k < K
+    in_n = cols < C
+    stride_stat = stride_stat.to(tl.int64)
+    bias = load_row(bias_ptr, cols, stride_bias_c, C)
+    norm_weight = load_row(norm_weight_ptr, cols, stride_norm_weight_c, C)
+    norm_bias = load_row(norm_bias_ptr, cols, stride_norm_bias_c, C)
+    d_bias = tl.zeros((BLOCK_N,), tl.float32)
+    d_norm_weight = tl.zeros((BLOCK_N,), tl.float32)
+    d_norm_bias = tl.zeros((BLOCK_N,), tl.float32)
+    if FEATURES:
+        d_text = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+
+    for i in range(0, tl.minimum(images_per_program, B - first)):
+        b = first + i
+        z = product_tile(
+            hidden_ptr + b * stride_hidden_b, weight_ptr, product_ptr + b * K * C,
+            offs_k, cols, in_k, stride_hidden_k, stride_hidden_f, C, F,
+            FUSED, PRECISION, BLOCK_K, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        stats = stats_ptr + b * K + offs_k
+        mean = tl.load(stats, mask=in_k, other=0.0)
+        shift = tl.load(stats + stride_stat, mask=in_k, other=0.0)
+        rstd = tl.load(stats + 2 * stride_stat, mask=in_k, other=0.0)
+        rnorm = tl.load(stats + 3 * stride_stat, mask=in_k, other=0.0)
+        cosine = tl.load(stats + 4 * stride_stat, mask=in_k, other=0.0)
+        mean_g = tl.load(stats + 5 * stride_stat, mask=in_k, other=0.0)
+        mean_gz = tl.load(stats + 6 * stride_stat, mask=in_k, other=0.0)
+        g_ptrs = d_logits_ptr + b * stride_d_logits_b + offs_k * stride_d_logits_k
+        g = tl.load(g_ptrs, mask=in_k, other=0.0).to(tl.float32) * scale  # [BLOCK_K]
+        step = g * rnorm
+        state_b = state_ptr + b * stride_state_b
+        x = load_rows(state_b, offs_k, cols, stride_state_k, stride_state_c, in_k, C)
+        x = x.to(tl.float32) + bias[None, :]
+        zh = (z + (x - mean[:, None]) - shift[:, None]) * rstd[:, None]
+        t = load_rows(text_ptr, offs_k, cols, stride_text_k, stride_text_c, in_k, C)
+        y = t.to(tl.float32) + residual * (norm_weight[None, :] * zh + norm_bias[None, :])
+        u = y * rnorm[:, None]
+        v = load_row(image_ptr + b * stride_image_b, cols, stride_image_c, C)
+        off = (v * tl.load(image_rnorm_ptr + b))[None, :] - cosine[:, None] * u
+        d_n = residual * step[:, None] * off
+        d_z = residual * norm_weight[None, :] * off - mean_g[:, None] - zh * mean_gz[:, None]
+        d_z *= (step * rstd)[:, None]
+        store_rows(d_z_ptr + b * K * C, d_z, offs_k, cols, C, 1, in_k, C)
+        d_bias += tl.sum(d_z, axis=0)
+        d_norm_weight += tl.sum(d_n * zh, axis=0)
+        d_norm_bias += tl.sum(d_n, axis=0)
+        if FEATURES:
+            d_text += step[:, None] * off
+            d_unit = tl.sum(g[:, None] * u, axis=0)
+            tl.store(d_unit_ptr + tile * stride_slice + b * C + cols, d_unit, mask=in_n)
+
+    slot = (chunk * num_tiles + tile) * C + cols
+    tl.store(d_bias_ptr + slot, d_bias, mask=in_n)
+    tl.store(d_norm_weight_ptr + slot, d_norm_weight, mask=in_n)
+    tl.store(d_norm_bias_ptr + slot, d_norm_bias, mask=in_n)
+    if FEATURES:
+        store_rows(d_text_ptr + chunk * K * C, d_text, offs_k, cols, C, 1, in_k, C)
+
+
+def centred(weight):
+    """weight [C, F] less the mean of each column, in its own dtype, contiguous."""
+    out = weight.new_empty(weight.shape)
+    C, F = weight.shape
+    if out.numel():
+        centred_kernel[(triton.cdiv(F, 32),)](
+            weight, out, *weight.stride(), C, F,
+            BLOCK_C=64, BLOCK_F=32, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def ffn_cosine_logits_bwd(
+    grad_logits, hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image,
+    stats, image_rnorm, residual, scale, features,
+):  # fmt: skip
+    """Gradients of hidden .. norm_bias, and of text and image if features, else [0]."""
+    B, K, F = hidden.shape
+    C = weight.shape[0]
+    _configs.check("ffn_cosine_logits", hidden, C, _configs.MAX_WIDTH)
+    layer = hidden, weight, bias, residual_input, norm_weight, norm_bias
+    grads = [t.new_empty(t.shape) for t in layer]
+    grads += [t.new_empty(t.shape if features else (0,)) for t in (text, image)]
+    if residual_input.numel() == 0:
+        for grad in grads:
+            grad[:] = 0
+        return tuple(grads)
+    d_hidden, d_weight, d_bias, d_z, d_norm_weight, d_norm_bias, d_text, d_image = grads
+    target = _configs.target_of(hidden)
+    fused = not _gemm_configs.stores_product(target)
+    kind = "bwd" if fused else "grad"
+    chosen = _gemm_configs.tile(kind, hidden.dtype, K, C, F, target)
+    tiles, columns = triton.cdiv(K, chosen.block_k), triton.cdiv(C, chosen.block_n)
+    batch, product = B, residual_input  # a stand-in that is not read
+    if not fused:
+        batch = min(B, max(1, _gemm_configs.ROWS // K))
+        product = hidden.new_empty((batch, K, C))
+    images = _configs.images_per_program(batch, tiles * columns, target)
+    starts = range(0, B, batch)
+    chunks = [triton.cdiv(min(batch, B - start), images) for start in starts]
+    part_bias, part_weight, part_norm_bias = (
+        hidden.new_empty((sum(chunks), tiles, C), dtype=torch.float32) for _ in range(3)
+    )
+    part_text = hidden.new_empty((sum(chunks) * features, K, C), dtype=torch.float32)
+    part_unit = hidden.new_empty((tiles * features, B, C), dtype=torch.float32)
+    done = 0
+    with torch.cuda.device_of(hidden):
+        centred_weight = centred(weight)
+        for i, start in enumerate(starts):
+            part = slice(start, start + batch)
+            count = min(batch, B - start)
+            if not fused:
+                out = product[:count].view(-1, C)
+                torch.mm(hidden[part].reshape(count * K, F), centred_weight.t(), out=out)
+            grad, state, some = grad_logits[part], residual_input[part], image[part]
+            ffn_cosine_logits_bwd_kernel[(chunks[i] * tiles * columns,)](
+                grad, hidden[part], centred_weight, product, bias, state, norm_weight, norm_bias,
+                text, some, image_rnorm[part], stats[:, part], d_z[part],
+                part_bias[done:], part_weight[done:], part_norm_bias[done:],
+                part_text[done:], part_unit[:, part],
+                *grad.stride(), *hidden.stride(), *bias.stride(), *state.stride(),
+                *norm_weight.stride(), *norm_bias.stride(), *text.stride(), *some.stride(),
+                B * K, B * C, residual, scale, count, K, C, F, images,
+                FUSED=fused, FEATURES=features,
+                PRECISION=_configs.input_precision(hidden.dtype, target),
+                BLOCK_K=chosen.block_k, BLOCK_N=chosen.block_n, BLOCK_D=chosen.block_d,
+                **chosen.launch,
+            )  # fmt: skip
+            done += chunks[i]
+        rows = d_z.view(-1, C)
+        torch.mm(rows, weight, out=d_hidden.view(B * K, F))
+        torch.mm(rows.t(), hidden.reshape(B * K, F), out=d_weight)
+        sum_partials(part_bias.view(-1, C), d_bias)
+        sum_partials(part_weight.view(-1, C), d_norm_weight)
+        sum_partials(part_norm_bias.view(-1, C), d_norm_bias)
+        if features:
+            sum_partials(part_text, d_text)
+            d_image = project(part_unit, image, image_rnorm, 1.0)
+    return d_hidden, d_weight, d_bias, d_z, d_norm_weight, d_norm_bias, d_text, d_image

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ffn_cosine_logits`: VT-CLIP's tail from the feed-forward layer's hidden units to logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.reference import ffn_cosine_logits as reference
+
+
+class _FfnCosineLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual_input: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        text: Tensor,
+        image: Tensor,
+        residual: float,
+        scale: float,
+        eps: float,
+        backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layer = hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image
+        outputs: tuple[Tensor, Tensor, Tensor]
+        outputs = tuple(backend.function("ffn_cosine_logits_fwd")(*layer, residual, scale, eps))
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.residual, ctx.scale, _, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the statistics
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_logits is None:
+            return (None,) * 12
+        features = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
+        grads = ctx.backend.function("ffn_cosine_logits_bwd")(
+            grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, features
+        )
+        needed = zip(grads, ctx.needs_input_grad[:8], strict=True)
+        return (*(grad if need else None for grad, need in needed), None, None, None, None)
+
+
+def ffn_cosine_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual_input: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    text: Tensor,
+    image: Tensor,
+    *,
+    residual: float = 1.0,
+    scale: float = 1.0,
+    eps: float = 1e-5,
+    impl: Impl | None = None,
+) -> Tensor:
+    """scale * cos(image_b, text_k + residual * LayerNorm(z_bk)); z is never stored.
+
+        z = residual_input + hidden @ weight^T + bias
+
+    Equal to `norm_cosine_logits` of z, norm_weight, norm_bias, text and image: the second matrix of
+    a decoder layer's feed-forward part, its last norm, VT-CLIP's outer residual and the cosine
+    classifier. What is kept for the backward are seven numbers per row; the backward makes z again.
+
+    Which product is used: the CPU kernels make z with their own tiles, 96 rows at a time. The
+    Triton kernels reduce tiles of z to five sums per row, or let torch.mm make some rows of z at a
+    time and reduce those; `kernels/_gemm_configs.py` says which and why.
+
+    Args:
+        hidden: [B, K, F], after the activation; weight: [C, F]; bias: [C].
+        residual_input: [B, K, C], the state the feed-forward part is added to.
+        norm_weight, norm_bias: [C], the norm's affine; text: [K, C]; image: [B, C]. Dtypes are
+            promoted to one; under autocast to its dtype.
+        residual, scale: finite floats; eps: finite float >= 0, inside the square root.
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        [B, K] in the (promoted) input dtype, statistics in at least float32. A zero image or a
+        zero sum gives logit 0 and gradient 0.
+
+    Raises:
+        TypeError: kind, layout or dtype. ValueError: shape, device or value.
+        NotImplementedError: the named implementation cannot run this, with its reasons.
+    """
+    op = "ffn_cosine_logits"
+    expect_floats(
+        op,
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        residual_input=residual_input,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        text=text,
+        image=image,
+    )
+    expect_number(op, residual=residual, scale=scale, eps=eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    expect_shape(
+        op,
+        hidden=(hidden, "B K F"),
+        weight=(weight, "C F"),
+        bias=(bias, "C"),
+        residual_input=(residual_input, "B K C"),
+        norm_weight=(norm_weight, "C"),
+        norm_bias=(norm_bias, "C"),
+        text=(text, "K C"),
+        image=(image, "B C"),
+    )
+    tensors = common_dtype(
+        hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image
+    )
+    numbers = float(residual), float(scale), float(eps)
+    chosen = select(Problem(op, hidden.device.type, tensors[0].dtype, weight.shape[0]), impl)
+    if chosen.name == "reference":
+        hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image = tensors
+        return reference.ffn_cosine_logits(
+            hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image, *numbers
+        )
+    logits: Tensor = _FfnCosineLogits.apply(*tensors, *numbers, chosen.backend)[0]
+    return logits
