@@ -98,7 +98,7 @@ def hidden_units(
     x2 = _norm(layer.norm2, _attended(layer, x1, query, key, value, key_mask, absorb == 1))
     # of a matrix the product is no view: to change a view in place costs its backward four copies
     hidden = F.relu(layer.linear1(x2.flatten(0, 1)), inplace=True)  # [B K, F]
-    return hidden.unflatten(0, x2.shape[:2]), x2
+    return hidden.view(*x2.shape[:2], hidden.shape[1]), x2
 
 
 def before_last_norm(layer: nn.TransformerDecoderLayer, hidden: Tensor, x2: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ class ProKeR(SupportHead):
         ridge = kernel(keys, keys, self.beta)
         ridge.diagonal().add_(self.lam)
         factor = torch.linalg.cholesky(ridge)
-        self.coefficients = torch.cholesky_solve(self.alpha * Y - z, factor).to(self.text)
+        solved = torch.cholesky_solve(self.alpha * Y - z, factor).to(self.text)
+        # row by row, as a loaded adapter has them: products of another layout differ in last bits
+        self.coefficients = solved.contiguous()
 
     def choose(self, val: Support) -> None:
         super().choose(val)
