@@ -5,6 +5,7 @@
 // the same loops, masks and reductions run on the host under a sanitizer (block_host.h).
 //
 //   block.each(n, f)            f(i) for 0 <= i < n, over all threads
+//   block.loose().each(n, f)    the same without a barrier: a load that shares the next phase's
 //   block.each_warp(f)          f(warp) for every warp
 //   block.each_row<P>(n, f)     f(lanes, row) for 0 <= row < n, each row by P neighbouring lanes
 //   block.sum(n, f), max(n, f)  of f(i) over 0 <= i < n, for all threads the same value

@@ -87,9 +87,18 @@ class Block {
 
   VTCLIP_BOTH explicit Block(Shared& shared) : slots_(shared.take<double>(kWarps)) {}
 
+  // `each` without the barrier at its end: for several loads in one phase, all but the last
+  struct Loose {
+    template <class I, class F>
+    VTCLIP_DEVICE void each(I n, F f) const {
+      _Pragma("unroll 4") for (I i = static_cast<int>(threadIdx.x); i < n; i += kThreads) f(i);
+    }
+  };
+  VTCLIP_DEVICE Loose loose() const { return {}; }
+
   template <class I, class F>
   VTCLIP_DEVICE void each(I n, F f) const {
-    _Pragma("unroll 4") for (I i = static_cast<int>(threadIdx.x); i < n; i += kThreads) f(i);
+    loose().each(n, f);
     sync();
   }
   template <class F>

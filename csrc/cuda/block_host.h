@@ -117,6 +117,12 @@ class Block {
 
   explicit Block(Shared& shared) { shared.take<double>(kWarps); }
 
+  struct Loose {
+    template <class I, class F>
+    void each(I n, F f) const { in_turn(n, f); }
+  };
+  Loose loose() const { return {}; }
+
   template <class I, class F>
   void each(I n, F f) const { in_turn(n, f); }
   template <class F>

@@ -59,24 +59,13 @@ VTCLIP_DEVICE void load_tile(const Team& team, S* to, int ld, const Rows<const T
   using Packed = Vector<T>;
   constexpr int kSize = Packed::kSize;
   if constexpr (std::is_same_v<S, T> && kColumns % kSize == 0) {
-    if (vectors_fit(from)) {
+    if (columns % kSize == 0 && vectors_fit(from)) {
       team.each(kRows * (kColumns / kSize), [&](int i) {
-        const int r = i / (kColumns / kSize);
-        const int c = i % (kColumns / kSize) * kSize;
+        const int r = i / (kColumns / kSize), c = i % (kColumns / kSize) * kSize;
         Packed packed;
         VTCLIP_UNROLL
         for (int e = 0; e < kSize; ++e) packed.element[e] = static_cast<T>(0.0f);
-        if (exists(r)) {
-          const T* source = &from.at(r, c);
-          if (c + kSize <= columns) {
-            packed = *reinterpret_cast<const Packed*>(source);
-          } else {
-            VTCLIP_UNROLL
-            for (int e = 0; e < kSize; ++e) {
-              if (c + e < columns) packed.element[e] = source[e];
-            }
-          }
-        }
+        if (c < columns && exists(r)) packed = *reinterpret_cast<const Packed*>(&from.at(r, c));
         *reinterpret_cast<Packed*>(to + r * ld + c) = packed;
       });
       return;

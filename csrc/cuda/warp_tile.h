@@ -9,6 +9,7 @@
 //                                           += a b; a is stored [M, k], or [k, M] with AT,
 //                                           b is stored [k, N], or [N, k] with BT
 //   tile.each(f)                            f(spot, element&): spot.row, spot.column
+//   tile.with(other, f)                     f(spot, element&, element of other)
 //   tile.store(to, ld)                      to[row * ld + column], converted; then warp.sync
 //   RowValues<Acc, M>                       one value per row: v[spot], each(f), store
 //   tile.sum_rows(v), max_rows(v)           of the elements of each row
@@ -114,6 +115,11 @@ class WarpTile {
 
   template <class F>
   VTCLIP_DEVICE void each(F f) {
+    with(*this, [&](const Spot& at, Acc& element, const Acc&) { f(at, element); });
+  }
+
+  template <class F>
+  VTCLIP_DEVICE void with(const WarpTile& other, F f) {
     VTCLIP_UNROLL
     for (int m = 0; m < M / 16; ++m) {
       VTCLIP_UNROLL
@@ -121,7 +127,8 @@ class WarpTile {
         VTCLIP_UNROLL
         for (int i = 0; i < 4; ++i) {
           const Place at = accumulator_place(lane_of_warp(), i);
-          f(Spot{16 * m + at.row, 8 * n + at.column, 2 * m + i / 2}, own_[m][n][i]);
+          f(Spot{16 * m + at.row, 8 * n + at.column, 2 * m + i / 2}, own_[m][n][i],
+            other.own_[m][n][i]);
         }
       }
     }
@@ -281,6 +288,10 @@ class WarpTile {
       f(Spot{i / N, i % N, -1}, all_[i / N][i % N]);
     });
   }
+  template <class F>
+  void with(const WarpTile& other, F f) {
+    each([&](const Spot& at, Acc& element) { f(at, element, other.all_[at.row][at.column]); });
+  }
 
   template <bool kATransposed, bool kBTransposed>
   void add_product(const T* a, int lda, const T* b, int ldb, int k) {
@@ -289,7 +300,9 @@ class WarpTile {
         const Acc left = static_cast<Acc>(kATransposed ? a[i * lda + row] : a[row * lda + i]);
         for (int column = 0; column < N; ++column) {
           const T right = kBTransposed ? b[column * ldb + i] : b[i * ldb + column];
-          all_[row][column] += left * static_cast<Acc>(right);
+          // in double a product of floats is exact: rounded once, as a multiply-add is
+          const double product = static_cast<double>(left) * static_cast<double>(right);
+          all_[row][column] = static_cast<Acc>(all_[row][column] + product);
         }
       }
     }
