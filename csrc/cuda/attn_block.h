@@ -25,6 +25,10 @@ struct AttnTile {
   static constexpr int kC = sizeof(T) == 2 ? lesser(kD, 128) : sizeof(T) == 4 ? 64 : 32;
   static constexpr int kStep = sizeof(T) == 2 ? (kD == 64 ? 64 : 32) : sizeof(T) == 4 ? 32 : 16;
   static constexpr int kChunks = kD / kC;
+  // columns of the output that one block makes: what its registers hold. Of a wider head every
+  // block makes the scores again.
+  static constexpr int kOut = lesser(kD, sizeof(T) == 8 ? 64 : 128);
+  static constexpr int kOutChunks = kOut / kC;
   static constexpr int kLd = padded<T>(kC);
   static constexpr int kLdStep = padded<T>(kStep);
 };
@@ -63,7 +67,8 @@ VTCLIP_BOTH constexpr int64_t attn_parts(int64_t d, int kOut) {
   return larger<int64_t>(1, ceil_div(d, kOut));
 }
 
-// Rows `row0`.. of a warp's result, times `factor`, to a strided matrix of rows x columns.
+// Rows `row0`.. of a warp's result, times `factor`, to a strided matrix of rows x columns; its
+// first column is `column0` there.
 template <class T, class Tile>
 VTCLIP_DEVICE void put(Tile& tile, const Rows<T>& to, int64_t row0, int64_t rows, int64_t column0,
                        int64_t columns, typename Tile::Acc factor) {

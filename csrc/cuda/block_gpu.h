@@ -29,7 +29,7 @@ class Lanes {
  public:
   template <class I, class F>
   VTCLIP_DEVICE void each(I n, F f) const {
-    _Pragma("unroll 4") for (I i = lane(); i < n; i += P) f(i);
+    _Pragma("unroll 2") for (I i = lane(); i < n; i += P) f(i);
     sync();
   }
   template <class I, class F>
@@ -91,7 +91,7 @@ class Block {
   struct Loose {
     template <class I, class F>
     VTCLIP_DEVICE void each(I n, F f) const {
-      _Pragma("unroll 4") for (I i = static_cast<int>(threadIdx.x); i < n; i += kThreads) f(i);
+      _Pragma("unroll 2") for (I i = static_cast<int>(threadIdx.x); i < n; i += kThreads) f(i);
     }
   };
   VTCLIP_DEVICE Loose loose() const { return {}; }

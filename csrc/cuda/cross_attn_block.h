@@ -27,9 +27,8 @@ struct CrossAttnForward : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = CrossAttnArgs<T>;
-  using Base::kC, Base::kChunks, Base::kLd, Base::kLdStep, Base::kRows, Base::kStep, Base::kWarps;
-  static constexpr int kOut = sizeof(T) == 8 ? lesser(kD, 128) : kD;  // columns of one block
-  static constexpr int kOutChunks = kOut / kC;
+  using Base::kC, Base::kChunks, Base::kLd, Base::kLdStep, Base::kOut, Base::kOutChunks;
+  using Base::kRows, Base::kStep, Base::kWarps;
 
   struct Tiles {
     Block<kWarps> block;
@@ -171,12 +170,10 @@ struct CrossAttnForward : AttnTile<T, kD> {
       lse[row] = total == 0 ? -infinity<Acc>()
                             : (top + log2_of(total)) * static_cast<Acc>(kLn2);
     });
+    own.total.each([](const Spot&, Acc& total) { total = total == 0 ? 0 : 1 / total; });
     VTCLIP_UNROLL
     for (int c = 0; c < kOutChunks; ++c) {
-      own.out[c].each([&](const Spot& spot, Acc& element) {
-        const Acc total = own.total[spot];
-        element = total == 0 ? 0 : element / total;
-      });
+      own.out[c].each([&](const Spot& spot, Acc& element) { element *= own.total[spot]; });
       put(own.out[c], args.out.at(b, at.head), row0, n.K, at.part * kOut + c * kC, n.d, Acc(1));
     }
   }

@@ -37,10 +37,9 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = CrossAttnBackwardArgs<T>;
-  using Base::kC, Base::kChunks, Base::kLd, Base::kLdStep, Base::kRows, Base::kWarps;
+  using Base::kC, Base::kChunks, Base::kLd, Base::kLdStep, Base::kOut, Base::kOutChunks;
+  using Base::kRows, Base::kWarps;
   static constexpr int kStep = Base::kStep;
-  static constexpr int kOut = sizeof(T) == 8 ? lesser(kD, 128) : kD;
-  static constexpr int kOutChunks = kOut / kC;
 
   struct Tiles {
     Block<kWarps> block;
@@ -204,12 +203,10 @@ struct CrossAttnKeyGradient : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = CrossAttnBackwardArgs<T>;
-  using Base::kC, Base::kChunks, Base::kLd, Base::kRows, Base::kWarps;
-  // two results: half the columns, and a step that leaves room for them
+  using Base::kC, Base::kChunks, Base::kLd, Base::kOut, Base::kOutChunks, Base::kRows, Base::kWarps;
+  // two results: a step that leaves room for them
   static constexpr int kStep = lesser(Base::kStep, 32);
   static constexpr int kLdStep = padded<T>(kStep);
-  static constexpr int kOut = lesser(kD, sizeof(T) == 8 ? 64 : 128);
-  static constexpr int kOutChunks = kOut / kC;
 
   struct Tiles {
     Block<kWarps> block;

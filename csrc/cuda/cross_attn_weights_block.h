@@ -170,10 +170,8 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = AttnWeightsBackwardArgs<T>;
-  using Base::kC, Base::kLd, Base::kLdStep, Base::kRows, Base::kWarps;
+  using Base::kC, Base::kLd, Base::kLdStep, Base::kOut, Base::kOutChunks, Base::kRows, Base::kWarps;
   static constexpr int kStep = Base::kStep;
-  static constexpr int kOut = sizeof(T) == 8 ? lesser(kD, 128) : kD;
-  static constexpr int kOutChunks = kOut / kC;
 
   struct Tiles {
     Block<kWarps> block;
@@ -287,11 +285,9 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = AttnWeightsBackwardArgs<T>;
-  using Base::kC, Base::kLd, Base::kRows, Base::kWarps;
+  using Base::kC, Base::kLd, Base::kOut, Base::kOutChunks, Base::kRows, Base::kWarps;
   static constexpr int kStep = Base::kStep;
   static constexpr int kLdRows = padded<T>(kRows);
-  static constexpr int kOut = sizeof(T) == 8 ? lesser(kD, 128) : kD;
-  static constexpr int kOutChunks = kOut / kC;
 
   struct Tiles {
     Block<kWarps> block;

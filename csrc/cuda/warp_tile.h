@@ -202,7 +202,8 @@ class WarpTile {
   template <bool kATransposed, bool kBTransposed>
   VTCLIP_DEVICE void add_fma(const T* a, int lda, const T* b, int ldb, int k) {
     const int row = lane_of_warp() / 4, column = lane_of_warp() % 4 * 2;
-    for (int from = 0; from < k; from += 4) {
+    // not unrolled further: operands loaded ahead would spill
+    _Pragma("unroll 1") for (int from = 0; from < k; from += 4) {
       Acc row_a[M / 8][4];
       VTCLIP_UNROLL
       for (int m = 0; m < M / 8; ++m) {
