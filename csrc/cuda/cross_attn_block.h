@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// The body of cross_attn's forward.
+//
+//   S = scale q k^T over the kept columns, P = exp(S - lse), out = P v, lse = log sum exp S
+//
+// A block keeps a tile of queries, of one head, and streams images past it (one image where the
+// query differs from image to image). The softmax runs online, in powers of two, in registers: a
+// row lies in four lanes of one warp.
+#pragma once
+
+#include "attn_block.h"
+
+namespace vtclip::cuda {
+
+template <class T>
+struct CrossAttnArgs {
+  AttnShape shape;
+  Heads<const T> query, key, value;
+  Heads<T> out;       // [B, H, K, d]: written
+  AccOf<T>* lse;      // [B, H, K], contiguous: written
+  AccOf<T> scale;
+  int64_t images;     // of one block
+};
+
+template <class T, int kD>
+struct CrossAttnForward : AttnTile<T, kD> {
+  using Base = AttnTile<T, kD>;
+  using Acc = AccOf<T>;
+  using Args = CrossAttnArgs<T>;
+  using Base::kC, Base::kChunks, Base::kLd, Base::kLdStep, Base::kOut, Base::kOutChunks;
+  using Base::kRows, Base::kStep, Base::kWarps;
+
+  struct Tiles {
+    Block<kWarps> block;
+    T* q;        // [kRows, kLd]
+    T* k;        // [kStep, kLd]
+    T* v;        // [kStep, kLd]
+    T* p;        // [kRows, kLdStep]
+    bool* keep;  // [kStep]
+    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
+      q = shared.take<T>(kRows * kLd);
+      k = shared.take<T>(kStep * kLd);
+      v = shared.take<T>(kStep * kLd);
+      p = shared.take<T>(kRows * kLdStep);
+      keep = shared.take<bool>(kStep);
+    }
+  };
+
+  static VTCLIP_BOTH int64_t blocks(const Args& args) {
+    const AttnShape& n = args.shape;
+    return ceil_div(n.B, args.images) * n.H * attn_parts(n.d, kOut) * ceil_div(n.K, kRows);
+  }
+
+  static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
+    const AttnShape& n = args.shape;
+    const AttnPlace at =
+        attn_place(index, n.H, attn_parts(n.d, kOut), ceil_div(n.K, kRows));
+    const int64_t first = at.image * args.images, last = lesser(n.B, first + args.images);
+    for (int64_t b = first; b < last; ++b) {
+      const bool keeps_query = kChunks == 1 && args.query.batch == 0 && b != first;
+      if (kChunks == 1 && !keeps_query) load_query(args, tiles, b, at, 0);
+      image(args, tiles, b, at);
+    }
+  }
+
+ private:
+  // What a warp keeps while the keys of an image pass.
+  struct State {
+    WarpTile<T, 16, kStep> s;
+    WarpTile<T, 16, kC> out[kOutChunks];
+    RowValues<Acc, 16> top, total;
+  };
+
+  static VTCLIP_DEVICE void load_query(const Args& args, Tiles& tiles, int64_t b,
+                                       const AttnPlace& at, int c) {
+    const int64_t rows = args.shape.K - at.tile * kRows;
+    load_tile<kRows, kC>(tiles.block.loose(), tiles.q, kLd,
+                         args.query.at(b, at.head).from(at.tile * kRows, c * kC),
+                         args.shape.d - c * kC, [&](int r) { return r < rows; });
+  }
+
+  template <class Team>
+  static VTCLIP_DEVICE void load_kept(const Team& team, const Args& args, const Tiles& tiles, T* to,
+                                      const Rows<const T>& from, int64_t column) {
+    load_tile<kStep, kC>(team, to, kLd, from.from(0, column), args.shape.d - column,
+                         [&](int r) { return tiles.keep[r]; });
+  }
+
+  static VTCLIP_DEVICE void image(const Args& args, Tiles& tiles, int64_t b, const AttnPlace& at) {
+    const AttnShape& n = args.shape;
+    const Block<kWarps>& block = tiles.block;
+    const int64_t column0 = at.part * kOut;
+    PerWarp<State, kWarps> states;
+    block.each_warp([&](const Warp& warp) {
+      State& own = states[warp];
+      VTCLIP_UNROLL
+      for (int c = 0; c < kOutChunks; ++c) own.out[c].fill(0);
+      own.top.fill(-infinity<Acc>());
+      own.total.fill(0);
+    });
+    for (int64_t start = 0; start < n.L; start += kStep) {
+      const Rows<const T> key = args.key.at(b, at.head).from(start);
+      const Rows<const T> value = args.value.at(b, at.head).from(start);
+      block.each(kStep, [&](int l) { tiles.keep[l] = n.keeps(b, start + l); });
+      VTCLIP_UNROLL
+      for (int c = 0; c < kChunks; ++c) {
+        if (kChunks > 1) load_query(args, tiles, b, at, c);
+        if (c == 0) load_kept(block.loose(), args, tiles, tiles.v, value, column0);
+        load_kept(block, args, tiles, tiles.k, key, c * kC);
+        block.each_warp([&](const Warp& warp) {
+          State& own = states[warp];
+          if (c == 0) own.s.fill(0);
+          own.s.template add_product<false, true>(tiles.q + 16 * warp.index * kLd, kLd, tiles.k,
+                                                  kLd, summed<kC>(n.d, c));
+          if (c < kChunks - 1) return;
+          soften(own, tiles, args.scale * static_cast<Acc>(kLog2E), start == 0);
+          T* p = tiles.p + 16 * warp.index * kLdStep;
+          own.s.store(p, kLdStep);
+          own.out[0].template add_product<false, false>(p, kLdStep, tiles.v, kLd, kStep);
+        });
+      }
+      VTCLIP_UNROLL
+      for (int c = 1; c < kOutChunks; ++c) {
+        load_kept(block, args, tiles, tiles.v, value, column0 + c * kC);
+        block.each_warp([&](const Warp& warp) {
+          states[warp].out[c].template add_product<false, false>(
+              tiles.p + 16 * warp.index * kLdStep, kLdStep, tiles.v, kLd, kStep);
+        });
+      }
+    }
+    block.each_warp([&](const Warp& warp) { finish(args, states[warp], b, at, warp); });
+  }
+
+  // s becomes exp2 of the scores over a new maximum; what was summed before shrinks to it
+  static VTCLIP_DEVICE void soften(State& own, const Tiles& tiles, Acc scale_log2, bool first) {
+    own.s.each([&](const Spot& spot, Acc& s) {
+      s = tiles.keep[spot.column] ? s * scale_log2 : -infinity<Acc>();
+    });
+    RowValues<Acc, 16> top, sum, shrink;
+    own.s.max_rows(top);
+    top.each([&](const Spot& spot, Acc& row) {
+      row = larger(own.top[spot], row);
+      // no column yet: exp2(-inf) = 0, not NaN
+      const Acc shift = row == -infinity<Acc>() ? 0 : row;
+      shrink[spot] = exp2_of(own.top[spot] - shift);
+      own.top[spot] = row;
+      row = shift;
+    });
+    own.s.each([&](const Spot& spot, Acc& s) { s = exp2_of(s - top[spot]); });
+    own.s.sum_rows(sum);
+    own.total.each([&](const Spot& spot, Acc& total) {
+      total = total * shrink[spot] + sum[spot];
+    });
+    if (first) return;
+    VTCLIP_UNROLL
+    for (int c = 0; c < kOutChunks; ++c) {
+      own.out[c].each([&](const Spot& spot, Acc& element) { element *= shrink[spot]; });
+    }
+  }
+
+  static VTCLIP_DEVICE void finish(const Args& args, State& own, int64_t b, const AttnPlace& at,
+                                   const Warp& warp) {
+    const AttnShape& n = args.shape;
+    const int64_t row0 = at.tile * kRows + 16 * warp.index;
+    Acc* lse = args.lse + (b * n.H + at.head) * n.K;
+    own.total.once([&](const Spot& spot, Acc total) {
+      const int64_t row = row0 + spot.row;
+      if (row >= n.K || at.part != 0) return;
+      const Acc top = own.top[spot] == -infinity<Acc>() ? 0 : own.top[spot];
+      lse[row] = total == 0 ? -infinity<Acc>()
+                            : (top + log2_of(total)) * static_cast<Acc>(kLn2);
+    });
+    own.total.each([](const Spot&, Acc& total) { total = total == 0 ? 0 : 1 / total; });
+    VTCLIP_UNROLL
+    for (int c = 0; c < kOutChunks; ++c) {
+      own.out[c].each([&](const Spot& spot, Acc& element) { element *= own.total[spot]; });
+      put(own.out[c], args.out.at(b, at.head), row0, n.K, at.part * kOut + c * kC, n.d, Acc(1));
+    }
+  }
+};
+
+}  // namespace vtclip::cuda
