@@ -20,14 +20,22 @@
 
 namespace vtclip::cuda {
 
+constexpr int kRationalRows = 64;  // of a block
 constexpr int kImage = 0, kText = 1, kPair = 2, kQueryKinds = 3;
 
-template <class T, int kColumns>
+// Rows of a step that leave room in registers for `results` results of kC columns.
+template <class T>
+VTCLIP_BOTH constexpr int rational_step(int columns, int results) {
+  if (sizeof(T) == 8 || columns * results > 128 || (sizeof(T) == 4 && results == 2)) return 16;
+  return sizeof(T) == 2 && columns * results == 64 ? 64 : 32;
+}
+
+template <class T, int kColumns, int kStepOf>
 struct RationalTile {
   static constexpr int kC = kColumns;
-  static constexpr int kWarps = 4;
-  static constexpr int kRows = 16 * kWarps;
-  static constexpr int kStep = sizeof(T) == 2 ? (kC == 64 ? 64 : 32) : sizeof(T) == 4 ? 32 : 16;
+  static constexpr int kRows = kRationalRows;
+  static constexpr int kWarps = kRows / 16;
+  static constexpr int kStep = kStepOf;
   static constexpr int kLd = padded<T>(kC);
   static constexpr int kLdStep = padded<T>(kStep);
 
@@ -87,27 +95,6 @@ VTCLIP_DEVICE float power(float s, float scale_log2, float base) {
 }
 VTCLIP_DEVICE double power(double s, double scale_log2, double base) {
   return exp2(fma(s, scale_log2, -base));
-}
-
-// f(spot, element of a, the same element of b): `each` visits all tiles of one shape in one order
-template <class Acc, class Tile, class F>
-VTCLIP_DEVICE void each_pair(Tile& a, Tile& b, F f) {
-  Acc kept[sizeof(Tile) / sizeof(Acc)];
-  int i = 0;
-  b.each([&](const Spot&, Acc& element) { kept[i++] = element; });
-  i = 0;
-  a.each([&](const Spot& at, Acc& element) { f(at, element, kept[i++]); });
-}
-
-// f(row, column, element) for the elements of a tile that lie in rows x columns; row and column
-// count from that matrix's first, the tile begins at (row0, column0)
-template <class Tile, class F>
-VTCLIP_DEVICE void each_inside(Tile& tile, int64_t row0, int64_t rows, int64_t column0,
-                               int64_t columns, F f) {
-  tile.each([&](const Spot& at, typename Tile::Acc& element) {
-    const int64_t r = row0 + at.row, c = column0 + at.column;
-    if (r < rows && c < columns) f(r, c, element);
-  });
 }
 
 }  // namespace vtclip::cuda

@@ -146,9 +146,8 @@ struct RationalSums {
 };
 
 // What a block of the next two keeps: two tiles of its own rows and two that pass.
-template <class T, int kColumns>
+template <class T, class Tile>
 struct RationalBackwardTiles {
-  using Tile = RationalTile<T, kColumns>;
   Block<Tile::kWarps> block;
   T* own_a;   // [kRows, kLd]
   T* own_b;   // [kRows, kLd]
@@ -166,13 +165,12 @@ struct RationalBackwardTiles {
 
 // own step^T over all columns into a tile of each warp: `pick(warp)`. A head of one chunk has its
 // own rows in place; of the rest the last chunk stays.
-template <class T, int kColumns, class Pick>
-VTCLIP_DEVICE void rational_scores(RationalBackwardTiles<T, kColumns>& tiles, T* own, T* step,
+template <class T, class Tile, class Pick>
+VTCLIP_DEVICE void rational_scores(RationalBackwardTiles<T, Tile>& tiles, T* own, T* step,
                                    const Rows<const T>& own_rows, int64_t rows,
                                    const Rows<const T>& step_rows, int64_t steps, int64_t d,
                                    int chunks, Pick pick) {
-  using Tile = RationalTile<T, kColumns>;
-  for (int c = 0; c < chunks; ++c) {
+  _Pragma("unroll 1") for (int c = 0; c < chunks; ++c) {
     if (chunks > 1) Tile::load_own(tiles.block, own, own_rows, rows, d, c);
     Tile::load_step(tiles.block, step, step_rows, steps, d, c);
     tiles.block.each_warp([&](const Warp& warp) {
@@ -187,11 +185,11 @@ VTCLIP_DEVICE void rational_scores(RationalBackwardTiles<T, kColumns>& tiles, T*
 
 // One block per (image, head, chunk of columns, key tile).
 template <class T, int kColumns>
-struct RationalKeys : RationalTile<T, kColumns> {
-  using Tile = RationalTile<T, kColumns>;
+struct RationalKeys : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)> {
+  using Tile = RationalTile<T, kColumns, rational_step<T>(kColumns, 2)>;
   using Acc = AccOf<T>;
   using Args = RationalBackwardArgs<T>;
-  using Tiles = RationalBackwardTiles<T, kColumns>;  // own: keys, values; step: queries, d_out
+  using Tiles = RationalBackwardTiles<T, Tile>;  // own: keys, values; step: queries, d_out
   using Tile::kC, Tile::kLd, Tile::kLdStep, Tile::kRows, Tile::kStep, Tile::kWarps;
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
@@ -222,7 +220,7 @@ struct RationalKeys : RationalTile<T, kColumns> {
                       [&](const Warp& warp) -> auto& { return states[warp].d_a; });
       if (part < chunks - 1) Tile::load_step(tiles.block, tiles.step_b, d_out, steps, args.d, part);
       tiles.block.each_warp([&](const Warp& warp) { states[warp].a.fill(0); });
-      for (int kind = kText; kind <= kPair; ++kind) {
+      _Pragma("unroll 1") for (int kind = kText; kind <= kPair; ++kind) {
         if (!args.has[kind]) continue;
         const Rows<const T> query = args.query[kind].at(b, h).from(start);
         rational_scores(tiles, tiles.own_a, tiles.step_a, key, rows, query, steps, args.d, chunks,
@@ -250,8 +248,8 @@ struct RationalKeys : RationalTile<T, kColumns> {
       if (Tile::idle(warp, rows)) return;
       State& own = states[warp];
       own.s.each([&](const Spot& at, Acc& s) { s = at.column < steps ? made(s) : 0; });
-      each_pair<Acc>(own.a, own.s, [](const Spot&, Acc& a, Acc one) { a += one; });
-      each_pair<Acc>(own.s, own.d_a, [&](const Spot&, Acc& s, Acc d_a) { s *= d_a - made.c; });
+      own.a.with(own.s, [](const Spot&, Acc& a, Acc one) { a += one; });
+      own.s.with(own.d_a, [&](const Spot&, Acc& s, Acc d_a) { s *= d_a - made.c; });
       T* p = tiles.p + 16 * warp.index * kLdStep;
       own.s.store(p, kLdStep);
       own.d_k.template add_product<false, false>(p, kLdStep, tiles.step_a, kLd, kStep);
@@ -271,35 +269,45 @@ struct RationalKeys : RationalTile<T, kColumns> {
   static VTCLIP_DEVICE void finish(const Args& args, Tiles& tiles, States& states, int64_t index,
                                    int part, int64_t row0) {
     const int64_t b = index / args.H, h = index % args.H, column0 = int64_t{part} * kC;
-    const Rows<T> d_key = args.d_key.at(b, h), d_value = args.d_value.at(b, h);
     const Rows<const T> image = args.query[kImage].at(b, h);
     tiles.block.each_warp([&](const Warp& warp) {
+      State& own = states[warp];
       const int64_t first = row0 + 16 * warp.index;
-      each_inside(states[warp].d_k, first, args.K, column0, args.d,
-                  [&](int64_t j, int64_t c, Acc sum) {
-                    if (args.has[kImage]) {
-                      sum += args.ds[index * args.K + j] * static_cast<Acc>(image.at(0, c));
-                    }
-                    d_key.at(j, c) = static_cast<T>(sum * (args.scale * args.share));
-                  });
-      each_inside(states[warp].d_v, first, args.K, column0, args.d,
-                  [&](int64_t j, int64_t c, Acc sum) {
-                    if (args.has[kImage]) {
-                      sum += args.p[index * args.K + j] * args.r[index * args.d + c];
-                    }
-                    d_value.at(j, c) = static_cast<T>(sum * args.share);
-                  });
+      const auto inside = [&](const Spot& at) {
+        return args.has[kImage] && first + at.row < args.K && column0 + at.column < args.d;
+      };
+      own.d_k.each([&](const Spot& at, Acc& sum) {
+        if (inside(at)) {
+          const Acc weight = args.ds[index * args.K + first + at.row];
+          sum += weight * static_cast<Acc>(image.at(0, column0 + at.column));
+        }
+        sum *= args.scale * args.share;
+      });
+      own.d_k.store(tiles.own_a + 16 * warp.index * kLd, kLd);
+      own.d_v.each([&](const Spot& at, Acc& sum) {
+        if (inside(at)) {
+          const Acc weight = args.p[index * args.K + first + at.row];
+          sum += weight * args.r[index * args.d + column0 + at.column];
+        }
+        sum *= args.share;
+      });
+      own.d_v.store(tiles.own_b + 16 * warp.index * kLd, kLd);
     });
+    const int64_t rows = args.K - row0, columns = args.d - column0;
+    store_tile<kRows, kC>(tiles.block, args.d_key.at(b, h).from(row0, column0), rows, columns,
+                          tiles.own_a, kLd);
+    store_tile<kRows, kC>(tiles.block, args.d_value.at(b, h).from(row0, column0), rows, columns,
+                          tiles.own_b, kLd);
   }
 };
 
 // One block per (image or chunk of images, head, chunk of columns, row tile) of text and pair.
 template <class T, int kColumns>
-struct RationalQueries : RationalTile<T, kColumns> {
-  using Tile = RationalTile<T, kColumns>;
+struct RationalQueries : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)> {
+  using Tile = RationalTile<T, kColumns, rational_step<T>(kColumns, 2)>;
   using Acc = AccOf<T>;
   using Args = RationalBackwardArgs<T>;
-  using Tiles = RationalBackwardTiles<T, kColumns>;  // own: queries, d_out; step: keys, values
+  using Tiles = RationalBackwardTiles<T, Tile>;  // own: queries, d_out; step: keys, values
   using Tile::kC, Tile::kLd, Tile::kLdStep, Tile::kRows, Tile::kStep, Tile::kWarps;
 
   static VTCLIP_BOTH int64_t blocks_of_image(const Args& args) {
@@ -364,7 +372,7 @@ struct RationalQueries : RationalTile<T, kColumns> {
     tiles.block.each_warp([&](const Warp& warp) {
       if (Tile::idle(warp, rows)) return;
       State& own = states[warp];
-      each_pair<Acc>(own.s, own.d_a, [&](const Spot& at, Acc& s, Acc d_a) {
+      own.s.with(own.d_a, [&](const Spot& at, Acc& s, Acc d_a) {
         s = at.column < steps ? made(s) * (d_a - made.c) : 0;
       });
       T* p = tiles.p + 16 * warp.index * kLdStep;
@@ -376,19 +384,27 @@ struct RationalQueries : RationalTile<T, kColumns> {
   static VTCLIP_DEVICE void finish(const Args& args, Tiles& tiles, States& states, int64_t group,
                                    int64_t h, int part, int kind, int64_t row0) {
     const bool partial = kind == kText && args.text_partial != nullptr;
-    const Rows<T> d_query = args.d_query[kind].at(group, h);
     const Acc factor = args.scale * args.share;
+    const int64_t rows = args.K - row0, column0 = int64_t{part} * kC, columns = args.d - column0;
     tiles.block.each_warp([&](const Warp& warp) {
-      each_inside(states[warp].d_q, row0 + 16 * warp.index, args.K, int64_t{part} * kC, args.d,
-                  [&](int64_t i, int64_t c, Acc sum) {
-                    if (partial) {
-                      const int64_t row = (group * args.K + i) * args.H + h;
-                      args.text_partial[row * args.d + c] = sum * factor;
-                    } else {
-                      d_query.at(i, c) = static_cast<T>(sum * factor);
-                    }
-                  });
+      auto& d_q = states[warp].d_q;
+      d_q.each([&](const Spot&, Acc& sum) { sum *= factor; });
+      const int strip = 16 * warp.index;
+      if (partial) {
+        const int64_t row = (group * args.K + row0 + strip) * args.H + h;
+        Acc* to = args.text_partial + row * args.d + column0;
+        d_q.each([&](const Spot& at, Acc& sum) {
+          if (strip + at.row < rows && at.column < columns) {
+            to[at.row * args.H * args.d + at.column] = sum;
+          }
+        });
+      } else {
+        d_q.store(tiles.own_a + strip * kLd, kLd);
+      }
     });
+    if (partial) return;
+    store_tile<kRows, kC>(tiles.block, args.d_query[kind].at(group, h).from(row0, column0), rows,
+                          columns, tiles.own_a, kLd);
   }
 };
 

@@ -93,7 +93,7 @@ void forward(const char* op, const Given& in, RationalForwardArgs<T>& args, Tens
   with_columns<T>(args.d, [&](auto columns) {
     constexpr int kC = decltype(columns)::value;
     using One = RationalOne<T, kC>;
-    if (args.K <= One::kRows || in.maps() == 0) {
+    if (args.K <= kRationalRows || in.maps() == 0) {
       return launch<One>(op, One::blocks(args), like, args);
     }
     const int64_t size = args.B * args.H * args.K;
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(const Query& image,
     torch::stable::zero_(stats);
     return {out, parts, image_out, stats};
   }
-  const bool several = in.maps() > 0 && K > RationalTile<float, 64>::kRows;
+  const bool several = in.maps() > 0 && K > kRationalRows;
   Tensor rows = several && !keep_parts ? new_parts(in, in.maps()) : parts;
   Tensor row_stats = torch::stable::new_empty(key, {several ? in.maps() : 0, 2, B, H, K}, acc);
   with_dtype(op, "key", key, [&](auto t) {

@@ -47,9 +47,9 @@ struct RationalMap {
 };
 
 // 64 rows of one query and all keys of their image and head.
-template <class T, int kColumns>
-struct RationalStream : RationalTile<T, kColumns> {
-  using Tile = RationalTile<T, kColumns>;
+template <class T, int kColumns, int kResults>
+struct RationalStream : RationalTile<T, kColumns, rational_step<T>(kColumns, kResults)> {
+  using Tile = RationalTile<T, kColumns, rational_step<T>(kColumns, kResults)>;
   using Acc = AccOf<T>;
   using Tile::kC, Tile::kLd, Tile::kLdStep, Tile::kRows, Tile::kStep, Tile::kWarps;
 
@@ -136,12 +136,13 @@ struct RationalStream : RationalTile<T, kColumns> {
     });
     tiles.block.each_warp([&](const Warp& warp) {
       if (Tile::idle(warp, 1)) return;
-      each_inside(states[warp].out, 0, 1, int64_t{part} * kC, args.d,
-                  [&](int64_t, int64_t c, Acc element) {
-                    const Acc mean = element / map.total;
-                    tiles.image[c - part * kC] = mean;
-                    args.image_out[index * args.d + c] = mean;
-                  });
+      states[warp].out.each([&](const Spot& at, Acc& element) {
+        if (at.row == 0) tiles.image[at.column] = element / map.total;
+      });
+    });
+    const int columns = static_cast<int>(lesser<int64_t>(kC, args.d - part * kC));
+    tiles.block.each(columns, [&](int c) {
+      args.image_out[index * args.d + part * kC + c] = tiles.image[c];
     });
   }
 
@@ -170,13 +171,13 @@ struct RationalStream : RationalTile<T, kColumns> {
 
 // One block per (image, head, chunk of columns), for K <= kRows or the image's query alone.
 template <class T, int kColumns>
-struct RationalOne : RationalStream<T, kColumns> {
-  using Stream = RationalStream<T, kColumns>;
+struct RationalOne : RationalStream<T, kColumns, 2> {
+  using Stream = RationalStream<T, kColumns, 2>;
   using Acc = AccOf<T>;
   using Args = RationalForwardArgs<T>;
   using Tiles = typename Stream::Tiles;
   using typename Stream::States;
-  using Stream::kC, Stream::kRows, Stream::kStep, Stream::kWarps;
+  using Stream::kC, Stream::kLd, Stream::kRows, Stream::kStep, Stream::kWarps;
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
     return args.B * args.H * args.chunks(kC);
@@ -193,7 +194,7 @@ struct RationalOne : RationalStream<T, kColumns> {
     block.each(kC, [&](int c) { tiles.image[c] = 0; });
     block.each_warp([&](const Warp& warp) { sums[warp].fill(0); });
     bool loaded = false;
-    for (int kind = 0; kind < kQueryKinds; ++kind) {
+    _Pragma("unroll 1") for (int kind = 0; kind < kQueryKinds; ++kind) {
       if (!args.has[kind]) {
         block.once([&] {
           if (part == 0) args.store_stats(kind, index, 0, 0);
@@ -213,7 +214,7 @@ struct RationalOne : RationalStream<T, kColumns> {
   }
 
  private:
-  using Sums = PerWarp<WarpTile<T, 16, kColumns>, Stream::kWarps>;
+  using Sums = PerWarp<WarpTile<T, 16, kC>, kWarps>;
 
   // sums += A_kind v
   static VTCLIP_DEVICE void add_map(const Args& args, Tiles& tiles, States& states, Sums& sums,
@@ -227,14 +228,13 @@ struct RationalOne : RationalStream<T, kColumns> {
       auto& own = states[warp];
       own.base.each([&](const Spot&, Acc& base) { base = exp2_of(base - map.base) * factor; });
       own.out.each([&](const Spot& at, Acc& element) { element *= own.base[at]; });
-      each_pair<Acc>(sums[warp], own.out, [](const Spot&, Acc& sum, Acc part) { sum += part; });
-      if (!args.keep_parts) return;
-      const Rows<T> parts = args.parts[kind].at(index / args.H, index % args.H);
-      each_inside(own.out, 16 * warp.index, args.K, int64_t{part} * kC, args.d,
-                  [&](int64_t r, int64_t c, Acc element) {
-                    parts.at(r, c) = static_cast<T>(element);
-                  });
+      sums[warp].with(own.out, [](const Spot&, Acc& sum, Acc one) { sum += one; });
+      own.out.store(tiles.q + 16 * warp.index * kLd, kLd);
     });
+    if (!args.keep_parts) return;
+    const Rows<T> parts = args.parts[kind].at(index / args.H, index % args.H);
+    store_tile<kRows, kC>(tiles.block, parts.from(0, int64_t{part} * kC), args.K,
+                          args.d - part * kC, tiles.q, kLd);
   }
 
   static VTCLIP_DEVICE void finish(const Args& args, Tiles& tiles, Sums& sums, int64_t b, int64_t h,
@@ -249,23 +249,25 @@ struct RationalOne : RationalStream<T, kColumns> {
       return;
     }
     tiles.block.each_warp([&](const Warp& warp) {
-      each_inside(sums[warp], 16 * warp.index, args.K, 0, columns,
-                  [&](int64_t r, int64_t c, Acc sum) {
-                    out.at(r, c) = static_cast<T>((sum + tiles.image[c]) * args.share);
-                  });
+      auto& sum = sums[warp];
+      sum.each([&](const Spot& at, Acc& element) {
+        element = (element + tiles.image[at.column]) * args.share;
+      });
+      sum.store(tiles.q + 16 * warp.index * kLd, kLd);
     });
+    store_tile<kRows, kC>(tiles.block, out, args.K, columns, tiles.q, kLd);
   }
 };
 
 // One block per (image, head, chunk of columns, row tile of a map or the image's row).
 template <class T, int kColumns>
-struct RationalRows : RationalStream<T, kColumns> {
-  using Stream = RationalStream<T, kColumns>;
+struct RationalRows : RationalStream<T, kColumns, 1> {
+  using Stream = RationalStream<T, kColumns, 1>;
   using Acc = AccOf<T>;
   using Args = RationalForwardArgs<T>;
   using Tiles = typename Stream::Tiles;
   using typename Stream::States;
-  using Stream::kC, Stream::kRows, Stream::kWarps;
+  using Stream::kC, Stream::kLd, Stream::kRows, Stream::kWarps;
 
   static VTCLIP_BOTH int64_t jobs(const Args& args) {
     return args.has[kImage] + args.maps() * ceil_div(args.K, kRows);
@@ -308,11 +310,10 @@ struct RationalRows : RationalStream<T, kColumns> {
       own.out.each([&](const Spot& at, Acc& element) {
         element = own.total[at] == 0 ? 0 : element / own.total[at];
       });
-      each_inside(own.out, row0 + 16 * warp.index, args.K, int64_t{part} * kC, args.d,
-                  [&](int64_t r, int64_t c, Acc element) {
-                    parts.at(r, c) = static_cast<T>(element);
-                  });
+      own.out.store(tiles.q + 16 * warp.index * kLd, kLd);
     });
+    store_tile<kRows, kC>(tiles.block, parts.from(row0, int64_t{part} * kC), rows,
+                          args.d - part * kC, tiles.q, kLd);
   }
 };
 
