@@ -18,6 +18,13 @@
 #include "tile_io.h"
 #include "warp_tile.h"
 
+// a loop whose copies would only take registers
+#ifdef __CUDACC__
+#define VTCLIP_ROLLED _Pragma("unroll 1")
+#else
+#define VTCLIP_ROLLED
+#endif
+
 namespace vtclip::cuda {
 
 constexpr int kRationalRows = 64;  // of a block
@@ -26,8 +33,9 @@ constexpr int kImage = 0, kText = 1, kPair = 2, kQueryKinds = 3;
 // Rows of a step that leave room in registers for `results` results of kC columns.
 template <class T>
 VTCLIP_BOTH constexpr int rational_step(int columns, int results) {
-  if (sizeof(T) == 8 || columns * results > 128 || (sizeof(T) == 4 && results == 2)) return 16;
-  return sizeof(T) == 2 && columns * results == 64 ? 64 : 32;
+  if (sizeof(T) == 8 || columns * results > 128) return 16;
+  if (sizeof(T) == 4) return results == 1 ? 32 : 16;
+  return columns * results == 64 ? 64 : 32;
 }
 
 template <class T, int kColumns, int kStepOf>

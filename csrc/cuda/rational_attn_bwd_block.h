@@ -2,7 +2,7 @@
 // The bodies of rational_attn's backward. With dA = d_out v^T, the same for all maps, and `share`
 // taken out,
 //
-//   dS_x = A_x * (dA - c_x),  c_x = (1 / K) sum_i <d_out_i, (A_x v)_i>   d_q = scale dS k
+//   dS_x = A_x * (dA - c_x),  c_x = (1 / K) sum_i <d_out_i, (A_x v)_i>,  d_q = scale dS k
 //   ds   = p * (v r - <r, o>),  r = sum_i d_out_i                        of the image's row p, o = p v
 //   d_v  = (A_text + A_pair)^T d_out + p r^T
 //   d_k  = scale (sum_x dS_x^T q_x + ds q_image^T)
@@ -170,7 +170,8 @@ VTCLIP_DEVICE void rational_scores(RationalBackwardTiles<T, Tile>& tiles, T* own
                                    const Rows<const T>& own_rows, int64_t rows,
                                    const Rows<const T>& step_rows, int64_t steps, int64_t d,
                                    int chunks, Pick pick) {
-  _Pragma("unroll 1") for (int c = 0; c < chunks; ++c) {
+  VTCLIP_ROLLED
+  for (int c = 0; c < chunks; ++c) {
     if (chunks > 1) Tile::load_own(tiles.block, own, own_rows, rows, d, c);
     Tile::load_step(tiles.block, step, step_rows, steps, d, c);
     tiles.block.each_warp([&](const Warp& warp) {
@@ -220,7 +221,8 @@ struct RationalKeys : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)> {
                       [&](const Warp& warp) -> auto& { return states[warp].d_a; });
       if (part < chunks - 1) Tile::load_step(tiles.block, tiles.step_b, d_out, steps, args.d, part);
       tiles.block.each_warp([&](const Warp& warp) { states[warp].a.fill(0); });
-      _Pragma("unroll 1") for (int kind = kText; kind <= kPair; ++kind) {
+      VTCLIP_ROLLED
+      for (int kind = kText; kind <= kPair; ++kind) {
         if (!args.has[kind]) continue;
         const Rows<const T> query = args.query[kind].at(b, h).from(start);
         rational_scores(tiles, tiles.own_a, tiles.step_a, key, rows, query, steps, args.d, chunks,

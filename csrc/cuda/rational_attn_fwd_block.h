@@ -194,7 +194,8 @@ struct RationalOne : RationalStream<T, kColumns, 2> {
     block.each(kC, [&](int c) { tiles.image[c] = 0; });
     block.each_warp([&](const Warp& warp) { sums[warp].fill(0); });
     bool loaded = false;
-    _Pragma("unroll 1") for (int kind = 0; kind < kQueryKinds; ++kind) {
+    VTCLIP_ROLLED
+    for (int kind = 0; kind < kQueryKinds; ++kind) {
       if (!args.has[kind]) {
         block.once([&] {
           if (part == 0) args.store_stats(kind, index, 0, 0);
