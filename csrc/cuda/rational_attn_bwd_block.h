@@ -3,7 +3,7 @@
 // taken out,
 //
 //   dS_x = A_x * (dA - c_x),  c_x = (1 / K) sum_i <d_out_i, (A_x v)_i>,  d_q = scale dS k
-//   ds   = p * (v r - <r, o>),  r = sum_i d_out_i                        of the image's row p, o = p v
+//   ds   = p * (v r - <r, o>),  r = sum_i d_out_i,  of the image's row p with o = p v
 //   d_v  = (A_text + A_pair)^T d_out + p r^T
 //   d_k  = scale (sum_x dS_x^T q_x + ds q_image^T)
 //

@@ -171,8 +171,8 @@ struct RationalStream : RationalTile<T, kColumns, rational_step<T>(kColumns, kRe
 
 // One block per (image, head, chunk of columns), for K <= kRows or the image's query alone.
 template <class T, int kColumns>
-struct RationalOne : RationalStream<T, kColumns, 2> {
-  using Stream = RationalStream<T, kColumns, 2>;
+struct RationalOne : RationalStream<T, kColumns, sizeof(T) == 4 ? 1 : 2> {
+  using Stream = RationalStream<T, kColumns, sizeof(T) == 4 ? 1 : 2>;
   using Acc = AccOf<T>;
   using Args = RationalForwardArgs<T>;
   using Tiles = typename Stream::Tiles;

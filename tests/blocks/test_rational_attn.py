@@ -225,7 +225,10 @@ def test_infinite_scores(program, case, dtype):
     oracle = ops.rational_attn(*(t.double() for t in tensors), scale=0.4, impl="reference")
     peer = ops.rational_attn(*tensors, scale=0.4, impl="reference")
     assert oracle.isfinite().all()
-    testing.assert_within_budget(rows_inside(out), oracle, peer, floor=1e-6)
+    tensors[3][:, :, 2] = 0
+    _, terms = cancelling(tensors, d_out, 0.4)
+    floor = torch.finfo(dtype).eps * terms
+    testing.assert_within_budget(rows_inside(out), oracle, peer, floor=floor)
 
 
 @pytest.mark.parametrize("K", [20, 70])
@@ -239,5 +242,5 @@ def test_values_near_the_largest_do_not_overflow(program, dtype, K):
 
 def test_every_block_fits_into_64_kibibytes(program):
     (sizes,) = program(())
-    assert 0 < sizes.min()
+    assert sizes.min() > 0
     assert sizes.max() <= 64 * 1024
