@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+// rational_attn_fwd and rational_attn_bwd for CUDA tensors.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "launch.cuh"
+#include "rational_attn_bwd_block.h"
+#include "rational_attn_fwd_block.h"
+#include "sum_partials.h"
+
+namespace vtclip::cuda {
+namespace {
+
+using Query = std::optional<Tensor>;
+
+// All five inputs; of absent queries no tensor.
+struct Given {
+  const Query* query[kQueryKinds];
+  const Tensor* key;
+  const Tensor* value;
+  double scale;
+
+  int64_t size(int axis) const { return key->size(axis); }
+  bool has(int kind) const { return query[kind]->has_value(); }
+  int64_t maps() const { return has(kText) + has(kPair); }
+};
+
+void check_inputs(const char* op, const Given& in) {
+  check_rank(op, "key", *in.key, 4);
+  const ScalarType type = in.key->scalar_type();
+  const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
+  if (d > 256) fail(op, "key must have head width at most 256, got ", d);
+  check_beside(op, "value", *in.value, *in.key, type);
+  check_shape(op, "value", *in.value, {B, H, K, d});
+  const char* names[] = {"image_query", "text_query", "pair_query"};
+  for (int kind = 0; kind < kQueryKinds; ++kind) {
+    if (!in.has(kind)) continue;
+    const Tensor& query = **in.query[kind];
+    check_beside(op, names[kind], query, *in.key, type);
+    if (kind == kText) {
+      check_shape_or_shared(op, names[kind], query, {B, H, K, d});
+    } else {
+      check_shape(op, names[kind], query, {B, H, kind == kImage ? 1 : K, d});
+    }
+  }
+  if (in.maps() + in.has(kImage) == 0) {
+    fail(op, "one of image_query, text_query, pair_query must be a tensor, got none");
+  }
+}
+
+template <class T>
+void set_inputs(RationalInputs<T>& args, const Given& in) {
+  args.B = in.size(0);
+  args.H = in.size(1);
+  args.K = in.size(2);
+  args.d = in.size(3);
+  for (int kind = 0; kind < kQueryKinds; ++kind) {
+    args.has[kind] = in.has(kind);
+    if (in.has(kind)) args.query[kind] = heads_of<T>(std::as_const(**in.query[kind]));
+  }
+  args.key = heads_of<T>(*in.key);
+  args.value = heads_of<T>(*in.value);
+  args.scale = static_cast<AccOf<T>>(in.scale);
+  args.share = 1 / static_cast<AccOf<T>>(in.maps() + in.has(kImage));
+}
+
+// parts [maps, B, H, K, d], the heads inner in memory
+Tensor new_parts(const Given& in, int64_t maps) {
+  const std::vector<int64_t> sizes{maps, in.size(0), in.size(2), in.size(1), in.size(3)};
+  return torch::stable::transpose(torch::stable::new_empty(*in.key, sizes), 2, 3);
+}
+
+// the parts of the given maps, in their order
+template <class T, class Data>
+void set_parts(Heads<T>* views, const Given& in, const Tensor& parts, Data* data) {
+  int64_t slot = 0;
+  for (int kind = kText; kind <= kPair; ++kind) {
+    if (!in.has(kind)) continue;
+    views[kind] = {data + slot++ * parts.stride(0), parts.stride(1), parts.stride(2),
+                   parts.stride(3), parts.stride(4)};
+  }
+}
+
+template <class T>
+void forward(const char* op, const Given& in, RationalForwardArgs<T>& args, Tensor& parts,
+             Tensor& row_stats) {
+  const Tensor& like = *in.key;
+  if (parts.size(0) > 0) set_parts(args.parts, in, parts, data_of<T>(parts));
+  with_columns<T>(args.d, [&](auto columns) {
+    constexpr int kC = decltype(columns)::value;
+    using One = RationalOne<T, kC>;
+    if (args.K <= kRationalRows || in.maps() == 0) {
+      return launch<One>(op, One::blocks(args), like, args);
+    }
+    const int64_t size = args.B * args.H * args.K;
+    AccOf<T>* next = data_of<AccOf<T>>(row_stats);
+    for (int kind = kText; kind <= kPair; ++kind) {
+      if (!in.has(kind)) continue;
+      args.row_base[kind] = next;
+      args.row_total[kind] = next + size;
+      next += 2 * size;
+    }
+    using Rows = RationalRows<T, kC>;
+    using Combine = RationalCombine<T>;
+    launch<Rows>(op, Rows::blocks(args), like, args);
+    launch<Combine>(op, Combine::blocks(args), like, args);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(const Query& image, const Query& text,
+                                                             const Query& pair, const Tensor& key,
+                                                             const Tensor& value, double scale,
+                                                             bool keep_parts) {
+  const char* op = "rational_attn_fwd";
+  const Given in{{&image, &text, &pair}, &key, &value, scale};
+  check_inputs(op, in);
+  const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
+  const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
+  const ScalarType acc = acc_type(key.scalar_type());
+  Tensor out = new_heads(key, B, H, K, d);
+  Tensor parts = new_parts(in, keep_parts ? in.maps() : 0);
+  Tensor image_out = torch::stable::new_empty(key, {in.has(kImage) ? B : 0, H, d}, acc);
+  Tensor stats = torch::stable::new_empty(key, {3, 2, B, H}, acc);
+  if (B * H * K == 0) {
+    torch::stable::zero_(image_out);
+    torch::stable::zero_(stats);
+    return {out, parts, image_out, stats};
+  }
+  const bool several = in.maps() > 0 && K > kRationalRows;
+  Tensor rows = several && !keep_parts ? new_parts(in, in.maps()) : parts;
+  Tensor row_stats = torch::stable::new_empty(key, {several ? in.maps() : 0, 2, B, H, K}, acc);
+  with_dtype(op, "key", key, [&](auto t) {
+    using T = decltype(t);
+    RationalForwardArgs<T> args{};
+    set_inputs(args, in);
+    args.out = heads_of<T>(out);
+    args.keep_parts = keep_parts;
+    args.image_out = data_of<AccOf<T>>(image_out);
+    args.stats = data_of<AccOf<T>>(stats);
+    forward(op, in, args, rows, row_stats);
+  });
+  return {out, parts, image_out, stats};
+}
+
+void check_saved(const char* op, const Given& in, const Tensor& grad_out, const Tensor& parts,
+                 const Tensor& image_out, const Tensor& stats) {
+  const ScalarType type = in.key->scalar_type(), acc = acc_type(type);
+  const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
+  check_beside(op, "grad_out", grad_out, *in.key, type);
+  check_shape(op, "grad_out", grad_out, {B, H, K, d});
+  check_beside(op, "parts", parts, *in.key, type);
+  check_shape(op, "parts", parts, {in.maps(), B, H, K, d});
+  check_beside(op, "image_out", image_out, *in.key, acc);
+  check_shape(op, "image_out", image_out, {in.has(kImage) ? B : 0, H, d});
+  check_beside(op, "stats", stats, *in.key, acc);
+  check_shape(op, "stats", stats, {3, 2, B, H});
+}
+
+template <class T>
+void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args, Tensor* grads) {
+  using Acc = AccOf<T>;
+  const int64_t pairs = args.B * args.H;
+  const int64_t of_image = args.has[kImage] ? pairs * args.K : 0;
+  const int64_t size = kQueryKinds * pairs + pairs * args.d + 2 * of_image;
+  Tensor scratch = torch::stable::new_empty(like, {size}, acc_type(like.scalar_type()));
+  args.c = data_of<Acc>(scratch);
+  args.r = args.c + kQueryKinds * pairs;
+  args.p = args.r + pairs * args.d;
+  args.ds = args.p + of_image;
+  launch<RationalSums<T>>(op, RationalSums<T>::blocks(args), like, args);
+  with_columns<T>(args.d, [&](auto columns) {
+    constexpr int kC = decltype(columns)::value;
+    using Keys = RationalKeys<T, kC>;
+    using Queries = RationalQueries<T, kC>;
+    launch<Keys>(op, Keys::blocks(args), like, args);
+    const bool shared = args.has[kText] && grads[kText].size(0) == 1;
+    args.images = shared ? images_per_block(args.B, Queries::blocks_of_image(args)) : 1;
+    const int64_t chunks = ceil_div(args.B, args.images);
+    Tensor partial = torch::stable::new_empty(
+        like, {shared && chunks > 1 ? chunks : 0, args.K, args.H, args.d},
+        acc_type(like.scalar_type()));
+    if (partial.size(0) > 0) args.text_partial = data_of<Acc>(partial);
+    launch<Queries>(op, Queries::blocks(args), like, args);
+    if (partial.size(0) == 0) return;
+    const typename SumPartials<T>::Args sum{args.text_partial, data_of<T>(grads[kText]), chunks,
+                                            args.K * args.H * args.d};
+    launch<SumPartials<T>>(op, SumPartials<T>::blocks(sum), like, sum);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(
+    const Tensor& grad_out, const Query& image, const Query& text, const Query& pair,
+    const Tensor& key, const Tensor& value, const Tensor& parts, const Tensor& image_out,
+    const Tensor& stats, double scale) {
+  const char* op = "rational_attn_bwd";
+  const Given in{{&image, &text, &pair}, &key, &value, scale};
+  check_inputs(op, in);
+  check_saved(op, in, grad_out, parts, image_out, stats);
+  const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
+  const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
+  const auto grad = [&](int kind) {
+    if (!in.has(kind)) return torch::stable::new_empty(key, {0});
+    return new_heads(key, (*in.query[kind])->size(0), H, kind == kImage ? 1 : K, d);
+  };
+  Tensor grads[] = {grad(kImage), grad(kText), grad(kPair), new_heads(key, B, H, K, d),
+                    new_heads(key, B, H, K, d)};
+  if (B * H * K * d == 0) {
+    for (Tensor& tensor : grads) torch::stable::zero_(tensor);
+    return {grads[0], grads[1], grads[2], grads[3], grads[4]};
+  }
+  with_dtype(op, "key", key, [&](auto t) {
+    using T = decltype(t);
+    using Acc = AccOf<T>;
+    RationalBackwardArgs<T> args{};
+    set_inputs(args, in);
+    args.d_out = heads_of<T>(grad_out);
+    set_parts(args.parts, in, parts, data_of<T>(parts));
+    args.image_out = {data_of<Acc>(image_out), image_out.stride(0), image_out.stride(1), 0,
+                      image_out.stride(2)};
+    args.stats = heads_of<Acc>(stats);
+    for (int kind = 0; kind < kQueryKinds; ++kind) {
+      if (in.has(kind)) args.d_query[kind] = heads_of<T>(grads[kind]);
+    }
+    args.d_key = heads_of<T>(grads[3]);
+    args.d_value = heads_of<T>(grads[4]);
+    backward(op, key, args, grads);
+  });
+  return {grads[0], grads[1], grads[2], grads[3], grads[4]};
+}
+
+}  // namespace
+}  // namespace vtclip::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
+  m.impl("rational_attn_fwd", TORCH_BOX(&vtclip::cuda::rational_attn_fwd));
+  m.impl("rational_attn_bwd", TORCH_BOX(&vtclip::cuda::rational_attn_bwd));
+}
