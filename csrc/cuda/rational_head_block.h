@@ -72,28 +72,52 @@ struct HeadTiles {
     });
   }
 
-  // to[r, c] = start(r)[first + c], 0 beyond column n and where start(r) is null
+  // to[r, c] = start(r)[first + c], 0 beyond column n and where start(r) is null; `packed` if rows
+  // are dense and start at multiples of 16 bytes
   template <class Start>
-  VTCLIP_DEVICE void gather(T* to, Start start, int64_t stride, int64_t first, int64_t n) {
+  VTCLIP_DEVICE void gather(T* to, Start start, int64_t stride, bool packed, int64_t first,
+                            int64_t n) {
+    using Packed = Vector<T>;
     constexpr int kColumns = kGroup<T>, kGroups = kHeadInner / kColumns;
-    block.each(kHeadTile * kGroups, [&](int i) {
-      const int r = i / kGroups, c = i % kGroups * kColumns;
+    if (packed) {
+      block.each(kHeadTile * kGroups, [&](int i) {
+        const int r = i / kGroups, c = i % kGroups * kColumns;
+        const T* row = start(r);
+        Packed values;
+        VTCLIP_UNROLL
+        for (int e = 0; e < kColumns; ++e) values.element[e] = static_cast<T>(0.0f);
+        if (row != nullptr && first + c + kColumns <= n) {
+          values = *reinterpret_cast<const Packed*>(row + first + c);
+        } else if (row != nullptr) {
+          VTCLIP_UNROLL
+          for (int e = 0; e < kColumns; ++e) {
+            if (first + c + e < n) values.element[e] = row[first + c + e];
+          }
+        }
+        *reinterpret_cast<Packed*>(to + r * kLd + c) = values;
+      });
+      return;
+    }
+    block.each(kHeadTile * kHeadInner, [&](int i) {
+      const int r = i / kHeadInner, c = i % kHeadInner;
       const T* row = start(r);
-      Acc values[kColumns] = {};
-      if (row != nullptr) Row<const T>(row, stride, n).load(first + c, values);
-      Row<T>(to + r * kLd, 1, kHeadInner).store(c, values);
+      const bool exists = row != nullptr && first + c < n;
+      to[r * kLd + c] = exists ? row[(first + c) * stride] : static_cast<T>(0.0f);
     });
   }
 
   // m = context weight^T of columns first .. first + 63; then a holds text, b the images
   VTCLIP_DEVICE void product(const HeadArgs<T>& args, int64_t first) {
+    const bool contexts_fit = vectors_fit(args.context.at(0)) &&
+                              args.context.batch * static_cast<int64_t>(sizeof(T)) % 16 == 0;
     PerWarp<WarpTile<T, 32, 32>, kWarps> all;
     block.each_warp([&](const Warp& warp) { all[warp].fill(0); });
     for (int64_t inner = 0; inner < args.D; inner += kHeadInner) {
-      gather(a, [&](int r) { return contexts[r]; }, args.context.column, inner, args.D);
+      gather(a, [&](int r) { return contexts[r]; }, args.context.column, contexts_fit, inner,
+             args.D);
       gather(b, [&](int r) {
         return first + r < args.D ? &args.weight.at(first + r, 0) : nullptr;
-      }, args.weight.column, inner, args.D);
+      }, args.weight.column, vectors_fit(args.weight), inner, args.D);
       block.each_warp([&](const Warp& warp) {
         all[warp].template add_product<false, true>(a + warp.index / 2 * 32 * kLd, kLd,
                                                     b + warp.index % 2 * 32 * kLd, kLd, kHeadInner);
@@ -102,8 +126,10 @@ struct HeadTiles {
     block.each_warp([&](const Warp& warp) {
       all[warp].store(m + warp.index / 2 * 32 * kLdM + warp.index % 2 * 32, kLdM);
     });
-    gather(a, [&](int r) { return texts[r]; }, args.text.column, first, args.D);
-    gather(b, [&](int r) { return images[r]; }, args.image.column, first, args.D);
+    gather(a, [&](int r) { return texts[r]; }, args.text.column, vectors_fit(args.text), first,
+           args.D);
+    gather(b, [&](int r) { return images[r]; }, args.image.column, vectors_fit(args.image), first,
+           args.D);
   }
 };
 

@@ -5,6 +5,13 @@
 #include "block.h"
 #include "tile_io.h"
 
+// a loop whose body is large: unrolled, it spills
+#ifdef __CUDACC__
+#define VTCLIP_ROLLED _Pragma("unroll 1")
+#else
+#define VTCLIP_ROLLED
+#endif
+
 namespace vtclip::cuda {
 
 // Columns of T in 16 bytes: what one thread takes of a row at a time.
@@ -84,6 +91,7 @@ VTCLIP_DEVICE void row_sums(const Lanes<kWarpSize>& lanes, Acc* slots, int64_t n
                             Acc (&totals)[kSums]) {
   lanes.each(kWarpSize, [&](int lane) {
     Acc part[kSums] = {};
+    VTCLIP_ROLLED
     for (int64_t i = lane; i < n; i += kWarpSize) f(i, part);
     VTCLIP_UNROLL
     for (int s = 0; s < kSums; ++s) slots[s * kWarpSize + lane] = part[s];

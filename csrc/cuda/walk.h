@@ -12,7 +12,8 @@ namespace vtclip::cuda {
 template <class T>
 struct Walk {
   using Acc = AccOf<T>;
-  static constexpr int kClasses = 8, kColumns = kGroup<T>;
+  // at most 32 sums of d_text per thread
+  static constexpr int kColumns = kGroup<T>, kClasses = kColumns > 4 ? 4 : 8;
 
   int64_t B, K, D;
   int64_t images;  // per chunk
