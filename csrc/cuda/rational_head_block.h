@@ -142,59 +142,49 @@ VTCLIP_DEVICE bool comes_first(Acc value, int64_t index, Acc best, int64_t at) {
   return value > best || (value == best && index < at);
 }
 
-// Block = (split of the column tiles, tile of rows). Two threads per row add up its elements.
+// Block = (tile of columns, tile of rows). Two threads per row add up its elements.
 template <class T>
 struct HeadForward {
   using Acc = AccOf<T>;
   using Tiles = HeadTiles<T>;
   static constexpr int kWarps = Tiles::kWarps, kUnits = 2 * kHeadTile;
   struct Args : HeadArgs<T> {
-    int64_t split;       // column tiles of one split
-    Acc* logits;         // [splits, B * K]: written
-    Acc* size;           // [splits, B * K]: sum of |E| or E^2, or the largest |E|: written
-    int64_t* peak;       // [splits, B * K], its column; written for the largest
-
-    VTCLIP_BOTH int64_t splits() const { return ceil_div(this->column_tiles(), split); }
+    Acc* logits;    // [column tiles, B * K]: written
+    Acc* size;      // [column tiles, B * K]: sum of |E| or E^2, or the largest |E|: written
+    int64_t* peak;  // [column tiles, B * K], its column; written for the largest
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     const Block<kWarps>& block = tiles.block;
-    const int64_t split = index / args.row_tiles(), first = index % args.row_tiles() * kHeadTile;
+    const int64_t tile = index / args.row_tiles(), first = index % args.row_tiles() * kHeadTile;
+    const int64_t column = tile * kHeadTile;
     Acc *dots = tiles.unit, *sizes = tiles.unit + kUnits;
     tiles.find_rows(args, first);
+    tiles.product(args, column);
     block.each(kUnits, [&](int i) {
-      dots[i] = 0;
-      sizes[i] = args.penalty == kLinf ? -1 : 0;
-      tiles.where[i] = 0;
-    });
-    const int64_t end = lesser(args.column_tiles(), (split + 1) * args.split);
-    for (int64_t tile = split * args.split; tile < end; ++tile) {
-      const int64_t column = tile * kHeadTile;
-      tiles.product(args, column);
-      block.each(kUnits, [&](int i) {
-        const int r = i / 2;
-        Acc dot = 0, size = sizes[i];
-        int64_t where = tiles.where[i];
-        for (int c = i % 2; c < kHeadTile && column + c < args.D; c += 2) {
-          const Acc bias = static_cast<Acc>(args.bias[(column + c) * args.bias_stride]);
-          const Acc m = tiles.m[r * Tiles::kLdM + c] + bias;
-          const Acc x = static_cast<Acc>(tiles.b[r * Tiles::kLd + c]);
-          dot += opened(m) * (x * static_cast<Acc>(tiles.a[r * Tiles::kLd + c]));
-          const Acc floor = m <= -1 ? -1 : m, off = floor < 0 ? -floor : floor;
-          if (args.penalty == kL1) size += off;
-          if (args.penalty == kMse) size += off * off;
-          if (args.penalty == kLinf && comes_first(off, column + c, size, where)) {
-            size = off;
-            where = column + c;
-          }
+      const int r = i / 2;
+      Acc dot = 0, size = args.penalty == kLinf ? -1 : 0;
+      int64_t where = column;
+      VTCLIP_ROLLED
+      for (int c = i % 2; c < kHeadTile && column + c < args.D; c += 2) {
+        const Acc bias = static_cast<Acc>(args.bias[(column + c) * args.bias_stride]);
+        const Acc m = tiles.m[r * Tiles::kLdM + c] + bias;
+        const Acc x = static_cast<Acc>(tiles.b[r * Tiles::kLd + c]);
+        dot += opened(m) * (x * static_cast<Acc>(tiles.a[r * Tiles::kLd + c]));
+        const Acc floor = m <= -1 ? -1 : m, off = floor < 0 ? -floor : floor;
+        if (args.penalty == kL1) size += off;
+        if (args.penalty == kMse) size += off * off;
+        if (args.penalty == kLinf && comes_first(off, column + c, size, where)) {
+          size = off;
+          where = column + c;
         }
-        dots[i] += dot;
-        sizes[i] = size;
-        tiles.where[i] = where;
-      });
-    }
+      }
+      dots[i] = dot;
+      sizes[i] = size;
+      tiles.where[i] = where;
+    });
     block.each(kHeadTile, [&](int r) {
-      const int64_t row = first + r, at = split * args.rows() + row;
+      const int64_t row = first + r, at = tile * args.rows() + row;
       if (row >= args.rows()) return;
       const int one = 2 * r, two = one + 1;
       args.logits[at] = dots[one] + dots[two];
@@ -209,19 +199,19 @@ struct HeadForward {
   }
 };
 
-// one block per image, over what the splits left of its rows
+// one block per image, over what the column tiles left of its rows
 template <class T>
 struct HeadFinish {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   struct Args {
-    const Acc* logits_part;  // [splits, B * K]
-    const Acc* size_part;    // [splits, B * K]
-    const int64_t* peak_part;
-    T* logits;      // [B, K]: written
-    Acc* penalties;  // [B]: written
-    int64_t* peak;  // [B], of the largest only: written
-    int64_t splits, B, K, D;
+    const Acc* logits_part;    // [tiles, B * K], of column tiles
+    const Acc* size_part;      // [tiles, B * K]
+    const int64_t* peak_part;  // [tiles, B * K]
+    T* logits;                 // [B, K]: written
+    Acc* penalties;            // [B]: written
+    int64_t* peak;             // [B], of the largest only: written
+    int64_t tiles, B, K, D;
     Acc scale;
     int penalty;
   };
@@ -238,13 +228,13 @@ struct HeadFinish {
     const auto at = [&](int64_t i) { return i / args.K * rows + b * args.K + i % args.K; };
     tiles.block.each(args.K, [&](int64_t k) {
       Acc total = 0;
-      for (int64_t s = 0; s < args.splits; ++s) {
+      for (int64_t s = 0; s < args.tiles; ++s) {
         total += args.logits_part[s * rows + b * args.K + k];
       }
       args.logits[b * args.K + k] = static_cast<T>(args.scale * total);
     });
     if (args.penalty != kLinf) {
-      const double sum = tiles.block.sum(args.splits * args.K, [&](int64_t i) {
+      const double sum = tiles.block.sum(args.tiles * args.K, [&](int64_t i) {
         return static_cast<double>(args.size_part[at(i)]);
       });
       const double count = static_cast<double>(args.K) * static_cast<double>(args.D);
@@ -254,7 +244,7 @@ struct HeadFinish {
     tiles.block.each(kThreads, [&](int thread) {
       Acc top = -1;
       int64_t where = 0;
-      for (int64_t i = thread; i < args.splits * args.K; i += kThreads) {
+      for (int64_t i = thread; i < args.tiles * args.K; i += kThreads) {
         const int64_t place = i % args.K * args.D + args.peak_part[at(i)];
         if (comes_first(args.size_part[at(i)], place, top, where)) {
           top = args.size_part[at(i)];
@@ -306,7 +296,7 @@ struct HeadGradient {
       tiles.where[r] = args.penalty == kLinf ? args.peak.at(b, 0) - k * args.D : -1;
     });
     tiles.product(args, column);
-    block.each(kHeadTile * kHeadTile, [&](int i) {
+    block.template each_row<1>(kHeadTile * kHeadTile, [&](const auto&, int i) {
       const int r = i / kHeadTile, c = i % kHeadTile;
       Acc& element = tiles.m[r * Tiles::kLdM + c];
       if (first + r >= args.rows() || column + c >= args.D) {

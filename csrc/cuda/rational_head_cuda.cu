@@ -15,8 +15,6 @@ namespace vtclip::cuda {
 namespace {
 
 constexpr int64_t kWorkspaceRows = 16384;
-// blocks that fill a large device
-constexpr int64_t kForwardBlocks = 264;
 
 struct Inputs {
   const Tensor &context, &weight, &bias, &image, &text;
@@ -79,22 +77,20 @@ std::tuple<Tensor, Tensor, Tensor> rational_head_fwd(const Tensor& context, cons
   with_dtype(op, "context", context, [&](auto t) {
     using T = decltype(t);
     using Acc = AccOf<T>;
-    typename HeadForward<T>::Args args{in.arguments<T>(0, in.B), 1, nullptr, nullptr, nullptr};
-    const int64_t splits =
-        std::min(args.column_tiles(), ceil_div(kForwardBlocks, args.row_tiles()));
-    args.split = ceil_div(args.column_tiles(), splits);
-    Tensor part_logits = new_acc(context, {args.splits(), args.rows()});
-    Tensor part_size = new_acc(context, {args.splits(), args.rows()});
-    Tensor part_peak = torch::stable::new_empty(
-        context, {linf ? args.splits() : 0, args.rows()}, ScalarType::Long);
+    typename HeadForward<T>::Args args{in.arguments<T>(0, in.B), nullptr, nullptr, nullptr};
+    const int64_t tiles = args.column_tiles();
+    Tensor part_logits = new_acc(context, {tiles, args.rows()});
+    Tensor part_size = new_acc(context, {tiles, args.rows()});
+    Tensor part_peak =
+        torch::stable::new_empty(context, {linf ? tiles : 0, args.rows()}, ScalarType::Long);
     args.logits = data_of<Acc>(part_logits);
     args.size = data_of<Acc>(part_size);
     args.peak = data_of<int64_t>(part_peak);
-    launch<HeadForward<T>>(op, args.splits() * args.row_tiles(), context, args);
+    launch<HeadForward<T>>(op, tiles * args.row_tiles(), context, args);
     launch<HeadFinish<T>>(op, in.B, context,
                           {args.logits, args.size, args.peak, data_of<T>(logits),
-                           data_of<Acc>(penalties), data_of<int64_t>(peak), args.splits(), in.B,
-                           in.K, in.D, args.scale, args.penalty});
+                           data_of<Acc>(penalties), data_of<int64_t>(peak), tiles, in.B, in.K, in.D,
+                           args.scale, args.penalty});
   });
   return {logits, penalties, peak};
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // rational_head, both directions: context, weight, bias, image, text, d_logits, d_penalty; penalty,
-// column tiles per split, images per chunk, features; scale. Of the backward it writes d_m, d_bias,
+// images per chunk, features; scale. Of the backward it writes d_m, d_bias,
 // d_image, d_text: the products with d_m are torch's.
 #include "rational_head_block.h"
 #include "rows_host.h"
@@ -16,7 +16,7 @@ void run(const host::Input& in) {
   const host::Tensor &context = all.at(0), &bias = all.at(2);
   const int64_t B = context.size(0), K = context.size(1), D = context.size(2);
   const int penalty = static_cast<int>(in.ints.at(0));
-  const bool features = in.ints.at(3) != 0;
+  const bool features = in.ints.at(2) != 0;
   const HeadArgs<T> common{host::images_of<T>(context),
                            host::rows_of<const T>(all.at(1)),
                            bias.data<T>(),
@@ -28,20 +28,20 @@ void run(const host::Input& in) {
                            D,
                            static_cast<Acc>(in.numbers.at(0)),
                            penalty};
-  typename HeadForward<T>::Args args{common, in.ints.at(1), nullptr, nullptr, nullptr};
-  const auto part_logits = host::Tensor::empty<Acc>({args.splits(), B * K});
-  const auto part_size = host::Tensor::empty<Acc>({args.splits(), B * K});
-  const auto part_peak = host::Tensor::empty<int64_t>({args.splits(), B * K});
+  typename HeadForward<T>::Args args{common, nullptr, nullptr, nullptr};
+  const auto part_logits = host::Tensor::empty<Acc>({common.column_tiles(), B * K});
+  const auto part_size = host::Tensor::empty<Acc>({common.column_tiles(), B * K});
+  const auto part_peak = host::Tensor::empty<int64_t>({common.column_tiles(), B * K});
   const auto logits = host::Tensor::empty<T>({B, K}), penalties = host::Tensor::empty<Acc>({B});
   const auto peak = host::Tensor::empty<int64_t>({penalty == kLinf ? B : 0});
   args.logits = part_logits.template data<Acc>();
   args.size = part_size.template data<Acc>();
   args.peak = part_peak.template data<int64_t>();
-  host::launch<HeadForward<T>>(args.splits() * args.row_tiles(), args);
+  host::launch<HeadForward<T>>(common.column_tiles() * args.row_tiles(), args);
   host::launch<HeadFinish<T>>(
       B, {args.logits, args.size, args.peak, logits.template data<T>(),
-          penalties.template data<Acc>(), peak.template data<int64_t>(), args.splits(), B, K, D,
-          args.scale, penalty});
+          penalties.template data<Acc>(), peak.template data<int64_t>(), common.column_tiles(), B, K,
+          D, args.scale, penalty});
   logits.write();
   penalties.write();
   peak.write();
@@ -57,7 +57,7 @@ void run(const host::Input& in) {
        Rows<const int64_t>{peak.template data<int64_t>(), 1, 0}, d_m.template data<T>(),
        features ? weighed.template data<Acc>() : nullptr, part_bias.template data<Acc>(),
        1 / static_cast<Acc>(K * D)});
-  const Walk<T> walk{B, K, D, in.ints.at(2)};
+  const Walk<T> walk{B, K, D, in.ints.at(1)};
   const int64_t slices = features ? walk.tiles() : 0, chunks = features ? walk.chunks() : 0;
   const auto d_image = host::Tensor::empty<T>({features ? B : 0, D});
   const auto d_text = host::Tensor::empty<T>({features ? K : 0, D});
