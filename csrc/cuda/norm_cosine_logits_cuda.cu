@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+// norm_cosine_logits_fwd and norm_cosine_logits_bwd for CUDA tensors.
+#include <tuple>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cosine_logits_block.h"
+#include "norm_cosine_logits_block.h"
+#include "rows_launch.cuh"
+
+namespace vtclip::cuda {
+namespace {
+
+struct Inputs {
+  const Tensor &hidden, &weight, &bias, &text, &image;
+  double residual, scale, eps;
+  int64_t B, K, C;
+
+  template <class T>
+  NormArgs<T> arguments(const Tensor& image_rnorm, Tensor& mean, Tensor& rstd,
+                        Tensor& row_rnorm) const {
+    using Acc = AccOf<T>;
+    return {images_of<T>(hidden),
+            rows_of<T>(text),
+            rows_of<T>(image),
+            {data_of<T>(weight), 0, weight.stride(0)},
+            {data_of<T>(bias), 0, bias.stride(0)},
+            data_of<Acc>(image_rnorm),
+            data_of<Acc>(mean),
+            data_of<Acc>(rstd),
+            data_of<Acc>(row_rnorm),
+            static_cast<Acc>(residual),
+            static_cast<Acc>(scale),
+            static_cast<Acc>(eps),
+            K,
+            C};
+  }
+};
+
+Inputs check_inputs(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                    const Tensor& text, const Tensor& image, double residual, double scale,
+                    double eps) {
+  check_rank(op, "hidden", hidden, 3);
+  const ScalarType type = hidden.scalar_type();
+  const Inputs in{hidden,   weight, bias, text,           image,          residual,
+                  scale,    eps,    hidden.size(0), hidden.size(1), hidden.size(2)};
+  check_beside(op, "weight", weight, hidden, type);
+  check_beside(op, "bias", bias, hidden, type);
+  check_beside(op, "text", text, hidden, type);
+  check_beside(op, "image", image, hidden, type);
+  check_shape(op, "weight", weight, {in.C});
+  check_shape(op, "bias", bias, {in.C});
+  check_shape(op, "text", text, {in.K, in.C});
+  check_shape(op, "image", image, {in.B, in.C});
+  return in;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
+    const Tensor& hidden, const Tensor& weight, const Tensor& bias, const Tensor& text,
+    const Tensor& image, double residual, double scale, double eps) {
+  const char* op = "norm_cosine_logits_fwd";
+  const Inputs in =
+      check_inputs(op, hidden, weight, bias, text, image, residual, scale, eps);
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  Tensor logits = torch::stable::new_empty(hidden, {in.B, in.K});
+  Tensor mean = new_acc(hidden, {in.B, in.K}), rstd = new_acc(hidden, {in.B, in.K});
+  Tensor image_rnorm = new_acc(hidden, {in.B}), row_rnorm = new_acc(hidden, {in.B, in.K});
+  with_dtype(op, "hidden", hidden, [&](auto t) {
+    using T = decltype(t);
+    launch<ReciprocalNorm<T>>(
+        op, in.B, hidden,
+        {{data_of<T>(image), 0, image.stride(0), image.stride(1)}, in.B, in.C,
+         data_of<AccOf<T>>(image_rnorm)});
+    const typename NormForward<T>::Args args{
+        in.arguments<T>(image_rnorm, mean, rstd, row_rnorm), data_of<T>(logits)};
+    launch<NormForward<T>>(op, in.B * args.tiles(), hidden, args);
+  });
+  return {logits, mean, rstd, image_rnorm, row_rnorm};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
+    const Tensor& grad_logits, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+    const Tensor& text, const Tensor& image, const Tensor& logits, const Tensor& mean,
+    const Tensor& rstd, const Tensor& image_rnorm, const Tensor& row_rnorm, double residual,
+    double scale, double eps) {
+  const char* op = "norm_cosine_logits_bwd";
+  const Inputs in =
+      check_inputs(op, hidden, weight, bias, text, image, residual, scale, eps);
+  const ScalarType type = hidden.scalar_type(), acc = acc_type(type);
+  check_beside(op, "grad_logits", grad_logits, hidden, type);
+  check_shape(op, "grad_logits", grad_logits, {in.B, in.K});
+  check_beside(op, "logits", logits, hidden, type);
+  check_shape(op, "logits", logits, {in.B, in.K});
+  check_beside(op, "image_rnorm", image_rnorm, hidden, acc);
+  check_shape(op, "image_rnorm", image_rnorm, {in.B});
+  check_beside(op, "mean", mean, hidden, acc);
+  check_beside(op, "rstd", rstd, hidden, acc);
+  check_beside(op, "row_rnorm", row_rnorm, hidden, acc);
+  check_shape(op, "mean", mean, {in.B, in.K});
+  check_shape(op, "rstd", rstd, {in.B, in.K});
+  check_shape(op, "row_rnorm", row_rnorm, {in.B, in.K});
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
+  Tensor d_hidden = torch::stable::new_empty(hidden, {in.B, in.K, in.C});
+  Tensor d_weight = torch::stable::new_empty(weight, {in.C});
+  Tensor d_bias = torch::stable::new_empty(bias, {in.C});
+  Tensor d_text = torch::stable::new_empty(text, {in.K, in.C});
+  Tensor d_image = torch::stable::new_empty(image, {in.B, in.C});
+  if (in.B * in.K * in.C == 0) {
+    for (Tensor* grad : {&d_hidden, &d_weight, &d_bias, &d_text, &d_image}) {
+      torch::stable::zero_(*grad);
+    }
+    return {d_hidden, d_weight, d_bias, d_text, d_image};
+  }
+  Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
+  Tensor row_rnorms = torch::stable::contiguous(row_rnorm);
+  const Tensor image_rnorms = torch::stable::contiguous(image_rnorm);
+  with_dtype(op, "hidden", hidden, [&](auto t) {
+    using T = decltype(t);
+    using Acc = AccOf<T>;
+    const NormArgs<T> common = in.arguments<T>(image_rnorms, means, rstds, row_rnorms);
+    const Rows<const T> d_logits = rows_of<T>(grad_logits);
+    const Walk<T> walk = walk_of<NormGradient<T>, T>(in.B, in.K, in.C);
+    const int64_t slots = walk.chunks() * walk.tiles();
+    Tensor scalars = new_acc(hidden, {in.B, in.K, kNormScalars});
+    Tensor part_unit = new_acc(hidden, {walk.tiles(), in.B, in.C});
+    Tensor part_text = new_acc(hidden, {walk.chunks(), in.K, in.C});
+    Tensor part_weight = new_acc(hidden, {slots, in.C}), part_bias = new_acc(hidden, {slots, in.C});
+    const typename NormScalars<T>::Args rows{common, d_logits, data_of<Acc>(scalars)};
+    launch<NormScalars<T>>(op, in.B * rows.tiles(), hidden, rows);
+    launch<NormGradient<T>>(
+        op, walk.blocks(Block<NormGradient<T>::kWarps>::kThreads), hidden,
+        {common, d_logits, data_of<Acc>(scalars), data_of<T>(d_hidden), data_of<Acc>(part_unit),
+         data_of<Acc>(part_text), data_of<Acc>(part_weight), data_of<Acc>(part_bias), walk});
+    launch<NormImageGradient<T>>(op, in.B, hidden,
+                                 {common.image, common.image_rnorm, data_of<Acc>(part_unit),
+                                  data_of<T>(d_image), walk.tiles(), in.B, in.C});
+    sum_columns<T>(
+        op, hidden,
+        {{{data_of<Acc>(part_text), data_of<T>(d_text), walk.chunks(), in.K * in.C},
+          {data_of<Acc>(part_weight), data_of<T>(d_weight), slots, in.C},
+          {data_of<Acc>(part_bias), data_of<T>(d_bias), slots, in.C}}});
+  });
+  return {d_hidden, d_weight, d_bias, d_text, d_image};
+}
+
+}  // namespace
+}  // namespace vtclip::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
+  m.impl("norm_cosine_logits_fwd", TORCH_BOX(&vtclip::cuda::norm_cosine_logits_fwd));
+  m.impl("norm_cosine_logits_bwd", TORCH_BOX(&vtclip::cuda::norm_cosine_logits_bwd));
+}
