@@ -58,7 +58,7 @@ int64_t shared_bytes() {
 }
 
 template <class Body>
-__global__ void __launch_bounds__(Body::kWarps* kWarpSize)
+__global__ void __launch_bounds__(Body::kWarps* kWarpSize, 1)
     body_kernel(const __grid_constant__ typename Body::Args args) {
   extern __shared__ __align__(128) unsigned char raw[];
   Shared shared(raw);
