@@ -17,7 +17,7 @@ from setuptools import Extension, find_packages, setup
 ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "cpu", "cuda", "off")
 TARGET_VERSION = "0x020b000000000000"  # the stable ABI of torch 2.11, the oldest supported
-DEFAULT_ARCHES = "7.5;8.0;8.6;9.0+PTX"
+DEFAULT_ARCHES = "7.5;8.0;9.0+PTX"  # 8.0 serves 8.6 and 8.9, PTX what is newer
 
 
 def cuda_home() -> str:
