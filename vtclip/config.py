@@ -15,8 +15,8 @@ MAX_SEED = 2**32 - 1  # the range that torch, NumPy and random all take
 class FitConfig:
     """How a head is built (`head`: its options) and trained; epochs = 0 means there is no training.
 
-    enough_steps: fewer epochs are trained where fewer make so many steps, but at least
-        `least_epochs`; 0 for all epochs, however many steps they take.
+    enough_pairs: fewer epochs are trained where fewer bring so many pairs of an image and a class
+        through the head, but at least `least_epochs`; 0 for all epochs.
     loss: "ce", cross-entropy, or "gce", (1 - p^q) / q of the true class's probability p with q =
         gce_q, which wrong labels pull less (arXiv 1805.07836, eq. 6).
     penalty_weight: what the head's penalty, averaged over the batch, counts beside cross-entropy.
@@ -28,7 +28,7 @@ class FitConfig:
     """
 
     epochs: int
-    enough_steps: int = 0
+    enough_pairs: int = 0
     least_epochs: int = 1
     optimizer: str = "sgd"  # or "adamw"
     lr: float = 2e-3
@@ -58,7 +58,7 @@ class FitConfig:
             raise ValueError(f"warmup must be constant or linear, got {self.warmup!r}")
         for name, least in (
             ("epochs", 0),
-            ("enough_steps", 0),
+            ("enough_pairs", 0),
             ("least_epochs", 1),
             ("batch_size", 1),
             ("warmup_epochs", 0),
@@ -82,23 +82,23 @@ class FitConfig:
                 f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}"
             )
 
-    def num_epochs(self, steps: int) -> int:
+    def num_epochs(self, steps: int, num_classes: int) -> int:
         """The epochs that are trained where one has so many steps."""
-        if not self.enough_steps:
+        if not self.enough_pairs:
             return self.epochs
-        return min(self.epochs, max(self.least_epochs, math.ceil(self.enough_steps / steps)))
+        enough = math.ceil(self.enough_pairs / (steps * self.batch_size * num_classes))
+        return min(self.epochs, max(self.least_epochs, enough))
 
     def rate(self, number: int, steps: int) -> float:
-        """The learning rate of step `number` of num_epochs(steps) * steps."""
-        epochs = self.num_epochs(steps)
-        epoch, warm, total = number // steps, self.warmup_epochs * steps, epochs * steps
+        """The learning rate of step `number` of epochs * steps."""
+        epoch, warm, total = number // steps, self.warmup_epochs * steps, self.epochs * steps
         if self.warmup == "linear":
             if number < warm:
                 return self.lr * (number + 1) / warm
             return self.lr * (1 + math.cos(math.pi * (number - warm) / max(1, total - warm))) / 2
         if number < warm:
             return self.warmup_lr
-        return self.lr * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / epochs)) / 2
+        return self.lr * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs)) / 2
 
 
 def check_seed(seed: int) -> int:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,8 @@ def fit(
     optimizer = make_optimizer(parameters, config)
     torch.manual_seed(check_seed(seed))
     steps = max(1, len(train_index) // config.batch_size)  # per epoch
-    epochs = config.num_epochs(steps)
+    epochs = config.num_epochs(steps, head.num_classes)  # type: ignore[arg-type]
+    schedule = dataclasses.replace(config, epochs=epochs)
     first, loss_sum, last_loss = 0, 0.0, math.nan
     if resume and checkpoint is not None:
         first, loss_sum = checkpoint.load(head, optimizer)
@@ -72,7 +74,7 @@ def fit(
                 head.train()
                 order = shuffled(train_index, seed, epoch)
                 augment_pass = 1 + epoch % records.num_passes if records.num_passes else 0
-            lr = config.rate(number, steps)
+            lr = schedule.rate(number, steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]

@@ -86,7 +86,7 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) 
         given["penalty_weight"] = 0.0
     given["head"] = {**config.head, **options}
     if "epochs" in given:
-        given.setdefault("enough_steps", 0)
+        given.setdefault("enough_pairs", 0)
     if given.get("epochs", 1) < 1:
         raise ValueError(f"epochs must be at least 1, got {given['epochs']}")
     return dataclasses.replace(config, **given)

@@ -113,6 +113,38 @@ def test_every_epoch_sees_every_training_row_once(records: Records) -> None:
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.parametrize(
+    ("steps", "num_classes", "enough", "trained"),
+    [
+        (9, 18, 0, 20),
+        (9, 18, 640_000, 20),
+        (50, 100, 640_000, 4),
+        (50, 100, 640_001, 5),
+        (22, 45, 640_000, 20),
+        (500, 1000, 640_000, 3),
+        (1, 1, 1, 3),
+    ],
+)
+def test_where_classes_are_many_fewer_epochs_are_trained(
+    steps: int, num_classes: int, enough: int, trained: int
+) -> None:
+    config = FitConfig(20, enough_pairs=enough, least_epochs=3, batch_size=32)
+    assert config.num_epochs(steps, num_classes) == trained
+
+
+def test_training_ends_with_the_epoch_that_is_enough(records: Records) -> None:
+    rows: list[dict[str, Any]] = []
+    config = dataclasses.replace(CONFIG, epochs=9, warmup="linear")
+    run(records, config, log=rows.append)
+    enough = 3 * rows[0]["step"] * CONFIG.batch_size * len(records.class_names)
+    cut: list[dict[str, Any]] = []
+    head = run(records, dataclasses.replace(config, enough_pairs=enough), log=cut.append)
+    assert [row["epoch"] for row in cut] == [0, 1, 2]
+    # the learning rate falls to its end there: the weights of three epochs that were asked for
+    short = run(records, dataclasses.replace(config, epochs=3))
+    assert_same_bits(weights(head), weights(short))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("stop_at", [3, 4, 13, 24])  # inside, at the end of an epoch, last step
 def test_interrupted_and_resumed_equals_uninterrupted(

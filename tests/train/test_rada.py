@@ -124,7 +124,7 @@ def test_overrides_add_to_the_recipe() -> None:
     wanted = dataclasses.replace(
         recipe.get_config(4),
         epochs=3,
-        enough_steps=0,  # epochs that are asked for are trained
+        enough_pairs=0,  # epochs that are asked for are trained
         label_smoothing=0.1,
         head={"temperature": 0.5},
     )

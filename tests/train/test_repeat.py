@@ -107,7 +107,7 @@ def test_settings_that_are_not_the_recipe_are_taken_over(run: Run) -> None:
     assert arguments["overrides"] == {
         "epochs": 2,
         "lr": 7e-4,
-        "enough_steps": 0,
+        "enough_pairs": 0,
         "head": {"queries": ["image", "text"]},
     }
     assert (arguments["seed"], arguments["shots"], arguments["device"]) == (3, 2, "cpu")
@@ -117,11 +117,11 @@ def test_settings_that_came_later_keep_the_meaning_of_then(run: Run) -> None:
     """A run of the recipe's epochs from before training could end earlier trained all of them."""
     settings = dict(run.result["config"]["fit"])
     settings["epochs"] = RECIPES["rada"](run.result["shots"]).epochs
-    for name in ("enough_steps", "least_epochs"):
+    for name in ("enough_pairs", "least_epochs"):
         settings.pop(name)
     result = {**run.result, "config": {**run.result["config"], "fit": settings}}
-    assert RECIPES["rada"](run.result["shots"]).enough_steps > 0
-    assert arguments_of(result)["overrides"]["enough_steps"] == 0
+    assert RECIPES["rada"](run.result["shots"]).enough_pairs > 0
+    assert arguments_of(result)["overrides"]["enough_pairs"] == 0
 
 
 def test_base_to_new_compares_both_halves(npz: Path, tmp_path: Path) -> None:

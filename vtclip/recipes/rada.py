@@ -22,7 +22,7 @@ def get_config(shots: int) -> FitConfig:
     lr = 1e-3 if shots < 4 else 3e-3
     return FitConfig(
         epochs=20,
-        enough_steps=250,
+        enough_pairs=800_000,
         least_epochs=5,
         optimizer="adamw",
         lr=lr,
