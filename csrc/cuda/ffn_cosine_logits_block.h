@@ -3,9 +3,9 @@
 //
 //   z = residual_input + hidden weight^T + bias
 //
-// The product is torch's, of the centred weight: so its rows have mean 0 but for rounding, and the
-// means of z are small beside what a half type keeps of it. d_z is the gradient of residual_input,
-// and its sum over rows that of bias; centring changes neither.
+// The product is torch's, stored in the type of the inputs, and of the centred weight: its rows
+// have mean 0 but for rounding, so that no digits go to a mean. d_z is the gradient of
+// residual_input, and its sum over rows that of bias; centring leaves it alone.
 #pragma once
 
 #include "norm_row.h"
@@ -17,9 +17,9 @@ struct FfnInput {
   using Acc = AccOf<T>;
   static constexpr bool kBias = true;
 
-  const T* product;             // [B, K, C], contiguous
-  Images<const T> state;        // [B, K, C]: residual_input
-  const T* bias;                // [C]
+  const T* product;       // [B, K, C], contiguous
+  Images<const T> state;  // [B, K, C]: residual_input
+  const T* bias;          // [C]
   int64_t bias_stride, K, C;
 
   template <int N>
@@ -30,7 +30,7 @@ struct FfnInput {
     Row<const T>(bias, bias_stride, C).load(column, added);
     VTCLIP_UNROLL
     for (int e = 0; e < N; ++e) {
-      // what is large of residual_input is gone before the product is added
+      // a large mean is gone before the product is added
       to[e] = column + e < C ? (to[e] + added[e] - mean) + made[e] : 0;
     }
   }
@@ -100,8 +100,7 @@ struct FfnForward {
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     tiles.each_row(index, args.K, [&](const auto& lanes, int64_t b, int64_t k, Acc* slots) {
       const NormRow<Acc> row = norm_row(lanes, slots, args, b, k);
-      const NormMeans<Acc> means =
-          norm_means(lanes, slots, args, b, k, row.norm(), row.rnorm);
+      const NormMeans<Acc> means = norm_means(lanes, slots, args, b, k, row.norm(), row.rnorm);
       lanes.once([&] {
         const int64_t at = b * args.K + k;
         args.logits[at] = static_cast<T>(args.scale * row.cosine);

@@ -2,7 +2,7 @@
 // ffn_cosine_logits_fwd and ffn_cosine_logits_bwd for CUDA tensors.
 //
 // The products are torch's. That of z lies in a workspace: large problems go through it a few
-// images at a time, the same ones in both directions. d_hidden = d_z weight is made with the centred
+// images at a time, the same ones in both directions. d_hidden = d_z weight takes the centred
 // weight too: d_z sums to 0 over C, but what a half type keeps of it does not.
 #include <tuple>
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // ffn_cosine_logits, both directions: hidden, weight, bias, residual_input, norm_weight, norm_bias,
-// text, image, d_logits; images per chunk, features; residual, scale, eps. The product of z, torch's
-// on a GPU, is made here; those with d_z, the gradients of hidden and weight, are left out.
+// text, image, d_logits; images per chunk, features; residual, scale, eps. Torch's product is made
+// here; those with d_z, which give the gradients of hidden and weight, are left out.
 #include "cosine_logits_block.h"
 #include "ffn_cosine_logits_block.h"
 #include "rows_host.h"
@@ -43,8 +43,8 @@ void run(const host::Input& in) {
                                                  centred.template data<T>(), C, F};
   host::launch<CentredColumns<T>>(columns.blocks(), columns);
   const host::Tensor product = product_of<T>(hidden, centred);
-  const auto image_rnorm = host::Tensor::empty<Acc>({B}), stats = host::Tensor::empty<Acc>({7, B, K});
-  const auto logits = host::Tensor::empty<T>({B, K});
+  const auto image_rnorm = host::Tensor::empty<Acc>({B});
+  const auto stats = host::Tensor::empty<Acc>({7, B, K}), logits = host::Tensor::empty<T>({B, K});
   host::launch<ReciprocalNorm<T>>(B, {{image.data<T>(), 0, image.stride(0), image.stride(1)}, B, C,
                                       image_rnorm.template data<Acc>()});
   const auto stat = [&](int64_t i) { return stats.template data<Acc>() + i * B * K; };
