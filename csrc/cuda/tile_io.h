@@ -21,7 +21,7 @@ struct Rows {
   int64_t row, column;
 
   VTCLIP_DEVICE T& at(int64_t r, int64_t c) const { return base[r * row + c * column]; }
-  VTCLIP_DEVICE Rows from(int64_t r, int64_t c = 0) const {
+  VTCLIP_BOTH Rows from(int64_t r, int64_t c = 0) const {
     return {base + r * row + c * column, row, column};
   }
 };
