@@ -17,18 +17,16 @@ struct Inputs {
   int64_t B, K, C;
 
   template <class T>
-  NormArgs<T> arguments(const Tensor& image_rnorm, Tensor& mean, Tensor& rstd,
-                        Tensor& row_rnorm) const {
+  NormArgs<T, NormInput<T>> arguments(const Tensor& image_rnorm,
+                                      const NormStats<AccOf<T>>& stats) const {
     using Acc = AccOf<T>;
-    return {images_of<T>(hidden),
+    return {{images_of<T>(hidden), C},
             rows_of<T>(text),
             rows_of<T>(image),
             {data_of<T>(weight), 0, weight.stride(0)},
             {data_of<T>(bias), 0, bias.stride(0)},
             data_of<Acc>(image_rnorm),
-            data_of<Acc>(mean),
-            data_of<Acc>(rstd),
-            data_of<Acc>(row_rnorm),
+            stats,
             static_cast<Acc>(residual),
             static_cast<Acc>(scale),
             static_cast<Acc>(eps),
@@ -67,12 +65,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
   Tensor image_rnorm = new_acc(hidden, {in.B}), row_rnorm = new_acc(hidden, {in.B, in.K});
   with_dtype(op, "hidden", hidden, [&](auto t) {
     using T = decltype(t);
+    using Acc = AccOf<T>;
     launch<ReciprocalNorm<T>>(
         op, in.B, hidden,
         {{data_of<T>(image), 0, image.stride(0), image.stride(1)}, in.B, in.C,
-         data_of<AccOf<T>>(image_rnorm)});
-    const typename NormForward<T>::Args args{
-        in.arguments<T>(image_rnorm, mean, rstd, row_rnorm), data_of<T>(logits)};
+         data_of<Acc>(image_rnorm)});
+    const NormStats<Acc> stats{data_of<Acc>(mean), nullptr, data_of<Acc>(rstd),
+                               data_of<Acc>(row_rnorm), nullptr, nullptr, nullptr};
+    const typename NormForward<T>::Args args{in.arguments<T>(image_rnorm, stats),
+                                             data_of<T>(logits)};
     launch<NormForward<T>>(op, in.B * args.tiles(), hidden, args);
   });
   return {logits, mean, rstd, image_rnorm, row_rnorm};
@@ -117,20 +118,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
   with_dtype(op, "hidden", hidden, [&](auto t) {
     using T = decltype(t);
     using Acc = AccOf<T>;
-    const NormArgs<T> common = in.arguments<T>(image_rnorms, means, rstds, row_rnorms);
+    Tensor scalars = new_acc(hidden, {4, in.B, in.K});
+    Acc* scalar = data_of<Acc>(scalars);
+    const int64_t rows = in.B * in.K;
+    const NormArgs<T, NormInput<T>> common = in.arguments<T>(
+        image_rnorms, {data_of<Acc>(means), scalar, data_of<Acc>(rstds), data_of<Acc>(row_rnorms),
+                       scalar + rows, scalar + 2 * rows, scalar + 3 * rows});
     const Rows<const T> d_logits = rows_of<T>(grad_logits);
     const Walk<T> walk = walk_of<NormGradient<T>, T>(in.B, in.K, in.C);
     const int64_t slots = walk.chunks() * walk.tiles();
-    Tensor scalars = new_acc(hidden, {in.B, in.K, kNormScalars});
     Tensor part_unit = new_acc(hidden, {walk.tiles(), in.B, in.C});
     Tensor part_text = new_acc(hidden, {walk.chunks(), in.K, in.C});
     Tensor part_weight = new_acc(hidden, {slots, in.C}), part_bias = new_acc(hidden, {slots, in.C});
-    const typename NormScalars<T>::Args rows{common, d_logits, data_of<Acc>(scalars)};
-    launch<NormScalars<T>>(op, in.B * rows.tiles(), hidden, rows);
+    const typename NormScalars<T>::Args args{common};
+    launch<NormScalars<T>>(op, in.B * args.tiles(), hidden, args);
     launch<NormGradient<T>>(
         op, walk.blocks(Block<NormGradient<T>::kWarps>::kThreads), hidden,
-        {common, d_logits, data_of<Acc>(scalars), data_of<T>(d_hidden), data_of<Acc>(part_unit),
-         data_of<Acc>(part_text), data_of<Acc>(part_weight), data_of<Acc>(part_bias), walk});
+        {common, d_logits, data_of<T>(d_hidden), data_of<Acc>(part_unit), data_of<Acc>(part_text),
+         data_of<Acc>(part_weight), data_of<Acc>(part_bias), nullptr, in.B * in.C, walk});
     launch<NormImageGradient<T>>(op, in.B, hidden,
                                  {common.image, common.image_rnorm, data_of<Acc>(part_unit),
                                   data_of<T>(d_image), walk.tiles(), in.B, in.C});

@@ -8,13 +8,12 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "products.cuh"
 #include "rational_head_block.h"
 #include "rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
-
-constexpr int64_t kWorkspaceRows = 16384;
 
 struct Inputs {
   const Tensor &context, &weight, &bias, &image, &text;
@@ -95,30 +94,6 @@ std::tuple<Tensor, Tensor, Tensor> rational_head_fwd(const Tensor& context, cons
   return {logits, penalties, peak};
 }
 
-// out = left right; `out` has the shape of the product
-void multiply(const Tensor& left, const Tensor& right, const Tensor& out) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(left), from(right), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// The same values; products into an `out` refuse what requires a gradient.
-Tensor detached(const Tensor& tensor) {
-  std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// images first .. first + count - 1 of [B, K, D] as a matrix [count * K, D]
-Tensor rows_between(const Tensor& tensor, int64_t first, int64_t count) {
-  Tensor whole = tensor;
-  const Tensor part = torch::stable::narrow(whole, 0, first, count);
-  return torch::stable::reshape(part, {count * tensor.size(1), tensor.size(2)});
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
     const Tensor& grad_logits, const Tensor& grad_penalty, const Tensor& context,
     const Tensor& weight, const Tensor& bias, const Tensor& image, const Tensor& text,
@@ -151,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
   with_dtype(op, "context", context, [&](auto t) {
     using T = decltype(t);
     using Acc = AccOf<T>;
-    const int64_t batch = std::min(in.B, std::max<int64_t>(1, kWorkspaceRows / in.K));
+    const int64_t batch = images_per_round(in.B, in.K);
     const int64_t rounds = ceil_div(in.B, batch);
     // of each round but the last, which has as many or fewer
     const int64_t row_tiles = ceil_div(batch * in.K, kHeadTile);

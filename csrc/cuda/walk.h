@@ -28,7 +28,8 @@ struct Walk {
   // Every unit of block `index` makes row = start(slot), slot = its tile of all chunks'.
   // row.image(b, column) begins an image, row.contribute(b, k, column, to_image, to_text) says what
   // row (b, k) adds to both gradients, row.finish(column, d_text) ends with the sum over the tile.
-  // d_image [tiles, B, D], slices `image_slice` apart, and d_text [chunks, K, D] are written.
+  // d_image [tiles, B, D], slices `image_slice` apart, and d_text [chunks, K, D] are written where
+  // they are not null.
   template <class Block, class Start>
   VTCLIP_DEVICE void run(const Block& block, int64_t index, Acc* d_image, int64_t image_slice,
                          Acc* d_text, Start start) const {
@@ -57,12 +58,14 @@ struct Walk {
             }
           }
         }
-        Row<Acc>(d_image + tile * image_slice + b * D, 1, D).store(column, image);
+        if (d_image != nullptr) {
+          Row<Acc>(d_image + tile * image_slice + b * D, 1, D).store(column, image);
+        }
       }
       Acc total[kColumns] = {};
       VTCLIP_UNROLL
       for (int r = 0; r < kClasses; ++r) {
-        if (k0 + r < K) {
+        if (d_text != nullptr && k0 + r < K) {
           Row<Acc>(d_text + (chunk * K + k0 + r) * D, 1, D).store(column, texts[r]);
         }
         VTCLIP_UNROLL

@@ -19,23 +19,26 @@ void run(const host::Input& in) {
   const auto number = [&](size_t i) { return static_cast<Acc>(in.numbers.at(i)); };
   const auto image_rnorm = host::Tensor::empty<Acc>({B});
   const auto mean = host::Tensor::empty<Acc>({B, K}), rstd = host::Tensor::empty<Acc>({B, K});
-  const auto row_rnorm = host::Tensor::empty<Acc>({B, K}), logits = host::Tensor::empty<T>({B, K});
+  const auto row_rnorm = host::Tensor::empty<Acc>({B, K});
+  const auto scalars = host::Tensor::empty<Acc>({4, B, K});
+  const auto logits = host::Tensor::empty<T>({B, K});
   host::launch<ReciprocalNorm<T>>(B, {{image.data<T>(), 0, image.stride(0), image.stride(1)}, B, C,
                                       image_rnorm.template data<Acc>()});
-  const NormArgs<T> common{host::images_of<T>(hidden),
-                           host::rows_of<const T>(text),
-                           host::rows_of<const T>(image),
-                           {weight.data<T>(), 0, weight.stride(0)},
-                           {bias.data<T>(), 0, bias.stride(0)},
-                           image_rnorm.template data<Acc>(),
-                           mean.template data<Acc>(),
-                           rstd.template data<Acc>(),
-                           row_rnorm.template data<Acc>(),
-                           number(0),
-                           number(1),
-                           number(2),
-                           K,
-                           C};
+  Acc* scalar = scalars.template data<Acc>();
+  const NormArgs<T, NormInput<T>> common{
+      {host::images_of<T>(hidden), C},
+      host::rows_of<const T>(text),
+      host::rows_of<const T>(image),
+      {weight.data<T>(), 0, weight.stride(0)},
+      {bias.data<T>(), 0, bias.stride(0)},
+      image_rnorm.template data<Acc>(),
+      {mean.template data<Acc>(), scalar, rstd.template data<Acc>(), row_rnorm.template data<Acc>(),
+       scalar + B * K, scalar + 2 * B * K, scalar + 3 * B * K},
+      number(0),
+      number(1),
+      number(2),
+      K,
+      C};
   const typename NormForward<T>::Args forward{common, logits.template data<T>()};
   host::launch<NormForward<T>>(B * forward.tiles(), forward);
   logits.write();
@@ -44,7 +47,6 @@ void run(const host::Input& in) {
   using Gradient = NormGradient<T>;
   const Walk<T> walk{B, K, C, in.ints.at(0)};
   const int64_t slots = walk.chunks() * walk.tiles();
-  const auto scalars = host::Tensor::empty<Acc>({B, K, kNormScalars});
   const auto d_hidden = host::Tensor::empty<T>({B, K, C}), d_image = host::Tensor::empty<T>({B, C});
   const auto d_weight = host::Tensor::empty<T>({C}), d_bias = host::Tensor::empty<T>({C});
   const auto d_text = host::Tensor::empty<T>({K, C});
@@ -53,13 +55,13 @@ void run(const host::Input& in) {
   const auto part_weight = host::Tensor::empty<Acc>({slots, C});
   const auto part_bias = host::Tensor::empty<Acc>({slots, C});
   const Rows<const T> d_logits = host::rows_of<const T>(all.at(5));
-  const typename NormScalars<T>::Args rows{common, d_logits, scalars.template data<Acc>()};
+  const typename NormScalars<T>::Args rows{common};
   host::launch<NormScalars<T>>(B * rows.tiles(), rows);
   host::launch<Gradient>(
       walk.blocks(Block<Gradient::kWarps>::kThreads),
-      {common, d_logits, scalars.template data<Acc>(), d_hidden.template data<T>(),
-       part_unit.template data<Acc>(), part_text.template data<Acc>(),
-       part_weight.template data<Acc>(), part_bias.template data<Acc>(), walk});
+      {common, d_logits, d_hidden.template data<T>(), part_unit.template data<Acc>(),
+       part_text.template data<Acc>(), part_weight.template data<Acc>(),
+       part_bias.template data<Acc>(), nullptr, B * C, walk});
   host::launch<NormImageGradient<T>>(
       B, {common.image, common.image_rnorm, part_unit.template data<Acc>(),
           d_image.template data<T>(), walk.tiles(), B, C});

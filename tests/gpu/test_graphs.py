@@ -59,6 +59,11 @@ CASES: dict[str, tuple[str, tuple[tuple[int, ...], ...], Call]] = {
         (ROWS, VECTOR, VECTOR, TEXT, IMAGE),
         lambda *t, impl: (ops.norm_cosine_logits(*t, scale=100.0, impl=impl),),
     ),
+    "ffn_cosine_logits": (
+        "ffn_cosine_logits",
+        (ROWS, SQUARE, VECTOR, ROWS, VECTOR, VECTOR, TEXT, IMAGE),
+        lambda *t, impl: (ops.ffn_cosine_logits(*t, scale=100.0, impl=impl),),
+    ),
     "rational_attn": (
         "rational_attn",
         (ONE, QUERY, PAIR, PAIR, PAIR),

@@ -80,7 +80,8 @@ def ffn_cosine_logits(
 
     Which product is used: the CPU kernels make z with their own tiles, 96 rows at a time. The
     Triton kernels reduce tiles of z to five sums per row, or let torch.mm make some rows of z at a
-    time and reduce those; `kernels/_gemm_configs.py` says which and why.
+    time and reduce those; `kernels/_gemm_configs.py` says which and why. The CUDA C++ kernels
+    always leave it to torch.mm.
 
     Args:
         hidden: [B, K, F], after the activation; weight: [C, F]; bias: [C].
