@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "kernels"
+NEWEST = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 
 # Bytes spilled where no tile tried avoids it: float32, most of it at head width 256; and one row
@@ -29,6 +31,19 @@ SPILLS = {
     ("float32", "rational_attn_bwd_query_kernel"): 720,
     ("float32", "rational_attn_bwd_sums_kernel"): 8,
     ("bfloat16", "rational_logits_fwd_kernel"): 8,
+}
+
+# Bytes that Triton before 3.9, which allots registers worse, spills beyond them in the same tiles.
+# The tiles are chosen for 3.9; older versions run them right, a little slower.
+OLDER_SPILLS = {
+    ("float32", "cross_attn_fwd_kernel"): 68,
+    ("float32", "cross_attn_bwd_query_kernel"): 2256,
+    ("float32", "cross_attn_bwd_key_kernel"): 24,
+    ("float32", "cross_attn_weights_bwd_query_kernel"): 28,
+    ("float16", "rational_attn_bwd_query_kernel"): 72,
+    ("float16", "ffn_cosine_logits_bwd_kernel"): 40,
+    ("bfloat16", "rational_attn_bwd_query_kernel"): 24,
+    ("bfloat16", "rational_attn_bwd_key_kernel"): 4,
 }
 
 # target, dtype, precision of float32 dots, head widths; width 128 brings the kernels without heads
@@ -68,6 +83,7 @@ def kernel_names():
 )
 def test_every_kernel_fits(target, dtype, precision, widths):
     rows = compile_all("vtclip.kernels", target, dtype, precision, widths, ROOT)
+    allowed = SPILLS if NEWEST else SPILLS | OLDER_SPILLS
     problems = [
         f"{row['kernel']} at width {row['width']} {row['options']}: {what}"
         for row in rows
@@ -75,7 +91,7 @@ def test_every_kernel_fits(target, dtype, precision, widths):
             (f"{row['shared']} bytes of shared memory", row["shared"] > LIMITS[target]),
             (
                 f"{row['spilled']} spilled",
-                row["spilled"] > SPILLS.get((dtype, row["kernel"]), 0),
+                row["spilled"] > allowed.get((dtype, row["kernel"]), 0),
             ),
             (f"32-bit offsets {row['narrow']}", bool(row["narrow"])),
             # dots of 16-bit operands have no precision; of float32 it is torch's, said in each
