@@ -34,7 +34,7 @@ SPILLS = {
 }
 
 # Bytes that Triton before 3.9, which allots registers worse, spills beyond them in the same tiles.
-# The tiles are chosen for 3.9; older versions run them right, a little slower.
+# The tiles are chosen for 3.9; what the spills cost on a GPU is not measured.
 OLDER_SPILLS = {
     ("float32", "cross_attn_fwd_kernel"): 68,
     ("float32", "cross_attn_bwd_query_kernel"): 2256,
