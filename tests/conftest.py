@@ -14,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
+from vtclip.backends import native
 from vtclip.ops._select import Problem, select
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,16 @@ def impl(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     if name in ("cuda", "reference") and not torch.cuda.is_available():
         pytest.skip(f"{name}: no CUDA device")
+    return name
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def exact_impl(request: pytest.FixtureRequest) -> str:
+    """Each implementation with float64 on a CPU; cpu is skipped where it was not compiled."""
+    name: str = request.param
+    missing = native.load_cpu() if name == "cpu" else ""
+    if missing:
+        pytest.skip(missing)
     return name
 
 
