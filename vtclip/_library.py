@@ -64,8 +64,7 @@ SCHEMAS: dict[str, str] = {
         "(Tensor? image_query, Tensor? text_query, Tensor? pair_query, Tensor key, Tensor value,"
         " float scale, bool keep_parts) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    # d_image_query, d_text_query, and those of pair_query (where there is one), key and value in
-    # one [B, K, 2|3, H, d]
+    # the last: gradients of pair_query (where there is one), key and value, [B, K, 2|3, H, d]
     "rational_attn_bwd": (
         "(Tensor grad_out, Tensor? image_query, Tensor? text_query, Tensor? pair_query,"
         " Tensor key, Tensor value, Tensor parts, Tensor image_out, Tensor stats, float scale)"
@@ -365,9 +364,24 @@ def _rational_head_bwd(
     )
 
 
-FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_{name}"] for name in SCHEMAS}
+def _column_sums(x0: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+    return x0.new_empty((x0.shape[1] + x1.shape[1] + x2.shape[1],))
 
-for _name, _schema in SCHEMAS.items():
-    for _qualified in (f"vtclip::{_name}", f"vtclip::{_name}_triton"):
-        torch.library.define(_qualified, _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        torch.library.register_fake(_qualified, FAKES[_name])
+
+# a launch saved on a GPU; elsewhere three calls of torch are as good
+TRITON_ONLY: dict[str, str] = {"column_sums": "(Tensor x0, Tensor x1, Tensor x2) -> Tensor"}
+FAKES: dict[str, Callable[..., Any]] = {
+    name: globals()[f"_{name}"] for name in (*SCHEMAS, *TRITON_ONLY)
+}
+
+
+def _define(qualified: str, name: str) -> None:
+    schema = SCHEMAS.get(name) or TRITON_ONLY[name]
+    torch.library.define(qualified, schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.register_fake(qualified, FAKES[name])
+
+
+for _name in SCHEMAS:
+    _define(f"vtclip::{_name}", _name)
+for _name in FAKES:
+    _define(f"vtclip::{_name}_triton", _name)

@@ -92,8 +92,8 @@ def _forward(
 
 def _unpacked(pairs: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
     """[B, K, 2|3, H, d] -> (pair_query or None, key, value), each a view [B, H, K, d]."""
-    parts = pairs.permute(2, 0, 3, 1, 4).unbind()
-    return parts if len(parts) == 3 else (None, *parts)
+    *query, key, value = pairs.permute(2, 0, 3, 1, 4).unbind()
+    return query[0] if query else None, key, value
 
 
 def rational_attn(
