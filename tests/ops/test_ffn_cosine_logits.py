@@ -248,7 +248,7 @@ def test_row_sums_of_the_docstring_give_logits_and_gradients():
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most that `call` holds at a time of what it takes from torch's allocator."""
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         kept = call()  # noqa: F841  (what it returns counts)
     held = most = 0
