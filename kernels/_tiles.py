@@ -99,6 +99,7 @@ KINDS: dict[str, Kind] = {
     "norm_cosine_fwd": Kind(RowTile, ("B", "K", "D")),
     "norm_cosine_bwd": Kind(RowTile, ("B", "K", "D")),
     "rational_logits": Kind(RowTile, ("B", "K", "D")),
+    "unit_products_fwd": Kind(RowTile, ("B", "K", "D")),
     "unit_products_bwd": Kind(RowTile, ("B", "K", "D")),
 }
 _ATTENTION = [name for name, kind in KINDS.items() if kind.tile is Tile]
@@ -172,6 +173,7 @@ _OTHER_TILES = {
     "norm_cosine_fwd": (8192,),
     "norm_cosine_bwd": (4096,),
     "rational_logits": (4096,),
+    "unit_products_fwd": (4096,),
     "unit_products_bwd": (4096,),
 }
 

@@ -109,7 +109,8 @@ def unit_products_fwd(image, text, scale):
     _configs.check("unit_products", image, D, _configs.MAX_WIDTH)
     v, t = image.new_empty((B, D)), text.new_empty((K, D))
     products = image.new_empty((B, K, D))
-    rows, block_d, num_warps = _configs.row_tile(D, 4096)
+    tile = _tiles.choose("unit_products_fwd", image.dtype, "", (B, K, D), _configs.target_of(image))
+    rows, block_d, num_warps = _configs.row_tile(D, tile.elements)
     if (B + K) * D:
         with torch.cuda.device_of(image):
             unit_products_fwd_kernel[(max(1, B) * max(1, triton.cdiv(K, rows)),)](

@@ -225,7 +225,7 @@ class RAda(nn.Module):
         unknown = sorted(set(layer) - set(wanted))
         if unknown:
             raise ValueError(f"RAda: state must have the released keys, got {unknown[0]!r} beside")
-        own = self._by_name(self.state_dict())
+        own = self.apart(self.state_dict())
         found = {}
         for old, new in wanted.items():
             if new not in own:
@@ -248,8 +248,8 @@ class RAda(nn.Module):
                 state_dict[f"{prefix}pairs.{kind}"] = torch.cat(rows)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _by_name(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`state` with pair_query, key and value apart, as views."""
+    def apart(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state of this head with pair_query, key and value apart: views of `pairs`."""
         apart = dict(state)
         names = [name for name in OF_PAIRS if self._has(name)]
         for kind in ("weight", "bias"):
