@@ -21,24 +21,33 @@ def column_sums_kernel(
     R0, R1, R2, N0, N1, N2,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # program = column tile of one matrix
-    tile = tl.program_id(0)
+    # program = column tile of one matrix; numbers that differ between matrices have one type
+    tile = tl.program_id(0).to(tl.int64)
     tiles_0 = tl.cdiv(N0, BLOCK_N)
     tiles_1 = tl.cdiv(N1, BLOCK_N)
     if tile < tiles_0:
         x_ptr = x0_ptr
-        stride_r, stride_n, R, N = stride_x0_r, stride_x0_n, R0, N0
+        stride_r = tl.cast(stride_x0_r, tl.int64)
+        stride_n = tl.cast(stride_x0_n, tl.int64)
+        R = tl.cast(R0, tl.int64)
+        N = tl.cast(N0, tl.int64)
     elif tile < tiles_0 + tiles_1:
         tile -= tiles_0
         x_ptr = x1_ptr
-        out_ptr += N0
-        stride_r, stride_n, R, N = stride_x1_r, stride_x1_n, R1, N1
+        out_ptr += tl.cast(N0, tl.int64)
+        stride_r = tl.cast(stride_x1_r, tl.int64)
+        stride_n = tl.cast(stride_x1_n, tl.int64)
+        R = tl.cast(R1, tl.int64)
+        N = tl.cast(N1, tl.int64)
     else:
         tile -= tiles_0 + tiles_1
         x_ptr = x2_ptr
-        out_ptr += N0 + N1
-        stride_r, stride_n, R, N = stride_x2_r, stride_x2_n, R2, N2
-    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        out_ptr += tl.cast(N0, tl.int64) + N1
+        stride_r = tl.cast(stride_x2_r, tl.int64)
+        stride_n = tl.cast(stride_x2_n, tl.int64)
+        R = tl.cast(R2, tl.int64)
+        N = tl.cast(N2, tl.int64)
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_R).to(tl.int64)
     total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for start in range(0, R, BLOCK_R):
