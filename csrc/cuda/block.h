@@ -11,9 +11,10 @@
 //   block.sum(n, f), max(n, f)  of f(i) over 0 <= i < n, for all threads the same value
 //   lanes.each, sum, max        the same inside a row; a warp is the 32 lanes of one
 //
-// Between phases a body holds values that are the same for all threads in plain locals, and what
-// belongs to one warp in PerWarp. Sums run in an order that depends on n and the block only; max
-// passes over NaN and is -inf for n = 0.
+// Between phases a body holds values that are the same for all threads in plain locals, what
+// belongs to one warp in PerWarp, and what belongs to one thread of each(kThreads, f) in PerThread.
+// Sums run in an order that depends on n and the block only; max passes over NaN and is -inf for
+// n = 0.
 #pragma once
 
 #include <cmath>

@@ -79,6 +79,15 @@ class PerWarp {
   T own_;
 };
 
+template <class T, int kThreads>
+class PerThread {
+ public:
+  VTCLIP_DEVICE T& operator[](int) { return own_; }
+
+ private:
+  T own_;
+};
+
 template <int kWarpsOfBlock>
 class Block {
  public:

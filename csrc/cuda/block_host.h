@@ -109,6 +109,16 @@ class PerWarp {
   std::vector<T> all_;
 };
 
+template <class T, int kThreads>
+class PerThread {
+ public:
+  PerThread() : all_(kThreads) {}
+  T& operator[](int thread) { return all_.at(static_cast<size_t>(thread)); }
+
+ private:
+  std::vector<T> all_;
+};
+
 template <int kWarpsOfBlock>
 class Block {
  public:

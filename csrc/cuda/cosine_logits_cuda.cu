@@ -1,35 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // cosine_logits_fwd and cosine_logits_bwd for CUDA tensors.
+//
+// The products of shared texts are not torch's: in a half type it would round the sums before they
+// are scaled, and overflow; in float32 it may be told to round what it multiplies to TF32.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "cosine_logits_block.h"
-#include "launch.cuh"
+#include "cosine_logits_bwd_block.h"
+#include "rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
 
-template <class T>
-Vectors<const T> vectors_of(const Tensor& tensor) {
-  return {data_of<T>(tensor), tensor.dim() == 3 ? tensor.stride(0) : 0, tensor.stride(-2),
-          tensor.stride(-1)};
-}
+// of tiles of 64 x 64, so many leave no device idle
+constexpr int64_t kEnoughTiles = 128;
 
 template <class T>
-CosineArgs<T> arguments(const Tensor& image, const Tensor& text, const Tensor& image_rnorm,
-                        const Tensor& text_rnorm, double scale) {
-  const int64_t K = text.size(-2);
-  return {vectors_of<T>(image),           vectors_of<T>(text),
-          data_of<AccOf<T>>(image_rnorm), data_of<AccOf<T>>(text_rnorm),
-          text.dim() == 3 ? K : 0,        K,
-          image.size(1),                  static_cast<AccOf<T>>(scale)};
+Vectors<const T> vectors(const Tensor& tensor) {
+  return {data_of<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// B, K, D and the number of text rows, K or B * K
 struct Sizes {
-  int64_t B, K, D, text_rows;
+  int64_t B, K, D;
+  bool paired;  // texts are [B, K, D]
 };
 
 Sizes check_inputs(const char* op, const Tensor& image, const Tensor& text) {
@@ -38,11 +34,22 @@ Sizes check_inputs(const char* op, const Tensor& image, const Tensor& text) {
   const int64_t B = image.size(0), D = image.size(1);
   if (text.dim() == 3) {
     check_shape(op, "text", text, {B, text.size(1), D});
-    return {B, text.size(1), D, B * text.size(1)};
+    return {B, text.size(1), D, true};
   }
   check_rank(op, "text", text, 2);
   check_shape(op, "text", text, {text.size(0), D});
-  return {B, text.size(0), D, text.size(0)};
+  return {B, text.size(0), D, false};
+}
+
+template <class T, int kSide>
+void launch_forward(const char* op, const Tensor& image, const Tensor& text,
+                    const Tensor& image_rnorm, const Tensor& text_rnorm, Tensor& logits,
+                    const Sizes& n, double scale) {
+  const typename CosineForward<T, kSide>::Args args{
+      rows_of<T>(image), rows_of<T>(text), data_of<AccOf<T>>(image_rnorm),
+      data_of<AccOf<T>>(text_rnorm), data_of<T>(logits), n.B, n.K, n.D,
+      static_cast<AccOf<T>>(scale)};
+  launch<CosineForward<T, kSide>>(op, args.blocks(), image, args);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(const Tensor& image, const Tensor& text,
@@ -50,20 +57,27 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(const Tensor& image, const 
   const char* op = "cosine_logits_fwd";
   const Sizes n = check_inputs(op, image, text);
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  const ScalarType acc = acc_type(image.scalar_type());
   Tensor logits = torch::stable::new_empty(image, {n.B, n.K});
-  Tensor image_rnorm = torch::stable::new_empty(image, {n.B}, acc);
-  Tensor text_rnorm = text.dim() == 3 ? torch::stable::new_empty(text, {n.B, n.K}, acc)
-                                      : torch::stable::new_empty(text, {n.K}, acc);
+  Tensor image_rnorm = new_acc(image, {n.B});
+  Tensor text_rnorm = n.paired ? new_acc(text, {n.B, n.K}) : new_acc(text, {n.K});
   with_dtype(op, "image", image, [&](auto t) {
     using T = decltype(t);
-    launch<ReciprocalNorm<T>>(op, n.B, image,
-                              {vectors_of<T>(image), n.B, n.D, data_of<AccOf<T>>(image_rnorm)});
-    launch<ReciprocalNorm<T>>(op, n.text_rows, image,
-                              {vectors_of<T>(text), n.K, n.D, data_of<AccOf<T>>(text_rnorm)});
-    launch<CosineForward<T>>(op, n.B * n.K, image,
-                             {arguments<T>(image, text, image_rnorm, text_rnorm, scale),
-                              data_of<T>(logits)});
+    using Acc = AccOf<T>;
+    if (n.paired) {
+      const typename CosinePairedForward<T>::Args args{
+          rows_of<T>(image), vectors<T>(text), data_of<T>(logits), data_of<Acc>(image_rnorm),
+          data_of<Acc>(text_rnorm), n.B, n.K, n.D, static_cast<Acc>(scale)};
+      launch<CosinePairedForward<T>>(op, args.blocks(), image, args);
+      return;
+    }
+    const typename CosineNorms<T>::Args norms{rows_of<T>(image), rows_of<T>(text),
+                                              data_of<Acc>(image_rnorm), data_of<Acc>(text_rnorm),
+                                              n.B, n.K, n.D};
+    launch<CosineNorms<T>>(op, norms.blocks(), image, norms);
+    const auto forward = ceil_div(n.B, 64) * ceil_div(n.K, 64) < kEnoughTiles
+                             ? launch_forward<T, 32>
+                             : launch_forward<T, 64>;
+    forward(op, image, text, image_rnorm, text_rnorm, logits, n, scale);
   });
   return {logits, image_rnorm, text_rnorm};
 }
@@ -79,23 +93,56 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(const Tensor& grad_logits, const Te
   check_beside(op, "image_rnorm", image_rnorm, image, acc);
   check_shape(op, "image_rnorm", image_rnorm, {n.B});
   check_beside(op, "text_rnorm", text_rnorm, image, acc);
+  if (n.paired) {
+    check_shape(op, "text_rnorm", text_rnorm, {n.B, n.K});
+  } else {
+    check_shape(op, "text_rnorm", text_rnorm, {n.K});
+  }
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
   Tensor d_image = torch::stable::new_empty(image, {n.B, n.D});
-  Tensor d_text = text.dim() == 3 ? torch::stable::new_empty(text, {n.B, n.K, n.D})
-                                  : torch::stable::new_empty(text, {n.K, n.D});
-  Tensor gradient = torch::stable::new_empty(image, {n.B + n.text_rows, n.D}, acc);
+  Tensor d_text = n.paired ? torch::stable::new_empty(text, {n.B, n.K, n.D})
+                           : torch::stable::new_empty(text, {n.K, n.D});
+  if (n.B * n.K * n.D == 0) {
+    for (Tensor* grad : {&d_image, &d_text}) torch::stable::zero_(*grad);
+    return {d_image, d_text};
+  }
+  const Tensor rx = torch::stable::contiguous(image_rnorm);
+  const Tensor rt = torch::stable::contiguous(text_rnorm);
   with_dtype(op, "image", image, [&](auto t) {
     using T = decltype(t);
-    CosineBackwardArgs<T> args{arguments<T>(image, text, image_rnorm, text_rnorm, scale),
-                               {data_of<T>(grad_logits), grad_logits.stride(0),
-                                grad_logits.stride(1)},
-                               text.dim() == 3 ? 1 : n.B,
-                               data_of<AccOf<T>>(gradient),
-                               data_of<T>(d_image)};
-    launch<CosineImageGradient<T>>(op, n.B, image, args);
-    args.gradient += n.B * n.D;
-    args.out = data_of<T>(d_text);
-    launch<CosineTextGradient<T>>(op, n.text_rows, image, args);
+    using Acc = AccOf<T>;
+    const Rows<const T> x = rows_of<T>(image), g = rows_of<T>(grad_logits);
+    typename CosineProject<T>::Args project{
+        {x, data_of<Acc>(rx), nullptr, data_of<T>(d_image), 0, n.B},
+        {x, nullptr, nullptr, nullptr, 0, 0},
+        n.D,
+        static_cast<Acc>(scale)};
+    if (n.paired) {
+      typename CosinePairedGradient<T>::Args args{
+          x, g, vectors<T>(text), data_of<Acc>(rx), data_of<Acc>(rt), nullptr, data_of<T>(d_text),
+          n.B, n.K, n.D, static_cast<Acc>(scale)};
+      Tensor partial = new_acc(image, {args.tiles(), n.B, n.D});
+      args.partial = data_of<Acc>(partial);
+      launch<CosinePairedGradient<T>>(op, args.blocks(), image, args);
+      project.image.partial = args.partial;
+      project.image.P = args.tiles();
+      launch<CosineProject<T>>(op, project.blocks(), image, project);
+      return;
+    }
+    const Rows<const T> y = rows_of<T>(text);
+    typename CosineGather<T>::Args args{
+        {g, y, data_of<Acc>(rt), nullptr, n.B, n.K, n.D, Gather<T>::range_of(n.B, n.K, n.D)},
+        {g, x, data_of<Acc>(rx), nullptr, n.K, n.B, n.D, Gather<T>::range_of(n.K, n.B, n.D)}};
+    Tensor for_image = new_acc(image, {args.image.ranges(), n.B, n.D});
+    Tensor for_text = new_acc(image, {args.text.ranges(), n.K, n.D});
+    args.image.partial = data_of<Acc>(for_image);
+    args.text.partial = data_of<Acc>(for_text);
+    launch<CosineGather<T>>(op, args.blocks(), image, args);
+    project.image.partial = args.image.partial;
+    project.image.P = args.image.ranges();
+    project.text = {y,   data_of<Acc>(rt), args.text.partial, data_of<T>(d_text),
+                    args.text.ranges(), n.K};
+    launch<CosineProject<T>>(op, project.blocks(), image, project);
   });
   return {d_image, d_text};
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // WarpTile<T, M, N>: an M x N matrix of sums held by one warp, in float (double for double), with
 // products of tiles of T in shared memory: on tensor cores for half types, by multiply-adds
-// otherwise. M and N are multiples of 16, so is the summed dimension; leading dimensions are those
-// of `padded`, tiles start at multiples of 16 bytes.
+// otherwise. M and N are multiples of 16, so is the summed dimension of a half type, of 4 that of
+// the others; leading dimensions are those of `padded`, tiles start at multiples of 16 bytes.
 //
 //   tile.fill(x)                            every element becomes x
 //   tile.add_product<AT, BT>(a, lda, b, ldb, k)
