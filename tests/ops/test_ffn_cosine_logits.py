@@ -25,6 +25,8 @@ CASES = {
     "no-images": (0, 3, 8, 16),
     "no-classes": (3, 0, 8, 16),
 }
+# for tests of their own
+FURTHER_CASES = {"many-columns": (2, 17, 512, 24)}
 NAMES = (
     "hidden",
     "weight",
@@ -38,7 +40,7 @@ NAMES = (
 
 
 def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    B, K, C, width = CASES[case]
+    B, K, C, width = {**CASES, **FURTHER_CASES}[case]
     tensors = (
         torch.randn(B, K, width).relu(),
         torch.randn(C, width) * max(width, 1) ** -0.5,
@@ -95,6 +97,15 @@ def test_mean_far_from_zero_keeps_its_variance(where, impl, runnable, compare):
     z = inputs["residual_input"] + inputs["hidden"] @ inputs["weight"].T + inputs["bias"]
     assert (z.mean(-1) / z.std(-1)).min() > 400
     compare(ops.ffn_cosine_logits, inputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float32-tf32", "float16", "bfloat16"], indirect=True)
+def test_column_means_of_the_weight_do_not_reach_the_gradients(dtype, impl, runnable, compare):
+    """A rounded d_z does not sum to 0 over C; column means of 30 would show that in d_hidden."""
+    runnable("ffn_cosine_logits", dtype, 512)
+    inputs = draw("many-columns", dtype)
+    inputs["weight"] += 30.0
+    compare(ops.ffn_cosine_logits, inputs, residual=0.5, scale=10.0)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e30])
