@@ -6,15 +6,14 @@
 //
 // CosineGather makes the sums u of both sides, of fixed ranges of what is summed over, and
 // CosineProject adds the ranges in order. The unit rows of a half type do not fit into it: a row
-// is the sum of two of its type, the second what the first leaves, and so are the products. That
-// costs multiplications, of which there are enough, and keeps the accuracy of the sums.
+// is the sum of two of its type, the second what the first leaves, and so are the products. Where
+// u is nearly along x, little of it is left, and the errors of one part would be large beside that.
 //
-// A text per image has one term, u = d_logits[b,k] x_b: CosinePairedGradient reads it and writes its
-// gradient, with u_b of a tile of classes on the way.
+// A text per image has one term, u = d_logits[b,k] x_b: CosinePairedGradient reads it and writes
+// its gradient, with u_b of a tile of classes on the way.
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "block.h"
 #include "reciprocal_norm.h"
@@ -62,8 +61,6 @@ struct CosineGather {
   static constexpr int kStep = Side::kStep;
   static constexpr int kLd = padded<T>(kTile), kLdStep = padded<T>(kStep);
   static constexpr bool kTwo = sizeof(T) == 2;
-  // lifts what the second part holds above the smallest numbers of float16
-  static constexpr float kLift = std::is_same_v<T, Half> ? 1024.0f : 1.0f;
 
   struct Args {
     Side image, text;  // g is [N, J] = d_logits of the one, [J, N] = d_logits of the other
@@ -74,7 +71,7 @@ struct CosineGather {
     Block<kWarps> block;
     T* g;          // [kTile, kLdStep] or [kStep, kLd]
     T *one, *two;  // [kStep, kLd]: unit rows; what `one` leaves of them, for half types
-    Acc* rnorm;    // [kStep], lifted
+    Acc* rnorm;    // [kStep]
     VTCLIP_BOTH explicit Tiles(Shared& shared)
         : block(shared),
           g(shared.take<T>(larger(kTile * kLdStep, kStep * kLd))),
@@ -118,7 +115,7 @@ struct CosineGather {
           all[i].g.fetch(i, side.g.from(row, j), rows, end - j);
         }
         all[i].y.fetch(i, side.y.from(j, column), end - j, columns);
-        all[i].rnorm = i < kStep && i < end - j ? side.rnorm[j + i] * static_cast<Acc>(kLift) : 0;
+        all[i].rnorm = i < kStep && i < end - j ? side.rnorm[j + i] : 0;
       });
     };
     const auto put_rnorms = [&] {
@@ -155,7 +152,7 @@ struct CosineGather {
       Acc* to = side.partial + (range * side.N + row) * side.D + column;
       sums[warp].each([&](const Spot& at, Acc& element) {
         const int r = warp.index / 2 * 32 + at.row, c = warp.index % 2 * 32 + at.column;
-        if (r < rows && c < columns) to[r * side.D + c] = element / kLift;
+        if (r < rows && c < columns) to[r * side.D + c] = element;
       });
     });
   }
@@ -238,7 +235,7 @@ struct CosineProject {
 template <class T>
 struct CosinePairedGradient {
   using Acc = AccOf<T>;
-  static constexpr int kWarps = 4, kOwn = 8, kAtOnce = 4, kClasses = kWarps * kOwn;
+  static constexpr int kWarps = 4, kOwn = 8, kAtOnce = 2, kClasses = kWarps * kOwn;
   static constexpr int kColumns = kGroup<T>, kChunk = kWarpSize * kColumns;
   struct Args {
     Rows<const T> image, d_logits;        // [B, D], [B, K]

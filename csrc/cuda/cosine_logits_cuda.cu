@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // cosine_logits_fwd and cosine_logits_bwd for CUDA tensors.
 //
-// The products of shared texts are not torch's: in a half type the units that they are made of would
-// be rounded, in float32 torch may be told to round them to TF32.
+// The products of shared texts are not torch's: in a half type it would round the sums before they
+// are scaled, and overflow; in float32 it may be told to round what it multiplies to TF32.
 #include <tuple>
 
 #include <torch/csrc/stable/library.h>
@@ -10,18 +10,13 @@
 
 #include "cosine_logits_block.h"
 #include "cosine_logits_bwd_block.h"
-#include "launch.cuh"
+#include "rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
 
 // of tiles of 64 x 64, so many leave no device idle
 constexpr int64_t kEnoughTiles = 128;
-
-template <class T>
-Rows<const T> matrix(const Tensor& tensor) {
-  return {data_of<T>(tensor), tensor.stride(0), tensor.stride(1)};
-}
 
 template <class T>
 Vectors<const T> vectors(const Tensor& tensor) {
@@ -46,17 +41,12 @@ Sizes check_inputs(const char* op, const Tensor& image, const Tensor& text) {
   return {B, text.size(0), D, false};
 }
 
-Tensor new_like_text(const Tensor& text, const Sizes& n) {
-  return n.paired ? torch::stable::new_empty(text, {n.B, n.K, n.D})
-                  : torch::stable::new_empty(text, {n.K, n.D});
-}
-
 template <class T, int kSide>
 void launch_forward(const char* op, const Tensor& image, const Tensor& text,
                     const Tensor& image_rnorm, const Tensor& text_rnorm, Tensor& logits,
                     const Sizes& n, double scale) {
   const typename CosineForward<T, kSide>::Args args{
-      matrix<T>(image), matrix<T>(text), data_of<AccOf<T>>(image_rnorm),
+      rows_of<T>(image), rows_of<T>(text), data_of<AccOf<T>>(image_rnorm),
       data_of<AccOf<T>>(text_rnorm), data_of<T>(logits), n.B, n.K, n.D,
       static_cast<AccOf<T>>(scale)};
   launch<CosineForward<T, kSide>>(op, args.blocks(), image, args);
@@ -67,22 +57,20 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(const Tensor& image, const 
   const char* op = "cosine_logits_fwd";
   const Sizes n = check_inputs(op, image, text);
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  const ScalarType acc = acc_type(image.scalar_type());
   Tensor logits = torch::stable::new_empty(image, {n.B, n.K});
-  Tensor image_rnorm = torch::stable::new_empty(image, {n.B}, acc);
-  Tensor text_rnorm = n.paired ? torch::stable::new_empty(text, {n.B, n.K}, acc)
-                               : torch::stable::new_empty(text, {n.K}, acc);
+  Tensor image_rnorm = new_acc(image, {n.B});
+  Tensor text_rnorm = n.paired ? new_acc(text, {n.B, n.K}) : new_acc(text, {n.K});
   with_dtype(op, "image", image, [&](auto t) {
     using T = decltype(t);
     using Acc = AccOf<T>;
     if (n.paired) {
       const typename CosinePairedForward<T>::Args args{
-          matrix<T>(image), vectors<T>(text), data_of<T>(logits), data_of<Acc>(image_rnorm),
+          rows_of<T>(image), vectors<T>(text), data_of<T>(logits), data_of<Acc>(image_rnorm),
           data_of<Acc>(text_rnorm), n.B, n.K, n.D, static_cast<Acc>(scale)};
       launch<CosinePairedForward<T>>(op, args.blocks(), image, args);
       return;
     }
-    const typename CosineNorms<T>::Args norms{matrix<T>(image), matrix<T>(text),
+    const typename CosineNorms<T>::Args norms{rows_of<T>(image), rows_of<T>(text),
                                               data_of<Acc>(image_rnorm), data_of<Acc>(text_rnorm),
                                               n.B, n.K, n.D};
     launch<CosineNorms<T>>(op, norms.blocks(), image, norms);
@@ -112,7 +100,8 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(const Tensor& grad_logits, const Te
   }
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
   Tensor d_image = torch::stable::new_empty(image, {n.B, n.D});
-  Tensor d_text = new_like_text(text, n);
+  Tensor d_text = n.paired ? torch::stable::new_empty(text, {n.B, n.K, n.D})
+                           : torch::stable::new_empty(text, {n.K, n.D});
   if (n.B * n.K * n.D == 0) {
     for (Tensor* grad : {&d_image, &d_text}) torch::stable::zero_(*grad);
     return {d_image, d_text};
@@ -122,16 +111,17 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(const Tensor& grad_logits, const Te
   with_dtype(op, "image", image, [&](auto t) {
     using T = decltype(t);
     using Acc = AccOf<T>;
-    const Rows<const T> x = matrix<T>(image), g = matrix<T>(grad_logits);
-    typename CosineProject<T>::Args project{{x, data_of<Acc>(rx), nullptr, data_of<T>(d_image), 0, n.B},
-                                   {x, nullptr, nullptr, nullptr, 0, 0},
-                                   n.D,
-                                   static_cast<Acc>(scale)};
+    const Rows<const T> x = rows_of<T>(image), g = rows_of<T>(grad_logits);
+    typename CosineProject<T>::Args project{
+        {x, data_of<Acc>(rx), nullptr, data_of<T>(d_image), 0, n.B},
+        {x, nullptr, nullptr, nullptr, 0, 0},
+        n.D,
+        static_cast<Acc>(scale)};
     if (n.paired) {
       typename CosinePairedGradient<T>::Args args{
           x, g, vectors<T>(text), data_of<Acc>(rx), data_of<Acc>(rt), nullptr, data_of<T>(d_text),
           n.B, n.K, n.D, static_cast<Acc>(scale)};
-      Tensor partial = torch::stable::new_empty(image, {args.tiles(), n.B, n.D}, acc);
+      Tensor partial = new_acc(image, {args.tiles(), n.B, n.D});
       args.partial = data_of<Acc>(partial);
       launch<CosinePairedGradient<T>>(op, args.blocks(), image, args);
       project.image.partial = args.partial;
@@ -139,12 +129,12 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(const Tensor& grad_logits, const Te
       launch<CosineProject<T>>(op, project.blocks(), image, project);
       return;
     }
-    const Rows<const T> y = matrix<T>(text);
+    const Rows<const T> y = rows_of<T>(text);
     typename CosineGather<T>::Args args{
         {g, y, data_of<Acc>(rt), nullptr, n.B, n.K, n.D, Gather<T>::range_of(n.B, n.K, n.D)},
         {g, x, data_of<Acc>(rx), nullptr, n.K, n.B, n.D, Gather<T>::range_of(n.K, n.B, n.D)}};
-    Tensor for_image = torch::stable::new_empty(image, {args.image.ranges(), n.B, n.D}, acc);
-    Tensor for_text = torch::stable::new_empty(image, {args.text.ranges(), n.K, n.D}, acc);
+    Tensor for_image = new_acc(image, {args.image.ranges(), n.B, n.D});
+    Tensor for_text = new_acc(image, {args.text.ranges(), n.K, n.D});
     args.image.partial = data_of<Acc>(for_image);
     args.text.partial = data_of<Acc>(for_text);
     launch<CosineGather<T>>(op, args.blocks(), image, args);

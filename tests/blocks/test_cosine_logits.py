@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vtclip import ops, testing
+from vtclip._library import acc_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # name -> (B, K, D, rows of a range of the backward's sums, 0 for the launcher's)
@@ -18,6 +19,7 @@ CASES = {
     "several tiles": (70, 67, 21, 0),
     "several ranges": (70, 67, 65, 32),
     "ranges of odd rows": (11, 50, 8, 7),
+    "one image": (1, 9, 136, 0),
     "no image": (0, 3, 4, 0),
     "no class": (2, 0, 4, 0),
     "no width": (2, 3, 0, 0),
@@ -59,7 +61,7 @@ def run(program, image, text, d_logits, rows=0, scale=3.0):
     return dict(zip(names, results, strict=True))
 
 
-def check(program, image, text, d_logits, rows=0):
+def check(program, image, text, d_logits, rows=0, cancels=False):
     inputs = [image.requires_grad_(), text.requires_grad_()]
     wide = [t.detach().double().requires_grad_() for t in inputs]
     oracle = ops.cosine_logits(*wide, scale=3.0, impl="reference")
@@ -74,7 +76,12 @@ def check(program, image, text, d_logits, rows=0):
     for name, actual in results.items():
         oracle64, same = (t.detach() for t in wanted[name])
         factor = testing.GRADIENT_FACTOR if name[:2] == "d_" else testing.FORWARD_FACTOR
-        testing.assert_within_budget(actual, oracle64, same, factor=factor, name=name)
+        floor = 0.0
+        if cancels and name[:2] == "d_":  # 3 |g| / |x|, of which little is left
+            axis, vectors = (1, image) if name == "d_image" else (0, text)
+            taken_off = 3 * d_logits.double().abs().sum(axis) * rnorms(vectors)
+            floor = torch.finfo(acc_dtype(image.dtype)).eps * taken_off.max().item()
+        testing.assert_within_budget(actual, oracle64, same, factor=factor, name=name, floor=floor)
 
 
 @every_dtype
@@ -104,7 +111,7 @@ def test_vectors_whose_squares_leave_the_range(program, large, per_image, dtype)
 def test_extreme_rows_among_others(program, per_image):
     image, text, d_logits, _ = draw("odd", per_image, torch.float32)
     image *= torch.tensor([1e30, 1.0, 1e-20])[:, None]
-    text *= torch.tensor([1.0, 1e-18, 1e25, 1e30, 1.0])[:, None]
+    text *= torch.tensor([1.0, 1e-18, 1e11, 1e30, 1e-11])[:, None]
     results = run(program, image, text, d_logits)
     wide = ops.cosine_logits(image.double(), text.double(), scale=3.0, impl="reference")
     for name in ("logits", "logits by small tiles")[: 2 - per_image]:
@@ -112,19 +119,17 @@ def test_extreme_rows_among_others(program, per_image):
 
 
 @per_image
-@pytest.mark.parametrize("entry", [3e38, 1e-39])
-def test_norms_beyond_the_range_of_their_type(program, entry, per_image):
-    image = torch.full((2, 33), entry)
-    text = torch.full((2, 3, 33) if per_image else (3, 33), entry)
-    results = run(program, image, text, torch.randn(2, 3), scale=1.0)
-    # 1 / |x| is below the smallest normal number: it has 17 bits left; above all: two thirds of it
-    logits = results["logits"]
-    assert logits.isfinite().all()
-    if entry > 1:
-        torch.testing.assert_close(logits, torch.ones(2, 3), rtol=1e-4, atol=0)
-    else:
-        assert (logits > 0.5).all()
-        assert (logits <= 1.001).all()
+def test_norms_beyond_the_range_of_their_type(program, per_image):
+    image, text, d_logits, _ = draw("odd", per_image, torch.float32)
+    image[:], text[:] = 3e38, 3e38
+    logits = run(program, image, text, d_logits, scale=1.0)["logits"]
+    # the reciprocal is below the smallest normal number: it has 17 bits left
+    torch.testing.assert_close(logits, torch.ones(3, 5), rtol=1e-4, atol=0)
+    image[:], text[:] = 1e-40, 1e-40
+    logits = run(program, image, text, d_logits, scale=1.0)["logits"]
+    # it is above the largest number, which takes its place
+    assert (logits > 0).all()
+    assert (logits < 1).all()
 
 
 @every_dtype
@@ -164,14 +169,14 @@ def test_gradients_as_small_as_float16_has(program, dtype):
     check(program, image, text, (1e-5 * d_logits.double()).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
-@pytest.mark.parametrize("case", ["several tiles", "several ranges"])
+@every_dtype
+@pytest.mark.parametrize("case", ["several tiles", "several ranges", "one image"])
 def test_texts_as_alike_as_clips(program, case, dtype):
-    """Most of each sum is along the row and taken off again; float64 has no wider oracle for it."""
+    """Most of each sum is along the row and taken off again."""
     image, text, d_logits, rows = draw(case, False, dtype)
     one = torch.randn(image.shape[1])
-    near = [(one + 0.1 * t.float()).to(dtype) for t in (image, text)]
-    check(program, *near, d_logits.abs(), rows)
+    near = [(one + 0.05 * t.float()).to(dtype) for t in (image, text)]
+    check(program, *near, d_logits.abs(), rows, cancels=True)
 
 
 @per_image
