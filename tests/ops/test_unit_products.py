@@ -92,6 +92,18 @@ def test_lengths_whose_squares_leave_the_range(size, impl, device, runnable):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("size", [6e-8, 65504.0])
+def test_float16_rows_of_the_smallest_and_largest_entries(size, impl, device, runnable):
+    runnable("unit_products", torch.float16, 64)
+    signs = [rows.sign() for rows in draw("ordinary").values()]
+    image, text = ((size * rows).half().to(device) for rows in signs)
+    v, t, products = ops.unit_products(image, text, scale=64.0, impl=impl)
+    # 64 entries of one size: each of a row of length 8 is 1
+    assert torch.equal(v.cpu(), signs[0].half())
+    assert torch.equal(t.cpu(), signs[1].half())
+    assert torch.equal(products.cpu(), (signs[0][:, None] * signs[1]).half())
+
+
 def test_a_zero_row_stays_zero_without_a_gradient(impl, device, runnable):
     runnable("unit_products", torch.float32, 64)
     image, text = (tensor.to(device) for tensor in draw("ordinary").values())
