@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vtclip import _library, ops
 from vtclip.backends import native
+from vtclip.ops._checks import bound_once
 
 needs_extension = pytest.mark.skipif(bool(native.load_cpu()), reason="vtclip._C is not built")
 
@@ -255,3 +257,21 @@ def test_compiled_kernels_write_every_element():
                 assert all(grad.isfinite().all() for grad in grads), name
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_forward_is_bound_as_any_function_is():
+    @bound_once
+    def forward(x, scale=2.0):
+        return x * scale
+
+    signature = inspect.signature(forward)
+    assert list(signature.parameters) == ["x", "scale"]
+    for given, kwargs in (((1, 3.0), {}), ((1,), {}), ((1,), {"scale": 3.0})):
+        bound = signature.bind(*given, **kwargs)
+        bound.apply_defaults()
+        plain = inspect.Signature(list(signature.parameters.values())).bind(*given, **kwargs)
+        plain.apply_defaults()
+        assert (bound.args, bound.kwargs) == (plain.args, plain.kwargs)
+    for given in ((), (1, 2.0, 3)):
+        with pytest.raises(TypeError):
+            signature.bind(*given)

@@ -70,13 +70,18 @@ def build_info() -> dict[str, str]:
     return dict(importlib.import_module("vtclip._C").build_info())
 
 
+@functools.cache
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"vtclip::{op}_fwd", key)
+
+
 @constant_when_traced
 def _missing(op: str, key: str) -> str:
     """Why `op` cannot run on dispatch key `key`, or the empty string."""
     reason = load_cpu() if key == "CPU" else load_cuda()
     if reason:
         return reason
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vtclip::{op}_fwd", key):
+    if not _has_kernel(op, key):
         return f"{op} has no {key} kernel in this build"
     return ""
 

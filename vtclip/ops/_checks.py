@@ -17,9 +17,33 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
+class _Bound:
+    """What torch reads of `inspect.BoundArguments`."""
+
+    kwargs: dict[str, Any] = {}
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = args
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+class _Positional(inspect.Signature):
+    """Binds a call that gives every parameter by position without looking for the others."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != len(self.parameters):
+            return super().bind(*args, **kwargs)
+        return _Bound(args)
+
+
 def bound_once(forward: Forward) -> Forward:
-    """Keeps the signature of an `autograd.Function.forward`, which torch asks for in every call."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    """Keeps the signature of an `autograd.Function.forward`, which torch binds in every call."""
+    signature = inspect.signature(forward)
+    forward.__signature__ = _Positional(  # type: ignore[attr-defined]
+        list(signature.parameters.values()), return_annotation=signature.return_annotation
+    )
     return forward
 
 
@@ -57,7 +81,7 @@ def expect_mask(op: str, mask: Tensor, like: Tensor) -> None:
 def expect_shape(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
     """Shapes against specs such as "B|1 H K d"; a letter means one size, "B|1" that size or 1.
 
-    Returns the size of every letter; a "B|1" seen only as 1 gives 1.
+    Returns the size of every letter; B is 1 where it was seen only as "B|1" of size 1.
     """
     sizes: dict[str, int] = {}
     fits = True
@@ -67,14 +91,15 @@ def expect_shape(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
             fits = False
             continue
         for letter, size in zip(letters, tensor.shape, strict=True):
-            name, _, one = letter.partition("|")
-            if not (one and size == 1) and sizes.setdefault(name, size) != size:
+            if letter == "B|1":
+                if size == 1:
+                    continue
+                letter = "B"
+            if sizes.setdefault(letter, size) != size:
                 fits = False
     if not fits:
         _explain_shape(op, specs, sizes)
-    for _, spec in specs.values():
-        for letter in spec.split():
-            sizes.setdefault(letter.partition("|")[0], 1)
+    sizes.setdefault("B", 1)
     return sizes
 
 
@@ -113,8 +138,10 @@ def common_dtype(*tensors: Tensor) -> list[Tensor]:
     """
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     device = tensors[0].device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return [tensor.to(dtype).resolve_neg() for tensor in tensors]
+    same = (tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
+    return [tensor.resolve_neg() for tensor in same]

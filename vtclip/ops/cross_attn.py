@@ -116,8 +116,10 @@ def _attend(
             out[0].unflatten(1, (B, K)).transpose(0, 1),
             lse[0].unflatten(1, (B, K)).transpose(0, 1),
         )
-    key = key.expand(B, *key.shape[1:])
-    value = value.expand(B, *value.shape[1:])
+    if key.shape[0] != B:
+        key = key.expand(B, *key.shape[1:])
+    if value.shape[0] != B:
+        value = value.expand(B, *value.shape[1:])
     out, lse = _CrossAttn.apply(query, key, value, key_mask, scale, chosen.backend)
     return out, lse
 
