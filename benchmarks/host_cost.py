@@ -56,6 +56,7 @@ def cases(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
         "cosine_logits": ([image, text], ops.cosine_logits),
         "norm_cosine_logits": ([rows, bias, bias, text, image], ops.norm_cosine_logits),
         "rational_attn": ([one, query, pair, pair, pair], ops.rational_attn),
+        "unit_products": ([image, text], lambda *t, impl: ops.unit_products(*t, impl=impl)[2]),
         "rational_logits": ([image, text, rows], ops.rational_logits),
         "rational_head": (
             [rows, weight, bias, image, text],

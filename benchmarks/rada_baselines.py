@@ -83,6 +83,12 @@ def attention_flex_lse(
     return total / 3
 
 
+def products(image: Tensor, text: Tensor, scale: float) -> Tensor:
+    """scale times the rational matrix [B, K, D] of image [B, D] and text [K, D]."""
+    image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    return (scale**0.5 * image)[:, None] * (scale**0.5 * text)
+
+
 def masked_logits(image: Tensor, text: Tensor, mask: Tensor, scale: float) -> Tensor:
     """mask [B, K, D] before its relu -> logits [B, K]."""
     return scale * (torch.relu(1 + mask) * (image[:, None] * text)).sum(-1)

@@ -204,6 +204,22 @@ def rational_attn(device: str, dtype: torch.dtype, B: int, K: int, H: int, d: in
     )
 
 
+def unit_products(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
+    leaves = [torch.randn(rows, D, device=device).to(dtype).requires_grad_() for rows in (B, K)]
+    return Work(
+        leaves,
+        {
+            "vtclip": lambda *t: ops.unit_products(*t, scale=100.0).products,
+            "normalize, multiply": lambda *t: rada_baselines.products(*t, 100.0),
+        },
+        lambda: (
+            ops.unit_products(
+                *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
+            ).products
+        ),
+    )
+
+
 def rational_logits(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
     leaves = [
         torch.randn(shape, device=device).to(dtype).requires_grad_()
@@ -297,6 +313,7 @@ CASES = (
         for sizes in (RADA, MANY_CLASSES)
         for case in (
             Case("rational_attn", {**sizes, "H": 8, "d": 64}, rational_attn),
+            Case("unit_products", {**sizes, "D": 512}, unit_products),
             Case("rational_logits", {**sizes, "D": 512}, rational_logits),
             Case("rational_head", {**sizes, "D": 512}, rational_head),
             Case("RAda", {**sizes, "D": 512, "H": 8}, rada_head, compiled=("released layer",)),

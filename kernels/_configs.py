@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,6 +33,19 @@ def _cuda_target(index: int) -> Target:
         return Target("hip", 0, 64 * 1024, info.name)
     capability = 10 * info.major + info.minor
     return Target("cuda", capability, info.shared_memory_per_block_optin, info.name)
+
+
+def _launch_options(tile: Any) -> dict[str, int | bool]:
+    # the default of enable_fp_fusion differs between Triton versions
+    return {
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+
+
+# `launch` of every kind of tile: a NamedTuple takes no second base class that could define it
+launch_options = property(_launch_options)
 
 
 def target_of(tensor: torch.Tensor) -> Target:

@@ -22,14 +22,7 @@ class GemmTile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        # the default of enable_fp_fusion differs between Triton versions
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,
-        }
+    launch = _configs.launch_options
 
 
 def stores_product(target: _configs.Target) -> bool:

@@ -104,6 +104,15 @@ def reciprocal_norm(x):
 
 
 @triton.jit
+def unit_rows(x):
+    """x / |row| of x [rows, D] float32, a zero row stays 0; what it squares is at most 1."""
+    top = row_max(tl.abs(x))
+    unit = x / tl.where(top > 0, top, 1.0)[:, None]  # also when the row is NaN
+    squares = tl.sum(unit * unit, axis=1)
+    return unit / tl.where(squares == 0, 1.0, tl.sqrt(squares))[:, None]
+
+
+@triton.jit
 def power_of_two(x):
     """Power of two in (x/2, x] for x >= 2^-126; 1 for NaN. A factor that loses no bits."""
     bits = x.to(tl.int32, bitcast=True) & 0x7F800000

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ._configs import Target, multiprocessors, padded
+from ._configs import Target, launch_options, multiprocessors, padded
 
 
 class Tile(NamedTuple):
@@ -26,9 +26,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        return _launch(self.num_warps, self.num_stages)
+    launch = launch_options
 
 
 class HeadTile(NamedTuple):
@@ -40,9 +38,7 @@ class HeadTile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        return _launch(self.num_warps, self.num_stages)
+    launch = launch_options
 
 
 class CosineTile(NamedTuple):
@@ -54,20 +50,13 @@ class CosineTile(NamedTuple):
     num_warps: int
     num_stages: int
 
-    @property
-    def launch(self) -> dict[str, int | bool]:
-        return _launch(self.num_warps, self.num_stages)
+    launch = launch_options
 
 
 class RowTile(NamedTuple):
     """Kernels without a product: elements of a tile of rows."""
 
     elements: int
-
-
-def _launch(num_warps: int, num_stages: int) -> dict[str, int | bool]:
-    # the default of enable_fp_fusion differs between Triton versions
-    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 AnyTile = Tile | HeadTile | CosineTile | RowTile
@@ -99,6 +88,8 @@ KINDS: dict[str, Kind] = {
     "norm_cosine_fwd": Kind(RowTile, ("B", "K", "D")),
     "norm_cosine_bwd": Kind(RowTile, ("B", "K", "D")),
     "rational_logits": Kind(RowTile, ("B", "K", "D")),
+    "unit_products_fwd": Kind(RowTile, ("B", "K", "D")),
+    "unit_products_bwd": Kind(RowTile, ("B", "K", "D")),
 }
 _ATTENTION = [name for name, kind in KINDS.items() if kind.tile is Tile]
 
@@ -171,6 +162,8 @@ _OTHER_TILES = {
     "norm_cosine_fwd": (8192,),
     "norm_cosine_bwd": (4096,),
     "rational_logits": (4096,),
+    "unit_products_fwd": (4096,),
+    "unit_products_bwd": (4096,),
 }
 
 SMALL_K = 128  # up to so many classes, programs may be too few for the device: tiles by waves

@@ -111,7 +111,7 @@ def cosine_logits_paired_fwd_kernel(
     tl.store(image_rnorm_ptr + b, tl.sum(rnorm_b, axis=0), mask=tile == 0)
 
 
-def _reciprocal_norm(x):
+def reciprocal_norms(x):
     """1 / |row| of x [N, D], float32."""
     N, D = x.shape
     rnorm = x.new_empty((N,), dtype=torch.float32)
@@ -132,7 +132,7 @@ def cosine_logits_fwd(image, text, scale):
     logits = image.new_empty((B, K))
     with torch.cuda.device_of(image):
         if text.dim() == 2:
-            image_rnorm, text_rnorm = _reciprocal_norm(image), _reciprocal_norm(text)
+            image_rnorm, text_rnorm = reciprocal_norms(image), reciprocal_norms(text)
             if B * K:
                 target = _configs.target_of(image)
                 precision = _configs.input_precision(image.dtype, target)

@@ -3,7 +3,8 @@
 
 Tiles of z are made again, as in the forward, and become d_z element by element from seven numbers
 per row. d_z is the gradient of residual_input; the two matrix products with it, d_hidden = d_z
-weight and d_weight = d_z^T hidden, are torch's.
+weight and d_weight = d_z^T hidden, are torch's. d_hidden takes the centred weight too: d_z sums to
+0 over C, but what a half type keeps of it does not.
 """
 
 import torch
@@ -234,7 +235,7 @@ def ffn_cosine_logits_bwd(
             )  # fmt: skip
             done += chunks[i]
         rows = d_z.view(-1, C)
-        torch.mm(rows, weight, out=d_hidden.view(B * K, F))
+        torch.mm(rows, centred_weight, out=d_hidden.view(B * K, F))
         torch.mm(rows.t(), hidden.reshape(B * K, F), out=d_weight)
         sum_partials(part_bias.view(-1, C), d_bias)
         sum_partials(part_weight.view(-1, C), d_norm_weight)

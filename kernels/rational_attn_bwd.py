@@ -265,19 +265,26 @@ def rational_attn_bwd_query_kernel(
 def rational_attn_bwd(
     grad_out, image_query, text_query, pair_query, key, value, parts, image_out, stats, scale
 ):
-    """(d_image_query, d_text_query, d_pair_query, d_key, d_value); of absent queries [0]."""
+    """(d_image_query, d_text_query, d_pairs); of absent queries [0].
+
+    d_pairs [B, K, 2|3, H, d] holds the gradients of the pair query, where there is one, key, value.
+    """
     B, H, K, d = key.shape
     _configs.check("rational_attn", key, d, _configs.MAX_HEAD_DIM)
-    grads = [
-        key.new_empty((0,) if t is None else (t.shape[0], t.shape[2], H, d))
-        for t in (image_query, text_query, pair_query, key, value)
-    ]
-    grads = [grad if grad.dim() == 1 else grad.transpose(1, 2) for grad in grads]
-    d_image, d_text, d_pair, d_key, d_value = grads
-    if d_key.numel() == 0:
+    d_image, d_text = (
+        key.new_empty((0,))
+        if query is None
+        else key.new_empty((query.shape[0], query.shape[2], H, d)).transpose(1, 2)
+        for query in (image_query, text_query)
+    )
+    d_pairs = key.new_empty((B, K, 2 if pair_query is None else 3, H, d))
+    grads = d_image, d_text, d_pairs
+    if d_pairs.numel() == 0:
         for grad in grads:
             grad[:] = 0
-        return tuple(grads)
+        return grads
+    *d_queries, d_key, d_value = d_pairs.permute(2, 0, 3, 1, 4).unbind()
+    d_pair = d_queries[0] if d_queries else key  # without a pair query nothing is written to it
     has = _configs.kinds(image_query, text_query, pair_query)
     target = _configs.target_of(key)
     precision = _configs.input_precision(key.dtype, target)
@@ -295,9 +302,10 @@ def rational_attn_bwd(
     with torch.cuda.device_of(key):
         if tile.block_k >= K:
             slices = _text_slices(d_text, key, B if has["HAS_TEXT"] else 1)
+            text_strides = slices.stride() if has["HAS_TEXT"] else (0, 0, 0, 0)
             rational_attn_one_bwd_kernel[(B * H,)](
                 *tensors, parts, image_out, d_image, slices, d_pair, d_key, d_value,
-                *lengths, *parts.stride(), *d_key.stride(), *numbers,
+                *lengths, *parts.stride(), *text_strides, *d_key.stride(), *numbers,
                 BLOCK_K=tile.block_k, **common, **tile.launch,
             )  # fmt: skip
             if slices is not d_text:
@@ -314,7 +322,7 @@ def rational_attn_bwd(
             _key_gradients(tensors, lengths, numbers, common, c, row, d_key, d_value, d_image)
             if has["HAS_TEXT"] or has["HAS_PAIR"]:
                 _query_gradients(tensors, lengths, numbers, common, c, d_text, d_pair)
-    return tuple(grads)
+    return grads
 
 
 def _text_slices(d_text, key, chunks):

@@ -74,12 +74,13 @@ def rational_attn_one_bwd_kernel(
     stride_key_b, stride_key_h, stride_key_k, stride_key_d,
     stride_value_b, stride_value_h, stride_value_k, stride_value_d,
     stride_parts_x, stride_parts_b, stride_parts_h, stride_parts_k, stride_parts_d,
+    stride_d_text_b, stride_d_text_h, stride_d_text_k, stride_d_text_d,
     stride_grad_b, stride_grad_h, stride_grad_k, stride_grad_d,
     scale, share, B, H, K, D,
     HAS_IMAGE: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # one program per image and head; all gradients with classes have the same layout
+    # one program per image and head; d_pair, d_key and d_value have the same layout
     index = tl.program_id(0).to(tl.int64)
     maps = B.to(tl.int64) * H
     b = index // H
@@ -123,7 +124,8 @@ def rational_attn_one_bwd_kernel(
         a += a_x
         d_k += dot(tl.trans(d_s.to(q.dtype)), q, PRECISION)
         d_q = dot(d_s.to(k.dtype), k, PRECISION) * (scale * share)
-        store_rows(d_text_ptr + grad, d_q, offs_k, offs_d, stride_grad_k, stride_grad_d, in_k, D)
+        d_text_ptr += b * stride_d_text_b + h * stride_d_text_h
+        store_rows(d_text_ptr, d_q, offs_k, offs_d, stride_d_text_k, stride_d_text_d, in_k, D)
     if HAS_PAIR:
         pair_ptr += b * stride_pair_b + h * stride_pair_h
         q = load_rows(pair_ptr, offs_k, offs_d, stride_pair_k, stride_pair_d, in_k, D)

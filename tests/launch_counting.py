@@ -2,8 +2,7 @@
 """Counts GPU kernels of a call on a machine without a GPU.
 
 Triton launches are noted and not carried out; launchers see an sm_90. Of torch's own operators each
-counts as one kernel, but views and allocations; `F.rms_norm` is one, as the CUDA operator is that
-torch has had since 2.9.
+counts as one kernel, but views and allocations.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from vtclip.backends.triton import TRITON
@@ -97,24 +95,17 @@ def counting() -> Iterator[list[str]]:
     def note(executor: Any, *args: Any, **kwargs: Any) -> None:
         mode.names.append(executor.fn.__name__)
 
-    def rms_norm(*args: Any, **kwargs: Any) -> torch.Tensor:
-        mode.names.append("rms_norm")
-        with _disable_current_modes():
-            return plain_rms_norm(*args, **kwargs)
-
     def refuse(name: str) -> Any:
         def call(*_: Any, **__: Any) -> None:
             raise Synchronises(name)
 
         return call
 
-    plain_rms_norm = F.rms_norm
     with (
         mock.patch.multiple(torch.Tensor, **{name: refuse(name) for name in ON_THE_HOST}),
         mock.patch.object(torch.cuda, "synchronize", refuse("synchronize")),
         triton_only(),
         mock.patch.object(GridExecutor, "__call__", note),
-        mock.patch.object(F, "rms_norm", rms_norm),
         mock.patch.object(_configs, "target_of", return_value=SM_90),
         mode,
     ):

@@ -24,11 +24,11 @@ from PIL import Image
 from vtclip.clip import (
     Clip,
     ClipNotFound,
-    attention_pool,
     build_clip,
     load_clip,
     resolve_templates,
 )
+from vtclip.clip.spatial import attention_pool
 from vtclip.demo.tokenizer import WordTokenizer, build_vocab
 
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
@@ -239,7 +239,7 @@ def test_chunks_do_not_change_texts(
 ) -> None:
     names = ["cat", "dog", "big cat", "small dog", "white cat"]
     whole = clips["vit"].encode_text(names)
-    monkeypatch.setattr("vtclip.clip.TEXT_CHUNK", 2)
+    monkeypatch.setattr("vtclip.clip.model.TEXT_CHUNK", 2)
     torch.testing.assert_close(clips["vit"].encode_text(names), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -422,7 +422,7 @@ def test_named_architecture_with_a_file(
 def test_architecture_whose_known_weights_differ_in_preprocessing_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vtclip.clip import _file_preprocess
+    from vtclip.clip.loading import _file_preprocess
 
     tags = open_clip.list_pretrained_tags_by_model("ViT-L-14")
     _file_preprocess("ViT-L-14", tmp_path / "w.safetensors", tags)
@@ -579,8 +579,10 @@ def test_build_clip_names_what_is_missing() -> None:
 def test_tags_decide_the_activation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenAI weights under the plain name ViT-B-32 are QuickGELU weights."""
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr("vtclip.clip.fetch", lambda *args: tmp_path / "w.safetensors")
-    monkeypatch.setattr("vtclip.clip._finish", lambda name, config, *rest: seen.append(config))
+    monkeypatch.setattr("vtclip.clip.loading.fetch", lambda *args: tmp_path / "w.safetensors")
+    monkeypatch.setattr(
+        "vtclip.clip.loading._finish", lambda name, config, *rest: seen.append(config)
+    )
     for name in ("ViT-B-32:openai", "ViT-B-32:laion2b_s34b_b79k", "ViT-B-32-quickgelu:openai"):
         load_clip(name)
     assert [config["model_cfg"].get("quick_gelu", False) for config in seen] == [True, False, True]

@@ -76,6 +76,11 @@ def sample(name: str, empty: bool, expanded: bool) -> tuple[object, ...]:
         logits, size, peak = ref.rational_head_fwd(*ending, 2.0, penalty)
         grads = torch.randn(logits.shape), torch.randn(size.shape)
         return *grads, *ending, peak, 2.0, penalty, not expanded
+    if name == "unit_products_fwd":
+        return image, text, 2.0
+    if name == "unit_products_bwd":
+        outputs = ref.unit_products_fwd(image, text, 2.0)
+        return *(torch.randn(out.shape) for out in outputs), image, text, 2.0
     raise KeyError(f"no sample for {name}: every schema needs one")
 
 
@@ -108,7 +113,12 @@ CALLS = {
         ops.rational_attn,
         ((3, 2, 1, 8), (1, 2, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8), (3, 2, 5, 8)),
     ),
+    "rational_attn_packed": (
+        ops.rational_attn_packed,
+        ((3, 2, 1, 8), (1, 2, 5, 8), (3, 5, 3, 2, 8)),
+    ),
     "rational_logits": (ops.rational_logits, ((3, 6), (5, 6), (3, 5, 6))),
+    "unit_products": (lambda *t, **k: ops.unit_products(*t, **k).products, ((3, 6), (5, 6))),
     "rational_head": (
         lambda *t, **k: ops.rational_head(*t, penalty="mse", **k).logits,
         ((3, 5, 6), (6, 6), (6,), (3, 6), (5, 6)),

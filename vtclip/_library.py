@@ -64,15 +64,21 @@ SCHEMAS: dict[str, str] = {
         "(Tensor? image_query, Tensor? text_query, Tensor? pair_query, Tensor key, Tensor value,"
         " float scale, bool keep_parts) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
+    # the last: gradients of pair_query (where there is one), key and value, [B, K, 2|3, H, d]
     "rational_attn_bwd": (
         "(Tensor grad_out, Tensor? image_query, Tensor? text_query, Tensor? pair_query,"
         " Tensor key, Tensor value, Tensor parts, Tensor image_out, Tensor stats, float scale)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
     "rational_logits_fwd": "(Tensor image, Tensor text, Tensor mask, float scale) -> Tensor",
     "rational_logits_bwd": (
         "(Tensor grad_logits, Tensor image, Tensor text, Tensor mask, float scale)"
         " -> (Tensor, Tensor, Tensor)"
+    ),
+    "unit_products_fwd": "(Tensor image, Tensor text, float scale) -> (Tensor, Tensor, Tensor)",
+    "unit_products_bwd": (
+        "(Tensor grad_image, Tensor grad_text, Tensor grad_products, Tensor image, Tensor text,"
+        " float scale) -> (Tensor, Tensor)"
     ),
     # logits, penalty, peak
     "rational_head_fwd": (
@@ -280,14 +286,16 @@ def _rational_attn_bwd(
     image_out: Tensor,
     stats: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     def grad(like: Tensor | None) -> Tensor:
         if like is None:
             return key.new_empty((0,))
         B, H, K, d = like.shape
         return _heads_inner(key, B, K, H, d)
 
-    return grad(image_query), grad(text_query), grad(pair_query), grad(key), grad(value)
+    B, H, K, d = key.shape
+    count = 2 if pair_query is None else 3
+    return grad(image_query), grad(text_query), key.new_empty((B, K, count, H, d))
 
 
 def _rational_logits_fwd(image: Tensor, text: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -298,6 +306,22 @@ def _rational_logits_bwd(
     grad_logits: Tensor, image: Tensor, text: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return image.new_empty(image.shape), text.new_empty(text.shape), mask.new_empty(mask.shape)
+
+
+def _unit_products_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, D = image.shape
+    return image.new_empty((B, D)), text.new_empty(text.shape), image.new_empty((B, len(text), D))
+
+
+def _unit_products_bwd(
+    grad_image: Tensor,
+    grad_text: Tensor,
+    grad_products: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return image.new_empty(image.shape), text.new_empty(text.shape)
 
 
 def _rational_head_fwd(
@@ -340,9 +364,24 @@ def _rational_head_bwd(
     )
 
 
-FAKES: dict[str, Callable[..., Any]] = {name: globals()[f"_{name}"] for name in SCHEMAS}
+def _column_sums(x0: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+    return x0.new_empty((x0.shape[1] + x1.shape[1] + x2.shape[1],))
 
-for _name, _schema in SCHEMAS.items():
-    for _qualified in (f"vtclip::{_name}", f"vtclip::{_name}_triton"):
-        torch.library.define(_qualified, _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        torch.library.register_fake(_qualified, FAKES[_name])
+
+# a launch saved on a GPU; elsewhere three calls of torch are as good
+TRITON_ONLY: dict[str, str] = {"column_sums": "(Tensor x0, Tensor x1, Tensor x2) -> Tensor"}
+FAKES: dict[str, Callable[..., Any]] = {
+    name: globals()[f"_{name}"] for name in (*SCHEMAS, *TRITON_ONLY)
+}
+
+
+def _define(qualified: str, name: str) -> None:
+    schema = SCHEMAS.get(name) or TRITON_ONLY[name]
+    torch.library.define(qualified, schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.register_fake(qualified, FAKES[name])
+
+
+for _name in SCHEMAS:
+    _define(f"vtclip::{_name}", _name)
+for _name in FAKES:
+    _define(f"vtclip::{_name}_triton", _name)

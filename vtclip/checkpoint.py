@@ -114,6 +114,12 @@ class Checkpoint:
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
+        own = {name: value.shape for name, value in head.state_dict().items()}
+        for name in sorted(own.keys() | parts["head"].keys()):
+            saved = parts["head"].get(name)
+            if saved is None or saved.shape != own.get(name):
+                fact = f"{name} differs between the checkpoint and the head of this version"
+                raise ValueError(f"cannot resume from {self.path}: {fact}")
         head.load_state_dict(parts["head"])
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in parts["optimizer"].items():

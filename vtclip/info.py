@@ -22,6 +22,7 @@ OPS = (
     "rational_attn",
     "rational_logits",
     "rational_head",
+    "unit_products",
 )
 DISTRIBUTIONS = ("triton", "open_clip_torch", "torchvision", "safetensors", "numpy", "pillow")
 

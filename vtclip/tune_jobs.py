@@ -126,6 +126,11 @@ def rada_jobs(dtype: torch.dtype, device: str, B: int, K: int, D: int, H: int) -
         lambda given, out: (out[0], out[1], *given[:5], out[2], 100.0, 2, False),
     )
     yield from _pair(
+        "unit_products",
+        lambda: (new(B, D), new(K, D), 100.0),
+        lambda given, out: (*out, *given),
+    )
+    yield from _pair(
         "rational_logits",
         lambda: (new(B, D), new(K, D), new(B, K, D), 100.0),
         lambda given, out: (out[0], *given),

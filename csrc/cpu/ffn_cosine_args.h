@@ -29,24 +29,18 @@ struct FfnCosineForward {
 
 struct FfnCosineBackward {
   FfnCosine sizes;
+  NormGradients grads;  // of the tail; of texts and images if features
   bool features;
-  RowChunks chunks;
   int64_t row_block;  // rows of a unit in one round
   int64_t round;      // a unit's rows round * row_block .. are in the works
   RowsView grad_logits;
   RowsView stats;  // [kFfnStats, B, K]
-  RowsView d_hidden, d_weight, d_residual_input, d_text, d_image;
+  RowsView d_hidden, d_weight, d_residual_input;
   char* d_bias;
-  char* d_norm_weight;
-  char* d_norm_bias;
-  void* d_z;                    // [units, row_block, C padded] acc: d_z of this round
-  void* hidden;                 // [units, row_block, F padded] acc: the same rows of hidden
-  void* d_weight_sum;           // [C, F padded] acc
-  void* d_bias_sum;             // [C padded] acc
-  void* d_norm_weight_partial;  // [units, C padded] acc
-  void* d_norm_bias_partial;    // [units, C padded] acc
-  void* d_text_partial;         // features: [image_chunks, K, C padded] acc
-  void* d_unit_partial;         // features: [text_chunks, B, C padded] acc: of image / |image|
+  void* d_z;           // [units, row_block, C padded] acc: d_z of this round
+  void* hidden;        // [units, row_block, F padded] acc: the same rows of hidden
+  void* d_weight_sum;  // [C, F padded] acc
+  void* d_bias_sum;    // [C padded] acc
 };
 
 }  // namespace cpu

@@ -5,12 +5,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <array>
 #include <tuple>
 
 #include "common/check.h"
 #include "ffn_cosine_args.h"
 #include "gemm.h"
+#include "norm_cosine_host.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -21,47 +21,19 @@ namespace vtclip {
 namespace cpu {
 namespace {
 
-// hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image
-using Inputs = std::array<Tensor, 8>;
-
-FfnCosine ffn_sizes(const char* op, const Inputs& tensors, double residual, double scale,
-                    double eps) {
-  const auto& [hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image] = tensors;
+FfnCosine ffn_sizes(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                    const Tensor& residual_input, const NormTail& tail) {
   const ScalarType type = check_float(op, "hidden", hidden);
   check_rank(op, "hidden", hidden, 3);
   check_rank(op, "weight", weight, 2);
+  const int64_t B = hidden.size(0), K = hidden.size(1), C = weight.size(0);
   FfnCosine s{};
-  NormCosine& t = s.tail;
-  t.B = hidden.size(0);
-  t.K = hidden.size(1);
-  t.C = weight.size(0);
   s.F = hidden.size(2);
-  check_same(op, "weight", weight, type);
-  check_same(op, "bias", bias, type);
-  check_same(op, "residual_input", residual_input, type);
-  check_same(op, "norm_weight", norm_weight, type);
-  check_same(op, "norm_bias", norm_bias, type);
-  check_same(op, "text", text, type);
-  check_same(op, "image", image, type);
-  check_shape(op, "weight", weight, {t.C, s.F});
-  check_shape(op, "bias", bias, {t.C});
-  check_shape(op, "residual_input", residual_input, {t.B, t.K, t.C});
-  check_shape(op, "norm_weight", norm_weight, {t.C});
-  check_shape(op, "norm_bias", norm_bias, {t.C});
-  check_shape(op, "text", text, {t.K, t.C});
-  check_shape(op, "image", image, {t.B, t.C});
-  t.dtype = dtype_of(type);
-  t.residual = residual;
-  t.scale = scale;
-  t.eps = eps;
   s.hidden = rows_view(hidden);
-  s.weight = rows_view(weight);
-  s.bias = rows_view(bias);
-  s.residual_input = rows_view(residual_input);
-  t.weight = rows_view(norm_weight);
-  t.bias = rows_view(norm_bias);
-  t.text = rows_view(text);
-  t.image = rows_view(image);
+  s.weight = checked_view(op, "weight", weight, type, {C, s.F});
+  s.bias = checked_view(op, "bias", bias, type, {C});
+  s.residual_input = checked_view(op, "residual_input", residual_input, type, {B, K, C});
+  s.tail = norm_cosine(op, type, B, K, C, {"norm_weight", "norm_bias"}, tail);
   return s;
 }
 
@@ -74,10 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(Tensor hidden, Tensor w
                                                          Tensor image, double residual,
                                                          double scale, double eps) {
   FfnCosineForward p{};
-  p.sizes = ffn_sizes(
-      "ffn_cosine_logits_fwd",
-      {hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image}, residual, scale,
-      eps);
+  p.sizes = ffn_sizes("ffn_cosine_logits_fwd", hidden, weight, bias, residual_input,
+                      {norm_weight, norm_bias, text, image, residual, scale, eps});
   FfnCosine& s = p.sizes;
   NormCosine& t = s.tail;
   const int64_t rows = t.B * t.K;
@@ -85,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(Tensor hidden, Tensor w
   Tensor stats = new_acc(hidden, {kFfnStats, t.B, t.K});
   Tensor image_rnorm = new_acc(hidden, {t.B});
   if (rows * t.C == 0) {
-    for (Tensor* out : {&logits, &stats, &image_rnorm}) torch::stable::zero_(*out);
+    zero_all({&logits, &stats, &image_rnorm});
     return {logits, stats, image_rnorm};
   }
   Tensor image_unit = new_acc(hidden, {t.B, padded_row(t.C)});
@@ -112,51 +82,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
     Tensor norm_weight, Tensor norm_bias, Tensor text, Tensor image, Tensor stats,
     Tensor image_rnorm, double residual, double scale, bool features) {
   const char* op = "ffn_cosine_logits_bwd";
+  const NormTail tail{norm_weight, norm_bias, text, image, residual, scale, 0.0};
   FfnCosineBackward p{};
-  p.sizes = ffn_sizes(op,
-                      {hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image},
-                      residual, scale, 0.0);
+  p.sizes = ffn_sizes(op, hidden, weight, bias, residual_input, tail);
   FfnCosine& s = p.sizes;
   NormCosine& t = s.tail;
   const ScalarType type = hidden.scalar_type(), acc = acc_type(type);
   const int64_t rows = t.B * t.K;
-  check_same(op, "grad_logits", grad_logits, type);
-  check_same(op, "stats", stats, acc);
-  check_same(op, "image_rnorm", image_rnorm, acc);
-  check_shape(op, "grad_logits", grad_logits, {t.B, t.K});
-  check_shape(op, "stats", stats, {kFfnStats, t.B, t.K});
-  check_shape(op, "image_rnorm", image_rnorm, {t.B});
-  const std::vector<int64_t> none{0};
+  p.grad_logits = checked_view(op, "grad_logits", grad_logits, type, {t.B, t.K});
+  p.stats = checked_view(op, "stats", stats, acc, {kFfnStats, t.B, t.K});
+  checked_view(op, "image_rnorm", image_rnorm, acc, {t.B});
   Tensor d_hidden = new_tensor(hidden, {t.B, t.K, s.F});
   Tensor d_weight = new_tensor(weight, {t.C, s.F});
   Tensor d_bias = new_tensor(bias, {t.C});
   Tensor d_residual_input = new_tensor(residual_input, {t.B, t.K, t.C});
-  Tensor d_norm_weight = new_tensor(norm_weight, {t.C});
-  Tensor d_norm_bias = new_tensor(norm_bias, {t.C});
-  Tensor d_text = features ? new_tensor(text, {t.K, t.C}) : new_tensor(text, none);
-  Tensor d_image = features ? new_tensor(image, {t.B, t.C}) : new_tensor(image, none);
+  NormOutputs out(tail, t, features);
   if (rows * t.C == 0) {
-    for (Tensor* grad : {&d_hidden, &d_weight, &d_bias, &d_residual_input, &d_norm_weight,
-                         &d_norm_bias, &d_text, &d_image}) {
-      torch::stable::zero_(*grad);
-    }
-    return {d_hidden,      d_weight,    d_bias, d_residual_input,
-            d_norm_weight, d_norm_bias, d_text, d_image};
+    zero_all({&d_hidden, &d_weight, &d_bias, &d_residual_input, &out.weight, &out.bias, &out.text,
+              &out.image});
+    return {d_hidden, d_weight, d_bias, d_residual_input, out.weight, out.bias, out.text,
+            out.image};
   }
   p.features = features;
-  p.grad_logits = rows_view(grad_logits);
-  p.stats = rows_view(stats);
   p.d_hidden = rows_view(d_hidden);
   p.d_weight = rows_view(d_weight);
   p.d_residual_input = rows_view(d_residual_input);
   p.d_bias = static_cast<char*>(d_bias.data_ptr());
-  p.d_norm_weight = static_cast<char*>(d_norm_weight.data_ptr());
-  p.d_norm_bias = static_cast<char*>(d_norm_bias.data_ptr());
-  p.chunks = row_chunks(t.B, t.K, wanted_units(rows));
-  const RowChunks& c = p.chunks;
+  const RowChunks c = row_chunks(t.B, t.K, wanted_units(rows));
   const int64_t width = padded_row(t.C), hidden_width = padded_row(s.F);
   const int64_t unit_rows = c.image_chunk * c.text_chunk;
   p.row_block = even_block(unit_rows, 64);
+  const NormWorkspace workspace(out, features, c, t, p.grads);
   // rows of a workspace: at least the leading dimension of the kernels
   Tensor d_z = new_acc(hidden, {c.units(), p.row_block, width + 16});
   Tensor packed_hidden = new_acc(hidden, {c.units(), p.row_block, hidden_width + 16});
@@ -164,28 +120,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
   Tensor weight_pack = new_acc(hidden, {panels_of(s.F), t.C, kPanel});
   Tensor d_weight_sum = new_acc(hidden, {t.C, hidden_width});
   Tensor d_bias_sum = new_acc(hidden, {width});
-  Tensor d_norm_partial = new_acc(hidden, {2, c.units(), width});
-  Tensor d_text_partial = new_acc(hidden, {features ? c.image_chunks : 0, t.K, width});
-  Tensor d_unit_partial = new_acc(hidden, {features ? c.text_chunks : 0, t.B, width});
-  Tensor image_unit = new_acc(hidden, {t.B, width});
-  Tensor unit_rnorm = new_acc(hidden, {t.B});
-  if (features) {
-    p.d_text = rows_view(d_text);
-    p.d_image = rows_view(d_image);
-  }
-  t.image_unit = image_unit.data_ptr();
-  t.image_rnorm = unit_rnorm.data_ptr();
   s.weight_t = weight_t.data_ptr();
   s.weight_pack = weight_pack.data_ptr();
   p.d_z = d_z.data_ptr();
   p.hidden = packed_hidden.data_ptr();
   p.d_weight_sum = d_weight_sum.data_ptr();
   p.d_bias_sum = d_bias_sum.data_ptr();
-  const int64_t partial_bytes = c.units() * width * (acc == ScalarType::Double ? 8 : 4);
-  p.d_norm_weight_partial = d_norm_partial.data_ptr();
-  p.d_norm_bias_partial = static_cast<char*>(d_norm_partial.data_ptr()) + partial_bytes;
-  p.d_text_partial = d_text_partial.data_ptr();
-  p.d_unit_partial = d_unit_partial.data_ptr();
   run(VTCLIP_PICK(ffn_cosine_images), s, t.B, 4 * t.C);
   run(VTCLIP_PICK(ffn_cosine_pack), s, panels_of(t.C) + panels_of(s.F), kPanel * (s.F + t.C) / 2);
   const int64_t rounds = ceil_div(unit_rows, p.row_block);
@@ -195,8 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
         c.units() * p.row_block * kSumRows * (s.F + 1));
   }
   run(VTCLIP_PICK(ffn_cosine_finish), p, t.C + 3 + (features ? t.B + t.K : 0), 2 * (s.F + t.C));
-  return {d_hidden,      d_weight,    d_bias, d_residual_input,
-          d_norm_weight, d_norm_bias, d_text, d_image};
+  return {d_hidden, d_weight, d_bias, d_residual_input, out.weight, out.bias, out.text, out.image};
 }
 
 }  // namespace

@@ -148,20 +148,11 @@ static void ffn_forward_units(const FfnCosineForward& p, int64_t begin, int64_t 
   }
 }
 
-// What the rows of a unit add to.
-template <class T>
-struct FfnSums {
-  T* d_text;
-  T* d_unit;
-  T* d_norm_weight;
-  T* d_norm_bias;
-};
-
 // z becomes d_z = rstd (g - mean_g - zh mean_gz), g = residual weight dy,
 // dy = step (image - cosine unit), step = delta / |y|; the means are of g / step.
 template <class T, bool kFeatures>
 VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit, T delta,
-                            T mean_g, T mean_gz, const FfnSums<T>& sums) {
+                            T mean_g, T mean_gz, const NormSums<T>& sums) {
   const NormRow<T>& r = row.norm;
   const T step = delta * row.rnorm;
   const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
@@ -173,8 +164,8 @@ VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit
     const Vec<T> zh = fma(load(z + i) - mean, rstd, offset);
     const Vec<T> off = load(r.image + i) - u * cosine;
     const Vec<T> dn = off * steps * residual;
-    store(sums.d_norm_bias + i, load(sums.d_norm_bias + i) + dn);
-    store(sums.d_norm_weight + i, fma(dn, zh, load(sums.d_norm_weight + i)));
+    store(sums.d_bias + i, load(sums.d_bias + i) + dn);
+    store(sums.d_weight + i, fma(dn, zh, load(sums.d_weight + i)));
     if constexpr (kFeatures) {
       store(sums.d_text + i, fma(off, steps, load(sums.d_text + i)));
       store(sums.d_unit + i, fma(deltas, u, load(sums.d_unit + i)));
@@ -184,8 +175,8 @@ VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit
   for (; i < n; ++i) {
     const T u = unit[i], zh = (z[i] - r.mean) * r.rstd + r.offset;
     const T off = r.image[i] - u * row.cosine, dn = off * step * r.residual;
-    sums.d_norm_bias[i] += dn;
-    sums.d_norm_weight[i] += dn * zh;
+    sums.d_bias[i] += dn;
+    sums.d_weight[i] += dn * zh;
     if constexpr (kFeatures) {
       sums.d_text[i] += off * step;
       sums.d_unit[i] += delta * u;
@@ -194,21 +185,10 @@ VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit
   }
 }
 
-// Images b0.. times texts k0.. of a unit, and its rows of this round.
-struct FfnUnit {
-  int64_t b0, b1, k0, texts, first, rows;
-};
-
-static FfnUnit ffn_unit(const FfnCosineBackward& p, int64_t unit) {
-  const RowChunks& c = p.chunks;
-  FfnUnit u{};
-  u.b0 = unit / c.text_chunks * c.image_chunk;
-  u.b1 = min_of(p.sizes.tail.B, u.b0 + c.image_chunk);
-  u.k0 = unit % c.text_chunks * c.text_chunk;
-  u.texts = min_of(p.sizes.tail.K, u.k0 + c.text_chunk) - u.k0;
-  u.first = p.round * p.row_block;
-  u.rows = max_of(0, min_of(p.row_block, (u.b1 - u.b0) * u.texts - u.first));
-  return u;
+// Rows of a unit in this round.
+static int64_t ffn_rows(const FfnCosineBackward& p, const NormUnit& u) {
+  const int64_t rows = (u.b1 - u.b0) * (u.k1 - u.k0) - p.round * p.row_block;
+  return max_of(0, min_of(p.row_block, rows));
 }
 
 // One round of d_z and d_hidden. d_z and the packed hidden rows stay for d_weight, which is summed
@@ -217,10 +197,9 @@ template <class T, bool kFeatures>
 static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end) {
   const FfnCosine& s = p.sizes;
   const NormCosine& t = s.tail;
-  const RowChunks& c = p.chunks;
   const int64_t ldz = leading_dim<T>(t.C), ldh = leading_dim<T>(s.F);
   const int64_t width = round_up(t.C, kLanes<T>), item = item_bytes(t.dtype);
-  const size_t row_bytes = static_cast<size_t>(width) * sizeof(T);
+  const int64_t first = p.round * p.row_block;
   const Scratch<T> bias(width), text(t.C), norm_weight(t.C), norm_bias(t.C), unit_y(t.C);
   const Scratch<T> d_hidden(p.row_block * kPanel);
   load_row<T>(bias, t.C, width, s.bias.data, s.bias.column, t.dtype, T{1});
@@ -230,36 +209,24 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
   r.bias = view_row<T>(norm_bias, t.C, t.bias.data, t.bias.column, t.dtype);
   r.residual = static_cast<T>(t.residual);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const FfnUnit u = ffn_unit(p, unit);
-    FfnSums<T> sums{};
-    sums.d_norm_weight = static_cast<T*>(p.d_norm_weight_partial) + unit * width;
-    sums.d_norm_bias = static_cast<T*>(p.d_norm_bias_partial) + unit * width;
-    T *d_text = nullptr, *d_unit = nullptr;
-    if constexpr (kFeatures) {
-      d_text = static_cast<T*>(p.d_text_partial) + unit / c.text_chunks * t.K * width;
-      d_unit = static_cast<T*>(p.d_unit_partial) + unit % c.text_chunks * t.B * width;
-    }
-    if (p.round == 0) {
-      __builtin_memset(sums.d_norm_weight, 0, row_bytes);
-      __builtin_memset(sums.d_norm_bias, 0, row_bytes);
-      if constexpr (kFeatures) {
-        __builtin_memset(d_text + u.k0 * width, 0, static_cast<size_t>(u.texts) * row_bytes);
-        __builtin_memset(d_unit + u.b0 * width, 0, static_cast<size_t>(u.b1 - u.b0) * row_bytes);
-      }
-    }
+    const NormUnit u = norm_unit(t, p.grads.chunks, unit);
+    const int64_t rows = ffn_rows(p, u), texts = u.k1 - u.k0;
+    const NormSums<T> all = norm_sums<T, kFeatures>(t, p.grads, unit);
+    NormSums<T> sums = all;
+    if (p.round == 0) clear_sums<T, kFeatures>(all, u, width);
     T* hidden = static_cast<T*>(p.hidden) + unit * p.row_block * ldh;
     T* z = static_cast<T*>(p.d_z) + unit * p.row_block * ldz;
-    for (int64_t i = 0; i < u.rows; ++i) {
-      const int64_t b = u.b0 + (u.first + i) / u.texts, k = u.k0 + (u.first + i) % u.texts;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t b = u.b0 + (first + i) / texts, k = u.k0 + (first + i) % texts;
       start_row<T>(s, b, k, bias, z + i * ldz);
       load_row<T>(hidden + i * ldh, s.F, round_up(s.F, kLanes<T>), s.hidden.at(b, k),
                   s.hidden.column, t.dtype, T{1});
     }
     for (int64_t at = 0; at < s.F; at += kInner) {
-      add_product<T>(s, hidden + at, ldh, u.rows, at, min_of(kInner, s.F - at), z, ldz);
+      add_product<T>(s, hidden + at, ldh, rows, at, min_of(kInner, s.F - at), z, ldz);
     }
-    for (int64_t i = 0; i < u.rows; ++i) {
-      const int64_t b = u.b0 + (u.first + i) / u.texts, k = u.k0 + (u.first + i) % u.texts;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t b = u.b0 + (first + i) / texts, k = u.k0 + (first + i) % texts;
       const auto stat = [&](int which) {
         T x;
         __builtin_memcpy(&x, p.stats.at(which, b) + k * p.stats.column, sizeof x);
@@ -277,8 +244,8 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
       row.cosine = stat(kCosine);
       unit_row_known<T>(unit_y, unit_y, t.C, t.C, row.rnorm);
       if constexpr (kFeatures) {
-        sums.d_text = d_text + k * width;
-        sums.d_unit = d_unit + b * width;
+        sums.d_text = all.d_text + k * width;
+        sums.d_unit = all.d_unit + b * width;
       }
       const char* grad = p.grad_logits.at(0, b) + k * p.grad_logits.column;
       row_grad<T, kFeatures>(row, t.C, z + i * ldz, unit_y,
@@ -289,12 +256,12 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
     for (int64_t j = 0; j < s.F; j += kPanel) {
       const int64_t columns = min_of(kPanel, s.F - j), padded = round_up(columns, kLanes<T>);
       for (int64_t at = 0; at < t.C; at += kInner) {
-        gemm(Gemm<T>{u.rows, padded, min_of(kInner, t.C - at), z + at, ldz, false,
+        gemm(Gemm<T>{rows, padded, min_of(kInner, t.C - at), z + at, ldz, false,
                      static_cast<const T*>(s.weight_pack) + j * t.C + at * kPanel, kPanel, d_hidden,
                      kPanel, at != 0});
       }
-      for (int64_t i = 0; i < u.rows; ++i) {
-        const int64_t b = u.b0 + (u.first + i) / u.texts, k = u.k0 + (u.first + i) % u.texts;
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t b = u.b0 + (first + i) / texts, k = u.k0 + (first + i) % texts;
         store_row<T>(p.d_hidden.at(b, k) + j * item, columns, t.dtype, d_hidden + i * kPanel, 1);
       }
     }
@@ -312,8 +279,8 @@ static void ffn_weight_units(const FfnCosineBackward& p, int64_t begin, int64_t 
     const int64_t first = block * kSumRows, count = min_of(kSumRows, C - first);
     T* d_weight = static_cast<T*>(p.d_weight_sum) + first * width;
     T* d_bias = static_cast<T*>(p.d_bias_sum) + first;
-    for (int64_t unit = 0; unit < p.chunks.units(); ++unit) {
-      const int64_t rows = ffn_unit(p, unit).rows;
+    for (int64_t unit = 0; unit < p.grads.chunks.units(); ++unit) {
+      const int64_t rows = ffn_rows(p, norm_unit(s.tail, p.grads.chunks, unit));
       if (rows == 0) continue;
       const bool more = p.round != 0 || unit != 0;
       const T* hidden = static_cast<const T*>(p.hidden) + unit * p.row_block * ldh;
@@ -327,37 +294,21 @@ static void ffn_weight_units(const FfnCosineBackward& p, int64_t begin, int64_t 
   }
 }
 
-// Row r: d_weight for r < C, d_bias, d_norm_weight, d_norm_bias, then d_text and d_image.
+// Row r: d_weight for r < C, d_bias, then those of the tail.
 template <class T>
 static void ffn_finish_units(const FfnCosineBackward& p, int64_t begin, int64_t end) {
   const FfnCosine& s = p.sizes;
   const NormCosine& t = s.tail;
-  const RowChunks& c = p.chunks;
-  const int64_t width = round_up(t.C, kLanes<T>), ldw = round_up(s.F, kLanes<T>);
-  const Scratch<T> total(width);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t r = row - t.C - 3;
-    if (row < t.C) {
-      store_row<T>(p.d_weight.at(0, row), s.F, t.dtype,
-                   static_cast<const T*>(p.d_weight_sum) + row * ldw, 1);
-    } else if (row == t.C) {
+  const int64_t ldw = round_up(s.F, kLanes<T>);
+  const Scratch<T> total(round_up(t.C, kLanes<T>));
+  for (int64_t r = begin; r < end; ++r) {
+    if (r < t.C) {
+      store_row<T>(p.d_weight.at(0, r), s.F, t.dtype,
+                   static_cast<const T*>(p.d_weight_sum) + r * ldw, 1);
+    } else if (r == t.C) {
       store_row<T>(p.d_bias, t.C, t.dtype, static_cast<const T*>(p.d_bias_sum), 1);
-    } else if (r < 0) {
-      const bool first = row == t.C + 1;
-      const void* partial = first ? p.d_norm_weight_partial : p.d_norm_bias_partial;
-      sum_rows<T>(total, static_cast<const T*>(partial), c.units(), width, t.C);
-      store_row<T>(first ? p.d_norm_weight : p.d_norm_bias, t.C, t.dtype, total, 1);
-    } else if (r < t.K) {
-      sum_rows<T>(total, static_cast<const T*>(p.d_text_partial) + r * width, c.image_chunks,
-                  t.K * width, t.C);
-      store_row<T>(p.d_text.at(0, r), t.C, t.dtype, total, 1);
     } else {
-      const int64_t b = r - t.K;
-      sum_rows<T>(total, static_cast<const T*>(p.d_unit_partial) + b * width, c.text_chunks,
-                  t.B * width, t.C);
-      unit_row_grad<T>(total, static_cast<const T*>(t.image_unit) + b * width, t.C,
-                       static_cast<const T*>(t.image_rnorm)[b]);
-      store_row<T>(p.d_image.at(0, b), t.C, t.dtype, total, 1);
+      finish_norm_row<T>(t, p.grads, r - t.C - 1, total);
     }
   }
 }

@@ -2,7 +2,7 @@
 // Arguments of the norm_cosine_logits kernels.
 #pragma once
 
-#include "cosine_args.h"
+#include "rational_logits_args.h"
 
 namespace vtclip {
 namespace cpu {
@@ -24,20 +24,24 @@ struct NormCosineForward {
   void* row_rnorm;
 };
 
-// Units are (chunk of texts, chunk of images). Sums over images (d_text) and texts (d_image) are
-// made per unit and added in ascending order afterwards.
-struct NormCosineBackward {
-  NormCosine sizes;
-  RowsView grad_logits, mean, rstd, row_rnorm;
-  RowsView d_hidden, d_text, d_image;
+// What all rows add to. Sums over images (d_text), texts (d_image) and both (the norm's) are made
+// per unit and added in ascending order afterwards.
+struct NormGradients {
+  RowChunks chunks;
+  RowsView d_text, d_image;
   char* d_weight;
   char* d_bias;
-  int64_t text_chunk, text_chunks;
-  int64_t image_chunk, image_chunks;
   void* d_text_partial;    // [image_chunks, K, C padded] acc
   void* d_unit_partial;    // [text_chunks, B, C padded] acc: gradient of image / |image|
   void* d_weight_partial;  // [units, C padded] acc
   void* d_bias_partial;    // [units, C padded] acc
+};
+
+struct NormCosineBackward {
+  NormCosine sizes;
+  NormGradients grads;
+  RowsView grad_logits, mean, rstd, row_rnorm;
+  RowsView d_hidden;
 };
 
 }  // namespace cpu

@@ -41,20 +41,12 @@ static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_
   }
 }
 
-// Sums one row adds to.
-template <class T>
-struct NormRowSums {
-  T* d_text;
-  T* d_unit;
-  T* d_weight;
-};
-
 // u = y / |y|;  dy = step (image - cosine u), step = delta / |y|.
 // Adds dy to d_text, delta u to d_unit, residual dy zh to d_weight; overwrites unit by
 // g = residual weight dy and returns the means of g and g zh.
 template <class T>
 VTCLIP_INLINE void grad_row(const NormRow<T>& r, int64_t n, T* unit, T delta, T step, T cosine,
-                            const NormRowSums<T>& sums, T* mean_g, T* mean_gz) {
+                            const NormSums<T>& sums, T* mean_g, T* mean_gz) {
   const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
   const Vec<T> residual = splat(r.residual);
   Vec<T> total_g{}, total_gz{};
@@ -104,32 +96,22 @@ VTCLIP_INLINE void hidden_grad_row(const NormRow<T>& r, int64_t n, T* g, T mean_
   }
 }
 
-// Unit = text chunk * image_chunks + image chunk.
 template <class T>
 static void norm_backward_units(const NormCosineBackward& p, int64_t begin, int64_t end) {
   const NormCosine& s = p.sizes;
   const int64_t width = round_up(s.C, kLanes<T>);
-  const size_t row_bytes = static_cast<size_t>(width) * sizeof(T);
   const Scratch<T> hidden(s.C), text(s.C), weight(s.C), bias(s.C), y(s.C);
   NormRow<T> r{};
   r.weight = view_row<T>(weight, s.C, s.weight.data, s.weight.column, s.dtype);
   r.bias = view_row<T>(bias, s.C, s.bias.data, s.bias.column, s.dtype);
   r.residual = static_cast<T>(s.residual);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t tc = unit / p.image_chunks, ic = unit % p.image_chunks;
-    const int64_t k0 = tc * p.text_chunk, k1 = min_of(s.K, k0 + p.text_chunk);
-    const int64_t b0 = ic * p.image_chunk, b1 = min_of(s.B, b0 + p.image_chunk);
-    T* d_text = static_cast<T*>(p.d_text_partial) + ic * s.K * width;
-    T* d_unit = static_cast<T*>(p.d_unit_partial) + tc * s.B * width;
-    T* d_weight = static_cast<T*>(p.d_weight_partial) + unit * width;
-    T* d_bias = static_cast<T*>(p.d_bias_partial) + unit * width;
-    __builtin_memset(d_text + k0 * width, 0, static_cast<size_t>(k1 - k0) * row_bytes);
-    __builtin_memset(d_unit + b0 * width, 0, static_cast<size_t>(b1 - b0) * row_bytes);
-    __builtin_memset(d_weight, 0, row_bytes);
-    __builtin_memset(d_bias, 0, row_bytes);
-    for (int64_t b = b0; b < b1; ++b) {
+    const NormUnit u = norm_unit(s, p.grads.chunks, unit);
+    const NormSums<T> all = norm_sums<T, true>(s, p.grads, unit);
+    clear_sums<T, true>(all, u, width);
+    for (int64_t b = u.b0; b < u.b1; ++b) {
       r.image = static_cast<const T*>(s.image_unit) + b * width;
-      for (int64_t k = k0; k < k1; ++k) {
+      for (int64_t k = u.k0; k < u.k1; ++k) {
         r.hidden = view_row<T>(hidden, s.C, s.hidden.at(b, k), s.hidden.column, s.dtype);
         r.text = view_row<T>(text, s.C, s.text.at(0, k), s.text.column, s.dtype);
         r.mean = element<T>(p.mean, b, k);
@@ -142,43 +124,24 @@ static void norm_backward_units(const NormCosineBackward& p, int64_t begin, int6
         mix_row<T>(r, s.C, y, &square, &dot);
         unit_row_known<T>(y, y, s.C, s.C, rnorm);
         const T cosine = in_safe_range(rnorm) ? dot * rnorm : dot_rows<T>(y, r.image, s.C);
-        const NormRowSums<T> sums{d_text + k * width, d_unit + b * width, d_weight};
+        const NormSums<T> sums{all.d_text + k * width, all.d_unit + b * width, all.d_weight,
+                               nullptr};
         grad_row<T>(r, s.C, y, delta, delta * rnorm, cosine, sums, &mean_g, &mean_gz);
         hidden_grad_row<T>(r, s.C, y, mean_g, mean_gz);
         store_row<T>(p.d_hidden.at(b, k), s.C, s.dtype, y, 1);
       }
     }
     // d_bias = residual * sum of dy over the chunk
-    for (int64_t k = k0; k < k1; ++k) add_row(d_bias, r.residual, d_text + k * width, s.C);
+    for (int64_t k = u.k0; k < u.k1; ++k) {
+      add_row(all.d_bias, r.residual, all.d_text + k * width, s.C);
+    }
   }
 }
 
-// Row r: d_text for r < K, d_image for r < K + B, then d_weight and d_bias.
 template <class T>
 static void norm_finish_units(const NormCosineBackward& p, int64_t begin, int64_t end) {
-  const NormCosine& s = p.sizes;
-  const int64_t width = round_up(s.C, kLanes<T>);
-  const int64_t units = p.text_chunks * p.image_chunks;
-  const Scratch<T> total(width);
-  for (int64_t r = begin; r < end; ++r) {
-    if (r < s.K) {
-      sum_rows<T>(total, static_cast<const T*>(p.d_text_partial) + r * width, p.image_chunks,
-                  s.K * width, s.C);
-      store_row<T>(p.d_text.at(0, r), s.C, s.dtype, total, 1);
-    } else if (r < s.K + s.B) {
-      const int64_t b = r - s.K;
-      sum_rows<T>(total, static_cast<const T*>(p.d_unit_partial) + b * width, p.text_chunks,
-                  s.B * width, s.C);
-      unit_row_grad<T>(total, static_cast<const T*>(s.image_unit) + b * width, s.C,
-                       static_cast<const T*>(s.image_rnorm)[b]);
-      store_row<T>(p.d_image.at(0, b), s.C, s.dtype, total, 1);
-    } else {
-      const bool first = r == s.K + s.B;
-      const void* partial = first ? p.d_weight_partial : p.d_bias_partial;
-      sum_rows<T>(total, static_cast<const T*>(partial), units, width, s.C);
-      store_row<T>(first ? p.d_weight : p.d_bias, s.C, s.dtype, total, 1);
-    }
-  }
+  const Scratch<T> total(round_up(p.sizes.C, kLanes<T>));
+  for (int64_t r = begin; r < end; ++r) finish_norm_row<T>(p.sizes, p.grads, r, total);
 }
 
 #define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \

@@ -106,3 +106,71 @@ VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j) {
   __builtin_memcpy(&x, view.at(0, i) + j * view.column, sizeof(T));
   return x;
 }
+
+// Images b0.. times texts k0.. of a unit.
+struct NormUnit {
+  int64_t b0, b1, k0, k1;
+};
+
+static NormUnit norm_unit(const NormCosine& s, const RowChunks& c, int64_t unit) {
+  NormUnit u{};
+  u.b0 = unit / c.text_chunks * c.image_chunk;
+  u.b1 = min_of(s.B, u.b0 + c.image_chunk);
+  u.k0 = unit % c.text_chunks * c.text_chunk;
+  u.k1 = min_of(s.K, u.k0 + c.text_chunk);
+  return u;
+}
+
+// What the rows of a unit add to.
+template <class T>
+struct NormSums {
+  T *d_text, *d_unit;  // [K, C padded], [B, C padded]; none without features
+  T *d_weight, *d_bias;
+};
+
+template <class T, bool kFeatures>
+static NormSums<T> norm_sums(const NormCosine& s, const NormGradients& g, int64_t unit) {
+  const int64_t width = round_up(s.C, kLanes<T>);
+  NormSums<T> sums{};
+  sums.d_weight = static_cast<T*>(g.d_weight_partial) + unit * width;
+  sums.d_bias = static_cast<T*>(g.d_bias_partial) + unit * width;
+  if constexpr (kFeatures) {
+    const int64_t image_chunk = unit / g.chunks.text_chunks;
+    const int64_t text_chunk = unit % g.chunks.text_chunks;
+    sums.d_text = static_cast<T*>(g.d_text_partial) + image_chunk * s.K * width;
+    sums.d_unit = static_cast<T*>(g.d_unit_partial) + text_chunk * s.B * width;
+  }
+  return sums;
+}
+
+template <class T, bool kFeatures>
+static void clear_sums(const NormSums<T>& sums, const NormUnit& u, int64_t width) {
+  const size_t row_bytes = static_cast<size_t>(width) * sizeof(T);
+  __builtin_memset(sums.d_weight, 0, row_bytes);
+  __builtin_memset(sums.d_bias, 0, row_bytes);
+  if constexpr (kFeatures) {
+    __builtin_memset(sums.d_text + u.k0 * width, 0, static_cast<size_t>(u.k1 - u.k0) * row_bytes);
+    __builtin_memset(sums.d_unit + u.b0 * width, 0, static_cast<size_t>(u.b1 - u.b0) * row_bytes);
+  }
+}
+
+// Row r: d_weight, d_bias, K rows of d_text, B rows of d_image.
+template <class T>
+static void finish_norm_row(const NormCosine& s, const NormGradients& g, int64_t r, T* total) {
+  const int64_t width = round_up(s.C, kLanes<T>), k = r - 2, b = k - s.K;
+  if (r < 2) {
+    const void* partial = r == 0 ? g.d_weight_partial : g.d_bias_partial;
+    sum_rows<T>(total, static_cast<const T*>(partial), g.chunks.units(), width, s.C);
+    store_row<T>(r == 0 ? g.d_weight : g.d_bias, s.C, s.dtype, total, 1);
+  } else if (k < s.K) {
+    sum_rows<T>(total, static_cast<const T*>(g.d_text_partial) + k * width, g.chunks.image_chunks,
+                s.K * width, s.C);
+    store_row<T>(g.d_text.at(0, k), s.C, s.dtype, total, 1);
+  } else {
+    sum_rows<T>(total, static_cast<const T*>(g.d_unit_partial) + b * width, g.chunks.text_chunks,
+                s.B * width, s.C);
+    unit_row_grad<T>(total, static_cast<const T*>(s.image_unit) + b * width, s.C,
+                     static_cast<const T*>(s.image_rnorm)[b]);
+    store_row<T>(g.d_image.at(0, b), s.C, s.dtype, total, 1);
+  }
+}

@@ -154,11 +154,18 @@ int64_t backward_chunks(const AttnShape& s) {
   return std::max<int64_t>(1, std::min({64 / pairs, affordable, s.num_blocks()}));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query image,
-                                                                     Query text, Query pair,
-                                                                     Tensor key, Tensor value,
-                                                                     Tensor parts, Tensor image_out,
-                                                                     Tensor stats, double scale) {
+// Tensor `index` of those side by side in [B, K, count, H, D], seen as [B, H, K, D].
+HeadsView packed_view(const Tensor& packed, int64_t index) {
+  const int64_t item = item_bytes(dtype_of(packed.scalar_type()));
+  char* data = static_cast<char*>(packed.data_ptr()) + index * packed.stride(2) * item;
+  return {data, packed.stride(0) * item, packed.stride(3) * item, packed.stride(1) * item,
+          packed.stride(4) * item};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query image, Query text,
+                                                     Query pair, Tensor key, Tensor value,
+                                                     Tensor parts, Tensor image_out, Tensor stats,
+                                                     double scale) {
   const char* op = "rational_attn_bwd";
   RationalBackward p{};
   p.in = rational_inputs(op, image, text, pair, key, value, scale);
@@ -179,20 +186,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad
     const std::vector<int64_t> none{0};
     return torch::stable::new_empty(key, none);
   };
-  Tensor d_image = grad(image), d_text = grad(text), d_pair = grad(pair);
-  Tensor d_key = new_heads(key, s.B, s.H, s.K, s.D);
-  Tensor d_value = new_heads(key, s.B, s.H, s.K, s.D);
+  Tensor d_image = grad(image), d_text = grad(text);
+  const std::vector<int64_t> packed_sizes{s.B, s.K, pair.has_value() ? 3 : 2, s.H, s.D};
+  Tensor d_pairs = torch::stable::new_empty(key, packed_sizes);
   if (pairs * s.K == 0) {
-    for (Tensor* empty : {&d_image, &d_text, &d_pair}) torch::stable::zero_(*empty);
-    return {d_image, d_text, d_pair, d_key, d_value};
+    for (Tensor* empty : {&d_image, &d_text}) torch::stable::zero_(*empty);
+    return {d_image, d_text, d_pairs};
   }
   p.grad_out = heads_view(grad_out);
   set_parts(p.in, parts, p.parts);
   if (image.has_value()) p.d_image = heads_view(d_image);
   if (text.has_value()) p.d_query[0] = heads_view(d_text);
-  if (pair.has_value()) p.d_query[1] = heads_view(d_pair);
-  p.d_key = heads_view(d_key);
-  p.d_value = heads_view(d_value);
+  int64_t next = 0;
+  if (pair.has_value()) p.d_query[1] = packed_view(d_pairs, next++);
+  p.d_key = packed_view(d_pairs, next++);
+  p.d_value = packed_view(d_pairs, next);
   const int64_t item = item_bytes(dtype_of(acc));
   p.stats = static_cast<const char*>(stats.data_ptr());
   p.stats_kind = stats.stride(0) * item;
@@ -223,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad
     run(VTCLIP_PICK(rational_attn_sum_units), p, pairs * s.K, 2 * p.num_chunks * s.D);
   }
   if (s.query_shared) sum_partials(s, text_partial, p.num_image_chunks, d_text);
-  return {d_image, d_text, d_pair, d_key, d_value};
+  return {d_image, d_text, d_pairs};
 }
 
 }  // namespace

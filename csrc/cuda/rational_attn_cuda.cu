@@ -160,8 +160,15 @@ void check_saved(const char* op, const Given& in, const Tensor& grad_out, const 
   check_shape(op, "stats", stats, {3, 2, B, H});
 }
 
+// tensor `index` of those side by side in [B, K, count, H, d], seen as [B, H, K, d]
 template <class T>
-void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args, Tensor* grads) {
+Heads<T> packed_heads(Tensor& packed, int64_t index) {
+  return {data_of<T>(packed) + index * packed.stride(2), packed.stride(0), packed.stride(3),
+          packed.stride(1), packed.stride(4)};
+}
+
+template <class T>
+void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args, Tensor& d_text) {
   using Acc = AccOf<T>;
   const int64_t pairs = args.B * args.H;
   const int64_t of_image = args.has[kImage] ? pairs * args.K : 0;
@@ -177,7 +184,7 @@ void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args,
     using Keys = RationalKeys<T, kC>;
     using Queries = RationalQueries<T, kC>;
     launch<Keys>(op, Keys::blocks(args), like, args);
-    const bool shared = args.has[kText] && grads[kText].size(0) == 1;
+    const bool shared = args.has[kText] && d_text.size(0) == 1;
     args.images = shared ? images_per_block(args.B, Queries::blocks_of_image(args)) : 1;
     const int64_t chunks = ceil_div(args.B, args.images);
     Tensor partial = torch::stable::new_empty(
@@ -186,13 +193,13 @@ void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args,
     if (partial.size(0) > 0) args.text_partial = data_of<Acc>(partial);
     launch<Queries>(op, Queries::blocks(args), like, args);
     if (partial.size(0) == 0) return;
-    const typename SumPartials<T>::Args sum{args.text_partial, data_of<T>(grads[kText]), chunks,
+    const typename SumPartials<T>::Args sum{args.text_partial, data_of<T>(d_text), chunks,
                                             args.K * args.H * args.d};
     launch<SumPartials<T>>(op, SumPartials<T>::blocks(sum), like, sum);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(
+std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(
     const Tensor& grad_out, const Query& image, const Query& text, const Query& pair,
     const Tensor& key, const Tensor& value, const Tensor& parts, const Tensor& image_out,
     const Tensor& stats, double scale) {
@@ -206,11 +213,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(
     if (!in.has(kind)) return torch::stable::new_empty(key, {0});
     return new_heads(key, (*in.query[kind])->size(0), H, kind == kImage ? 1 : K, d);
   };
-  Tensor grads[] = {grad(kImage), grad(kText), grad(kPair), new_heads(key, B, H, K, d),
-                    new_heads(key, B, H, K, d)};
+  Tensor d_image = grad(kImage), d_text = grad(kText);
+  Tensor d_pairs = torch::stable::new_empty(key, {B, K, in.has(kPair) ? 3 : 2, H, d});
   if (B * H * K * d == 0) {
-    for (Tensor& tensor : grads) torch::stable::zero_(tensor);
-    return {grads[0], grads[1], grads[2], grads[3], grads[4]};
+    for (Tensor* empty : {&d_image, &d_text}) torch::stable::zero_(*empty);
+    return {d_image, d_text, d_pairs};
   }
   with_dtype(op, "key", key, [&](auto t) {
     using T = decltype(t);
@@ -222,14 +229,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_attn_bwd(
     args.image_out = {data_of<Acc>(image_out), image_out.stride(0), image_out.stride(1), 0,
                       image_out.stride(2)};
     args.stats = heads_of<Acc>(stats);
-    for (int kind = 0; kind < kQueryKinds; ++kind) {
-      if (in.has(kind)) args.d_query[kind] = heads_of<T>(grads[kind]);
-    }
-    args.d_key = heads_of<T>(grads[3]);
-    args.d_value = heads_of<T>(grads[4]);
-    backward(op, key, args, grads);
+    int64_t next = 0;
+    if (in.has(kImage)) args.d_query[kImage] = heads_of<T>(d_image);
+    if (in.has(kText)) args.d_query[kText] = heads_of<T>(d_text);
+    if (in.has(kPair)) args.d_query[kPair] = packed_heads<T>(d_pairs, next++);
+    args.d_key = packed_heads<T>(d_pairs, next++);
+    args.d_value = packed_heads<T>(d_pairs, next);
+    backward(op, key, args, d_text);
   });
-  return {grads[0], grads[1], grads[2], grads[3], grads[4]};
+  return {d_image, d_text, d_pairs};
 }
 
 }  // namespace

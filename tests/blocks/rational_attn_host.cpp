@@ -24,6 +24,12 @@ Heads<T> output(const host::Tensor& t) {
   return {t.data<std::remove_const_t<T>>(), t.stride(0), t.stride(2), t.stride(1), t.stride(3)};
 }
 
+// tensor `index` of those side by side in a [B, K, count, H, d], seen as [B, H, K, d]
+template <class T>
+Heads<T> packed(const host::Tensor& t, int64_t index) {
+  return {t.data<T>() + index * t.stride(2), t.stride(0), t.stride(3), t.stride(1), t.stride(4)};
+}
+
 template <class T>
 struct Problem {
   using Acc = AccOf<T>;
@@ -103,15 +109,15 @@ struct Problem {
     const host::Tensor& text = in.tensors.at(kText);
     const int64_t texts = text.given() ? text.size(0) : 0;
     const host::Tensor d_image = host::Tensor::empty<T>({args.has[kImage] ? B : 0, 1, H, d});
-    const host::Tensor d_text = rows(texts), d_pair = rows(args.has[kPair] ? B : 0);
-    const host::Tensor d_key = rows(B), d_value = rows(B);
-    const host::Tensor* d_query[] = {&d_image, &d_text, &d_pair};
-    for (int kind = 0; kind < kQueryKinds; ++kind) {
-      if (args.has[kind]) args.d_query[kind] = output<T>(*d_query[kind]);
-    }
+    const host::Tensor d_text = rows(texts);
+    const auto d_pairs = host::Tensor::empty<T>({B, K, args.has[kPair] ? 3 : 2, H, d});
+    int64_t next = 0;
+    if (args.has[kImage]) args.d_query[kImage] = output<T>(d_image);
+    if (args.has[kText]) args.d_query[kText] = output<T>(d_text);
+    if (args.has[kPair]) args.d_query[kPair] = packed<T>(d_pairs, next++);
+    args.d_key = packed<T>(d_pairs, next++);
+    args.d_value = packed<T>(d_pairs, next);
     host::launch<RationalSums<T>>(RationalSums<T>::blocks(args), args);
-    args.d_key = output<T>(d_key);
-    args.d_value = output<T>(d_value);
     using Keys = RationalKeys<T, kC>;
     using Queries = RationalQueries<T, kC>;
     host::launch<Keys>(Keys::blocks(args), args);
@@ -126,7 +132,7 @@ struct Problem {
                                               K * H * d};
       host::launch<SumPartials<T>>(SumPartials<T>::blocks(sum), sum);
     }
-    for (const host::Tensor* grad : {&d_image, &d_text, &d_pair, &d_key, &d_value}) grad->write();
+    for (const host::Tensor* grad : {&d_image, &d_text, &d_pairs}) grad->write();
   }
 };
 

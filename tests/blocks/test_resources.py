@@ -41,6 +41,8 @@ SPILLS: dict[str, tuple[str, ...]] = {
     "RationalOne<BFloat16, 128>": ("75",),
     "RationalOne<Half, 128>": ("75",),
     "RationalRows<Half, 128>": ("75",),
+    "UnitGradient<BFloat16>": ("120",),
+    "UnitGradient<Half>": ("120",),
 }
 
 

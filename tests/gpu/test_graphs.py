@@ -24,6 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 B, H, K, L, d = 3, 2, 50, 49, 64
 D = H * d
 QUERY, KEY, PAIR, ONE = (1, H, K, d), (B, H, L, d), (B, H, K, d), (B, H, 1, d)
+PACKED = (B, K, 3, H, d)
 IMAGE, TEXT, ROWS, SQUARE, VECTOR = (B, D), (K, D), (B, K, D), (D, D), (D,)
 
 Call = Callable[..., tuple[Tensor, ...]]
@@ -68,6 +69,16 @@ CASES: dict[str, tuple[str, tuple[tuple[int, ...], ...], Call]] = {
         "rational_attn",
         (ONE, QUERY, PAIR, PAIR, PAIR),
         lambda *t, impl: (ops.rational_attn(*t, impl=impl),),
+    ),
+    "rational_attn_packed": (
+        "rational_attn",
+        (ONE, QUERY, PACKED),
+        lambda *t, impl: (ops.rational_attn_packed(*t, impl=impl),),
+    ),
+    "unit_products": (
+        "unit_products",
+        (IMAGE, TEXT),
+        lambda *t, impl: tuple(ops.unit_products(*t, scale=100.0, impl=impl)),
     ),
     "rational_logits": (
         "rational_logits",

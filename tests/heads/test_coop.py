@@ -22,7 +22,8 @@ from vtclip.adapter import load_adapter
 from vtclip.checkpoint import Interrupted
 from vtclip.classifier import Classifier
 from vtclip.cli import main
-from vtclip.clip import DEMO_ASSETS, Clip, build_clip, load_clip
+from vtclip.clip import Clip, build_clip, load_clip
+from vtclip.clip.loading import DEMO_ASSETS
 from vtclip.data.records import Records
 from vtclip.demo.tokenizer import WordTokenizer, build_vocab
 from vtclip.heads import CoOp

@@ -110,9 +110,9 @@ def test_the_first_step_from_zero_moves_out_alone() -> None:
 
 def test_frozen_parameters_stay() -> None:
     head, (kept, first) = rada(), views()
-    head.value.requires_grad_(False)  # type: ignore[union-attr]
+    head.pairs.requires_grad_(False)
     each = Each(head, N)
-    assert not any(name.startswith("value.") for name in each.own)
+    assert not any(name.startswith("pairs.") for name in each.own)
     config = ttt.TTT(lr=1e-2, steps=2)
     found = ttt.adapt_stack(each, kept, first, config)
     wanted = torch.stack([ttt.adapt_one(head, kept[i], first[i], config=config) for i in range(N)])

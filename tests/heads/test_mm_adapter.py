@@ -163,7 +163,7 @@ def test_bad_features(record):
 
 
 def test_no_tensor_of_images_times_classes_times_width(record, monkeypatch):
-    """The largest of a forward pass are [B, K], of each head where no kernel runs, and [rows, C]."""
+    """The largest of a forward pass are [rows, C] and [B, K], of each head without kernels."""
     text, image, _ = record(B=20, K=30, C=16)
     head, largest = MMAdapter(text, hidden=8, num_heads=2), 0
 

@@ -86,16 +86,10 @@ def test_equals_the_released_layer(K, penalty):
     assert torch.equal(head(image), found.logits)
 
     seed = torch.randn_like(wanted)
-    names = dict(head.named_parameters())
-    grads = dict(
-        zip(
-            names,
-            torch.autograd.grad(
-                (found.logits * seed).sum() + found.penalty.sum(), list(names.values())
-            ),
-            strict=True,
-        )
-    )
+    names, parameters = zip(*head.named_parameters(), strict=True)
+    total = (found.logits * seed).sum() + found.penalty.sum()
+    packed = zip(names, torch.autograd.grad(total, parameters), strict=True)
+    grads = head.apart(dict(packed))
     loss = (wanted * seed).sum() + size_of(mask, penalty).sum()
     for old, new in rada.RELEASED.items():
         for kind in ("weight", "bias"):
@@ -130,8 +124,8 @@ def test_some_of_the_queries(kinds):
     numbers = tuple(rada.QUERIES.index(kind) for kind in kinds)
     wanted = layer(image, head.text, 100.0, kinds=numbers)[0]
     torch.testing.assert_close(head(image), wanted, rtol=0, atol=1e-9)
-    asked = {name for name, _ in head.named_children() if name.endswith("_query")}
-    assert asked == {f"{kind}_query" for kind in kinds}
+    asked = {name for name in head.apart(head.state_dict()) if name.endswith("_query.weight")}
+    assert asked == {f"{kind}_query.weight" for kind in kinds}
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -227,6 +221,38 @@ def test_chunks_of_images_do_not_change_the_result(grad, monkeypatch):
     assert sorted(calls) == sorted([2, 2, 1] * (1 + grad))  # the backward makes each again
     for one, other in zip(chunked, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("queries", [rada.QUERIES, ("text",), ("image", "pair")])
+def test_a_state_of_separate_projections_loads(queries):
+    """As written before pair query, key and value were one matrix; also inside another module."""
+    head = RAda(torch.randn(5, 16), queries=queries)
+    older = {name: value.clone() for name, value in head.apart(head.state_dict()).items()}
+    wanted = {"text", *(f"{n}.{k}" for n in ("key", "value", "out") for k in ("weight", "bias"))}
+    assert wanted < set(older)
+    assert "pairs.weight" not in older
+    other = RAda(head.text, queries=queries)
+    other.load_state_dict(older)
+    for name, value in head.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    holder = nn.ModuleDict({"head": RAda(head.text, queries=queries)})
+    holder.load_state_dict({f"head.{name}": value for name, value in older.items()})
+    assert torch.equal(holder["head"](head.text), head(head.text))
+    assert "key.weight" in older  # the caller's mapping is not changed
+    del older["key.bias"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*pairs\.bias"):
+        other.load_state_dict(older)
+
+
+def test_starts_from_the_numbers_of_six_linear_layers():
+    torch.manual_seed(5)
+    head = RAda(TEXT)
+    torch.manual_seed(5)
+    layers = [nn.Linear(16, 16) for _ in range(5)]
+    state = head.apart(head.state_dict())
+    for layer, name in zip(layers, list(rada.RELEASED.values())[:5], strict=True):
+        assert torch.equal(state[f"{name}.weight"], layer.weight)
+        assert torch.equal(state[f"{name}.bias"], layer.bias)
 
 
 def test_state_dict_of_the_whole_released_model_loads():

@@ -36,6 +36,8 @@ from triton.runtime.jit import JITFunction
     rational_attn,
     rational_head,
     rational_logits,
+    column_sums,
+    unit_products,
 ) = (
     importlib.import_module(f"{sys.argv[1]}.{name}")
     for name in (
@@ -52,6 +54,8 @@ from triton.runtime.jit import JITFunction
         "rational_attn",
         "rational_head",
         "rational_logits",
+        "column_sums",
+        "unit_products",
     )
 )
 
@@ -239,6 +243,12 @@ def launches(dtype, width, B=32, H=8, K=1000):
     mask = new(B, K, C)
     rational_logits.rational_logits_fwd(image, text, mask, 1.0)
     rational_logits.rational_logits_bwd(g, image, text, mask, 1.0)
+    unit_products.unit_products_fwd(image, text, 1.0)
+    unit_products.unit_products_bwd(image, text, mask, image, text, 1.0)
+    column_sums.column_sums(image, text, new(B * 20, 3 * C))
+    # strides and sizes of 1, one of another type than its neighbours
+    huge = torch.as_strided(image, (1, 1), (2**33, 2**32))
+    column_sums.column_sums(huge, text.T, image[:1].expand(7, -1))
     for classes, penalty in ((50, 0), (K, 1), (50, 2), (K, 2), (K, 3)):
         few = slice(0, 2)  # its matrix products outside the kernels are computed
         tensors = (mask[few, :classes], new(C, C), new(C), image[few], text[:classes])

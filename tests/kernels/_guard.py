@@ -37,7 +37,7 @@ def random(*shape):
 
 
 def main(package):
-    attn, weights, cosine, norm, rational, ending, masked, ffn, gemm_configs = (
+    attn, weights, cosine, norm, rational, ending, masked, unit, sums, ffn, gemm_configs = (
         importlib.import_module(f"{package}.{name}")
         for name in (
             "cross_attn",
@@ -47,6 +47,8 @@ def main(package):
             "rational_attn",
             "rational_head",
             "rational_logits",
+            "unit_products",
+            "column_sums",
             "ffn_cosine_logits",
             "_gemm_configs",
         )
@@ -94,6 +96,9 @@ def main(package):
         features, mask = (random(B, d), random(K, d)), random(B, K, d)
         results += [masked.rational_logits_fwd(*features, mask, 1.0)]
         results += masked.rational_logits_bwd(g, *features, mask, 1.0)
+        forward = unit.unit_products_fwd(*features, 2.0)
+        results += [*forward, *unit.unit_products_bwd(*features, mask, *features, 2.0)]
+        results += [sums.column_sums(*features, random(B * K, 3 * d))]
         for penalty in range(4):
             tensors = (mask, random(d, d), random(d), *features)
             logits, sizes, peak = ending.rational_head_fwd(*tensors, 1.0, penalty)

@@ -108,9 +108,11 @@ def test_products_of_some_images_at_a_time(stored, device, monkeypatch):
         assert relative(one, other.cpu().double()) < 32 * 2**-24, name
 
 
+@pytest.mark.parametrize("mean", [0, 30])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_half_precision(dtype, stored, device):
+def test_half_precision(dtype, mean, stored, device):
     layer, grad = problem(2, 20, 70, 40, dtype=dtype, device=device)
+    layer[1].add_(mean)
     logits, (stats, image_rnorm), grads = run(layer, grad)
     wanted, _, wanted_grads = oracle(layer, grad, 0.7, 3.0)
     assert stats.dtype == image_rnorm.dtype == torch.float32

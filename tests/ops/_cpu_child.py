@@ -62,10 +62,34 @@ def call_all(dtype: torch.dtype, make: Make = random) -> list[Tensor]:
         results += forward
         results += KERNELS.norm_cosine_logits_bwd(seed, hidden, *tail, *forward, 0.7, 3.0, 1e-5)
         results += masked_logits(hidden, seed, make)
+        results += map_fusion(B, H, K, d, dtype, make)
+        results += unit_rows(B, K, d, dtype, make)
         results += feed_forward(hidden, seed, 2 * d + 1, make)
     # more than one weight panel, more than one step of the inner dimension
     wide, seed = make(2, 70, 200, dtype=dtype), make(2, 70, dtype=dtype)
-    return results + masked_logits(wide, seed, make) + feed_forward(wide, seed, 150, make)
+    results += masked_logits(wide, seed, make) + feed_forward(wide, seed, 150, make)
+    # more than one chunk of images and of texts, more than one running sum of each
+    return results + unit_rows(70, 90, 40, dtype, make) + unit_rows(3, 1100, 20, dtype, make)
+
+
+def map_fusion(B: int, H: int, K: int, d: int, dtype: torch.dtype, make: Make) -> list[Tensor]:
+    """rational_attn with all queries, and with the shared text's alone."""
+    key, value, pair, seed = (make(B, H, K, d, dtype=dtype) for _ in range(4))
+    image, text = make(B, H, 1, d, dtype=dtype), make(1, H, K, d, dtype=dtype)
+    results = []
+    for queries in ((image, text, pair), (None, text, None)):
+        out, *kept = KERNELS.rational_attn_fwd(*queries, key, value, 0.5, True)
+        grads = KERNELS.rational_attn_bwd(seed, *queries, key, value, *kept, 0.5)
+        results += [out, *kept, *grads]
+    return results
+
+
+def unit_rows(B: int, K: int, D: int, dtype: torch.dtype, make: Make) -> list[Tensor]:
+    """unit_products of image [B, D] and text [K, D]."""
+    image, text = make(B, D, dtype=dtype), make(K, D, dtype=dtype)
+    seeds = [make(*shape, dtype=dtype) for shape in ((B, D), (K, D), (B, K, D))]
+    results = list(KERNELS.unit_products_fwd(image, text, 3.0))
+    return results + list(KERNELS.unit_products_bwd(*seeds, image, text, 3.0))
 
 
 def feed_forward(state: Tensor, seed: Tensor, width: int, make: Make) -> list[Tensor]:

@@ -276,6 +276,33 @@ def test_memory_is_protected_below_the_public_checks(change, message):
     ("change", "message"),
     [
         (
+            {"grad_products": torch.zeros(2, 4, 8)},
+            r"unit_products_bwd: grad_products must be \[2, 5, 8\], got \[2, 4, 8\]",
+        ),
+        ({"grad_image": torch.zeros(5, 8)}, r"grad_image must be \[2, 8\], got"),
+        ({"grad_text": torch.zeros(5)}, r"grad_text must be \[5, 8\], got \[5\]"),
+        ({"image": torch.zeros(2)}, r"image must have 2 dimensions, got \[2\]"),
+        ({"text": torch.zeros(5, 7)}, r"text must be \[5, 8\], got \[5, 7\]"),
+        ({"text": torch.zeros(5, 8).double()}, "text must have dtype Float, got Double"),
+    ],
+)
+def test_memory_of_unit_products_is_protected(change, message):
+    arguments = {
+        "grad_image": torch.zeros(2, 8),
+        "grad_text": torch.zeros(5, 8),
+        "grad_products": torch.zeros(2, 5, 8),
+        "image": torch.zeros(2, 8),
+        "text": torch.zeros(5, 8),
+        "scale": 1.0,
+    } | change
+    with pytest.raises(RuntimeError, match=message):
+        KERNELS.unit_products_bwd(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
             {"weight": torch.zeros(8, 7)},
             r"rational_head_bwd: weight must be \[8, 8\], got \[8, 7\]",
         ),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtclip import ops, testing
+from vtclip._library import acc_dtype
 from vtclip.backends import native
 
 # name -> (B, K, C, F)
@@ -25,6 +26,13 @@ CASES = {
     "no-images": (0, 3, 8, 16),
     "no-classes": (3, 0, 8, 16),
 }
+# for tests of their own
+FURTHER_CASES = {
+    "one-row": (1, 1, 5, 1),
+    "one-column": (2, 3, 1, 4),
+    "one-of-each": (1, 1, 1, 1),
+    "many-columns": (2, 17, 512, 24),
+}
 NAMES = (
     "hidden",
     "weight",
@@ -38,7 +46,7 @@ NAMES = (
 
 
 def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    B, K, C, width = CASES[case]
+    B, K, C, width = {**CASES, **FURTHER_CASES}[case]
     tensors = (
         torch.randn(B, K, width).relu(),
         torch.randn(C, width) * max(width, 1) ** -0.5,
@@ -61,6 +69,39 @@ def cancelling(inputs, seeds, fixed) -> dict[str, float]:
     return {"output 0": fixed.get("scale", 1.0) * float(terms.amax()) if terms.numel() else 0.0}
 
 
+def cancelling_everywhere(inputs, seeds, fixed) -> dict[str, float]:
+    """The largest sum of |terms| in the logits and in each gradient.
+
+    Of few columns little is left of d_y = step (v - cosine u), u = y / |y|, and of what d_z takes
+    out of it, and of one column nothing; the reference is exact there by luck.
+    """
+    hidden, weight, bias, x, n, norm_bias, text, image = inputs.values()
+    residual, scale = fixed.get("residual", 1.0), fixed.get("scale", 1.0)
+    z = x + hidden @ weight.T + bias
+    r = (z.var(-1, correction=0, keepdim=True) + fixed.get("eps", 1e-5)).rsqrt()
+    zh = (z - z.mean(-1, keepdim=True)) * r
+    y = text + residual * (n * zh + norm_bias)
+    zh, n = zh.abs(), n.abs()
+    u, v = F.normalize(y, dim=-1).abs(), F.normalize(image, dim=-1).abs()
+    g = scale * seeds[0].double().abs()[..., None]
+    d_y = g / y.norm(dim=-1, keepdim=True) * (v[:, None] + (u @ v[..., None]) * u)
+    d_n = residual * n * d_y
+    d_z = r * (d_n + d_n.mean(-1, keepdim=True) + zh * (d_n * zh).mean(-1, keepdim=True))
+    d_v = (g * u).sum(1)
+    terms = {
+        "hidden": d_z @ weight.abs(),
+        "weight": torch.einsum("bkc,bkf->cf", d_z, hidden.abs()),
+        "bias": d_z.sum((0, 1)),
+        "residual_input": d_z,
+        "norm_weight": residual * (d_y * zh).sum((0, 1)),
+        "norm_bias": residual * d_y.sum((0, 1)),
+        "text": d_y.sum(0),
+        "image": (d_v + (d_v * v).sum(-1, keepdim=True) * v) / image.norm(dim=-1, keepdim=True),
+    }
+    sizes = {name: float(tensor.amax()) for name, tensor in terms.items()}
+    return {**cancelling(inputs, seeds, fixed), **sizes}
+
+
 def on(device: str, case: str = "ordinary") -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in draw(case).items()}
 
@@ -69,6 +110,35 @@ def on(device: str, case: str = "ordinary") -> dict[str, Tensor]:
 def test_every_dtype(case, dtype, impl, runnable, compare):
     runnable("ffn_cosine_logits", dtype, CASES[case][2])
     compare(ops.ffn_cosine_logits, draw(case, dtype), cancelling, residual=0.5, scale=10.0)
+
+
+def test_one_row_of_few_columns(dtype, impl, runnable, compare):
+    """Each gradient is a number or five: that the reference rounds luckily is no bar to others."""
+    runnable("ffn_cosine_logits", dtype, 5)
+    for _ in range(20):
+        inputs = draw("one-row", dtype)
+        compare(ops.ffn_cosine_logits, inputs, cancelling_everywhere, residual=0.5, scale=10.0)
+
+
+@pytest.mark.parametrize("case", ["one-column", "one-of-each"])
+def test_one_column_leaves_signs_and_no_gradient(case, dtype, impl, device, runnable):
+    """Nothing but float32 rounding may be left of a gradient, in a half type too."""
+    runnable("ffn_cosine_logits", dtype, 1)
+    inputs = {
+        name: tensor.to(device).requires_grad_() for name, tensor in draw(case, dtype).items()
+    }
+    fixed = {"residual": 0.5, "scale": 10.0}
+    logits = ops.ffn_cosine_logits(*inputs.values(), **fixed, impl=impl)
+    wide = {name: tensor.detach().cpu().double() for name, tensor in inputs.items()}
+    signs = (wide["image"] * (wide["text"] + 0.5 * wide["norm_bias"]).T).sign()
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.cpu().double(), 10 * signs, rtol=step, atol=0.0)
+    seed = torch.randn_like(logits)
+    grads = torch.autograd.grad(logits, list(inputs.values()), seed)
+    sizes = cancelling_everywhere(wide, [seed.cpu()], fixed)
+    step = torch.finfo(acc_dtype(dtype)).eps
+    for name, grad in zip(NAMES, grads, strict=True):
+        assert grad.abs().max() <= step * sizes[name], name
 
 
 @pytest.mark.parametrize(
@@ -95,6 +165,15 @@ def test_mean_far_from_zero_keeps_its_variance(where, impl, runnable, compare):
     z = inputs["residual_input"] + inputs["hidden"] @ inputs["weight"].T + inputs["bias"]
     assert (z.mean(-1) / z.std(-1)).min() > 400
     compare(ops.ffn_cosine_logits, inputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float32-tf32", "float16", "bfloat16"], indirect=True)
+def test_column_means_of_the_weight_do_not_reach_the_gradients(dtype, impl, runnable, compare):
+    """A rounded d_z does not sum to 0 over C; column means of 30 would show that in d_hidden."""
+    runnable("ffn_cosine_logits", dtype, 512)
+    inputs = draw("many-columns", dtype)
+    inputs["weight"] += 30.0
+    compare(ops.ffn_cosine_logits, inputs, residual=0.5, scale=10.0)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e6, 1e30])
@@ -248,7 +327,7 @@ def test_row_sums_of_the_docstring_give_logits_and_gradients():
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most that `call` holds at a time of what it takes from torch's allocator."""
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         kept = call()  # noqa: F841  (what it returns counts)
     held = most = 0

@@ -148,6 +148,69 @@ def test_any_strides(layout, impl, runnable, compare):
     compare(functools.partial(asked, KINDS), inputs)
 
 
+@pytest.mark.parametrize("kinds", [KINDS, *SUBSETS], ids="-".join)
+@pytest.mark.parametrize("case", ["odd", "two-tiles", "one-of-each", "no-images", "no-classes"])
+def test_packed_is_the_same_operator(case, kinds, impl, device, runnable):
+    runnable("rational_attn", torch.float32, CASES[case][-1])
+    inputs = {name: tensor.to(device) for name, tensor in draw(case, kinds=kinds).items()}
+    queries = {name: inputs[name].requires_grad_() for name in ("image", "text") if name in inputs}
+    apart = [inputs[name] for name in ("pair", "key", "value") if name in inputs]
+    pairs = torch.stack([part.transpose(1, 2) for part in apart], 2).requires_grad_()
+    leaves = [*queries.values(), pairs]
+    packed = ops.rational_attn_packed(
+        queries.get("image"), queries.get("text"), pairs, scale=0.4, temperature=0.8, impl=impl
+    )
+    views = pairs.permute(2, 0, 3, 1, 4).unbind()
+    wanted = asked(kinds, *queries.values(), *views, scale=0.4, temperature=0.8, impl=impl)
+    assert torch.equal(packed, wanted)
+    seed = torch.randn(wanted.shape).to(wanted)
+    grads = torch.autograd.grad(packed, leaves, seed)
+    for one, other in zip(grads, torch.autograd.grad(wanted, leaves, seed), strict=True):
+        assert torch.equal(one, other)
+    if impl != "reference":
+        assert grads[-1].is_contiguous()
+
+
+def test_packed_without_queries_that_need_gradients():
+    image, text, *apart = draw("odd").values()
+    pairs = torch.stack([part.transpose(1, 2) for part in apart], 2).requires_grad_()
+    out = ops.rational_attn_packed(image, text.requires_grad_(), pairs.detach())
+    (d_text,) = torch.autograd.grad(out.square().sum(), text)
+    out = ops.rational_attn_packed(image, text, pairs)
+    wanted, d_pairs = torch.autograd.grad(out.square().sum(), (text, pairs))
+    assert torch.equal(d_text, wanted)
+    assert d_pairs.shape == pairs.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"pairs": torch.zeros(2, 17, 4, 3, 20)},
+            ValueError,
+            r"pairs must be \[B, K, 2\|3, H, d\]",
+        ),
+        ({"pairs": torch.zeros(2, 17, 3, 60)}, ValueError, r"H, d\], got \[2, 17, 3, 60\]"),
+        ({"pairs": torch.zeros(2, 16, 3, 3, 20)}, ValueError, "text_query must be|pairs must be"),
+        ({"image": torch.randn(2, 3, 2, 20)}, ValueError, "image_query must be"),
+        ({"pairs": None}, TypeError, "pairs must be a Tensor, got NoneType"),
+        (
+            {"image": None, "text": None, "pairs": torch.zeros(2, 17, 2, 3, 20)},
+            ValueError,
+            "one of image_query, text_query must be a Tensor, got None for all",
+        ),
+    ],
+)
+def test_bad_packed_input_is_refused_by_name(change, error, message):
+    image, text, *apart = draw("odd").values()
+    pairs = torch.stack([part.transpose(1, 2) for part in apart], 2)
+    given = {"image": image, "text": text, "pairs": pairs} | change
+    with pytest.raises(error, match=message) as caught:
+        ops.rational_attn_packed(*given.values())
+    assert str(caught.value).startswith("rational_attn_packed: ")
+    assert "\n" not in str(caught.value)
+
+
 def test_expanded_output_gradient(impl, device, runnable):
     runnable("rational_attn", torch.float32, 20)
     leaves = [tensor.to(device).requires_grad_() for tensor in draw("odd").values()]

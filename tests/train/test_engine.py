@@ -204,6 +204,21 @@ def test_resuming_another_run_is_refused_by_name(records: Records, tmp_path: Pat
         run(records, checkpoint=Checkpoint(path, {"seed": 1, "shots": 4}), resume=True)
 
 
+def test_parameters_of_another_shape_are_not_resumed(records: Records, tmp_path: Path) -> None:
+    """As a head has them whose version keeps its projections otherwise."""
+    path = tmp_path / "state.safetensors"
+    run(records, checkpoint=Checkpoint(path, {}))
+    before = path.read_bytes()
+    torch.manual_seed(0)
+    other = HEADS["vtclip"](
+        records.text, spatial_dim=records.spatial_width, logit_scale=20.0, ffn_dim=24
+    )
+    with pytest.raises(ValueError, match=r"^cannot resume from .*: \S+ differs between") as caught:
+        run(records, head=other, checkpoint=Checkpoint(path, {}), resume=True)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("cut", [0, 1, 7, 100, -1])
 def test_a_cut_checkpoint_is_refused(records: Records, tmp_path: Path, cut: int) -> None:
     path = tmp_path / "state.safetensors"

@@ -170,7 +170,7 @@ def test_every_launcher_has_a_job_that_runs(method):
         names.append(job.name)
     expected = {
         "vtclip": ("cross_attn", "cross_attn_weights", "norm_cosine_logits", "cosine_logits"),
-        "rada": ("rational_attn", "rational_head", "rational_logits"),
+        "rada": ("rational_attn", "rational_head", "unit_products", "rational_logits"),
     }[method]
     assert names == [f"{op}_{way}" for op in expected for way in ("fwd", "bwd")]
 

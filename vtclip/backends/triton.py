@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtclip._library import SCHEMAS
+from vtclip._library import FAKES
 from vtclip.backends.native import ATTENTION, constant_when_traced
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _launcher(name: str) -> Any:
     return launch
 
 
-for _name in SCHEMAS:
+for _name in FAKES:
     torch.library.impl(f"vtclip::{_name}_triton", ("cuda", "cpu"), _launcher(_name))
 
 TRITON = _Triton()

@@ -44,7 +44,7 @@ class Each:
     def __init__(self, head: RAda, images: int, *, first_step_only: bool = False) -> None:
         self.head = head
         self.num_images = images
-        still = first_step_only and not bool(head.out.weight.any())  # type: ignore[operator, union-attr]
+        still = first_step_only and not bool(head.out.weight.any())
         self.own: dict[str, Tensor] = {}
         self.shared: dict[str, Tensor] = {}
         self._resting: list[str] = []
@@ -69,7 +69,7 @@ class Each:
         v, t = F.normalize(image, dim=-1), F.normalize(head.text, dim=-1)
         root = head.logit_scale**0.5
         X = ((head.logit_scale * v)[:, :, None] * t).view(N, m * K, D)
-        queries: list[Tensor | None] = [None, None, None]
+        queries: list[Tensor | None] = [None, None]
         if "image" in head.queries:
             queries[0] = self._heads(self._project("image_query", root * v), 1)
         if "text" in head.queries:
@@ -77,11 +77,12 @@ class Each:
             if len(query) == N > 1 or m == 1:
                 query = query[:, None].expand(-1, m, -1, -1).flatten(1, 2)
             queries[1] = self._heads(query, K)
-        if "pair" in head.queries:
-            queries[2] = self._heads(self._project("pair_query", X), K)
-        key, value = (self._heads(self._project(name, X), K) for name in ("key", "value"))
-        context = ops.rational_attn(
-            queries[0], queries[1], queries[2], key, value, temperature=head.temperature
+        pairs = self._project("pairs", X)  # [N, m * K, n * D]
+        context = ops.rational_attn_packed(
+            queries[0],
+            queries[1],
+            head.of_heads(pairs.view(N * m, K, pairs.shape[2])),
+            temperature=head.temperature,
         )
         rows = context.transpose(1, 2).reshape(N, m * K, D)  # heads are inner in memory: a view
         mask = self._project("out", rows).view(N * m, K, D)

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_text
+from vtclip.heads._projections import Layer, projections
 from vtclip.ops.rational_head import Penalty, RationalLogits
 
 QUERIES = ("image", "text", "pair")
@@ -35,7 +35,7 @@ RELEASED = {
     "v_proj": "value",
     "out_proj": "out",
 }
-TINY = 1e-12  # lengths below it count as 0, as in F.normalize
+OF_PAIRS = ("pair_query", "key", "value")  # projections of X: one matrix, one below the other
 # Intermediate results of all images are kept for the backward up to this many bytes; above it
 # images are taken in chunks below it, and each chunk's results are made again in its backward.
 BYTE_BUDGET = 2**30
@@ -106,14 +106,18 @@ class RAda(nn.Module):
             fact = f"length {float(norms[row])} in row {row}"
             raise ValueError(f"RAda: text must have finite rows of non-zero length, got {fact}")
         self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
-        for name in ("image_query", "text_query", "pair_query", "key", "value", "out"):
-            if not name.endswith("_query") or name.removesuffix("_query") in self.queries:
-                self.add_module(name, nn.Linear(D, D))
+        own = ("image_query", "text_query", *OF_PAIRS, "out")
+        layers = {name: nn.Linear(D, D) for name in own if self._has(name)}
+        for name in ("image_query", "text_query"):
+            if name in layers:
+                self.add_module(name, layers[name])
+        self.pairs = _stacked([layers[name] for name in OF_PAIRS if name in layers])
+        self.out = layers["out"]
         if self.adapters:
             self.image_adapter, self.text_adapter = _adapter(D), _adapter(D)
         self.to(device=text.device, dtype=text.dtype)
-        nn.init.zeros_(self._linear("out").weight)
-        nn.init.zeros_(self._linear("out").bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     @property
     def num_classes(self) -> int:
@@ -147,75 +151,55 @@ class RAda(nn.Module):
             raise ValueError(f"RAda: text must be {wish}, got {list(text.shape)}")
         if self.adapters:
             image, text = image + self.image_adapter(image), text + self.text_adapter(text)
-        v, t = _level(image), _level(text)
-        scale = self.logit_scale if logit_scale is None else logit_scale.detach()
-        root_t = (scale / t.shape[1]) ** 0.5 * t  # sqrt(s) times the text of length 1
-        text_query = None
-        if "text" in self.queries:
-            text_query = self._heads(self._linear("text_query")(root_t)[None])
-        logits, penalty = self._chunked(v, t, root_t, text_query, scale)
-        if logit_scale is not None:
-            logits = logits * logit_scale
+        logits, penalty = self._chunked(image, text, logit_scale)
         return RationalLogits(logits + self.logit_bias if self.logit_bias else logits, penalty)
 
-    def _chunked(
-        self,
-        v: Tensor,
-        t: Tensor,
-        root_t: Tensor,
-        text_query: Tensor | None,
-        scale: float | Tensor,
-    ) -> RationalLogits:
+    def _chunked(self, image: Tensor, text: Tensor, logit_scale: Tensor | None) -> RationalLogits:
         """`_logits` of all images at once, or in chunks by BYTE_BUDGET."""
-        B, (K, D) = v.shape[0], t.shape
-        step = max(1, BYTE_BUDGET // max(1, ROWS_KEPT * K * D * v.element_size()))
+        B, (K, D) = image.shape[0], text.shape
+        step = max(1, BYTE_BUDGET // max(1, ROWS_KEPT * K * D * image.element_size()))
         if torch.compiler.is_compiling() or step >= B:  # in this order: a free B is not compared
-            return self._logits(v, t, root_t, text_query, scale)
+            return self._logits(image, text, logit_scale)
         parts = []
-        for images in v.split(step):  # type: ignore[no-untyped-call]
+        for images in image.split(step):  # type: ignore[no-untyped-call]
             if torch.is_grad_enabled():
-                inputs = images, t, root_t, text_query, scale
+                inputs = images, text, logit_scale
                 parts.append(checkpoint(self._logits, *inputs, use_reentrant=False))
             else:
-                parts.append(self._logits(images, t, root_t, text_query, scale))
+                parts.append(self._logits(images, text, logit_scale))
         logits, penalty = zip(*parts, strict=True)
         return RationalLogits(torch.cat(logits), torch.cat(penalty))
 
-    def _logits(
-        self,
-        v: Tensor,
-        t: Tensor,
-        root_t: Tensor,
-        text_query: Tensor | None,
-        scale: float | Tensor,
-    ) -> RationalLogits:
-        """v [B, D], t [K, D] of length sqrt(D), root_t = sqrt(s/D) t, text_query [1, H, K, d]."""
-        D = t.shape[1]
-        root_v = (scale / D) ** 0.5 * v  # of length sqrt(s), as root_t
-        X = root_v[:, None] * root_t  # [B, K, D]
-        image_query = pair_query = None
-        if "image" in self.queries:
-            image_query = self._heads(self._linear("image_query")(root_v)[:, None])
-        if "pair" in self.queries:
-            pair_query = self._heads(self._linear("pair_query")(X))
-        context = ops.rational_attn(
-            image_query,
-            text_query,
-            pair_query,
-            self._heads(self._linear("key")(X)),
-            self._heads(self._linear("value")(X)),
+    def _logits(self, image: Tensor, text: Tensor, logit_scale: Tensor | None) -> RationalLogits:
+        """image [B, D], text [K, D], of any length; without logit_bias."""
+        D = text.shape[1]
+        if logit_scale is None:
+            v, t, X = ops.unit_products(image, text, scale=self.logit_scale)
+            root_v, root_t, scale = v, t, 1.0
+        else:  # its value is on the device: entries of about 1 first, which suit narrow dtypes
+            v, t, X = ops.unit_products(image, text, scale=float(D))
+            share = (logit_scale.detach() / D).to(v.dtype)
+            root_v, root_t, X, scale = share.sqrt() * v, share.sqrt() * t, share * X, 1.0 / D
+        rows = {"image": root_v, "text": root_t}
+        names = [name for name in rows if name in self.queries]
+        layers = [self._layer(f"{name}_query", rows[name]) for name in names]
+        *queries, pairs = projections([*layers, self._layer("pairs", X)])
+        found = dict(zip(names, queries, strict=True))
+        context = ops.rational_attn_packed(
+            self._heads(found["image"][:, None]) if "image" in found else None,
+            self._heads(found["text"][None]) if "text" in found else None,
+            self.of_heads(pairs),
             temperature=self.temperature,
         )
-        out = self._linear("out")
-        return ops.rational_head(
+        logits, penalty = ops.rational_head(
             context.transpose(1, 2).flatten(2),  # heads are inner in memory: no copy
-            out.weight,
-            out.bias,
+            *self._layer("out", v)[1:],
             v,
             t,
-            scale=(scale if isinstance(scale, float) else 1.0) / D,
+            scale=scale,
             penalty=self.penalty,
         )
+        return RationalLogits(logits if logit_scale is None else logits * logit_scale, penalty)
 
     def with_text(self, text: Tensor) -> "RAda":
         """A head of the same parameters, copied, over other classes [K', D]."""
@@ -241,7 +225,7 @@ class RAda(nn.Module):
         unknown = sorted(set(layer) - set(wanted))
         if unknown:
             raise ValueError(f"RAda: state must have the released keys, got {unknown[0]!r} beside")
-        own = self.state_dict()
+        own = self.apart(self.state_dict())
         found = {}
         for old, new in wanted.items():
             if new not in own:
@@ -254,8 +238,37 @@ class RAda(nn.Module):
             found[new] = layer[old]
         self.load_state_dict({**own, **found})
 
-    def _linear(self, name: str) -> nn.Linear:
-        return self.get_submodule(name)  # type: ignore[return-value]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes a state of separate pair_query, key and value too, as vtclip once wrote it."""
+        names = [name for name in OF_PAIRS if self._has(name)]
+        for kind in ("weight", "bias"):
+            parts = [f"{prefix}{name}.{kind}" for name in names]
+            if all(part in state_dict for part in parts):
+                rows = [state_dict.pop(part) for part in parts]
+                state_dict[f"{prefix}pairs.{kind}"] = torch.cat(rows)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def apart(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state of this head with pair_query, key and value apart: views of `pairs`."""
+        apart = dict(state)
+        names = [name for name in OF_PAIRS if self._has(name)]
+        for kind in ("weight", "bias"):
+            rows = apart.pop(f"pairs.{kind}").chunk(len(names))
+            apart.update({f"{name}.{kind}": one for name, one in zip(names, rows, strict=True)})
+        return apart
+
+    def _has(self, name: str) -> bool:
+        """Whether the projection of that name exists."""
+        return not name.endswith("_query") or name.removesuffix("_query") in self.queries
+
+    def _layer(self, name: str, x: Tensor) -> Layer:
+        layer = self.get_submodule(name)
+        return Layer(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+
+    def of_heads(self, pairs: Tensor) -> Tensor:
+        """Output of `pairs` [B, K, n * D] -> [B, K, n, H, d], a view."""
+        D, H = self.text.shape[1], self.num_heads
+        return pairs.view(*pairs.shape[:2], pairs.shape[2] // D, H, D // H)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, K, D] -> [B, H, K, d], a view."""
@@ -263,13 +276,13 @@ class RAda(nn.Module):
         return x.view(*x.shape[:2], H, x.shape[-1] // H).transpose(1, 2)
 
 
-def _level(x: Tensor) -> Tensor:
-    """Rows [., D] brought to length sqrt(D): on a GPU one kernel, where to length 1 takes three.
-
-    Entries are about 1, which suits narrow dtypes; a zero row stays 0 in all of them.
-    """
-    D = x.shape[-1]
-    return F.rms_norm(x, (D,), eps=TINY**2 / D)
+def _stacked(layers: list[nn.Linear]) -> nn.Linear:
+    """One layer whose outputs are those of `layers`, one after another."""
+    stacked = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers))
+    with torch.no_grad():
+        stacked.weight.copy_(torch.cat([layer.weight for layer in layers]))
+        stacked.bias.copy_(torch.cat([layer.bias for layer in layers]))
+    return stacked
 
 
 def _adapter(D: int) -> nn.Sequential:

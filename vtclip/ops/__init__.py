@@ -6,13 +6,15 @@ from vtclip.ops.cross_attn import AttnLSE, cross_attn, cross_attn_lse
 from vtclip.ops.cross_attn_weights import cross_attn_weights
 from vtclip.ops.ffn_cosine_logits import ffn_cosine_logits
 from vtclip.ops.norm_cosine_logits import norm_cosine_logits
-from vtclip.ops.rational_attn import rational_attn
+from vtclip.ops.rational_attn import rational_attn, rational_attn_packed
 from vtclip.ops.rational_head import RationalLogits, rational_head
 from vtclip.ops.rational_logits import rational_logits
+from vtclip.ops.unit_products import UnitProducts, unit_products
 
 __all__ = [
     "AttnLSE",
     "RationalLogits",
+    "UnitProducts",
     "cosine_logits",
     "cross_attn",
     "cross_attn_lse",
@@ -20,6 +22,8 @@ __all__ = [
     "ffn_cosine_logits",
     "norm_cosine_logits",
     "rational_attn",
+    "rational_attn_packed",
     "rational_head",
     "rational_logits",
+    "unit_products",
 ]

@@ -28,13 +28,8 @@ class _RationalAttn(torch.autograd.Function):
         keep_parts: bool,
         backend: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor]
-        outputs = tuple(
-            backend.function("rational_attn_fwd")(
-                image_query, text_query, pair_query, key, value, scale, keep_parts
-            )
-        )
-        return outputs
+        tensors = image_query, text_query, pair_query, key, value
+        return _forward(tensors, scale, keep_parts, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -48,9 +43,57 @@ class _RationalAttn(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_out is None:
             return (None,) * 8
-        grads = ctx.backend.function("rational_attn_bwd")(grad_out, *ctx.saved_tensors, ctx.scale)
-        needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
+        saved = ctx.saved_tensors
+        image, text, pairs = ctx.backend.function("rational_attn_bwd")(grad_out, *saved, ctx.scale)
+        pair, key, value = _unpacked(pairs)
+        needed = zip((image, text, pair, key, value), ctx.needs_input_grad[:5], strict=True)
         return (*(grad if need else None for grad, need in needed), None, None, None)
+
+
+class _RationalAttnPacked(torch.autograd.Function):
+    @staticmethod
+    @bound_once
+    def forward(
+        image_query: Tensor | None,
+        text_query: Tensor | None,
+        pairs: Tensor,
+        scale: float,
+        keep_parts: bool,
+        backend: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _forward((image_query, text_query, *_unpacked(pairs)), scale, keep_parts, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.scale, _, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad_out is None:
+            return (None,) * 6
+        image, text, pairs, *kept = ctx.saved_tensors
+        saved = image, text, *_unpacked(pairs), *kept
+        grads = ctx.backend.function("rational_attn_bwd")(grad_out, *saved, ctx.scale)
+        needed = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        return (*(grad if need else None for grad, need in needed), None, None, None)
+
+
+def _forward(
+    tensors: tuple[Tensor | None, ...], scale: float, keep_parts: bool, backend: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor]
+    outputs = tuple(backend.function("rational_attn_fwd")(*tensors, scale, keep_parts))
+    return outputs
+
+
+def _unpacked(pairs: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """[B, K, 2|3, H, d] -> (pair_query or None, key, value), each a view [B, H, K, d]."""
+    *query, key, value = pairs.permute(2, 0, 3, 1, 4).unbind()
+    return query[0] if query else None, key, value
 
 
 def rational_attn(
@@ -105,13 +148,7 @@ def rational_attn(
         raise ValueError(
             f"{op}: image_query must be [B|1, H, 1, d] = {wanted}, got {list(image_query.shape)}"
         )
-    expect_number(op, temperature=temperature)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
-    if scale is None:
-        scale = default_scale(key)
-    else:
-        expect_number(op, scale=scale)
+    factor = _factor(op, key, scale, temperature)
     tensors = common_dtype(key, value, *given.values())
     ready = dict(zip(("key", "value", *given), tensors, strict=True))
     chosen = select(Problem(op, key.device.type, tensors[0].dtype, key.shape[-1]), impl)
@@ -122,7 +159,6 @@ def rational_attn(
 
     image, text, pair = whole("image_query"), ready.get("text_query"), whole("pair_query")
     key, value = whole("key"), whole("value")  # type: ignore[assignment]
-    factor = float(scale) / float(temperature)
     if chosen.name == "reference":
         return reference.rational_attn(image, text, pair, key, value, factor)
     keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -130,3 +166,69 @@ def rational_attn(
         image, text, pair, key, value, factor, keep_parts, chosen.backend
     )[0]
     return out
+
+
+def rational_attn_packed(
+    image_query: Tensor | None,
+    text_query: Tensor | None,
+    pairs: Tensor,
+    *,
+    scale: float | None = None,
+    temperature: float = 1.0,
+    impl: Impl | None = None,
+) -> Tensor:
+    """`rational_attn` of a pair query, key and value that one projection made.
+
+    Their gradient comes as one tensor too, so that the projection's backward is one product.
+
+    Args:
+        image_query, text_query: as in `rational_attn`, either may be None.
+        pairs: [B, K, 3, H, d], the pair query, key and value of every image and class; or
+            [B, K, 2, H, d], key and value, where there is no pair query.
+        scale, temperature, impl: as in `rational_attn`.
+
+    Returns and raises what `rational_attn` does.
+    """
+    op = "rational_attn_packed"
+    queries = {"image_query": image_query, "text_query": text_query}
+    given = {name: query for name, query in queries.items() if query is not None}
+    expect_floats(op, pairs=pairs, **given)
+    if pairs.dim() != 5 or pairs.shape[2] not in (2, 3):
+        raise ValueError(f"{op}: pairs must be [B, K, 2|3, H, d], got {list(pairs.shape)}")
+    if not given and pairs.shape[2] == 2:
+        raise ValueError(f"{op}: one of image_query, text_query must be a Tensor, got None for all")
+    specs = {name: (tensor, "B|1 H K d") for name, tensor in given.items()}
+    if image_query is not None:
+        specs["image_query"] = (image_query, "B|1 H one d")
+    sizes = expect_shape(op, pairs=(pairs, "B K parts H d"), **specs)
+    if image_query is not None and image_query.shape[2] != 1:
+        wanted = [sizes["B"], sizes["H"], 1, sizes["d"]]
+        raise ValueError(
+            f"{op}: image_query must be [B|1, H, 1, d] = {wanted}, got {list(image_query.shape)}"
+        )
+    factor = _factor(op, pairs, scale, temperature)
+    tensors = common_dtype(pairs, *given.values())
+    ready = dict(zip(("pairs", *given), tensors, strict=True))
+    problem = Problem("rational_attn", pairs.device.type, tensors[0].dtype, pairs.shape[-1])
+    chosen = select(problem, impl)
+    image, text, pairs = ready.get("image_query"), ready.get("text_query"), ready["pairs"]
+    if image is not None:
+        image = image.expand(sizes["B"], *image.shape[1:])
+    if chosen.name == "reference":
+        return reference.rational_attn(image, text, *_unpacked(pairs), factor)
+    keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    function = _RationalAttnPacked.apply
+    out: Tensor = function(image, text, pairs, factor, keep_parts, chosen.backend)[0]
+    return out
+
+
+def _factor(op: str, like: Tensor, scale: float | None, temperature: float) -> float:
+    """scale / temperature, checked; the default scale is that of the width of `like`."""
+    expect_number(op, temperature=temperature)
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
+    if scale is None:
+        scale = default_scale(like)
+    else:
+        expect_number(op, scale=scale)
+    return float(scale) / float(temperature)

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums over the rows of up to three matrices in one launch: the bias gradients of RAda's layers.
+
+Made for few rows, where three launches cost more than the sums. Rows are added in their order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._math import cast
+
+
+@triton.jit(do_not_specialize=["R0", "R1", "R2"])
+def column_sums_kernel(
+    x0_ptr, x1_ptr, x2_ptr,  # [R0, N0], [R1, N1], [R2, N2]
+    out_ptr,  # [N0 + N1 + N2], contiguous: written
+    stride_x0_r, stride_x0_n,
+    stride_x1_r, stride_x1_n,
+    stride_x2_r, stride_x2_n,
+    R0, R1, R2, N0, N1, N2,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    # program = column tile of one matrix; numbers that differ between matrices have one type
+    tile = tl.program_id(0).to(tl.int64)
+    tiles_0 = tl.cdiv(N0, BLOCK_N)
+    tiles_1 = tl.cdiv(N1, BLOCK_N)
+    if tile < tiles_0:
+        x_ptr = x0_ptr
+        stride_r = tl.cast(stride_x0_r, tl.int64)
+        stride_n = tl.cast(stride_x0_n, tl.int64)
+        R = tl.cast(R0, tl.int64)
+        N = tl.cast(N0, tl.int64)
+    elif tile < tiles_0 + tiles_1:
+        tile -= tiles_0
+        x_ptr = x1_ptr
+        out_ptr += tl.cast(N0, tl.int64)
+        stride_r = tl.cast(stride_x1_r, tl.int64)
+        stride_n = tl.cast(stride_x1_n, tl.int64)
+        R = tl.cast(R1, tl.int64)
+        N = tl.cast(N1, tl.int64)
+    else:
+        tile -= tiles_0 + tiles_1
+        x_ptr = x2_ptr
+        out_ptr += tl.cast(N0, tl.int64) + N1
+        stride_r = tl.cast(stride_x2_r, tl.int64)
+        stride_n = tl.cast(stride_x2_n, tl.int64)
+        R = tl.cast(R2, tl.int64)
+        N = tl.cast(N2, tl.int64)
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_R).to(tl.int64)
+    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        offs = (start + rows)[:, None] * stride_r + cols[None, :] * stride_n
+        mask = (start + rows < R)[:, None] & (cols < N)[None, :]
+        total += tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    sums = cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + cols, sums, mask=cols < N)
+
+
+def column_sums(x0, x1, x2):
+    """[R0, N0], [R1, N1], [R2, N2] -> [N0 + N1 + N2], the sum of each over its rows."""
+    widths = x0.shape[1], x1.shape[1], x2.shape[1]
+    out = x0.new_empty((sum(widths),))
+    tiles = sum(triton.cdiv(width, 32) for width in widths)
+    if tiles:
+        with torch.cuda.device_of(x0):
+            column_sums_kernel[(tiles,)](
+                x0, x1, x2, out, *x0.stride(), *x1.stride(), *x2.stride(),
+                x0.shape[0], x1.shape[0], x2.shape[0], *widths,
+                BLOCK_R=64, BLOCK_N=32, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen CLIP with its tokenizer and image transform: pixels and class names to features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtclip.clip.spatial import attention_pool, spatial_widths, visual_kind
+from vtclip.clip.texts import cut_prompts, mean_text, resolve_templates, unit_text
+from vtclip.data.augment import LEAST_AREA, random_view
+from vtclip.data.pixels import normalized
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+TEXT_CHUNK = 256
+
+
+class Clip:
+    """A frozen model with its tokenizer and its own image transform, in float32 and eval mode.
+
+    `config` is JSON-able and, with `weights_digest`, decides every feature: model_cfg (activation
+    included), preprocess_cfg and tokenizer. It holds no path, so it is equal on all machines.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: dict[str, Any],
+        *,
+        name: str = "",
+        device: str | torch.device = "cpu",
+    ) -> None:
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+        self.name = name
+        self.device = torch.device(device)
+        self.model = model.float().eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        visual: Any = model.visual
+        image_size = getattr(visual, "image_size", None) or 224
+        overlay = {"size": image_size, **(config.get("preprocess_cfg") or {})}
+        overlay["size"] = _size(image_size)
+        cfg = merge_preprocess_dict(PreprocessCfg(), overlay)
+        self.preprocess_cfg: dict[str, Any] = json.loads(json.dumps(cfg))
+        transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False).transforms
+        # the last two are ToTensor and Normalize, which `normalized` does
+        self._geometry, self._normalize = transform[:-2], transform[-1]
+        self.config: dict[str, Any] = {
+            "model_cfg": deepcopy(config.get("model_cfg", config)),
+            "preprocess_cfg": self.preprocess_cfg,
+            "tokenizer": _tokenizer_config(tokenizer),
+        }
+        self.weights_digest = _digest(model)
+        self.logit_scale = float(model.logit_scale.detach().float().reshape(-1)[0].exp())  # type: ignore[operator]
+        self.width = int(self.config["model_cfg"]["embed_dim"])
+        self._visual = visual
+        self._kind = visual_kind(visual, open_clip)
+        self.spatial_options = spatial_widths(self._kind, visual, self.width)
+        """Spatial option to width Cs."""
+        self.default_spatial = (
+            {"resnet": "pooled", "vit": "projected", "timm": "raw"}.get(self._kind)
+            if self.spatial_options
+            else None
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Clip({self.name or 'unnamed'}, width={self.width}, {self._kind}, "
+            f"spatial={list(self.spatial_options)}, weights={self.weights_digest[:12]})"
+        )
+
+    def preprocess(self, image: Image) -> Tensor:
+        """The model's own evaluation transform, [3, H, W] float32."""
+        for step in self._geometry:
+            image = step(image)
+        return normalized(image, self._normalize.mean, self._normalize.std)
+
+    def augment(
+        self, image: Image, generator: torch.Generator, least_area: float = LEAST_AREA
+    ) -> Tensor:
+        """Random resized crop (ratio 3/4-4/3) and flip drawn from `generator` only."""
+        cfg = self.preprocess_cfg
+        return random_view(image, cfg["size"], cfg["mean"], cfg["std"], generator, least_area)
+
+    def check_spatial(self, spatial: str | None) -> str | None:
+        """`spatial` with "default" resolved, or a ValueError that lists what this model offers."""
+        if spatial is None:
+            return None
+        if not self.spatial_options:
+            raise ValueError(f"spatial: {self.name or 'this model'} offers global features only")
+        if spatial == "default":
+            return self.default_spatial
+        if spatial not in self.spatial_options:
+            raise ValueError(
+                f"spatial: {self.name or 'this model'} offers "
+                f"{', '.join(self.spatial_options)}, got {spatial!r}"
+            )
+        return spatial
+
+    @torch.no_grad()
+    def encode_image(
+        self, pixels: Tensor, spatial: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """pixels [B, 3, H, W] to global [B, C], not normalised, and spatial [B, L, Cs] or None."""
+        spatial = self.check_spatial(spatial)
+        pixels = pixels.to(self.device, torch.float32)
+        if spatial is None:
+            return self.model.encode_image(pixels), None  # type: ignore[operator]
+        if self._kind == "vit":
+            out = self._visual.forward_intermediates(
+                pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
+            )
+            tokens = out["image_intermediates"][-1]  # [B, L, width], after ln_post
+            if spatial == "projected" and self._visual.proj is not None:
+                tokens = tokens @ self._visual.proj
+            return out["image_features"], tokens
+        extra = {"normalize_intermediates": True} if self._kind == "timm" else {}
+        out = self._visual.forward_intermediates(pixels, indices=1, output_fmt="NCHW", **extra)
+        image_map = out["image_intermediates"][-1]  # [B, Cs, h, w]
+        if spatial == "pooled":
+            return out["image_features"], attention_pool(self._visual.attnpool, image_map)[:, 1:]
+        tokens = image_map.flatten(2).transpose(1, 2)  # [B, L, Cs]
+        if spatial == "value":
+            pool = self._visual.attnpool
+            tokens = pool.c_proj(pool.v_proj(tokens))
+        return out["image_features"], tokens
+
+    def encode_text(
+        self, names: Sequence[str], templates: str | Sequence[str] | None = None
+    ) -> Tensor:
+        """Class texts [K, C] with unit rows: normalise per template, mean, normalise."""
+        return mean_text(self.encode_text_views(names, templates), names)
+
+    @torch.no_grad()
+    def encode_text_views(
+        self, names: Sequence[str], templates: str | Sequence[str] | None = None
+    ) -> Tensor:
+        """Class texts [K, M, C] of each of M templates apart, with unit rows."""
+        lines = resolve_templates(templates)
+        for index, name in enumerate(names):
+            if not name.strip():
+                raise ValueError(f"encode_text: class name {index} is empty")
+        words = [name.replace("_", " ") for name in names]
+        views = torch.empty(len(words), len(lines), self.width, device=self.device)
+        truncated: list[str] = []
+        for number, line in enumerate(lines):
+            for start in range(0, len(words), TEXT_CHUNK):
+                # replace, not format: a class name may hold braces or %
+                prompts = [line.replace("{}", word) for word in words[start : start + TEXT_CHUNK]]
+                tokens = self.tokenizer(prompts).to(self.device)
+                truncated += cut_prompts(self.tokenizer, prompts)
+                rows = self.model.encode_text(tokens).float()  # type: ignore[operator]
+                unit = unit_text(rows, names[start : start + TEXT_CHUNK])
+                views[start : start + TEXT_CHUNK, number] = unit
+        if truncated:
+            logger.warning(
+                "%d of %d prompts are longer than the context of %d tokens and were cut, e.g. %r",
+                len(truncated),
+                len(words) * len(lines),
+                self.tokenizer.context_length,
+                truncated[0],
+            )
+        return views
+
+    def tokens(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> Tensor:
+        """Token ids [T, K, context] of each of T templates filled with each of K class names."""
+        words = [name.replace("_", " ") for name in names]
+        lines = resolve_templates(templates)
+        return torch.stack(
+            [self.tokenizer([line.replace("{}", w) for w in words]) for line in lines]
+        )
+
+
+def _digest(model: nn.Module) -> str:
+    """sha256 over names, shapes and float32 values, so equal for every file format and dtype."""
+    total = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        total.update(f"{key}{list(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().numpy().data)
+    return total.hexdigest()
+
+
+def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "kind": type(tokenizer).__name__,
+        "context_length": getattr(tokenizer, "context_length", None),
+    }
+    vocab = getattr(tokenizer, "vocab", None)
+    if isinstance(vocab, dict):
+        text = json.dumps(vocab, sort_keys=True, ensure_ascii=True)
+        config["vocab_digest"] = hashlib.sha256(text.encode()).hexdigest()
+    return config
+
+
+def _size(image_size: Any) -> int | list[int]:
+    """One number for square inputs, so that the JSON form and its digest have one spelling."""
+    if isinstance(image_size, (tuple, list)):
+        sizes = [int(value) for value in image_size]
+        return sizes[0] if len(set(sizes)) == 1 else sizes
+    return int(image_size)

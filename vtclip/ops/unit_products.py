@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`unit_products`: normalised image and text rows and their element-wise products in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._select import Impl, Problem, select
+from vtclip.reference import unit_products as reference
+
+
+class UnitProducts(NamedTuple):
+    """image [B, D], text [K, D] and products [B, K, D]; see `unit_products`."""
+
+    image: Tensor
+    text: Tensor
+    products: Tensor
+
+
+class _UnitProducts(torch.autograd.Function):
+    @staticmethod
+    @bound_once
+    def forward(
+        image: Tensor, text: Tensor, scale: float, backend: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor]
+        outputs = tuple(backend.function("unit_products_fwd")(image, text, scale))
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        image, text, ctx.scale, ctx.backend = inputs
+        ctx.save_for_backward(image, text)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        function = ctx.backend.function("unit_products_bwd")
+        found = function(*grads, *ctx.saved_tensors, ctx.scale)
+        needed = zip(found, ctx.needs_input_grad[:2], strict=True)
+        return (*(grad if need else None for grad, need in needed), None, None)
+
+
+def unit_products(
+    image: Tensor, text: Tensor, *, scale: float = 1.0, impl: Impl | None = None
+) -> UnitProducts:
+    """Rows brought to length sqrt(scale), and scale times RAda's rational matrix.
+
+        v[b] = sqrt(scale) * image[b] / |image[b]|     t[k] = sqrt(scale) * text[k] / |text[k]|
+        products[b,k] = v[b] * t[k]                    element-wise
+
+    RAda, arXiv 2507.15480. A zero row stays 0 and has gradient 0; a NaN stays in its row and in
+    that row's products.
+
+    Args:
+        image: [B, D]; text: [K, D]. Dtypes are promoted to one; under autocast to its dtype.
+        scale: finite float above 0.
+        impl: None takes the first implementation that can run; a named one runs or raises.
+
+    Returns:
+        v [B, D], t [K, D] and products [B, K, D], contiguous, in the (promoted) input dtype. Each
+        is rounded once, from values of at least float32.
+
+    Raises:
+        TypeError: kind, layout or dtype. ValueError: shape, device or value.
+        NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation raise.
+    """
+    op = "unit_products"
+    expect_floats(op, image=image, text=text)
+    expect_number(op, scale=scale)
+    if not scale > 0:
+        raise ValueError(f"{op}: scale must be above 0, got {scale}")
+    expect_shape(op, image=(image, "B D"), text=(text, "K D"))
+    image, text = common_dtype(image, text)
+    chosen = select(Problem(op, image.device.type, image.dtype, image.shape[-1]), impl)
+    if chosen.name == "reference":
+        return UnitProducts(*reference.unit_products(image, text, float(scale)))
+    return UnitProducts(*_UnitProducts.apply(image, text, float(scale), chosen.backend))
