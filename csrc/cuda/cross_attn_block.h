@@ -48,7 +48,7 @@ struct CrossAttnForward : AttnTile<T, kD> {
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
     const AttnShape& n = args.shape;
-    return ceil_div(n.B, args.images) * n.H * attn_parts(n.d, kOut) * ceil_div(n.K, kRows);
+    return Base::output_blocks(n, ceil_div(n.B, args.images), n.K);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -73,17 +73,8 @@ struct CrossAttnForward : AttnTile<T, kD> {
 
   static VTCLIP_DEVICE void load_query(const Args& args, Tiles& tiles, int64_t b,
                                        const AttnPlace& at, int c) {
-    const int64_t rows = args.shape.K - at.tile * kRows;
-    load_tile<kRows, kC>(tiles.block.loose(), tiles.q, kLd,
-                         args.query.at(b, at.head).from(at.tile * kRows, c * kC),
-                         args.shape.d - c * kC, [&](int r) { return r < rows; });
-  }
-
-  template <class Team>
-  static VTCLIP_DEVICE void load_kept(const Team& team, const Args& args, const Tiles& tiles, T* to,
-                                      const Rows<const T>& from, int64_t column) {
-    load_tile<kStep, kC>(team, to, kLd, from.from(0, column), args.shape.d - column,
-                         [&](int r) { return tiles.keep[r]; });
+    Base::load_rows(tiles.block, tiles.q, args.query.at(b, at.head), args.shape.K, args.shape.d,
+                    at.tile, c);
   }
 
   static VTCLIP_DEVICE void image(const Args& args, Tiles& tiles, int64_t b, const AttnPlace& at) {
@@ -105,8 +96,8 @@ struct CrossAttnForward : AttnTile<T, kD> {
       VTCLIP_UNROLL
       for (int c = 0; c < kChunks; ++c) {
         if (kChunks > 1) load_query(args, tiles, b, at, c);
-        if (c == 0) load_kept(block.loose(), args, tiles, tiles.v, value, column0);
-        load_kept(block, args, tiles, tiles.k, key, c * kC);
+        if (c == 0) Base::load_kept(block.loose(), tiles.v, value, column0, n.d, tiles.keep);
+        Base::load_kept(block, tiles.k, key, c * kC, n.d, tiles.keep);
         block.each_warp([&](const Warp& warp) {
           State& own = states[warp];
           if (c == 0) own.s.fill(0);
@@ -121,7 +112,7 @@ struct CrossAttnForward : AttnTile<T, kD> {
       }
       VTCLIP_UNROLL
       for (int c = 1; c < kOutChunks; ++c) {
-        load_kept(block, args, tiles, tiles.v, value, column0 + c * kC);
+        Base::load_kept(block, tiles.v, value, column0 + c * kC, n.d, tiles.keep);
         block.each_warp([&](const Warp& warp) {
           states[warp].out[c].template add_product<false, false>(
               tiles.p + 16 * warp.index * kLdStep, kLdStep, tiles.v, kLd, kStep);

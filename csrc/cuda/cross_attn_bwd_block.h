@@ -65,7 +65,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
     const AttnShape& n = args.shape;
-    return ceil_div(n.B, args.images) * n.H * attn_parts(n.d, kOut) * ceil_div(n.K, kRows);
+    return Base::output_blocks(n, ceil_div(n.B, args.images), n.K);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -89,17 +89,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
       }
     }
     block.each_warp([&](const Warp& warp) {
-      const int64_t row0 = at.tile * kRows + 16 * warp.index;
-      VTCLIP_UNROLL
-      for (int c = 0; c < kOutChunks; ++c) {
-        auto& d_q = states[warp].d_q[c];
-        const int64_t column0 = at.part * kOut + c * kC;
-        if (args.partial.base != nullptr) {
-          put(d_q, args.partial.at(at.image, at.head), row0, n.K, column0, n.d, args.scale);
-        } else {
-          put(d_q, args.d_query.at(at.image, at.head), row0, n.K, column0, n.d, args.scale);
-        }
-      }
+      Base::put_query(args, states[warp].d_q, at, warp);
     });
   }
 
@@ -111,17 +101,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
 
   static VTCLIP_DEVICE void load_rows(const Args& args, T* to, const Heads<const T>& from,
                                       Tiles& tiles, int64_t b, const AttnPlace& at, int c) {
-    const int64_t rows = args.shape.K - at.tile * kRows;
-    load_tile<kRows, kC>(tiles.block.loose(), to, kLd,
-                         from.at(b, at.head).from(at.tile * kRows, c * kC),
-                         args.shape.d - c * kC, [&](int r) { return r < rows; });
-  }
-
-  template <class Team>
-  static VTCLIP_DEVICE void load_kept(const Team& team, const Args& args, const Tiles& tiles, T* to,
-                                      const Rows<const T>& from, int64_t column) {
-    load_tile<kStep, kC>(team, to, kLd, from.from(0, column), args.shape.d - column,
-                         [&](int r) { return tiles.keep[r]; });
+    Base::load_rows(tiles.block, to, from.at(b, at.head), args.shape.K, args.shape.d, at.tile, c);
   }
 
   // lse and delta of the block's rows, in shared memory; delta in global memory too
@@ -159,8 +139,8 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
     for (int c = 0; c < kChunks; ++c) {
       if (kChunks > 1) load_rows(args, tiles.q, args.query, tiles, b, at, c);
       if (kChunks > 1) load_rows(args, tiles.d_o, args.d_out, tiles, b, at, c);
-      load_kept(block.loose(), args, tiles, tiles.v, value, c * kC);
-      load_kept(block, args, tiles, tiles.k, key, c * kC);
+      Base::load_kept(block.loose(), tiles.v, value, c * kC, n.d, tiles.keep);
+      Base::load_kept(block, tiles.k, key, c * kC, n.d, tiles.keep);
       block.each_warp([&](const Warp& warp) {
         State& own = states[warp];
         const int strip = 16 * warp.index, k = summed<kC>(n.d, c);
@@ -179,7 +159,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
     if constexpr (kChunks > 1) {
       VTCLIP_UNROLL
       for (int c = 0; c < kOutChunks; ++c) {
-        load_kept(block, args, tiles, tiles.k, key, at.part * kOut + c * kC);
+        Base::load_kept(block, tiles.k, key, at.part * kOut + c * kC, n.d, tiles.keep);
         block.each_warp([&](const Warp& warp) {
           states[warp].d_q[c].template add_product<false, false>(
               tiles.d_s + 16 * warp.index * kLdStep, kLdStep, tiles.k, kLd, kStep);
@@ -231,8 +211,7 @@ struct CrossAttnKeyGradient : AttnTile<T, kD> {
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    const AttnShape& n = args.shape;
-    return n.B * n.H * attn_parts(n.d, kOut) * ceil_div(n.L, kRows);
+    return Base::output_blocks(args.shape, args.shape.B, args.shape.L);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {

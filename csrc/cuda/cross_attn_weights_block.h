@@ -83,10 +83,8 @@ struct AttnWeightsForward : AttnTile<T, kD> {
   };
 
   static VTCLIP_DEVICE void load_query(const Args& args, Tiles& tiles, const AttnPlace& at, int c) {
-    const int64_t rows = args.shape.K - at.tile * kRows;
-    load_tile<kRows, kC>(tiles.block.loose(), tiles.q, kLd,
-                         args.query.at(at.image, at.head).from(at.tile * kRows, c * kC),
-                         args.shape.d - c * kC, [&](int r) { return r < rows; });
+    Base::load_rows(tiles.block, tiles.q, args.query.at(at.image, at.head), args.shape.K,
+                    args.shape.d, at.tile, c);
   }
 
   // scores of the columns from `start` on, in powers of two, -inf where masked; then after(warp)
@@ -100,8 +98,8 @@ struct AttnWeightsForward : AttnTile<T, kD> {
     VTCLIP_UNROLL
     for (int c = 0; c < kChunks; ++c) {
       if (kChunks > 1) load_query(args, tiles, at, c);
-      load_tile<kStep, kC>(block, tiles.k, kLd, args.key.at(at.image, at.head).from(start, c * kC),
-                           n.d - c * kC, [&](int r) { return tiles.keep[r]; });
+      Base::load_kept(block, tiles.k, args.key.at(at.image, at.head).from(start), c * kC, n.d,
+                      tiles.keep);
       block.each_warp([&](const Warp& warp) {
         State& own = states[warp];
         if (c == 0) own.s.fill(0);
@@ -149,12 +147,12 @@ struct AttnWeightsBackwardArgs {
   AttnShape shape;
   Heads<const T> d_weights, weights;  // [B, H, K, L]
   Heads<const T> query, key;
-  AccOf<T>* delta;         // [B, H, K], contiguous: written by the one, read by the other
-  Heads<T> d_query;        // [B or image chunks, H, K, d]: written, unless there are
+  AccOf<T>* delta;          // [B, H, K], contiguous: written by the one, read by the other
+  Heads<T> d_query;         // [B or image chunks, H, K, d]: written, unless there are
   Heads<AccOf<T>> partial;  // partial sums of image chunks, of the same shape
-  Heads<T> d_key;          // [B, H, L, d]: written
+  Heads<T> d_key;           // [B, H, L, d]: written
   AccOf<T> scale;
-  int64_t images;          // of one block of the query gradient
+  int64_t images;           // of one block of the query gradient
 };
 
 // P * dP, where a weight of 0 leaves nothing
@@ -189,7 +187,7 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
     const AttnShape& n = args.shape;
-    return ceil_div(n.B, args.images) * n.H * attn_parts(n.d, kOut) * ceil_div(n.K, kRows);
+    return Base::output_blocks(n, ceil_div(n.B, args.images), n.K);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -209,17 +207,7 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
       }
     }
     block.each_warp([&](const Warp& warp) {
-      const int64_t row0 = at.tile * kRows + 16 * warp.index;
-      VTCLIP_UNROLL
-      for (int c = 0; c < kOutChunks; ++c) {
-        auto& d_q = states[warp].d_q[c];
-        const int64_t column0 = at.part * kOut + c * kC;
-        if (args.partial.base != nullptr) {
-          put(d_q, args.partial.at(at.image, at.head), row0, n.K, column0, n.d, args.scale);
-        } else {
-          put(d_q, args.d_query.at(at.image, at.head), row0, n.K, column0, n.d, args.scale);
-        }
-      }
+      Base::put_query(args, states[warp].d_q, at, warp);
     });
   }
 
@@ -270,8 +258,8 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
     VTCLIP_UNROLL
     for (int c = 0; c < kOutChunks; ++c) {
       const int64_t column = at.part * kOut + c * kC;
-      load_tile<kStep, kC>(block, tiles.k, kLd, args.key.at(b, at.head).from(start, column),
-                           n.d - column, [&](int l) { return tiles.used[l]; });
+      Base::load_kept(block, tiles.k, args.key.at(b, at.head).from(start), column, n.d,
+                      tiles.used);
       block.each_warp([&](const Warp& warp) {
         states[warp].d_q[c].template add_product<false, false>(
             tiles.d_s + 16 * warp.index * kLdStep, kLdStep, tiles.k, kLd, kStep);
@@ -302,8 +290,7 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    const AttnShape& n = args.shape;
-    return n.B * n.H * attn_parts(n.d, kOut) * ceil_div(n.L, kRows);
+    return Base::output_blocks(args.shape, args.shape.B, args.shape.L);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
