@@ -155,7 +155,9 @@ def rational_attn(
 
     def whole(name: str) -> Tensor | None:
         tensor = ready.get(name)
-        return None if tensor is None else tensor.expand(sizes["B"], *tensor.shape[1:])
+        if tensor is None or tensor.shape[0] == sizes["B"]:
+            return tensor
+        return tensor.expand(sizes["B"], *tensor.shape[1:])
 
     image, text, pair = whole("image_query"), ready.get("text_query"), whole("pair_query")
     key, value = whole("key"), whole("value")  # type: ignore[assignment]
@@ -212,7 +214,7 @@ def rational_attn_packed(
     problem = Problem("rational_attn", pairs.device.type, tensors[0].dtype, pairs.shape[-1])
     chosen = select(problem, impl)
     image, text, pairs = ready.get("image_query"), ready.get("text_query"), ready["pairs"]
-    if image is not None:
+    if image is not None and image.shape[0] != sizes["B"]:
         image = image.expand(sizes["B"], *image.shape[1:])
     if chosen.name == "reference":
         return reference.rational_attn(image, text, *_unpacked(pairs), factor)
