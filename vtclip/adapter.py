@@ -22,7 +22,7 @@ from torch import nn
 from . import __version__
 from .checkpoint import read_safetensors
 from .files import json_digest, move_new, read_json, tensors_digest, to_json, write_new
-from .heads import HEADS
+from .heads import HEADS, RAda
 
 if TYPE_CHECKING:
     from .data.records import Records
@@ -157,6 +157,8 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
     except TypeError as error:
         raise ValueError(f"{folder}: options do not fit method {method!r}: {error}") from None
     state = {name.removeprefix("head."): value for name, value in tensors.items()}
+    if isinstance(head, RAda):  # names of an older version
+        state = head.packed(state)
     wanted = head.state_dict()
     _same_names(folder, f"weights of method {method!r}", list(wanted), list(state))
     for name, value in wanted.items():

@@ -24,7 +24,7 @@ from vtclip import adapter as adapters
 from vtclip.adapter import CONFIG, TENSORS, Adapter, load_adapter, save_adapter
 from vtclip.data.records import Records
 from vtclip.files import json_digest, only_writer, to_json, write_atomic
-from vtclip.heads import HEADS
+from vtclip.heads import HEADS, RAda
 from vtclip.support import support_of
 
 FEATURES = {"model": None, "weights_digest": None, "spatial": "raw", "width": 16}
@@ -42,6 +42,34 @@ def make(records: Records, fill: float = 0.25) -> Adapter:
 def saved(records: Records, tmp_path: Path) -> Path:
     save_adapter(tmp_path / "run", make(records))
     return tmp_path / "run"
+
+
+def test_an_adapter_with_separate_projections_loads(records: Records, tmp_path: Path) -> None:
+    """As vtclip wrote RAda before pair query, key and value were one matrix."""
+
+    class Older(RAda):
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            return self.apart(super().state_dict(*args, **kwargs))
+
+    head = Older(records.text, logit_scale=20.0)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.3)
+    save_adapter(tmp_path / "run", Adapter(head, records.class_names, 0.75, FEATURES))
+    assert "head.pair_query.weight" in load_file(tmp_path / "run" / TENSORS)
+    loaded = load_adapter(tmp_path / "run").head
+    assert type(loaded) is RAda
+    image = torch.randn(3, 16)
+    assert torch.equal(loaded(image), head(image))
+    tensors = load_file(tmp_path / "run" / TENSORS)
+    tensors["head.key.weight"] = tensors["head.key.weight"][:3]
+    digest = adapters.tensors_digest(tensors)
+    save_file(tensors, tmp_path / "run" / TENSORS, {"digest": digest})
+    edit_config(
+        tmp_path / "run", lambda config: config.update(tensors_digest=digest), redigest=True
+    )
+    with pytest.raises(ValueError, match=r"rada' do not match: missing pairs.weight, extra key"):
+        load_adapter(tmp_path / "run")
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], None], *, redigest: bool) -> None:
@@ -279,7 +307,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
 from vtclip.adapter import load_adapter, save_adapter, Adapter
-from vtclip.heads import HEADS
+from vtclip.heads import HEADS, RAda
 
 def make(fill):
     head = HEADS["vtclip"](torch.eye(4, 16), spatial_dim=16, ffn_dim=512)

@@ -239,14 +239,24 @@ class RAda(nn.Module):
         self.load_state_dict({**own, **found})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Takes a state of separate pair_query, key and value too, as vtclip once wrote it."""
+        packed = self.packed(state_dict, prefix)
+        state_dict.clear()  # torch's own copy, of which the layers inside are given theirs
+        state_dict.update(packed)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def packed(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """`state` with pair_query, key and value stacked where they are apart, as once written."""
+        stacked = dict(state)
         names = [name for name in OF_PAIRS if self._has(name)]
         for kind in ("weight", "bias"):
-            parts = [f"{prefix}{name}.{kind}" for name in names]
-            if all(part in state_dict for part in parts):
-                rows = [state_dict.pop(part) for part in parts]
-                state_dict[f"{prefix}pairs.{kind}"] = torch.cat(rows)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            keys = [f"{prefix}{name}.{kind}" for name in names]
+            rows = [state[key] for key in keys if key in state]
+            alike = {(part.dtype, part.shape) for part in rows}
+            if len(rows) == len(keys) and len(alike) == 1:
+                stacked[f"{prefix}pairs.{kind}"] = torch.cat(rows)
+                for key in keys:
+                    del stacked[key]
+        return stacked
 
     def apart(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A state of this head with pair_query, key and value apart: views of `pairs`."""
