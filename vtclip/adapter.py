@@ -157,8 +157,9 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
     except TypeError as error:
         raise ValueError(f"{folder}: options do not fit method {method!r}: {error}") from None
     state = {name.removeprefix("head."): value for name, value in tensors.items()}
-    if isinstance(head, RAda):  # names of an older version
-        state = head.packed(state)
+    for place, part in head.named_modules():  # names of an older version
+        if isinstance(part, RAda):
+            state = part.packed(state, f"{place}." if place else "")
     wanted = head.state_dict()
     _same_names(folder, f"weights of method {method!r}", list(wanted), list(state))
     for name, value in wanted.items():

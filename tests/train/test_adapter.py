@@ -48,19 +48,28 @@ def test_an_adapter_with_separate_projections_loads(records: Records, tmp_path: 
     """As vtclip wrote RAda before pair query, key and value were one matrix."""
 
     class Older(RAda):
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            return self.apart(super().state_dict(*args, **kwargs))
+        def state_dict(self, *, destination: Any = None, prefix: str = "", **_: Any) -> Any:
+            apart = self.apart(super().state_dict())
+            found = {} if destination is None else destination
+            found.update({f"{prefix}{name}": value for name, value in apart.items()})
+            return found
 
+    rada = {"method": "rada", "options": {"logit_scale": 20.0}, "temperature": 1.0}
+    other = {**rada, "method": "clip-adapter"}
+    image = torch.randn(3, 16)
     head = Older(records.text, logit_scale=20.0)
+    both = HEADS["auto"](records.text, members=[other, rada])
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.normal_(std=0.3)
-    save_adapter(tmp_path / "run", Adapter(head, records.class_names, 0.75, FEATURES))
-    assert "head.pair_query.weight" in load_file(tmp_path / "run" / TENSORS)
-    loaded = load_adapter(tmp_path / "run").head
-    assert type(loaded) is RAda
-    image = torch.randn(3, 16)
-    assert torch.equal(loaded(image), head(image))
+    both.heads[1] = head
+    both.options = lambda: {"members": [other, rada]}  # type: ignore[method-assign, assignment]
+    for name, one, inside in (("run", head, ""), ("auto", both, "heads.1.")):
+        save_adapter(tmp_path / name, Adapter(one, records.class_names, 0.75, FEATURES))
+        assert f"head.{inside}pair_query.weight" in load_file(tmp_path / name / TENSORS)
+        loaded = load_adapter(tmp_path / name).head
+        assert not any(isinstance(part, Older) for part in loaded.modules())
+        assert torch.equal(loaded(image), one(image))
     tensors = load_file(tmp_path / "run" / TENSORS)
     tensors["head.key.weight"] = tensors["head.key.weight"][:3]
     digest = adapters.tensors_digest(tensors)
