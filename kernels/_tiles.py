@@ -163,7 +163,7 @@ _OTHER_TILES = {
     "norm_cosine_bwd": (4096,),
     "rational_logits": (4096,),
     "unit_products_fwd": (4096,),
-    "unit_products_bwd": (4096,),
+    "unit_products_bwd": (2048,),
 }
 
 SMALL_K = 128  # up to so many classes, programs may be too few for the device: tiles by waves

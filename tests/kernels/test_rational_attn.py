@@ -55,7 +55,13 @@ def run(tensors, grad_out, scale=0.4):
 
     out, *kept = rational_attn.rational_attn_fwd(*tensors, scale, True)
     grads = rational_attn.rational_attn_bwd(grad_out, *tensors, *kept, scale)
-    return [out, *kept], grads
+    return [out, *kept], apart(*grads)
+
+
+def apart(d_image, d_text, d_pairs):
+    """The five gradients of a launcher's three; of an absent pair query [0]."""
+    *pair, key, value = d_pairs.permute(2, 0, 3, 1, 4).unbind()
+    return d_image, d_text, *(pair or [d_pairs.new_empty(0)]), key, value
 
 
 def relative(actual, wanted):
@@ -192,8 +198,13 @@ def test_several_tiles_launches(device, launches):
 def test_memory_layout(K, device):
     tensors, grad_out = problem(2, 3, K, 8, device=device)
     (out, parts, image_out, stats), grads = run(tensors, grad_out)
-    for tensor in (out, *parts, *grads):
+    d_image, d_text, *d_pairs = grads
+    for tensor in (out, *parts, d_image, d_text):
         assert tensor.transpose(1, 2).is_contiguous()
+    packed = torch.stack([grad.transpose(1, 2) for grad in d_pairs], 2)  # [B, K, 3, H, d]
+    for i, grad in enumerate(d_pairs):  # one memory for all three
+        assert grad.transpose(1, 2).stride() == packed[:, :, i].stride()
+        assert grad.data_ptr() == d_pairs[0].data_ptr() + i * packed.stride(2) * grad.itemsize
     assert parts.transpose(2, 3).is_contiguous()
     assert image_out.is_contiguous()
     assert stats.is_contiguous()
