@@ -32,7 +32,7 @@ def gradients(outputs, layers, seeds):
     return torch.autograd.grad(outputs, tensors, seeds)
 
 
-@pytest.fixture(params=["torch", "one kernel"])
+@pytest.fixture(params=["torch", "triton"])
 def sums(request, monkeypatch):
     """Bias gradients as torch's sums, and as the Triton kernel, interpreted."""
     if request.param == "torch":
@@ -133,7 +133,7 @@ def test_autocast_and_mixed_dtypes():
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is not there")
 @pytest.mark.parametrize("rows", [(0, 1, 3), (64, 65, 200), (1, 0, 0)])
-def test_column_sums_of_any_rows_and_strides(rows):
+def test_column_sums_in_triton_of_any_rows_and_strides(rows):
     sums = importlib.import_module("vtclip.kernels.column_sums").column_sums
     plain = [torch.randn(R, N) for R, N in zip(rows, (5, 33, 96), strict=True)]
     for matrices in (plain, [m.t().contiguous().t() for m in plain], [m[::2] for m in plain]):
