@@ -42,11 +42,12 @@ def unit_products_fwd_kernel(
     in_k = offs_k < K
     v = load_rows(image_ptr, offs_b, offs_d, stride_image_b, stride_image_d, in_b, D)
     v = unit_rows(v.to(tl.float32)) * root  # [1, BLOCK_D]
-    store_rows(v_ptr, v, offs_b, offs_d, D, 1, in_b & (tile == 0), D)
+    store_rows(v_ptr, v, offs_b, offs_d, D, 1, offs_b < tl.where(tile == 0, B, 0), D)
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D)
     t = unit_rows(t.to(tl.float32)) * root
-    store_rows(t_ptr, t, offs_k, offs_d, D, 1, in_k & (b == 0), D)
-    store_rows(products_ptr + b * K * D, v * t, offs_k, offs_d, D, 1, in_k & (b < B), D)
+    store_rows(t_ptr, t, offs_k, offs_d, D, 1, offs_k < tl.where(b == 0, K, 0), D)
+    in_k = offs_k < tl.where(b < B, K, 0)
+    store_rows(products_ptr + b * K * D, v * t, offs_k, offs_d, D, 1, in_k, D)
 
 
 @triton.jit(do_not_specialize=["B", "K", "images_per_program"])
@@ -84,7 +85,7 @@ def unit_products_bwd_kernel(
     t *= (tl.load(text_rnorm_ptr + offs_k, mask=in_k, other=0.0) * root)[:, None]
     sum_t = load_rows(
         grad_text_ptr, offs_k, offs_d, stride_grad_text_k, stride_grad_text_d,
-        in_k & (chunk == 0), D,
+        offs_k < tl.where(chunk == 0, K, 0), D,
     ).to(tl.float32)  # fmt: skip
 
     for i in range(0, tl.minimum(images_per_program, B - first)):
@@ -97,7 +98,7 @@ def unit_products_bwd_kernel(
         ).to(tl.float32)  # fmt: skip
         sum_t += g * v[None, :]
         grad_b = grad_image_ptr + b * stride_grad_image_b + offs_d * stride_grad_image_d
-        own = tl.load(grad_b, mask=in_d & (tile == 0), other=0.0).to(tl.float32)
+        own = tl.load(grad_b, mask=offs_d < tl.where(tile == 0, D, 0), other=0.0).to(tl.float32)
         sum_v = own + tl.sum(g * t, axis=0)
         tl.store(sum_image_ptr + (tile * B + b) * D + offs_d, sum_v, mask=in_d)
     store_rows(sum_text_ptr + chunk * K * D, sum_t, offs_k, offs_d, D, 1, in_k, D)
