@@ -33,8 +33,12 @@ SPILLS = {
     ("bfloat16", "rational_logits_fwd_kernel"): 8,
 }
 
-# Bytes that Triton before 3.9, which allots registers worse, spills beyond them in the same tiles.
-# The tiles are chosen for 3.9; what the spills cost on a GPU is not measured.
+# Bytes spilled beyond them in the same tiles, by Triton 3.9 and by those before, which allot
+# registers otherwise. Smaller tiles would avoid them; which is faster is not measured.
+NEWEST_SPILLS = {
+    ("float16", "rational_attn_bwd_query_kernel"): 56,
+    ("float16", "ffn_cosine_logits_bwd_kernel"): 64,
+}
 OLDER_SPILLS = {
     ("float32", "cross_attn_fwd_kernel"): 68,
     ("float32", "cross_attn_bwd_query_kernel"): 2256,
@@ -86,7 +90,7 @@ def kernel_names():
 )
 def test_every_kernel_fits(target, dtype, precision, widths):
     rows = compile_all("vtclip.kernels", target, dtype, precision, widths, ROOT)
-    allowed = SPILLS | (OLDER_SPILLS if TRITON < (3, 9) else {})
+    allowed = SPILLS | (OLDER_SPILLS if TRITON < (3, 9) else NEWEST_SPILLS)
     allowed = allowed | (OLDEST_SPILLS if TRITON < (3, 7) else {})
     problems = [
         f"{row['kernel']} at width {row['width']} {row['options']}: {what}"
