@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums over the rows of up to three matrices in one launch: the bias gradients of RAda's layers.
 
-Made for few rows, where three launches cost more than the sums. Rows are added in their order.
+Made for few rows, where three launches cost more than the sums; always in the same order.
 """
 
 import torch

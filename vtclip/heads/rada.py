@@ -6,9 +6,10 @@
     logits = s * sum_d relu(1 + M) * R + bias      penalty: ops.rational_head
 
 The queries x are image_query(sqrt(s) v), text_query(sqrt(s) T) and pair_query(X). The image query
-is one row per image and the text queries are one set for all images, so they are projected once;
-the released layer repeats both to [B, K, D] first. `out` starts at 0, which makes the logits those
-of zero-shot. The logits of one class depend on the classes shown beside it. arXiv 2507.15480.
+is one row per image and the text queries are one set for all images that are taken together, so
+they are projected once for these; the released layer repeats both to [B, K, D] first. `out` starts
+at 0, which makes the logits those of zero-shot. The logits of one class depend on the classes
+shown beside it. arXiv 2507.15480.
 """
 
 import math
@@ -106,9 +107,9 @@ class RAda(nn.Module):
             fact = f"length {float(norms[row])} in row {row}"
             raise ValueError(f"RAda: text must have finite rows of non-zero length, got {fact}")
         self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
-        own = ("image_query", "text_query", *OF_PAIRS, "out")
-        layers = {name: nn.Linear(D, D) for name in own if self._has(name)}
-        for name in ("image_query", "text_query"):
+        drawn = ("image_query", "text_query", *OF_PAIRS, "out")  # in this order
+        layers = {name: nn.Linear(D, D) for name in drawn if self._has(name)}
+        for name in drawn[:2]:
             if name in layers:
                 self.add_module(name, layers[name])
         self.pairs = _stacked([layers[name] for name in OF_PAIRS if name in layers])
@@ -172,11 +173,11 @@ class RAda(nn.Module):
 
     def _logits(self, image: Tensor, text: Tensor, logit_scale: Tensor | None) -> RationalLogits:
         """image [B, D], text [K, D], of any length; without logit_bias."""
-        D = text.shape[1]
         if logit_scale is None:
             v, t, X = ops.unit_products(image, text, scale=self.logit_scale)
             root_v, root_t, scale = v, t, 1.0
         else:  # its value is on the device: entries of about 1 first, which suit narrow dtypes
+            D = text.shape[1]
             v, t, X = ops.unit_products(image, text, scale=float(D))
             share = (logit_scale.detach() / D).to(v.dtype)
             root_v, root_t, X, scale = share.sqrt() * v, share.sqrt() * t, share * X, 1.0 / D
@@ -193,9 +194,7 @@ class RAda(nn.Module):
         )
         logits, penalty = ops.rational_head(
             context.transpose(1, 2).flatten(2),  # heads are inner in memory: no copy
-            *self._layer("out", v)[1:],
-            v,
-            t,
+            *(self.out.weight, self.out.bias, v, t),
             scale=scale,
             penalty=self.penalty,
         )

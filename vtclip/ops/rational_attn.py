@@ -63,12 +63,7 @@ class _RationalAttnPacked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _forward((image_query, text_query, *_unpacked(pairs)), scale, keep_parts, backend)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.scale, _, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.set_materialize_grads(False)
+    setup_context = staticmethod(_RationalAttn.setup_context)
 
     @staticmethod
     @once_differentiable
