@@ -19,9 +19,9 @@ import torch
 import vtclip
 from vtclip import api
 from vtclip.bench.jobs import Settings, Shard, job_list, own_sources, set_sources
-from vtclip.bench.opening import without_spatial
 from vtclip.bench.rows import OtherContent, RowFile, is_finished, read_rows
 from vtclip.bench.run import Report, run_bench
+from vtclip.bench.sources import without_spatial
 from vtclip.checkpoint import Interrupted
 from vtclip.data.sets import SETS, open_listing
 
@@ -188,16 +188,16 @@ def test_what_cannot_be_done_is_skipped_with_its_reason(animals, tmp_path):
 
 
 def test_a_source_is_opened_once(animals, insects, tmp_path, monkeypatch):
-    from vtclip.bench import opening
+    from vtclip.bench import sources
 
     opened: list[tuple[str, bool]] = []
-    open_source = opening.open_source
+    open_source = sources.open_source
 
     def instead(path: Path, **options: Any) -> Any:
         opened.append((path.name, options["need_spatial"]))
         return open_source(path, **options)
 
-    monkeypatch.setattr(opening, "open_source", instead)
+    monkeypatch.setattr(sources, "open_source", instead)
     bench(tmp_path / "out", animals, insects, methods=["zeroshot", "vtclip"], shots=[1], seeds=[1])
     assert opened == [("animals.npz", False), ("insects.npz", True)]
 

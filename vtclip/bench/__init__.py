@@ -3,7 +3,7 @@
 
 jobs.py     the list: a pure function of what was asked for
 rows.py     the folder of results: settings, one JSON line per job, locks
-opening.py  every source opened once, its features kept between jobs
+sources.py  every source opened once, its features kept between jobs
 run.py      one process's share of the list
 table.py    means, intervals, Markdown and CSV
 cells.py    rows in groups, lines and cells, settings that differ kept apart

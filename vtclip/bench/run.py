@@ -28,8 +28,8 @@ from vtclip.runs import CHECKPOINT
 from vtclip.settings import choose_device, set_threads
 
 from .jobs import Job, Settings, Shard, Source, job_list, needs_spatial, spatial_rows_only
-from .opening import Opener
 from .rows import PLACE, OtherContent, RowFile, check_out, is_finished, locked, read_rows, settle
+from .sources import Opener
 from .table import write_tables
 
 logger = logging.getLogger(__name__)
