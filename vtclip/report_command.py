@@ -49,13 +49,14 @@ def run_report(args: argparse.Namespace) -> int:
     page = None if args.html is None else Path(args.html).expanduser()
     if page is not None and page.suffix.lower() not in (".html", ".htm"):
         fail(f"vtclip report: --html must end in .html, got {args.html!a}")
+    from .bench.csv_files import report_csv
     from .bench.page import draw, html_page, markdown_page
-    from .bench.report import make_report, read_rows
-    from .bench.tables import csv_text
+    from .bench.report import check_finished, make_report, read_benchmark
     from .files import write_atomic
 
-    rows, notes = read_rows(folder)
+    rows, notes = read_benchmark(folder)
     report = make_report(rows, notes, args.method, args.published)
+    check_finished(folder, report)
     title = f"vtclip benchmark: {folder.resolve().name}"
     command = command_line(args)
     files: dict[Path, str] = {}
@@ -66,7 +67,7 @@ def run_report(args: argparse.Namespace) -> int:
         files |= {folder / name: text for name, text in pictures.items()}
         files[page] = html_page(report, title, command, drawn)
     files[folder / "report.md"] = markdown_page(report, title, command, list(pictures))
-    files[folder / "report.csv"] = csv_text(report)
+    files[folder / "report.csv"] = report_csv(report)
     for path in files:
         check_place(path, args.overwrite)
     if page is not None:

@@ -256,7 +256,7 @@ def test_an_average_that_is_printed_as_such_is_taken() -> None:
 
 
 def test_cells_without_an_interval_have_no_bar() -> None:
-    group = Group("g", None, None, None, {"rada": {4: Cell({1: 0.5})}})
+    group = Group("g", "g", None, None, None, {"rada": {4: Cell({1: 0.5})}})
     root = parsed(panels.shots_panel(group, panels.styles_of(["rada"])))
     assert of_class(root, "error", "path") == []
     assert len(of_class(root, "line")) == 1

@@ -188,21 +188,8 @@ def test_rows_of_a_real_benchmark_are_read(animals: Path, tmp_path: Path) -> Non
     assert run(out, "--html", out / "page.html") == 0
     text = (out / "page.html").read_text()
     assert "animals, 2 shots" in text  # its rows hold the bins of the diagrams
-    ours = {line.split("|")[1].strip(): line for line in _rows(out / "report.md")}
-    theirs = {line.split("|")[1].strip(): line for line in _rows(out / "table.md")}
-    for method in ("zeroshot", "proker"):
-        wanted = [cell.strip(" *†") for cell in theirs[method].replace("+-", "±").split("|")]
-        assert [cell.strip(" *†").replace("**", "") for cell in ours[method].split("|")] == [
-            cell.replace("**", "") for cell in wanted
-        ]
-
-
-def _rows(path: Path) -> list[str]:
-    """The lines of the first table, the one of accuracies."""
-    lines = path.read_text().splitlines()
-    start = next(n for n, line in enumerate(lines) if line.startswith("| ---") or "-:" in line)
-    end = next(n for n in range(start, len(lines)) if not lines[n].startswith("|"))
-    return lines[start + 1 : end]
+    # tests/bench/test_tables.py compares the files' cells
+    assert "| zeroshot | " in (out / "report.md").read_text()
 
 
 def test_report_is_listed_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

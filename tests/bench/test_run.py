@@ -20,7 +20,7 @@ import vtclip
 from vtclip import api
 from vtclip.bench.jobs import Settings, Shard, job_list, own_sources, set_sources
 from vtclip.bench.rows import OtherContent, RowFile, is_finished, read_rows
-from vtclip.bench.run import Report, run_bench
+from vtclip.bench.run import BenchOutcome, run_bench
 from vtclip.bench.sources import without_spatial
 from vtclip.checkpoint import Interrupted
 from vtclip.data.sets import SETS, open_listing
@@ -29,7 +29,7 @@ FIXED = {"methods": ["zeroshot"], "shots": [1, 2], "seeds": [1, 2], "device": "c
 PLACE = ("source", "method", "shots", "seed")
 
 
-def bench(out: Path, *paths: Path, **options: Any) -> Report:
+def bench(out: Path, *paths: Path, **options: Any) -> BenchOutcome:
     settings = options.pop("settings", Settings())
     return run_bench(own_sources(paths, settings), out, settings=settings, **{**FIXED, **options})
 
@@ -165,7 +165,7 @@ def test_a_failing_job_is_a_row_and_the_others_go_on(animals, tmp_path, monkeypa
     assert "failed, RuntimeError: out of memory" in caplog.text
     (failed,) = [row for row in read_rows(tmp_path / "out") if not is_finished(row)]
     assert failed["failed"] == "RuntimeError: out of memory"
-    assert "[1] seed 2 failed: RuntimeError: out of memory" in (
+    assert "| animals | zeroshot | 1 | 2 |    1 | failed: RuntimeError: out of memory |" in (
         tmp_path / "out" / "table.md"
     ).read_text("utf-8")
     again = bench(tmp_path / "out", animals)  # tried again

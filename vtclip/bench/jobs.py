@@ -60,6 +60,11 @@ class Source:
     encoder: bool
 
     @property
+    def folder(self) -> Path:
+        """The file or folder that holds it; of a data set the root of all."""
+        return self.where.root if isinstance(self.where, SetSource) else self.where
+
+    @property
     def test_only(self) -> bool:
         return isinstance(self.where, SetSource) and self.where.spec.test_only
 

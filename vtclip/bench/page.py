@@ -24,7 +24,7 @@ from vtclip.bench.panels import (
     styles_of,
     swatch,
 )
-from vtclip.bench.report import Report
+from vtclip.bench.report import BenchReport
 from vtclip.bench.tables import (
     Entry,
     Table,
@@ -43,8 +43,10 @@ from vtclip.bench.tables import (
 MARK = '<meta name="generator" content="vtclip report">'
 INTERVALS = (
     "Accuracy on test images in percent, mean over seeds, ± half of the 95 % interval over seeds "
-    "(Student's t). †: of the test set (Wilson), for one seed or where all seeds agree. Bold: the "
-    "best of its column."
+    "(Student's t): other draws of the shots, the same test images. †: of the test set (Wilson), "
+    "for one seed or where all seeds agree. “2 of 3 seeds”: the others have no result, or not on "
+    "every source of an average, and do not count. Bold: the best of its column, among the means "
+    "over all of the column's seeds."
 )
 CALIBRATION = (
     "NLL in nats; ECE over 15 bins; T is the temperature fitted on validation images, and “at T” "
@@ -124,7 +126,7 @@ class Pictures:
         return found
 
 
-def draw(report: Report) -> Pictures:
+def draw(report: BenchReport) -> Pictures:
     styles = styles_of(report.lines)
     panels, dashed = [], False
     for group in report.tables:
@@ -154,7 +156,7 @@ def diagrams_of(group: Group) -> list[str]:
     return found
 
 
-def html_page(report: Report, title: str, command: str, pictures: Pictures) -> str:
+def html_page(report: BenchReport, title: str, command: str, pictures: Pictures) -> str:
     """The whole page. title: of the benchmark; command: that made the page."""
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(summary(report))}</p>"]
     if report.notes:
@@ -193,7 +195,7 @@ def html_page(report: Report, title: str, command: str, pictures: Pictures) -> s
     )
 
 
-def summary(report: Report) -> str:
+def summary(report: BenchReport) -> str:
     seeds = sorted({int(row["seed"]) for row in report.rows})
     sources = len({row["source"] for row in report.rows})
     methods = len({row["method"] for row in report.rows})
@@ -201,7 +203,9 @@ def summary(report: Report) -> str:
         f"{len(report.rows)} runs",
         f"{sources} source{'' if sources == 1 else 's'}",
         f"{methods} method{'' if methods == 1 else 's'}",
-        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}",
+        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+        if seeds
+        else "no seed",
     ]
     return ", ".join(counted) + "."
 
@@ -258,7 +262,7 @@ def _cell(one: Entry) -> str:
     return f"{text} <small>{escape(one.small)}</small>" if one.small else text
 
 
-def _beside(report: Report) -> Iterable[str]:
+def _beside(report: BenchReport) -> Iterable[str]:
     tables, remarks = beside_tables(report.beside or ())
     if not tables:
         yield f'<p class="note">{escape(_nothing_beside())}</p>'
@@ -276,7 +280,7 @@ def _nothing_beside() -> str:
     )
 
 
-def _provenance(report: Report, command: str) -> Iterable[str]:
+def _provenance(report: BenchReport, command: str) -> Iterable[str]:
     facts, tested = facts_table(report.rows), sources_table(report.rows)
     yield _table(facts)
     yield _fold(tested.title, _table(tested))
@@ -286,9 +290,16 @@ def _provenance(report: Report, command: str) -> Iterable[str]:
     yield f"<p>This page:</p><pre>{escape(command)}</pre>"
 
 
-def markdown_page(report: Report, title: str, command: str, pictures: Sequence[str] = ()) -> str:
-    """The same in Markdown. pictures: names of the SVG files beside it."""
-    parts = ["<!-- vtclip report -->", f"# {plain(title)}", plain(summary(report))]
+def markdown_page(
+    report: BenchReport, title: str, command: str | None, pictures: Sequence[str] = ()
+) -> str:
+    """The same in Markdown. pictures: names of the SVG files next to it.
+
+    command None: a benchmark's own table.md, without the sign by which `vtclip report` knows the
+    files that it may replace, and without digests.
+    """
+    parts = [] if command is None else ["<!-- vtclip report -->"]
+    parts += [f"# {plain(title)}", plain(summary(report))]
     parts += ["\n".join(f"- {plain(note)}" for note in report.notes)] if report.notes else []
     parts += [f"![{name}]({name})" for name in pictures]
     parts += ["## Accuracy", INTERVALS]
@@ -309,5 +320,6 @@ def markdown_page(report: Report, title: str, command: str, pictures: Sequence[s
     if missed is not None:
         parts += [f"## {missed.title}", markdown(missed)]
     parts += ["## Provenance", markdown(facts_table(report.rows))]
-    parts += [markdown(sources_table(report.rows)), "This page:", f"    {printable(command)}"]
+    if command is not None:
+        parts += [markdown(sources_table(report.rows)), "This page:", f"    {printable(command)}"]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -234,6 +234,7 @@ def _curve(line: str, cells: Mapping[int, Cell], style: Style, axes: Axes, shift
             ends = "".join(f"M{x - 2:.1f} {end:.1f}h4" for end in (top, foot))
             path = f"M{x:.1f} {top:.1f}V{foot:.1f}{ends}"
             bar = f'<path class="error" stroke="{style[0]}" fill="none" d="{path}"/>'
+        title += f", {cell.shortfall}" if cell.missing else ""
         parts.append(f"<g><title>{escape(title)}</title>{bar}{mark(style, x, y)}</g>")
     return "".join(parts)
 

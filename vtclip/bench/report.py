@@ -15,19 +15,17 @@ from typing import Any
 from vtclip.bench.cells import (
     Cell,
     Group,
-    Row,
     average_of,
     backbone_of,
-    by,
+    group_by,
     groups_of,
     in_order,
     method_of,
     shown,
 )
 from vtclip.bench.published import Published, matching, read_published
+from vtclip.bench.rows import Row, is_finished, place_of, read_lines
 from vtclip.choices import nearest
-
-PLACE = ("source", "method", "shots", "seed")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """groups: sources, the protocol's data sets first; average: over them, where there are several.
 
     missed: rows of jobs that were skipped or failed. beside: None where it was not asked for.
@@ -72,36 +70,40 @@ class Report:
         return in_order({name for group in self.groups for name in group.lines})
 
 
-def read_rows(folder: str | Path) -> tuple[list[Row], list[str]]:
-    """The rows of all results*.jsonl in `folder`, and a note on each line that is no row.
+def read_benchmark(folder: str | Path, strict: bool = True) -> tuple[list[Row], list[str]]:
+    """The rows of all results*.jsonl in `folder`, and a note on each line that is not one.
 
-    A line that a kill cut off is passed over. A whole row with impossible values is a ValueError,
-    and so is a folder without rows.
+    A broken line is left out. A whole row with impossible values is a ValueError, or a note too
+    where `strict` is False.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"OUT must be a folder of vtclip bench, got {str(folder)!a}")
     rows: list[Row] = []
     notes = []
-    files = sorted(folder.glob("results*.jsonl"))
-    for path in files:
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                notes.append(f"{path.name}, line {number}: cut off or broken, not counted.")
-                continue
-            rows.append(check_row(row, f"{path.name}, line {number}"))
-    if not rows:
-        what = "no whole row in its results*.jsonl" if files else "no results*.jsonl"
-        raise ValueError(f"OUT {str(folder)!a} holds {what}; vtclip bench writes them")
+    for where, row in read_lines(folder):
+        if row is None:
+            notes.append(f"{where}: cut off or broken, not counted.")
+            continue
+        try:
+            rows.append(check_row(row, where))
+        except ValueError as error:
+            if strict:
+                raise
+            notes.append(f"{error}; not counted.")
     return rows, notes
 
 
-def finished(row: Row) -> bool:
-    return "skipped" not in row and "failed" not in row
+def check_finished(folder: Path, report: BenchReport) -> None:
+    """Refuse a folder without a finished run, saying what it does hold."""
+    if report.rows:
+        return
+    if report.missed:
+        raise ValueError(f"OUT holds no finished run: {len(report.missed)} were skipped or failed")
+    what = "no whole row in its results*.jsonl"
+    if not any(folder.glob("results*.jsonl")):
+        what = "no results*.jsonl"
+    raise ValueError(f"OUT {str(folder)!a} holds {what}; vtclip bench writes them")
 
 
 def check_row(row: Any, where: str) -> Row:
@@ -109,16 +111,16 @@ def check_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be an object, got {type(row).__name__}")
     kinds: dict[str, type] = {"source": str, "method": str, "shots": int, "seed": int}
-    if finished(row):
+    if is_finished(row):
         kinds |= {"zero_shot": dict, "adapted": dict, "config": dict}
     for name, kind in kinds.items():
         value = row.get(name)
         if isinstance(value, kind) and not isinstance(value, bool):
             continue
-        if name in row or finished(row):
+        if name in row or is_finished(row):
             got = type(value).__name__
             raise ValueError(f"{where}: {name} must be of type {kind.__name__}, got {got}")
-    if not finished(row):
+    if not is_finished(row):
         return row
     found = {part: row[part].get("accuracy") for part in ("zero_shot", "adapted")}
     mean = row.get("harmonic_mean")
@@ -139,10 +141,6 @@ def _at(value: Any, *names: str) -> Any:
     return value
 
 
-def place_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in PLACE)
-
-
 def latest(rows: Iterable[Row]) -> tuple[list[Row], int]:
     """One row for each job, settings and revision, the one written last; how many were replaced.
 
@@ -152,9 +150,9 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], int]:
     ordered = sorted(rows, key=lambda row: float(row.get("time") or 0))
     for row in ordered:
         job = [row.get(name) for name in ("key", "job", "config", "revision")]
-        found[json.dumps([place_of(row), finished(row), job], sort_keys=True)] = row
-    done = {place_of(row) for row in found.values() if finished(row)}
-    kept = [row for row in found.values() if finished(row) or place_of(row) not in done]
+        found[json.dumps([place_of(row), is_finished(row), job], sort_keys=True)] = row
+    done = {place_of(row) for row in found.values() if is_finished(row)}
+    kept = [row for row in found.values() if is_finished(row) or place_of(row) not in done]
     return kept, len(ordered) - len(found)
 
 
@@ -183,17 +181,13 @@ def mixed(rows: Sequence[Row]) -> list[str]:
 
 
 def uneven(groups: Sequence[Group]) -> list[str]:
-    """A note on every line whose cells have not all the seeds of its group."""
+    """A note on every line whose cells have not all the seeds of its source."""
     notes = []
     for group in groups:
-        seeds = {
-            seed for line in group.lines.values() for c in line.values() for seed in c.accuracy
-        }
         for line, cells in group.lines.items():
-            few = [n for n, cell in cells.items() if cell.rows and set(cell.accuracy) != seeds]
+            few = ", ".join(str(shots) for shots, cell in cells.items() if cell.missing)
             if few:
-                at = ", ".join(map(str, few))
-                notes.append(f"{group.title}, {line}: seeds are missing at {at} shots.")
+                notes.append(f"{group.title}, {line}: seeds are missing at {few} shots.")
     return notes
 
 
@@ -228,7 +222,7 @@ def make_report(
     notes: Sequence[str] = (),
     methods: Sequence[str] | None = None,
     published: bool = False,
-) -> Report:
+) -> BenchReport:
     """Groups, their average, the comparison and what to know of the rows.
 
     methods: keep only these, beside zero-shot. A method without rows is a ValueError.
@@ -240,27 +234,27 @@ def make_report(
             raise ValueError(f"--method: no row is of {method!a}{nearest(method, known)}")
     if methods:
         kept = [row for row in kept if row.get("method") in (*methods, "zeroshot")]
-    done = [row for row in kept if finished(row)]
-    if not done:
-        raise ValueError(f"OUT holds no finished run: {len(kept)} were skipped or failed")
-    groups = groups_of(done)
+    done = [row for row in kept if is_finished(row)]
+    lost = [row for row in kept if not is_finished(row)]
+    groups = groups_of(done, lost)
+    average, left_out = average_of(groups)
     remarks = [*notes]
     if replaced:
         remarks.append(f"{replaced} rows were replaced by later rows of the same jobs.")
     remarks += mixed(done)
     whole = [group for group in groups if group.part in (None, "base")]
     named = any("(" in line for group in groups for line in group.lines)
-    if named or len(whole) > len(by(done, lambda row: row["source"])):
+    if named or len(whole) > len(group_by(done, lambda row: row["source"])):
         remarks.append("Rows of differing settings are kept apart; brackets say what differs.")
-    remarks += uneven(groups)
+    remarks += [*uneven(groups), *left_out]
     if published:
         files = {backbone_of(row)[1] for row in done if row["source"] in read_published().sets}
         remarks += sorted(text for text in files if text is not None)
-    return Report(
+    return BenchReport(
         tuple(groups),
-        average_of(groups),
+        average,
         tuple(done),
-        tuple(row for row in kept if not finished(row)),
+        tuple(lost),
         tuple(remarks),
         tuple(compare(groups)) if published else None,
     )

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtclip.bench.jobs import Job, Settings, Source, needs_spatial
 from vtclip.data.images import printable
 from vtclip.data.records import Records, Store
 from vtclip.data.sets import Listing, SetSource, open_listing
 from vtclip.data.sets.features import open_set
 from vtclip.data.sources import open_source
-
-from .jobs import Job, Settings, Source, needs_spatial
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip

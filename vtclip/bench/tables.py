@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +10,12 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from vtclip.bench.cells import Cell, Group, Row, by, group_key, method_of, printable, shown
+from vtclip.bench.cells import Cell, Group, group_by, group_key, method_of, printable, shown
 from vtclip.bench.published import Published, read_published
-from vtclip.bench.report import Beside, Report
+from vtclip.bench.report import Beside
+from vtclip.bench.rows import Row
 
 NO_NUMBER = ""  # where nothing is published
-CSV_HEAD = [
-    *("source", "set", "backbone", "part", "method", "shots", "seeds", "accuracy", "half_interval"),
-    *("interval", "nll", "ece", "nll_scaled", "ece_scaled", "temperature", "train_seconds"),
-    *("total_seconds", "peak_memory_mb", "published", "difference", "published_in", "caveat"),
-]
 METRIC_TITLES = {
     "nll": "NLL",
     "ece": "ECE",
@@ -51,10 +45,12 @@ class Table:
 def entry(cell: Cell | None, best: bool = False) -> Entry:
     if cell is None:
         return Entry("–")
-    small = "" if cell.half is None else f"± {100 * cell.half:.2f}"
-    return Entry(
-        f"{100 * cell.mean:.2f}", small + ("" if cell.over_seeds or not small else "†"), best
-    )
+    small = []
+    if cell.half is not None:
+        small.append(f"± {100 * cell.half:.2f}{'' if cell.over_seeds else '†'}")
+    if cell.missing:
+        small.append(cell.shortfall)
+    return Entry(f"{100 * cell.mean:.2f}", ", ".join(small), best)
 
 
 def accuracy_table(group: Group) -> Table:
@@ -65,7 +61,8 @@ def accuracy_table(group: Group) -> Table:
         for line, cells in group.lines.items()
     ]
     head = ["method", *(f"{n} shot{'' if n == 1 else 's'}" for n in group.shots)]
-    return Table(group.title, head, rows)
+    images = group.test_images
+    return Table(group.title + (f", {images} test images" if images else ""), head, rows)
 
 
 def decimals(value: float | None, digits: int = 4) -> str:
@@ -218,12 +215,15 @@ def missed_table(rows: Sequence[Row]) -> Table | None:
         return str(row.get("source")), str(row.get("method")), kind, str(row[kind])
 
     lines = []
-    for (source, method, kind, why), own in by(rows, reason).items():
-        shots = sorted({str(row.get("shots", "–")) for row in own}, key=lambda n: (len(n), n))
-        cells = [source, method, ", ".join(shots), str(len(own)), f"{kind}: {why}"]
+    for (source, method, kind, why), own in group_by(rows, reason).items():
+        places = [
+            ", ".join(sorted({str(row.get(name, "–")) for row in own}, key=lambda n: (len(n), n)))
+            for name in ("shots", "seed")
+        ]
+        cells = [source, method, *places, str(len(own)), f"{kind}: {why}"]
         lines.append([Entry(text) for text in cells])
-    head = ["source", "method", "shots", "jobs", "why"]
-    return Table("Without a number", head, lines, frozenset({1, 2, 4}))
+    head = ["source", "method", "shots", "seeds", "jobs", "why"]
+    return Table("Without a number", head, lines, frozenset({1, 2, 3, 5}))
 
 
 def _model(row: Row) -> Any:
@@ -261,7 +261,7 @@ def facts_table(rows: Sequence[Row]) -> Table:
 def sources_table(rows: Sequence[Row]) -> Table:
     """What each source held: classes, test images, digests of images and splits by seed."""
     lines = []
-    for own in by(rows, lambda row: (row["source"], group_key(row))).values():
+    for own in group_by(rows, lambda row: (row["source"], group_key(row))).values():
         first, digests = own[0], own[0].get("digests") or {}
         splits = {
             f"{row['shots']} shots, seed {row['seed']}: {str(row['split'])[:16]}"
@@ -285,7 +285,7 @@ def sources_table(rows: Sequence[Row]) -> Table:
 
 def commands(rows: Sequence[Row]) -> list[str]:
     """The command of each source, method and number of shots, for its first seed."""
-    found = by(rows, lambda row: (row["source"], row["method"], row["shots"]))
+    found = group_by(rows, lambda row: (row["source"], row["method"], row["shots"]))
     return [command_of(own[0]) for own in found.values()]
 
 
@@ -310,47 +310,6 @@ def command_of(row: Row) -> str:
     return shlex.join(words)
 
 
-def csv_text(report: Report) -> str:
-    """Every cell as a line, with what was published where it was compared."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_HEAD, lineterminator="\n")
-    writer.writeheader()
-    beside = {(id(one.group), one.line, one.shots): one for one in report.beside or ()}
-    for group in report.tables:
-        for line, cells in group.lines.items():
-            for shots, cell in cells.items():
-                number = 0 if method_of(line) == "zeroshot" else shots
-                writer.writerow(
-                    _csv_row(group, line, shots, cell, beside.get((id(group), line, number)))
-                )
-    return text.getvalue()
-
-
-def _csv_row(group: Group, line: str, shots: int, cell: Cell, one: Beside | None) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "source": group.title,
-        "set": group.name,
-        "backbone": group.backbone,
-        "part": group.part,
-        "method": line,
-        "shots": shots,
-        "seeds": " ".join(map(str, cell.accuracy)),
-        "accuracy": f"{100 * cell.mean:.4f}",
-        "half_interval": None if cell.half is None else f"{100 * cell.half:.4f}",
-        "interval": None if cell.half is None else "seeds" if cell.over_seeds else "test set",
-        **{name: cell.metrics.get(name) for name in METRIC_TITLES},
-        "train_seconds": mean_of(cell.rows, "seconds", "train"),
-        "total_seconds": mean_of(cell.rows, "seconds", "total"),
-        "peak_memory_mb": mean_of(cell.rows, "peak_memory_mb"),
-    }
-    if one is not None and one.published:
-        first = one.published[0]
-        row |= {"published": first.accuracy, "difference": f"{one.difference:.4f}"}
-        row |= {"published_in": read_published().sources[first.source]["where"]}
-        row |= {"caveat": first.caveat}
-    return row
-
-
 def plain(text: str) -> str:
     """One line of Markdown in which names stay names."""
     line = printable(text)
@@ -360,11 +319,24 @@ def plain(text: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown, numbers to the right, the best of a column bold."""
-    rules = ["---" if n == 0 or n in table.words else "---:" for n in range(len(table.head))]
-    lines = [[plain(name) for name in table.head], rules]
+    """A table in Markdown, columns of numbers aligned to the right, the best of a column bold."""
+    lines = [[plain(name) for name in table.head]]
     lines += [[_markdown_cell(one) for one in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns = [
+        _aligned(column, n, table.words) for n, column in enumerate(zip(*lines, strict=True))
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
+
+
+def _aligned(column: Sequence[str], number: int, words: frozenset[int]) -> list[str]:
+    """A column with the rule below its head; columns of words, which may be long, as they are."""
+    head, *cells = column
+    if number in words:
+        return [head, "---", *cells]
+    width = max(3, *map(len, column))
+    if number == 0:
+        return [text.ljust(width) for text in (head, "-" * width, *cells)]
+    return [text.rjust(width) for text in (head, "-" * (width - 1) + ":", *cells)]
 
 
 def _markdown_cell(one: Entry) -> str:
