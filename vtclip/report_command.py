@@ -81,14 +81,14 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def check_place(path: Path, overwrite: bool) -> None:
-    """Refuse to replace what is no report; a folder always."""
+    """Refuse to replace what is not a report; a folder always."""
     if path.is_dir():
         fail(f"vtclip report: {str(path)!a} is a folder")
     if overwrite or not path.exists():
         return
     with open(path, "rb") as file:
         if SIGNS[path.suffix.lower()] not in file.read(HEAD):
-            fail(f"vtclip report: {str(path)!a} is no report; --overwrite replaces it")
+            fail(f"vtclip report: {str(path)!a} is not a report; --overwrite replaces it")
 
 
 def command_line(args: argparse.Namespace) -> str:

@@ -19,8 +19,8 @@ from vtclip.bench.page import draw, html_page, markdown_page
 from vtclip.bench.report import BenchReport, make_report
 from vtclip.bench.tables import (
     accuracy_table,
-    beside_tables,
     command_of,
+    comparison_tables,
     details_tables,
     facts_table,
     hardest_classes,
@@ -29,7 +29,7 @@ from vtclip.bench.tables import (
 
 
 def loaded() -> Any:
-    """rows.py beside this file, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -208,7 +208,7 @@ def test_the_details_hold_what_the_rows_hold() -> None:
 def test_no_published_number_leaves_its_cells_blank() -> None:
     rows = made.grid(("dtd",), ("vtclip",), (4, 16), (1,), data="/x")
     report = make_report(rows, published=True)
-    (table,), remarks = beside_tables(report.beside or ())
+    (table,), remarks = comparison_tables(report.comparisons or ())
     lines = {(row[0].text, row[1].text): [one.text for one in row[3:]] for row in table.rows}
     assert lines[("vtclip", "4")] == ["", "", "", ""]
     published, difference, place, also = lines[("vtclip", "16")]
@@ -306,7 +306,7 @@ def test_names_are_text_in_markdown(name: str) -> None:
     assert "<" not in line
     plain = re.sub(r"\\([\\`*_\[\]|])", r"\1", line.split(" | ")[0][2:].rstrip())
     shown = plain.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    assert shown == name.replace("\n", "\\x0a")
+    assert shown == name.replace("\n", "\\n")
 
 
 def test_markdown_and_csv_hold_every_cell() -> None:

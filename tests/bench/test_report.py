@@ -17,7 +17,7 @@ from vtclip.bench.report import BenchReport, make_report, read_benchmark
 
 
 def loaded() -> Any:
-    """rows.py beside this file, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -48,13 +48,13 @@ def test_cells_hold_means_and_intervals_over_seeds() -> None:
             # 4.3027 is the 97.5 % quantile of t with 2 degrees of freedom
             half = 4.30265273 * statistics.stdev(own) / math.sqrt(3)
             assert cell.half == pytest.approx(half, rel=1e-6)
-            assert cell.over_seeds
+            assert cell.seeds_differ
 
 
 def test_one_seed_has_the_interval_of_its_test_set() -> None:
     group = only(make_report([made.make_row()]), "animals")
     cell = group.lines["rada"][4]
-    assert not cell.over_seeds
+    assert not cell.seeds_differ
     assert cell.half == pytest.approx(0.05)  # of 0.66 to 0.76
     zero = group.lines["zeroshot"][4]
     assert (zero.mean, zero.rows) == (0.6, ())
@@ -66,7 +66,7 @@ def test_seeds_that_all_agree_have_the_interval_of_the_test_set() -> None:
     cell = make_report(rows).groups[0].lines["calip"][4]
     assert len(cell.accuracy) == 3
     assert cell.half == pytest.approx(0.05)
-    assert not cell.over_seeds
+    assert not cell.seeds_differ
 
 
 def test_the_average_needs_all_sources_and_takes_common_seeds() -> None:
@@ -195,7 +195,7 @@ def test_backbones_with_foreign_weights_have_no_published_name(
 
 
 def beside(rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float | None, float | None]]:
-    found = make_report(rows, published=True).beside
+    found = make_report(rows, published=True).comparisons
     assert found is not None
     return {
         (one.line, one.shots): (
@@ -257,7 +257,7 @@ def test_base_to_new_has_three_parts_and_no_share_in_the_average() -> None:
     means = [group.lines["clip-adapter"][16].mean for group in report.groups[1:]]
     assert means == [0.8, 0.6, 0.6857]
     assert report.average is None
-    found = {(one.group.part, one.line): one.published for one in report.beside or ()}
+    found = {(one.group.part, one.line): one.published for one in report.comparisons or ()}
     assert found[("base", "clip-adapter")] == ()
     assert [found[(part, "zeroshot")][0].accuracy for part in ("base", "new")] == [53.24, 59.90]
 

@@ -15,7 +15,7 @@ from vtclip.cli import main
 
 
 def loaded() -> Any:
-    """rows.py beside this file, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -145,7 +145,7 @@ def test_a_page_of_other_origin_stays(
     page = tmp_path / "index.html"
     page.write_text("<html>mine</html>")
     before = files(out)
-    assert "is no report; --overwrite replaces it" in refused(capsys, out, "--html", page)
+    assert "is not a report; --overwrite replaces it" in refused(capsys, out, "--html", page)
     assert page.read_text() == "<html>mine</html>"
     assert files(out) == before
     assert run(out, "--html", page, "--overwrite") == 0

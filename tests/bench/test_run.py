@@ -21,7 +21,6 @@ from vtclip import api
 from vtclip.bench.jobs import Settings, Shard, job_list, own_sources, set_sources
 from vtclip.bench.rows import OtherContent, RowFile, is_finished, read_rows
 from vtclip.bench.run import BenchOutcome, run_bench
-from vtclip.bench.sources import without_spatial
 from vtclip.checkpoint import Interrupted
 from vtclip.data.sets import SETS, open_listing
 
@@ -45,7 +44,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 
 def failing_at(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let fit number `number` raise; answers the folders of the calls."""
+    """Let fit number `number` raise; returns the folders of the calls."""
     calls: list[str] = []
     fit = api.fit
 
@@ -222,14 +221,14 @@ def test_methods_share_rows_and_only_some_get_spatial_features(insects, tmp_path
 
 def test_without_spatial_keeps_all_but_the_spatial_features(insects):
     whole = vtclip.open_source(insects, need_spatial=True)
-    view = without_spatial(whole)
+    view = whole.without_spatial()
     index = torch.arange(len(whole))
     assert whole.has_spatial
     assert not view.has_spatial
     assert torch.equal(view.batch(index).image, whole.batch(index).image)
     assert view.batch(index).spatial is None
     assert view.names == whole.names
-    assert without_spatial(view) is view
+    assert view.without_spatial() is view
 
 
 def test_a_data_set_is_read_once_for_all_draws(tmp_path, trees, monkeypatch):

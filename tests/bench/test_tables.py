@@ -25,7 +25,7 @@ from vtclip.cli import main
 
 
 def loaded() -> Any:
-    """rows.py of this folder, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -132,7 +132,7 @@ def test_interval_holds_the_mean_of_normal_draws_95_times_in_100():
 def test_equal_seeds_are_not_an_interval_of_zero() -> None:
     """Also where means over sources agree, and differ by the last bit of a sum only."""
     equal = make_report(runs("animals", "proker", [0.8, 0.8, 0.8])).groups[0].lines["proker"][4]
-    assert not equal.over_seeds
+    assert not equal.seeds_differ
     assert equal.half == pytest.approx(0.05)  # of the test set: 0.76 to 0.86
     rows = runs("animals", "rada", [0.1, 0.3]) + runs("plants", "rada", [0.2, 0.0])
     average = make_report(rows).average

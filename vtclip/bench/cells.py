@@ -50,7 +50,7 @@ class Cell:
         return fmean(self.accuracy.values())
 
     @property
-    def over_seeds(self) -> bool:
+    def seeds_differ(self) -> bool:
         """Whether the seeds differ, by more than rounding: then the interval is one over seeds."""
         return max(self.accuracy.values()) - min(self.accuracy.values()) > SAME
 
@@ -63,7 +63,7 @@ class Cell:
     @property
     def bounds(self) -> tuple[float, float] | None:
         """The 95 % interval, over seeds where they differ, else of the test set."""
-        return seed_interval(list(self.accuracy.values())) if self.over_seeds else self.interval
+        return seed_interval(list(self.accuracy.values())) if self.seeds_differ else self.interval
 
     @property
     def half(self) -> float | None:
@@ -132,10 +132,10 @@ def in_order(lines: Iterable[str]) -> list[str]:
 
 def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     """Rows with equal keys together, in the order in which the keys came."""
-    found: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def backbone_of(row: Row) -> tuple[str | None, str | None]:
@@ -155,12 +155,7 @@ def backbone_of(row: Row) -> tuple[str | None, str | None]:
     return None, None
 
 
-def printable(text: str) -> str:
-    """One line of text: control characters, line ends and the like are spelled out."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
@@ -171,15 +166,15 @@ def shown(value: Any) -> str:
 def group_key(row: Row) -> tuple[tuple[str, str], ...]:
     """What the rows of one group share besides the source's name, as (what, value)."""
     config, digests = row["config"], row.get("digests") or {}
-    pairs = {name: shown(config.get(name)) for name in FEATURES}
+    pairs = {name: as_text(config.get(name)) for name in FEATURES}
     pairs["official split"] = str(config.get("data") is not None)
-    pairs["weights"] = shown(digests.get("weights"))[:8]
+    pairs["weights"] = as_text(digests.get("weights"))[:8]
     # every draw of a data set has training images of its own, and test images in common
-    pairs["images"] = shown(digests.get("test_images") or digests.get("images"))[:8]
+    pairs["images"] = as_text(digests.get("test_images") or digests.get("images"))[:8]
     return tuple(pairs.items())
 
 
-def apart(keys: Sequence[Mapping[str, str]]) -> list[str]:
+def differing_entries(keys: Sequence[Mapping[str, str]]) -> list[str]:
     """For each of several settings the entries in which not all agree, in words."""
     names = [name for name in keys[0] if len({key[name] for key in keys}) > 1]
     return [", ".join(f"{name} {key[name]}" for name in names) for key in keys]
@@ -188,11 +183,13 @@ def apart(keys: Sequence[Mapping[str, str]]) -> list[str]:
 def settings_of(row: Row, revision: bool) -> dict[str, str]:
     """What decides a row's number beyond group, method, shots and seed."""
     config = row["config"]
-    flat = {name: shown(config.get(name)) for name in ("spatial", "augment_passes")}
+    flat = {name: as_text(config.get(name)) for name in ("spatial", "augment_passes")}
     for name, value in (config.get("fit") or {}).items():
-        flat[name] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else shown(value)
+        flat[name] = (
+            json.dumps(value, sort_keys=True) if isinstance(value, dict) else as_text(value)
+        )
     if revision:
-        flat["revision"] = shown(row.get("revision"))[:12]
+        flat["revision"] = as_text(row.get("revision"))[:12]
     return flat
 
 
@@ -201,23 +198,25 @@ def lines_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
     Two rows of one seed that differ in the revision only are kept apart by it.
     """
-    found: dict[str, list[Row]] = {}
-    for method, own in group_by(rows, lambda row: row["method"]).items():
-        jobs = group_by(own, lambda row: (row["shots"], row["seed"], str(settings_of(row, False))))
-        repeated = any(len(some) > 1 for some in jobs.values())
+    lines: dict[str, list[Row]] = {}
+    for method, method_rows in group_by(rows, lambda row: row["method"]).items():
+        jobs = group_by(
+            method_rows, lambda row: (row["shots"], row["seed"], str(settings_of(row, False)))
+        )
+        repeated = any(len(alike) > 1 for alike in jobs.values())
         names: set[str] = set()
-        for some in group_by(own, lambda row: row["shots"]).values():
-            every = [settings_of(row, repeated) for row in some]
+        for alike in group_by(method_rows, lambda row: row["shots"]).values():
+            every = [settings_of(row, repeated) for row in alike]
             names |= {
                 name
-                for name in {name for one in every for name in one}
-                if len({one.get(name) for one in every}) > 1
+                for name in {name for settings in every for name in settings}
+                if len({settings.get(name) for settings in every}) > 1
             }
-        for row in own:
+        for row in method_rows:
             flat = settings_of(row, repeated)
             tag = ", ".join(f"{name} {flat.get(name, 'default')}" for name in sorted(names))
-            found.setdefault(f"{method} ({tag})" if tag else method, []).append(row)
-    return found
+            lines.setdefault(f"{method} ({tag})" if tag else method, []).append(row)
+    return lines
 
 
 def values_of(row: Row, key: str, part: str | None) -> Mapping[str, Any]:
@@ -233,8 +232,8 @@ def cell_of(
     rows: Sequence[Row], key: str, part: str | None, seeds: frozenset[int] = frozenset()
 ) -> Cell:
     """The rows of one line and number of shots; of one seed the last counts. seeds: wanted ones."""
-    own = {row["seed"]: row for row in sorted(rows, key=lambda row: int(row["seed"]))}
-    values = {seed: values_of(row, key, part) for seed, row in own.items()}
+    by_seed = {row["seed"]: row for row in sorted(rows, key=lambda row: int(row["seed"]))}
+    values = {seed: values_of(row, key, part) for seed, row in by_seed.items()}
     metrics: dict[str, float | None] = {}
     for name in METRICS:
         numbers = [value[name] for value in values.values() if value.get(name) is not None]
@@ -242,26 +241,26 @@ def cell_of(
     interval = next(iter(values.values())).get("interval95")
     return Cell(
         {seed: float(value["accuracy"]) for seed, value in values.items()},
-        tuple(own.values()) if key == "adapted" else (),
+        tuple(by_seed.values()) if key == "adapted" else (),
         metrics,
         None if interval is None else (float(interval[0]), float(interval[1])),
         tuple(values.values()),
-        tuple(sorted(seeds - own.keys())),
+        tuple(sorted(seeds - by_seed.keys())),
     )
 
 
 def group_of(title: str, rows: Sequence[Row], part: str | None, seeds: frozenset[int]) -> Group:
     """seeds: every seed that was asked for on this source."""
     lines: dict[str, dict[int, Cell]] = {}
-    for line, own in lines_of(rows).items():
+    for line, line_rows in lines_of(rows).items():
         lines[line] = {
-            shots: cell_of(some, "adapted", part, seeds)
-            for shots, some in group_by(own, lambda row: row["shots"]).items()
+            shots: cell_of(cell_rows, "adapted", part, seeds)
+            for shots, cell_rows in group_by(line_rows, lambda row: row["shots"]).items()
         }
     zero = lines.setdefault("zeroshot", {})
-    for shots, some in group_by(rows, lambda row: row["shots"]).items():
+    for shots, cell_rows in group_by(rows, lambda row: row["shots"]).items():
         if shots not in zero:
-            zero[shots] = cell_of(some, "zero_shot", part)
+            zero[shots] = cell_of(cell_rows, "zero_shot", part)
     config, source = rows[0]["config"], rows[0]["source"]
     known = config.get("data") is not None and source in read_published().sets
     return Group(
@@ -271,7 +270,7 @@ def group_of(title: str, rows: Sequence[Row], part: str | None, seeds: frozenset
         backbone_of(rows[0])[0] if known else None,
         part,
         {line: dict(sorted(lines[line].items())) for line in in_order(lines)},
-        shown(config.get("templates") or "one"),
+        as_text(config.get("templates") or "one"),
     )
 
 
@@ -281,26 +280,30 @@ def groups_of(rows: Sequence[Row], missed: Sequence[Row] = ()) -> list[Group]:
     missed: rows of jobs that were skipped or failed, whose seeds were asked for as well.
     """
     titles = read_published().sets
-    found = []
-    for source, own in group_by(rows, lambda row: row["source"]).items():
-        keyed = group_by(own, group_key)
+    groups = []
+    for source, source_rows in group_by(rows, lambda row: row["source"]).items():
+        keyed = group_by(source_rows, group_key)
         # of several groups nothing says to which a missed job belongs
         lost = [row["seed"] for row in missed if row.get("source") == source and "seed" in row]
-        for tag, some in zip(apart([dict(key) for key in keyed]), keyed.values(), strict=True):
-            official = some[0]["config"].get("data") is not None
+        for tag, group_rows in zip(
+            differing_entries([dict(key) for key in keyed]), keyed.values(), strict=True
+        ):
+            official = group_rows[0]["config"].get("data") is not None
             title = titles.get(source, source) if official else source
             title = f"{title} ({tag})" if tag else title
-            seeds = frozenset([*(row["seed"] for row in some), *(lost if len(keyed) == 1 else ())])
-            if "harmonic_mean" in some[0]:
-                found += [group_of(f"{title}: {part}", some, part, seeds) for part in PARTS]
+            seeds = frozenset(
+                [*(row["seed"] for row in group_rows), *(lost if len(keyed) == 1 else ())]
+            )
+            if "harmonic_mean" in group_rows[0]:
+                groups += [group_of(f"{title}: {part}", group_rows, part, seeds) for part in PARTS]
             else:
-                found.append(group_of(title, some, None, seeds))
+                groups.append(group_of(title, group_rows, None, seeds))
     order = list(titles)
 
     def place(group: Group) -> tuple[bool, int]:
         return group.part is not None, order.index(group.name) if group.name else len(order)
 
-    return sorted(found, key=place)
+    return sorted(groups, key=place)
 
 
 def average_of(groups: Sequence[Group]) -> tuple[Group | None, list[str]]:

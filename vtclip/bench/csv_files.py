@@ -10,7 +10,7 @@ from typing import Any
 
 from vtclip.bench.cells import Cell, Group, group_by, method_of
 from vtclip.bench.published import read_published
-from vtclip.bench.report import BenchReport, Beside
+from vtclip.bench.report import BenchReport, Comparison
 from vtclip.bench.rows import PLACE, Row
 from vtclip.bench.tables import METRIC_TITLES, mean_of
 
@@ -39,18 +39,21 @@ def written(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
 def report_csv(report: BenchReport) -> str:
     """Every cell as a line, with what was published where it was compared."""
     rows = []
-    beside = {(id(one.group), one.line, one.shots): one for one in report.beside or ()}
+    comparisons = {
+        (id(comparison.group), comparison.line, comparison.shots): comparison
+        for comparison in report.comparisons or ()
+    }
     for group in report.tables:
         for line, cells in group.lines.items():
             for shots, cell in cells.items():
                 number = 0 if method_of(line) == "zeroshot" else shots
-                compared = beside.get((id(group), line, number))
+                compared = comparisons.get((id(group), line, number))
                 rows.append(_csv_row(group, line, shots, cell, compared))
     return written(CSV_HEAD, rows)
 
 
 def _csv_row(
-    group: Group, line: str, shots: int, cell: Cell, compared: Beside | None
+    group: Group, line: str, shots: int, cell: Cell, compared: Comparison | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "source": group.title,
@@ -62,7 +65,7 @@ def _csv_row(
         "seeds": " ".join(map(str, cell.accuracy)),
         "accuracy": f"{100 * cell.mean:.4f}",
         "half_interval": None if cell.half is None else f"{100 * cell.half:.4f}",
-        "interval": None if cell.half is None else "seeds" if cell.over_seeds else "test set",
+        "interval": None if cell.half is None else "seeds" if cell.seeds_differ else "test set",
         **{name: cell.metrics.get(name) for name in METRIC_TITLES},
         "train_seconds": mean_of(cell.rows, "seconds", "train"),
         "total_seconds": mean_of(cell.rows, "seconds", "total"),
@@ -97,7 +100,7 @@ def summary_of(report: BenchReport) -> dict[str, Any]:
 def _group_cells(
     group: Group, source: str, lost: Mapping[tuple[Any, ...], Sequence[Row]]
 ) -> list[dict[str, Any]]:
-    found = []
+    summary = []
     for shots in group.shots:
         best = group.best(shots)
         for line, cells in group.lines.items():
@@ -106,8 +109,8 @@ def _group_cells(
                 if cells[shots].missing and not why:
                     why = [f"{cells[shots].shortfall}; the others have not run"]
                 row = _cell(source, line, shots, cells[shots], line in best, why)
-                found.append({**row, "test_images": group.test_images})
-    return found
+                summary.append({**row, "test_images": group.test_images})
+    return summary
 
 
 def _cell(
@@ -120,7 +123,7 @@ def _cell(
     row |= {"seeds": list(cell.accuracy), "accuracy": cell.mean}
     if (bounds := cell.bounds) is not None:
         row["low"], row["high"] = bounds
-        row["interval"] = "seeds" if cell.over_seeds else "test set"
+        row["interval"] = "seeds" if cell.seeds_differ else "test set"
     row |= {name: cell.metrics.get(name) for name in METRIC_COLUMNS}
     return row | {name: mean_of(cell.rows, *path) for name, path in COST.items()}
 

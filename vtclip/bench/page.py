@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vtclip.bench.cells import Group, printable
+from vtclip.bench.cells import Group
 from vtclip.bench.panels import (
     DIAGRAM,
     PANEL,
@@ -29,8 +29,8 @@ from vtclip.bench.tables import (
     Entry,
     Table,
     accuracy_table,
-    beside_tables,
     commands,
+    comparison_tables,
     details_tables,
     facts_table,
     hardest_classes,
@@ -39,6 +39,7 @@ from vtclip.bench.tables import (
     plain,
     sources_table,
 )
+from vtclip.files import printable
 
 MARK = '<meta name="generator" content="vtclip report">'
 INTERVALS = (
@@ -52,7 +53,7 @@ CALIBRATION = (
     "NLL in nats; ECE over 15 bins; T is the temperature fitted on validation images, and “at T” "
     "says what it changes. Seconds and memory are means over seeds, on the machine named below."
 )
-BESIDE = (
+COMPARED = (
     "Published numbers of the same set, backbone and shots; an empty cell says that none is known. "
     "Difference: ours less the published one, in points. Other code, other draws and other rules "
     "for choosing hyper-parameters lie behind them, so that a point more or less says little. "
@@ -60,8 +61,8 @@ BESIDE = (
 )
 DASHED = "Dashed: published for the same backbone."
 RELIABILITY = (
-    "Share of right answers against confidence, all seeds together. Columns: as the head answers, "
-    "the stronger the more images. Dots: at the temperature fitted on validation images, their "
+    "Share of right predictions against confidence, all seeds together. Columns: as the head gives "
+    "it, the darker the more images. Dots: at the temperature fitted on validation images, their "
     "area the share of images. On the dotted diagonal confidence is what it says."
 )
 STYLE = """
@@ -131,7 +132,7 @@ def draw(report: BenchReport) -> Pictures:
     panels, dashed = [], False
     for group in report.tables:
         printed = {}
-        if report.beside is not None:
+        if report.comparisons is not None:
             named = {line: published_of(group, line, report.groups) for line in styles}
             printed = {line: found for line, found in named.items() if found}
         dashed = dashed or bool(printed)
@@ -166,8 +167,8 @@ def html_page(report: BenchReport, title: str, command: str, pictures: Pictures)
         parts.append(f'<div class="grid-of">{"".join(pictures.panels)}</div>')
     parts += ["<h2>Accuracy</h2>", f'<p class="note">{escape(INTERVALS)}</p>']
     parts.append(_tables(accuracy_table(group) for group in report.tables))
-    if report.beside is not None:
-        parts += ["<h2>Beside published numbers</h2>", *_beside(report)]
+    if report.comparisons is not None:
+        parts += ["<h2>Beside published numbers</h2>", *_published_section(report)]
     parts += ["<h2>Calibration and cost</h2>", f'<p class="note">{escape(CALIBRATION)}</p>']
     for group in report.groups:
         parts.append(_fold(group.title, _tables(details_tables(group), "h4", "wide")))
@@ -262,18 +263,18 @@ def _cell(one: Entry) -> str:
     return f"{text} <small>{escape(one.small)}</small>" if one.small else text
 
 
-def _beside(report: BenchReport) -> Iterable[str]:
-    tables, remarks = beside_tables(report.beside or ())
+def _published_section(report: BenchReport) -> Iterable[str]:
+    tables, remarks = comparison_tables(report.comparisons or ())
     if not tables:
-        yield f'<p class="note">{escape(_nothing_beside())}</p>'
+        yield f'<p class="note">{escape(_nothing_published())}</p>'
         return
-    yield f'<p class="note">{escape(BESIDE)}</p>'
+    yield f'<p class="note">{escape(COMPARED)}</p>'
     yield _tables(tables, layout="wide")
     if remarks:
         yield f"<ol>{''.join(f'<li>{escape(one)}</li>' for one in remarks)}</ol>"
 
 
-def _nothing_beside() -> str:
+def _nothing_published() -> str:
     return (
         "No source is a data set that tables are published of, with its official split and a "
         "backbone of OpenAI's weights: there is nothing to compare with."
@@ -306,9 +307,9 @@ def markdown_page(
     for group in report.tables:
         table = accuracy_table(group)
         parts += [f"### {plain(table.title)}", markdown(table)]
-    if report.beside is not None:
-        tables, remarks = beside_tables(report.beside)
-        parts += ["## Beside published numbers", BESIDE if tables else _nothing_beside()]
+    if report.comparisons is not None:
+        tables, remarks = comparison_tables(report.comparisons)
+        parts += ["## Beside published numbers", COMPARED if tables else _nothing_published()]
         for table in tables:
             parts += [f"### {plain(table.title)}", markdown(table)]
         parts += ["\n".join(f"{n}. {plain(one)}" for n, one in enumerate(remarks, 1))]

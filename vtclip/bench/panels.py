@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vtclip.bench.cells import Cell, Group, method_of, printable
+from vtclip.bench.cells import Cell, Group, method_of
 from vtclip.bench.published import matching, mean_over, read_published
+from vtclip.files import printable
 
 Bin = tuple[float, float, int]  # confidence, accuracy, count
 Style = tuple[str, str, bool]  # colour, mark, hollow
@@ -263,7 +264,7 @@ def bins_error(bins: Sequence[Bin | None]) -> float:
 
 
 def reliability(title: str, raw: Sequence[Bin | None], scaled: Sequence[Bin | None] | None) -> str:
-    """Accuracy against confidence: columns as the head answers, dots at the fitted temperature.
+    """Accuracy against confidence: columns as the head gives it, dots at the fitted temperature.
 
     The area of a dot and the strength of a column say what share of the images it holds.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark's folder says: its rows read and checked, grouped, and beside published numbers.
+"""What a benchmark's folder says: its rows read, checked and grouped, with published numbers.
 
-Rows of differing settings, revisions or machines are shown as what they are: apart, or with a note.
+Rows of differing settings, revisions or machines stay separate, or have a note.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from vtclip.bench.cells import (
     Cell,
     Group,
+    as_text,
     average_of,
     backbone_of,
     group_by,
     groups_of,
     in_order,
     method_of,
-    shown,
 )
 from vtclip.bench.published import Published, matching, read_published
 from vtclip.bench.rows import Row, is_finished, place_of, read_lines
@@ -29,7 +29,7 @@ from vtclip.choices import nearest
 
 
 @dataclass(frozen=True)
-class Beside:
+class Comparison:
     """One of our numbers and what was printed for the same set, backbone and shots, or nothing."""
 
     group: Group
@@ -50,7 +50,7 @@ class Beside:
 class BenchReport:
     """groups: sources, the protocol's data sets first; average: over them, where there are several.
 
-    missed: rows of jobs that were skipped or failed. beside: None where it was not asked for.
+    missed: rows of jobs that were skipped or failed. comparisons: None where it was not asked for.
     """
 
     groups: tuple[Group, ...]
@@ -58,7 +58,7 @@ class BenchReport:
     rows: tuple[Row, ...]
     missed: tuple[Row, ...]
     notes: tuple[str, ...]
-    beside: tuple[Beside, ...] | None
+    comparisons: tuple[Comparison, ...] | None
 
     @property
     def tables(self) -> list[Group]:
@@ -122,14 +122,14 @@ def check_row(row: Any, where: str) -> Row:
             raise ValueError(f"{where}: {name} must be of type {kind.__name__}, got {got}")
     if not is_finished(row):
         return row
-    found = {part: row[part].get("accuracy") for part in ("zero_shot", "adapted")}
+    accuracies = {part: row[part].get("accuracy") for part in ("zero_shot", "adapted")}
     mean = row.get("harmonic_mean")
     if mean is not None:
         for part in ("base", "new"):
             for key in ("zero_shot", "adapted"):
-                found[f"{part} {key}"] = _at(row, part, key, "accuracy")
-        found |= {f"harmonic_mean {key}": _at(mean, key) for key in ("zero_shot", "adapted")}
-    for name, value in found.items():
+                accuracies[f"{part} {key}"] = _at(row, part, key, "accuracy")
+        accuracies |= {f"harmonic_mean {key}": _at(mean, key) for key in ("zero_shot", "adapted")}
+    for name, value in accuracies.items():
         if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value <= 1:
             raise ValueError(f"{where}: accuracy of {name} must lie in 0..1, got {value!a}")
     return row
@@ -146,25 +146,25 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], int]:
 
     A job that was skipped or failed and has a finished row is not counted as missed.
     """
-    found: dict[str, Row] = {}
+    by_job: dict[str, Row] = {}
     ordered = sorted(rows, key=lambda row: float(row.get("time") or 0))
     for row in ordered:
         job = [row.get(name) for name in ("key", "job", "config", "revision")]
-        found[json.dumps([place_of(row), is_finished(row), job], sort_keys=True)] = row
-    done = {place_of(row) for row in found.values() if is_finished(row)}
-    kept = [row for row in found.values() if is_finished(row) or place_of(row) not in done]
-    return kept, len(ordered) - len(found)
+        by_job[json.dumps([place_of(row), is_finished(row), job], sort_keys=True)] = row
+    done = {place_of(row) for row in by_job.values() if is_finished(row)}
+    kept = [row for row in by_job.values() if is_finished(row) or place_of(row) not in done]
+    return kept, len(ordered) - len(by_job)
 
 
-def mixed(rows: Sequence[Row]) -> list[str]:
+def mixture_notes(rows: Sequence[Row]) -> list[str]:
     """A note for each thing that rows of one benchmark should share and do not."""
 
     def version(name: str) -> list[str]:
-        return [shown((row.get("versions") or {}).get(name)) for row in rows]
+        return [as_text((row.get("versions") or {}).get(name)) for row in rows]
 
     things = {
-        "revisions": [shown(row.get("revision"))[:12] for row in rows],
-        "kinds of device": [shown(row.get("device")) for row in rows],
+        "revisions": [as_text(row.get("revision"))[:12] for row in rows],
+        "kinds of device": [as_text(row.get("device")) for row in rows],
         "versions of vtclip": version("vtclip"),
         "versions of torch": version("torch"),
     }
@@ -180,7 +180,7 @@ def mixed(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def uneven(groups: Sequence[Group]) -> list[str]:
+def missing_seed_notes(groups: Sequence[Group]) -> list[str]:
     """A note on every line whose cells have not all the seeds of its source."""
     notes = []
     for group in groups:
@@ -191,13 +191,13 @@ def uneven(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def compare(groups: Sequence[Group]) -> list[Beside]:
-    """Ours beside published numbers, for the sets that tables are published of.
+def compared_with_published(groups: Sequence[Group]) -> list[Comparison]:
+    """Our numbers with the published ones, for the sets that tables are published of.
 
-    Only numbers of the same set, backbone, number of shots and part of the classes are put beside
+    Only numbers of the same set, backbone, number of shots and part of the classes are put next to
     each other. Zero-shot is there once.
     """
-    found = []
+    comparisons = []
     for group in groups:
         if group.name is None or group.backbone is None:
             continue
@@ -213,8 +213,8 @@ def compare(groups: Sequence[Group]) -> list[Beside]:
                     part=group.part,
                     templates=group.templates,
                 )
-                found.append(Beside(group, line, number, cell, tuple(known)))
-    return found
+                comparisons.append(Comparison(group, line, number, cell, tuple(known)))
+    return comparisons
 
 
 def make_report(
@@ -225,7 +225,7 @@ def make_report(
 ) -> BenchReport:
     """Groups, their average, the comparison and what to know of the rows.
 
-    methods: keep only these, beside zero-shot. A method without rows is a ValueError.
+    methods: keep only these and zero-shot. A method without rows is a ValueError.
     """
     kept, replaced = latest(rows)
     known = sorted({row["method"] for row in kept if "method" in row})
@@ -241,12 +241,12 @@ def make_report(
     remarks = [*notes]
     if replaced:
         remarks.append(f"{replaced} rows were replaced by later rows of the same jobs.")
-    remarks += mixed(done)
+    remarks += mixture_notes(done)
     whole = [group for group in groups if group.part in (None, "base")]
     named = any("(" in line for group in groups for line in group.lines)
     if named or len(whole) > len(group_by(done, lambda row: row["source"])):
         remarks.append("Rows of differing settings are kept apart; brackets say what differs.")
-    remarks += [*uneven(groups), *left_out]
+    remarks += [*missing_seed_notes(groups), *left_out]
     if published:
         files = {backbone_of(row)[1] for row in done if row["source"] in read_published().sets}
         remarks += sorted(text for text in files if text is not None)
@@ -256,5 +256,5 @@ def make_report(
         tuple(done),
         tuple(lost),
         tuple(remarks),
-        tuple(compare(groups)) if published else None,
+        tuple(compared_with_published(groups)) if published else None,
     )

@@ -109,11 +109,11 @@ def _other(name: str, fact: str, was: Any) -> str:
 
 
 def read_bench(out: Path) -> dict[str, Any]:
-    found = read_json(out / BENCH, "a folder of vtclip bench")
-    if found.get("format") != FORMAT or found.get("version") != VERSION:
-        have = f"{found.get('format')} {found.get('version')}"
+    content = read_json(out / BENCH, "a folder of vtclip bench")
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        have = f"{content.get('format')} {content.get('version')}"
         raise ValueError(f"{out / BENCH}: this vtclip reads {FORMAT} {VERSION}, got {have}")
-    return found
+    return content
 
 
 class RowFile:

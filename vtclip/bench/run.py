@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vtclip import api
 from vtclip.bench.csv_files import runs_csv, summary_csv, summary_of
 from vtclip.bench.jobs import (
-    Job,
+    BenchJob,
     Settings,
     Shard,
     Source,
@@ -43,7 +43,7 @@ from vtclip.bench.rows import (
     locked,
     read_rows,
 )
-from vtclip.bench.sources import Opener
+from vtclip.bench.sources import SourceOpener
 from vtclip.checkpoint import Interrupted
 from vtclip.files import write_atomic
 from vtclip.memory import reset_peak_memory
@@ -112,7 +112,7 @@ def run_bench(
     check_bench_folder(out, [source.folder for source in sources])
     asked = dataclasses.asdict(settings)
     claim_folder(out, asked, _facts(sources, jobs))
-    opener = Opener(
+    opener = SourceOpener(
         settings,
         spatial={
             job.source.name
@@ -178,7 +178,7 @@ def _device(named: str | torch.device | None) -> torch.device:
     return choose_device(named)
 
 
-def _facts(sources: Iterable[Source], jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+def _facts(sources: Iterable[Source], jobs: Sequence[BenchJob]) -> dict[str, dict[str, Any]]:
     """What must stay the same of every source for its rows to compare."""
     return {
         source.name: {
@@ -191,7 +191,7 @@ def _facts(sources: Iterable[Source], jobs: Sequence[Job]) -> dict[str, dict[str
 
 
 def _do(
-    job: Job, opener: Opener, rows: RowFile, report: BenchOutcome, old: Mapping[str, Any]
+    job: BenchJob, opener: SourceOpener, rows: RowFile, report: BenchOutcome, old: Mapping[str, Any]
 ) -> None:
     """Run one job and append its row; only what concerns all jobs is raised."""
     head = {"key": job.key, **dict(zip(PLACE, job.place(), strict=True))}
@@ -220,7 +220,7 @@ def _do(
     logger.info("%s: accuracy %.2f %%", job.name, 100 * result["accuracy"])
 
 
-def _fit(job: Job, opener: Opener, folder: Path) -> dict[str, Any]:
+def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
     """The result of the job's run, which goes on where an earlier process was stopped."""
     records, settings = opener.records(job), opener.settings
     reset_peak_memory(opener.device)

@@ -3,27 +3,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from vtclip.bench.jobs import Job, Settings, Source, needs_spatial
-from vtclip.data.images import printable
-from vtclip.data.records import Records, Store
+from vtclip.bench.jobs import BenchJob, Settings, Source, needs_spatial
+from vtclip.data.records import Records
 from vtclip.data.sets import Listing, SetSource, open_listing
 from vtclip.data.sets.features import open_set
 from vtclip.data.sources import open_source
+from vtclip.files import printable
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
 
 
-class Opener:
+class SourceOpener:
     """Gives a job the rows that `vtclip.fit` would open for it.
 
     spatial: names of the sources that are opened with spatial features. Methods that take none are
@@ -50,7 +48,7 @@ class Opener:
         self._open: tuple[tuple[int, int] | None, Records] | None = None
         self._failed: dict[tuple[str, tuple[int, int] | None], str] = {}
 
-    def records(self, job: Job) -> Records:
+    def records(self, job: BenchJob) -> Records:
         """The rows of the job's source; for a data set those of its draw."""
         self._turn_to(job.source)
         draw = (job.shots, job.seed) if isinstance(job.source.where, SetSource) else None
@@ -66,9 +64,9 @@ class Opener:
                 raise
             self._note(job.source.name, _content(self._open[1]))
         records = self._open[1]
-        return records if _keeps_spatial(job) else without_spatial(records)
+        return records if _keeps_spatial(job) else records.without_spatial()
 
-    def why_not(self, job: Job) -> str | None:
+    def why_not(self, job: BenchJob) -> str | None:
         """Why there are not enough images for the job; None where there are."""
         self._turn_to(job.source)
         if not isinstance(job.source.where, SetSource):
@@ -82,7 +80,7 @@ class Opener:
         if self._source != source:
             self._source, self._open, self._kept = source, None, {}
 
-    def _opened(self, job: Job) -> Records:
+    def _opened(self, job: BenchJob) -> Records:
         source, settings = job.source, self.settings
         need = source.name in self._spatial
         common: dict[str, Any] = {
@@ -114,7 +112,7 @@ class Opener:
         return self._clip
 
 
-def _keeps_spatial(job: Job) -> bool:
+def _keeps_spatial(job: BenchJob) -> bool:
     """Whether `vtclip.fit` alone would have spatial features, and the method looks at them."""
     if job.method == "auto":  # takes what is there
         return job.spatial is not None or job.source.kind in ("npz", "features")
@@ -127,29 +125,6 @@ def _content(records: Records) -> dict[str, str]:
     found = {"images": digests.get("test_images", digests.get("images"))}
     found["weights"] = digests.get("weights")
     return {name: digest for name, digest in found.items() if digest is not None}
-
-
-class _GlobalOnly:
-    """A store without the spatial features of another."""
-
-    spatial_width: int | None = None
-    spatial_tokens: int | None = None
-
-    def __init__(self, store: Store) -> None:
-        self.width, self.num_passes, self.image = store.width, store.num_passes, store.image
-
-    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
-        raise ValueError("records: this source holds no spatial features")
-
-
-def without_spatial(records: Records) -> Records:
-    """The same rows, classes and texts; spatial features are neither shown nor read."""
-    if not records.has_spatial:
-        return records
-    view = copy.copy(records)
-    view._store = _GlobalOnly(records._store)
-    view.info = {**records.info, "spatial": None}
-    return view
 
 
 def too_few_images(records: Records, shots: int, test_fraction: float) -> str | None:
