@@ -13,6 +13,7 @@ from torch import Tensor
 from vtclip import _library, ops
 from vtclip.backends import native
 from vtclip.ops._checks import bound_once
+from vtclip.reference._dtypes import PENALTY_CODES
 
 needs_extension = pytest.mark.skipif(bool(native.load_cpu()), reason="vtclip._C is not built")
 
@@ -71,7 +72,7 @@ def sample(name: str, empty: bool, expanded: bool) -> tuple[object, ...]:
     if name == "rational_logits_bwd":
         return torch.randn(B, K), image, text, mask, 2.0
     ending = mask, torch.randn(C, C), torch.randn(C), image, text
-    penalty = _library.PENALTIES["mse" if expanded else "linf"]
+    penalty = PENALTY_CODES["mse" if expanded else "linf"]
     if name == "rational_head_fwd":
         return *ending, 2.0, penalty
     if name == "rational_head_bwd":

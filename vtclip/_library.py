@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
+
 SCHEMAS: dict[str, str] = {
     "cross_attn_fwd": (
         "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale)"
@@ -91,14 +93,6 @@ SCHEMAS: dict[str, str] = {
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
-
-# how the penalty of a mask travels through the schemas
-PENALTIES = {"none": 0, "l1": 1, "mse": 2, "linf": 3}
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype statistics are kept in: float64 for float64, float32 for everything narrower."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _heads_inner(like: Tensor, B: int, N: int, H: int, d: int) -> Tensor:
@@ -334,7 +328,7 @@ def _rational_head_fwd(
     penalty: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, K, _ = context.shape
-    peaks = B if penalty == PENALTIES["linf"] else 0
+    peaks = B if penalty == PENALTY_CODES["linf"] else 0
     return (
         context.new_empty((B, K)),
         context.new_empty((B,), dtype=acc_dtype(context.dtype)),

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip._library import PENALTIES, acc_dtype
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_head as reference
+from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
 
 Penalty = Literal["none", "l1", "mse", "linf"]
 
@@ -66,7 +66,7 @@ class _RationalHead(torch.autograd.Function):
         if grad_logits is None:
             grad_logits = context.new_zeros(context.shape[:2])
         if grad_penalty is None:  # nobody used it: as if there were none, and nothing is read
-            penalty, peak = PENALTIES["none"], peak[:0]
+            penalty, peak = PENALTY_CODES["none"], peak[:0]
             grad_penalty = context.new_empty(context.shape[:1], dtype=acc_dtype(context.dtype))
         grads = ctx.backend.function("rational_head_bwd")(
             grad_logits, grad_penalty, *tensors, peak, ctx.scale, penalty, features
@@ -112,8 +112,8 @@ def rational_head(
     op = "rational_head"
     expect_floats(op, context=context, weight=weight, bias=bias, image=image, text=text)
     expect_number(op, scale=scale)
-    if penalty not in PENALTIES:
-        names = ", ".join(PENALTIES)
+    if penalty not in PENALTY_CODES:
+        names = ", ".join(PENALTY_CODES)
         raise ValueError(f"{op}: penalty must be one of {names}, got {penalty!r}")
     expect_shape(
         op,
@@ -124,7 +124,7 @@ def rational_head(
         text=(text, "K D"),
     )
     context, weight, bias, image, text = common_dtype(context, weight, bias, image, text)
-    numbers = float(scale), PENALTIES[penalty]
+    numbers = float(scale), PENALTY_CODES[penalty]
     chosen = select(Problem(op, context.device.type, context.dtype, context.shape[-1]), impl)
     if chosen.name == "reference":
         return RationalLogits(

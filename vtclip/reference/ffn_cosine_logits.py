@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 from vtclip.reference.norm_cosine_logits import norm_cosine_logits
 
 
