@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtclip import _library, ops
-from vtclip.backends import native
+from vtclip import ops
+from vtclip.backends import native, schemas
 from vtclip.ops._checks import bound_once
 from vtclip.reference._dtypes import PENALTY_CODES
 
@@ -90,7 +90,7 @@ def sample(name: str, empty: bool, expanded: bool) -> tuple[object, ...]:
 @needs_extension
 @pytest.mark.parametrize("expanded", [False, True], ids=["plain", "strided"])
 @pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
-@pytest.mark.parametrize("name", _library.SCHEMAS)
+@pytest.mark.parametrize("name", schemas.SCHEMAS)
 def test_opcheck(name, empty, expanded):
     done = torch.library.opcheck(
         getattr(torch.ops.vtclip, name).default, sample(name, empty, expanded)

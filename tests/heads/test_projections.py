@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtclip.heads import _projections
-from vtclip.heads._projections import Layer, projections
+from vtclip.ops import _projections
+from vtclip.ops._projections import Layer, projections
 from vtclip.ops._select import Named
 from vtclip.testing import assert_within_budget
 

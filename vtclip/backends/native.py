@@ -33,7 +33,7 @@ def load_cpu() -> str:
     if importlib.util.find_spec("vtclip._C") is None:
         return "the extension vtclip._C is not built (install with a C++ compiler)"
     try:
-        importlib.import_module("vtclip._library")  # schemas come before implementations
+        importlib.import_module("vtclip.backends.schemas")  # schemas come before implementations
         importlib.import_module("vtclip._C")
     except (ImportError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -56,7 +56,7 @@ def load_cuda() -> str:
     if torch.version.cuda is None:
         return f"{path.name} needs a CUDA build of torch, this is {torch.__version__}"
     try:
-        importlib.import_module("vtclip._library")  # schemas come before implementations
+        importlib.import_module("vtclip.backends.schemas")  # schemas come before implementations
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{path.name} failed to load with torch {torch.__version__}: {error}"

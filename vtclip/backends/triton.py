@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vtclip._library import FAKES
 from vtclip.backends.native import ATTENTION, constant_when_traced
+from vtclip.backends.schemas import FAKES
 
 if TYPE_CHECKING:
     from vtclip.ops._select import Problem
