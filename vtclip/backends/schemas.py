@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator schema of vtclip with its fake, written once.
+"""Every operator of vtclip, written once: the signature of its fake is its schema.
 
 `vtclip::X` is implemented by the compiled extension (dispatch keys CPU and CUDA),
 `vtclip::X_triton` by the Triton launchers. Both share the schema and the fake below. Only torch is
@@ -10,89 +10,52 @@ Shapes: query [Bq, H, K, d] with Bq in {1, B}; key, value [B, H, L, d]; key_mask
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
 
-SCHEMAS: dict[str, str] = {
-    "cross_attn_fwd": (
-        "(Tensor query, Tensor key, Tensor value, Tensor? key_mask, float scale)"
-        " -> (Tensor, Tensor)"
-    ),
-    "cross_attn_bwd": (
-        "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
-        " Tensor? key_mask, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)"
-    ),
-    "cross_attn_weights_fwd": (
-        "(Tensor query, Tensor key, Tensor? key_mask, float scale) -> Tensor"
-    ),
-    "cross_attn_weights_bwd": (
-        "(Tensor grad_weights, Tensor weights, Tensor query, Tensor key, float scale)"
-        " -> (Tensor, Tensor)"
-    ),
-    "cosine_logits_fwd": "(Tensor image, Tensor text, float scale) -> (Tensor, Tensor, Tensor)",
-    "cosine_logits_bwd": (
-        "(Tensor grad_logits, Tensor image, Tensor text, Tensor image_rnorm, Tensor text_rnorm,"
-        " float scale) -> (Tensor, Tensor)"
-    ),
-    "norm_cosine_logits_fwd": (
-        "(Tensor hidden, Tensor weight, Tensor bias, Tensor text, Tensor image, float residual,"
-        " float scale, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    "norm_cosine_logits_bwd": (
-        "(Tensor grad_logits, Tensor hidden, Tensor weight, Tensor bias, Tensor text,"
-        " Tensor image, Tensor logits, Tensor mean, Tensor rstd, Tensor image_rnorm,"
-        " Tensor row_rnorm, float residual, float scale, float eps)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    # logits, stats, image_rnorm
-    "ffn_cosine_logits_fwd": (
-        "(Tensor hidden, Tensor weight, Tensor bias, Tensor residual_input, Tensor norm_weight,"
-        " Tensor norm_bias, Tensor text, Tensor image, float residual, float scale, float eps)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-    "ffn_cosine_logits_bwd": (
-        "(Tensor grad_logits, Tensor hidden, Tensor weight, Tensor bias, Tensor residual_input,"
-        " Tensor norm_weight, Tensor norm_bias, Tensor text, Tensor image, Tensor stats,"
-        " Tensor image_rnorm, float residual, float scale, bool features)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-    # out, parts, image_out, stats
-    "rational_attn_fwd": (
-        "(Tensor? image_query, Tensor? text_query, Tensor? pair_query, Tensor key, Tensor value,"
-        " float scale, bool keep_parts) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-    # the last: gradients of pair_query (where there is one), key and value, [B, K, 2|3, H, d]
-    "rational_attn_bwd": (
-        "(Tensor grad_out, Tensor? image_query, Tensor? text_query, Tensor? pair_query,"
-        " Tensor key, Tensor value, Tensor parts, Tensor image_out, Tensor stats, float scale)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-    "rational_logits_fwd": "(Tensor image, Tensor text, Tensor mask, float scale) -> Tensor",
-    "rational_logits_bwd": (
-        "(Tensor grad_logits, Tensor image, Tensor text, Tensor mask, float scale)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-    "unit_products_fwd": "(Tensor image, Tensor text, float scale) -> (Tensor, Tensor, Tensor)",
-    "unit_products_bwd": (
-        "(Tensor grad_image, Tensor grad_text, Tensor grad_products, Tensor image, Tensor text,"
-        " float scale) -> (Tensor, Tensor)"
-    ),
-    # logits, penalty, peak
-    "rational_head_fwd": (
-        "(Tensor context, Tensor weight, Tensor bias, Tensor image, Tensor text, float scale,"
-        " int penalty) -> (Tensor, Tensor, Tensor)"
-    ),
-    "rational_head_bwd": (
-        "(Tensor grad_logits, Tensor grad_penalty, Tensor context, Tensor weight, Tensor bias,"
-        " Tensor image, Tensor text, Tensor peak, float scale, int penalty, bool features)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-}
+Fake = TypeVar("Fake", bound=Callable[..., Any])
+SCHEMAS: dict[str, str] = {}  # of the operators that both kinds of backends implement
+FAKES: dict[str, Callable[..., Any]] = {}  # of all operators
+
+_SCHEMA_TYPES = {kind: kind for kind in ("Tensor", "float", "int", "bool")}
+_SCHEMA_TYPES["Tensor | None"] = "Tensor?"
+
+
+def _schema(fake: Callable[..., Any]) -> str:
+    """`(x: Tensor, scale: float) -> tuple[Tensor, Tensor]` as torch writes it."""
+    signature = inspect.signature(fake)
+    arguments = ", ".join(
+        f"{_SCHEMA_TYPES[parameter.annotation]} {parameter.name}"
+        for parameter in signature.parameters.values()
+    )
+    results = signature.return_annotation.replace("tuple[", "(").replace("]", ")")
+    return f"({arguments}) -> {results}"
+
+
+def _define(qualified: str, schema: str, fake: Callable[..., Any]) -> None:
+    torch.library.define(qualified, schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    torch.library.register_fake(qualified, fake)
+
+
+def operator(fake: Fake) -> Fake:
+    """Defines `vtclip::X` and `vtclip::X_triton` for the fake X."""
+    name = fake.__name__
+    SCHEMAS[name] = _schema(fake)
+    _define(f"vtclip::{name}", SCHEMAS[name], fake)
+    return triton_operator(fake)
+
+
+def triton_operator(fake: Fake) -> Fake:
+    """Defines `vtclip::X_triton` alone for the fake X."""
+    FAKES[fake.__name__] = fake
+    _define(f"vtclip::{fake.__name__}_triton", _schema(fake), fake)
+    return fake
 
 
 def _heads_inner(like: Tensor, B: int, N: int, H: int, d: int) -> Tensor:
@@ -100,7 +63,13 @@ def _heads_inner(like: Tensor, B: int, N: int, H: int, d: int) -> Tensor:
     return like.new_empty((B, N, H, d)).transpose(1, 2)
 
 
-def _cross_attn_fwd(
+def _like(tensor: Tensor, wanted: bool = True) -> Tensor:
+    # contiguous, whatever the layout of `tensor` is; [0] stands for a gradient nobody asked for
+    return tensor.new_empty(tensor.shape if wanted else (0,))
+
+
+@operator
+def cross_attn_fwd(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     B, H, _, d = key.shape
@@ -109,7 +78,8 @@ def _cross_attn_fwd(
     return _heads_inner(query, B, K, H, d), lse
 
 
-def _cross_attn_bwd(
+@operator
+def cross_attn_bwd(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -126,14 +96,16 @@ def _cross_attn_bwd(
     return d_query, _heads_inner(key, B, L, H, d), _heads_inner(value, B, L, H, d)
 
 
-def _cross_attn_weights_fwd(
+@operator
+def cross_attn_weights_fwd(
     query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float
 ) -> Tensor:
     B, H, L, _ = key.shape
     return query.new_empty((B, H, query.shape[2], L))
 
 
-def _cross_attn_weights_bwd(
+@operator
+def cross_attn_weights_bwd(
     grad_weights: Tensor, weights: Tensor, query: Tensor, key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     Bq, H, K, d = query.shape
@@ -141,14 +113,16 @@ def _cross_attn_weights_bwd(
     return _heads_inner(query, Bq, K, H, d), _heads_inner(key, B, L, H, d)
 
 
-def _cosine_logits_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+@operator
+def cosine_logits_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     acc = acc_dtype(image.dtype)
     logits = image.new_empty((image.shape[0], text.shape[-2]))
     rnorms = image.new_empty(image.shape[:1], dtype=acc), text.new_empty(text.shape[:-1], dtype=acc)
     return logits, *rnorms
 
 
-def _cosine_logits_bwd(
+@operator
+def cosine_logits_bwd(
     grad_logits: Tensor,
     image: Tensor,
     text: Tensor,
@@ -156,10 +130,11 @@ def _cosine_logits_bwd(
     text_rnorm: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return image.new_empty(image.shape), text.new_empty(text.shape)
+    return _like(image), _like(text)
 
 
-def _norm_cosine_logits_fwd(
+@operator
+def norm_cosine_logits_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -176,7 +151,8 @@ def _norm_cosine_logits_fwd(
     return logits, mean, rstd, hidden.new_empty((B,), dtype=acc), row_rnorm
 
 
-def _norm_cosine_logits_bwd(
+@operator
+def norm_cosine_logits_bwd(
     grad_logits: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -192,16 +168,11 @@ def _norm_cosine_logits_bwd(
     scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-        text.new_empty(text.shape),
-        image.new_empty(image.shape),
-    )
+    return _like(hidden), _like(weight), _like(bias), _like(text), _like(image)
 
 
-def _ffn_cosine_logits_fwd(
+@operator
+def ffn_cosine_logits_fwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -214,6 +185,7 @@ def _ffn_cosine_logits_fwd(
     scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # logits, stats, image_rnorm
     # stats: mean and shift (both are subtracted), rstd, 1 / |y|, cosine, mean of g, mean of g zh;
     # g = residual norm_weight (image / |image| - cosine y / |y|). The mean is the implementation's:
     # of z, or of residual_input + bias where the rest of z is centred; its backward reads it.
@@ -223,7 +195,8 @@ def _ffn_cosine_logits_fwd(
     return logits, hidden.new_empty((7, B, K), dtype=acc), hidden.new_empty((B,), dtype=acc)
 
 
-def _ffn_cosine_logits_bwd(
+@operator
+def ffn_cosine_logits_bwd(
     grad_logits: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -237,21 +210,22 @@ def _ffn_cosine_logits_bwd(
     image_rnorm: Tensor,
     residual: float,
     scale: float,
-    features: bool,
+    feature_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        hidden.new_empty(hidden.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-        residual_input.new_empty(residual_input.shape),
-        norm_weight.new_empty(norm_weight.shape),
-        norm_bias.new_empty(norm_bias.shape),
-        text.new_empty(text.shape if features else (0,)),
-        image.new_empty(image.shape if features else (0,)),
+        _like(hidden),
+        _like(weight),
+        _like(bias),
+        _like(residual_input),
+        _like(norm_weight),
+        _like(norm_bias),
+        _like(text, feature_grads),
+        _like(image, feature_grads),
     )
 
 
-def _rational_attn_fwd(
+@operator
+def rational_attn_fwd(
     image_query: Tensor | None,
     text_query: Tensor | None,
     pair_query: Tensor | None,
@@ -269,7 +243,8 @@ def _rational_attn_fwd(
     return _heads_inner(key, B, K, H, d), parts, image_out, stats
 
 
-def _rational_attn_bwd(
+@operator
+def rational_attn_bwd(
     grad_out: Tensor,
     image_query: Tensor | None,
     text_query: Tensor | None,
@@ -281,6 +256,7 @@ def _rational_attn_bwd(
     stats: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    # the last: gradients of pair_query (where there is one), key and value
     def grad(like: Tensor | None) -> Tensor:
         if like is None:
             return key.new_empty((0,))
@@ -292,22 +268,26 @@ def _rational_attn_bwd(
     return grad(image_query), grad(text_query), key.new_empty((B, K, count, H, d))
 
 
-def _rational_logits_fwd(image: Tensor, text: Tensor, mask: Tensor, scale: float) -> Tensor:
+@operator
+def rational_logits_fwd(image: Tensor, text: Tensor, mask: Tensor, scale: float) -> Tensor:
     return image.new_empty(mask.shape[:2])
 
 
-def _rational_logits_bwd(
+@operator
+def rational_logits_bwd(
     grad_logits: Tensor, image: Tensor, text: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return image.new_empty(image.shape), text.new_empty(text.shape), mask.new_empty(mask.shape)
+    return _like(image), _like(text), _like(mask)
 
 
-def _unit_products_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+@operator
+def unit_products_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     B, D = image.shape
-    return image.new_empty((B, D)), text.new_empty(text.shape), image.new_empty((B, len(text), D))
+    return image.new_empty((B, D)), _like(text), image.new_empty((B, len(text), D))
 
 
-def _unit_products_bwd(
+@operator
+def unit_products_bwd(
     grad_image: Tensor,
     grad_text: Tensor,
     grad_products: Tensor,
@@ -315,10 +295,11 @@ def _unit_products_bwd(
     text: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return image.new_empty(image.shape), text.new_empty(text.shape)
+    return _like(image), _like(text)
 
 
-def _rational_head_fwd(
+@operator
+def rational_head_fwd(
     context: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -328,6 +309,7 @@ def _rational_head_fwd(
     penalty: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, K, _ = context.shape
+    # logits, penalty, peak
     peaks = B if penalty == PENALTY_CODES["linf"] else 0
     return (
         context.new_empty((B, K)),
@@ -336,7 +318,8 @@ def _rational_head_fwd(
     )
 
 
-def _rational_head_bwd(
+@operator
+def rational_head_bwd(
     grad_logits: Tensor,
     grad_penalty: Tensor,
     context: Tensor,
@@ -347,35 +330,17 @@ def _rational_head_bwd(
     peak: Tensor,
     scale: float,
     penalty: int,
-    features: bool,
+    feature_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
-        context.new_empty(context.shape),
-        weight.new_empty(weight.shape),
-        bias.new_empty(bias.shape),
-        image.new_empty(image.shape if features else (0,)),
-        text.new_empty(text.shape if features else (0,)),
+        _like(context),
+        _like(weight),
+        _like(bias),
+        _like(image, feature_grads),
+        _like(text, feature_grads),
     )
 
 
-def _column_sums(x0: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+@triton_operator  # a launch saved on a GPU; elsewhere three calls of torch are as good
+def column_sums(x0: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
     return x0.new_empty((x0.shape[1] + x1.shape[1] + x2.shape[1],))
-
-
-# a launch saved on a GPU; elsewhere three calls of torch are as good
-TRITON_ONLY: dict[str, str] = {"column_sums": "(Tensor x0, Tensor x1, Tensor x2) -> Tensor"}
-FAKES: dict[str, Callable[..., Any]] = {
-    name: globals()[f"_{name}"] for name in (*SCHEMAS, *TRITON_ONLY)
-}
-
-
-def _define(qualified: str, name: str) -> None:
-    schema = SCHEMAS.get(name) or TRITON_ONLY[name]
-    torch.library.define(qualified, schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    torch.library.register_fake(qualified, FAKES[name])
-
-
-for _name in SCHEMAS:
-    _define(f"vtclip::{_name}", _name)
-for _name in FAKES:
-    _define(f"vtclip::{_name}_triton", _name)
