@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from vtclip import ops
 from vtclip.backends import native, schemas
 from vtclip.ops._checks import bound_once
+from vtclip.ops._select import only_reference
 from vtclip.reference._dtypes import PENALTY_CODES
 
 needs_extension = pytest.mark.skipif(bool(native.load_cpu()), reason="vtclip._C is not built")
@@ -171,6 +173,22 @@ def test_exports(name):
     tensors = tuple(tensor.detach() for tensor in leaves(name))
     program = torch.export.export(Module(), tensors)
     torch.testing.assert_close(program.module()(*tensors), op(*tensors))
+
+
+@needs_extension
+def test_only_the_reference_is_traced_where_it_was_asked_for():
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(str(graph.graph))
+        return graph
+
+    image, text = torch.randn(3, 6), torch.randn(5, 6)
+    for context, fused in ((only_reference(), False), (nullcontext(), True)):
+        torch.compiler.reset()
+        with context:
+            torch.compile(ops.cosine_logits, fullgraph=True, backend=keep)(image, text)
+        assert ("vtclip" in graphs[-1]) == fused
 
 
 @each_call

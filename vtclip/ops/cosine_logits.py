@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import cosine_logits as reference
 
 
@@ -18,7 +18,7 @@ class _CosineLogits(torch.autograd.Function):
     @staticmethod
     @bound_once
     def forward(
-        image: Tensor, text: Tensor, scale: float, backend: Any
+        image: Tensor, text: Tensor, scale: float, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, image_rnorm, text_rnorm = backend.function("cosine_logits_fwd")(image, text, scale)
         return logits, image_rnorm, text_rnorm
@@ -71,5 +71,5 @@ def cosine_logits(
     chosen = select(problem, impl)
     if chosen.name == "reference":
         return reference.cosine_logits(image, text, float(scale))
-    logits: Tensor = _CosineLogits.apply(image, text, float(scale), chosen.backend)[0]
+    logits: Tensor = _CosineLogits.apply(image, text, float(scale), chosen)[0]
     return logits

@@ -18,7 +18,7 @@ from vtclip.ops._checks import (
     expect_number,
     expect_shape,
 )
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import cross_attn as reference
 
 
@@ -38,7 +38,7 @@ class _CrossAttn(torch.autograd.Function):
         value: Tensor,
         key_mask: Tensor | None,
         scale: float,
-        backend: Any,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor]:
         out, lse = backend.function("cross_attn_fwd")(query, key, value, key_mask, scale)
         return out, lse
@@ -111,7 +111,7 @@ def _attend(
         # one image, many query sets: the sets are one longer set, [B, H, K, d] -> [1, H, B*K, d]
         K, d = query.shape[2:]
         long = query.transpose(0, 1).reshape(1, query.shape[1], B * K, d)
-        out, lse = _CrossAttn.apply(long, key, value, key_mask, scale, chosen.backend)
+        out, lse = _CrossAttn.apply(long, key, value, key_mask, scale, chosen)
         return (
             out[0].unflatten(1, (B, K)).transpose(0, 1),
             lse[0].unflatten(1, (B, K)).transpose(0, 1),
@@ -120,7 +120,7 @@ def _attend(
         key = key.expand(B, *key.shape[1:])
     if value.shape[0] != B:
         value = value.expand(B, *value.shape[1:])
-    out, lse = _CrossAttn.apply(query, key, value, key_mask, scale, chosen.backend)
+    out, lse = _CrossAttn.apply(query, key, value, key_mask, scale, chosen)
     return out, lse
 
 

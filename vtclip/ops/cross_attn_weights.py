@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import bound_once
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.ops.cross_attn import validate
 from vtclip.reference import cross_attn_weights as reference
 
@@ -19,7 +19,7 @@ class _CrossAttnWeights(torch.autograd.Function):
     @staticmethod
     @bound_once
     def forward(
-        query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Any
+        query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Backend
     ) -> Tensor:
         weights: Tensor = backend.function("cross_attn_weights_fwd")(query, key, key_mask, scale)
         return weights
@@ -71,5 +71,5 @@ def cross_attn_weights(
         weights = reference.cross_attn_weights(query, key, key_mask, scale)
         return weights.expand(B, *weights.shape[1:])
     key = key.expand(B, *key.shape[1:])
-    result: Tensor = _CrossAttnWeights.apply(query, key, key_mask, scale, chosen.backend)
+    result: Tensor = _CrossAttnWeights.apply(query, key, key_mask, scale, chosen)
     return result

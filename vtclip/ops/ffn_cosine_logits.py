@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import ffn_cosine_logits as reference
 
 
@@ -28,7 +28,7 @@ class _FfnCosineLogits(torch.autograd.Function):
         residual: float,
         scale: float,
         eps: float,
-        backend: Any,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
         layer = hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image
         outputs: tuple[Tensor, Tensor, Tensor]
@@ -135,5 +135,5 @@ def ffn_cosine_logits(
         return reference.ffn_cosine_logits(
             hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image, *numbers
         )
-    logits: Tensor = _FfnCosineLogits.apply(*tensors, *numbers, chosen.backend)[0]
+    logits: Tensor = _FfnCosineLogits.apply(*tensors, *numbers, chosen)[0]
     return logits

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import norm_cosine_logits as reference
 
 
@@ -26,7 +26,7 @@ class _NormCosineLogits(torch.autograd.Function):
         residual: float,
         scale: float,
         eps: float,
-        backend: Any,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
         outputs = tuple(
@@ -105,5 +105,5 @@ def norm_cosine_logits(
     if chosen.name == "reference":
         hidden, weight, bias, text, image = tensors
         return reference.norm_cosine_logits(hidden, weight, bias, text, image, *numbers)
-    logits: Tensor = _NormCosineLogits.apply(*tensors, *numbers, chosen.backend)[0]
+    logits: Tensor = _NormCosineLogits.apply(*tensors, *numbers, chosen)[0]
     return logits

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.ops.cross_attn import default_scale
 from vtclip.reference import rational_attn as reference
 
@@ -26,7 +26,7 @@ class _RationalAttn(torch.autograd.Function):
         value: Tensor,
         scale: float,
         keep_parts: bool,
-        backend: Any,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors = image_query, text_query, pair_query, key, value
         return _forward(tensors, scale, keep_parts, backend)
@@ -59,7 +59,7 @@ class _RationalAttnPacked(torch.autograd.Function):
         pairs: Tensor,
         scale: float,
         keep_parts: bool,
-        backend: Any,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _forward((image_query, text_query, *_unpacked(pairs)), scale, keep_parts, backend)
 
@@ -78,7 +78,7 @@ class _RationalAttnPacked(torch.autograd.Function):
 
 
 def _forward(
-    tensors: tuple[Tensor | None, ...], scale: float, keep_parts: bool, backend: Any
+    tensors: tuple[Tensor | None, ...], scale: float, keep_parts: bool, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs: tuple[Tensor, Tensor, Tensor, Tensor]
     outputs = tuple(backend.function("rational_attn_fwd")(*tensors, scale, keep_parts))
@@ -159,9 +159,7 @@ def rational_attn(
     if chosen.name == "reference":
         return reference.rational_attn(image, text, pair, key, value, factor)
     keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    out: Tensor = _RationalAttn.apply(
-        image, text, pair, key, value, factor, keep_parts, chosen.backend
-    )[0]
+    out: Tensor = _RationalAttn.apply(image, text, pair, key, value, factor, keep_parts, chosen)[0]
     return out
 
 
@@ -215,7 +213,7 @@ def rational_attn_packed(
         return reference.rational_attn(image, text, *_unpacked(pairs), factor)
     keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     function = _RationalAttnPacked.apply
-    out: Tensor = function(image, text, pairs, factor, keep_parts, chosen.backend)[0]
+    out: Tensor = function(image, text, pairs, factor, keep_parts, chosen)[0]
     return out
 
 

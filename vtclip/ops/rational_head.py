@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import rational_head as reference
 from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
 
@@ -35,7 +35,7 @@ class _RationalHead(torch.autograd.Function):
         text: Tensor,
         scale: float,
         penalty: int,
-        backend: Any,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs: tuple[Tensor, Tensor, Tensor]
         outputs = tuple(
@@ -130,7 +130,5 @@ def rational_head(
         return RationalLogits(
             *reference.rational_head(context, weight, bias, image, text, *numbers)
         )
-    logits, size, _ = _RationalHead.apply(
-        context, weight, bias, image, text, *numbers, chosen.backend
-    )
+    logits, size, _ = _RationalHead.apply(context, weight, bias, image, text, *numbers, chosen)
     return RationalLogits(logits, size)

@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import rational_logits as reference
 
 
 class _RationalLogits(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(image: Tensor, text: Tensor, mask: Tensor, scale: float, backend: Any) -> Tensor:
+    def forward(
+        image: Tensor, text: Tensor, mask: Tensor, scale: float, backend: Backend
+    ) -> Tensor:
         logits: Tensor = backend.function("rational_logits_fwd")(image, text, mask, scale)
         return logits
 
@@ -63,5 +65,5 @@ def rational_logits(
     chosen = select(Problem(op, image.device.type, image.dtype, image.shape[-1]), impl)
     if chosen.name == "reference":
         return reference.rational_logits(image, text, mask, float(scale))
-    logits: Tensor = _RationalLogits.apply(image, text, mask, float(scale), chosen.backend)
+    logits: Tensor = _RationalLogits.apply(image, text, mask, float(scale), chosen)
     return logits

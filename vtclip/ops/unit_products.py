@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import unit_products as reference
 
 
@@ -26,7 +26,7 @@ class _UnitProducts(torch.autograd.Function):
     @staticmethod
     @bound_once
     def forward(
-        image: Tensor, text: Tensor, scale: float, backend: Any
+        image: Tensor, text: Tensor, scale: float, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor]:
         outputs: tuple[Tensor, Tensor, Tensor]
         outputs = tuple(backend.function("unit_products_fwd")(image, text, scale))
@@ -82,4 +82,4 @@ def unit_products(
     chosen = select(Problem(op, image.device.type, image.dtype, image.shape[-1]), impl)
     if chosen.name == "reference":
         return UnitProducts(*reference.unit_products(image, text, float(scale)))
-    return UnitProducts(*_UnitProducts.apply(image, text, float(scale), chosen.backend))
+    return UnitProducts(*_UnitProducts.apply(image, text, float(scale), chosen))
