@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vtclip import ops
 from vtclip.backends import native, schemas
-from vtclip.ops._checks import bound_once
+from vtclip.ops._autograd import bound_once
 from vtclip.ops._select import only_reference
 from vtclip.reference._dtypes import PENALTY_CODES
 

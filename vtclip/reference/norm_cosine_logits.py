@@ -28,6 +28,7 @@ def norm_cosine_logits(
     bias: Tensor,
     text: Tensor,
     image: Tensor,
+    *,
     residual: float,
     scale: float,
     eps: float,

@@ -37,6 +37,7 @@ def rational_head(
     bias: Tensor,
     image: Tensor,
     text: Tensor,
+    *,
     scale: float,
     penalty: int,
 ) -> tuple[Tensor, Tensor]:
