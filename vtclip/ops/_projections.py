@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once, common_dtype
+from vtclip.ops._autograd import bound_once
+from vtclip.ops._checks import common_dtype
 from vtclip.ops._select import Problem, select
 
 MANY_ROWS = 4096  # from here on a sum over rows is worth a kernel of its own
