@@ -28,8 +28,8 @@ from . import (
     report_command,
     tune_command,
 )
-from .choices import nearest
 from .fit_command import DEMO_NOTE, add_arguments, first_process, run_fit
+from .names import nearest
 from .parsing import Once, Parser, emit, existing, fail, number
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .choices import nearest
+from .names import nearest
 
 
 class Parser(argparse.ArgumentParser):

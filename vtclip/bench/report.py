@@ -25,7 +25,7 @@ from vtclip.bench.cells import (
     shown,
 )
 from vtclip.bench.published import Published, matching, read_published
-from vtclip.choices import nearest
+from vtclip.names import nearest
 
 PLACE = ("source", "method", "shots", "seed")
 

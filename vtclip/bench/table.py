@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.files import write_atomic
-from vtclip.fit_command import METHODS
 from vtclip.heads import HEADS
 from vtclip.metrics import wilson_interval
+from vtclip.names import METHODS
 from vtclip.settings import takes_images
 
 from .intervals import seed_interval

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip._library import PENALTIES, acc_dtype
+from vtclip.names import Penalty
 from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_head as reference
-
-Penalty = Literal["none", "l1", "mse", "linf"]
 
 
 class RationalLogits(NamedTuple):
