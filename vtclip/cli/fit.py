@@ -8,8 +8,8 @@ import os
 import sys
 from typing import Any
 
-from .names import LOSSES, METHODS, OPTIMIZERS, PENALTIES, POSITIONS, PRECISIONS, QUERIES
-from .parsing import emit, emit_json, fail, number, one_of, some_of, source_path
+from vtclip.cli.parsing import emit, emit_json, fail, number, one_of, some_of, source_path
+from vtclip.names import LOSSES, METHODS, OPTIMIZERS, PENALTIES, POSITIONS, PRECISIONS, QUERIES
 
 TRAINING = ("epochs", "lr", "optimizer", "weight_decay", "batch_size")
 OVERRIDES = (*TRAINING, "penalty_weight", "label_smoothing", "loss", "gce_q")
@@ -120,7 +120,7 @@ def run_fit(args: argparse.Namespace) -> int:
     elif args.precision is not None or args.grad_checkpointing:
         option = "--grad-checkpointing" if args.precision is None else "--precision"
         fail(f"vtclip fit: {option} is for --train-encoders, which is not given")
-    from . import api
+    from vtclip import api
 
     run = api.fit(
         source,

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .names import TUNED_METHODS
-from .parsing import emit, emit_json, fail, one_of, some_of
+from vtclip.cli.parsing import emit, emit_json, fail, one_of, some_of
+from vtclip.names import TUNED_METHODS
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -41,7 +41,7 @@ def parse_shape(text: str) -> tuple[str, dict[str, int]]:
     method, colon, rest = text.partition(":")
     if not colon or method not in TUNED_METHODS:
         fail(f"vtclip tune: --shape must begin with vtclip: or rada:, got {text!a}")
-    from .tune_jobs import NAMES
+    from vtclip.tune_jobs import NAMES
 
     names = NAMES[method]
     sizes: dict[str, int] = {}
@@ -68,10 +68,10 @@ def run_tune(args: argparse.Namespace) -> int:
     shape = None if args.shape is None else parse_shape(args.shape)
     import torch
 
-    from . import tuned
-    from .backends import triton
-    from .tune import tune
-    from .tune_jobs import SHAPES, jobs
+    from vtclip import tuned
+    from vtclip.backends import triton
+    from vtclip.tune import tune
+    from vtclip.tune_jobs import SHAPES, jobs
 
     device = torch.device(_device(args.device))
     missing = triton.load()

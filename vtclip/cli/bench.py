@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .fit_command import DEMO_NOTE
-from .names import METHODS, SHOTS, nearest
-from .parsing import emit, emit_json, existing, fail, number
+from vtclip.cli.fit import DEMO_NOTE
+from vtclip.cli.parsing import emit, emit_json, existing, fail, number
+from vtclip.names import METHODS, SHOTS, nearest
 
 
 def add_arguments(bench: Any) -> None:
@@ -77,8 +77,8 @@ def method(name: str) -> str:
 
 def run_bench_command(args: argparse.Namespace) -> int:
     check_sources(args)
-    from .bench.jobs import Settings, own_sources, parse_shard, set_sources
-    from .bench.run import run_bench
+    from vtclip.bench.jobs import Settings, own_sources, parse_shard, set_sources
+    from vtclip.bench.run import run_bench
 
     shard = parse_shard(args.shard)
     settings = Settings(
