@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from . import engine, metrics
 from .adapter import Adapter
-from .choices import pick
 from .data.records import Records
 from .data.sets import SetSource
 from .heads import HEADS
+from .names import pick
 from .prompts import text_encoder
 from .result import named_classes, unreadable
 from .settings import split_rows, takes_images, test_rows

@@ -20,7 +20,6 @@ import torch
 from . import engine, finetune
 from .adapter import Adapter, features_of, save_adapter
 from .checkpoint import Checkpoint
-from .choices import pick
 from .clip import Clip, load_clip, resolve_templates
 from .data.extract import cached_features
 from .data.featureset import FeatureSet
@@ -32,6 +31,7 @@ from .encoders import ENCODERS, saved_encoders, with_weights
 from .files import json_digest, only_writer, to_json
 from .heads import HEADS
 from .memory import peak_memory_mb
+from .names import pick
 from .recipes import RECIPES
 from .recipes.rada_finetune import TEMPLATES, FinetuneConfig, get_config
 from .result import (

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .clip import Clip
     from .data.records import Records
 
-POSITIONS = ("end", "middle", "front")
 # What autograd keeps of the text tower, beside the token embeddings of all classes, is at most
 # this: above it classes are taken in chunks, each computed again in the backward pass.
 BYTE_BUDGET = 2**30

@@ -22,7 +22,7 @@ from vtclip.bench.jobs import (
     set_sources,
     spatial_rows_only,
 )
-from vtclip.fit_command import METHODS
+from vtclip.names import METHODS
 
 SETTINGS = Settings()
 

@@ -17,13 +17,10 @@ from typing import Any
 from vtclip.bench.intervals import seed_interval
 from vtclip.bench.published import read_published
 from vtclip.bench.rows import Row
+from vtclip.names import METHODS
 
 PARTS = ("base", "new", "harmonic mean")
 METRICS = ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
-ORDER = [
-    *("zeroshot", "calip", "autoclip", "linear-probe", "clip-adapter", "coop", "tip-adapter"),
-    *("tip-adapter-f", "tip-x", "proker", "proto-clip", "mm-adapter", "vtclip", "rada", "auto"),
-]
 FEATURES = ("model", "prompt", "templates", "test_fraction", "base_to_new")
 SAME = 1e-9  # less than one image of any test set: accuracies that differ by rounding only
 
@@ -125,7 +122,7 @@ def in_order(lines: Iterable[str]) -> list[str]:
 
     def place(line: str) -> tuple[int, str]:
         method = method_of(line)
-        return (ORDER.index(method) if method in ORDER else len(ORDER), line)
+        return (METHODS.index(method) if method in METHODS else len(METHODS), line)
 
     return sorted(lines, key=place)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtclip.choices import pick
 from vtclip.config import check_seed
 from vtclip.data.featureset import FeatureSet, file_digest
 from vtclip.data.images import scan_folder
@@ -25,8 +24,8 @@ from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.reading import missing_files
 from vtclip.data.sources import source_kind
 from vtclip.files import json_digest
-from vtclip.fit_command import METHODS
 from vtclip.heads import HEADS
+from vtclip.names import METHODS, pick
 from vtclip.settings import recipe_config, takes_images
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes

@@ -25,7 +25,7 @@ from vtclip.bench.cells import (
 )
 from vtclip.bench.published import Published, matching, read_published
 from vtclip.bench.rows import Row, is_finished, place_of, read_lines
-from vtclip.choices import nearest
+from vtclip.names import nearest
 
 
 @dataclass(frozen=True)

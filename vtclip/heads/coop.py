@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_text
-from vtclip.prompts import POSITIONS, TextModel, TextTower
+from vtclip.names import POSITIONS
+from vtclip.prompts import TextModel, TextTower
 
 logger = logging.getLogger(__name__)
 NUM_CONTEXT = 16

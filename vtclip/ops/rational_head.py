@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vtclip.names import Penalty
 from vtclip.ops._autograd import bound_once, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_head as reference
 from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
-
-Penalty = Literal["none", "l1", "mse", "linf"]
 
 
 class RationalLogits(NamedTuple):

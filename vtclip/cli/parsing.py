@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .choices import nearest
+from vtclip.names import nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,7 +97,7 @@ def emit(text: str) -> None:
 
 
 def emit_json(value: Any) -> None:
-    from .files import to_json
+    from vtclip.files import to_json
 
     emit(to_json(value).decode("ascii").rstrip())
 
@@ -106,7 +106,7 @@ def source_path(source: str, data: str | None) -> str | Path:
     """A path that is there, or, with `data` (which is there), the name of a data set."""
     found = Path(source).expanduser()
     if data is not None or not found.exists():
-        from .data.sets import find_set
+        from vtclip.data.sets import find_set
 
         if data is not None:
             existing("--data", data)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .parsing import emit, emit_json, existing, fail, number
+from vtclip.cli.parsing import emit, emit_json, existing, fail, number
 
 
 def add_arguments(export: Any) -> None:
@@ -34,7 +34,7 @@ def run_export(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     if args.out is None and args.onnx is None:
         fail("vtclip export: --out FILE.pt2 or --onnx FILE.onnx must be given")
-    from .export_run import export
+    from vtclip.export_run import export
 
     about = export(
         folder,

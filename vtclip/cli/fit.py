@@ -8,31 +8,9 @@ import os
 import sys
 from typing import Any
 
-from .parsing import emit, emit_json, fail, number, one_of, some_of, source_path
+from vtclip.cli.parsing import emit, emit_json, fail, number, one_of, some_of, source_path
+from vtclip.names import LOSSES, METHODS, OPTIMIZERS, PENALTIES, POSITIONS, PRECISIONS, QUERIES
 
-METHODS = (
-    "zeroshot",
-    "clip-adapter",
-    "coop",
-    "tip-adapter",
-    "tip-adapter-f",
-    "proker",
-    "linear-probe",
-    "autoclip",
-    "mm-adapter",
-    "proto-clip",
-    "tip-x",
-    "calip",
-    "vtclip",
-    "rada",
-    "auto",
-)
-OPTIMIZERS = ("sgd", "adamw")
-LOSSES = ("ce", "gce")
-POSITIONS = ("end", "middle", "front")
-PRECISIONS = ("fp32", "bf16")
-PENALTIES = ("none", "l1", "mse", "linf")
-QUERIES = ("image", "text", "pair")
 TRAINING = ("epochs", "lr", "optimizer", "weight_decay", "batch_size")
 OVERRIDES = (*TRAINING, "penalty_weight", "label_smoothing", "loss", "gce_q")
 COOP_OPTIONS = {  # argument: option of the head
@@ -142,7 +120,7 @@ def run_fit(args: argparse.Namespace) -> int:
     elif args.precision is not None or args.grad_checkpointing:
         option = "--grad-checkpointing" if args.precision is None else "--precision"
         fail(f"vtclip fit: {option} is for --train-encoders, which is not given")
-    from . import api
+    from vtclip import api
 
     run = api.fit(
         source,

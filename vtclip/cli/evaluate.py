@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import Any
 
-from .parsing import emit, emit_json, existing, fail, number, source_path
+from vtclip.cli.parsing import emit, emit_json, existing, fail, number, source_path
 
 TTT_OPTIONS = {
     "views": "--views",
@@ -61,10 +61,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     given = {field: value for field, value in given.items() if value is not None}
     if given and not args.ttt:
         fail(f"vtclip evaluate: {TTT_OPTIONS[next(iter(given))]} needs --ttt")
-    from . import api
-    from .result import rows_table
-    from .ttt import TTT
-    from .ttt_report import ttt_table
+    from vtclip import api
+    from vtclip.result import rows_table
+    from vtclip.ttt import TTT
+    from vtclip.ttt_report import ttt_table
 
     values = api.evaluate(
         folder,

@@ -7,7 +7,7 @@ import argparse
 import sys
 from typing import Any
 
-from .parsing import emit, emit_json, existing, number
+from vtclip.cli.parsing import emit, emit_json, existing, number
 
 
 def add_arguments(extend: Any) -> None:
@@ -27,7 +27,7 @@ def add_arguments(extend: Any) -> None:
 
 def run_extend(args: argparse.Namespace) -> int:
     folder, source = existing("RUN", args.folder), existing("FOLDER", args.source)
-    from .extend_run import extend
+    from vtclip.extend_run import extend
 
     run = extend(
         folder,

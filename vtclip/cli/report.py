@@ -12,7 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .parsing import emit, existing, fail
+from vtclip.cli.parsing import emit, existing, fail
 
 # how a file that this command wrote begins, or what its first bytes hold
 SIGNS = {
@@ -49,10 +49,10 @@ def run_report(args: argparse.Namespace) -> int:
     page = None if args.html is None else Path(args.html).expanduser()
     if page is not None and page.suffix.lower() not in (".html", ".htm"):
         fail(f"vtclip report: --html must end in .html, got {args.html!a}")
-    from .bench.csv_files import report_csv
-    from .bench.page import draw, html_page, markdown_page
-    from .bench.report import check_finished, make_report, read_benchmark
-    from .files import write_atomic
+    from vtclip.bench.csv_files import report_csv
+    from vtclip.bench.page import draw, html_page, markdown_page
+    from vtclip.bench.report import check_finished, make_report, read_benchmark
+    from vtclip.files import write_atomic
 
     rows, notes = read_benchmark(folder)
     report = make_report(rows, notes, args.method, args.published)

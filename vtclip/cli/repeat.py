@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .parsing import emit, emit_json, existing
+from vtclip.cli.parsing import emit, emit_json, existing
 
 MEANING = {
     "MATCH": "the adapter is equal byte for byte",
@@ -27,7 +27,7 @@ def add_arguments(repeat: Any) -> None:
 def run_repeat(args: argparse.Namespace) -> int:
     """0 where the repetition matches or is close, 1 where it is different."""
     folder = existing("RUN", args.folder)
-    from .repeat_run import DIFFERENT, repeat
+    from vtclip.repeat_run import DIFFERENT, repeat
 
     found = repeat(
         folder,

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .parsing import emit, emit_json, fail, one_of, some_of
+from vtclip.cli.parsing import emit, emit_json, fail, one_of, some_of
+from vtclip.names import TUNED_METHODS
 
 DTYPES = ("bfloat16", "float16", "float32")
-METHODS = ("vtclip", "rada")
 
 
 def add_arguments(tune: Any) -> None:
@@ -23,7 +23,7 @@ def add_arguments(tune: Any) -> None:
         help="vtclip:B=32,K=1000,C=1024,L=49,H=8 or rada:B=32,K=50,D=512,H=8; default: a list",
     )
     tune.add_argument(
-        "--method", type=one_of(*METHODS), help="only its shapes of the list; default: both"
+        "--method", type=one_of(*TUNED_METHODS), help="only its shapes of the list; default: both"
     )
     tune.add_argument(
         "--dtype",
@@ -39,9 +39,9 @@ def add_arguments(tune: Any) -> None:
 def parse_shape(text: str) -> tuple[str, dict[str, int]]:
     """ "rada:B=32,K=50,D=512,H=8" as a method and its sizes."""
     method, colon, rest = text.partition(":")
-    if not colon or method not in METHODS:
+    if not colon or method not in TUNED_METHODS:
         fail(f"vtclip tune: --shape must begin with vtclip: or rada:, got {text!a}")
-    from .tune_jobs import NAMES
+    from vtclip.tune_jobs import NAMES
 
     names = NAMES[method]
     sizes: dict[str, int] = {}
@@ -68,11 +68,10 @@ def run_tune(args: argparse.Namespace) -> int:
     shape = None if args.shape is None else parse_shape(args.shape)
     import torch
 
-    from . import tuned
-    from .backends import triton
-    from .tune import tune
-    from .tune_jobs import METHODS as LISTS
-    from .tune_jobs import jobs
+    from vtclip import tuned
+    from vtclip.backends import triton
+    from vtclip.tune import tune
+    from vtclip.tune_jobs import SHAPES, jobs
 
     device = torch.device(_device(args.device))
     missing = triton.load()
@@ -85,8 +84,8 @@ def run_tune(args: argparse.Namespace) -> int:
         tuned.read(path)  # refused now, not after an hour
     shapes = [shape] if shape is not None else [
         (method, sizes)
-        for method in (METHODS if args.method is None else (args.method,))
-        for sizes in LISTS[method]
+        for method in (TUNED_METHODS if args.method is None else (args.method,))
+        for sizes in SHAPES[method]
     ]  # fmt: skip
     quiet = sys.stderr is None
     found: dict[str, Any] = {}

@@ -16,21 +16,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import (
-    __version__,
-    bench_command,
-    data_command,
-    evaluate_command,
-    export_command,
-    extend_command,
-    predict_command,
-    repeat_command,
-    report_command,
-    tune_command,
-)
-from .choices import nearest
-from .fit_command import DEMO_NOTE, add_arguments, first_process, run_fit
-from .parsing import Once, Parser, emit, existing, fail, number
+from vtclip import __version__
+from vtclip.cli import bench as bench_command
+from vtclip.cli import data as data_command
+from vtclip.cli import evaluate as evaluate_command
+from vtclip.cli import export as export_command
+from vtclip.cli import extend as extend_command
+from vtclip.cli import predict as predict_command
+from vtclip.cli import repeat as repeat_command
+from vtclip.cli import report as report_command
+from vtclip.cli import tune as tune_command
+from vtclip.cli.fit import DEMO_NOTE, add_arguments, first_process, run_fit
+from vtclip.cli.parsing import Once, Parser, emit, existing, fail, number
+from vtclip.names import nearest
 
 
 def build_parser() -> Parser:
@@ -134,7 +132,7 @@ def run_explain(args: argparse.Namespace) -> int:
     picture = load_classifier(args, folder).explain(image, args.class_name)
     import io
 
-    from .files import write_atomic
+    from vtclip.files import write_atomic
 
     data = io.BytesIO()
     picture.save(data, format="PNG")
@@ -145,8 +143,8 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def load_classifier(args: argparse.Namespace, folder: Path) -> Any:
-    from .classifier import Classifier
-    from .settings import set_threads
+    from vtclip.classifier import Classifier
+    from vtclip.settings import set_threads
 
     set_threads(args.threads)
     return Classifier.load(folder, model=args.model, device=args.device)
@@ -156,7 +154,7 @@ def run_features(args: argparse.Namespace) -> int:
     source = existing("SOURCE", args.source)
     if args.model == "demo" and first_process():
         sys.stderr.write(DEMO_NOTE + "\n")
-    from . import api
+    from vtclip import api
 
     records = api.write_features(
         source,
@@ -175,7 +173,7 @@ def run_features(args: argparse.Namespace) -> int:
 
 
 def run_demo_command(args: argparse.Namespace) -> int:
-    from .demo.run import run_demo
+    from vtclip.demo.run import run_demo
 
     summary = run_demo(args.out, threads=args.threads, device=args.device)
     emit(summary["table"])
@@ -184,7 +182,7 @@ def run_demo_command(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from . import info
+    from vtclip import info
 
     return info.main() or 0
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .parsing import emit, emit_json, existing, fail, number
+from vtclip.cli.parsing import emit, emit_json, existing, fail, number
 
 CSV_COLUMNS = ("image", "rank", "label", "probability")
 
@@ -39,8 +39,8 @@ def run_predict(args: argparse.Namespace) -> int:
         fail("vtclip predict: --json and --csv exclude each other")
     given = [existing("IMAGE", path) for path in args.images]
     paths, broken = _listed(args.images, given)
-    from .classifier import Classifier
-    from .settings import set_threads
+    from vtclip.classifier import Classifier
+    from vtclip.settings import set_threads
 
     set_threads(args.threads)
     classifier = Classifier.load(folder, model=args.model, device=args.device)
@@ -64,7 +64,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def _listed(words: list[str], paths: list[Path]) -> tuple[list[str], list[tuple[str, str]]]:
     """The files as they were typed, folders as the images below them; and what was passed over."""
-    from .data.images import walk_images
+    from vtclip.data.images import walk_images
 
     files: list[str] = []
     skipped: list[tuple[str, str]] = []
@@ -93,7 +93,7 @@ def _as_json(rows: Iterator[tuple[str, Any]], broken: list[tuple[str, str]]) -> 
 
 
 def _tell(broken: list[tuple[str, str]]) -> int:
-    from .data.images import printable
+    from vtclip.data.images import printable
 
     for path, reason in broken:
         sys.stderr.write(f"vtclip predict: {printable(path)}: {reason}\n")

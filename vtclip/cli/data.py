@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .parsing import emit, emit_json, existing, one_of
+from vtclip.cli.parsing import emit, emit_json, existing, one_of
 
 ACTIONS = ("check",)
 
@@ -22,7 +22,7 @@ def add_arguments(data: Any) -> None:
 def run_data(args: argparse.Namespace) -> int:
     """0 where every set asked for, or found, could be used; else 1."""
     root = existing("ROOT", args.root)
-    from .data.sets.check import check_lines, check_sets
+    from vtclip.data.sets.check import check_lines, check_sets
 
     report = check_sets(root, args.names)
     if args.json:

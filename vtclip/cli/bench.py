@@ -9,9 +9,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from .choices import nearest
-from .fit_command import DEMO_NOTE, METHODS
-from .parsing import emit, emit_json, existing, fail, number
+from vtclip.cli.fit import DEMO_NOTE
+from vtclip.cli.parsing import emit, emit_json, existing, fail, number
+from vtclip.names import METHODS, SHOTS, nearest
 
 
 def add_arguments(bench: Any) -> None:
@@ -34,8 +34,8 @@ def add_arguments(bench: Any) -> None:
     )
     shots, seed = number(int, 1, 1_000_000), number(int, 0, 2**32 - 1)
     bench.add_argument(
-        "--shots", type=some(shots), default=[1, 2, 4, 8, 16], metavar="LIST",
-        help="images per class (default: 1,2,4,8,16)",
+        "--shots", type=some(shots), default=list(SHOTS), metavar="LIST",
+        help=f"images per class (default: {','.join(map(str, SHOTS))})",
     )  # fmt: skip
     bench.add_argument(
         "--seeds", type=some(seed), default=[1, 2, 3], metavar="LIST",
@@ -77,8 +77,8 @@ def method(name: str) -> str:
 
 def run_bench_command(args: argparse.Namespace) -> int:
     check_sources(args)
-    from .bench.jobs import Settings, own_sources, parse_shard, set_sources
-    from .bench.run import run_bench
+    from vtclip.bench.jobs import Settings, own_sources, parse_shard, set_sources
+    from vtclip.bench.run import run_bench
 
     shard = parse_shard(args.shard)
     settings = Settings(
