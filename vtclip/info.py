@@ -41,7 +41,7 @@ def _devices() -> list[str]:
 
 
 def report() -> dict[str, object]:
-    """Everything `main` prints, as JSON-able data."""
+    """Everything `main` prints, as data for JSON."""
     cuda = torch.cuda.is_available()
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if cuda else ""
     return {
@@ -65,10 +65,10 @@ def report() -> dict[str, object]:
     }
 
 
-def render(found: dict[str, object]) -> str:
+def render(facts: dict[str, object]) -> str:
     """`report()` as text for people."""
     lines = []
-    for key, value in found.items():
+    for key, value in facts.items():
         if isinstance(value, dict) and key == "choice":
             for device, ops in value.items():
                 lines.append(f"float32 on {device} takes:")

@@ -53,7 +53,7 @@ def load_cuda() -> str:
 
 
 def build_info() -> dict[str, str]:
-    """What `setup.py` decided and why, as baked into the extension; empty without one."""
+    """What `setup.py` decided and why, as compiled into the extension; empty without it."""
     if load_cpu():
         return {}
     return dict(importlib.import_module("vtclip._C").build_info())
