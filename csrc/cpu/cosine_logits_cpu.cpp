@@ -8,13 +8,13 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "cosine_args.h"
-#include "gemm.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "cosine_logits_args.h"
+#include "cpu/common/gemm.h"
+#include "cpu/common/parallel.h"
+#include "cpu/common/scratch.h"
 
-#define VTCLIP_KERNEL "cosine_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/cosine_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

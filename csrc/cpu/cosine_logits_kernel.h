@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cosine logits of one instruction set. All products are of unit rows, so nothing overflows.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
 
 // Steps of the inner dimension per product: the panel stays in cache and partial sums stay short.
 constexpr int64_t kInner = 128;

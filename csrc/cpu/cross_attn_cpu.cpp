@@ -8,15 +8,15 @@
 #include <optional>
 #include <tuple>
 
-#include "attn_args.h"
-#include "attn_host.h"
-#include "attn_query.h"
+#include "cpu/common/attn_args.h"
+#include "cpu/common/attn_host.h"
+#include "cpu/common/attn_query.h"
 #include "common/check.h"
-#include "gemm.h"
-#include "scratch.h"
+#include "cpu/common/gemm.h"
+#include "cpu/common/scratch.h"
 
-#define VTCLIP_KERNEL "cross_attn_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/cross_attn_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward attention of one instruction set: units of (head, image, query block), heads outermost so
 // that a shared query block stays in cache over the images.
-#include "simd.h"
-#include "exp2.h"
-#include "rows.h"
-#include "attn_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/exp2.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/attn_panels.h"
 
 // S^T = K Q^T, softmax down the columns, O = P V over tiles of keys with a running maximum.
 template <class T>

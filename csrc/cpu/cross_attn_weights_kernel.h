@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention weights of one instruction set.
-#include "simd.h"
-#include "exp2.h"
-#include "rows.h"
-#include "attn_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/exp2.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/attn_panels.h"
 
 // Units of (head, image, query block). The scores of a block are kept whole, [keys, queries].
 template <class T>

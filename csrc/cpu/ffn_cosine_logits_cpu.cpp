@@ -8,14 +8,14 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "ffn_cosine_args.h"
-#include "gemm.h"
-#include "norm_cosine_host.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "ffn_cosine_logits_args.h"
+#include "cpu/common/gemm.h"
+#include "cpu/common/norm_cosine_host.h"
+#include "cpu/common/parallel.h"
+#include "cpu/common/scratch.h"
 
-#define VTCLIP_KERNEL "ffn_cosine_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/ffn_cosine_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

@@ -4,11 +4,11 @@
 // z = residual_input + hidden weight^T + bias is made for a block of rows that stays in the
 // second-level cache, used there, and forgotten. Whole rows of z are at hand, so mean and variance
 // take a pass each and nothing has to be centred beforehand.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "norm_cosine_rows.h"
-#include "weight_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/norm_cosine_rows.h"
+#include "cpu/common/weight_panels.h"
 
 template <class T>
 static void ffn_image_units(const FfnCosine& s, int64_t begin, int64_t end) {

@@ -8,12 +8,12 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "norm_cosine_host.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "cpu/common/norm_cosine_host.h"
+#include "cpu/common/parallel.h"
+#include "cpu/common/scratch.h"
 
-#define VTCLIP_KERNEL "norm_cosine_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/norm_cosine_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Layer norm, residual and cosine of one instruction set; a row stays in the first-level cache
 // between its passes.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "norm_cosine_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/norm_cosine_rows.h"
 
 template <class T>
 static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_t end) {

@@ -2,7 +2,7 @@
 // What the kernels of rational_attn are given on every instruction set. Strides in bytes.
 #pragma once
 
-#include "attn_args.h"
+#include "cpu/common/attn_args.h"
 
 namespace vtclip {
 namespace cpu {

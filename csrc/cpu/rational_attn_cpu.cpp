@@ -9,15 +9,15 @@
 #include <optional>
 #include <tuple>
 
-#include "attn_host.h"
-#include "attn_query.h"
+#include "cpu/common/attn_host.h"
+#include "cpu/common/attn_query.h"
 #include "common/check.h"
-#include "gemm.h"
+#include "cpu/common/gemm.h"
 #include "rational_attn_args.h"
-#include "scratch.h"
+#include "cpu/common/scratch.h"
 
-#define VTCLIP_KERNEL "rational_attn_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/rational_attn_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

@@ -5,10 +5,10 @@
 //
 // One pass over query blocks. A block has its own maximum, and its rows of O are weighed by
 // exp(maximum of the block - maximum of the map) when the whole map is known.
-#include "simd.h"
-#include "exp2.h"
-#include "rows.h"
-#include "attn_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/exp2.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/attn_panels.h"
 #include "rational_attn_panels.h"
 
 // Maximum and sum of one map, and what the rows of each block must be multiplied by.

@@ -8,13 +8,13 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "gemm.h"
-#include "parallel.h"
+#include "cpu/common/gemm.h"
+#include "cpu/common/parallel.h"
 #include "rational_head_args.h"
-#include "scratch.h"
+#include "cpu/common/scratch.h"
 
-#define VTCLIP_KERNEL "rational_head_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/rational_head_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Out-projection and masked logits of one instruction set. m = context weight^T + bias is made for
 // a block of rows that stays in the second-level cache, used there, and forgotten.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "rational_logits_rows.h"
-#include "weight_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/rational_logits_rows.h"
+#include "cpu/common/weight_panels.h"
 
 // Unit u < panels: columns of weight^T; after them, of weight.
 template <class T>

@@ -2,8 +2,8 @@
 // Arguments of the rational_logits kernels, and how rows (image, class) are split into units.
 #pragma once
 
-#include "cosine_args.h"
-#include "parallel.h"
+#include "cosine_logits_args.h"
+#include "cpu/common/parallel.h"
 
 namespace vtclip {
 namespace cpu {

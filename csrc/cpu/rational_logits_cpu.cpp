@@ -8,12 +8,12 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "parallel.h"
+#include "cpu/common/parallel.h"
 #include "rational_logits_args.h"
-#include "scratch.h"
+#include "cpu/common/scratch.h"
 
-#define VTCLIP_KERNEL "rational_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/rational_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

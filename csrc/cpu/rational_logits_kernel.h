@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Masked logits of one instruction set: one pass over the mask, which is all the memory there is.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "rational_logits_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/rational_logits_rows.h"
 
 // Units are rows b * K + k.
 template <class T>

@@ -9,12 +9,12 @@
 #include <tuple>
 
 #include "common/check.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "cpu/common/parallel.h"
+#include "cpu/common/scratch.h"
 #include "unit_products_args.h"
 
-#define VTCLIP_KERNEL "unit_products_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/unit_products_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
 namespace vtclip {
 namespace cpu {

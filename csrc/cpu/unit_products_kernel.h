@@ -4,9 +4,9 @@
 //   v[b] = root u_b,  t[k] = root u_k,  products[b,k] = v[b] t[k]        u = x / |x|
 //   g_v[b] = grad_image[b] + root sum_k grad_products[b,k] u_k           g_t[k] likewise, over b
 //   d_image[b] = root / |x_b| (g_v - u_b <g_v, u_b>)                     d_text[k] likewise
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
 
 // Round to nearest even, as float_to_bfloat16.
 VTCLIP_INLINE void store_bfloat16(char* p, VecF x) {

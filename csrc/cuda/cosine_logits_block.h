@@ -16,12 +16,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "block.h"
-#include "reciprocal_norm.h"
-#include "row.h"
-#include "stage.h"
-#include "tile_io.h"
-#include "warp_tile.h"
+#include "cuda/block/block.h"
+#include "cuda/block/reciprocal_norm.h"
+#include "cuda/block/row.h"
+#include "cuda/block/stage.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/warp_tile.h"
 
 namespace vtclip::cuda {
 

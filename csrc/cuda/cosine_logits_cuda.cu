@@ -10,7 +10,7 @@
 
 #include "cosine_logits_block.h"
 #include "cosine_logits_bwd_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {

@@ -8,7 +8,7 @@
 // row lies in four lanes of one warp.
 #pragma once
 
-#include "attn_block.h"
+#include "cuda/block/attn_block.h"
 
 namespace vtclip::cuda {
 

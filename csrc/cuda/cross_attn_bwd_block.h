@@ -8,7 +8,7 @@
 // delta behind. CrossAttnKeyGradient keeps a tile of keys of one image and streams queries.
 #pragma once
 
-#include "attn_block.h"
+#include "cuda/block/attn_block.h"
 
 namespace vtclip::cuda {
 

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "attn_host.cuh"
+#include "cuda/block/attn_host.cuh"
 #include "cross_attn_weights_block.h"
 
 namespace vtclip::cuda {

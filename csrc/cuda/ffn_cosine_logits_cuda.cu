@@ -10,8 +10,8 @@
 
 #include "cosine_logits_block.h"
 #include "ffn_cosine_logits_block.h"
-#include "products.cuh"
-#include "rows_launch.cuh"
+#include "cuda/block/products.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {

@@ -2,7 +2,7 @@
 // The bodies of the norm_cosine_logits kernels: rows as in norm_row.h, where h is given.
 #pragma once
 
-#include "norm_row.h"
+#include "cuda/block/norm_row.h"
 
 namespace vtclip::cuda {
 

@@ -6,7 +6,7 @@
 
 #include "cosine_logits_block.h"
 #include "norm_cosine_logits_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {

@@ -14,9 +14,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "block.h"
-#include "tile_io.h"
-#include "warp_tile.h"
+#include "cuda/block/block.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/warp_tile.h"
 
 // a loop whose copies would only take registers
 #ifdef __CUDACC__

@@ -7,10 +7,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "launch.cuh"
+#include "cuda/block/launch.cuh"
 #include "rational_attn_bwd_block.h"
 #include "rational_attn_fwd_block.h"
-#include "sum_partials.h"
+#include "cuda/block/sum_partials.h"
 
 namespace vtclip::cuda {
 namespace {

@@ -8,10 +8,10 @@
 // Rows are r = b K + k, so that few classes fill a tile too.
 #pragma once
 
-#include "block.h"
+#include "cuda/block/block.h"
 #include "rational_logits_block.h"
-#include "row.h"
-#include "warp_tile.h"
+#include "cuda/block/row.h"
+#include "cuda/block/warp_tile.h"
 
 namespace vtclip::cuda {
 

@@ -8,9 +8,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "products.cuh"
+#include "cuda/block/products.cuh"
 #include "rational_head_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {

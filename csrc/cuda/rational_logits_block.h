@@ -6,10 +6,10 @@
 //   d_x = sum_k g open t,   d_t = sum_b g open x
 #pragma once
 
-#include "block.h"
-#include "row.h"
-#include "tile_io.h"
-#include "walk.h"
+#include "cuda/block/block.h"
+#include "cuda/block/row.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/walk.h"
 
 namespace vtclip::cuda {
 

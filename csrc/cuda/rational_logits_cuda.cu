@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "rational_logits_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {

@@ -80,7 +80,7 @@ def compiled(source: Path, arch: str) -> list[Row]:
     import torch
 
     headers = Path(torch.__file__).parent / "include"
-    includes = [f"-I{HERE}", f"-I{HERE.parent}", f"-isystem={headers}"]
+    includes = [f"-I{HERE.parent}", f"-isystem={headers}"]
     includes.append(f"-isystem={headers / 'torch/csrc/api/include'}")
     defines = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA=1"]
     with tempfile.TemporaryDirectory() as folder:

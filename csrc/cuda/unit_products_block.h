@@ -7,11 +7,11 @@
 //   g of image b = d_v[b] + root sum_k d_products[b,k] xhat_k,  of a text likewise over b
 #pragma once
 
-#include "block.h"
+#include "cuda/block/block.h"
 #include "rational_logits_block.h"
-#include "row.h"
-#include "tile_io.h"
-#include "walk.h"
+#include "cuda/block/row.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/walk.h"
 
 namespace vtclip::cuda {
 

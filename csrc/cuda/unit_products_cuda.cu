@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 #include "unit_products_block.h"
 
 namespace vtclip::cuda {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The base of the bodies by itself. The first int chooses what is run.
 #include "host.h"
-#include "mma.h"
-#include "sum_partials.h"
-#include "warp_tile.h"
+#include "cuda/block/mma.h"
+#include "cuda/block/sum_partials.h"
+#include "cuda/block/warp_tile.h"
 
 namespace {
 

@@ -2,8 +2,8 @@
 // ffn_cosine_logits, both directions: hidden, weight, bias, residual_input, norm_weight, norm_bias,
 // text, image, d_logits; images per chunk, features; residual, scale, eps. Torch's product is made
 // here; those with d_z, which give the gradients of hidden and weight, are left out.
-#include "cosine_logits_block.h"
-#include "ffn_cosine_logits_block.h"
+#include "cuda/cosine_logits_block.h"
+#include "cuda/ffn_cosine_logits_block.h"
 #include "rows_host.h"
 
 namespace {

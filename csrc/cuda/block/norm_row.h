@@ -14,7 +14,7 @@
 #pragma once
 
 #include "block.h"
-#include "rational_logits_block.h"
+#include "cuda/rational_logits_block.h"
 #include "row.h"
 #include "walk.h"
 

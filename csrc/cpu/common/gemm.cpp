@@ -3,5 +3,5 @@
 
 #include "scratch.h"
 
-#define VTCLIP_KERNEL "gemm_kernel.h"
+#define VTCLIP_KERNEL "cpu/common/gemm_kernel.h"
 #include "foreach_capability.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // rational_logits, both directions: image, text, mask, d_logits; images per chunk; scale.
-#include "rational_logits_block.h"
+#include "cuda/rational_logits_block.h"
 #include "rows_host.h"
 
 namespace {

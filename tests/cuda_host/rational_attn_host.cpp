@@ -4,9 +4,9 @@
 #include <type_traits>
 
 #include "host.h"
-#include "rational_attn_bwd_block.h"
-#include "rational_attn_fwd_block.h"
-#include "sum_partials.h"
+#include "cuda/rational_attn_bwd_block.h"
+#include "cuda/rational_attn_fwd_block.h"
+#include "cuda/block/sum_partials.h"
 
 namespace {
 

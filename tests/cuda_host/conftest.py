@@ -98,11 +98,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Program]:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("blocks")
+    folder = tmp_path_factory.mktemp("cuda_host")
     csrc = ROOT / "csrc"
     flags = ["-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-D_GLIBCXX_ASSERTIONS"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    include = [f"-I{csrc}", f"-I{csrc / 'cuda'}", f"-isystem{Path(torch.__file__).parent}/include"]
+    include = [f"-I{csrc}", f"-isystem{Path(torch.__file__).parent}/include"]
 
     def compiled(name: str) -> Program:
         out = folder / name

@@ -2,7 +2,7 @@
 // Arguments of the ffn_cosine_logits kernels.
 #pragma once
 
-#include "norm_cosine_args.h"
+#include "cpu/common/norm_cosine_args.h"
 #include "rational_head_args.h"
 
 namespace vtclip {

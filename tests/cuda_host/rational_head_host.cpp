@@ -2,7 +2,7 @@
 // rational_head, both directions: context, weight, bias, image, text, d_logits, d_penalty; penalty,
 // images per chunk, features; scale. Of the backward it writes d_m, d_bias,
 // d_image, d_text: the products with d_m are torch's.
-#include "rational_head_block.h"
+#include "cuda/rational_head_block.h"
 #include "rows_host.h"
 
 namespace {

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "rows_host.h"
-#include "unit_products_block.h"
+#include "cuda/unit_products_block.h"
 
 namespace {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // norm_cosine_logits, both directions: hidden, weight, bias, text, image, d_logits; images per
 // chunk; residual, scale, eps.
-#include "cosine_logits_block.h"
-#include "norm_cosine_logits_block.h"
+#include "cuda/cosine_logits_block.h"
+#include "cuda/norm_cosine_logits_block.h"
 #include "rows_host.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // cross_attn_weights, both directions: query, key, key_mask, d_weights; scale; images of a block.
 #include "attn_host.h"
-#include "cross_attn_weights_block.h"
+#include "cuda/cross_attn_weights_block.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "launch.cuh"
-#include "rational_logits_block.h"
+#include "cuda/rational_logits_block.h"
 #include "sum_columns.h"
 #include "walk.h"
 

@@ -2,9 +2,9 @@
 // What the programs of the attention bodies share.
 #pragma once
 
-#include "attn_block.h"
+#include "cuda/block/attn_block.h"
 #include "host.h"
-#include "sum_partials.h"
+#include "cuda/block/sum_partials.h"
 
 namespace host {
 

@@ -13,8 +13,8 @@
 #include <memory>
 #include <vector>
 
-#include "block.h"
-#include "tile_io.h"
+#include "cuda/block/block.h"
+#include "cuda/block/tile_io.h"
 
 namespace host {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // cosine_logits, both directions: image, text, d_logits; scale; rows of a range of the sums of the
 // backward, 0 for the launcher's.
-#include "cosine_logits_block.h"
-#include "cosine_logits_bwd_block.h"
+#include "cuda/cosine_logits_block.h"
+#include "cuda/cosine_logits_bwd_block.h"
 #include "host.h"
 
 namespace {

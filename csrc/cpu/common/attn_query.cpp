@@ -6,7 +6,7 @@
 #include "gemm.h"
 #include "scratch.h"
 
-#define VTCLIP_KERNEL "attn_query_kernel.h"
+#define VTCLIP_KERNEL "cpu/common/attn_query_kernel.h"
 #include "foreach_capability.h"
 
 namespace vtclip {

@@ -2,7 +2,7 @@
 // Arguments of the norm_cosine_logits kernels.
 #pragma once
 
-#include "rational_logits_args.h"
+#include "cpu/rational_logits_args.h"
 
 namespace vtclip {
 namespace cpu {

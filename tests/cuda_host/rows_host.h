@@ -3,8 +3,8 @@
 #pragma once
 
 #include "host.h"
-#include "rational_logits_block.h"
-#include "sum_columns.h"
+#include "cuda/rational_logits_block.h"
+#include "cuda/block/sum_columns.h"
 
 namespace host {
 

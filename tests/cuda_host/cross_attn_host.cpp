@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // cross_attn, both directions: query, key, value, key_mask, d_out, d_lse; scale; images of a block.
 #include "attn_host.h"
-#include "cross_attn_block.h"
-#include "cross_attn_bwd_block.h"
+#include "cuda/cross_attn_block.h"
+#include "cuda/cross_attn_bwd_block.h"
 
 namespace {
 
