@@ -3,10 +3,8 @@
 #pragma once
 
 #include "cpu/common/norm_cosine_args.h"
-#include "rational_head_args.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 
 // Numbers kept per row, in this order. kShift is what rounding left out of the mean.
 enum FfnStat { kMean, kShift, kRstd, kRnorm, kCosine, kMeanG, kMeanGz, kFfnStats };
@@ -29,8 +27,8 @@ struct FfnCosineForward {
 
 struct FfnCosineBackward {
   FfnCosine sizes;
-  NormGradients grads;  // of the tail; of texts and images if features
-  bool features;
+  NormGradients grads;  // of the tail; of texts and images if feature_grads
+  bool feature_grads;
   int64_t row_block;  // rows of a unit in one round
   int64_t round;      // a unit's rows round * row_block .. are in the works
   RowsView grad_logits;
@@ -43,5 +41,4 @@ struct FfnCosineBackward {
   void* d_bias_sum;    // [C padded] acc
 };
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

@@ -74,7 +74,7 @@ struct CosineForward {
   static constexpr int kSplits = kWarps / (kAcross * kAcross);  // warps that share columns
   static constexpr int kSlice = sizeof(T) == 8 ? 8 : 128 / static_cast<int>(sizeof(T));
   static constexpr int kStep = kSplits * kSlice;  // columns loaded at a time
-  static constexpr int kLd = padded<T>(kStep), kLdM = padded<Acc>(kSide);
+  static constexpr int kLd = tile_stride<T>(kStep), kLdM = tile_stride<Acc>(kSide);
   static constexpr bool kScaled = !std::is_same_v<T, Half>;
 
   struct Args {

@@ -40,7 +40,7 @@ template <class T>
 struct HeadTiles {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4;
-  static constexpr int kLd = padded<T>(kHeadInner), kLdM = padded<Acc>(kHeadTile);
+  static constexpr int kLd = tile_stride<T>(kHeadInner), kLdM = tile_stride<Acc>(kHeadTile);
 
   Block<kWarps> block;
   T* a;                   // [64, kLd]: context, then text

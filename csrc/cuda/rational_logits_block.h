@@ -17,15 +17,6 @@ namespace vtclip::cuda {
 template <class Acc>
 VTCLIP_DEVICE Acc opened(Acc m) { return 1 + m < 0 ? 0 : 1 + m; }
 
-// A [B, K, D] view: the rows of one image are a matrix.
-template <class T>
-struct Images {
-  T* base;
-  int64_t batch, row, column;
-
-  VTCLIP_DEVICE Rows<T> at(int64_t b) const { return {base + b * batch, row, column}; }
-};
-
 template <class T>
 struct RationalArgs {
   Rows<const T> image, text;  // [B, D], [K, D]

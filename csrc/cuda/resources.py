@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, shared memory and spills of every CUDA kernel, as ptxas reports them.
 
-    python csrc/cuda/resources.py        # compiles all *_cuda.cu, writes resources.csv beside this
+    python csrc/cuda/resources.py        # compiles all *_cuda.cu, writes resources.csv next to this
 
 Needs nvcc and torch's headers. Shared memory is the static part: a block's own is dynamic and
 counted by `shared_bytes`.

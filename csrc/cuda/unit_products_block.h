@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bodies of the unit_products kernels. The products are written once, their gradient is read
-// once; rows of images and texts, which lie in the caches, are normed again wherever they are used.
+// once; rows of images and texts, which lie in the caches, are normalised wherever they are used.
 //
 //   v[b] = root xhat_b,  t[k] = root xhat_k,  products[b,k] = v[b] t[k],  xhat = x / |x|
 //   d_x = root / |x| (g - xhat <g, xhat>)
@@ -8,7 +8,6 @@
 #pragma once
 
 #include "cuda/block/block.h"
-#include "rational_logits_block.h"
 #include "cuda/block/row.h"
 #include "cuda/block/tile_io.h"
 #include "cuda/block/walk.h"

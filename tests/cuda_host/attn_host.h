@@ -43,7 +43,7 @@ inline vtclip::cuda::AttnShape attn_shape(const Tensor& query, const Tensor& key
                             key.size(3), nullptr,     0,             0};
   if (mask.given()) {
     n.mask = mask.data<bool>();
-    n.mask_image = mask.size(0) == 1 ? 0 : mask.stride(0);
+    n.mask_batch = mask.size(0) == 1 ? 0 : mask.stride(0);
     n.mask_column = mask.stride(1);
   }
   return n;
@@ -59,7 +59,7 @@ struct QueryPartials {
 
   QueryPartials(const Tensor& query, const vtclip::cuda::AttnShape& n, int64_t images_of_block)
       : images(query.size(0) == 1 ? images_of_block : 1),
-        chunks(vtclip::cuda::ceil_div(n.B, images)) {
+        chunks(vtclip::ceil_div(n.B, images)) {
     if (query.size(0) == 1 && chunks != 1) slices = Tensor::empty<Acc>({chunks, n.K, n.H, n.d});
   }
   vtclip::cuda::Heads<Acc> heads() const {

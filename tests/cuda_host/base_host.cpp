@@ -17,8 +17,8 @@ struct Product {
   static constexpr int kWarps = 2, kM = 32, kN = 64, kK = 48;
   static constexpr int kRowsA = kATransposed ? kK : kM, kColumnsA = kATransposed ? kM : kK;
   static constexpr int kRowsB = kBTransposed ? kN : kK, kColumnsB = kBTransposed ? kK : kN;
-  static constexpr int kLdA = padded<T>(kColumnsA), kLdB = padded<T>(kColumnsB);
-  static constexpr int kLdOut = padded<Acc>(kN);
+  static constexpr int kLdA = tile_stride<T>(kColumnsA), kLdB = tile_stride<T>(kColumnsB);
+  static constexpr int kLdOut = tile_stride<Acc>(kN);
 
   struct Args {
     Rows<const T> a, b;

@@ -19,6 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from vtclip import testing
+
 ROOT = Path(__file__).parents[2]
 CODES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.int64)
 
@@ -114,3 +116,17 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Program]:
         return Program(out)
 
     return compiled
+
+
+@pytest.fixture(
+    params=[
+        testing.spread,
+        testing.misaligned,
+        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda t: t[:1].expand_as(t),
+    ],
+    ids=["gaps", "misaligned", "transposed", "expanded"],
+)
+def layout(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
+    """Returns a tensor with the same values in other memory; the last repeats the first row."""
+    return request.param

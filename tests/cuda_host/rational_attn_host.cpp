@@ -122,7 +122,7 @@ struct Problem {
     using Queries = RationalQueries<T, kC>;
     host::launch<Keys>(Keys::blocks(args), args);
     args.images = texts == 1 ? in.ints.at(1) : 1;
-    const int64_t chunks = ceil_div(B, args.images);
+    const int64_t chunks = vtclip::ceil_div(B, args.images);
     const auto partial = host::Tensor::empty<Acc>({chunks, K, H, d});
     const bool several = texts == 1 && chunks > 1;
     if (several) args.text_partial = partial.template data<Acc>();

@@ -113,7 +113,7 @@ def cancelling(dtype, inputs, key_mask, d_weights, extra=0.0):
     """One rounding step of the largest sum of |terms| in d_query and d_key, dS = P * (dP - delta).
 
     Where the softmax saturates dP and delta cancel: a softmax that keeps its row reaches exactly 0
-    there, a kernel that makes it again reaches a rounding step of the terms.
+    there, a kernel that recomputes it reaches a rounding step of the terms.
     """
     query, key = (t.double() for t in inputs)
     if 0 in (*query.shape, *key.shape):
@@ -170,7 +170,7 @@ def test_large_scores_neither_overflow_nor_lose_the_sum(attn, dtype):
     d_out = torch.randn(2, 2, 10, 32).to(dtype)
     out, lse, *grads = attn((*inputs, None, d_out, None), (1,), (0.3,))
     d_p = d_out.double().abs() @ value.double().abs().transpose(-1, -2)
-    # P made again from S - lse errs by a rounding step of S, whatever P is
+    # P recomputed from S - lse errs by a rounding step of S, whatever P is
     score = 0.3 * float((inputs[0].double() @ inputs[1].double().transpose(-1, -2)).abs().amax())
     floor = score * cancelling(dtype, inputs[:2], None, d_p, 0.0)
     compare(

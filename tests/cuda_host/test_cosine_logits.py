@@ -172,7 +172,7 @@ def test_gradients_as_small_as_float16_has(program, dtype):
 @every_dtype
 @pytest.mark.parametrize("case", ["several tiles", "several ranges", "one image"])
 def test_rows_that_are_nearly_alike(program, case, dtype):
-    """Most of each sum is along the row and taken off again."""
+    """Most of each sum is along the row and subtracted again."""
     image, text, d_logits, rows = draw(case, False, dtype)
     one = torch.randn(image.shape[1])
     near = [(one + 0.05 * t.float()).to(dtype) for t in (image, text)]

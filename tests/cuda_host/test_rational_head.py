@@ -93,16 +93,6 @@ def test_block_code_matches_the_reference(program, case, penalty, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        testing.spread,
-        testing.misaligned,
-        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-        lambda t: t[:1].expand_as(t),
-    ],
-    ids=["gaps", "misaligned", "transposed", "expanded"],
-)
 def test_any_strides(program, layout, dtype):
     check(program, [layout(t) for t in draw("odd", dtype)], "odd", "mse")
 

@@ -7,31 +7,20 @@
 
 #include <algorithm>
 #include <optional>
-#include <vector>
 
 #include "attn_args.h"
 #include "common/check.h"
+#include "common/tensors.h"
 #include "parallel.h"
+#include "scratch.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 
 inline HeadsView heads_view(const Tensor& tensor) {
   const int64_t item = item_bytes(dtype_of(tensor.scalar_type()));
   const int64_t batch = tensor.size(0) == 1 ? 0 : tensor.stride(0) * item;
   return {static_cast<char*>(tensor.data_ptr()), batch, tensor.stride(1) * item,
           tensor.stride(2) * item, tensor.stride(3) * item};
-}
-
-// Memory [B, rows, H, D], seen as [B, H, rows, D]: heads can be joined without a copy.
-inline Tensor new_heads(const Tensor& like, int64_t B, int64_t H, int64_t rows, int64_t D) {
-  const std::vector<int64_t> sizes{B, rows, H, D};
-  return torch::stable::transpose(torch::stable::new_empty(like, sizes), 1, 2);
-}
-
-inline Tensor new_buffer(const Tensor& like, int64_t count) {
-  const std::vector<int64_t> sizes{count};
-  return torch::stable::new_empty(like, sizes, acc_type(like.scalar_type()));
 }
 
 // Blocks of at most 128 queries and tiles of at most 256 keys, evened out over the whole: a tile of
@@ -54,12 +43,12 @@ inline AttnShape attn_shape(const char* op, const Tensor& query, const Tensor& k
   shape.B = key.size(0);
   shape.H = key.size(1);
   shape.L = key.size(2);
-  shape.D = key.size(3);
+  shape.d = key.size(3);
   shape.K = query.size(2);
   shape.dtype = dtype_of(type);
   shape.query_shared = query.size(0) == 1;
   shape.scale = scale;
-  check_shape_or_shared(op, "query", query, {shape.B, shape.H, shape.K, shape.D});
+  check_shape_or_shared(op, "query", query, {shape.B, shape.H, shape.K, shape.d});
   if (mask.has_value()) {
     check_same(op, "key_mask", *mask, ScalarType::Bool);
     check_shape_or_shared(op, "key_mask", *mask, {shape.B, shape.L});
@@ -73,22 +62,18 @@ inline AttnShape attn_shape(const char* op, const Tensor& query, const Tensor& k
 
 // Multiply-adds of one product between a query block and the keys of one image.
 inline int64_t block_work(const AttnShape& shape) {
-  return shape.query_block * (shape.L + 8) * (shape.D + 8);
+  return shape.query_block * (shape.L + 8) * (shape.d + 8);
 }
 
 // How many images one backward task takes where the query is shared: about 64 tasks in all, and at
 // most 256 MiB of partial sums. A function of the shape, so the order of every sum is fixed.
 inline int64_t images_per_chunk(const AttnShape& shape) {
   const int64_t item = shape.dtype == Dtype::kFloat64 ? 8 : 4;
-  const int64_t bytes = std::max<int64_t>(1, shape.H * shape.K * shape.D * item);
+  const int64_t bytes = std::max<int64_t>(1, shape.H * shape.K * shape.d * item);
   const int64_t wanted = ceil_div(64, std::max<int64_t>(1, shape.H));
   const int64_t affordable = std::max<int64_t>(1, (int64_t{256} << 20) / bytes);
   const int64_t chunks = std::max<int64_t>(1, std::min({wanted, affordable, shape.B}));
   return ceil_div(shape.B, chunks);
 }
 
-// Elements of a panel row: the kernels pad to an odd number of cache lines, at most two more.
-inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16 + 16; }
-
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

@@ -20,10 +20,10 @@ inline int64_t visible_keys(const AttnShape& s, int64_t b, int64_t* index) {
 template <class T>
 static void pack_rows(const AttnShape& s, T* rows, int64_t ld, const HeadsView& view, int64_t b,
                       int64_t h, const int64_t* index, int64_t n, T scale) {
-  const int64_t padded = round_up(s.D, kLanes<T>);
+  const int64_t width = round_up(s.d, kLanes<T>);
   const char* base = view.at(b, h);
   for (int64_t i = 0; i < n; ++i) {
-    load_row(rows + i * ld, s.D, padded, base + index[i] * view.row, view.column, s.dtype, scale);
+    load_row(rows + i * ld, s.d, width, base + index[i] * view.row, view.column, s.dtype, scale);
   }
 }
 
@@ -39,13 +39,13 @@ VTCLIP_INLINE void prefetch_row(const char* row, int64_t bytes) {
 template <class T>
 static void pack_block(const AttnShape& s, T* rows, int64_t ld, const HeadsView& view, int64_t b,
                        int64_t h, int64_t first, int64_t n, T scale) {
-  const int64_t padded = round_up(s.D, kLanes<T>);
+  const int64_t width = round_up(s.d, kLanes<T>);
   const char* base = view.at(b, h) + first * view.row;
-  const int64_t bytes = s.D * item_bytes(s.dtype);
+  const int64_t bytes = s.d * item_bytes(s.dtype);
   for (int64_t i = 0; i < min_of(kRowsAhead, n); ++i) prefetch_row(base + i * view.row, bytes);
   for (int64_t i = 0; i < n; ++i) {
     if (i + kRowsAhead < n) prefetch_row(base + (i + kRowsAhead) * view.row, bytes);
-    load_row(rows + i * ld, s.D, padded, base + i * view.row, view.column, s.dtype, scale);
+    load_row(rows + i * ld, s.d, width, base + i * view.row, view.column, s.dtype, scale);
   }
 }
 
@@ -53,10 +53,10 @@ static void pack_block(const AttnShape& s, T* rows, int64_t ld, const HeadsView&
 template <class T>
 static void pack_columns(const AttnShape& s, T* columns, int64_t ldc, const T* rows, int64_t ldr,
                          int64_t n) {
-  transpose(columns, ldc, rows, ldr, n, s.D);
-  const int64_t padded = round_up(n, kLanes<T>);
-  for (int64_t j = 0; j < s.D; ++j) {
-    for (int64_t i = n; i < padded; ++i) columns[j * ldc + i] = 0;
+  transpose(columns, ldc, rows, ldr, n, s.d);
+  const int64_t width = round_up(n, kLanes<T>);
+  for (int64_t j = 0; j < s.d; ++j) {
+    for (int64_t i = n; i < width; ++i) columns[j * ldc + i] = 0;
   }
 }
 
@@ -69,7 +69,7 @@ static void pack_query(const AttnShape& s, T* columns, const HeadsView& query, i
                        int64_t block, T* rows) {
   const int64_t first = block * s.query_block;
   const int64_t n = min_of(s.query_block, s.K - first);
-  const int64_t ld = leading_dim<T>(s.D);
+  const int64_t ld = leading_dim<T>(s.d);
   pack_block(s, rows, ld, query, b, h, first, n, static_cast<T>(s.scale * kLog2E));
   pack_columns(s, columns, leading_dim<T>(s.query_block), rows, ld, n);
 }
@@ -78,7 +78,7 @@ static void pack_query(const AttnShape& s, T* columns, const HeadsView& query, i
 template <class T>
 static void score_tile(const AttnShape& s, T* scores, int64_t ld, const T* keys, int64_t n,
                        const T* query_columns, int64_t queries) {
-  gemm(Gemm<T>{n, round_up(queries, kLanes<T>), s.D, keys, leading_dim<T>(s.D), false,
+  gemm(Gemm<T>{n, round_up(queries, kLanes<T>), s.d, keys, leading_dim<T>(s.d), false,
                query_columns, leading_dim<T>(s.query_block), scores, ld, false});
 }
 
@@ -160,24 +160,69 @@ template <class T>
 static void store_rows(const AttnShape& s, const HeadsView& view, int64_t b, int64_t h,
                        int64_t first, int64_t n, const T* rows, int64_t ld, T scale) {
   char* base = view.at(b, h) + first * view.row;
-  const int64_t bytes = s.D * item_bytes(s.dtype);
+  const int64_t bytes = s.d * item_bytes(s.dtype);
   for (int64_t i = 0; i < n; ++i) {
     if (i + kRowsAhead < n) prefetch_row(base + (i + kRowsAhead) * view.row, bytes);
-    store_row(base + i * view.row, s.D, s.dtype, rows + i * ld, scale);
+    store_row(base + i * view.row, s.d, s.dtype, rows + i * ld, scale);
   }
 }
+
+// The query's side of a backward task (head, chunk of images): its rows as the right operand of dK,
+// and where its dQ is summed, over the chunk where all images share the query.
+template <class T>
+struct QuerySide {
+  const AttnGradients& p;
+  const int64_t width, ldd;
+  const Scratch<T> own_rows, own_sum;  // of a block where the query is not shared
+  T* partial = nullptr;                // [K, width] of this task where it is
+  const T* rows = nullptr;             // of this block, times scale
+  T* d_query = nullptr;                // of this block, without the scale
+  int64_t ld_rows, ld_d_query;
+
+  explicit QuerySide(const AttnGradients& p)
+      : p(p),
+        width(round_up(p.shape.d, kLanes<T>)),
+        ldd(leading_dim<T>(p.shape.d)),
+        own_rows(p.shape.query_shared ? 0 : p.shape.query_block * ldd),
+        own_sum(p.shape.query_shared ? 0 : p.shape.query_block * ldd),
+        ld_rows(p.shape.query_shared ? width : ldd),
+        ld_d_query(ld_rows) {}
+
+  void start_task(int64_t h, int64_t chunk) {
+    const AttnShape& s = p.shape;
+    if (!s.query_shared) return;
+    partial = static_cast<T*>(p.d_query_partial) + (chunk * s.H + h) * s.K * width;
+    __builtin_memset(partial, 0, static_cast<size_t>(s.K * width) * sizeof(T));
+  }
+  void start_block(int64_t b, int64_t h, int64_t first, int64_t queries) {
+    const AttnShape& s = p.shape;
+    if (s.query_shared) {
+      rows = static_cast<const T*>(p.query_rows) + (h * s.K + first) * width;
+      d_query = partial + first * width;
+    } else {
+      pack_block<T>(s, own_rows, ldd, p.query, b, h, first, queries, static_cast<T>(s.scale));
+      rows = own_rows;
+      d_query = own_sum;
+    }
+  }
+  void finish_block(int64_t b, int64_t h, int64_t first, int64_t queries) {
+    const AttnShape& s = p.shape;
+    if (s.query_shared) return;
+    store_rows<T>(s, p.d_query, b, h, first, queries, own_sum, ldd, static_cast<T>(s.scale));
+  }
+};
 
 // Gradients of keys or values: rows of visible keys from `rows`, zero elsewhere.
 template <class T>
 static void store_key_rows(const AttnShape& s, const HeadsView& view, int64_t b, int64_t h,
                            const int64_t* index, int64_t n, const T* rows, int64_t ld) {
   char* base = view.at(b, h);
-  const size_t bytes = static_cast<size_t>(s.D * item_bytes(s.dtype));
+  const size_t bytes = static_cast<size_t>(s.d * item_bytes(s.dtype));
   int64_t i = 0;
   for (int64_t l = 0; l < s.L; ++l) {
     char* row = base + l * view.row;
     if (i < n && index[i] == l) {
-      store_row<T>(row, s.D, s.dtype, rows + i++ * ld, 1);
+      store_row<T>(row, s.d, s.dtype, rows + i++ * ld, 1);
     } else {
       __builtin_memset(row, 0, bytes);
     }

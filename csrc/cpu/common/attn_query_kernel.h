@@ -5,71 +5,51 @@
 #include "rows.h"
 #include "attn_panels.h"
 
-// One block of a query shared by all images; unit = head * num_blocks + block.
+// Blocks of the query, packed; unit = head * num_blocks + block.
 template <class T>
-static void pack_shared_query(const AttnShape& s, const HeadsView& query, T* pack, int64_t begin,
-                              int64_t end) {
+static void pack_query_blocks(const SharedQuery& p, int64_t begin, int64_t end) {
+  const AttnShape& s = p.shape;
   const int64_t blocks = s.num_blocks();
-  const int64_t block_size = s.D * leading_dim<T>(s.query_block);
-  const Scratch<T> rows(s.query_block * leading_dim<T>(s.D));
+  const int64_t block_size = s.d * leading_dim<T>(s.query_block);
+  const Scratch<T> rows(s.query_block * leading_dim<T>(s.d));
   for (int64_t unit = begin; unit < end; ++unit) {
-    pack_query<T>(s, pack + unit * block_size, query, 0, unit / blocks, unit % blocks, rows);
+    T* pack = static_cast<T*>(p.rows) + unit * block_size;
+    pack_query<T>(s, pack, p.query, 0, unit / blocks, unit % blocks, rows);
   }
 }
 
-// Rows (head * K + k) of the shared query, scaled, as the right operand of dK.
+// Rows (head * K + k), scaled, as the right operand of dK.
 template <class T>
-static void pack_rows_of_query(const AttnShape& s, const HeadsView& query, T* rows, int64_t begin,
-                               int64_t end) {
-  const int64_t width = round_up(s.D, kLanes<T>);
+static void pack_query_rows(const SharedQuery& p, int64_t begin, int64_t end) {
+  const AttnShape& s = p.shape;
+  const int64_t width = round_up(s.d, kLanes<T>);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const char* row = query.at(0, unit / s.K) + unit % s.K * query.row;
-    load_row(rows + unit * width, s.D, width, row, query.column, s.dtype, static_cast<T>(s.scale));
+    const char* row = p.query.at(0, unit / s.K) + unit % s.K * p.query.row;
+    load_row(static_cast<T*>(p.rows) + unit * width, s.d, width, row, p.query.column, s.dtype,
+             static_cast<T>(s.scale));
   }
 }
 
-// d_query rows (head * K + k) = scale * sum of the chunks in ascending order.
+// Rows (head * K + k) of d_query = scale * sum of the chunks in ascending order.
 template <class T>
-static void sum_chunks(const AttnShape& s, const HeadsView& d_query, const T* partial,
-                       int64_t num_chunks, int64_t begin, int64_t end) {
-  const int64_t width = round_up(s.D, kLanes<T>);
+static void sum_chunks(const SharedQuery& p, int64_t begin, int64_t end) {
+  const AttnShape& s = p.shape;
+  const int64_t width = round_up(s.d, kLanes<T>);
+  const T* partial = static_cast<const T*>(p.rows);
   const Scratch<T> total(width);
   for (int64_t unit = begin; unit < end; ++unit) {
     for (int64_t c = 0; c < width; c += kLanes<T>) {
       Vec<T> sum = load(partial + unit * width + c);
-      for (int64_t chunk = 1; chunk < num_chunks; ++chunk) {
+      for (int64_t chunk = 1; chunk < p.num_chunks; ++chunk) {
         sum += load(partial + (chunk * s.H * s.K + unit) * width + c);
       }
       store(total + c, sum);
     }
-    char* row = d_query.at(0, unit / s.K) + unit % s.K * d_query.row;
-    store_row<T>(row, s.D, s.dtype, total, static_cast<T>(s.scale));
+    char* row = p.query.at(0, unit / s.K) + unit % s.K * p.query.row;
+    store_row<T>(row, s.d, s.dtype, total, static_cast<T>(s.scale));
   }
 }
 
-void pack_query_units(const AttnShape& s, const HeadsView& query, void* pack, int64_t begin,
-                      int64_t end) {
-  if (s.dtype == Dtype::kFloat64) {
-    pack_shared_query<double>(s, query, static_cast<double*>(pack), begin, end);
-  } else {
-    pack_shared_query<float>(s, query, static_cast<float*>(pack), begin, end);
-  }
-}
-
-void pack_query_row_units(const AttnShape& s, const HeadsView& query, void* rows, int64_t begin,
-                          int64_t end) {
-  if (s.dtype == Dtype::kFloat64) {
-    pack_rows_of_query<double>(s, query, static_cast<double*>(rows), begin, end);
-  } else {
-    pack_rows_of_query<float>(s, query, static_cast<float*>(rows), begin, end);
-  }
-}
-
-void sum_chunk_units(const AttnShape& s, const HeadsView& d_query, const void* partial,
-                     int64_t num_chunks, int64_t begin, int64_t end) {
-  if (s.dtype == Dtype::kFloat64) {
-    sum_chunks(s, d_query, static_cast<const double*>(partial), num_chunks, begin, end);
-  } else {
-    sum_chunks(s, d_query, static_cast<const float*>(partial), num_chunks, begin, end);
-  }
-}
+VTCLIP_BY_DTYPE(pack_query_units, pack_query_blocks, SharedQuery, shape.dtype)
+VTCLIP_BY_DTYPE(pack_query_row_units, pack_query_rows, SharedQuery, shape.dtype)
+VTCLIP_BY_DTYPE(sum_chunk_units, sum_chunks, SharedQuery, shape.dtype)

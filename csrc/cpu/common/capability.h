@@ -6,8 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define VTCLIP_X86 1
@@ -63,5 +62,4 @@ inline const char* capability_name() {
 #define VTCLIP_PICK(function) (scalar::function)
 #endif
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

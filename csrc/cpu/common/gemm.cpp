@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemm.h"
 
-#include "scratch.h"
-
 #define VTCLIP_KERNEL "cpu/common/gemm_kernel.h"
 #include "foreach_capability.h"

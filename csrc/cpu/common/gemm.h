@@ -4,8 +4,7 @@
 
 #include <cstdint>
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 
 // C[m, n] (+)= sum_k A[m, k] B[k, n].
 // A is read one element at a time: element (i, j) at a[i * lda + j], or a[j * lda + i] if
@@ -34,5 +33,4 @@ VTCLIP_DECLARE_GEMM(avx2)
 VTCLIP_DECLARE_GEMM(avx512)
 #undef VTCLIP_DECLARE_GEMM
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

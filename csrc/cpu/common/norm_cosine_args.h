@@ -2,10 +2,9 @@
 // Arguments of the norm_cosine_logits kernels.
 #pragma once
 
-#include "cpu/rational_logits_args.h"
+#include "row_args.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 
 struct NormCosine {
   int64_t B, K, C;
@@ -44,5 +43,4 @@ struct NormCosineBackward {
   RowsView d_hidden;
 };
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

@@ -7,16 +7,8 @@
 
 #include "norm_cosine_args.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
-
-inline RowsView checked_view(const char* op, const char* name, const Tensor& tensor,
-                             ScalarType type, std::initializer_list<int64_t> sizes) {
-  check_same(op, name, tensor, type);
-  check_shape(op, name, tensor, sizes);
-  return rows_view(tensor);
-}
 
 // What rows [B, K, C] meet: the norm's affine, the texts, the images.
 struct NormTail {
@@ -42,36 +34,32 @@ inline NormCosine norm_cosine(const char* op, ScalarType type, int64_t B, int64_
   return s;
 }
 
-inline void zero_all(std::initializer_list<Tensor*> tensors) {
-  for (Tensor* tensor : tensors) torch::stable::zero_(*tensor);
-}
-
-// What a backward pass returns of the tail; of texts and images nothing unless `features`.
+// What a backward pass returns of the tail; of texts and images nothing unless `feature_grads`.
 struct NormOutputs {
   Tensor weight, bias, text, image;
 
-  NormOutputs(const NormTail& tail, const NormCosine& s, bool features)
-      : weight(new_tensor(tail.weight, {s.C})),
-        bias(new_tensor(tail.bias, {s.C})),
-        text(features ? new_tensor(tail.text, {s.K, s.C}) : new_tensor(tail.text, {0})),
-        image(features ? new_tensor(tail.image, {s.B, s.C}) : new_tensor(tail.image, {0})) {}
+  NormOutputs(const NormTail& tail, const NormCosine& s, bool feature_grads)
+      : weight(new_empty(tail.weight, {s.C})),
+        bias(new_empty(tail.bias, {s.C})),
+        text(feature_grads ? new_empty(tail.text, {s.K, s.C}) : new_empty(tail.text, {0})),
+        image(feature_grads ? new_empty(tail.image, {s.B, s.C}) : new_empty(tail.image, {0})) {}
 };
 
 // The memory it needs for that, noted in `s` and `g` with the outputs.
 class NormWorkspace {
  public:
-  NormWorkspace(NormOutputs& out, bool features, const RowChunks& chunks, NormCosine& s,
+  NormWorkspace(NormOutputs& out, bool feature_grads, const RowChunks& chunks, NormCosine& s,
                 NormGradients& g)
-      : image_unit_(new_acc(out.image, {s.B, padded_row(s.C)})),
+      : image_unit_(new_acc(out.image, {s.B, row_width(s.C)})),
         image_rnorm_(new_acc(out.image, {s.B})),
-        text_(new_acc(out.text, {features ? chunks.image_chunks : 0, s.K, padded_row(s.C)})),
-        unit_(new_acc(out.image, {features ? chunks.text_chunks : 0, s.B, padded_row(s.C)})),
-        weight_(new_acc(out.weight, {chunks.units(), padded_row(s.C)})),
-        bias_(new_acc(out.bias, {chunks.units(), padded_row(s.C)})) {
+        text_(new_acc(out.text, {feature_grads ? chunks.image_chunks : 0, s.K, row_width(s.C)})),
+        unit_(new_acc(out.image, {feature_grads ? chunks.text_chunks : 0, s.B, row_width(s.C)})),
+        weight_(new_acc(out.weight, {chunks.units(), row_width(s.C)})),
+        bias_(new_acc(out.bias, {chunks.units(), row_width(s.C)})) {
     s.image_unit = image_unit_.data_ptr();
     s.image_rnorm = image_rnorm_.data_ptr();
     g.chunks = chunks;
-    if (features) {
+    if (feature_grads) {
       g.d_text = rows_view(out.text);
       g.d_image = rows_view(out.image);
     }
@@ -88,5 +76,4 @@ class NormWorkspace {
 };
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

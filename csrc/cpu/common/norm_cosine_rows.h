@@ -70,6 +70,16 @@ struct NormRow {
   T offset;  // -rstd * mean(hidden - mean): a mean far from 0 is not exact in its own type
 };
 
+// What all rows share; `weight` and `bias` [C] hold a converted copy where one is needed.
+template <class T>
+static NormRow<T> norm_row(const NormCosine& s, T* weight, T* bias) {
+  NormRow<T> r{};
+  r.weight = view_row<T>(weight, s.C, s.weight.data, s.weight.column, s.dtype);
+  r.bias = view_row<T>(bias, s.C, s.bias.data, s.bias.column, s.dtype);
+  r.residual = static_cast<T>(s.residual);
+  return r;
+}
+
 // y = text + residual * (weight * zh + bias), zh = (hidden - mean) * rstd + offset; sums y^2 and y
 // * image.
 template <class T>
@@ -124,7 +134,7 @@ static NormUnit norm_unit(const NormCosine& s, const RowChunks& c, int64_t unit)
 // What the rows of a unit add to.
 template <class T>
 struct NormSums {
-  T *d_text, *d_unit;  // [K, C padded], [B, C padded]; none without features
+  T *d_text, *d_unit;  // [K, C padded], [B, C padded]; none without feature_grads
   T *d_weight, *d_bias;
 };
 

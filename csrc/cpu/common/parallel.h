@@ -7,10 +7,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace vtclip {
-namespace cpu {
+#include "common/ceil_div.h"
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+namespace vtclip::cpu {
 
 // Units per range, so that a range is worth waking a thread for: about 2^18 multiply-adds or, where
 // memory sets the pace, a quarter as many elements.
@@ -26,5 +25,4 @@ void run(void (*fn)(const Args&, int64_t, int64_t), const Args& args, int64_t un
                               [&](int64_t begin, int64_t end) { fn(args, begin, end); });
 }
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

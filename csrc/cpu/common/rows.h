@@ -84,10 +84,10 @@ VTCLIP_INLINE constexpr bool is_native(Dtype dtype) {
   return dtype == (sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
 }
 
-// dst[0..n) = scale * src row; dst[n..padded) = 0.
+// dst[0..n) = scale * src row; dst[n..width) = 0.
 template <class T>
-inline void load_row(T* dst, int64_t n, int64_t padded, const char* src, int64_t stride,
-                     Dtype dtype, T scale) {
+inline void load_row(T* dst, int64_t n, int64_t width, const char* src, int64_t stride, Dtype dtype,
+                     T scale) {
   int64_t i = 0;
   if (is_native<T>(dtype) && stride == static_cast<int64_t>(sizeof(T))) {
     const T* row = reinterpret_cast<const T*>(src);
@@ -111,7 +111,7 @@ inline void load_row(T* dst, int64_t n, int64_t padded, const char* src, int64_t
   } else {
     for (; i < n; ++i) dst[i] = load_one<T>(src + i * stride, dtype) * scale;
   }
-  for (; i < padded; ++i) dst[i] = 0;
+  for (; i < width; ++i) dst[i] = 0;
 }
 
 // The row itself where it already is a plain row of T, else a converted copy in `scratch`.

@@ -38,9 +38,9 @@ inline T unit_row_scaled(T* out, const T* x, int64_t n) {
   return rnorm / largest;
 }
 
-// out[0..n) = x / |x|, out[n..padded) = 0; returns 1 / |x|, or 0 for a zero row.
+// out[0..n) = x / |x|, out[n..width) = 0; returns 1 / |x|, or 0 for a zero row.
 template <class T>
-inline T unit_row(T* out, const T* x, int64_t n, int64_t padded) {
+inline T unit_row(T* out, const T* x, int64_t n, int64_t width) {
   const T square = dot_rows(x, x, n);
   T rnorm;
   if (in_safe_range(square)) {
@@ -49,19 +49,19 @@ inline T unit_row(T* out, const T* x, int64_t n, int64_t padded) {
   } else {
     rnorm = unit_row_scaled(out, x, n);
   }
-  for (int64_t i = n; i < padded; ++i) out[i] = 0;
+  for (int64_t i = n; i < width; ++i) out[i] = 0;
   return rnorm;
 }
 
 // As unit_row with 1 / |x| known, which is trusted only where x * rnorm cannot lose range.
 template <class T>
-inline void unit_row_known(T* out, const T* x, int64_t n, int64_t padded, T rnorm) {
+inline void unit_row_known(T* out, const T* x, int64_t n, int64_t width, T rnorm) {
   if (in_safe_range(rnorm)) {
     scale_row(out, x, n, rnorm);
   } else {
     unit_row_scaled(out, x, n);
   }
-  for (int64_t i = n; i < padded; ++i) out[i] = 0;
+  for (int64_t i = n; i < width; ++i) out[i] = 0;
 }
 
 // Gradient of x from that of u = x / |x|:  rnorm * (grad - u <grad, u>). In place on grad.

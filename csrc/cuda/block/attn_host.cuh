@@ -15,25 +15,20 @@ inline AttnShape attn_shape(const char* op, const Tensor& query, const Tensor& k
                             const std::optional<Tensor>& mask) {
   check_rank(op, "query", query, 4);
   check_rank(op, "key", key, 4);
-  check_beside(op, "key", key, query, query.scalar_type());
+  check_same(op, "key", key, query, query.scalar_type());
   AttnShape n{key.size(0), key.size(1), query.size(2), key.size(2), key.size(3), nullptr, 0, 0};
   check_shape_or_shared(op, "query", query, {n.B, n.H, n.K, n.d});
-  if (n.d > 256) fail(op, "query must have a head width of at most 256, got ", n.d);
+  if (n.d > kMaxHeadWidth) {
+    fail(op, "query must have a head width of at most ", kMaxHeadWidth, ", got ", n.d);
+  }
   if (mask.has_value()) {
-    check_beside(op, "key_mask", *mask, query, ScalarType::Bool);
+    check_same(op, "key_mask", *mask, query, ScalarType::Bool);
     check_shape_or_shared(op, "key_mask", *mask, {n.B, n.L});
     n.mask = data_of<bool>(*mask);
-    n.mask_image = mask->size(0) == 1 ? 0 : mask->stride(0);
+    n.mask_batch = mask->size(0) == 1 ? 0 : mask->stride(0);
     n.mask_column = mask->stride(1);
   }
   return n;
-}
-
-// A tensor [B|., H, rows, d] beside the others.
-inline void check_heads(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
-                        std::initializer_list<int64_t> sizes) {
-  check_beside(op, name, tensor, like, like.scalar_type());
-  check_shape(op, name, tensor, sizes);
 }
 
 // [B, H, K] as heads of width 1
@@ -67,8 +62,7 @@ struct QueryPartials {
     images = images_per_block(n.B, n.H * ceil_div(n.K, 64));
     chunks = ceil_div(n.B, images);
     if (chunks == 1) return;
-    slices = torch::stable::new_empty(query, {chunks, n.K, n.H, n.d},
-                                      acc_type(query.scalar_type()));
+    slices = new_empty(query, {chunks, n.K, n.H, n.d}, acc_type(query.scalar_type()));
   }
 
   template <class Acc>
@@ -86,5 +80,21 @@ struct QueryPartials {
     launch<SumPartials<T>>(op, SumPartials<T>::blocks(args), d_query, args);
   }
 };
+
+// The arguments both gradients share; delta is their workspace.
+template <class T>
+void set_gradients(AttnGradientArgs<T>& args, const AttnShape& n, const Tensor& query,
+                   const Tensor& key, Tensor& delta, Tensor& d_query, QueryPartials& partials,
+                   Tensor& d_key, double scale) {
+  args.shape = n;
+  args.query = heads_of<T>(query);
+  args.key = heads_of<T>(key);
+  args.delta = data_of<AccOf<T>>(delta);
+  args.d_query = heads_of<T>(d_query);
+  args.partial = partials.heads<AccOf<T>>();
+  args.d_key = heads_of<T>(d_key);
+  args.scale = static_cast<AccOf<T>>(scale);
+  args.images = partials.images;
+}
 
 }  // namespace vtclip::cuda

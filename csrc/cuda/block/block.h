@@ -13,20 +13,20 @@
 //
 // Between phases a body holds values that are the same for all threads in plain locals, what
 // belongs to one warp in PerWarp, and what belongs to one thread of each(kThreads, f) in PerThread.
-// Sums run in an order that depends on n and the block only; max passes over NaN and is -inf for
+// Sums run in an order that depends on n and the block only; max ignores NaN and is -inf for
 // n = 0.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
+#include "common/ceil_div.h"
+
 #ifdef __CUDACC__
 #define VTCLIP_DEVICE __device__ __forceinline__
-#define VTCLIP_BOTH __host__ __device__ __forceinline__
 #define VTCLIP_UNROLL _Pragma("unroll")
 #else
 #define VTCLIP_DEVICE inline
-#define VTCLIP_BOTH inline
 #define VTCLIP_UNROLL
 #endif
 
@@ -37,25 +37,23 @@ constexpr int kWarpSize = 32;
 // a warp's share of a matrix product is made of 16 x 16 tiles
 constexpr int kFragment = 16;
 
-VTCLIP_BOTH constexpr int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }
-
 template <class T>
 VTCLIP_BOTH constexpr T lesser(T a, T b) { return b < a ? b : a; }
 
-// a NaN in b is passed over
+// ignores a NaN in b
 template <class T>
 VTCLIP_BOTH constexpr T larger(T a, T b) { return b > a ? b : a; }
 
 // Elements from one row of a shared tile to the next: whole 16-byte steps, and an odd number of
 // them, so that the same column of eight rows lies in eight different groups of banks.
 template <class T>
-VTCLIP_BOTH constexpr int padded(int columns) {
+VTCLIP_BOTH constexpr int tile_stride(int columns) {
   constexpr int kStep = 16 / static_cast<int>(sizeof(T));
   const int steps = (columns + kStep - 1) / kStep;
   return (steps + 1 - steps % 2) * kStep;
 }
 
-// The type sums are made in: double for double, float for everything narrower.
+// The type that sums are computed in: double for double, float for everything narrower.
 template <class T>
 struct Accumulator {
   using type = float;

@@ -18,11 +18,10 @@
 #include "block.h"
 #include "common/check.h"
 #include "common/dtype.h"
+#include "common/tensors.h"
 #include "tile_io.h"
 
 namespace vtclip::cuda {
-
-using torch::stable::Tensor;
 
 // grid.x goes to 2^31 - 1; blocks always lie on it, never on grid.y or grid.z (65,535)
 constexpr int64_t kMaxGridX = 2147483647;
@@ -96,15 +95,6 @@ void with_dtype(const char* op, const char* name, const Tensor& like, Run run) {
   }
 }
 
-// A tensor beside `like`: the same device, and dtype `type`.
-inline void check_beside(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
-                         ScalarType type) {
-  if (!tensor.is_cuda() || tensor.get_device_index() != like.get_device_index()) {
-    fail(op, name, " must be on CUDA device ", like.get_device_index(), ", got another device");
-  }
-  check_dtype(op, name, tensor, type);
-}
-
 template <class T>
 const T* data_of(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
 template <class T>
@@ -119,11 +109,6 @@ template <class T>
 Heads<T> heads_of(Tensor& tensor) {
   return {data_of<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2),
           tensor.stride(3)};
-}
-
-// Memory [B, rows, H, d], seen as [B, H, rows, d]: heads can be joined without a copy.
-inline Tensor new_heads(const Tensor& like, int64_t B, int64_t H, int64_t rows, int64_t d) {
-  return torch::stable::transpose(torch::stable::new_empty(like, {B, rows, H, d}), 1, 2);
 }
 
 // How many images one block streams past what they share, where `blocks` blocks are needed per

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row h of [B, K, C] that is normed, added to a text and compared with an image, both directions.
-// Where h comes from is an Input; y exists in registers only.
+// A row h of [B, K, C] that is normalised, added to a text and compared with an image, both
+// directions. Where h comes from is an Input; y exists in registers only.
 //
 //   n = (h - mean) rstd,  y = text_k + residual (weight n + bias),  u = y / |y|
 //   logits[b,k] = scale <x, u>,  x = image_b / |image_b|
@@ -14,8 +14,8 @@
 #pragma once
 
 #include "block.h"
-#include "cuda/rational_logits_block.h"
 #include "row.h"
+#include "tile_io.h"
 #include "walk.h"
 
 namespace vtclip::cuda {
@@ -158,7 +158,7 @@ VTCLIP_DEVICE NormRow<AccOf<T>> norm_row(const Lanes<kWarpSize>& lanes, AccOf<T>
   Acc totals[2];
   sums(1, totals);
   Acc largest = 1;
-  // made again of the row divided by its largest entry
+  // recomputed from the row divided by its largest entry
   if (totals[0] < tiny_square<Acc>() || totals[0] > 1 / tiny_square<Acc>()) {
     largest = lanes.max(groups, [&](int64_t group) {
       const NormGroup<T> g(args, b, k, group * kColumns, norm);

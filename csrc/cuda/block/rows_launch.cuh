@@ -3,8 +3,8 @@
 #pragma once
 
 #include "launch.cuh"
-#include "cuda/rational_logits_block.h"
 #include "sum_columns.h"
+#include "tile_io.h"
 #include "walk.h"
 
 namespace vtclip::cuda {
@@ -17,10 +17,6 @@ Rows<const T> rows_of(const Tensor& tensor) {
 template <class T>
 Images<const T> images_of(const Tensor& tensor) {
   return {data_of<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-inline Tensor new_acc(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, acc_type(like.scalar_type()));
 }
 
 // The walk of a body over B images; its chunks are a function of the shape only.

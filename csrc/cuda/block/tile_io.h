@@ -26,6 +26,9 @@ struct Rows {
   }
 };
 
+// The widest head the attention bodies take.
+constexpr int kMaxHeadWidth = 256;
+
 // A [B, H, N, d] view: the rows of one image and head are a matrix. A batch stride of 0 shares one
 // image's rows with all.
 template <class T>
@@ -36,6 +39,15 @@ struct Heads {
   VTCLIP_DEVICE Rows<T> at(int64_t b, int64_t h) const {
     return {base + b * batch + h * head, row, column};
   }
+};
+
+// A [B, K, D] view: the rows of one image are a matrix.
+template <class T>
+struct Images {
+  T* base;
+  int64_t batch, row, column;
+
+  VTCLIP_DEVICE Rows<T> at(int64_t b) const { return {base + b * batch, row, column}; }
 };
 
 // 16 bytes, read and written in one instruction

@@ -2,7 +2,7 @@
 // WarpTile<T, M, N>: an M x N matrix of sums held by one warp, in float (double for double), with
 // products of tiles of T in shared memory: on tensor cores for half types, by multiply-adds
 // otherwise. M and N are multiples of 16, so is the summed dimension of a half type, of 4 that of
-// the others; leading dimensions are those of `padded`, tiles start at multiples of 16 bytes.
+// the others; leading dimensions are those of `tile_stride`, tiles start at multiples of 16 bytes.
 //
 //   tile.fill(x)                            every element becomes x
 //   tile.add_product<AT, BT>(a, lda, b, ldb, k)
