@@ -82,7 +82,7 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
         "libraries": ["torch", "torch_cpu", "c10"],
         "language": "c++",
     }
-    sources = ["csrc/module.cpp", *sources_in("csrc/cpu", "*.cpp")]
+    sources = ["csrc/module.cpp", *sources_in("csrc/cpu", "**/*.cpp")]
     built = [Extension("vtclip._C", sources, extra_compile_args={"cxx": host}, **common)]
     if not refused:
         common["libraries"] = [*common["libraries"], "torch_cuda", "c10_cuda"]

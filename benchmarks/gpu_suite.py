@@ -37,7 +37,6 @@ LEFT_OUT = (
     "tests/kernels/test_compile.py",
     "tests/kernels/test_guard_page.py",
     "tests/ops/test_cpu_kernels.py",
-    "tests/ops/test_cuda_blocks.py",
 )
 REHEARSED = ("tests/gpu/test_ops.py", "-k", "test_autocast and cosine_logits")
 OPTIONAL = {

@@ -9,7 +9,7 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
-#include "cpu/capability.h"
+#include "cpu/common/capability.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of vtclip, registered with torch's dispatcher on import.";

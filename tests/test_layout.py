@@ -39,6 +39,7 @@ def tracked(*patterns: str) -> list[Path]:
         "vtclip/reference/{}.py",
         "kernels/{}.py",
         "csrc/cpu/{}_cpu.cpp",
+        "csrc/cuda/{}_cuda.cu",
         "tests/ops/test_{}.py",
     ],
 )

@@ -77,13 +77,13 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
   }
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& tensor) {
+inline void check_cpu(const char* op, const char* name, const Tensor& tensor) {
   if (!tensor.is_cpu()) fail(op, name, " must be on the CPU, got another device");
 }
 
-// A float tensor of a supported type; returns that type.
+// A float CPU tensor of a supported type; returns that type.
 inline ScalarType check_float(const char* op, const char* name, const Tensor& tensor) {
-  check_device(op, name, tensor);
+  check_cpu(op, name, tensor);
   const ScalarType type = tensor.scalar_type();
   if (!is_supported(type)) {
     fail(op, name, " must have dtype Float, Double, Half or BFloat16, got ",
@@ -92,9 +92,31 @@ inline ScalarType check_float(const char* op, const char* name, const Tensor& te
   return type;
 }
 
-inline void check_same(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {
-  check_device(op, name, tensor);
-  check_dtype(op, name, tensor, wanted);
+// check_same: device and dtype, with `sizes` the shape too. On the CPU
+inline void check_same(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
+  check_cpu(op, name, tensor);
+  check_dtype(op, name, tensor, type);
+}
+
+inline void check_same(const char* op, const char* name, const Tensor& tensor, ScalarType type,
+                       std::initializer_list<int64_t> sizes) {
+  check_same(op, name, tensor, type);
+  check_shape(op, name, tensor, sizes);
+}
+
+// and on the CUDA device of `like`.
+inline void check_same(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                       ScalarType type) {
+  if (!tensor.is_cuda() || tensor.get_device_index() != like.get_device_index()) {
+    fail(op, name, " must be on CUDA device ", like.get_device_index(), ", got another device");
+  }
+  check_dtype(op, name, tensor, type);
+}
+
+inline void check_same(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                       ScalarType type, std::initializer_list<int64_t> sizes) {
+  check_same(op, name, tensor, like, type);
+  check_shape(op, name, tensor, sizes);
 }
 
 }  // namespace vtclip

@@ -1,23 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // cosine_logits_fwd and cosine_logits_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <tuple>
 
-#include "common/check.h"
-#include "cosine_args.h"
-#include "gemm.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "cosine_logits_args.h"
+#include "cpu/common/parallel.h"
 
-#define VTCLIP_KERNEL "cosine_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/cosine_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
 
 Cosine cosine_sizes(const char* op, const Tensor& image, const Tensor& text, double scale) {
@@ -49,10 +42,10 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(Tensor image, Tensor text, 
   p.sizes = cosine_sizes("cosine_logits_fwd", image, text, scale);
   Cosine& s = p.sizes;
   const bool shared = text.dim() == 2;
-  Tensor logits = new_tensor(image, {s.B, s.K});
+  Tensor logits = new_empty(image, {s.B, s.K});
   Tensor image_rnorm = new_acc(image, {s.B});
   Tensor text_rnorm = shared ? new_acc(text, {s.K}) : new_acc(text, {s.B, s.K});
-  Tensor image_unit = new_acc(image, {s.B, padded_row(s.D)});
+  Tensor image_unit = new_acc(image, {s.B, row_width(s.D)});
   s.image_rnorm = image_rnorm.data_ptr();
   s.text_rnorm = text_rnorm.data_ptr();
   s.image_unit = image_unit.data_ptr();
@@ -76,25 +69,21 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(Tensor grad_logits, Tensor image, T
   p.sizes = cosine_sizes(op, image, text, scale);
   Cosine& s = p.sizes;
   const bool shared = text.dim() == 2;
-  check_same(op, "grad_logits", grad_logits, image.scalar_type());
-  check_same(op, "image_rnorm", image_rnorm, acc_type(image.scalar_type()));
   check_same(op, "text_rnorm", text_rnorm, acc_type(image.scalar_type()));
-  check_shape(op, "grad_logits", grad_logits, {s.B, s.K});
-  check_shape(op, "image_rnorm", image_rnorm, {s.B});
+  p.grad_logits = checked_view(op, "grad_logits", grad_logits, image.scalar_type(), {s.B, s.K});
+  p.image_rnorm_in =
+      checked_view(op, "image_rnorm", image_rnorm, acc_type(image.scalar_type()), {s.B});
   if (shared) {
     check_shape(op, "text_rnorm", text_rnorm, {s.K});
   } else {
     check_shape(op, "text_rnorm", text_rnorm, {s.B, s.K});
   }
-  Tensor d_image = new_tensor(image, {s.B, s.D});
-  Tensor d_text = shared ? new_tensor(text, {s.K, s.D}) : new_tensor(text, {s.B, s.K, s.D});
+  Tensor d_image = new_empty(image, {s.B, s.D});
+  Tensor d_text = shared ? new_empty(text, {s.K, s.D}) : new_empty(text, {s.B, s.K, s.D});
   if (s.B * s.K * s.D == 0) {
-    torch::stable::zero_(d_image);
-    torch::stable::zero_(d_text);
+    zero_all({&d_image, &d_text});
     return {d_image, d_text};
   }
-  p.grad_logits = rows_view(grad_logits);
-  p.image_rnorm_in = rows_view(image_rnorm);
   p.text_rnorm_in = rows_view(text_rnorm);
   p.d_image = rows_view(d_image);
   p.d_text = rows_view(d_text);
@@ -105,7 +94,7 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(Tensor grad_logits, Tensor image, T
     s.text_block = ceil_div(s.K, chunks);
     p.num_chunks = ceil_div(s.K, s.text_block);
   }
-  const int64_t width = padded_row(s.D);
+  const int64_t width = row_width(s.D);
   Tensor image_unit = new_acc(image, {s.B, width});
   Tensor d_unit = new_acc(image, {p.num_chunks, s.B, width});
   Tensor text_unit, grads;
@@ -131,8 +120,7 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(Tensor grad_logits, Tensor image, T
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
   m.impl("cosine_logits_fwd", TORCH_BOX(&vtclip::cpu::cosine_logits_fwd));

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cosine logits of one instruction set. All products are of unit rows, so nothing overflows.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
 
 // Steps of the inner dimension per product: the panel stays in cache and partial sums stay short.
 constexpr int64_t kInner = 128;
@@ -40,7 +40,7 @@ template <class T>
 static void shared_forward_units(const CosineForward& p, int64_t begin, int64_t end) {
   const Cosine& s = p.sizes;
   const int64_t width = round_up(s.D, kLanes<T>);
-  const int64_t text_blocks = (s.K + s.text_block - 1) / s.text_block;
+  const int64_t text_blocks = ceil_div(s.K, s.text_block);
   const int64_t ldb = leading_dim<T>(s.image_block), ldt = leading_dim<T>(s.D);
   const int64_t ldk = leading_dim<T>(s.text_block);
   const Scratch<T> columns(s.D * ldb), texts(s.text_block * ldt), buffer(s.D);
@@ -51,12 +51,12 @@ static void shared_forward_units(const CosineForward& p, int64_t begin, int64_t 
     const int64_t b0 = unit / text_blocks * s.image_block, k0 = unit % text_blocks * s.text_block;
     const int64_t images = min_of(s.image_block, s.B - b0);
     const int64_t count = min_of(s.text_block, s.K - k0);
-    const int64_t padded = round_up(images, kLanes<T>);
+    const int64_t vectors = round_up(images, kLanes<T>);
     if (b0 != packed) {
       const T* unit_rows = static_cast<const T*>(s.image_unit) + b0 * width;
       transpose<T>(columns, ldb, unit_rows, width, images, s.D);
       for (int64_t d = 0; d < s.D; ++d) {
-        for (int64_t i = images; i < padded; ++i) columns[d * ldb + i] = 0;
+        for (int64_t i = images; i < vectors; ++i) columns[d * ldb + i] = 0;
       }
       packed = b0;
     }
@@ -66,7 +66,7 @@ static void shared_forward_units(const CosineForward& p, int64_t begin, int64_t 
       if (b0 == 0) static_cast<T*>(s.text_rnorm)[k0 + i] = rnorm;
     }
     blocked_gemm(
-        Gemm<T>{count, padded, s.D, texts, ldt, false, columns, ldb, products, ldb, false});
+        Gemm<T>{count, vectors, s.D, texts, ldt, false, columns, ldb, products, ldb, false});
     transpose<T>(rows, ldk, products, ldb, count, images);
     for (int64_t i = 0; i < images; ++i) {
       store_row(p.logits + ((b0 + i) * s.K + k0) * item, count, s.dtype, rows + i * ldk,
@@ -208,15 +208,6 @@ static void finish_image_units(const CosineBackward& p, int64_t begin, int64_t e
   }
 }
 
-#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \
-  void name(const Args& p, int64_t begin, int64_t end) {     \
-    if (p.dtype_of_args == Dtype::kFloat64) {                \
-      function<double>(p, begin, end);                       \
-    } else {                                                 \
-      function<float>(p, begin, end);                        \
-    }                                                        \
-  }
-
 VTCLIP_BY_DTYPE(cosine_images, image_units, Cosine, dtype)
 VTCLIP_BY_DTYPE(cosine_shared_fwd, shared_forward_units, CosineForward, sizes.dtype)
 VTCLIP_BY_DTYPE(cosine_own_fwd, own_forward_units, CosineForward, sizes.dtype)
@@ -225,4 +216,3 @@ VTCLIP_BY_DTYPE(cosine_shared_image, shared_image_units, CosineBackward, sizes.d
 VTCLIP_BY_DTYPE(cosine_shared_text, shared_text_units, CosineBackward, sizes.dtype)
 VTCLIP_BY_DTYPE(cosine_own_bwd, own_backward_units, CosineBackward, sizes.dtype)
 VTCLIP_BY_DTYPE(cosine_finish_image, finish_image_units, CosineBackward, sizes.dtype)
-#undef VTCLIP_BY_DTYPE

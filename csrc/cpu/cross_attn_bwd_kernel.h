@@ -7,7 +7,7 @@
 // dS = P (dP - Delta)
 // dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
 //
-// The softmax of one query block is made again from the scores, all keys at once, and not from
+// The softmax of one query block is recomputed from the scores, all keys at once, and not from
 // exp(S - lse): at |S| = 1e4 a float32 lse is known to 1e-3 only. Delta comes from the same P, so
 // it cancels exactly where the softmax saturates, and the output need not be read again.
 
@@ -16,7 +16,7 @@ template <class T>
 static void pack_grad_block(const AttnBackward& p, int64_t b, int64_t h, int64_t first,
                             int64_t queries, T* rows, T* columns) {
   const AttnShape& s = p.shape;
-  const int64_t ldd = leading_dim<T>(s.D), ldq = leading_dim<T>(s.query_block);
+  const int64_t ldd = leading_dim<T>(s.d), ldq = leading_dim<T>(s.query_block);
   pack_block<T>(s, rows, ldd, p.grad_out, b, h, first, queries, 1);
   pack_columns(s, columns, ldq, rows, ldd, queries);
 }
@@ -85,27 +85,22 @@ template <class T>
 static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.shape;
   const int64_t blocks = s.num_blocks();
-  const int64_t width = round_up(s.D, kLanes<T>);
-  const int64_t ldd = leading_dim<T>(s.D);
+  const int64_t width = round_up(s.d, kLanes<T>);
+  const int64_t ldd = leading_dim<T>(s.d);
   const int64_t ldq = leading_dim<T>(s.query_block);
-  const int64_t block_size = s.D * ldq;
-  const int64_t own = s.query_shared ? 0 : 1;
+  const int64_t block_size = s.d * ldq;
   const Scratch<int64_t> index(s.L + 1);
   const Scratch<T> keys(s.L * ldd), values(s.L * ldd), d_keys(s.L * ldd), d_values(s.L * ldd);
   const Scratch<T> weights(s.L * ldq), grads(s.L * ldq), state_memory(3 * ldq), grad_lse(ldq);
   const Scratch<T> out_rows(s.query_block * ldd), out_columns(block_size);
-  const Scratch<T> own_columns(own * block_size), own_rows(own * s.query_block * ldd);
-  const Scratch<T> own_d_query(own * s.query_block * ldd);
+  const Scratch<T> own_columns(s.query_shared ? 0 : block_size);
+  QuerySide<T> query(p);
   const SoftmaxState<T> state{state_memory, state_memory + ldq, state_memory + 2 * ldq};
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t h = unit / p.num_chunks, chunk = unit % p.num_chunks;
     const int64_t last = min_of(s.B, (chunk + 1) * p.chunk_images);
-    T* partial = nullptr;
-    if (s.query_shared) {
-      partial = static_cast<T*>(p.d_query_partial) + (chunk * s.H + h) * s.K * width;
-      __builtin_memset(partial, 0, static_cast<size_t>(s.K * width) * sizeof(T));
-    }
+    query.start_task(h, chunk);
     for (int64_t b = chunk * p.chunk_images; b < last; ++b) {
       const int64_t n = visible_keys(s, b, index);
       pack_rows<T>(s, keys, ldd, p.key, b, h, index, n, 1);
@@ -115,24 +110,18 @@ static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
         const int64_t queries = min_of(s.query_block, s.K - first);
         if (n == 0) {
           if (!s.query_shared) {
-            __builtin_memset(own_d_query, 0, static_cast<size_t>(queries * ldd) * sizeof(T));
-            store_rows<T>(s, p.d_query, b, h, first, queries, own_d_query, ldd, 1);
+            __builtin_memset(query.own_sum, 0, static_cast<size_t>(queries * ldd) * sizeof(T));
+            store_rows<T>(s, p.d_query, b, h, first, queries, query.own_sum, ldd, 1);
           }
           continue;
         }
         const T* query_columns = own_columns;
-        const T* query_rows = own_rows;
-        int64_t ld_rows = ldd;
         if (s.query_shared) {
           query_columns = static_cast<const T*>(p.query_pack) + (h * blocks + block) * block_size;
-          query_rows = static_cast<const T*>(p.query_rows) + (h * s.K + first) * width;
-          ld_rows = width;
         } else {
-          pack_query<T>(s, own_columns, p.query, b, h, block, own_rows);
-          pack_block<T>(s, own_rows, ldd, p.query, b, h, first, queries, static_cast<T>(s.scale));
+          pack_query<T>(s, own_columns, p.query, b, h, block, query.own_rows);
         }
-        T* d_query = s.query_shared ? partial + first * width : own_d_query;
-        const int64_t ld_d_query = s.query_shared ? width : ldd;
+        query.start_block(b, h, first, queries);
         pack_grad_block<T>(p, b, h, first, queries, out_rows, out_columns);
         pack_grad_lse<T>(p, b, h, first, queries, grad_lse);
         score_tile<T>(s, weights, ldq, keys, n, query_columns, queries);
@@ -141,16 +130,14 @@ static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
         grad_block<T>(weights, grads, ldq, n, queries, state.total, grad_lse);
         gemm(Gemm<T>{n, width, queries, weights, ldq, false, out_rows, ldd, d_values, ldd,
                      block != 0});
-        gemm(Gemm<T>{n, width, queries, grads, ldq, false, query_rows, ld_rows, d_keys, ldd,
+        gemm(Gemm<T>{n, width, queries, grads, ldq, false, query.rows, query.ld_rows, d_keys, ldd,
                      block != 0});
         for (int64_t l = 0; l < n; l += s.key_tile) {
           gemm(Gemm<T>{queries, width, min_of(s.key_tile, n - l), grads + l * ldq, ldq, true,
-                       keys + l * ldd, ldd, d_query, ld_d_query, s.query_shared || l != 0});
+                       keys + l * ldd, ldd, query.d_query, query.ld_d_query,
+                       s.query_shared || l != 0});
         }
-        if (!s.query_shared) {
-          store_rows<T>(s, p.d_query, b, h, first, queries, own_d_query, ldd,
-                        static_cast<T>(s.scale));
-        }
+        query.finish_block(b, h, first, queries);
       }
       store_key_rows<T>(s, p.d_key, b, h, index, n, d_keys, ldd);
       store_key_rows<T>(s, p.d_value, b, h, index, n, d_values, ldd);

@@ -1,25 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // cross_attn_fwd and cross_attn_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <optional>
 #include <tuple>
 
-#include "attn_args.h"
-#include "attn_host.h"
-#include "attn_query.h"
-#include "common/check.h"
-#include "gemm.h"
-#include "scratch.h"
+#include "cpu/common/attn_query.h"
 
-#define VTCLIP_KERNEL "cross_attn_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/cross_attn_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
 
 std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value,
@@ -28,12 +19,10 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value
   AttnForward p{};
   p.shape = attn_shape(op, query, key, key_mask, scale);
   const AttnShape& s = p.shape;
-  check_same(op, "value", value, query.scalar_type());
-  check_shape(op, "value", value, {s.B, s.H, s.L, s.D});
+  check_same(op, "value", value, query.scalar_type(), {s.B, s.H, s.L, s.d});
 
-  Tensor out = new_heads(query, s.B, s.H, s.K, s.D);
-  const std::vector<int64_t> lse_sizes{s.B, s.H, s.K};
-  Tensor lse = torch::stable::new_empty(query, lse_sizes, acc_type(query.scalar_type()));
+  Tensor out = new_heads(query, s.B, s.H, s.K, s.d);
+  Tensor lse = new_empty(query, {s.B, s.H, s.K}, acc_type(query.scalar_type()));
   if (s.B * s.H * s.K == 0) return {out, lse};
   p.query = heads_view(query);
   p.key = heads_view(key);
@@ -49,7 +38,7 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value
   return {out, lse};
 }
 
-// out and lse are not needed: the kernel makes the softmax again.
+// out and lse are not needed: the kernel recomputes the softmax.
 std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional<Tensor> grad_lse,
                                                   Tensor query, Tensor key, Tensor value,
                                                   std::optional<Tensor> key_mask, Tensor out,
@@ -59,14 +48,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
   p.shape = attn_shape(op, query, key, key_mask, scale);
   const AttnShape& s = p.shape;
   const ScalarType type = query.scalar_type();
-  check_same(op, "value", value, type);
-  check_same(op, "grad_out", grad_out, type);
-  check_same(op, "out", out, type);
-  check_same(op, "lse", lse, acc_type(type));
-  check_shape(op, "value", value, {s.B, s.H, s.L, s.D});
-  check_shape(op, "grad_out", grad_out, {s.B, s.H, s.K, s.D});
-  check_shape(op, "out", out, {s.B, s.H, s.K, s.D});
-  check_shape(op, "lse", lse, {s.B, s.H, s.K});
+  check_same(op, "value", value, type, {s.B, s.H, s.L, s.d});
+  check_same(op, "grad_out", grad_out, type, {s.B, s.H, s.K, s.d});
+  check_same(op, "out", out, type, {s.B, s.H, s.K, s.d});
+  check_same(op, "lse", lse, acc_type(type), {s.B, s.H, s.K});
   const int64_t acc_bytes = item_bytes(dtype_of(acc_type(type)));
   if (grad_lse.has_value()) {
     check_same(op, "grad_lse", *grad_lse, acc_type(type));
@@ -76,43 +61,30 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
     p.grad_lse_head = grad_lse->stride(1) * acc_bytes;
     p.grad_lse_row = grad_lse->stride(2) * acc_bytes;
   }
-  Tensor d_query = new_heads(query, query.size(0), s.H, s.K, s.D);
-  Tensor d_key = new_heads(key, s.B, s.H, s.L, s.D);
-  Tensor d_value = new_heads(value, s.B, s.H, s.L, s.D);
+  Tensor d_query = new_heads(query, query.size(0), s.H, s.K, s.d);
+  Tensor d_key = new_heads(key, s.B, s.H, s.L, s.d);
+  Tensor d_value = new_heads(value, s.B, s.H, s.L, s.d);
   if (s.B * s.H * s.K * s.L == 0) {
-    torch::stable::zero_(d_query);
-    torch::stable::zero_(d_key);
-    torch::stable::zero_(d_value);
+    zero_all({&d_query, &d_key, &d_value});
     return {d_query, d_key, d_value};
   }
-  p.query = heads_view(query);
-  p.key = heads_view(key);
   p.value = heads_view(value);
   p.grad_out = heads_view(grad_out);
-  p.d_query = heads_view(d_query);
-  p.d_key = heads_view(d_key);
   p.d_value = heads_view(d_value);
-
-  p.chunk_images = s.query_shared ? images_per_chunk(s) : 1;
-  p.num_chunks = ceil_div(s.B, p.chunk_images);
-  Tensor pack, query_rows, partial;
+  const auto [query_rows, partials] = set_gradients(p, query, key, d_query, d_key);
+  Tensor pack;
   if (s.query_shared) {
     pack = pack_shared_query(s, query);
-    query_rows = pack_shared_query_rows(s, query);
-    partial = new_partials(s, query, p.num_chunks);
     p.query_pack = pack.data_ptr();
-    p.query_rows = query_rows.data_ptr();
-    p.d_query_partial = partial.data_ptr();
   }
   run(VTCLIP_PICK(cross_attn_bwd_units), p, s.H * p.num_chunks,
       5 * p.chunk_images * s.num_blocks() * block_work(s));
-  if (s.query_shared) sum_partials(s, partial, p.num_chunks, d_query);
+  if (s.query_shared) sum_partials(s, partials, p.num_chunks, d_query);
   return {d_query, d_key, d_value};
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
   m.impl("cross_attn_fwd", TORCH_BOX(&vtclip::cpu::cross_attn_fwd));

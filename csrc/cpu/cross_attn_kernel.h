@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward attention of one instruction set: units of (head, image, query block), heads outermost so
 // that a shared query block stays in cache over the images.
-#include "simd.h"
-#include "exp2.h"
-#include "rows.h"
-#include "attn_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/exp2.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/attn_panels.h"
 
 // S^T = K Q^T, softmax down the columns, O = P V over tiles of keys with a running maximum.
 template <class T>
 static void forward_units(const AttnForward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.shape;
   const int64_t blocks = s.num_blocks();
-  const int64_t width = round_up(s.D, kLanes<T>);
-  const int64_t ldd = leading_dim<T>(s.D);
+  const int64_t width = round_up(s.d, kLanes<T>);
+  const int64_t ldd = leading_dim<T>(s.d);
   const int64_t ldq = leading_dim<T>(s.query_block);
-  const int64_t block_size = s.D * ldq;
+  const int64_t block_size = s.d * ldq;
   const Scratch<int64_t> index(s.L + 1);
   const Scratch<T> keys(s.L * ldd), values(s.L * ldd), acc(s.query_block * ldd);
   const Scratch<T> scores(s.key_tile * ldq), state_memory(3 * ldq);
@@ -39,7 +39,7 @@ static void forward_units(const AttnForward& p, int64_t begin, int64_t end) {
     T* lse = static_cast<T*>(p.lse) + (b * s.H + h) * s.K + first;
     if (n == 0) {
       for (int64_t q = 0; q < queries; ++q) {
-        __builtin_memset(out + q * p.out.row, 0, static_cast<size_t>(s.D * item));
+        __builtin_memset(out + q * p.out.row, 0, static_cast<size_t>(s.d * item));
         lse[q] = -static_cast<T>(__builtin_inf());
       }
       continue;
@@ -66,7 +66,7 @@ static void forward_units(const AttnForward& p, int64_t begin, int64_t end) {
                    l != 0});
     }
     for (int64_t q = 0; q < queries; ++q) {
-      store_row<T>(out + q * p.out.row, s.D, s.dtype, acc + q * ldd, T{1} / state.total[q]);
+      store_row<T>(out + q * p.out.row, s.d, s.dtype, acc + q * ldd, T{1} / state.total[q]);
       lse[q] = log_sum(state.top[q], state.total[q]);
     }
   }
@@ -74,18 +74,5 @@ static void forward_units(const AttnForward& p, int64_t begin, int64_t end) {
 
 #include "cross_attn_bwd_kernel.h"
 
-void cross_attn_fwd_units(const AttnForward& p, int64_t begin, int64_t end) {
-  if (p.shape.dtype == Dtype::kFloat64) {
-    forward_units<double>(p, begin, end);
-  } else {
-    forward_units<float>(p, begin, end);
-  }
-}
-
-void cross_attn_bwd_units(const AttnBackward& p, int64_t begin, int64_t end) {
-  if (p.shape.dtype == Dtype::kFloat64) {
-    backward_units<double>(p, begin, end);
-  } else {
-    backward_units<float>(p, begin, end);
-  }
-}
+VTCLIP_BY_DTYPE(cross_attn_fwd_units, forward_units, AttnForward, shape.dtype)
+VTCLIP_BY_DTYPE(cross_attn_bwd_units, backward_units, AttnBackward, shape.dtype)

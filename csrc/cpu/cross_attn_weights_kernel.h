@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention weights of one instruction set.
-#include "simd.h"
-#include "exp2.h"
-#include "rows.h"
-#include "attn_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/exp2.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/attn_panels.h"
 
 // Units of (head, image, query block). The scores of a block are kept whole, [keys, queries].
 template <class T>
 static void weights_forward_units(const WeightsForward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.shape;
   const int64_t blocks = s.num_blocks();
-  const int64_t ldd = leading_dim<T>(s.D), ldq = leading_dim<T>(s.query_block);
+  const int64_t ldd = leading_dim<T>(s.d), ldq = leading_dim<T>(s.query_block);
   const int64_t ldl = leading_dim<T>(s.L);
-  const int64_t block_size = s.D * ldq;
+  const int64_t block_size = s.d * ldq;
   constexpr int64_t kRows = 16;  // queries turned into rows at a time
   const int64_t own = p.query_pack == nullptr ? 1 : 0;
   const Scratch<int64_t> index(s.L + 1);
@@ -111,66 +111,37 @@ template <class T>
 static void weights_backward_units(const WeightsBackward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.shape;
   const int64_t blocks = s.num_blocks();
-  const int64_t width = round_up(s.D, kLanes<T>);
-  const int64_t ldd = leading_dim<T>(s.D), ldl = leading_dim<T>(s.L);
-  const int64_t own = s.query_shared ? 0 : 1;
+  const int64_t width = round_up(s.d, kLanes<T>);
+  const int64_t ldd = leading_dim<T>(s.d), ldl = leading_dim<T>(s.L);
   const Scratch<int64_t> index(s.L + 1);
   const Scratch<bool> used(s.L);
   const Scratch<T> keys(s.L * ldd), d_keys(s.L * ldd), grads(s.query_block * ldl), weight(s.L);
-  const Scratch<T> own_rows(own * s.query_block * ldd), own_d_query(own * s.query_block * ldd);
+  QuerySide<T> query(p);
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t h = unit / p.num_chunks, chunk = unit % p.num_chunks;
     const int64_t last = min_of(s.B, (chunk + 1) * p.chunk_images);
-    T* partial = nullptr;
-    if (s.query_shared) {
-      partial = static_cast<T*>(p.d_query_partial) + (chunk * s.H + h) * s.K * width;
-      __builtin_memset(partial, 0, static_cast<size_t>(s.K * width) * sizeof(T));
-    }
+    query.start_task(h, chunk);
     for (int64_t b = chunk * p.chunk_images; b < last; ++b) {
       const int64_t n = used_columns(p, b, h, used, index);
       pack_rows<T>(s, keys, ldd, p.key, b, h, index, n, 1);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t first = block * s.query_block;
         const int64_t queries = min_of(s.query_block, s.K - first);
-        const T* query_rows = own_rows;
-        int64_t ld_rows = ldd;
-        if (s.query_shared) {
-          query_rows = static_cast<const T*>(p.query_rows) + (h * s.K + first) * width;
-          ld_rows = width;
-        } else {
-          pack_block<T>(s, own_rows, ldd, p.query, b, h, first, queries, static_cast<T>(s.scale));
-        }
+        query.start_block(b, h, first, queries);
         for (int64_t q = 0; q < queries; ++q) {
           weights_grad_row<T>(p, b, h, first + q, index, n, weight, grads + q * ldl);
         }
-        T* d_query = s.query_shared ? partial + first * width : own_d_query;
-        gemm(Gemm<T>{queries, width, n, grads, ldl, false, keys, ldd, d_query,
-                     s.query_shared ? width : ldd, s.query_shared});
-        gemm(Gemm<T>{n, width, queries, grads, ldl, true, query_rows, ld_rows, d_keys, ldd,
+        gemm(Gemm<T>{queries, width, n, grads, ldl, false, keys, ldd, query.d_query,
+                     query.ld_d_query, s.query_shared});
+        gemm(Gemm<T>{n, width, queries, grads, ldl, true, query.rows, query.ld_rows, d_keys, ldd,
                      block != 0});
-        if (!s.query_shared) {
-          store_rows<T>(s, p.d_query, b, h, first, queries, own_d_query, ldd,
-                        static_cast<T>(s.scale));
-        }
+        query.finish_block(b, h, first, queries);
       }
       store_key_rows<T>(s, p.d_key, b, h, index, n, d_keys, ldd);
     }
   }
 }
 
-void weights_fwd_units(const WeightsForward& p, int64_t begin, int64_t end) {
-  if (p.shape.dtype == Dtype::kFloat64) {
-    weights_forward_units<double>(p, begin, end);
-  } else {
-    weights_forward_units<float>(p, begin, end);
-  }
-}
-
-void weights_bwd_units(const WeightsBackward& p, int64_t begin, int64_t end) {
-  if (p.shape.dtype == Dtype::kFloat64) {
-    weights_backward_units<double>(p, begin, end);
-  } else {
-    weights_backward_units<float>(p, begin, end);
-  }
-}
+VTCLIP_BY_DTYPE(weights_fwd_units, weights_forward_units, WeightsForward, shape.dtype)
+VTCLIP_BY_DTYPE(weights_bwd_units, weights_backward_units, WeightsBackward, shape.dtype)

@@ -1,24 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // ffn_cosine_logits_fwd and ffn_cosine_logits_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <tuple>
 
-#include "common/check.h"
-#include "ffn_cosine_args.h"
-#include "gemm.h"
-#include "norm_cosine_host.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "ffn_cosine_logits_args.h"
+#include "cpu/common/norm_cosine_host.h"
+#include "cpu/common/parallel.h"
 
-#define VTCLIP_KERNEL "ffn_cosine_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/ffn_cosine_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
 
 FfnCosine ffn_sizes(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
@@ -37,9 +30,6 @@ FfnCosine ffn_sizes(const char* op, const Tensor& hidden, const Tensor& weight, 
   return s;
 }
 
-// Rows that share one block: at most `most`, evened out over all of them.
-int64_t even_block(int64_t rows, int64_t most) { return ceil_div(rows, ceil_div(rows, most)); }
-
 std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(Tensor hidden, Tensor weight, Tensor bias,
                                                          Tensor residual_input, Tensor norm_weight,
                                                          Tensor norm_bias, Tensor text,
@@ -51,14 +41,14 @@ std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(Tensor hidden, Tensor w
   FfnCosine& s = p.sizes;
   NormCosine& t = s.tail;
   const int64_t rows = t.B * t.K;
-  Tensor logits = new_tensor(hidden, {t.B, t.K});
+  Tensor logits = new_empty(hidden, {t.B, t.K});
   Tensor stats = new_acc(hidden, {kFfnStats, t.B, t.K});
   Tensor image_rnorm = new_acc(hidden, {t.B});
   if (rows * t.C == 0) {
     zero_all({&logits, &stats, &image_rnorm});
     return {logits, stats, image_rnorm};
   }
-  Tensor image_unit = new_acc(hidden, {t.B, padded_row(t.C)});
+  Tensor image_unit = new_acc(hidden, {t.B, row_width(t.C)});
   Tensor weight_t = new_acc(hidden, {panels_of(t.C), s.F, kPanel});
   t.image_unit = image_unit.data_ptr();
   t.image_rnorm = image_rnorm.data_ptr();
@@ -72,15 +62,10 @@ std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(Tensor hidden, Tensor w
   return {logits, stats, image_rnorm};
 }
 
-// At most 16 units of at least 64 rows.
-int64_t wanted_units(int64_t rows) {
-  return std::max<int64_t>(1, std::min<int64_t>(16, rows / 64));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_cosine_logits_bwd(
     Tensor grad_logits, Tensor hidden, Tensor weight, Tensor bias, Tensor residual_input,
     Tensor norm_weight, Tensor norm_bias, Tensor text, Tensor image, Tensor stats,
-    Tensor image_rnorm, double residual, double scale, bool features) {
+    Tensor image_rnorm, double residual, double scale, bool feature_grads) {
   const char* op = "ffn_cosine_logits_bwd";
   const NormTail tail{norm_weight, norm_bias, text, image, residual, scale, 0.0};
   FfnCosineBackward p{};
@@ -92,30 +77,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
   p.grad_logits = checked_view(op, "grad_logits", grad_logits, type, {t.B, t.K});
   p.stats = checked_view(op, "stats", stats, acc, {kFfnStats, t.B, t.K});
   checked_view(op, "image_rnorm", image_rnorm, acc, {t.B});
-  Tensor d_hidden = new_tensor(hidden, {t.B, t.K, s.F});
-  Tensor d_weight = new_tensor(weight, {t.C, s.F});
-  Tensor d_bias = new_tensor(bias, {t.C});
-  Tensor d_residual_input = new_tensor(residual_input, {t.B, t.K, t.C});
-  NormOutputs out(tail, t, features);
+  Tensor d_hidden = new_empty(hidden, {t.B, t.K, s.F});
+  Tensor d_weight = new_empty(weight, {t.C, s.F});
+  Tensor d_bias = new_empty(bias, {t.C});
+  Tensor d_residual_input = new_empty(residual_input, {t.B, t.K, t.C});
+  NormOutputs out(tail, t, feature_grads);
   if (rows * t.C == 0) {
     zero_all({&d_hidden, &d_weight, &d_bias, &d_residual_input, &out.weight, &out.bias, &out.text,
               &out.image});
-    return {d_hidden, d_weight, d_bias, d_residual_input, out.weight, out.bias, out.text,
-            out.image};
+    return {d_hidden,   d_weight, d_bias,   d_residual_input,
+            out.weight, out.bias, out.text, out.image};
   }
-  p.features = features;
+  p.feature_grads = feature_grads;
   p.d_hidden = rows_view(d_hidden);
   p.d_weight = rows_view(d_weight);
   p.d_residual_input = rows_view(d_residual_input);
   p.d_bias = static_cast<char*>(d_bias.data_ptr());
-  const RowChunks c = row_chunks(t.B, t.K, wanted_units(rows));
-  const int64_t width = padded_row(t.C), hidden_width = padded_row(s.F);
+  const RowChunks c = row_chunks(t.B, t.K, weight_units(rows));
+  const int64_t width = row_width(t.C), hidden_width = row_width(s.F);
   const int64_t unit_rows = c.image_chunk * c.text_chunk;
   p.row_block = even_block(unit_rows, 64);
-  const NormWorkspace workspace(out, features, c, t, p.grads);
-  // rows of a workspace: at least the leading dimension of the kernels
-  Tensor d_z = new_acc(hidden, {c.units(), p.row_block, width + 16});
-  Tensor packed_hidden = new_acc(hidden, {c.units(), p.row_block, hidden_width + 16});
+  const NormWorkspace workspace(out, feature_grads, c, t, p.grads);
+  Tensor d_z = new_acc(hidden, {c.units(), p.row_block, panel_width(t.C)});
+  Tensor packed_hidden = new_acc(hidden, {c.units(), p.row_block, panel_width(s.F)});
   Tensor weight_t = new_acc(hidden, {panels_of(t.C), s.F, kPanel});
   Tensor weight_pack = new_acc(hidden, {panels_of(s.F), t.C, kPanel});
   Tensor d_weight_sum = new_acc(hidden, {t.C, hidden_width});
@@ -134,13 +118,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
     run(VTCLIP_PICK(ffn_cosine_weight), p, ceil_div(t.C, kSumRows),
         c.units() * p.row_block * kSumRows * (s.F + 1));
   }
-  run(VTCLIP_PICK(ffn_cosine_finish), p, t.C + 3 + (features ? t.B + t.K : 0), 2 * (s.F + t.C));
+  run(VTCLIP_PICK(ffn_cosine_finish), p, t.C + 3 + (feature_grads ? t.B + t.K : 0),
+      2 * (s.F + t.C));
   return {d_hidden, d_weight, d_bias, d_residual_input, out.weight, out.bias, out.text, out.image};
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
   m.impl("ffn_cosine_logits_fwd", TORCH_BOX(&vtclip::cpu::ffn_cosine_logits_fwd));

@@ -4,11 +4,11 @@
 // z = residual_input + hidden weight^T + bias is made for a block of rows that stays in the
 // second-level cache, used there, and forgotten. Whole rows of z are at hand, so mean and variance
 // take a pass each and nothing has to be centred beforehand.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "norm_cosine_rows.h"
-#include "weight_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/norm_cosine_rows.h"
+#include "cpu/common/weight_panels.h"
 
 template <class T>
 static void ffn_image_units(const FfnCosine& s, int64_t begin, int64_t end) {
@@ -109,9 +109,7 @@ static void ffn_forward_units(const FfnCosineForward& p, int64_t begin, int64_t 
   load_row<T>(bias, t.C, width, s.bias.data, s.bias.column, t.dtype, T{1});
   FfnRow<T> row{};
   NormRow<T>& r = row.norm;
-  r.weight = view_row<T>(norm_weight, t.C, t.weight.data, t.weight.column, t.dtype);
-  r.bias = view_row<T>(norm_bias, t.C, t.bias.data, t.bias.column, t.dtype);
-  r.residual = static_cast<T>(t.residual);
+  r = norm_row<T>(t, norm_weight, norm_bias);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * p.row_block, rows = min_of(p.row_block, total - first);
     for (int64_t i = 0; i < rows; ++i) {
@@ -151,8 +149,8 @@ static void ffn_forward_units(const FfnCosineForward& p, int64_t begin, int64_t 
 // z becomes d_z = rstd (g - mean_g - zh mean_gz), g = residual weight dy,
 // dy = step (image - cosine unit), step = delta / |y|; the means are of g / step.
 template <class T, bool kFeatures>
-VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit, T delta,
-                            T mean_g, T mean_gz, const NormSums<T>& sums) {
+VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit, T delta, T mean_g,
+                            T mean_gz, const NormSums<T>& sums) {
   const NormRow<T>& r = row.norm;
   const T step = delta * row.rnorm;
   const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
@@ -205,9 +203,7 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
   load_row<T>(bias, t.C, width, s.bias.data, s.bias.column, t.dtype, T{1});
   FfnRow<T> row{};
   NormRow<T>& r = row.norm;
-  r.weight = view_row<T>(norm_weight, t.C, t.weight.data, t.weight.column, t.dtype);
-  r.bias = view_row<T>(norm_bias, t.C, t.bias.data, t.bias.column, t.dtype);
-  r.residual = static_cast<T>(t.residual);
+  r = norm_row<T>(t, norm_weight, norm_bias);
   for (int64_t unit = begin; unit < end; ++unit) {
     const NormUnit u = norm_unit(t, p.grads.chunks, unit);
     const int64_t rows = ffn_rows(p, u), texts = u.k1 - u.k0;
@@ -254,9 +250,9 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
       store_row<T>(p.d_residual_input.at(b, k), t.C, t.dtype, z + i * ldz, 1);
     }
     for (int64_t j = 0; j < s.F; j += kPanel) {
-      const int64_t columns = min_of(kPanel, s.F - j), padded = round_up(columns, kLanes<T>);
+      const int64_t columns = min_of(kPanel, s.F - j), vectors = round_up(columns, kLanes<T>);
       for (int64_t at = 0; at < t.C; at += kInner) {
-        gemm(Gemm<T>{rows, padded, min_of(kInner, t.C - at), z + at, ldz, false,
+        gemm(Gemm<T>{rows, vectors, min_of(kInner, t.C - at), z + at, ldz, false,
                      static_cast<const T*>(s.weight_pack) + j * t.C + at * kPanel, kPanel, d_hidden,
                      kPanel, at != 0});
       }
@@ -268,30 +264,12 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
   }
 }
 
-// d_weight (+)= d_z^T hidden and d_bias (+)= sum d_z over one round; a unit is kSumRows of both.
 template <class T>
 static void ffn_weight_units(const FfnCosineBackward& p, int64_t begin, int64_t end) {
   const FfnCosine& s = p.sizes;
-  const int64_t C = s.tail.C, ldz = leading_dim<T>(C), ldh = leading_dim<T>(s.F);
-  const int64_t width = round_up(s.F, kLanes<T>);
-  const Scratch<T> column_sum(kSumRows);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kSumRows, count = min_of(kSumRows, C - first);
-    T* d_weight = static_cast<T*>(p.d_weight_sum) + first * width;
-    T* d_bias = static_cast<T*>(p.d_bias_sum) + first;
-    for (int64_t unit = 0; unit < p.grads.chunks.units(); ++unit) {
-      const int64_t rows = ffn_rows(p, norm_unit(s.tail, p.grads.chunks, unit));
-      if (rows == 0) continue;
-      const bool more = p.round != 0 || unit != 0;
-      const T* hidden = static_cast<const T*>(p.hidden) + unit * p.row_block * ldh;
-      const T* d_z = static_cast<const T*>(p.d_z) + unit * p.row_block * ldz + first;
-      gemm(Gemm<T>{count, width, rows, d_z, ldz, true, hidden, ldh, d_weight, width, more});
-      sum_rows<T>(column_sum, d_z, rows, ldz, count);
-      for (int64_t i = 0; i < count; ++i) {
-        d_bias[i] = more ? d_bias[i] + column_sum[i] : column_sum[i];
-      }
-    }
-  }
+  const RowChunks& c = p.grads.chunks;
+  const auto rows_of = [&](int64_t unit) { return ffn_rows(p, norm_unit(s.tail, c, unit)); };
+  weight_grad_blocks<T>(p, p.d_z, s.tail.C, p.hidden, s.F, c.units(), rows_of, begin, end);
 }
 
 // Row r: d_weight for r < C, d_bias, then those of the tail.
@@ -315,21 +293,12 @@ static void ffn_finish_units(const FfnCosineBackward& p, int64_t begin, int64_t 
 
 template <class T>
 static void ffn_backward_units(const FfnCosineBackward& p, int64_t begin, int64_t end) {
-  if (p.features) {
+  if (p.feature_grads) {
     ffn_backward<T, true>(p, begin, end);
   } else {
     ffn_backward<T, false>(p, begin, end);
   }
 }
-
-#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \
-  void name(const Args& p, int64_t begin, int64_t end) {     \
-    if (p.dtype_of_args == Dtype::kFloat64) {                \
-      function<double>(p, begin, end);                       \
-    } else {                                                 \
-      function<float>(p, begin, end);                        \
-    }                                                        \
-  }
 
 VTCLIP_BY_DTYPE(ffn_cosine_images, ffn_image_units, FfnCosine, tail.dtype)
 VTCLIP_BY_DTYPE(ffn_cosine_pack, ffn_pack_units, FfnCosine, tail.dtype)
@@ -337,4 +306,3 @@ VTCLIP_BY_DTYPE(ffn_cosine_fwd, ffn_forward_units, FfnCosineForward, sizes.tail.
 VTCLIP_BY_DTYPE(ffn_cosine_bwd, ffn_backward_units, FfnCosineBackward, sizes.tail.dtype)
 VTCLIP_BY_DTYPE(ffn_cosine_weight, ffn_weight_units, FfnCosineBackward, sizes.tail.dtype)
 VTCLIP_BY_DTYPE(ffn_cosine_finish, ffn_finish_units, FfnCosineBackward, sizes.tail.dtype)
-#undef VTCLIP_BY_DTYPE

@@ -1,22 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // norm_cosine_logits_fwd and norm_cosine_logits_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <tuple>
 
-#include "common/check.h"
-#include "norm_cosine_host.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "cpu/common/norm_cosine_host.h"
+#include "cpu/common/parallel.h"
 
-#define VTCLIP_KERNEL "norm_cosine_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/norm_cosine_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
 
 NormCosine norm_sizes(const char* op, const Tensor& hidden, const NormTail& tail) {
@@ -35,12 +29,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
   p.sizes = norm_sizes("norm_cosine_logits_fwd", hidden,
                        {weight, bias, text, image, residual, scale, eps});
   NormCosine& s = p.sizes;
-  Tensor logits = new_tensor(hidden, {s.B, s.K});
+  Tensor logits = new_empty(hidden, {s.B, s.K});
   Tensor mean = new_acc(hidden, {s.B, s.K});
   Tensor rstd = new_acc(hidden, {s.B, s.K});
   Tensor row_rnorm = new_acc(hidden, {s.B, s.K});
   Tensor image_rnorm = new_acc(hidden, {s.B});
-  Tensor image_unit = new_acc(hidden, {s.B, padded_row(s.C)});
+  Tensor image_unit = new_acc(hidden, {s.B, row_width(s.C)});
   s.image_unit = image_unit.data_ptr();
   s.image_rnorm = image_rnorm.data_ptr();
   p.logits = static_cast<char*>(logits.data_ptr());
@@ -88,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
   p.rstd = checked_view(op, "rstd", rstd, acc, {s.B, s.K});
   checked_view(op, "image_rnorm", image_rnorm, acc, {s.B});
   p.row_rnorm = checked_view(op, "row_rnorm", row_rnorm, acc, {s.B, s.K});
-  Tensor d_hidden = new_tensor(hidden, {s.B, s.K, s.C});
+  Tensor d_hidden = new_empty(hidden, {s.B, s.K, s.C});
   NormOutputs out(tail, s, true);
   if (s.B * s.K * s.C == 0) {
     zero_all({&d_hidden, &out.weight, &out.bias, &out.text, &out.image});
@@ -106,8 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
   m.impl("norm_cosine_logits_fwd", TORCH_BOX(&vtclip::cpu::norm_cosine_logits_fwd));

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Layer norm, residual and cosine of one instruction set; a row stays in the first-level cache
 // between its passes.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "norm_cosine_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/norm_cosine_rows.h"
 
 template <class T>
 static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_t end) {
@@ -12,10 +12,7 @@ static void norm_forward_units(const NormCosineForward& p, int64_t begin, int64_
   const int64_t width = round_up(s.C, kLanes<T>);
   const int64_t item = item_bytes(s.dtype);
   const Scratch<T> hidden(s.C), text(s.C), weight(s.C), bias(s.C), y(s.C);
-  NormRow<T> r{};
-  r.weight = view_row<T>(weight, s.C, s.weight.data, s.weight.column, s.dtype);
-  r.bias = view_row<T>(bias, s.C, s.bias.data, s.bias.column, s.dtype);
-  r.residual = static_cast<T>(s.residual);
+  NormRow<T> r = norm_row<T>(s, weight, bias);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / s.K, k = row % s.K;
     r.hidden = view_row<T>(hidden, s.C, s.hidden.at(b, k), s.hidden.column, s.dtype);
@@ -101,10 +98,7 @@ static void norm_backward_units(const NormCosineBackward& p, int64_t begin, int6
   const NormCosine& s = p.sizes;
   const int64_t width = round_up(s.C, kLanes<T>);
   const Scratch<T> hidden(s.C), text(s.C), weight(s.C), bias(s.C), y(s.C);
-  NormRow<T> r{};
-  r.weight = view_row<T>(weight, s.C, s.weight.data, s.weight.column, s.dtype);
-  r.bias = view_row<T>(bias, s.C, s.bias.data, s.bias.column, s.dtype);
-  r.residual = static_cast<T>(s.residual);
+  NormRow<T> r = norm_row<T>(s, weight, bias);
   for (int64_t unit = begin; unit < end; ++unit) {
     const NormUnit u = norm_unit(s, p.grads.chunks, unit);
     const NormSums<T> all = norm_sums<T, true>(s, p.grads, unit);
@@ -144,17 +138,7 @@ static void norm_finish_units(const NormCosineBackward& p, int64_t begin, int64_
   for (int64_t r = begin; r < end; ++r) finish_norm_row<T>(p.sizes, p.grads, r, total);
 }
 
-#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \
-  void name(const Args& p, int64_t begin, int64_t end) {     \
-    if (p.dtype_of_args == Dtype::kFloat64) {                \
-      function<double>(p, begin, end);                       \
-    } else {                                                 \
-      function<float>(p, begin, end);                        \
-    }                                                        \
-  }
-
 VTCLIP_BY_DTYPE(norm_cosine_images, unit_images, NormCosine, dtype)
 VTCLIP_BY_DTYPE(norm_cosine_fwd, norm_forward_units, NormCosineForward, sizes.dtype)
 VTCLIP_BY_DTYPE(norm_cosine_bwd, norm_backward_units, NormCosineBackward, sizes.dtype)
 VTCLIP_BY_DTYPE(norm_cosine_finish, norm_finish_units, NormCosineBackward, sizes.dtype)
-#undef VTCLIP_BY_DTYPE

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of rational_attn are given on every instruction set. Strides in bytes.
+// Arguments of the rational_attn kernels. Strides in bytes.
 #pragma once
 
-#include "attn_args.h"
+#include "cpu/common/attn_args.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 
 constexpr int kMatrixKinds = 2;  // text, pair: queries with one row per class
 
@@ -15,7 +14,7 @@ struct RationalInputs {
   bool has_image;
   bool has[kMatrixKinds];
   HeadsView image, query[kMatrixKinds], key, value;
-  int64_t num_kinds;  // how many queries are given, the image's included
+  int64_t num_kinds;  // how many queries there are, the image's included
 };
 
 // A task is one (image, head) or, where these are few, a range of its query blocks.
@@ -45,5 +44,4 @@ struct RationalBackward {
   void* key_partial;   // more than one chunk only: [chunks, B, H, 2, K, D padded] acc
 };
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

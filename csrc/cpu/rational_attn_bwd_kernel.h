@@ -7,14 +7,14 @@
 // image: p = softmax_j ;  dO1 = sum_i dO_i ;  ds1 = p (dO1 . v_j - c1) ;  dv += p dO1^T ;
 //        dk += scale ds1 q^T ;  dq = scale sum_j ds1_j k_j
 //
-// A is remade from scores with the bits of the forward, its maximum and its sum. c comes from the
-// stored O, except where a map has one tile only, or few entries carry it: there dS is a difference
-// of nearly equal numbers, and c from the same A and G cancels it exactly.
+// A is recomputed from scores with the bits of the forward, its maximum and its sum. c comes from
+// the stored O, except where a map has one tile only, or few entries carry it: there dS is a
+// difference of nearly equal numbers, and c from the same A and G cancels it exactly.
 
 // A map whose weights, relative to the largest, sum to less than this is carried by few entries.
 constexpr int kFewEntries = 64;
 
-// One map while its tiles are made again.
+// One map while its tiles are recomputed.
 template <class T>
 struct MapState {
   int kind;
@@ -29,12 +29,12 @@ struct MapState {
 template <class T>
 struct BackwardPanels {
   explicit BackwardPanels(const AttnShape& s)
-      : key_rows(s.K * leading_dim<T>(s.D)),
-        key_columns(s.D * leading_dim<T>(s.K)),
-        value_columns(s.D * leading_dim<T>(s.K)),
-        out_rows(max_of(s.query_block, 64) * leading_dim<T>(s.D)),
-        text_rows(s.query_block * leading_dim<T>(s.D)),
-        pair_rows(s.query_block * leading_dim<T>(s.D)),
+      : key_rows(s.K * leading_dim<T>(s.d)),
+        key_columns(s.d * leading_dim<T>(s.K)),
+        value_columns(s.d * leading_dim<T>(s.K)),
+        out_rows(max_of(s.query_block, 64) * leading_dim<T>(s.d)),
+        text_rows(s.query_block * leading_dim<T>(s.d)),
+        pair_rows(s.query_block * leading_dim<T>(s.d)),
         grads(s.query_block * leading_dim<T>(s.key_tile)),
         text_weights(s.query_block * leading_dim<T>(s.key_tile)),
         pair_weights(s.query_block * leading_dim<T>(s.key_tile)) {}
@@ -51,7 +51,7 @@ static T load_stat(const RationalBackward& p, int kind, int which, int64_t b, in
   return value;
 }
 
-// The given matrix kinds of (b, h); returns how many.
+// The matrix kinds that (b, h) has; returns how many.
 template <class T>
 static int map_states(const RationalBackward& p, const BackwardPanels<T>& panels, int64_t b,
                       int64_t h, MapState<T>* maps) {
@@ -75,7 +75,7 @@ template <class T>
 static void pack_panels(const RationalBackward& p, const BackwardPanels<T>& panels, int64_t b,
                         int64_t h) {
   const AttnShape& s = p.in.shape;
-  const int64_t ldd = leading_dim<T>(s.D), ldk = leading_dim<T>(s.K);
+  const int64_t ldd = leading_dim<T>(s.d), ldk = leading_dim<T>(s.K);
   pack_block<T>(s, panels.key_rows, ldd, p.in.key, b, h, 0, s.K, 1);
   pack_columns<T>(s, panels.key_columns, ldk, panels.key_rows, ldd, s.K);
   pack_transposed<T>(s, panels.value_columns, ldk, p.in.value, b, h, s.K, panels.out_rows);
@@ -87,7 +87,7 @@ static void pack_rows_of_block(const RationalBackward& p, const BackwardPanels<T
                                int64_t b, int64_t h, int64_t block, const MapState<T>* maps,
                                int num_maps) {
   const AttnShape& s = p.in.shape;
-  const int64_t ldd = leading_dim<T>(s.D);
+  const int64_t ldd = leading_dim<T>(s.d);
   const int64_t first = block * s.query_block, count = min_of(s.query_block, s.K - first);
   const T share = T{1} / static_cast<T>(p.in.num_kinds);
   pack_block<T>(s, panels.out_rows, ldd, p.grad_out, b, h, first, count, share);
@@ -178,14 +178,14 @@ static void block_means(const RationalBackward& p, const BackwardPanels<T>& pane
   const AttnShape& s = p.in.shape;
   const int64_t b = pair / s.H, h = pair % s.H, blocks = s.num_blocks();
   const int64_t first = block * s.query_block, count = min_of(s.query_block, s.K - first);
-  const int64_t ldd = leading_dim<T>(s.D), ldt = leading_dim<T>(s.key_tile);
+  const int64_t ldd = leading_dim<T>(s.d), ldt = leading_dim<T>(s.key_tile);
   MapState<T> few[kMatrixKinds]{};
   int num_few = 0;
   for (int i = 0; i < num_maps; ++i) {
     if (maps[i].total < kFewEntries) few[num_few++] = maps[i];
   }
   pack_rows_of_block<T>(p, panels, b, h, block, few, num_few);
-  const Scratch<T> row(s.D);
+  const Scratch<T> row(s.d);
   for (int i = 0; i < num_maps; ++i) {
     double sum = 0;
     if (!(maps[i].total < kFewEntries)) {
@@ -193,9 +193,9 @@ static void block_means(const RationalBackward& p, const BackwardPanels<T>& pane
       for (int64_t q = 0; q < count; ++q) {
         const char* source = part.at(b, h) + (first + q) * part.row;
         const int64_t ahead = min_of(kRowsAhead, count - 1 - q);
-        prefetch_row(source + ahead * part.row, s.D * item_bytes(s.dtype));
-        const T* o = view_row<T>(row, s.D, source, part.column, s.dtype);
-        sum += static_cast<double>(dot_rows<T>(panels.out_rows + q * ldd, o, s.D));
+        prefetch_row(source + ahead * part.row, s.d * item_bytes(s.dtype));
+        const T* o = view_row<T>(row, s.d, source, part.column, s.dtype);
+        sum += static_cast<double>(dot_rows<T>(panels.out_rows + q * ldd, o, s.d));
       }
     }
     static_cast<double*>(p.means)[(pair * kMatrixKinds + maps[i].kind) * blocks + block] =
@@ -217,8 +217,8 @@ template <class T>
 static void image_backward(const RationalBackward& p, const BackwardPanels<T>& panels, int64_t b,
                            int64_t h, bool accumulate, T* d_keys, T* d_values) {
   const AttnShape& s = p.in.shape;
-  const int64_t width = round_up(s.D, kLanes<T>), ldk = leading_dim<T>(s.K);
-  const int64_t ldd = leading_dim<T>(s.D);
+  const int64_t width = round_up(s.d, kLanes<T>), ldk = leading_dim<T>(s.K);
+  const int64_t ldd = leading_dim<T>(s.d);
   const Scratch<T> weights(ldk), grads(ldk), query(ldd), grad(ldd), sum(ldd);
   const MapStats<T> map = image_weights<T>(p.in, b, h, panels.key_columns, query, weights);
   for (int64_t c = 0; c < ldd; ++c) grad[c] = 0;
@@ -242,7 +242,7 @@ static void image_backward(const RationalBackward& p, const BackwardPanels<T>& p
   gemm(Gemm<T>{s.K, width, 1, weights, 1, false, grad, ldd, d_values, width, accumulate});
   gemm(Gemm<T>{s.K, width, 1, grads, 1, false, query, ldd, d_keys, width, accumulate});
   weigh_rows<T>(s, grads, panels.key_rows, sum);
-  store_row<T>(p.d_image.at(b, h), s.D, s.dtype, sum, static_cast<T>(s.scale));
+  store_row<T>(p.d_image.at(b, h), s.d, s.dtype, sum, static_cast<T>(s.scale));
 }
 
 // Adds the part of blocks first .. last of one (image, head) to d_keys, d_values and stores dQ.
@@ -253,7 +253,7 @@ static void matrix_backward(const RationalBackward& p, const BackwardPanels<T>& 
                             T* text_partial, bool add_text, T* d_rows) {
   const AttnShape& s = p.in.shape;
   const int64_t b = pair / s.H, h = pair % s.H;
-  const int64_t width = round_up(s.D, kLanes<T>), ldd = leading_dim<T>(s.D);
+  const int64_t width = round_up(s.d, kLanes<T>), ldd = leading_dim<T>(s.d);
   const int64_t ldt = leading_dim<T>(s.key_tile), tiles = (s.K + s.key_tile - 1) / s.key_tile;
   const bool whole = s.num_blocks() == 1 && tiles == 1;
   MapState<T> maps[kMatrixKinds]{};
@@ -297,7 +297,7 @@ static void matrix_backward(const RationalBackward& p, const BackwardPanels<T>& 
 template <class T>
 static void rational_backward_units(const RationalBackward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.in.shape;
-  const int64_t blocks = s.num_blocks(), width = round_up(s.D, kLanes<T>);
+  const int64_t blocks = s.num_blocks(), width = round_up(s.d, kLanes<T>);
   const int64_t pairs = s.B * s.H, own = p.key_partial == nullptr ? s.K * width : 0;
   const BackwardPanels<T> panels(s);
   const Scratch<T> own_keys(own), own_values(own), d_rows(kMatrixKinds * s.query_block * width);
@@ -373,7 +373,7 @@ static void rational_mean_units(const RationalBackward& p, int64_t begin, int64_
 template <class T>
 static void rational_sum_units(const RationalBackward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.in.shape;
-  const int64_t width = round_up(s.D, kLanes<T>), pairs = s.B * s.H;
+  const int64_t width = round_up(s.d, kLanes<T>), pairs = s.B * s.H;
   const Scratch<T> total(width);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t pair = unit / s.K, row = unit % s.K;
@@ -387,7 +387,7 @@ static void rational_sum_units(const RationalBackward& p, int64_t begin, int64_t
         store(total + c, sum);
       }
       const HeadsView& view = which == 0 ? p.d_key : p.d_value;
-      store_row<T>(view.at(pair / s.H, pair % s.H) + row * view.row, s.D, s.dtype, total, 1);
+      store_row<T>(view.at(pair / s.H, pair % s.H) + row * view.row, s.d, s.dtype, total, 1);
     }
   }
 }

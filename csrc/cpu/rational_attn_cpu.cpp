@@ -1,26 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // rational_attn_fwd and rational_attn_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
-#include "attn_host.h"
-#include "attn_query.h"
-#include "common/check.h"
-#include "gemm.h"
+#include "cpu/common/attn_query.h"
 #include "rational_attn_args.h"
-#include "scratch.h"
 
-#define VTCLIP_KERNEL "rational_attn_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/rational_attn_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
 
 using Query = std::optional<Tensor>;
@@ -50,29 +42,28 @@ RationalInputs rational_inputs(const char* op, const Query& image, const Query& 
   s.B = key.size(0);
   s.H = key.size(1);
   s.K = s.L = key.size(2);
-  s.D = key.size(3);
+  s.d = key.size(3);
   s.dtype = dtype_of(type);
   s.scale = scale;
-  check_same(op, "value", value, type);
-  check_shape(op, "value", value, {s.B, s.H, s.K, s.D});
+  check_same(op, "value", value, type, {s.B, s.H, s.K, s.d});
   in.key = heads_view(key);
   in.value = heads_view(value);
   if (image.has_value()) {
     check_same(op, "image_query", *image, type);
-    check_shape(op, "image_query", *image, {s.B, s.H, 1, s.D});
+    check_shape(op, "image_query", *image, {s.B, s.H, 1, s.d});
     in.has_image = true;
     in.image = heads_view(*image);
   }
   if (text.has_value()) {
     check_same(op, "text_query", *text, type);
-    check_shape_or_shared(op, "text_query", *text, {s.B, s.H, s.K, s.D});
+    check_shape_or_shared(op, "text_query", *text, {s.B, s.H, s.K, s.d});
     s.query_shared = text->size(0) == 1;
     in.has[0] = true;
     in.query[0] = heads_view(*text);
   }
   if (pair.has_value()) {
     check_same(op, "pair_query", *pair, type);
-    check_shape(op, "pair_query", *pair, {s.B, s.H, s.K, s.D});
+    check_shape(op, "pair_query", *pair, {s.B, s.H, s.K, s.d});
     in.has[1] = true;
     in.query[1] = heads_view(*pair);
   }
@@ -85,9 +76,10 @@ RationalInputs rational_inputs(const char* op, const Query& image, const Query& 
 }
 
 // Multiply-adds of one product between a query block and all keys.
-int64_t map_block_work(const AttnShape& s) { return s.query_block * (s.K + 8) * (s.D + 8); }
+int64_t map_block_work(const AttnShape& s) { return s.query_block * (s.K + 8) * (s.d + 8); }
 
-// [m, B, H, K, D] with the heads inner, for the given matrix kinds; views in the order of kinds.
+// [m, B, H, K, D] with the heads inner, for the matrix kinds there are; views in the order of
+// kinds.
 void set_parts(const RationalInputs& in, const Tensor& parts, HeadsView* views) {
   const int64_t item = item_bytes(in.shape.dtype);
   int64_t m = 0;
@@ -108,13 +100,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(Query image, Query 
   const int64_t kinds = p.in.has[0] + p.in.has[1], pairs = s.B * s.H, blocks = s.num_blocks();
   const ScalarType acc = acc_type(key.scalar_type());
 
-  Tensor out = new_heads(key, s.B, s.H, s.K, s.D);
-  const std::vector<int64_t> part_sizes{keep_parts ? kinds : 0, s.B, s.K, s.H, s.D};
-  Tensor parts = torch::stable::transpose(torch::stable::new_empty(key, part_sizes), 2, 3);
-  const std::vector<int64_t> image_sizes{p.in.has_image ? s.B : 0, s.H, s.D};
-  Tensor image_out = torch::stable::new_empty(key, image_sizes, acc);
-  const std::vector<int64_t> stats_sizes{3, 2, s.B, s.H};
-  Tensor stats = torch::stable::new_empty(key, stats_sizes, acc);
+  Tensor out = new_heads(key, s.B, s.H, s.K, s.d);
+  Tensor parts =
+      torch::stable::transpose(new_empty(key, {keep_parts ? kinds : 0, s.B, s.K, s.H, s.d}), 2, 3);
+  Tensor image_out = new_empty(key, {p.in.has_image ? s.B : 0, s.H, s.d}, acc);
+  Tensor stats = new_empty(key, {3, 2, s.B, s.H}, acc);
   torch::stable::zero_(stats);
   if (pairs * s.K == 0) {
     torch::stable::zero_(image_out);
@@ -125,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(Query image, Query 
   if (keep_parts) set_parts(p.in, parts, p.parts);
   p.image_out = image_out.data_ptr();
   p.stats = stats.data_ptr();
-  Tensor block_stats = new_buffer(key, pairs * kMatrixKinds * 2 * blocks);
+  Tensor block_stats = new_acc(key, {pairs * kMatrixKinds * 2 * blocks});
   p.block_stats = block_stats.data_ptr();
 
   // Sums are made block by block, in whichever task: the split does not change them.
@@ -134,13 +124,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(Query image, Query 
   p.num_chunks = ceil_div(blocks, p.chunk_blocks);
   Tensor rows;
   if (p.num_chunks > 1) {
-    rows = new_buffer(key, pairs * kMatrixKinds * s.K * padded(s.D));
+    rows = new_acc(key, {pairs * kMatrixKinds * s.K * panel_width(s.d)});
     p.rows = rows.data_ptr();
   }
   run(VTCLIP_PICK(rational_attn_fwd_units), p, pairs * p.num_chunks,
       (2 * kinds + 1) * p.chunk_blocks * map_block_work(s));
   if (p.num_chunks > 1) {
-    run(VTCLIP_PICK(rational_attn_finish_units), p, pairs * blocks, 4 * s.query_block * s.D);
+    run(VTCLIP_PICK(rational_attn_finish_units), p, pairs * blocks, 4 * s.query_block * s.d);
   }
   return {out, parts, image_out, stats};
 }
@@ -149,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(Query image, Query 
 // the parts: into 64 tasks in all, with at most 256 MiB of partial sums.
 int64_t backward_chunks(const AttnShape& s) {
   const int64_t item = s.dtype == Dtype::kFloat64 ? 8 : 4, pairs = s.B * s.H;
-  const int64_t bytes = std::max<int64_t>(1, 2 * pairs * s.K * s.D * item);
+  const int64_t bytes = std::max<int64_t>(1, 2 * pairs * s.K * s.d * item);
   const int64_t affordable = (int64_t{256} << 20) / bytes;
   return std::max<int64_t>(1, std::min({64 / pairs, affordable, s.num_blocks()}));
 }
@@ -172,25 +162,19 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query imag
   const AttnShape& s = p.in.shape;
   const ScalarType type = key.scalar_type(), acc = acc_type(type);
   const int64_t kinds = p.in.has[0] + p.in.has[1], pairs = s.B * s.H, blocks = s.num_blocks();
-  check_same(op, "grad_out", grad_out, type);
-  check_shape(op, "grad_out", grad_out, {s.B, s.H, s.K, s.D});
-  check_same(op, "parts", parts, type);
-  check_shape(op, "parts", parts, {kinds, s.B, s.H, s.K, s.D});
-  check_same(op, "image_out", image_out, acc);
-  check_shape(op, "image_out", image_out, {p.in.has_image ? s.B : 0, s.H, s.D});
-  check_same(op, "stats", stats, acc);
-  check_shape(op, "stats", stats, {3, 2, s.B, s.H});
+  check_same(op, "grad_out", grad_out, type, {s.B, s.H, s.K, s.d});
+  check_same(op, "parts", parts, type, {kinds, s.B, s.H, s.K, s.d});
+  check_same(op, "image_out", image_out, acc, {p.in.has_image ? s.B : 0, s.H, s.d});
+  check_same(op, "stats", stats, acc, {3, 2, s.B, s.H});
 
   const auto grad = [&](const Query& query) {
-    if (query.has_value()) return new_heads(key, query->size(0), s.H, query->size(2), s.D);
-    const std::vector<int64_t> none{0};
-    return torch::stable::new_empty(key, none);
+    if (query.has_value()) return new_heads(key, query->size(0), s.H, query->size(2), s.d);
+    return new_empty(key, {0});
   };
   Tensor d_image = grad(image), d_text = grad(text);
-  const std::vector<int64_t> packed_sizes{s.B, s.K, pair.has_value() ? 3 : 2, s.H, s.D};
-  Tensor d_pairs = torch::stable::new_empty(key, packed_sizes);
+  Tensor d_pairs = new_empty(key, {s.B, s.K, pair.has_value() ? 3 : 2, s.H, s.d});
   if (pairs * s.K == 0) {
-    for (Tensor* empty : {&d_image, &d_text}) torch::stable::zero_(*empty);
+    zero_all({&d_image, &d_text});
     return {d_image, d_text, d_pairs};
   }
   p.grad_out = heads_view(grad_out);
@@ -208,8 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query imag
   p.stats_batch = stats.stride(2) * item;
   p.stats_head = stats.stride(3) * item;
 
-  const std::vector<int64_t> mean_sizes{pairs * kMatrixKinds * blocks};
-  Tensor means = torch::stable::new_empty(key, mean_sizes, ScalarType::Double);
+  Tensor means = new_empty(key, {pairs * kMatrixKinds * blocks}, ScalarType::Double);
   p.means = means.data_ptr();
   p.chunk_blocks = ceil_div(blocks, kinds == 0 ? 1 : backward_chunks(s));
   p.num_chunks = ceil_div(blocks, p.chunk_blocks);
@@ -221,22 +204,21 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query imag
     p.text_partial = text_partial.data_ptr();
   }
   if (p.num_chunks > 1) {
-    key_partial = new_buffer(key, p.num_chunks * pairs * 2 * s.K * padded(s.D));
+    key_partial = new_acc(key, {p.num_chunks * pairs * 2 * s.K * panel_width(s.d)});
     p.key_partial = key_partial.data_ptr();
-    run(VTCLIP_PICK(rational_attn_mean_units), p, pairs * blocks, 4 * s.query_block * s.D);
+    run(VTCLIP_PICK(rational_attn_mean_units), p, pairs * blocks, 4 * s.query_block * s.d);
   }
   run(VTCLIP_PICK(rational_attn_bwd_units), p, s.H * p.num_image_chunks * p.num_chunks,
       (4 * kinds + 1) * p.chunk_images * p.chunk_blocks * map_block_work(s));
   if (p.num_chunks > 1) {
-    run(VTCLIP_PICK(rational_attn_sum_units), p, pairs * s.K, 2 * p.num_chunks * s.D);
+    run(VTCLIP_PICK(rational_attn_sum_units), p, pairs * s.K, 2 * p.num_chunks * s.d);
   }
   if (s.query_shared) sum_partials(s, text_partial, p.num_image_chunks, d_text);
   return {d_image, d_text, d_pairs};
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
   m.impl("rational_attn_fwd", TORCH_BOX(&vtclip::cpu::rational_attn_fwd));

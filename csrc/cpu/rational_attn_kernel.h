@@ -5,10 +5,10 @@
 //
 // One pass over query blocks. A block has its own maximum, and its rows of O are weighed by
 // exp(maximum of the block - maximum of the map) when the whole map is known.
-#include "simd.h"
-#include "exp2.h"
-#include "rows.h"
-#include "attn_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/exp2.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/attn_panels.h"
 #include "rational_attn_panels.h"
 
 // Maximum and sum of one map, and what the rows of each block must be multiplied by.
@@ -31,8 +31,8 @@ static MapStats<T> merge_blocks(const T* tops, const T* totals, int64_t blocks) 
 template <class T>
 static void forward_block(const AttnShape& s, const T* queries, int64_t count, const T* columns,
                           const T* values, T* scores, T* acc, int64_t lda, T* top, T* total) {
-  const int64_t width = round_up(s.D, kLanes<T>);
-  const int64_t ldd = leading_dim<T>(s.D), ldk = leading_dim<T>(s.K);
+  const int64_t width = round_up(s.d, kLanes<T>);
+  const int64_t ldd = leading_dim<T>(s.d), ldk = leading_dim<T>(s.K);
   const int64_t ldt = leading_dim<T>(s.key_tile);
   T best = kLowest<T>, sum = 0;
   for (int64_t l = 0; l < s.K; l += s.key_tile) {
@@ -65,7 +65,7 @@ static MapStats<T> image_weights(const RationalInputs& in, int64_t b, int64_t h,
                                  T* query, T* weights) {
   const AttnShape& s = in.shape;
   const int64_t ldk = leading_dim<T>(s.K);
-  pack_block<T>(s, query, leading_dim<T>(s.D), in.image, b, h, 0, 1, static_cast<T>(s.scale));
+  pack_block<T>(s, query, leading_dim<T>(s.d), in.image, b, h, 0, 1, static_cast<T>(s.scale));
   score_rows<T>(s, weights, ldk, query, 1, columns, ldk, 0, s.K);
   MapStats<T> map{};
   map.top = top_of_tile<T>(weights, ldk, 1, s.K, kLowest<T>);
@@ -76,7 +76,7 @@ static MapStats<T> image_weights(const RationalInputs& in, int64_t b, int64_t h,
 // out[0 .. D) = sum_j weights[j] rows[j], in tiles of keys.
 template <class T>
 static void weigh_rows(const AttnShape& s, const T* weights, const T* rows, T* out) {
-  const int64_t ldd = leading_dim<T>(s.D), width = round_up(s.D, kLanes<T>);
+  const int64_t ldd = leading_dim<T>(s.d), width = round_up(s.d, kLanes<T>);
   for (int64_t l = 0; l < s.K; l += s.key_tile) {
     gemm(Gemm<T>{1, width, min_of(s.key_tile, s.K - l), weights + l, s.K, false, rows + l * ldd,
                  ldd, out, width, l != 0});
@@ -96,11 +96,11 @@ static void image_forward(const RationalForward& p, int64_t pair, const T* colum
                           T* query, T* weights) {
   const AttnShape& s = p.in.shape;
   const MapStats<T> map = image_weights<T>(p.in, pair / s.H, pair % s.H, columns, query, weights);
-  const int64_t width = round_up(s.D, kLanes<T>);
+  const int64_t width = round_up(s.d, kLanes<T>);
   const Scratch<T> sum(width);
   weigh_rows<T>(s, weights, values, sum);
-  T* out = static_cast<T*>(p.image_out) + pair * s.D;
-  for (int64_t c = 0; c < s.D; ++c) out[c] = sum[c] / map.total;
+  T* out = static_cast<T*>(p.image_out) + pair * s.d;
+  for (int64_t c = 0; c < s.d; ++c) out[c] = sum[c] / map.total;
   store_stats(p, 0, pair, map);
 }
 
@@ -110,7 +110,7 @@ static void finish_blocks(const RationalForward& p, int64_t pair, int64_t first,
                           const T* const* acc, int64_t lda, T* row) {
   const AttnShape& s = p.in.shape;
   const int64_t b = pair / s.H, h = pair % s.H, blocks = s.num_blocks();
-  const int64_t width = round_up(s.D, kLanes<T>);
+  const int64_t width = round_up(s.d, kLanes<T>);
   const T* block_stats = static_cast<const T*>(p.block_stats) + pair * kMatrixKinds * 2 * blocks;
   MapStats<T> map[kMatrixKinds]{};
   for (int x = 0; x < kMatrixKinds; ++x) {
@@ -121,8 +121,8 @@ static void finish_blocks(const RationalForward& p, int64_t pair, int64_t first,
   const Scratch<T> shared(width);  // the image's row, the same for every class
   for (int64_t c = 0; c < width; ++c) shared[c] = 0;
   if (p.in.has_image) {
-    const T* image = static_cast<const T*>(p.image_out) + pair * s.D;
-    for (int64_t c = 0; c < s.D; ++c) shared[c] = image[c];
+    const T* image = static_cast<const T*>(p.image_out) + pair * s.d;
+    for (int64_t c = 0; c < s.d; ++c) shared[c] = image[c];
   }
   for (int64_t block = first; block < last; ++block) {
     T factor[kMatrixKinds]{};
@@ -132,7 +132,7 @@ static void finish_blocks(const RationalForward& p, int64_t pair, int64_t first,
       factor[x] = static_cast<T>(s.K) * weight / map[x].total;
     }
     const int64_t end = min_of(s.K, (block + 1) * s.query_block);
-    const int64_t bytes = s.D * item_bytes(s.dtype);
+    const int64_t bytes = s.d * item_bytes(s.dtype);
     for (int64_t q = block * s.query_block; q < end; ++q) {
       const int64_t ahead = min_of(q + kRowsAhead, end - 1);
       prefetch_row(p.out.at(b, h) + ahead * p.out.row, bytes);
@@ -144,12 +144,12 @@ static void finish_blocks(const RationalForward& p, int64_t pair, int64_t first,
         }
         store(row + c, sum / splat(static_cast<T>(p.in.num_kinds)));
       }
-      store_row<T>(p.out.at(b, h) + q * p.out.row, s.D, s.dtype, row, 1);
+      store_row<T>(p.out.at(b, h) + q * p.out.row, s.d, s.dtype, row, 1);
       for (int x = 0; x < kMatrixKinds; ++x) {
         if (!p.keep_parts || !p.in.has[x]) continue;
         char* part = p.parts[x].at(b, h);
         prefetch_row(part + ahead * p.parts[x].row, bytes);
-        store_row<T>(part + q * p.parts[x].row, s.D, s.dtype, acc[x] + at, factor[x]);
+        store_row<T>(part + q * p.parts[x].row, s.d, s.dtype, acc[x] + at, factor[x]);
       }
     }
   }
@@ -158,10 +158,10 @@ static void finish_blocks(const RationalForward& p, int64_t pair, int64_t first,
 template <class T>
 static void rational_forward_units(const RationalForward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.in.shape;
-  const int64_t blocks = s.num_blocks(), width = round_up(s.D, kLanes<T>);
-  const int64_t ldd = leading_dim<T>(s.D), ldk = leading_dim<T>(s.K);
+  const int64_t blocks = s.num_blocks(), width = round_up(s.d, kLanes<T>);
+  const int64_t ldd = leading_dim<T>(s.d), ldk = leading_dim<T>(s.K);
   const int64_t own = p.rows == nullptr ? s.K * width : 0;
-  const Scratch<T> columns(s.D * ldk), values(s.K * ldd), queries(s.query_block * ldd);
+  const Scratch<T> columns(s.d * ldk), values(s.K * ldd), queries(s.query_block * ldd);
   const Scratch<T> pack(64 * ldd), row(width), image_weight(p.in.has_image ? ldk : 0);
   const Scratch<T> scores(s.query_block * leading_dim<T>(s.key_tile));
   const Scratch<T> text_rows(p.in.has[0] ? own : 0), pair_rows(p.in.has[1] ? own : 0);
@@ -202,7 +202,7 @@ static void rational_forward_units(const RationalForward& p, int64_t begin, int6
 template <class T>
 static void rational_finish_units(const RationalForward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.in.shape;
-  const int64_t blocks = s.num_blocks(), width = round_up(s.D, kLanes<T>);
+  const int64_t blocks = s.num_blocks(), width = round_up(s.d, kLanes<T>);
   const Scratch<T> row(width);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t pair = unit / blocks, block = unit % blocks;
@@ -217,42 +217,8 @@ static void rational_finish_units(const RationalForward& p, int64_t begin, int64
 
 #include "rational_attn_bwd_kernel.h"
 
-void rational_attn_fwd_units(const RationalForward& p, int64_t begin, int64_t end) {
-  if (p.in.shape.dtype == Dtype::kFloat64) {
-    rational_forward_units<double>(p, begin, end);
-  } else {
-    rational_forward_units<float>(p, begin, end);
-  }
-}
-
-void rational_attn_finish_units(const RationalForward& p, int64_t begin, int64_t end) {
-  if (p.in.shape.dtype == Dtype::kFloat64) {
-    rational_finish_units<double>(p, begin, end);
-  } else {
-    rational_finish_units<float>(p, begin, end);
-  }
-}
-
-void rational_attn_bwd_units(const RationalBackward& p, int64_t begin, int64_t end) {
-  if (p.in.shape.dtype == Dtype::kFloat64) {
-    rational_backward_units<double>(p, begin, end);
-  } else {
-    rational_backward_units<float>(p, begin, end);
-  }
-}
-
-void rational_attn_mean_units(const RationalBackward& p, int64_t begin, int64_t end) {
-  if (p.in.shape.dtype == Dtype::kFloat64) {
-    rational_mean_units<double>(p, begin, end);
-  } else {
-    rational_mean_units<float>(p, begin, end);
-  }
-}
-
-void rational_attn_sum_units(const RationalBackward& p, int64_t begin, int64_t end) {
-  if (p.in.shape.dtype == Dtype::kFloat64) {
-    rational_sum_units<double>(p, begin, end);
-  } else {
-    rational_sum_units<float>(p, begin, end);
-  }
-}
+VTCLIP_BY_DTYPE(rational_attn_fwd_units, rational_forward_units, RationalForward, in.shape.dtype)
+VTCLIP_BY_DTYPE(rational_attn_finish_units, rational_finish_units, RationalForward, in.shape.dtype)
+VTCLIP_BY_DTYPE(rational_attn_bwd_units, rational_backward_units, RationalBackward, in.shape.dtype)
+VTCLIP_BY_DTYPE(rational_attn_mean_units, rational_mean_units, RationalBackward, in.shape.dtype)
+VTCLIP_BY_DTYPE(rational_attn_sum_units, rational_sum_units, RationalBackward, in.shape.dtype)

@@ -15,7 +15,7 @@ template <class T>
 static void pack_transposed(const AttnShape& s, T* columns, int64_t ldc, const HeadsView& view,
                             int64_t b, int64_t h, int64_t n, T* rows) {
   constexpr int64_t kRows = 64;
-  const int64_t ldr = leading_dim<T>(s.D);
+  const int64_t ldr = leading_dim<T>(s.d);
   for (int64_t first = 0; first < n; first += kRows) {
     const int64_t count = min_of(kRows, n - first);
     pack_block<T>(s, rows, ldr, view, b, h, first, count, 1);
@@ -27,7 +27,7 @@ static void pack_transposed(const AttnShape& s, T* columns, int64_t ldc, const H
 template <class T>
 static void score_rows(const AttnShape& s, T* out, int64_t ldo, const T* rows, int64_t count,
                        const T* columns, int64_t ldc, int64_t l, int64_t n) {
-  gemm(Gemm<T>{count, round_up(n, kLanes<T>), s.D, rows, leading_dim<T>(s.D), false, columns + l,
+  gemm(Gemm<T>{count, round_up(n, kLanes<T>), s.d, rows, leading_dim<T>(s.d), false, columns + l,
                ldc, out, ldo, false});
 }
 

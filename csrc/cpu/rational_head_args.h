@@ -2,18 +2,9 @@
 // Arguments of the rational_head kernels.
 #pragma once
 
-#include "rational_logits_args.h"
+#include "cpu/common/row_args.h"
 
-namespace vtclip {
-namespace cpu {
-
-// Columns of a packed weight panel: [D, kPanel] of one panel after the other.
-constexpr int64_t kPanel = 64;
-
-// Rows of d_weight that one task sums.
-constexpr int64_t kSumRows = 64;
-
-inline int64_t panels_of(int64_t n) { return ceil_div(n, kPanel); }
+namespace vtclip::cpu {
 
 struct RationalHead {
   int64_t B, K, D;
@@ -37,7 +28,7 @@ struct RationalHeadForward {
 
 struct RationalHeadBackward {
   RationalHead sizes;
-  bool features;
+  bool feature_grads;
   RowChunks chunks;
   int64_t row_block;  // rows of a unit in one round
   int64_t round;      // a unit's rows round * row_block .. are in the works
@@ -48,9 +39,8 @@ struct RationalHeadBackward {
   void* context;          // the same rows of the context, packed
   void* d_weight_sum;     // [D, D padded] acc
   void* d_bias_sum;       // [D padded] acc
-  void* d_image_partial;  // features: [text_chunks, B, D padded] acc
-  void* d_text_partial;   // features: [image_chunks, K, D padded] acc
+  void* d_image_partial;  // feature_grads: [text_chunks, B, D padded] acc
+  void* d_text_partial;   // feature_grads: [image_chunks, K, D padded] acc
 };
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Out-projection and masked logits of one instruction set. m = context weight^T + bias is made for
 // a block of rows that stays in the second-level cache, used there, and forgotten.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "rational_logits_rows.h"
-#include "weight_panels.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/rational_logits_rows.h"
+#include "cpu/common/weight_panels.h"
 
 // Unit u < panels: columns of weight^T; after them, of weight.
 template <class T>
@@ -231,29 +231,11 @@ static void head_backward(const RationalHeadBackward& p, int64_t begin, int64_t 
   }
 }
 
-// d_weight (+)= d_m^T context and d_bias (+)= sum d_m over one round; a unit is kSumRows of both.
 template <class T>
 static void head_weight_units(const RationalHeadBackward& p, int64_t begin, int64_t end) {
-  const RationalHead& s = p.sizes;
-  const int64_t ld = leading_dim<T>(s.D), width = round_up(s.D, kLanes<T>);
-  const Scratch<T> column_sum(kSumRows);
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kSumRows, count = min_of(kSumRows, s.D - first);
-    T* d_weight = static_cast<T*>(p.d_weight_sum) + first * width;
-    T* d_bias = static_cast<T*>(p.d_bias_sum) + first;
-    for (int64_t unit = 0; unit < p.chunks.units(); ++unit) {
-      const int64_t rows = head_unit(p, unit).rows;
-      if (rows == 0) continue;
-      const bool more = p.round != 0 || unit != 0;
-      const T* context = static_cast<const T*>(p.context) + unit * p.row_block * ld;
-      const T* d_mask = static_cast<const T*>(p.d_mask) + unit * p.row_block * ld + first;
-      gemm(Gemm<T>{count, width, rows, d_mask, ld, true, context, ld, d_weight, width, more});
-      sum_rows<T>(column_sum, d_mask, rows, ld, count);
-      for (int64_t i = 0; i < count; ++i) {
-        d_bias[i] = more ? d_bias[i] + column_sum[i] : column_sum[i];
-      }
-    }
-  }
+  const int64_t D = p.sizes.D;
+  const auto rows_of = [&](int64_t unit) { return head_unit(p, unit).rows; };
+  weight_grad_blocks<T>(p, p.d_mask, D, p.context, D, p.chunks.units(), rows_of, begin, end);
 }
 
 template <class T, bool kFeatures>
@@ -292,21 +274,12 @@ static void head_finish_units(const RationalHeadBackward& p, int64_t begin, int6
 
 template <class T>
 static void head_backward_any(const RationalHeadBackward& p, int64_t begin, int64_t end) {
-  if (p.features) {
+  if (p.feature_grads) {
     head_backward_units<T, true>(p, begin, end);
   } else {
     head_backward_units<T, false>(p, begin, end);
   }
 }
-
-#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \
-  void name(const Args& p, int64_t begin, int64_t end) {     \
-    if (p.dtype_of_args == Dtype::kFloat64) {                \
-      function<double>(p, begin, end);                       \
-    } else {                                                 \
-      function<float>(p, begin, end);                        \
-    }                                                        \
-  }
 
 VTCLIP_BY_DTYPE(rational_head_pack, pack_units, RationalHead, dtype)
 VTCLIP_BY_DTYPE(rational_head_fwd_units, head_forward_units, RationalHeadForward, sizes.dtype)
@@ -314,4 +287,3 @@ VTCLIP_BY_DTYPE(rational_head_penalty, head_penalty_units, RationalHeadForward, 
 VTCLIP_BY_DTYPE(rational_head_bwd_units, head_backward_any, RationalHeadBackward, sizes.dtype)
 VTCLIP_BY_DTYPE(rational_head_weight, head_weight_units, RationalHeadBackward, sizes.dtype)
 VTCLIP_BY_DTYPE(rational_head_finish, head_finish_units, RationalHeadBackward, sizes.dtype)
-#undef VTCLIP_BY_DTYPE

@@ -1,31 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the rational_logits kernels, and how rows (image, class) are split into units.
+// Arguments of the rational_logits kernels.
 #pragma once
 
-#include "cosine_args.h"
-#include "parallel.h"
+#include "cpu/common/row_args.h"
 
-namespace vtclip {
-namespace cpu {
-
-// Backward units: (chunk of images, chunk of texts). Sums over images (d_text) and over texts
-// (d_image) are made per unit and added in ascending order afterwards.
-struct RowChunks {
-  int64_t image_chunk, image_chunks;
-  int64_t text_chunk, text_chunks;
-  int64_t units() const { return image_chunks * text_chunks; }
-};
-
-// About `wanted` units, whole images first. A function of the shape, so the order of every sum is
-// fixed.
-inline RowChunks row_chunks(int64_t B, int64_t K, int64_t wanted) {
-  RowChunks c{};
-  c.image_chunk = ceil_div(B, std::min(B, wanted));
-  c.image_chunks = ceil_div(B, c.image_chunk);
-  c.text_chunk = ceil_div(K, std::min(K, ceil_div(wanted, c.image_chunks)));
-  c.text_chunks = ceil_div(K, c.text_chunk);
-  return c;
-}
+namespace vtclip::cpu {
 
 struct RationalLogits {
   int64_t B, K, D;
@@ -47,5 +26,4 @@ struct RationalLogitsBackward {
   void* d_text_partial;   // [image_chunks, K, D padded] acc
 };
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

@@ -1,22 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // rational_logits_fwd and rational_logits_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <tuple>
 
-#include "common/check.h"
-#include "parallel.h"
+#include "cpu/common/parallel.h"
 #include "rational_logits_args.h"
-#include "scratch.h"
 
-#define VTCLIP_KERNEL "rational_logits_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/rational_logits_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
 
 RationalLogits logits_sizes(const char* op, const Tensor& image, const Tensor& text,
@@ -27,14 +21,10 @@ RationalLogits logits_sizes(const char* op, const Tensor& image, const Tensor& t
   s.B = mask.size(0);
   s.K = mask.size(1);
   s.D = mask.size(2);
-  check_same(op, "image", image, type);
-  check_same(op, "text", text, type);
-  check_shape(op, "image", image, {s.B, s.D});
-  check_shape(op, "text", text, {s.K, s.D});
+  s.image = checked_view(op, "image", image, type, {s.B, s.D});
+  s.text = checked_view(op, "text", text, type, {s.K, s.D});
   s.dtype = dtype_of(type);
   s.scale = scale;
-  s.image = rows_view(image);
-  s.text = rows_view(text);
   s.mask = rows_view(mask);
   return s;
 }
@@ -43,7 +33,7 @@ Tensor rational_logits_fwd(Tensor image, Tensor text, Tensor mask, double scale)
   RationalLogitsForward p{};
   p.sizes = logits_sizes("rational_logits_fwd", image, text, mask, scale);
   const RationalLogits& s = p.sizes;
-  Tensor logits = new_tensor(image, {s.B, s.K});
+  Tensor logits = new_empty(image, {s.B, s.K});
   p.logits = static_cast<char*>(logits.data_ptr());
   run(VTCLIP_PICK(rational_logits_fwd_units), p, s.B * s.K, 4 * s.D);
   return logits;
@@ -55,22 +45,20 @@ std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(Tensor grad_logits, Tenso
   RationalLogitsBackward p{};
   p.sizes = logits_sizes(op, image, text, mask, scale);
   const RationalLogits& s = p.sizes;
-  check_same(op, "grad_logits", grad_logits, mask.scalar_type());
-  check_shape(op, "grad_logits", grad_logits, {s.B, s.K});
-  Tensor d_image = new_tensor(image, {s.B, s.D});
-  Tensor d_text = new_tensor(text, {s.K, s.D});
-  Tensor d_mask = new_tensor(mask, {s.B, s.K, s.D});
+  p.grad_logits = checked_view(op, "grad_logits", grad_logits, mask.scalar_type(), {s.B, s.K});
+  Tensor d_image = new_empty(image, {s.B, s.D});
+  Tensor d_text = new_empty(text, {s.K, s.D});
+  Tensor d_mask = new_empty(mask, {s.B, s.K, s.D});
   if (s.B * s.K * s.D == 0) {
-    for (Tensor* grad : {&d_image, &d_text, &d_mask}) torch::stable::zero_(*grad);
+    zero_all({&d_image, &d_text, &d_mask});
     return {d_image, d_text, d_mask};
   }
-  p.grad_logits = rows_view(grad_logits);
   p.d_image = rows_view(d_image);
   p.d_text = rows_view(d_text);
   p.d_mask = rows_view(d_mask);
   p.chunks = row_chunks(s.B, s.K, 32);
   const RowChunks& c = p.chunks;
-  const int64_t width = padded_row(s.D);
+  const int64_t width = row_width(s.D);
   Tensor d_image_partial = new_acc(image, {c.text_chunks, s.B, width});
   Tensor d_text_partial = new_acc(image, {c.image_chunks, s.K, width});
   p.d_image_partial = d_image_partial.data_ptr();
@@ -82,8 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(Tensor grad_logits, Tenso
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
   m.impl("rational_logits_fwd", TORCH_BOX(&vtclip::cpu::rational_logits_fwd));

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Masked logits of one instruction set: one pass over the mask, which is all the memory there is.
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
-#include "rational_logits_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
+#include "cpu/common/rational_logits_rows.h"
 
 // Units are rows b * K + k.
 template <class T>
@@ -67,16 +67,7 @@ static void logits_finish_units(const RationalLogitsBackward& p, int64_t begin, 
   }
 }
 
-#define VTCLIP_BY_DTYPE(name, function, Args)            \
-  void name(const Args& p, int64_t begin, int64_t end) { \
-    if (p.sizes.dtype == Dtype::kFloat64) {              \
-      function<double>(p, begin, end);                   \
-    } else {                                             \
-      function<float>(p, begin, end);                    \
-    }                                                    \
-  }
-
-VTCLIP_BY_DTYPE(rational_logits_fwd_units, logits_forward_units, RationalLogitsForward)
-VTCLIP_BY_DTYPE(rational_logits_bwd_units, logits_backward_units, RationalLogitsBackward)
-VTCLIP_BY_DTYPE(rational_logits_finish, logits_finish_units, RationalLogitsBackward)
-#undef VTCLIP_BY_DTYPE
+VTCLIP_BY_DTYPE(rational_logits_fwd_units, logits_forward_units, RationalLogitsForward, sizes.dtype)
+VTCLIP_BY_DTYPE(rational_logits_bwd_units, logits_backward_units, RationalLogitsBackward,
+                sizes.dtype)
+VTCLIP_BY_DTYPE(rational_logits_finish, logits_finish_units, RationalLogitsBackward, sizes.dtype)

@@ -2,12 +2,9 @@
 // Arguments of the unit_products kernels, and how rows (image, class) are split into units.
 #pragma once
 
-#include <algorithm>
+#include "cpu/common/row_args.h"
 
-#include "rational_logits_args.h"
-
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 
 // Texts that stay in a second-level cache while images pass, and images per running sum of d_text.
 constexpr int64_t kUnitBlock = 32;
@@ -47,5 +44,4 @@ inline RowChunks unit_chunks(int64_t B, int64_t K) {
   return c;
 }
 
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu

@@ -1,23 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // unit_products_fwd and unit_products_bwd for CPU tensors.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <tuple>
 
-#include "common/check.h"
-#include "parallel.h"
-#include "scratch.h"
+#include "cpu/common/parallel.h"
 #include "unit_products_args.h"
 
-#define VTCLIP_KERNEL "unit_products_kernel.h"
-#include "foreach_capability.h"
+#define VTCLIP_KERNEL "cpu/unit_products_kernel.h"
+#include "cpu/common/foreach_capability.h"
 
-namespace vtclip {
-namespace cpu {
+namespace vtclip::cpu {
 namespace {
 
 UnitProducts product_sizes(const char* op, const Tensor& image, const Tensor& text, double scale) {
@@ -28,12 +22,10 @@ UnitProducts product_sizes(const char* op, const Tensor& image, const Tensor& te
   s.B = image.size(0);
   s.K = text.size(0);
   s.D = image.size(1);
-  check_same(op, "text", text, type);
-  check_shape(op, "text", text, {s.K, s.D});
+  s.text = checked_view(op, "text", text, type, {s.K, s.D});
   s.dtype = dtype_of(type);
   s.root = std::sqrt(scale);
   s.image = rows_view(image);
-  s.text = rows_view(text);
   return s;
 }
 
@@ -41,8 +33,8 @@ std::tuple<Tensor, Tensor, Tensor> unit_products_fwd(Tensor image, Tensor text, 
   UnitProductsForward p{};
   p.sizes = product_sizes("unit_products_fwd", image, text, scale);
   const UnitProducts& s = p.sizes;
-  Tensor v = new_tensor(image, {s.B, s.D}), t = new_tensor(image, {s.K, s.D});
-  Tensor products = new_tensor(image, {s.B, s.K, s.D});
+  Tensor v = new_empty(image, {s.B, s.D}), t = new_empty(image, {s.K, s.D});
+  Tensor products = new_empty(image, {s.B, s.K, s.D});
   if ((s.B + s.K) * s.D == 0) return {v, t, products};
   p.image_out = rows_view(v);
   p.text_out = rows_view(t);
@@ -67,22 +59,16 @@ std::tuple<Tensor, Tensor> unit_products_bwd(Tensor grad_image, Tensor grad_text
   p.sizes = product_sizes(op, image, text, scale);
   const UnitProducts& s = p.sizes;
   const ScalarType type = image.scalar_type();
-  check_same(op, "grad_image", grad_image, type);
-  check_same(op, "grad_text", grad_text, type);
-  check_same(op, "grad_products", grad_products, type);
-  check_shape(op, "grad_image", grad_image, {s.B, s.D});
-  check_shape(op, "grad_text", grad_text, {s.K, s.D});
-  check_shape(op, "grad_products", grad_products, {s.B, s.K, s.D});
-  Tensor d_image = new_tensor(image, {s.B, s.D}), d_text = new_tensor(text, {s.K, s.D});
+  p.grad_image = checked_view(op, "grad_image", grad_image, type, {s.B, s.D});
+  p.grad_text = checked_view(op, "grad_text", grad_text, type, {s.K, s.D});
+  p.grad_products = checked_view(op, "grad_products", grad_products, type, {s.B, s.K, s.D});
+  Tensor d_image = new_empty(image, {s.B, s.D}), d_text = new_empty(text, {s.K, s.D});
   if ((s.B + s.K) * s.D == 0) return {d_image, d_text};
-  p.grad_image = rows_view(grad_image);
-  p.grad_text = rows_view(grad_text);
-  p.grad_products = rows_view(grad_products);
   p.d_image = rows_view(d_image);
   p.d_text = rows_view(d_text);
   if (s.B * s.K != 0) p.chunks = unit_chunks(s.B, s.K);
   const RowChunks& c = p.chunks;
-  const int64_t width = padded_row(s.D);
+  const int64_t width = row_width(s.D);
   Tensor units = new_acc(image, {s.B + s.K, width}), rnorms = new_acc(image, {s.B + s.K});
   Tensor image_partial = new_acc(image, {c.text_chunks, s.B, width});
   Tensor text_partial = new_acc(image, {c.image_chunks, s.K, width});
@@ -101,8 +87,7 @@ std::tuple<Tensor, Tensor> unit_products_bwd(Tensor grad_image, Tensor grad_text
 }
 
 }  // namespace
-}  // namespace cpu
-}  // namespace vtclip
+}  // namespace vtclip::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
   m.impl("unit_products_fwd", TORCH_BOX(&vtclip::cpu::unit_products_fwd));

@@ -4,9 +4,9 @@
 //   v[b] = root u_b,  t[k] = root u_k,  products[b,k] = v[b] t[k]        u = x / |x|
 //   g_v[b] = grad_image[b] + root sum_k grad_products[b,k] u_k           g_t[k] likewise, over b
 //   d_image[b] = root / |x_b| (g_v - u_b <g_v, u_b>)                     d_text[k] likewise
-#include "simd.h"
-#include "rows.h"
-#include "unit_rows.h"
+#include "cpu/common/simd.h"
+#include "cpu/common/rows.h"
+#include "cpu/common/unit_rows.h"
 
 // Round to nearest even, as float_to_bfloat16.
 VTCLIP_INLINE void store_bfloat16(char* p, VecF x) {
@@ -102,7 +102,7 @@ template <class T>
 static void unit_forward_products(const UnitProductsForward& p, int64_t begin, int64_t end) {
   const UnitProducts& s = p.sizes;
   const int64_t row_bytes = s.D * item_bytes(s.dtype);
-  const int64_t blocks = (s.K + kUnitBlock - 1) / kUnitBlock;
+  const int64_t blocks = ceil_div(s.K, kUnitBlock);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / blocks, k0 = unit % blocks * kUnitBlock;
     const T* v = static_cast<const T*>(p.image_row) + b * s.D;
@@ -209,18 +209,8 @@ static void unit_backward_finish(const UnitProductsBackward& p, int64_t begin, i
   }
 }
 
-#define VTCLIP_BY_DTYPE(name, function, Args)            \
-  void name(const Args& p, int64_t begin, int64_t end) { \
-    if (p.sizes.dtype == Dtype::kFloat64) {              \
-      function<double>(p, begin, end);                   \
-    } else {                                             \
-      function<float>(p, begin, end);                    \
-    }                                                    \
-  }
-
-VTCLIP_BY_DTYPE(unit_products_fwd_rows, unit_forward_rows, UnitProductsForward)
-VTCLIP_BY_DTYPE(unit_products_fwd_units, unit_forward_products, UnitProductsForward)
-VTCLIP_BY_DTYPE(unit_products_bwd_rows, unit_backward_rows, UnitProductsBackward)
-VTCLIP_BY_DTYPE(unit_products_bwd_units, unit_backward_products, UnitProductsBackward)
-VTCLIP_BY_DTYPE(unit_products_finish, unit_backward_finish, UnitProductsBackward)
-#undef VTCLIP_BY_DTYPE
+VTCLIP_BY_DTYPE(unit_products_fwd_rows, unit_forward_rows, UnitProductsForward, sizes.dtype)
+VTCLIP_BY_DTYPE(unit_products_fwd_units, unit_forward_products, UnitProductsForward, sizes.dtype)
+VTCLIP_BY_DTYPE(unit_products_bwd_rows, unit_backward_rows, UnitProductsBackward, sizes.dtype)
+VTCLIP_BY_DTYPE(unit_products_bwd_units, unit_backward_products, UnitProductsBackward, sizes.dtype)
+VTCLIP_BY_DTYPE(unit_products_finish, unit_backward_finish, UnitProductsBackward, sizes.dtype)

@@ -16,12 +16,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "block.h"
-#include "reciprocal_norm.h"
-#include "row.h"
-#include "stage.h"
-#include "tile_io.h"
-#include "warp_tile.h"
+#include "cuda/block/block.h"
+#include "cuda/block/reciprocal_norm.h"
+#include "cuda/block/row.h"
+#include "cuda/block/stage.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/warp_tile.h"
 
 namespace vtclip::cuda {
 
@@ -74,7 +74,7 @@ struct CosineForward {
   static constexpr int kSplits = kWarps / (kAcross * kAcross);  // warps that share columns
   static constexpr int kSlice = sizeof(T) == 8 ? 8 : 128 / static_cast<int>(sizeof(T));
   static constexpr int kStep = kSplits * kSlice;  // columns loaded at a time
-  static constexpr int kLd = padded<T>(kStep), kLdM = padded<Acc>(kSide);
+  static constexpr int kLd = tile_stride<T>(kStep), kLdM = tile_stride<Acc>(kSide);
   static constexpr bool kScaled = !std::is_same_v<T, Half>;
 
   struct Args {

@@ -7,7 +7,8 @@
 // CosineGather makes the sums u of both sides, of fixed ranges of what is summed over, and
 // CosineProject adds the ranges in order. The unit rows of a half type do not fit into it: a row
 // is the sum of two of its type, the second what the first leaves, and so are the products. Where
-// u is nearly along x, little of it is left, and the errors of one part would be large beside that.
+// u is nearly along x, little of it is left, and the errors of one part would be large compared
+// with that.
 //
 // A text per image has one term, u = d_logits[b,k] x_b: CosinePairedGradient reads it and writes
 // its gradient, with u_b of a tile of classes on the way.
@@ -15,12 +16,12 @@
 
 #include <cstdint>
 
-#include "block.h"
-#include "reciprocal_norm.h"
-#include "row.h"
-#include "stage.h"
-#include "tile_io.h"
-#include "warp_tile.h"
+#include "cuda/block/block.h"
+#include "cuda/block/reciprocal_norm.h"
+#include "cuda/block/row.h"
+#include "cuda/block/stage.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/warp_tile.h"
 
 namespace vtclip::cuda {
 
@@ -59,7 +60,7 @@ struct CosineGather {
   using Side = Gather<T>;
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize, kTile = kGatherTile;
   static constexpr int kStep = Side::kStep;
-  static constexpr int kLd = padded<T>(kTile), kLdStep = padded<T>(kStep);
+  static constexpr int kLd = tile_stride<T>(kTile), kLdStep = tile_stride<T>(kStep);
   static constexpr bool kTwo = sizeof(T) == 2;
 
   struct Args {

@@ -10,7 +10,7 @@
 
 #include "cosine_logits_block.h"
 #include "cosine_logits_bwd_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
@@ -30,7 +30,7 @@ struct Sizes {
 
 Sizes check_inputs(const char* op, const Tensor& image, const Tensor& text) {
   check_rank(op, "image", image, 2);
-  check_beside(op, "text", text, image, image.scalar_type());
+  check_same(op, "text", text, image, image.scalar_type());
   const int64_t B = image.size(0), D = image.size(1);
   if (text.dim() == 3) {
     check_shape(op, "text", text, {B, text.size(1), D});
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(const Tensor& image, const 
   const char* op = "cosine_logits_fwd";
   const Sizes n = check_inputs(op, image, text);
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  Tensor logits = torch::stable::new_empty(image, {n.B, n.K});
+  Tensor logits = new_empty(image, {n.B, n.K});
   Tensor image_rnorm = new_acc(image, {n.B});
   Tensor text_rnorm = n.paired ? new_acc(text, {n.B, n.K}) : new_acc(text, {n.K});
   with_dtype(op, "image", image, [&](auto t) {
@@ -88,22 +88,19 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(const Tensor& grad_logits, const Te
   const char* op = "cosine_logits_bwd";
   const Sizes n = check_inputs(op, image, text);
   const ScalarType type = image.scalar_type(), acc = acc_type(type);
-  check_beside(op, "grad_logits", grad_logits, image, type);
-  check_shape(op, "grad_logits", grad_logits, {n.B, n.K});
-  check_beside(op, "image_rnorm", image_rnorm, image, acc);
-  check_shape(op, "image_rnorm", image_rnorm, {n.B});
-  check_beside(op, "text_rnorm", text_rnorm, image, acc);
+  check_same(op, "grad_logits", grad_logits, image, type, {n.B, n.K});
+  check_same(op, "image_rnorm", image_rnorm, image, acc, {n.B});
+  check_same(op, "text_rnorm", text_rnorm, image, acc);
   if (n.paired) {
     check_shape(op, "text_rnorm", text_rnorm, {n.B, n.K});
   } else {
     check_shape(op, "text_rnorm", text_rnorm, {n.K});
   }
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  Tensor d_image = torch::stable::new_empty(image, {n.B, n.D});
-  Tensor d_text = n.paired ? torch::stable::new_empty(text, {n.B, n.K, n.D})
-                           : torch::stable::new_empty(text, {n.K, n.D});
+  Tensor d_image = new_empty(image, {n.B, n.D});
+  Tensor d_text = n.paired ? new_empty(text, {n.B, n.K, n.D}) : new_empty(text, {n.K, n.D});
   if (n.B * n.K * n.D == 0) {
-    for (Tensor* grad : {&d_image, &d_text}) torch::stable::zero_(*grad);
+    zero_all({&d_image, &d_text});
     return {d_image, d_text};
   }
   const Tensor rx = torch::stable::contiguous(image_rnorm);

@@ -8,7 +8,7 @@
 // row lies in four lanes of one warp.
 #pragma once
 
-#include "attn_block.h"
+#include "cuda/block/attn_block.h"
 
 namespace vtclip::cuda {
 
@@ -46,15 +46,11 @@ struct CrossAttnForward : AttnTile<T, kD> {
     }
   };
 
-  static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    const AttnShape& n = args.shape;
-    return Base::output_blocks(n, ceil_div(n.B, args.images), n.K);
-  }
+  static VTCLIP_BOTH int64_t blocks(const Args& args) { return Base::query_blocks(args); }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     const AttnShape& n = args.shape;
-    const AttnPlace at =
-        attn_place(index, n.H, attn_parts(n.d, kOut), ceil_div(n.K, kRows));
+    const AttnPlace at = Base::place(n, index, n.K);
     const int64_t first = at.image * args.images, last = lesser(n.B, first + args.images);
     for (int64_t b = first; b < last; ++b) {
       const bool keeps_query = kChunks == 1 && args.query.batch == 0 && b != first;
@@ -84,8 +80,7 @@ struct CrossAttnForward : AttnTile<T, kD> {
     PerWarp<State, kWarps> states;
     block.each_warp([&](const Warp& warp) {
       State& own = states[warp];
-      VTCLIP_UNROLL
-      for (int c = 0; c < kOutChunks; ++c) own.out[c].fill(0);
+      Base::clear(own.out);
       own.top.fill(-infinity<Acc>());
       own.total.fill(0);
     });

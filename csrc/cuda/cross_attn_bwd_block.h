@@ -8,22 +8,16 @@
 // delta behind. CrossAttnKeyGradient keeps a tile of keys of one image and streams queries.
 #pragma once
 
-#include "attn_block.h"
+#include "cuda/block/attn_block.h"
 
 namespace vtclip::cuda {
 
 template <class T>
-struct CrossAttnBackwardArgs {
-  AttnShape shape;
-  Heads<const T> d_out, query, key, value, out;
+struct CrossAttnBackwardArgs : AttnGradientArgs<T> {
+  Heads<const T> d_out, value, out;
   Heads<const AccOf<T>> d_lse;  // [B, H, K, 1], or null
   Heads<const AccOf<T>> lse;    // [B, H, K, 1]
-  AccOf<T>* delta;              // [B, H, K], contiguous: written by the one, read by the other
-  Heads<T> d_query;             // [B or image chunks, H, K, d]: written, unless there are
-  Heads<AccOf<T>> partial;      // partial sums of image chunks, of the same shape
-  Heads<T> d_key, d_value;      // [B, H, L, d]: written
-  AccOf<T> scale;
-  int64_t images;               // of one block of the query gradient
+  Heads<T> d_value;             // [B, H, L, d]: written
 };
 
 // log sum exp in powers of two; of a row without columns any finite number does
@@ -63,34 +57,21 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
     }
   };
 
-  static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    const AttnShape& n = args.shape;
-    return Base::output_blocks(n, ceil_div(n.B, args.images), n.K);
-  }
+  static VTCLIP_BOTH int64_t blocks(const Args& args) { return Base::query_blocks(args); }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
-    const AttnShape& n = args.shape;
-    const Block<kWarps>& block = tiles.block;
-    const AttnPlace at = attn_place(index, n.H, attn_parts(n.d, kOut), ceil_div(n.K, kRows));
-    const int64_t first = at.image * args.images, last = lesser(n.B, first + args.images);
-    PerWarp<State, kWarps> states;
-    block.each_warp([&](const Warp& warp) {
-      VTCLIP_UNROLL
-      for (int c = 0; c < kOutChunks; ++c) states[warp].d_q[c].fill(0);
-    });
-    for (int64_t b = first; b < last; ++b) {
-      if (kChunks == 1 && (args.query.batch != 0 || b == first)) {
+    const auto add = [&](PerWarp<State, kWarps>& states, const AttnPlace& at, int64_t b,
+                         bool first) {
+      if (kChunks == 1 && (args.query.batch != 0 || first)) {
         load_rows(args, tiles.q, args.query, tiles, b, at, 0);
       }
       if (kChunks == 1) load_rows(args, tiles.d_o, args.d_out, tiles, b, at, 0);
       row_statistics(args, tiles, b, at);
-      for (int64_t start = 0; start < n.L; start += kStep) {
+      for (int64_t start = 0; start < args.shape.L; start += kStep) {
         step(args, tiles, states, b, at, start);
       }
-    }
-    block.each_warp([&](const Warp& warp) {
-      Base::put_query(args, states[warp].d_q, at, warp);
-    });
+    };
+    Base::template query_gradient<State>(args, index, tiles.block, add);
   }
 
  private:
@@ -156,16 +137,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
         own.d_q[0].template add_product<false, false>(d_s, kLdStep, tiles.k, kLd, kStep);
       });
     }
-    if constexpr (kChunks > 1) {
-      VTCLIP_UNROLL
-      for (int c = 0; c < kOutChunks; ++c) {
-        Base::load_kept(block, tiles.k, key, at.part * kOut + c * kC, n.d, tiles.keep);
-        block.each_warp([&](const Warp& warp) {
-          states[warp].d_q[c].template add_product<false, false>(
-              tiles.d_s + 16 * warp.index * kLdStep, kLdStep, tiles.k, kLd, kStep);
-        });
-      }
-    }
+    if constexpr (kChunks > 1) Base::add_keys(tiles, states, key, at, n.d, tiles.keep);
   }
 
   // s becomes dS without the scale
@@ -186,7 +158,7 @@ struct CrossAttnKeyGradient : AttnTile<T, kD> {
   using Base::kC, Base::kChunks, Base::kLd, Base::kOut, Base::kOutChunks, Base::kRows, Base::kWarps;
   // two results: a step that leaves room for them
   static constexpr int kStep = lesser(Base::kStep, 32);
-  static constexpr int kLdStep = padded<T>(kStep);
+  static constexpr int kLdStep = tile_stride<T>(kStep);
 
   struct Tiles {
     Block<kWarps> block;
@@ -231,21 +203,13 @@ struct CrossAttnKeyGradient : AttnTile<T, kD> {
     });
     for (int64_t start = 0; start < n.K; start += kStep) step(args, tiles, states, at, start);
     block.each_warp([&](const Warp& warp) {
-      const int strip = 16 * warp.index;
+      State& own = states[warp];
       VTCLIP_UNROLL
       for (int c = 0; c < kOutChunks; ++c) {
-        // a masked column has gradient 0 even where a query or an incoming gradient is NaN
-        const auto select = [&](const Spot& spot, Acc& element) {
-          element = tiles.keep[strip + spot.row] ? element : 0;
-        };
-        State& own = states[warp];
-        own.d_k[c].each(select);
-        own.d_v[c].each(select);
-        const int64_t column0 = at.part * kOut + c * kC;
-        put(own.d_k[c], args.d_key.at(at.image, at.head), row0 + strip, n.L, column0, n.d,
-            args.scale);
-        put(own.d_v[c], args.d_value.at(at.image, at.head), row0 + strip, n.L, column0, n.d,
-            Acc(1));
+        Base::keep_rows(own.d_k[c], warp, tiles.keep);
+        Base::keep_rows(own.d_v[c], warp, tiles.keep);
+        Base::put_key(n, args.d_key, own.d_k[c], at, warp, c, args.scale);
+        Base::put_key(n, args.d_value, own.d_v[c], at, warp, c, Acc(1));
       }
     });
   }

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "attn_host.cuh"
+#include "cuda/block/attn_host.cuh"
 #include "cross_attn_block.h"
 #include "cross_attn_bwd_block.h"
 
@@ -17,10 +17,10 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(const Tensor& query, const Tensor& key
                                           double scale) {
   const char* op = "cross_attn_fwd";
   const AttnShape n = attn_shape(op, query, key, key_mask);
-  check_heads(op, "value", value, query, {n.B, n.H, n.L, n.d});
+  check_same(op, "value", value, query, query.scalar_type(), {n.B, n.H, n.L, n.d});
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor out = new_heads(query, n.B, n.H, n.K, n.d);
-  Tensor lse = torch::stable::new_empty(query, {n.B, n.H, n.K}, acc_type(query.scalar_type()));
+  Tensor lse = new_empty(query, {n.B, n.H, n.K}, acc_type(query.scalar_type()));
   const int64_t images =
       query.size(0) == 1 ? images_per_block(n.B, n.H * ceil_div(n.K, 64)) : 1;
   with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
@@ -49,20 +49,18 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(const Tensor& grad_out,
   const char* op = "cross_attn_bwd";
   const AttnShape n = attn_shape(op, query, key, key_mask);
   const ScalarType acc = acc_type(query.scalar_type());
-  check_heads(op, "value", value, query, {n.B, n.H, n.L, n.d});
-  check_heads(op, "grad_out", grad_out, query, {n.B, n.H, n.K, n.d});
-  check_heads(op, "out", out, query, {n.B, n.H, n.K, n.d});
-  check_beside(op, "lse", lse, query, acc);
-  check_shape(op, "lse", lse, {n.B, n.H, n.K});
+  check_same(op, "value", value, query, query.scalar_type(), {n.B, n.H, n.L, n.d});
+  check_same(op, "grad_out", grad_out, query, query.scalar_type(), {n.B, n.H, n.K, n.d});
+  check_same(op, "out", out, query, query.scalar_type(), {n.B, n.H, n.K, n.d});
+  check_same(op, "lse", lse, query, acc, {n.B, n.H, n.K});
   if (grad_lse.has_value()) {
-    check_beside(op, "grad_lse", *grad_lse, query, acc);
-    check_shape(op, "grad_lse", *grad_lse, {n.B, n.H, n.K});
+    check_same(op, "grad_lse", *grad_lse, query, acc, {n.B, n.H, n.K});
   }
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor d_query = new_heads(query, query.size(0), n.H, n.K, n.d);
   Tensor d_key = new_heads(key, n.B, n.H, n.L, n.d);
   Tensor d_value = new_heads(value, n.B, n.H, n.L, n.d);
-  Tensor delta = torch::stable::new_empty(query, {n.B, n.H, n.K}, acc);
+  Tensor delta = new_empty(query, {n.B, n.H, n.K}, acc);
   QueryPartials partials(query, n);
   with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
     using T = decltype(t);
@@ -70,24 +68,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(const Tensor& grad_out,
     using Query = CrossAttnQueryGradient<T, decltype(width)::value>;
     using Key = CrossAttnKeyGradient<T, decltype(width)::value>;
     CrossAttnBackwardArgs<T> args{};
-    args.shape = n;
+    set_gradients(args, n, query, key, delta, d_query, partials, d_key, scale);
     args.d_out = heads_of<T>(grad_out);
-    args.query = heads_of<T>(query);
-    args.key = heads_of<T>(key);
     args.value = heads_of<T>(value);
     args.out = heads_of<T>(out);
-    if (grad_lse.has_value()) {
-      const Tensor& d_lse = *grad_lse;
-      args.d_lse = statistics_of<Acc>(d_lse);
-    }
+    if (grad_lse.has_value()) args.d_lse = statistics_of<Acc>(*grad_lse);
     args.lse = statistics_of<Acc>(lse);
-    args.delta = data_of<Acc>(delta);
-    args.d_query = heads_of<T>(d_query);
-    args.partial = partials.heads<Acc>();
-    args.d_key = heads_of<T>(d_key);
     args.d_value = heads_of<T>(d_value);
-    args.scale = static_cast<Acc>(scale);
-    args.images = partials.images;
     launch<Query>(op, Query::blocks(args), query, args);
     partials.add<T>(op, d_query);
     launch<Key>(op, Key::blocks(args), query, args);

@@ -8,7 +8,7 @@
 // used.
 #pragma once
 
-#include "attn_block.h"
+#include "cuda/block/attn_block.h"
 
 namespace vtclip::cuda {
 
@@ -64,7 +64,7 @@ struct AttnWeightsForward : AttnTile<T, kD> {
         if (total == 0) total = 1;
       });
     });
-    // the scores again where they did not fit: cheaper than keeping a row of them for any L
+    // scores that did not fit are recomputed: cheaper than keeping a row of them for any L
     if (n.L <= kStep) {
       block.each_warp([&](const Warp& warp) { write(args, states[warp], at, warp, 0); });
       return;
@@ -143,16 +143,8 @@ struct AttnWeightsForward : AttnTile<T, kD> {
 };
 
 template <class T>
-struct AttnWeightsBackwardArgs {
-  AttnShape shape;
+struct AttnWeightsBackwardArgs : AttnGradientArgs<T> {
   Heads<const T> d_weights, weights;  // [B, H, K, L]
-  Heads<const T> query, key;
-  AccOf<T>* delta;          // [B, H, K], contiguous: written by the one, read by the other
-  Heads<T> d_query;         // [B or image chunks, H, K, d]: written, unless there are
-  Heads<AccOf<T>> partial;  // partial sums of image chunks, of the same shape
-  Heads<T> d_key;           // [B, H, L, d]: written
-  AccOf<T> scale;
-  int64_t images;           // of one block of the query gradient
 };
 
 // P * dP, where a weight of 0 leaves nothing
@@ -185,30 +177,16 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
     }
   };
 
-  static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    const AttnShape& n = args.shape;
-    return Base::output_blocks(n, ceil_div(n.B, args.images), n.K);
-  }
+  static VTCLIP_BOTH int64_t blocks(const Args& args) { return Base::query_blocks(args); }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
-    const AttnShape& n = args.shape;
-    const Block<kWarps>& block = tiles.block;
-    const AttnPlace at = attn_place(index, n.H, attn_parts(n.d, kOut), ceil_div(n.K, kRows));
-    const int64_t first = at.image * args.images, last = lesser(n.B, first + args.images);
-    PerWarp<State, kWarps> states;
-    block.each_warp([&](const Warp& warp) {
-      VTCLIP_UNROLL
-      for (int c = 0; c < kOutChunks; ++c) states[warp].d_q[c].fill(0);
-    });
-    for (int64_t b = first; b < last; ++b) {
+    const auto add = [&](PerWarp<State, kWarps>& states, const AttnPlace& at, int64_t b, bool) {
       deltas(args, tiles, b, at);
-      for (int64_t start = 0; start < n.L; start += kStep) {
+      for (int64_t start = 0; start < args.shape.L; start += kStep) {
         step(args, tiles, states, b, at, start);
       }
-    }
-    block.each_warp([&](const Warp& warp) {
-      Base::put_query(args, states[warp].d_q, at, warp);
-    });
+    };
+    Base::template query_gradient<State>(args, index, tiles.block, add);
   }
 
  private:
@@ -255,16 +233,7 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
       });
       lanes.once([&] { tiles.used[l] = some != 0; });
     });
-    VTCLIP_UNROLL
-    for (int c = 0; c < kOutChunks; ++c) {
-      const int64_t column = at.part * kOut + c * kC;
-      Base::load_kept(block, tiles.k, args.key.at(b, at.head).from(start), column, n.d,
-                      tiles.used);
-      block.each_warp([&](const Warp& warp) {
-        states[warp].d_q[c].template add_product<false, false>(
-            tiles.d_s + 16 * warp.index * kLdStep, kLdStep, tiles.k, kLd, kStep);
-      });
-    }
+    Base::add_keys(tiles, states, args.key.at(b, at.head).from(start), at, n.d, tiles.used);
   }
 };
 
@@ -275,7 +244,7 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
   using Args = AttnWeightsBackwardArgs<T>;
   using Base::kC, Base::kLd, Base::kOut, Base::kOutChunks, Base::kRows, Base::kWarps;
   static constexpr int kStep = Base::kStep;
-  static constexpr int kLdRows = padded<T>(kRows);
+  static constexpr int kLdRows = tile_stride<T>(kRows);
 
   struct Tiles {
     Block<kWarps> block;
@@ -296,24 +265,17 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     const AttnShape& n = args.shape;
     const Block<kWarps>& block = tiles.block;
-    const AttnPlace at = attn_place(index, n.H, attn_parts(n.d, kOut), ceil_div(n.L, kRows));
+    const AttnPlace at = Base::place(n, index, n.L);
     PerWarp<State, kWarps> states;
-    block.each_warp([&](const Warp& warp) {
-      VTCLIP_UNROLL
-      for (int c = 0; c < kOutChunks; ++c) states[warp].d_k[c].fill(0);
-    });
+    block.each_warp([&](const Warp& warp) { Base::clear(states[warp].d_k); });
     block.each(kRows, [&](int l) { tiles.used[l] = false; });
     for (int64_t start = 0; start < n.K; start += kStep) step(args, tiles, states, at, start);
     block.each_warp([&](const Warp& warp) {
-      const int strip = 16 * warp.index;
       VTCLIP_UNROLL
       for (int c = 0; c < kOutChunks; ++c) {
         auto& d_k = states[warp].d_k[c];
-        d_k.each([&](const Spot& spot, Acc& element) {
-          element = tiles.used[strip + spot.row] ? element : 0;
-        });
-        put(d_k, args.d_key.at(at.image, at.head), at.tile * kRows + strip, n.L,
-            at.part * kOut + c * kC, n.d, args.scale);
+        Base::keep_rows(d_k, warp, tiles.used);
+        Base::put_key(n, args.d_key, d_k, at, warp, c, args.scale);
       }
     });
   }

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "attn_host.cuh"
+#include "cuda/block/attn_host.cuh"
 #include "cross_attn_weights_block.h"
 
 namespace vtclip::cuda {
@@ -16,7 +16,7 @@ Tensor cross_attn_weights_fwd(const Tensor& query, const Tensor& key,
   const char* op = "cross_attn_weights_fwd";
   const AttnShape n = attn_shape(op, query, key, key_mask);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  Tensor weights = torch::stable::new_empty(query, {n.B, n.H, n.K, n.L});
+  Tensor weights = new_empty(query, {n.B, n.H, n.K, n.L});
   with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
     using T = decltype(t);
     using Body = AttnWeightsForward<T, decltype(width)::value>;
@@ -32,30 +32,21 @@ std::tuple<Tensor, Tensor> cross_attn_weights_bwd(const Tensor& grad_weights,
                                                   const Tensor& key, double scale) {
   const char* op = "cross_attn_weights_bwd";
   const AttnShape n = attn_shape(op, query, key, std::nullopt);
-  check_heads(op, "grad_weights", grad_weights, query, {n.B, n.H, n.K, n.L});
-  check_heads(op, "weights", weights, query, {n.B, n.H, n.K, n.L});
+  check_same(op, "grad_weights", grad_weights, query, query.scalar_type(), {n.B, n.H, n.K, n.L});
+  check_same(op, "weights", weights, query, query.scalar_type(), {n.B, n.H, n.K, n.L});
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor d_query = new_heads(query, query.size(0), n.H, n.K, n.d);
   Tensor d_key = new_heads(key, n.B, n.H, n.L, n.d);
-  Tensor delta = torch::stable::new_empty(query, {n.B, n.H, n.K}, acc_type(query.scalar_type()));
+  Tensor delta = new_empty(query, {n.B, n.H, n.K}, acc_type(query.scalar_type()));
   QueryPartials partials(query, n);
   with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
     using T = decltype(t);
-    using Acc = AccOf<T>;
     using Query = AttnWeightsQueryGradient<T, decltype(width)::value>;
     using Key = AttnWeightsKeyGradient<T, decltype(width)::value>;
     AttnWeightsBackwardArgs<T> args{};
-    args.shape = n;
+    set_gradients(args, n, query, key, delta, d_query, partials, d_key, scale);
     args.d_weights = heads_of<T>(grad_weights);
     args.weights = heads_of<T>(weights);
-    args.query = heads_of<T>(query);
-    args.key = heads_of<T>(key);
-    args.delta = data_of<Acc>(delta);
-    args.d_query = heads_of<T>(d_query);
-    args.partial = partials.heads<Acc>();
-    args.d_key = heads_of<T>(d_key);
-    args.scale = static_cast<Acc>(scale);
-    args.images = partials.images;
     launch<Query>(op, Query::blocks(args), query, args);
     partials.add<T>(op, d_query);
     launch<Key>(op, Key::blocks(args), query, args);

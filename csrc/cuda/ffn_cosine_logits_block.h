@@ -8,7 +8,7 @@
 // residual_input, and its sum over rows that of bias; centring leaves it alone.
 #pragma once
 
-#include "norm_row.h"
+#include "cuda/block/norm_row.h"
 
 namespace vtclip::cuda {
 

@@ -10,8 +10,8 @@
 
 #include "cosine_logits_block.h"
 #include "ffn_cosine_logits_block.h"
-#include "products.cuh"
-#include "rows_launch.cuh"
+#include "cuda/block/products.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
@@ -56,20 +56,13 @@ Inputs check_inputs(const char* op, const Tensor& hidden, const Tensor& weight, 
   const Inputs in{hidden,         weight,         bias,           residual_input, norm_weight,
                   norm_bias,      text,           image,          residual,       scale,
                   eps,            hidden.size(0), hidden.size(1), weight.size(0), hidden.size(2)};
-  check_beside(op, "weight", weight, hidden, type);
-  check_beside(op, "bias", bias, hidden, type);
-  check_beside(op, "residual_input", residual_input, hidden, type);
-  check_beside(op, "norm_weight", norm_weight, hidden, type);
-  check_beside(op, "norm_bias", norm_bias, hidden, type);
-  check_beside(op, "text", text, hidden, type);
-  check_beside(op, "image", image, hidden, type);
-  check_shape(op, "weight", weight, {in.C, in.F});
-  check_shape(op, "bias", bias, {in.C});
-  check_shape(op, "residual_input", residual_input, {in.B, in.K, in.C});
-  check_shape(op, "norm_weight", norm_weight, {in.C});
-  check_shape(op, "norm_bias", norm_bias, {in.C});
-  check_shape(op, "text", text, {in.K, in.C});
-  check_shape(op, "image", image, {in.B, in.C});
+  check_same(op, "weight", weight, hidden, type, {in.C, in.F});
+  check_same(op, "bias", bias, hidden, type, {in.C});
+  check_same(op, "residual_input", residual_input, hidden, type, {in.B, in.K, in.C});
+  check_same(op, "norm_weight", norm_weight, hidden, type, {in.C});
+  check_same(op, "norm_bias", norm_bias, hidden, type, {in.C});
+  check_same(op, "text", text, hidden, type, {in.K, in.C});
+  check_same(op, "image", image, hidden, type, {in.B, in.C});
   return in;
 }
 
@@ -81,8 +74,8 @@ class Product {
       : images(images_per_round(in.B, in.K)),
         rounds(ceil_div(in.B, images)),
         hidden_(detached(in.hidden)),
-        weight_(torch::stable::new_empty(in.weight, {in.C, in.F})),
-        product_(torch::stable::new_empty(in.hidden, {images, in.K, in.C})) {
+        weight_(new_empty(in.weight, {in.C, in.F})),
+        product_(new_empty(in.hidden, {images, in.K, in.C})) {
     const typename CentredColumns<T>::Args args{rows_of<T>(in.weight), data_of<T>(weight_), in.C,
                                                 in.F};
     launch<CentredColumns<T>>(op, args.blocks(), in.hidden, args);
@@ -113,10 +106,10 @@ std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(
   const Inputs in = check_inputs(op, hidden, weight, bias, residual_input, norm_weight, norm_bias,
                                  text, image, residual, scale, eps);
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  Tensor logits = torch::stable::new_empty(hidden, {in.B, in.K});
+  Tensor logits = new_empty(hidden, {in.B, in.K});
   Tensor stats = new_acc(hidden, {kStats, in.B, in.K}), image_rnorm = new_acc(hidden, {in.B});
   if (in.B * in.K * in.C == 0) {
-    for (Tensor* out : {&logits, &stats, &image_rnorm}) torch::stable::zero_(*out);
+    zero_all({&logits, &stats, &image_rnorm});
     return {logits, stats, image_rnorm};
   }
   with_dtype(op, "hidden", hidden, [&](auto t) {
@@ -142,34 +135,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
     const Tensor& grad_logits, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
     const Tensor& residual_input, const Tensor& norm_weight, const Tensor& norm_bias,
     const Tensor& text, const Tensor& image, const Tensor& stats, const Tensor& image_rnorm,
-    double residual, double scale, bool features) {
+    double residual, double scale, bool feature_grads) {
   const char* op = "ffn_cosine_logits_bwd";
   const Inputs in = check_inputs(op, hidden, weight, bias, residual_input, norm_weight, norm_bias,
                                  text, image, residual, scale, 0.0);
   const ScalarType type = hidden.scalar_type(), acc = acc_type(type);
-  check_beside(op, "grad_logits", grad_logits, hidden, type);
-  check_beside(op, "stats", stats, hidden, acc);
-  check_beside(op, "image_rnorm", image_rnorm, hidden, acc);
-  check_shape(op, "grad_logits", grad_logits, {in.B, in.K});
-  check_shape(op, "stats", stats, {kStats, in.B, in.K});
-  check_shape(op, "image_rnorm", image_rnorm, {in.B});
+  check_same(op, "grad_logits", grad_logits, hidden, type, {in.B, in.K});
+  check_same(op, "stats", stats, hidden, acc, {kStats, in.B, in.K});
+  check_same(op, "image_rnorm", image_rnorm, hidden, acc, {in.B});
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  const std::initializer_list<int64_t> none{0};
-  Tensor d_hidden = torch::stable::new_empty(hidden, {in.B, in.K, in.F});
-  Tensor d_weight = torch::stable::new_empty(weight, {in.C, in.F});
-  Tensor d_bias = torch::stable::new_empty(bias, {in.C});
-  Tensor d_z = torch::stable::new_empty(residual_input, {in.B, in.K, in.C});
-  Tensor d_norm_weight = torch::stable::new_empty(norm_weight, {in.C});
-  Tensor d_norm_bias = torch::stable::new_empty(norm_bias, {in.C});
-  Tensor d_text = features ? torch::stable::new_empty(text, {in.K, in.C})
-                           : torch::stable::new_empty(text, none);
-  Tensor d_image = features ? torch::stable::new_empty(image, {in.B, in.C})
-                            : torch::stable::new_empty(image, none);
+  Tensor d_hidden = new_empty(hidden, {in.B, in.K, in.F});
+  Tensor d_weight = new_empty(weight, {in.C, in.F});
+  Tensor d_bias = new_empty(bias, {in.C});
+  Tensor d_z = new_empty(residual_input, {in.B, in.K, in.C});
+  Tensor d_norm_weight = new_empty(norm_weight, {in.C});
+  Tensor d_norm_bias = new_empty(norm_bias, {in.C});
+  Tensor d_text = feature_grads ? new_empty(text, {in.K, in.C}) : new_empty(text, {0});
+  Tensor d_image = feature_grads ? new_empty(image, {in.B, in.C}) : new_empty(image, {0});
   if (in.B * in.K * in.C == 0) {
-    for (Tensor* grad : {&d_hidden, &d_weight, &d_bias, &d_z, &d_norm_weight, &d_norm_bias, &d_text,
-                         &d_image}) {
-      torch::stable::zero_(*grad);
-    }
+    zero_all(
+        {&d_hidden, &d_weight, &d_bias, &d_z, &d_norm_weight, &d_norm_bias, &d_text, &d_image});
     return {d_hidden, d_weight, d_bias, d_z, d_norm_weight, d_norm_bias, d_text, d_image};
   }
   Tensor kept = torch::stable::contiguous(stats);
@@ -186,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
     Tensor part_bias = new_acc(bias, {all_chunks * tiles, in.C});
     Tensor part_norm_weight = new_acc(bias, {all_chunks * tiles, in.C});
     Tensor part_norm_bias = new_acc(bias, {all_chunks * tiles, in.C});
-    Tensor part_unit = new_acc(image, {features ? tiles : 0, in.B, in.C});
-    Tensor part_text = new_acc(text, {features ? all_chunks : 0, in.K, in.C});
+    Tensor part_unit = new_acc(image, {feature_grads ? tiles : 0, in.B, in.C});
+    Tensor part_text = new_acc(text, {feature_grads ? all_chunks : 0, in.K, in.C});
     for (int64_t round = 0; round < product.rounds; ++round) {
       const int64_t first = round * product.images;
       const Walk<T> walk{std::min(product.images, in.B - first), in.K, in.C, whole.images};
@@ -196,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
           op, walk.blocks(Block<FfnGradient<T>::kWarps>::kThreads), hidden,
           {in.arguments<T>(first, product.of(first, walk.B), image_rnorms, data_of<Acc>(kept)),
            rows_of<T>(grad_logits).from(first), data_of<T>(d_z) + first * in.K * in.C,
-           features ? data_of<Acc>(part_unit) + first * in.C : nullptr,
-           features ? data_of<Acc>(part_text) + round * chunks * in.K * in.C : nullptr,
+           feature_grads ? data_of<Acc>(part_unit) + first * in.C : nullptr,
+           feature_grads ? data_of<Acc>(part_text) + round * chunks * in.K * in.C : nullptr,
            data_of<Acc>(part_norm_weight) + slot, data_of<Acc>(part_norm_bias) + slot,
            data_of<Acc>(part_bias) + slot, in.B * in.C, walk});
     }
@@ -210,11 +195,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
         {{{data_of<Acc>(part_bias), data_of<T>(d_bias), all_chunks * tiles, in.C},
           {data_of<Acc>(part_norm_weight), data_of<T>(d_norm_weight), all_chunks * tiles, in.C},
           {data_of<Acc>(part_norm_bias), data_of<T>(d_norm_bias), all_chunks * tiles, in.C},
-          {data_of<Acc>(part_text), data_of<T>(d_text), all_chunks, features ? in.K * in.C : 0}}});
-    launch<NormImageGradient<T>>(op, features ? in.B : 0, hidden,
+          {data_of<Acc>(part_text), data_of<T>(d_text), all_chunks,
+           feature_grads ? in.K * in.C : 0}}});
+    launch<NormImageGradient<T>>(op, feature_grads ? in.B : 0, hidden,
                                  {rows_of<T>(image), data_of<Acc>(image_rnorms),
-                                  data_of<Acc>(part_unit), data_of<T>(d_image), tiles, in.B,
-                                  in.C});
+                                  data_of<Acc>(part_unit), data_of<T>(d_image), tiles, in.B, in.C});
   });
   return {d_hidden, d_weight, d_bias, d_z, d_norm_weight, d_norm_bias, d_text, d_image};
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of the norm_cosine_logits kernels: rows as in norm_row.h, where h is given.
+// The bodies of the norm_cosine_logits kernels: rows as in norm_row.h, where h is an input.
 #pragma once
 
-#include "norm_row.h"
+#include "cuda/block/norm_row.h"
 
 namespace vtclip::cuda {
 

@@ -6,7 +6,7 @@
 
 #include "cosine_logits_block.h"
 #include "norm_cosine_logits_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
@@ -42,14 +42,10 @@ Inputs check_inputs(const char* op, const Tensor& hidden, const Tensor& weight, 
   const ScalarType type = hidden.scalar_type();
   const Inputs in{hidden,   weight, bias, text,           image,          residual,
                   scale,    eps,    hidden.size(0), hidden.size(1), hidden.size(2)};
-  check_beside(op, "weight", weight, hidden, type);
-  check_beside(op, "bias", bias, hidden, type);
-  check_beside(op, "text", text, hidden, type);
-  check_beside(op, "image", image, hidden, type);
-  check_shape(op, "weight", weight, {in.C});
-  check_shape(op, "bias", bias, {in.C});
-  check_shape(op, "text", text, {in.K, in.C});
-  check_shape(op, "image", image, {in.B, in.C});
+  check_same(op, "weight", weight, hidden, type, {in.C});
+  check_same(op, "bias", bias, hidden, type, {in.C});
+  check_same(op, "text", text, hidden, type, {in.K, in.C});
+  check_same(op, "image", image, hidden, type, {in.B, in.C});
   return in;
 }
 
@@ -60,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
   const Inputs in =
       check_inputs(op, hidden, weight, bias, text, image, residual, scale, eps);
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  Tensor logits = torch::stable::new_empty(hidden, {in.B, in.K});
+  Tensor logits = new_empty(hidden, {in.B, in.K});
   Tensor mean = new_acc(hidden, {in.B, in.K}), rstd = new_acc(hidden, {in.B, in.K});
   Tensor image_rnorm = new_acc(hidden, {in.B}), row_rnorm = new_acc(hidden, {in.B, in.K});
   with_dtype(op, "hidden", hidden, [&](auto t) {
@@ -88,28 +84,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
   const Inputs in =
       check_inputs(op, hidden, weight, bias, text, image, residual, scale, eps);
   const ScalarType type = hidden.scalar_type(), acc = acc_type(type);
-  check_beside(op, "grad_logits", grad_logits, hidden, type);
-  check_shape(op, "grad_logits", grad_logits, {in.B, in.K});
-  check_beside(op, "logits", logits, hidden, type);
-  check_shape(op, "logits", logits, {in.B, in.K});
-  check_beside(op, "image_rnorm", image_rnorm, hidden, acc);
-  check_shape(op, "image_rnorm", image_rnorm, {in.B});
-  check_beside(op, "mean", mean, hidden, acc);
-  check_beside(op, "rstd", rstd, hidden, acc);
-  check_beside(op, "row_rnorm", row_rnorm, hidden, acc);
-  check_shape(op, "mean", mean, {in.B, in.K});
-  check_shape(op, "rstd", rstd, {in.B, in.K});
-  check_shape(op, "row_rnorm", row_rnorm, {in.B, in.K});
+  check_same(op, "grad_logits", grad_logits, hidden, type, {in.B, in.K});
+  check_same(op, "logits", logits, hidden, type, {in.B, in.K});
+  check_same(op, "image_rnorm", image_rnorm, hidden, acc, {in.B});
+  check_same(op, "mean", mean, hidden, acc, {in.B, in.K});
+  check_same(op, "rstd", rstd, hidden, acc, {in.B, in.K});
+  check_same(op, "row_rnorm", row_rnorm, hidden, acc, {in.B, in.K});
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  Tensor d_hidden = torch::stable::new_empty(hidden, {in.B, in.K, in.C});
-  Tensor d_weight = torch::stable::new_empty(weight, {in.C});
-  Tensor d_bias = torch::stable::new_empty(bias, {in.C});
-  Tensor d_text = torch::stable::new_empty(text, {in.K, in.C});
-  Tensor d_image = torch::stable::new_empty(image, {in.B, in.C});
+  Tensor d_hidden = new_empty(hidden, {in.B, in.K, in.C});
+  Tensor d_weight = new_empty(weight, {in.C});
+  Tensor d_bias = new_empty(bias, {in.C});
+  Tensor d_text = new_empty(text, {in.K, in.C});
+  Tensor d_image = new_empty(image, {in.B, in.C});
   if (in.B * in.K * in.C == 0) {
-    for (Tensor* grad : {&d_hidden, &d_weight, &d_bias, &d_text, &d_image}) {
-      torch::stable::zero_(*grad);
-    }
+    zero_all({&d_hidden, &d_weight, &d_bias, &d_text, &d_image});
     return {d_hidden, d_weight, d_bias, d_text, d_image};
   }
   Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);

@@ -5,7 +5,7 @@
 //   out = share * sum_x A_x v                                      share = 1 / number of queries
 //
 // Exponentials are powers of two: base = max(S) log2(e) and total = sum 2^(S log2(e) - base) of a
-// map are all that the backward needs to make A again.
+// map are all that the backward needs to recompute A.
 // A block has four warps and 64 rows, 16 to a warp, past which it streams `kStep` rows of the other
 // kind. A head is taken in chunks of kC columns; a block makes kC columns of its results. All
 // bodies fit into the 64 KiB of sm_75.
@@ -14,9 +14,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "block.h"
-#include "tile_io.h"
-#include "warp_tile.h"
+#include "cuda/block/block.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/warp_tile.h"
 
 // a loop whose copies would only take registers
 #ifdef __CUDACC__
@@ -44,8 +44,8 @@ struct RationalTile {
   static constexpr int kRows = kRationalRows;
   static constexpr int kWarps = kRows / 16;
   static constexpr int kStep = kStepOf;
-  static constexpr int kLd = padded<T>(kC);
-  static constexpr int kLdStep = padded<T>(kStep);
+  static constexpr int kLd = tile_stride<T>(kC);
+  static constexpr int kLdStep = tile_stride<T>(kStep);
 
   // rows of a warp that exist, of `rows` from the block's first
   static VTCLIP_DEVICE bool idle(const Warp& warp, int64_t rows) {

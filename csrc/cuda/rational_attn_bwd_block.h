@@ -54,15 +54,15 @@ struct RationalSums {
   using Acc = AccOf<T>;
   using Args = RationalBackwardArgs<T>;
   static constexpr int kWarps = 8;
-  static constexpr int kGroups = 4, kMaxD = 256;
+  static constexpr int kGroups = 4;
 
   struct Tiles {
     Block<kWarps> block;
     Acc* partial;  // [kQueryKinds, kGroups, d]: of r, and of c for text and pair
     Acc* r;        // [d]
     VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      partial = shared.take<Acc>(kQueryKinds * kGroups * kMaxD);
-      r = shared.take<Acc>(kMaxD);
+      partial = shared.take<Acc>(kQueryKinds * kGroups * kMaxHeadWidth);
+      r = shared.take<Acc>(kMaxHeadWidth);
     }
   };
 

@@ -7,10 +7,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "launch.cuh"
+#include "cuda/block/launch.cuh"
 #include "rational_attn_bwd_block.h"
 #include "rational_attn_fwd_block.h"
-#include "sum_partials.h"
+#include "cuda/block/sum_partials.h"
 
 namespace vtclip::cuda {
 namespace {
@@ -33,14 +33,16 @@ void check_inputs(const char* op, const Given& in) {
   check_rank(op, "key", *in.key, 4);
   const ScalarType type = in.key->scalar_type();
   const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
-  if (d > 256) fail(op, "key must have head width at most 256, got ", d);
-  check_beside(op, "value", *in.value, *in.key, type);
+  if (d > kMaxHeadWidth) {
+    fail(op, "key must have a head width of at most ", kMaxHeadWidth, ", got ", d);
+  }
+  check_same(op, "value", *in.value, *in.key, type);
   check_shape(op, "value", *in.value, {B, H, K, d});
   const char* names[] = {"image_query", "text_query", "pair_query"};
   for (int kind = 0; kind < kQueryKinds; ++kind) {
     if (!in.has(kind)) continue;
     const Tensor& query = **in.query[kind];
-    check_beside(op, names[kind], query, *in.key, type);
+    check_same(op, names[kind], query, *in.key, type);
     if (kind == kText) {
       check_shape_or_shared(op, names[kind], query, {B, H, K, d});
     } else {
@@ -71,10 +73,10 @@ void set_inputs(RationalInputs<T>& args, const Given& in) {
 // parts [maps, B, H, K, d], the heads inner in memory
 Tensor new_parts(const Given& in, int64_t maps) {
   const std::vector<int64_t> sizes{maps, in.size(0), in.size(2), in.size(1), in.size(3)};
-  return torch::stable::transpose(torch::stable::new_empty(*in.key, sizes), 2, 3);
+  return torch::stable::transpose(new_empty(*in.key, sizes), 2, 3);
 }
 
-// the parts of the given maps, in their order
+// the parts of the maps there are, in their order
 template <class T, class Data>
 void set_parts(Heads<T>* views, const Given& in, const Tensor& parts, Data* data) {
   int64_t slot = 0;
@@ -123,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(const Query& image,
   const ScalarType acc = acc_type(key.scalar_type());
   Tensor out = new_heads(key, B, H, K, d);
   Tensor parts = new_parts(in, keep_parts ? in.maps() : 0);
-  Tensor image_out = torch::stable::new_empty(key, {in.has(kImage) ? B : 0, H, d}, acc);
-  Tensor stats = torch::stable::new_empty(key, {3, 2, B, H}, acc);
+  Tensor image_out = new_empty(key, {in.has(kImage) ? B : 0, H, d}, acc);
+  Tensor stats = new_empty(key, {3, 2, B, H}, acc);
   if (B * H * K == 0) {
     torch::stable::zero_(image_out);
     torch::stable::zero_(stats);
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(const Query& image,
   }
   const bool several = in.maps() > 0 && K > kRationalRows;
   Tensor rows = several && !keep_parts ? new_parts(in, in.maps()) : parts;
-  Tensor row_stats = torch::stable::new_empty(key, {several ? in.maps() : 0, 2, B, H, K}, acc);
+  Tensor row_stats = new_empty(key, {several ? in.maps() : 0, 2, B, H, K}, acc);
   with_dtype(op, "key", key, [&](auto t) {
     using T = decltype(t);
     RationalForwardArgs<T> args{};
@@ -150,13 +152,10 @@ void check_saved(const char* op, const Given& in, const Tensor& grad_out, const 
                  const Tensor& image_out, const Tensor& stats) {
   const ScalarType type = in.key->scalar_type(), acc = acc_type(type);
   const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
-  check_beside(op, "grad_out", grad_out, *in.key, type);
-  check_shape(op, "grad_out", grad_out, {B, H, K, d});
-  check_beside(op, "parts", parts, *in.key, type);
-  check_shape(op, "parts", parts, {in.maps(), B, H, K, d});
-  check_beside(op, "image_out", image_out, *in.key, acc);
-  check_shape(op, "image_out", image_out, {in.has(kImage) ? B : 0, H, d});
-  check_beside(op, "stats", stats, *in.key, acc);
+  check_same(op, "grad_out", grad_out, *in.key, type, {B, H, K, d});
+  check_same(op, "parts", parts, *in.key, type, {in.maps(), B, H, K, d});
+  check_same(op, "image_out", image_out, *in.key, acc, {in.has(kImage) ? B : 0, H, d});
+  check_same(op, "stats", stats, *in.key, acc);
   check_shape(op, "stats", stats, {3, 2, B, H});
 }
 
@@ -173,7 +172,7 @@ void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args,
   const int64_t pairs = args.B * args.H;
   const int64_t of_image = args.has[kImage] ? pairs * args.K : 0;
   const int64_t size = kQueryKinds * pairs + pairs * args.d + 2 * of_image;
-  Tensor scratch = torch::stable::new_empty(like, {size}, acc_type(like.scalar_type()));
+  Tensor scratch = new_empty(like, {size}, acc_type(like.scalar_type()));
   args.c = data_of<Acc>(scratch);
   args.r = args.c + kQueryKinds * pairs;
   args.p = args.r + pairs * args.d;
@@ -187,9 +186,8 @@ void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args,
     const bool shared = args.has[kText] && d_text.size(0) == 1;
     args.images = shared ? images_per_block(args.B, Queries::blocks_of_image(args)) : 1;
     const int64_t chunks = ceil_div(args.B, args.images);
-    Tensor partial = torch::stable::new_empty(
-        like, {shared && chunks > 1 ? chunks : 0, args.K, args.H, args.d},
-        acc_type(like.scalar_type()));
+    Tensor partial = new_empty(like, {shared && chunks > 1 ? chunks : 0, args.K, args.H, args.d},
+                               acc_type(like.scalar_type()));
     if (partial.size(0) > 0) args.text_partial = data_of<Acc>(partial);
     launch<Queries>(op, Queries::blocks(args), like, args);
     if (partial.size(0) == 0) return;
@@ -210,13 +208,13 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
   const auto grad = [&](int kind) {
-    if (!in.has(kind)) return torch::stable::new_empty(key, {0});
+    if (!in.has(kind)) return new_empty(key, {0});
     return new_heads(key, (*in.query[kind])->size(0), H, kind == kImage ? 1 : K, d);
   };
   Tensor d_image = grad(kImage), d_text = grad(kText);
-  Tensor d_pairs = torch::stable::new_empty(key, {B, K, in.has(kPair) ? 3 : 2, H, d});
+  Tensor d_pairs = new_empty(key, {B, K, in.has(kPair) ? 3 : 2, H, d});
   if (B * H * K * d == 0) {
-    for (Tensor* empty : {&d_image, &d_text}) torch::stable::zero_(*empty);
+    zero_all({&d_image, &d_text});
     return {d_image, d_text, d_pairs};
   }
   with_dtype(op, "key", key, [&](auto t) {

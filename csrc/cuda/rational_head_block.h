@@ -8,10 +8,10 @@
 // Rows are r = b K + k, so that few classes fill a tile too.
 #pragma once
 
-#include "block.h"
+#include "cuda/block/block.h"
 #include "rational_logits_block.h"
-#include "row.h"
-#include "warp_tile.h"
+#include "cuda/block/row.h"
+#include "cuda/block/warp_tile.h"
 
 namespace vtclip::cuda {
 
@@ -40,7 +40,7 @@ template <class T>
 struct HeadTiles {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4;
-  static constexpr int kLd = padded<T>(kHeadInner), kLdM = padded<Acc>(kHeadTile);
+  static constexpr int kLd = tile_stride<T>(kHeadInner), kLdM = tile_stride<Acc>(kHeadTile);
 
   Block<kWarps> block;
   T* a;                   // [64, kLd]: context, then text

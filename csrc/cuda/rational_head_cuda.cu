@@ -8,9 +8,9 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "products.cuh"
+#include "cuda/block/products.cuh"
 #include "rational_head_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
@@ -46,14 +46,10 @@ Inputs check_inputs(const char* op, const Tensor& context, const Tensor& weight,
   const ScalarType type = context.scalar_type();
   const Inputs in{context, weight,  bias,            image,           text,
                   scale,   penalty, context.size(0), context.size(1), context.size(2)};
-  check_beside(op, "weight", weight, context, type);
-  check_beside(op, "bias", bias, context, type);
-  check_beside(op, "image", image, context, type);
-  check_beside(op, "text", text, context, type);
-  check_shape(op, "weight", weight, {in.D, in.D});
-  check_shape(op, "bias", bias, {in.D});
-  check_shape(op, "image", image, {in.B, in.D});
-  check_shape(op, "text", text, {in.K, in.D});
+  check_same(op, "weight", weight, context, type, {in.D, in.D});
+  check_same(op, "bias", bias, context, type, {in.D});
+  check_same(op, "image", image, context, type, {in.B, in.D});
+  check_same(op, "text", text, context, type, {in.K, in.D});
   if (penalty < 0 || penalty > kLinf) fail(op, "penalty must be 0, 1, 2 or 3, got ", penalty);
   return in;
 }
@@ -66,11 +62,11 @@ std::tuple<Tensor, Tensor, Tensor> rational_head_fwd(const Tensor& context, cons
   const Inputs in = check_inputs(op, context, weight, bias, image, text, scale, penalty);
   const torch::stable::accelerator::DeviceGuard guard(context.get_device_index());
   const bool linf = penalty == kLinf;
-  Tensor logits = torch::stable::new_empty(context, {in.B, in.K});
+  Tensor logits = new_empty(context, {in.B, in.K});
   Tensor penalties = new_acc(context, {in.B});
-  Tensor peak = torch::stable::new_empty(context, {linf ? in.B : 0}, ScalarType::Long);
+  Tensor peak = new_empty(context, {linf ? in.B : 0}, ScalarType::Long);
   if (in.B * in.K * in.D == 0) {
-    for (Tensor* out : {&logits, &penalties, &peak}) torch::stable::zero_(*out);
+    zero_all({&logits, &penalties, &peak});
     return {logits, penalties, peak};
   }
   with_dtype(op, "context", context, [&](auto t) {
@@ -80,8 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_head_fwd(const Tensor& context, cons
     const int64_t tiles = args.column_tiles();
     Tensor part_logits = new_acc(context, {tiles, args.rows()});
     Tensor part_size = new_acc(context, {tiles, args.rows()});
-    Tensor part_peak =
-        torch::stable::new_empty(context, {linf ? tiles : 0, args.rows()}, ScalarType::Long);
+    Tensor part_peak = new_empty(context, {linf ? tiles : 0, args.rows()}, ScalarType::Long);
     args.logits = data_of<Acc>(part_logits);
     args.size = data_of<Acc>(part_size);
     args.peak = data_of<int64_t>(part_peak);
@@ -97,29 +92,21 @@ std::tuple<Tensor, Tensor, Tensor> rational_head_fwd(const Tensor& context, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
     const Tensor& grad_logits, const Tensor& grad_penalty, const Tensor& context,
     const Tensor& weight, const Tensor& bias, const Tensor& image, const Tensor& text,
-    const Tensor& peak, double scale, int64_t penalty, bool features) {
+    const Tensor& peak, double scale, int64_t penalty, bool feature_grads) {
   const char* op = "rational_head_bwd";
   const Inputs in = check_inputs(op, context, weight, bias, image, text, scale, penalty);
   const ScalarType type = context.scalar_type();
-  check_beside(op, "grad_logits", grad_logits, context, type);
-  check_beside(op, "grad_penalty", grad_penalty, context, acc_type(type));
-  check_beside(op, "peak", peak, context, ScalarType::Long);
-  check_shape(op, "grad_logits", grad_logits, {in.B, in.K});
-  check_shape(op, "grad_penalty", grad_penalty, {in.B});
-  check_shape(op, "peak", peak, {penalty == kLinf ? in.B : 0});
+  check_same(op, "grad_logits", grad_logits, context, type, {in.B, in.K});
+  check_same(op, "grad_penalty", grad_penalty, context, acc_type(type), {in.B});
+  check_same(op, "peak", peak, context, ScalarType::Long, {penalty == kLinf ? in.B : 0});
   const torch::stable::accelerator::DeviceGuard guard(context.get_device_index());
-  const std::initializer_list<int64_t> none{0};
-  Tensor d_context = torch::stable::new_empty(context, {in.B, in.K, in.D});
-  Tensor d_weight = torch::stable::new_empty(weight, {in.D, in.D});
-  Tensor d_bias = torch::stable::new_empty(bias, {in.D});
-  Tensor d_image = features ? torch::stable::new_empty(image, {in.B, in.D})
-                            : torch::stable::new_empty(image, none);
-  Tensor d_text = features ? torch::stable::new_empty(text, {in.K, in.D})
-                           : torch::stable::new_empty(text, none);
+  Tensor d_context = new_empty(context, {in.B, in.K, in.D});
+  Tensor d_weight = new_empty(weight, {in.D, in.D});
+  Tensor d_bias = new_empty(bias, {in.D});
+  Tensor d_image = feature_grads ? new_empty(image, {in.B, in.D}) : new_empty(image, {0});
+  Tensor d_text = feature_grads ? new_empty(text, {in.K, in.D}) : new_empty(text, {0});
   if (in.B * in.K * in.D == 0) {
-    for (Tensor* grad : {&d_context, &d_weight, &d_bias, &d_image, &d_text}) {
-      torch::stable::zero_(*grad);
-    }
+    zero_all({&d_context, &d_weight, &d_bias, &d_image, &d_text});
     return {d_context, d_weight, d_bias, d_image, d_text};
   }
   const Tensor right = detached(weight), contexts = detached(context);
@@ -135,13 +122,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
     const int64_t last = in.B - (rounds - 1) * batch;
     const int64_t all_tiles = (rounds - 1) * row_tiles + ceil_div(last * in.K, kHeadTile);
     const int64_t all_chunks = (rounds - 1) * chunks + ceil_div(last, images);
-    const int64_t image_tiles = features ? ceil_div(in.K, Walk<T>::kClasses) : 0;
-    Tensor d_m = torch::stable::new_empty(context, {batch, in.K, in.D});
-    Tensor weighed = new_acc(context, {features ? batch : 0, in.K, in.D});
-    Tensor products = torch::stable::new_empty(weight, {rounds > 1 ? rounds : 0, in.D, in.D});
+    const int64_t image_tiles = feature_grads ? ceil_div(in.K, Walk<T>::kClasses) : 0;
+    Tensor d_m = new_empty(context, {batch, in.K, in.D});
+    Tensor weighed = new_acc(context, {feature_grads ? batch : 0, in.K, in.D});
+    Tensor products = new_empty(weight, {rounds > 1 ? rounds : 0, in.D, in.D});
     Tensor part_bias = new_acc(bias, {all_tiles, in.D});
     Tensor part_image = new_acc(image, {image_tiles, in.B, in.D});
-    Tensor part_text = new_acc(text, {features ? all_chunks : 0, in.K, in.D});
+    Tensor part_text = new_acc(text, {feature_grads ? all_chunks : 0, in.K, in.D});
     for (int64_t round = 0; round < rounds; ++round) {
       const int64_t first = round * batch, count = std::min(batch, in.B - first);
       const typename HeadGradient<T>::Args args{
@@ -150,11 +137,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
           Rows<const Acc>{data_of<Acc>(grad_penalty), grad_penalty.stride(0), 0}.from(first),
           Rows<const int64_t>{data_of<int64_t>(peak), peak.stride(0), 0}.from(first),
           data_of<T>(d_m),
-          features ? data_of<Acc>(weighed) : nullptr,
+          feature_grads ? data_of<Acc>(weighed) : nullptr,
           data_of<Acc>(part_bias) + round * row_tiles * in.D,
           static_cast<Acc>(1 / (static_cast<double>(in.K) * static_cast<double>(in.D)))};
       launch<HeadGradient<T>>(op, args.row_tiles() * args.column_tiles(), context, args);
-      if (features) {
+      if (feature_grads) {
         const Walk<T> walk{count, in.K, in.D, images};
         launch<HeadFeatures<T>>(
             op, walk.blocks(Block<HeadFeatures<T>::kWarps>::kThreads), context,
@@ -168,11 +155,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
     }
     const std::array<int64_t, 1> over{0};
     if (rounds > 1) torch::stable::sum_out(d_weight, products, over);
-    sum_columns<T>(
-        op, context,
-        {{{data_of<Acc>(part_bias), data_of<T>(d_bias), all_tiles, in.D},
-          {data_of<Acc>(part_image), data_of<T>(d_image), image_tiles, features ? in.B * in.D : 0},
-          {data_of<Acc>(part_text), data_of<T>(d_text), all_chunks, features ? in.K * in.D : 0}}});
+    sum_columns<T>(op, context,
+                   {{{data_of<Acc>(part_bias), data_of<T>(d_bias), all_tiles, in.D},
+                     {data_of<Acc>(part_image), data_of<T>(d_image), image_tiles,
+                      feature_grads ? in.B * in.D : 0},
+                     {data_of<Acc>(part_text), data_of<T>(d_text), all_chunks,
+                      feature_grads ? in.K * in.D : 0}}});
   });
   return {d_context, d_weight, d_bias, d_image, d_text};
 }

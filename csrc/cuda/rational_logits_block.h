@@ -6,25 +6,16 @@
 //   d_x = sum_k g open t,   d_t = sum_b g open x
 #pragma once
 
-#include "block.h"
-#include "row.h"
-#include "tile_io.h"
-#include "walk.h"
+#include "cuda/block/block.h"
+#include "cuda/block/row.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/walk.h"
 
 namespace vtclip::cuda {
 
 // relu(1 + m); NaN stays NaN
 template <class Acc>
 VTCLIP_DEVICE Acc opened(Acc m) { return 1 + m < 0 ? 0 : 1 + m; }
-
-// A [B, K, D] view: the rows of one image are a matrix.
-template <class T>
-struct Images {
-  T* base;
-  int64_t batch, row, column;
-
-  VTCLIP_DEVICE Rows<T> at(int64_t b) const { return {base + b * batch, row, column}; }
-};
 
 template <class T>
 struct RationalArgs {

@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "rational_logits_block.h"
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 
 namespace vtclip::cuda {
 namespace {
@@ -17,10 +17,8 @@ struct Sizes {
 Sizes check_inputs(const char* op, const Tensor& image, const Tensor& text, const Tensor& mask) {
   check_rank(op, "mask", mask, 3);
   const Sizes n{mask.size(0), mask.size(1), mask.size(2)};
-  check_beside(op, "image", image, mask, mask.scalar_type());
-  check_beside(op, "text", text, mask, mask.scalar_type());
-  check_shape(op, "image", image, {n.B, n.D});
-  check_shape(op, "text", text, {n.K, n.D});
+  check_same(op, "image", image, mask, mask.scalar_type(), {n.B, n.D});
+  check_same(op, "text", text, mask, mask.scalar_type(), {n.K, n.D});
   return n;
 }
 
@@ -35,7 +33,7 @@ Tensor rational_logits_fwd(const Tensor& image, const Tensor& text, const Tensor
   const char* op = "rational_logits_fwd";
   const Sizes n = check_inputs(op, image, text, mask);
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
-  Tensor logits = torch::stable::new_empty(image, {n.B, n.K});
+  Tensor logits = new_empty(image, {n.B, n.K});
   with_dtype(op, "mask", mask, [&](auto t) {
     using T = decltype(t);
     const typename RationalForward<T>::Args args{arguments<T>(image, text, mask, scale),
@@ -50,14 +48,13 @@ std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(const Tensor& grad_logits
                                                        const Tensor& mask, double scale) {
   const char* op = "rational_logits_bwd";
   const Sizes n = check_inputs(op, image, text, mask);
-  check_beside(op, "grad_logits", grad_logits, mask, mask.scalar_type());
-  check_shape(op, "grad_logits", grad_logits, {n.B, n.K});
+  check_same(op, "grad_logits", grad_logits, mask, mask.scalar_type(), {n.B, n.K});
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
-  Tensor d_image = torch::stable::new_empty(image, {n.B, n.D});
-  Tensor d_text = torch::stable::new_empty(text, {n.K, n.D});
-  Tensor d_mask = torch::stable::new_empty(mask, {n.B, n.K, n.D});
+  Tensor d_image = new_empty(image, {n.B, n.D});
+  Tensor d_text = new_empty(text, {n.K, n.D});
+  Tensor d_mask = new_empty(mask, {n.B, n.K, n.D});
   if (n.B * n.K * n.D == 0) {
-    for (Tensor* grad : {&d_image, &d_text, &d_mask}) torch::stable::zero_(*grad);
+    zero_all({&d_image, &d_text, &d_mask});
     return {d_image, d_text, d_mask};
   }
   with_dtype(op, "mask", mask, [&](auto t) {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registers, shared memory and spills of every CUDA kernel, as ptxas reports them.
 
-    python csrc/cuda/resources.py        # compiles all *_cuda.cu, writes resources.csv beside this
+    python csrc/cuda/resources.py        # compiles all *_cuda.cu, writes resources.csv next to this
 
 Needs nvcc and torch's headers. Shared memory is the static part: a block's own is dynamic and
 counted by `shared_bytes`.
@@ -80,7 +80,7 @@ def compiled(source: Path, arch: str) -> list[Row]:
     import torch
 
     headers = Path(torch.__file__).parent / "include"
-    includes = [f"-I{HERE}", f"-I{HERE.parent}", f"-isystem={headers}"]
+    includes = [f"-I{HERE.parent}", f"-isystem={headers}"]
     includes.append(f"-isystem={headers / 'torch/csrc/api/include'}")
     defines = [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-DUSE_CUDA=1"]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // The bodies of the unit_products kernels. The products are written once, their gradient is read
-// once; rows of images and texts, which lie in the caches, are normed again wherever they are used.
+// once; rows of images and texts, which lie in the caches, are normalised wherever they are used.
 //
 //   v[b] = root xhat_b,  t[k] = root xhat_k,  products[b,k] = v[b] t[k],  xhat = x / |x|
 //   d_x = root / |x| (g - xhat <g, xhat>)
 //   g of image b = d_v[b] + root sum_k d_products[b,k] xhat_k,  of a text likewise over b
 #pragma once
 
-#include "block.h"
-#include "rational_logits_block.h"
-#include "row.h"
-#include "tile_io.h"
-#include "walk.h"
+#include "cuda/block/block.h"
+#include "cuda/block/row.h"
+#include "cuda/block/tile_io.h"
+#include "cuda/block/walk.h"
 
 namespace vtclip::cuda {
 

@@ -5,7 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "rows_launch.cuh"
+#include "cuda/block/rows_launch.cuh"
 #include "unit_products_block.h"
 
 namespace vtclip::cuda {
@@ -21,8 +21,7 @@ Sizes check_inputs(const char* op, const Tensor& image, const Tensor& text) {
   check_rank(op, "image", image, 2);
   check_rank(op, "text", text, 2);
   const Sizes n{image.size(0), text.size(0), image.size(1)};
-  check_beside(op, "text", text, image, image.scalar_type());
-  check_shape(op, "text", text, {n.K, n.D});
+  check_same(op, "text", text, image, image.scalar_type(), {n.K, n.D});
   return n;
 }
 
@@ -34,9 +33,9 @@ std::tuple<Tensor, Tensor, Tensor> unit_products_fwd(const Tensor& image, const 
   const char* op = "unit_products_fwd";
   const Sizes n = check_inputs(op, image, text);
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  Tensor v = torch::stable::new_empty(image, {n.B, n.D});
-  Tensor t = torch::stable::new_empty(text, {n.K, n.D});
-  Tensor products = torch::stable::new_empty(image, {n.B, n.K, n.D});
+  Tensor v = new_empty(image, {n.B, n.D});
+  Tensor t = new_empty(text, {n.K, n.D});
+  Tensor products = new_empty(image, {n.B, n.K, n.D});
   if (n.empty()) return {v, t, products};
   with_dtype(op, "image", image, [&](auto type) {
     using T = decltype(type);
@@ -82,15 +81,12 @@ std::tuple<Tensor, Tensor> unit_products_bwd(const Tensor& grad_image, const Ten
                                              const Tensor& text, double scale) {
   const char* op = "unit_products_bwd";
   const Sizes n = check_inputs(op, image, text);
-  check_beside(op, "grad_image", grad_image, image, image.scalar_type());
-  check_beside(op, "grad_text", grad_text, image, image.scalar_type());
-  check_beside(op, "grad_products", grad_products, image, image.scalar_type());
-  check_shape(op, "grad_image", grad_image, {n.B, n.D});
-  check_shape(op, "grad_text", grad_text, {n.K, n.D});
-  check_shape(op, "grad_products", grad_products, {n.B, n.K, n.D});
+  check_same(op, "grad_image", grad_image, image, image.scalar_type(), {n.B, n.D});
+  check_same(op, "grad_text", grad_text, image, image.scalar_type(), {n.K, n.D});
+  check_same(op, "grad_products", grad_products, image, image.scalar_type(), {n.B, n.K, n.D});
   const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
-  Tensor d_image = torch::stable::new_empty(image, {n.B, n.D});
-  Tensor d_text = torch::stable::new_empty(text, {n.K, n.D});
+  Tensor d_image = new_empty(image, {n.B, n.D});
+  Tensor d_text = new_empty(text, {n.K, n.D});
   if (n.empty()) return {d_image, d_text};
   with_dtype(op, "image", image, [&](auto type) {
     using T = decltype(type);

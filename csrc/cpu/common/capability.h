@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Run-time choice of the instruction set. VTCLIP_CPU_CAPABILITY=scalar|avx2|avx512 lowers it; it is
+// read once per process and never raises it above what the processor has.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+namespace vtclip::cpu {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define VTCLIP_X86 1
+#else
+#define VTCLIP_X86 0
+#endif
+
+enum class Capability { kScalar, kAvx2, kAvx512 };
+
+inline Capability detect_capability() {
+  Capability best = Capability::kScalar;
+#if VTCLIP_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    best = Capability::kAvx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      best = Capability::kAvx512;
+    }
+  }
+#endif
+  const char* wish = std::getenv("VTCLIP_CPU_CAPABILITY");
+  if (wish == nullptr) return best;
+  if (std::strcmp(wish, "scalar") == 0) return Capability::kScalar;
+  if (std::strcmp(wish, "avx2") == 0 && best == Capability::kAvx512) return Capability::kAvx2;
+  return best;
+}
+
+inline Capability capability() {
+  static const Capability chosen = detect_capability();
+  return chosen;
+}
+
+inline const char* capability_name() {
+  switch (capability()) {
+    case Capability::kAvx512:
+      return "avx512";
+    case Capability::kAvx2:
+      return "avx2";
+    default:
+      return "scalar";
+  }
+}
+
+// Picks one of the three builds of the same kernel.
+#if VTCLIP_X86
+#define VTCLIP_PICK(function)                                                           \
+  (::vtclip::cpu::capability() == ::vtclip::cpu::Capability::kAvx512 ? avx512::function \
+   : ::vtclip::cpu::capability() == ::vtclip::cpu::Capability::kAvx2 ? avx2::function   \
+                                                                     : scalar::function)
+#else
+#define VTCLIP_PICK(function) (scalar::function)
+#endif
+
+}  // namespace vtclip::cpu

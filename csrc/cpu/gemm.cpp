@@ -1,7 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "gemm.h"
-
-#include "scratch.h"
-
-#define VTCLIP_KERNEL "gemm_kernel.h"
-#include "foreach_capability.h"

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between strided global memory and tiles in shared memory. `team` is the block or one warp of it:
+// whatever has each(n, f).
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "block.h"
+
+namespace vtclip::cuda {
+
+// A strided matrix: element (r, c) is base[r * row + c * column]. Strides count elements; any are
+// allowed, 0 too.
+template <class T>
+struct Rows {
+  T* base;
+  int64_t row, column;
+
+  VTCLIP_DEVICE T& at(int64_t r, int64_t c) const { return base[r * row + c * column]; }
+  VTCLIP_BOTH Rows from(int64_t r, int64_t c = 0) const {
+    return {base + r * row + c * column, row, column};
+  }
+};
+
+// The widest head the attention bodies take.
+constexpr int kMaxHeadWidth = 256;
+
+// A [B, H, N, d] view: the rows of one image and head are a matrix. A batch stride of 0 shares one
+// image's rows with all.
+template <class T>
+struct Heads {
+  T* base;
+  int64_t batch, head, row, column;
+
+  VTCLIP_DEVICE Rows<T> at(int64_t b, int64_t h) const {
+    return {base + b * batch + h * head, row, column};
+  }
+};
+
+// A [B, K, D] view: the rows of one image are a matrix.
+template <class T>
+struct Images {
+  T* base;
+  int64_t batch, row, column;
+
+  VTCLIP_DEVICE Rows<T> at(int64_t b) const { return {base + b * batch, row, column}; }
+};
+
+// 16 bytes, read and written in one instruction
+template <class T>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / static_cast<int>(sizeof(T));
+  T element[kSize];
+};
+
+template <class T>
+VTCLIP_DEVICE bool vectors_fit(const Rows<T>& rows) {
+  return rows.column == 1 && reinterpret_cast<uintptr_t>(rows.base) % 16 == 0 &&
+         rows.row * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
+// to[r * ld + c] = from(r, c) for r < kRows, c < kColumns, converted to S; 0 where c >= columns or
+// exists(r) is false: what lies there is never read. `from` is not written by the same kernel.
+template <int kRows, int kColumns, class Team, class S, class T, class Exists>
+VTCLIP_DEVICE void load_tile(const Team& team, S* to, int ld, const Rows<const T>& from,
+                             int64_t columns, Exists exists) {
+  using Packed = Vector<T>;
+  constexpr int kSize = Packed::kSize;
+  if constexpr (std::is_same_v<S, T> && kColumns % kSize == 0) {
+    if (columns % kSize == 0 && vectors_fit(from)) {
+      team.each(kRows * (kColumns / kSize), [&](int i) {
+        const int r = i / (kColumns / kSize), c = i % (kColumns / kSize) * kSize;
+        Packed packed;
+        VTCLIP_UNROLL
+        for (int e = 0; e < kSize; ++e) packed.element[e] = static_cast<T>(0.0f);
+        if (c < columns && exists(r)) packed = *reinterpret_cast<const Packed*>(&from.at(r, c));
+        *reinterpret_cast<Packed*>(to + r * ld + c) = packed;
+      });
+      return;
+    }
+  }
+  team.each(kRows * kColumns, [&](int i) {
+    const int r = i / kColumns, c = i % kColumns;
+    S value = static_cast<S>(0.0f);
+    if (c < columns && exists(r)) value = static_cast<S>(from.at(r, c));
+    to[r * ld + c] = value;
+  });
+}
+
+// to(r, c) = from[r * ld + c] for r < rows, c < columns, converted to T
+template <int kRows, int kColumns, class Team, class S, class T>
+VTCLIP_DEVICE void store_tile(const Team& team, const Rows<T>& to, int64_t rows, int64_t columns,
+                              const S* from, int ld) {
+  using Packed = Vector<T>;
+  constexpr int kSize = Packed::kSize;
+  if (kColumns % kSize == 0 && columns % kSize == 0 && vectors_fit(to)) {
+    team.each(kRows * (kColumns / kSize), [&](int i) {
+      const int r = i / (kColumns / kSize);
+      const int c = i % (kColumns / kSize) * kSize;
+      if (r >= rows || c >= columns) return;
+      Packed packed;
+      VTCLIP_UNROLL
+      for (int e = 0; e < kSize; ++e) packed.element[e] = static_cast<T>(from[r * ld + c + e]);
+      *reinterpret_cast<Packed*>(&to.at(r, c)) = packed;
+    });
+    return;
+  }
+  team.each(kRows * kColumns, [&](int i) {
+    const int r = i / kColumns, c = i % kColumns;
+    if (r < rows && c < columns) to.at(r, c) = static_cast<T>(from[r * ld + c]);
+  });
+}
+
+}  // namespace vtclip::cuda
