@@ -29,7 +29,6 @@ from triton.runtime.jit import JITFunction
     _tiles,
     cosine_logits,
     cross_attn,
-    cross_attn_descriptor,
     cross_attn_weights,
     ffn_cosine_logits,
     norm_cosine_logits,
@@ -47,7 +46,6 @@ from triton.runtime.jit import JITFunction
         "_tiles",
         "cosine_logits",
         "cross_attn",
-        "cross_attn_descriptor",
         "cross_attn_weights",
         "ffn_cosine_logits",
         "norm_cosine_logits",
@@ -221,7 +219,6 @@ def launches(dtype, width, B=32, H=8, K=1000):
     rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
     if width != 128:
         return
-    cross_attn_descriptor.cross_attn_descriptor_fwd(query, new(B, H, 49, width), value, 0.1)
     C = H * width
     image, text, g = new(B, C), new(K, C), new(B, K)
     _, *rnorms = cosine_logits.cosine_logits_fwd(image, text, 1.0)
