@@ -53,13 +53,24 @@ class CosineTile(NamedTuple):
     launch = launch_options
 
 
+class ColumnTile(NamedTuple):
+    """ffn_cosine_logits, which reads its product: class rows and columns of one step."""
+
+    block_k: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    launch = launch_options
+
+
 class RowTile(NamedTuple):
     """Kernels without a product: elements of a tile of rows."""
 
     elements: int
 
 
-AnyTile = Tile | HeadTile | CosineTile | RowTile
+AnyTile = Tile | HeadTile | CosineTile | ColumnTile | RowTile
 ATTENTION_SIZES = ("B", "H", "K", "L", "d")
 
 
@@ -85,6 +96,8 @@ KINDS: dict[str, Kind] = {
     "head_bwd": Kind(HeadTile, ("B", "K", "D")),
     "cosine_fwd": Kind(CosineTile, ("B", "K", "D")),
     "cosine_gather": Kind(CosineTile, ("N", "J", "D")),
+    "ffn_cosine_fwd": Kind(ColumnTile, ("B", "K", "D")),
+    "ffn_cosine_bwd": Kind(ColumnTile, ("B", "K", "D")),
     "norm_cosine_fwd": Kind(RowTile, ("B", "K", "D")),
     "norm_cosine_bwd": Kind(RowTile, ("B", "K", "D")),
     "rational_logits": Kind(RowTile, ("B", "K", "D")),
@@ -159,6 +172,8 @@ _HEAD_TILES = {
 _OTHER_TILES = {
     "cosine_fwd": (32, 32, 64, 4, 2),
     "cosine_gather": (32, 32, 64, 8, 2),
+    "ffn_cosine_fwd": (16, 128, 4, 1),
+    "ffn_cosine_bwd": (32, 64, 4, 1),
     "norm_cosine_fwd": (8192,),
     "norm_cosine_bwd": (4096,),
     "rational_logits": (4096,),
@@ -235,6 +250,12 @@ def fitted(kind: str, tile: AnyTile, sizes: tuple[int, ...]) -> AnyTile:
             block_n=min(tile.block_n, columns),
             block_d=min(tile.block_d, columns),
         )
+    if isinstance(tile, ColumnTile):
+        block_k, block_n = (
+            min(tile.block_k, padded(size["K"])),
+            min(tile.block_n, padded(size["D"])),
+        )
+        return tile._replace(block_k=block_k, block_n=block_n)
     return tile
 
 
@@ -272,7 +293,12 @@ def choose(
     return fitted(kind, tile, sizes)
 
 
-HEAD_ROWS = 16384  # rows of d_m that the backward of rational_head keeps at a time
+WORKSPACE_ROWS = 16384  # of a matrix [B, K, .] between a kernel and torch.mm
+
+
+def images_at_a_time(B: int, K: int) -> int:
+    """How many of B > 0 images with K > 0 rows each go through such a workspace together."""
+    return min(B, max(1, WORKSPACE_ROWS // K))
 
 
 def head_splits(programs: int, D: int, tile: HeadTile, target: Target) -> tuple[int, int]:

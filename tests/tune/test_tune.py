@@ -169,7 +169,13 @@ def test_every_launcher_has_a_job_that_runs(method):
         assert all(result.isfinite().all() for result in results if result.is_floating_point())
         names.append(job.name)
     expected = {
-        "vtclip": ("cross_attn", "cross_attn_weights", "norm_cosine_logits", "cosine_logits"),
+        "vtclip": (
+            "cross_attn",
+            "cross_attn_weights",
+            "norm_cosine_logits",
+            "ffn_cosine_logits",
+            "cosine_logits",
+        ),
         "rada": ("rational_attn", "rational_head", "unit_products", "rational_logits"),
     }[method]
     assert names == [f"{op}_{way}" for op in expected for way in ("fwd", "bwd")]
