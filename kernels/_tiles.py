@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of every kernel: a table per architecture and number format, and a formula for few classes.
 
-`choose` is a function of kind, dtype, precision, sizes and target alone: nothing is timed at run
+A tile is a function of kind, dtype, precision, sizes and target alone: nothing is timed at run
 time. Where a user has asked for a table that `vtclip tune` timed, its entry of exactly these sizes
-is taken instead.
+is taken instead. The one state is which function the launchers ask, `choosing` and `use_tuned`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -259,19 +260,6 @@ def fitted(kind: str, tile: AnyTile, sizes: tuple[int, ...]) -> AnyTile:
     return tile
 
 
-_tuned: Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]] = {}
-
-
-def use_tuned(tables: Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]]) -> None:
-    """Take tiles from `tables`, by (device name, capability) and `entry_name`, where they have any.
-
-    Entries are trusted; {} goes back to the built-in table.
-    """
-    global _tuned
-    _tuned = tables
-    choose.cache_clear()
-
-
 def entry_name(kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...]) -> str:
     """Key of a user's table, such as "fwd bfloat16 tf32 B32 H8 K1000 L49 d64"."""
     named = zip(KINDS[kind].sizes, sizes, strict=True)
@@ -279,18 +267,58 @@ def entry_name(kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, 
     return " ".join((*words, *(f"{name}{size}" for name, size in named)))
 
 
-@functools.lru_cache(maxsize=4096)
+# from (kind, dtype, precision, sizes, target), the sizes in the order of `KINDS[kind].sizes`
+Chooser = Callable[[str, torch.dtype, str, tuple[int, ...], Target], AnyTile]
+# by (device name, capability), then by `entry_name`
+Tables = Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]]
+
+
+def from_tables(tables: Tables) -> Chooser:
+    """Takes tiles from `tables`, whose entries are trusted, and where they have none built-in ones.
+
+    It remembers what it returned: formatting a table's key would take a launch some microseconds.
+    """
+
+    @functools.lru_cache(maxsize=4096)
+    def chooser(
+        kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...], target: Target
+    ) -> AnyTile:
+        table = tables.get((target.name, target.capability), {})
+        numbers = table.get(entry_name(kind, dtype, precision, sizes)) if table else None
+        if numbers is None:
+            tile = built_in(kind, dtype, precision, sizes, target)
+        else:
+            tile = KINDS[kind].tile(*numbers)
+        return fitted(kind, tile, sizes)
+
+    return chooser
+
+
+_chooser: Chooser = from_tables({})  # of all threads: a backward runs in torch's own
+
+
 def choose(
     kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...], target: Target
 ) -> AnyTile:
     """The tile of a launch; `sizes` in the order of `KINDS[kind].sizes`."""
-    table = _tuned.get((target.name, target.capability))
-    found = table.get(entry_name(kind, dtype, precision, sizes)) if table else None
-    if found is not None:
-        tile: AnyTile = KINDS[kind].tile(*found)
-    else:
-        tile = built_in(kind, dtype, precision, sizes, target)
-    return fitted(kind, tile, sizes)
+    return _chooser(kind, dtype, precision, sizes, target)
+
+
+def use_tuned(tables: Tables) -> None:
+    """Launchers take tiles from `tables` from now on; {} goes back to the built-in ones."""
+    global _chooser
+    _chooser = from_tables(tables)
+
+
+@contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Within it launchers take their tiles from `chooser`."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
 
 
 WORKSPACE_ROWS = 16384  # of a matrix [B, K, .] between a kernel and torch.mm

@@ -275,9 +275,9 @@ def candidates(dtype, precision, target, B=32, H=8, K=1000, L=49, d=128):
         assert len(near) >= 3, (kind, near)
         name = _tiles.entry_name(kind, dtype, precision, sizes)
         for one in near:
-            _tiles.use_tuned({(target.name, target.capability): {name: tuple(one)}})
-            call()
-        _tiles.use_tuned({})
+            table = {(target.name, target.capability): {name: tuple(one)}}
+            with _tiles.choosing(_tiles.from_tables(table)):
+                call()
 
 
 def main(package, target_name, dtype_name, precision, *widths):
