@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-MAX_HEAD_DIM = 256  # cross_attn, cross_attn_weights: one padded [rows, d] tile
-MAX_WIDTH = 16384  # cosine_logits, norm_cosine_logits: one row of a program
+from ._limits import why_not
 
 
 class Target(NamedTuple):
@@ -67,12 +66,9 @@ def input_precision(dtype: torch.dtype, target: Target) -> str:
 
 def check(op: str, tensor: torch.Tensor, width: int, limit: int) -> None:
     """Refuse what would silently lose precision or cannot be tiled."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise NotImplementedError(
-            f"{op}: Triton kernels take float16, bfloat16 and float32, got {tensor.dtype}"
-        )
-    if width > limit:
-        raise NotImplementedError(f"{op}: Triton kernels take widths up to {limit}, got {width}")
+    reasons = why_not(tensor.dtype, width, limit)
+    if reasons:
+        raise NotImplementedError(f"{op}: Triton cannot run this ({', '.join(reasons)})")
 
 
 def mask_argument(

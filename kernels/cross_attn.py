@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import LN2, LOG2E, attended, dot, load_rows, row_max, store_rows
 from .cross_attn_bwd import cross_attn_bwd
 
@@ -108,7 +108,7 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
     """out [B, H, K, d] over [B, K, H, d] memory, lse [B, H, K] float32."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn", query, d, _limits.MAX_HEAD_WIDTH)
     out = query.new_empty((B, K, H, d)).transpose(1, 2)
     lse = query.new_empty((B, H, K), dtype=torch.float32)
     if lse.numel() == 0:

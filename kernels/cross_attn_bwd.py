@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import LOG2E, attended, dot, load_rows, store_rows, sum_partials
 
 
@@ -182,7 +182,7 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
     """(d_query, d_key, d_value), each over [., K or L, H, d] memory; d_query shared if query is."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn", query, d, _limits.MAX_HEAD_WIDTH)
     d_query = query.new_empty((query.shape[0], K, H, d)).transpose(1, 2)
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     d_value = value.new_empty((B, L, H, d)).transpose(1, 2)

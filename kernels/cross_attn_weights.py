@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import LOG2E, attended, cast, dot, load_rows, row_max, store_rows, sum_partials
 
 
@@ -226,7 +226,7 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
     """weights [B, H, K, L]; masked columns and rows without a column are 0."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn_weights", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn_weights", query, d, _limits.MAX_HEAD_WIDTH)
     weights = query.new_empty((B, H, K, L))
     if weights.numel() == 0:
         return weights
@@ -252,7 +252,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     """(d_query, d_key), each over [., K or L, H, d] memory; d_query as query is batched."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn_weights", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn_weights", query, d, _limits.MAX_HEAD_WIDTH)
     d_query = query.new_empty((query.shape[0], K, H, d)).transpose(1, 2)
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     delta = query.new_empty((B, H, K), dtype=torch.float32)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import load_row, load_rows, store_rows, sum_partials
 from .cosine_logits_bwd import project
 
@@ -168,7 +168,7 @@ def ffn_cosine_logits_bwd(
     """Gradients of hidden .. norm_bias, and of text and image if features, else [0]."""
     B, K, F = hidden.shape
     C = weight.shape[0]
-    _configs.check("ffn_cosine_logits", hidden, C, _configs.MAX_WIDTH)
+    _configs.check("ffn_cosine_logits", hidden, C, _limits.MAX_WIDTH)
     layer = hidden, weight, bias, residual_input, norm_weight, norm_bias
     grads = [t.new_empty(t.shape) for t in layer]
     grads += [t.new_empty(t.shape if features else (0,)) for t in (text, image)]

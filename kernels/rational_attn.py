@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import LN2, LOG2E, cast, dot, fused, in_powers, load_row, load_rows, row_max, store_rows
 from .rational_attn_bwd import rational_attn_bwd
 
@@ -298,7 +298,7 @@ def rational_attn_combine_kernel(
 def rational_attn_fwd(image_query, text_query, pair_query, key, value, scale, keep_parts):
     """out [B, H, K, d], parts [kinds, B, H, K, d], image_out [B, H, d], stats [3, 2, B, H]."""
     B, H, K, d = key.shape
-    _configs.check("rational_attn", key, d, _configs.MAX_HEAD_DIM)
+    _configs.check("rational_attn", key, d, _limits.MAX_HEAD_WIDTH)
     has = _configs.kinds(image_query, text_query, pair_query)
     matrices = has["HAS_TEXT"] + has["HAS_PAIR"]
     share = 1.0 / max(1, matrices + has["HAS_IMAGE"])

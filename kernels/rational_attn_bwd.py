@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import LOG2E, cast, dot, fused, load_row, load_rows, store_rows, sum_partials
 from .rational_attn_one_bwd import image_terms, load_map, rational_attn_one_bwd_kernel
 
@@ -270,7 +270,7 @@ def rational_attn_bwd(
     d_pairs [B, K, 2|3, H, d] holds the gradients of the pair query, where there is one, key, value.
     """
     B, H, K, d = key.shape
-    _configs.check("rational_attn", key, d, _configs.MAX_HEAD_DIM)
+    _configs.check("rational_attn", key, d, _limits.MAX_HEAD_WIDTH)
     d_image, d_text = (
         key.new_empty((0,))
         if query is None

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import cast, dot, load_row, load_rows, opened, store_rows, sum_partials
 
 
@@ -102,7 +102,7 @@ def rational_head_bwd(
 ):
     """(d_context [B, K, D], d_weight [D, D], d_bias [D], d_image [B, D], d_text [K, D])"""
     B, K, D = context.shape
-    _configs.check("rational_head", context, D, _configs.MAX_WIDTH)
+    _configs.check("rational_head", context, D, _limits.MAX_WIDTH)
     grads = [t.new_empty(t.shape) for t in (context, weight, bias)]
     grads += [t.new_empty(t.shape if features else (0,)) for t in (image, text)]
     if context.numel() == 0:

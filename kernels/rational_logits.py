@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import cast, load_row, load_rows, opened, store_rows, sum_partials
 
 
@@ -102,7 +102,7 @@ def _tile(mask, target):
 def rational_logits_fwd(image, text, mask, scale):
     """logits [B, K]"""
     B, K, D = mask.shape
-    _configs.check("rational_logits", mask, D, _configs.MAX_WIDTH)
+    _configs.check("rational_logits", mask, D, _limits.MAX_WIDTH)
     logits = image.new_empty((B, K))
     rows, block_d, num_warps = _tile(mask, _configs.target_of(mask))
     if B * K:
@@ -118,7 +118,7 @@ def rational_logits_fwd(image, text, mask, scale):
 def rational_logits_bwd(grad_logits, image, text, mask, scale):
     """(d_image [B, D], d_text [K, D], d_mask [B, K, D]), contiguous."""
     B, K, D = mask.shape
-    _configs.check("rational_logits", mask, D, _configs.MAX_WIDTH)
+    _configs.check("rational_logits", mask, D, _limits.MAX_WIDTH)
     target = _configs.target_of(mask)
     rows, block_d, num_warps = _tile(mask, target)
     tiles, columns = triton.cdiv(K, rows), triton.cdiv(D, block_d)

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import load_row, load_rows, store_rows, unit_rows
 from .cosine_logits import reciprocal_norms
 from .cosine_logits_bwd import project
@@ -107,7 +107,7 @@ def unit_products_bwd_kernel(
 def unit_products_fwd(image, text, scale):
     """(v [B, D], t [K, D], products [B, K, D])"""
     (B, D), K = image.shape, text.shape[0]
-    _configs.check("unit_products", image, D, _configs.MAX_WIDTH)
+    _configs.check("unit_products", image, D, _limits.MAX_WIDTH)
     v, t = image.new_empty((B, D)), text.new_empty((K, D))
     products = image.new_empty((B, K, D))
     tile = _tiles.choose("unit_products_fwd", image.dtype, "", (B, K, D), _configs.target_of(image))
@@ -125,7 +125,7 @@ def unit_products_fwd(image, text, scale):
 def unit_products_bwd(grad_image, grad_text, grad_products, image, text, scale):
     """(d_image [B, D], d_text [K, D]), contiguous."""
     B, K, D = grad_products.shape
-    _configs.check("unit_products", image, D, _configs.MAX_WIDTH)
+    _configs.check("unit_products", image, D, _limits.MAX_WIDTH)
     target = _configs.target_of(image)
     sizes = grad_products.shape
     elements = _tiles.choose("unit_products_bwd", image.dtype, "", sizes, target).elements
