@@ -121,6 +121,14 @@ def slices(out: torch.Tensor, count: int) -> torch.Tensor:
     return out.new_empty((count, *out.shape), dtype=torch.float32)
 
 
+def query_slices(d_query: torch.Tensor, chunks: int) -> torch.Tensor:
+    """`d_query` [B|1, H, K, d] itself, or for a shared query a float32 slice for each chunk."""
+    if d_query.shape[0] == chunks:
+        return d_query
+    _, H, K, d = d_query.shape
+    return d_query.new_empty((chunks, K, H, d), dtype=torch.float32).transpose(1, 2)
+
+
 def padded(size: int) -> int:
     """Power of two >= 16 that holds `size`."""
     return max(16, triton.next_power_of_2(size))

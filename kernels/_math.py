@@ -11,6 +11,26 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def head_program(H, rows, BLOCK: tl.constexpr):
+    """(image or chunk of images, head, tile of rows) of a program; neighbours share a head."""
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(rows, BLOCK)
+    chunk = (pid // num_tiles // H).to(tl.int64)
+    return chunk, (pid // num_tiles % H).to(tl.int64), (pid % num_tiles).to(tl.int64)
+
+
+@triton.jit
+def column_program(K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(chunk of images, class tile, columns [BLOCK_D]) of a program; without a class one tile."""
+    pid = tl.program_id(0)
+    num_cols = tl.cdiv(D, BLOCK_D)
+    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
+    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    tile = (pid // num_cols % num_tiles).to(tl.int64)
+    return chunk, tile, (pid % num_cols).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+
+@triton.jit
 def load_rows(ptr, offs_row, offs_d, stride_row, stride_d, in_row, D):
     """[rows, BLOCK_D] tile; rows and columns that do not exist read as 0 and are never touched."""
     offs = offs_row[:, None] * stride_row + offs_d[None, :] * stride_d
@@ -143,9 +163,12 @@ def sum_partials_kernel(
 
 
 def sum_partials(partial, out):
-    """out = partial.sum(0), float32 [P, ...]; both in dense memory of the same order."""
+    """out = partial.sum(0), float32 [P, ...]; both in dense memory of the same order.
+
+    Where the kernels wrote to `out` itself, `partial is out`, nothing is left to do.
+    """
     size = out.numel()
-    if size:
+    if size and partial is not out:
         grid = (triton.cdiv(size, 128),)
         sum_partials_kernel[grid](
             partial, out, partial.shape[0], size, BLOCK_P=16, BLOCK_N=128,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _configs, _limits, _tiles
-from ._math import LN2, LOG2E, attended, dot, load_rows, row_max, store_rows
+from ._math import LN2, LOG2E, attended, dot, head_program, load_rows, row_max, store_rows
 from .cross_attn_bwd import cross_attn_bwd
 
 __all__ = ["cross_attn_bwd", "cross_attn_fwd"]
@@ -36,11 +36,9 @@ def cross_attn_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile); neighbours share the keys of an image and a head
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    first = (pid // num_tiles // H).to(tl.int64) * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
+    first = chunk * images_per_program
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K

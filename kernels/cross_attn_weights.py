@@ -10,15 +10,31 @@ import triton
 import triton.language as tl
 
 from . import _configs, _limits, _tiles
-from ._math import LOG2E, attended, cast, dot, load_rows, row_max, store_rows, sum_partials
+from ._math import (
+    LOG2E,
+    attended,
+    cast,
+    dot,
+    head_program,
+    load_rows,
+    row_max,
+    store_rows,
+    sum_partials,
+)
 
 
 @triton.jit
-def load_weights(ptr, offs_row, offs_col, stride_row, stride_col, in_row, in_col):
-    """[rows, columns] float32 tile of a [K, L] matrix, 0 outside."""
-    offs = offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
+def load_weights(
+    p_ptr, d_p_ptr, offs_row, offs_col,
+    stride_p_row, stride_p_col, stride_d_p_row, stride_d_p_col, in_row, in_col,
+):  # fmt: skip
+    """(P, dP) [rows, columns] float32 tiles of [K, L] matrices, 0 outside, dP where P is 0 too."""
     mask = in_row[:, None] & in_col[None, :]
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    offs = offs_row[:, None] * stride_p_row + offs_col[None, :] * stride_p_col
+    p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    offs = offs_row[:, None] * stride_d_p_row + offs_col[None, :] * stride_d_p_col
+    d_p = tl.load(d_p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return p, tl.where(p != 0.0, d_p, 0.0)
 
 
 @triton.jit
@@ -42,11 +58,9 @@ def cross_attn_weights_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile), one image a chunk unless they share the query
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    first = (pid // num_tiles // H).to(tl.int64) * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
+    first = chunk * images_per_program
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -118,12 +132,9 @@ def cross_attn_weights_bwd_query_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    chunk = (pid // num_tiles // H).to(tl.int64)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -138,26 +149,20 @@ def cross_attn_weights_bwd_query_kernel(
         delta = tl.zeros((BLOCK_K,), tl.float32)  # rowsum(P * dP)
         for start in tl.range(0, L, BLOCK_L, disable_licm=True):
             cols = start + offs_l
-            in_l = cols < L
-            p = load_weights(
-                p_b, offs_k, cols, stride_weights_k, stride_weights_l, in_k, in_l
+            p, d_p = load_weights(
+                p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
+                stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
             )  # fmt: skip
-            d_p = load_weights(
-                d_p_b, offs_k, cols, stride_d_weights_k, stride_d_weights_l, in_k, in_l
-            )  # fmt: skip
-            delta += tl.sum(p * tl.where(p != 0.0, d_p, 0.0), axis=1)
+            delta += tl.sum(p * d_p, axis=1)
         tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
 
         for start in tl.range(0, L, BLOCK_L, disable_licm=True):
             cols = start + offs_l
-            in_l = cols < L
-            p = load_weights(
-                p_b, offs_k, cols, stride_weights_k, stride_weights_l, in_k, in_l
+            p, d_p = load_weights(
+                p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
+                stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
             )  # fmt: skip
-            d_p = load_weights(
-                d_p_b, offs_k, cols, stride_d_weights_k, stride_d_weights_l, in_k, in_l
-            )  # fmt: skip
-            d_s = p * (tl.where(p != 0.0, d_p, 0.0) - delta[:, None])
+            d_s = p * (d_p - delta[:, None])
             used = tl.max((p != 0.0).to(tl.int32), axis=0) != 0  # [BLOCK_L]
             k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, used, D)
             acc += dot(d_s.to(k.dtype), k, PRECISION)
@@ -184,11 +189,8 @@ def cross_attn_weights_bwd_key_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image, head, key tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(L, BLOCK_L)
-    h = (pid // num_tiles % H).to(tl.int64)
-    b = (pid // num_tiles // H).to(tl.int64)
-    offs_l = (pid % num_tiles).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    b, h, tile = head_program(H, L, BLOCK_L)
+    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_l = offs_l < L
@@ -203,14 +205,12 @@ def cross_attn_weights_bwd_key_kernel(
         rows = start + offs_k
         in_k = rows < K
         # transposed tiles [BLOCK_L, BLOCK_K]
-        p = load_weights(
-            weights_ptr, offs_l, rows, stride_weights_l, stride_weights_k, in_l, in_k
-        )  # fmt: skip
-        d_p = load_weights(
-            d_weights_ptr, offs_l, rows, stride_d_weights_l, stride_d_weights_k, in_l, in_k
+        p, d_p = load_weights(
+            weights_ptr, d_weights_ptr, offs_l, rows, stride_weights_l, stride_weights_k,
+            stride_d_weights_l, stride_d_weights_k, in_l, in_k,
         )  # fmt: skip
         delta = tl.load(delta_ptr + rows, mask=in_k, other=0.0)
-        d_s = p * (tl.where(p != 0.0, d_p, 0.0) - delta[None, :])
+        d_s = p * (d_p - delta[None, :])
         used = tl.maximum(used, tl.max((p != 0.0).to(tl.int32), axis=1))
         q = load_rows(query_ptr, rows, offs_d, stride_query_k, stride_query_d, in_k, D)
         acc += dot(d_s.to(q.dtype), q, PRECISION)
@@ -271,9 +271,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     programs = H * triton.cdiv(K, tile.block_k)
     images = _configs.images_per_program(B, programs, target) if shared else 1
     chunks = triton.cdiv(B, images)
-    partial = d_query  # one slice per chunk, or per image
-    if shared and chunks != 1:
-        partial = query.new_empty((chunks, K, H, d), dtype=torch.float32).transpose(1, 2)
+    partial = _configs.query_slices(d_query, chunks)
     with torch.cuda.device_of(query):
         if programs * chunks:
             cross_attn_weights_bwd_query_kernel[(programs * chunks,)](
@@ -281,8 +279,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
                 *grad_weights.stride(), *weights.stride(), *key.stride(), *partial.stride(),
                 scale, B, H, K, L, d, images, **settings,
             )  # fmt: skip
-        if partial is not d_query:
-            sum_partials(partial, d_query)
+        sum_partials(partial, d_query)
         if B * H * L:
             cross_attn_weights_bwd_key_kernel[(B * H * triton.cdiv(L, tile.block_l),)](
                 grad_weights, weights, query, delta, d_key,

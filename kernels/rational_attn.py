@@ -15,7 +15,19 @@ import triton
 import triton.language as tl
 
 from . import _configs, _limits, _tiles
-from ._math import LN2, LOG2E, cast, dot, fused, in_powers, load_row, load_rows, row_max, store_rows
+from ._math import (
+    LN2,
+    LOG2E,
+    cast,
+    dot,
+    fused,
+    head_program,
+    in_powers,
+    load_row,
+    load_rows,
+    row_max,
+    store_rows,
+)
 from .rational_attn_bwd import rational_attn_bwd
 
 __all__ = ["rational_attn_bwd", "rational_attn_fwd"]
@@ -85,12 +97,9 @@ def rational_attn_fwd_kernel(
     MAPS: tl.constexpr = HAS_TEXT or HAS_PAIR
     BOTH: tl.constexpr = HAS_TEXT and HAS_PAIR
     FIRST: tl.constexpr = 1 if HAS_TEXT else 2
-    pid = tl.program_id(0)
     rows_in_all = K * MAPS + HAS_IMAGE
     num_tiles = tl.cdiv(rows_in_all, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    b = (pid // num_tiles // H).to(tl.int64)
-    tile = (pid % num_tiles).to(tl.int64)
+    b, h, tile = head_program(H, rows_in_all, BLOCK_K)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     if not MAPS:
         offs_k += K  # the image's row alone
@@ -247,11 +256,7 @@ def rational_attn_combine_kernel(
     MAPS: tl.constexpr = HAS_TEXT or HAS_PAIR
     BOTH: tl.constexpr = HAS_TEXT and HAS_PAIR
     FIRST: tl.constexpr = 1 if HAS_TEXT else 2
-    pid = tl.program_id(0)
-    num_rows = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_rows % H).to(tl.int64)
-    b = (pid // num_rows // H).to(tl.int64)
-    tile = (pid % num_rows).to(tl.int64)
+    b, h, tile = head_program(H, K, BLOCK_K)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _configs, _limits, _tiles
-from ._math import cast, load_row, load_rows, opened, store_rows, sum_partials
+from ._math import cast, column_program, load_row, load_rows, opened, store_rows, sum_partials
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -62,14 +62,9 @@ def rational_logits_bwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, class tile, column tile)
-    pid = tl.program_id(0)
-    num_cols = tl.cdiv(D, BLOCK_D)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    tile = (pid // num_cols % num_tiles).to(tl.int64)
-    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    chunk, tile, offs_d = column_program(K, D, BLOCK_K, BLOCK_D)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_d = (pid % num_cols).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_k = offs_k < K
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
     d_text = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -136,6 +131,5 @@ def rational_logits_bwd(grad_logits, image, text, mask, scale):
                 BLOCK_K=rows, BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=True,
             )  # fmt: skip
         for slices, out in ((slices_image, d_image), (slices_text, d_text)):
-            if slices is not out:
-                sum_partials(slices, out)
+            sum_partials(slices, out)
     return d_image, d_text, d_mask

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import _configs, _limits, _tiles
-from ._math import load_row, load_rows, store_rows, unit_rows
+from ._math import column_program, load_row, load_rows, store_rows, unit_rows
 from .cosine_logits import reciprocal_norms
 from .cosine_logits_bwd import project
 
@@ -71,14 +71,9 @@ def unit_products_bwd_kernel(
 ):  # fmt: skip
     # program = (image chunk, class tile, column tile). The gradient of v is grad_image plus the
     # sum over classes of grad_products * t; the first tile starts from grad_image, and alike for t.
-    pid = tl.program_id(0)
-    num_cols = tl.cdiv(D, BLOCK_D)
-    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
-    tile = (pid // num_cols % num_tiles).to(tl.int64)
-    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    chunk, tile, offs_d = column_program(K, D, BLOCK_K, BLOCK_D)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_d = (pid % num_cols).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_k = offs_k < K
     in_d = offs_d < D
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
