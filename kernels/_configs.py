@@ -91,7 +91,7 @@ def kinds(
     text_query: torch.Tensor | None,
     pair_query: torch.Tensor | None,
 ) -> dict[str, bool]:
-    """Which queries rational_attn was given, as its kernels' switches."""
+    """Which queries rational_attn has, as its kernels' switches."""
     return {
         "HAS_IMAGE": image_query is not None,
         "HAS_TEXT": text_query is not None,

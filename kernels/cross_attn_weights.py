@@ -106,7 +106,7 @@ def cross_attn_weights_fwd_kernel(
             top = tl.where(top == float("-inf"), 0.0, top)
             total = tl.where(total == 0.0, 1.0, total)
 
-            # the scores again: cheaper than keeping a row of them for any L
+            # the scores are recomputed: cheaper than keeping a row of them for any L
             for start in range(0, L, BLOCK_L):
                 cols = start + offs_l
                 keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)

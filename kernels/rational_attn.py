@@ -110,7 +110,7 @@ def rational_attn_fwd_kernel(
     index = b * H + h
     maps = B.to(tl.int64) * H
 
-    # a: rows of the text, or of the pairs where there is no text; c: of the pairs beside the text
+    # a: rows of the text, or of the pairs where there is no text; c: of the pairs next to the text
     if HAS_TEXT:
         text_ptr += b * stride_text_b + h * stride_text_h
         q_a = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rational attention backward, without atomics and without a K x K map in memory.
 
-A is made again from the map's maximum and sum alone. With dA = d_out value^T, the same for both,
+A is recomputed from the map's maximum and sum alone. With dA = d_out value^T, the same for both,
     dS = A * (dA - c),   c = mean_i <d_out_i, part_i>,   a scalar per map,
 and for the image's row, of weights p and gradient r = sum_i d_out_i: ds = p * (r value^T - <r, o>).
 `sums` forms c and r; one kernel forms d_key and d_value per (image, head, key tile) in a loop over
@@ -34,7 +34,7 @@ def rational_attn_bwd_sums_kernel(
     d_out_ptr,  # [B, H, K, D]
     parts_ptr,  # [kinds, B, H, K, D]
     image_out_ptr,  # [B, H, D] float32, contiguous
-    c_ptr,  # [3, B, H] float32, contiguous: written for the kinds given
+    c_ptr,  # [3, B, H] float32, contiguous: written for the kinds that exist
     row_ptr,  # [B, H, D] float32, contiguous: written
     stride_d_out_b, stride_d_out_h, stride_d_out_k, stride_d_out_d,
     stride_parts_x, stride_parts_b, stride_parts_h, stride_parts_k, stride_parts_d,

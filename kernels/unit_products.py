@@ -2,7 +2,7 @@
 """v = sqrt(s) image / |image|, t = sqrt(s) text / |text|, products[b, k] = v[b] * t[k]; backward.
 
 Bound by the memory of the products, and where classes are few by the number of launches: the
-forward is one. Each of its programs makes the rows it needs again, which lie in the caches. A
+forward is one. Each of its programs recomputes the unit rows it needs; they lie in the caches. A
 backward program keeps one tile of texts and streams images past it, as in rational_logits.py.
 """
 
