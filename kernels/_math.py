@@ -91,6 +91,28 @@ def row_max(x):
 
 
 @triton.jit
+def scores(
+    q, key_ptr, mask_ptr, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l, scale_log2, L, D,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """([BLOCK_K, BLOCK_L] scores in powers of two, -inf where not attended; attended [BLOCK_L])."""
+    keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
+    k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
+    s = dot(q, tl.trans(k), PRECISION) * scale_log2
+    return tl.where(keep[None, :], s, float("-inf")), keep
+
+
+@triton.jit
+def softmax_step(s, top, total):
+    """(exp2(s - new top), factor of what was summed before, new top, new total) of every row."""
+    new_top = tl.maximum(top, row_max(s))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no column: exp2(-inf) = 0, not NaN
+    shrink = tl.exp2(top - shift)
+    p = tl.exp2(s - shift[:, None])
+    return p, shrink, new_top, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
 def fused(x, factor, shift):
     """x * factor - shift, rounded once; the interpreter has no such instruction."""
     if INTERPRETED:

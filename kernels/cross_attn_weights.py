@@ -12,12 +12,13 @@ import triton.language as tl
 from . import _configs, _limits, _tiles
 from ._math import (
     LOG2E,
-    attended,
     cast,
     dot,
     head_program,
     load_rows,
     row_max,
+    scores,
+    softmax_step,
     store_rows,
     sum_partials,
 )
@@ -78,10 +79,10 @@ def cross_attn_weights_fwd_kernel(
         weights_b = weights_ptr + (b * H + h) * K * L
 
         if ONE_TILE:
-            keep = attended(mask_b, offs_l, stride_mask_l, L, HAS_MASK)
-            k = load_rows(key_b, offs_l, offs_d, stride_key_l, stride_key_d, keep, D)
-            s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], powers of two
-            s = tl.where(keep[None, :], s, float("-inf"))
+            s, keep = scores(
+                q, key_b, mask_b, offs_l, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                scale_log2, L, D, HAS_MASK, PRECISION,
+            )  # fmt: skip
             top = row_max(s)
             top = tl.where(top == float("-inf"), 0.0, top)
             p = tl.exp2(s - top[:, None])
@@ -94,24 +95,21 @@ def cross_attn_weights_fwd_kernel(
             total = tl.zeros((BLOCK_K,), tl.float32)
             for start in range(0, L, BLOCK_L):
                 cols = start + offs_l
-                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
-                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-                s = dot(q, tl.trans(k), PRECISION) * scale_log2
-                s = tl.where(keep[None, :], s, float("-inf"))
-                new_top = tl.maximum(top, row_max(s))
-                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-                shrunk = total * tl.exp2(top - shift)
-                total = shrunk + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
-                top = new_top
+                s, keep = scores(
+                    q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                    scale_log2, L, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
+                _, _, top, total = softmax_step(s, top, total)
             top = tl.where(top == float("-inf"), 0.0, top)
             total = tl.where(total == 0.0, 1.0, total)
 
             # the scores are recomputed: cheaper than keeping a row of them for any L
             for start in range(0, L, BLOCK_L):
                 cols = start + offs_l
-                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
-                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-                s = dot(q, tl.trans(k), PRECISION) * scale_log2
+                s, keep = scores(
+                    q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                    scale_log2, L, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
                 p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) / total[:, None], 0.0)
                 store_weights(weights_b, p, offs_k, cols, in_k, L)
 
