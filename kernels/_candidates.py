@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles worth timing beside a given one; `vtclip tune` walks from the built-in tile along them."""
+"""Tiles worth timing next to another; `vtclip tune` walks from the built-in tile along them."""
 
 from __future__ import annotations
 
 import torch
 
 from ._configs import Target, padded
-from ._tiles import KINDS, AnyTile, CosineTile, HeadTile, RowTile, fitted
+from ._tiles import KINDS, AnyTile, ColumnTile, CosineTile, HeadTile, RowTile, fitted
 
 REGISTERS = 200  # float32 of one thread that sums and scores may take; the rest is for addresses
 
@@ -43,6 +43,11 @@ def fits(
         sides = (tile.block_n + tile.block_j) * tile.block_d
         held = tile.block_n * max(tile.block_j, tile.block_d) + sides
         shared = (sides + tile.block_n * tile.block_j) * 4 * tile.num_stages
+    elif isinstance(tile, ColumnTile):
+        blocks, step = (tile.block_k, tile.block_n), tile.block_k * tile.block_n
+        # the forward holds three matrices and some sums of them, the backward nine
+        held = step * (9 if kind == "ffn_cosine_bwd" else 5)
+        shared = 3 * step * width * tile.num_stages
     else:
         blocks = (tile.block_k, tile.block_l)
         d = padded(sizes[4])
@@ -60,16 +65,16 @@ def neighbours(
     kind: str, tile: AnyTile, dtype: torch.dtype, sizes: tuple[int, ...], target: Target
 ) -> list[AnyTile]:
     """Tiles that differ from `tile` in one number, twice or half of it, or one stage; that fit."""
-    found: list[AnyTile] = []
+    near: list[AnyTile] = []
     for name, value in zip(tile._fields, tile, strict=True):
         others = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         for other in others:
-            near = fitted(kind, tile._replace(**{name: other}), sizes)
-            if near != tile and near not in found and fits(kind, near, dtype, sizes, target):
-                found.append(near)
+            changed = fitted(kind, tile._replace(**{name: other}), sizes)
+            if changed not in (tile, *near) and fits(kind, changed, dtype, sizes, target):
+                near.append(changed)
     if kind == "rational_one_bwd":  # all classes lie in one tile, on both sides
-        return [near for near in found if near[:2] == tile[:2]]
-    return found
+        return [changed for changed in near if changed[:2] == tile[:2]]
+    return near
 
 
 def valid(kind: str, numbers: object) -> bool:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from vtclip.backends.problem import ATTENTION, MAX_HEAD_WIDTH, Problem, constant_when_traced
+from vtclip.backends.problem import ATTENTION, Problem, constant_when_traced
+from vtclip.kernels._limits import MAX_HEAD_WIDTH
 
 HALF_TO_DOUBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -12,7 +12,6 @@ Impl = Literal["reference", "cpu", "cuda", "triton"]
 Reason = TypeVar("Reason", bound=Callable[..., object])
 
 ATTENTION = ("cross_attn", "cross_attn_weights", "rational_attn")  # width = head width
-MAX_HEAD_WIDTH = 256  # of every kernel: one padded row of a head lies in one tile
 
 
 class Problem(NamedTuple):

@@ -12,11 +12,9 @@ from typing import Any, Literal
 
 import torch
 
-from vtclip.backends.problem import ATTENTION, MAX_HEAD_WIDTH, Problem, constant_when_traced
+from vtclip.backends.problem import ATTENTION, Problem, constant_when_traced
 from vtclip.backends.schemas import FAKES
-
-MAX_FEATURE_WIDTH = 16384  # one row of features lies in one block
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from vtclip.kernels import _limits
 
 
 def interpreted() -> bool:
@@ -52,14 +50,8 @@ class _Triton:
         missing = _missing()
         if missing:
             reasons.append(missing)
-        if problem.dtype not in KERNEL_DTYPES:
-            reasons.append(f"has no {str(problem.dtype).removeprefix('torch.')} kernel")
-        attention = problem.op in ATTENTION
-        limit = MAX_HEAD_WIDTH if attention else MAX_FEATURE_WIDTH
-        if problem.width > limit:
-            kind = "head width" if attention else "width"
-            reasons.append(f"{kind} {problem.width} is above {limit}")
-        return tuple(reasons)
+        limit = _limits.MAX_HEAD_WIDTH if problem.op in ATTENTION else _limits.MAX_WIDTH
+        return (*reasons, *_limits.why_not(problem.dtype, problem.width, limit))
 
     def function(self, name: str) -> Callable[..., Any]:
         function: Callable[..., Any] = getattr(torch.ops.vtclip, f"{name}_triton")
