@@ -67,14 +67,7 @@ def cross_attn(device: str, dtype: torch.dtype, **shape: int) -> Work:
     del work.providers["sdpa, query expanded"]
     work.providers |= {name: sdpa_by(backend) for name, backend in SDPA.items()}
     if device == "cuda":
-        from vtclip.kernels.cross_attn_descriptor import cross_attn_descriptor_fwd
-
         work.providers["vtclip, impl=cuda"] = lambda *t: ops.cross_attn(*t, impl="cuda")
-        descriptors = "vtclip, tensor descriptors"
-        work.providers[descriptors] = lambda *t: cross_attn_descriptor_fwd(*t, shape["d"] ** -0.5)[
-            0
-        ]
-        work.forward_only = (*work.forward_only, descriptors)
     work.backward_memory = True
     return work
 

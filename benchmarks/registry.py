@@ -7,10 +7,8 @@ Add an operator by adding a function that returns a `Work` and its rows to `CASE
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import baselines
 import rada_baselines
@@ -103,16 +101,6 @@ def norm_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int) 
     )
 
 
-def _tail_with_own_product(*tensors: Tensor) -> Tensor:
-    """ffn_cosine_logits with the product made in the Triton kernels, whatever they would choose."""
-    configs: Any = importlib.import_module("vtclip.kernels._gemm_configs")
-    before, configs.stores_product = configs.stores_product, lambda target: False
-    try:
-        return ops.ffn_cosine_logits(*tensors, scale=100.0, impl="triton")
-    finally:
-        configs.stores_product = before
-
-
 def ffn_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int, F: int) -> Work:
     shapes = ((B, K, F), (C, F), (C,), (B, K, C), (C,), (C,), (K, C), (B, C))
     sizes = (1.0, F**-0.5, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -133,8 +121,6 @@ def ffn_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int, F
         "linear, norm_cosine_logits": linear_then_norm,
         "linear, layer_norm, add, cosine": plain,
     }
-    if device == "cuda":
-        providers["product in the Triton kernels"] = _tail_with_own_product
     work = Work(
         leaves,
         providers,

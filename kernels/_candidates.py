@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ._configs import Target, padded
-from ._tiles import KINDS, AnyTile, CosineTile, HeadTile, RowTile, fitted
+from ._tiles import KINDS, AnyTile, ColumnTile, CosineTile, HeadTile, RowTile, fitted
 
 REGISTERS = 200  # float32 of one thread that sums and scores may take; the rest is for addresses
 
@@ -43,6 +43,11 @@ def fits(
         sides = (tile.block_n + tile.block_j) * tile.block_d
         held = tile.block_n * max(tile.block_j, tile.block_d) + sides
         shared = (sides + tile.block_n * tile.block_j) * 4 * tile.num_stages
+    elif isinstance(tile, ColumnTile):
+        blocks, step = (tile.block_k, tile.block_n), tile.block_k * tile.block_n
+        # the forward holds three matrices and some sums of them, the backward nine
+        held = step * (9 if kind == "ffn_cosine_bwd" else 5)
+        shared = 3 * step * width * tile.num_stages
     else:
         blocks = (tile.block_k, tile.block_l)
         d = padded(sizes[4])

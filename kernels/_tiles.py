@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of every kernel: a table per architecture and number format, and a formula for few classes.
 
-`choose` is a function of kind, dtype, precision, sizes and target alone: nothing is timed at run
+A tile is a function of kind, dtype, precision, sizes and target alone: nothing is timed at run
 time. Where a user has asked for a table that `vtclip tune` timed, its entry of exactly these sizes
-is taken instead.
+is taken instead. The one state is which function the launchers ask, `choosing` and `use_tuned`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -53,13 +54,24 @@ class CosineTile(NamedTuple):
     launch = launch_options
 
 
+class ColumnTile(NamedTuple):
+    """ffn_cosine_logits, which reads its product: class rows and columns of one step."""
+
+    block_k: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    launch = launch_options
+
+
 class RowTile(NamedTuple):
     """Kernels without a product: elements of a tile of rows."""
 
     elements: int
 
 
-AnyTile = Tile | HeadTile | CosineTile | RowTile
+AnyTile = Tile | HeadTile | CosineTile | ColumnTile | RowTile
 ATTENTION_SIZES = ("B", "H", "K", "L", "d")
 
 
@@ -85,6 +97,8 @@ KINDS: dict[str, Kind] = {
     "head_bwd": Kind(HeadTile, ("B", "K", "D")),
     "cosine_fwd": Kind(CosineTile, ("B", "K", "D")),
     "cosine_gather": Kind(CosineTile, ("N", "J", "D")),
+    "ffn_cosine_fwd": Kind(ColumnTile, ("B", "K", "D")),
+    "ffn_cosine_bwd": Kind(ColumnTile, ("B", "K", "D")),
     "norm_cosine_fwd": Kind(RowTile, ("B", "K", "D")),
     "norm_cosine_bwd": Kind(RowTile, ("B", "K", "D")),
     "rational_logits": Kind(RowTile, ("B", "K", "D")),
@@ -159,6 +173,8 @@ _HEAD_TILES = {
 _OTHER_TILES = {
     "cosine_fwd": (32, 32, 64, 4, 2),
     "cosine_gather": (32, 32, 64, 8, 2),
+    "ffn_cosine_fwd": (16, 128, 4, 1),
+    "ffn_cosine_bwd": (32, 64, 4, 1),
     "norm_cosine_fwd": (8192,),
     "norm_cosine_bwd": (4096,),
     "rational_logits": (4096,),
@@ -235,20 +251,13 @@ def fitted(kind: str, tile: AnyTile, sizes: tuple[int, ...]) -> AnyTile:
             block_n=min(tile.block_n, columns),
             block_d=min(tile.block_d, columns),
         )
+    if isinstance(tile, ColumnTile):
+        block_k, block_n = (
+            min(tile.block_k, padded(size["K"])),
+            min(tile.block_n, padded(size["D"])),
+        )
+        return tile._replace(block_k=block_k, block_n=block_n)
     return tile
-
-
-_tuned: Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]] = {}
-
-
-def use_tuned(tables: Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]]) -> None:
-    """Take tiles from `tables`, by (device name, capability) and `entry_name`, where they have any.
-
-    Entries are trusted; {} goes back to the built-in table.
-    """
-    global _tuned
-    _tuned = tables
-    choose.cache_clear()
 
 
 def entry_name(kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...]) -> str:
@@ -258,21 +267,66 @@ def entry_name(kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, 
     return " ".join((*words, *(f"{name}{size}" for name, size in named)))
 
 
-@functools.lru_cache(maxsize=4096)
+# from (kind, dtype, precision, sizes, target), the sizes in the order of `KINDS[kind].sizes`
+Chooser = Callable[[str, torch.dtype, str, tuple[int, ...], Target], AnyTile]
+# by (device name, capability), then by `entry_name`
+Tables = Mapping[tuple[str, int], Mapping[str, tuple[int, ...]]]
+
+
+def from_tables(tables: Tables) -> Chooser:
+    """Takes tiles from `tables`, whose entries are trusted, and where they have none built-in ones.
+
+    It remembers what it returned: formatting a table's key would take a launch some microseconds.
+    """
+
+    @functools.lru_cache(maxsize=4096)
+    def chooser(
+        kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...], target: Target
+    ) -> AnyTile:
+        table = tables.get((target.name, target.capability), {})
+        numbers = table.get(entry_name(kind, dtype, precision, sizes)) if table else None
+        if numbers is None:
+            tile = built_in(kind, dtype, precision, sizes, target)
+        else:
+            tile = KINDS[kind].tile(*numbers)
+        return fitted(kind, tile, sizes)
+
+    return chooser
+
+
+_chooser: Chooser = from_tables({})  # of all threads: a backward runs in torch's own
+
+
 def choose(
     kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...], target: Target
 ) -> AnyTile:
     """The tile of a launch; `sizes` in the order of `KINDS[kind].sizes`."""
-    table = _tuned.get((target.name, target.capability))
-    found = table.get(entry_name(kind, dtype, precision, sizes)) if table else None
-    if found is not None:
-        tile: AnyTile = KINDS[kind].tile(*found)
-    else:
-        tile = built_in(kind, dtype, precision, sizes, target)
-    return fitted(kind, tile, sizes)
+    return _chooser(kind, dtype, precision, sizes, target)
 
 
-HEAD_ROWS = 16384  # rows of d_m that the backward of rational_head keeps at a time
+def use_tuned(tables: Tables) -> None:
+    """Launchers take tiles from `tables` from now on; {} goes back to the built-in ones."""
+    global _chooser
+    _chooser = from_tables(tables)
+
+
+@contextmanager
+def choosing(chooser: Chooser) -> Iterator[None]:
+    """Within it launchers take their tiles from `chooser`."""
+    global _chooser
+    before, _chooser = _chooser, chooser
+    try:
+        yield
+    finally:
+        _chooser = before
+
+
+WORKSPACE_ROWS = 16384  # of a matrix [B, K, .] between a kernel and torch.mm
+
+
+def images_at_a_time(B: int, K: int) -> int:
+    """How many of B > 0 images with K > 0 rows each go through such a workspace together."""
+    return min(B, max(1, WORKSPACE_ROWS // K))
 
 
 def head_splits(programs: int, D: int, tile: HeadTile, target: Target) -> tuple[int, int]:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward of ffn_cosine_logits.
 
-Tiles of z are made again, as in the forward, and become d_z element by element from seven numbers
-per row. d_z is the gradient of residual_input; the two matrix products with it, d_hidden = d_z
-weight and d_weight = d_z^T hidden, are torch's. d_hidden takes the centred weight too: d_z sums to
-0 over C, but what a half type keeps of it does not.
+torch.mm recomputes the product as in the forward, and z becomes d_z element by element from seven
+numbers per row. d_z is the gradient of residual_input; the two matrix products with it, d_hidden =
+d_z weight and d_weight = d_z^T hidden, are torch's. d_hidden takes the centred weight too: d_z sums
+to 0 over C, but what a half type keeps of it does not.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _gemm_configs
-from ._math import dot, load_row, load_rows, store_rows, sum_partials
+from . import _configs, _tiles
+from ._math import load_row, load_rows, store_rows, sum_partials
 from .cosine_logits_bwd import project
 
 
@@ -41,34 +41,10 @@ def centred_kernel(
         store_rows(out_ptr, w.to(tl.float32) - mean[None, :], rows, offs_f, F, 1, in_c, F)
 
 
-@triton.jit
-def product_tile(
-    hidden_ptr, weight_ptr, product_ptr, offs_k, cols, in_k, stride_hidden_k, stride_hidden_f,
-    C, F,
-    FUSED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_K, BLOCK_N] float32 of one image's hidden weight^T, made here or read."""
-    if FUSED:
-        z = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-        offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-        in_n = cols < C
-        for start in range(0, F, BLOCK_D):
-            inner = start + offs_d
-            h = load_rows(hidden_ptr, offs_k, inner, stride_hidden_k, stride_hidden_f, in_k, F)
-            w = load_rows(weight_ptr, cols, inner, F, 1, in_n, F)
-            z += dot(h, tl.trans(w), PRECISION)
-    else:
-        z = load_rows(product_ptr, offs_k, cols, C, 1, in_k, C).to(tl.float32)
-    return z
-
-
 @triton.jit(do_not_specialize=["B", "K", "images_per_program", "stride_stat"])
 def ffn_cosine_logits_bwd_kernel(
     d_logits_ptr,  # [B, K]
-    hidden_ptr,  # [B, K, F], read if FUSED
-    weight_ptr,  # [C, F] centred, contiguous, read if FUSED
-    product_ptr,  # [B, K, C] hidden weight^T, contiguous, read if not FUSED
+    product_ptr,  # [B, K, C] hidden weight^T of the centred weight, contiguous
     bias_ptr,  # [C]
     state_ptr,  # [B, K, C] residual_input
     norm_weight_ptr,  # [C]
@@ -84,16 +60,14 @@ def ffn_cosine_logits_bwd_kernel(
     d_text_ptr,  # [chunks, K, C] float32, contiguous: written if FEATURES
     d_unit_ptr,  # [tiles, B, C] float32, slices of stride_slice: written if FEATURES
     stride_d_logits_b, stride_d_logits_k,
-    stride_hidden_b, stride_hidden_k, stride_hidden_f,
     stride_bias_c,
     stride_state_b, stride_state_k, stride_state_c,
     stride_norm_weight_c, stride_norm_bias_c,
     stride_text_k, stride_text_c,
     stride_image_b, stride_image_c,
     stride_stat, stride_slice,
-    residual, scale, B, K, C, F, images_per_program,
-    FUSED: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    residual, scale, B, K, C, images_per_program,
+    FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, class tile, column tile); with v = image / |image|, u = y / |y|:
     # d_y = step (v - cosine u),  step = scale d_logit / |y|,
@@ -120,11 +94,7 @@ def ffn_cosine_logits_bwd_kernel(
 
     for i in range(0, tl.minimum(images_per_program, B - first)):
         b = first + i
-        z = product_tile(
-            hidden_ptr + b * stride_hidden_b, weight_ptr, product_ptr + b * K * C,
-            offs_k, cols, in_k, stride_hidden_k, stride_hidden_f, C, F,
-            FUSED, PRECISION, BLOCK_K, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        z = load_rows(product_ptr + b * K * C, offs_k, cols, C, 1, in_k, C).to(tl.float32)
         stats = stats_ptr + b * K + offs_k
         mean = tl.load(stats, mask=in_k, other=0.0)
         shift = tl.load(stats + stride_stat, mask=in_k, other=0.0)
@@ -177,6 +147,20 @@ def centred(weight):
     return out
 
 
+def products(hidden, weight):
+    """(slice of images, hidden weight^T [., K, C] of them) in turn, in one reused workspace."""
+    B, K, F = hidden.shape
+    batch = _tiles.images_at_a_time(B, K)
+    workspace = hidden.new_empty((batch, K, weight.shape[0]))
+    for start in range(0, B, batch):
+        part = slice(start, start + batch)
+        count = hidden[part].shape[0]
+        product = workspace[:count]
+        rows = hidden[part].reshape(count * K, F)
+        torch.mm(rows, weight.t(), out=product.view(count * K, -1))
+        yield part, product
+
+
 def ffn_cosine_logits_bwd(
     grad_logits, hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image,
     stats, image_rnorm, residual, scale, features,
@@ -194,17 +178,11 @@ def ffn_cosine_logits_bwd(
         return tuple(grads)
     d_hidden, d_weight, d_bias, d_z, d_norm_weight, d_norm_bias, d_text, d_image = grads
     target = _configs.target_of(hidden)
-    fused = not _gemm_configs.stores_product(target)
-    kind = "bwd" if fused else "grad"
-    chosen = _gemm_configs.tile(kind, hidden.dtype, K, C, F, target)
-    tiles, columns = triton.cdiv(K, chosen.block_k), triton.cdiv(C, chosen.block_n)
-    batch, product = B, residual_input  # a stand-in that is not read
-    if not fused:
-        batch = min(B, max(1, _gemm_configs.ROWS // K))
-        product = hidden.new_empty((batch, K, C))
+    tile = _tiles.choose("ffn_cosine_bwd", hidden.dtype, "", (B, K, C), target)
+    tiles, columns = triton.cdiv(K, tile.block_k), triton.cdiv(C, tile.block_n)
+    batch = _tiles.images_at_a_time(B, K)
     images = _configs.images_per_program(batch, tiles * columns, target)
-    starts = range(0, B, batch)
-    chunks = [triton.cdiv(min(batch, B - start), images) for start in starts]
+    chunks = [triton.cdiv(min(batch, B - start), images) for start in range(0, B, batch)]
     part_bias, part_weight, part_norm_bias = (
         hidden.new_empty((sum(chunks), tiles, C), dtype=torch.float32) for _ in range(3)
     )
@@ -213,27 +191,19 @@ def ffn_cosine_logits_bwd(
     done = 0
     with torch.cuda.device_of(hidden):
         centred_weight = centred(weight)
-        for i, start in enumerate(starts):
-            part = slice(start, start + batch)
-            count = min(batch, B - start)
-            if not fused:
-                out = product[:count].view(-1, C)
-                torch.mm(hidden[part].reshape(count * K, F), centred_weight.t(), out=out)
+        for (part, product), count in zip(products(hidden, centred_weight), chunks, strict=True):
             grad, state, some = grad_logits[part], residual_input[part], image[part]
-            ffn_cosine_logits_bwd_kernel[(chunks[i] * tiles * columns,)](
-                grad, hidden[part], centred_weight, product, bias, state, norm_weight, norm_bias,
+            ffn_cosine_logits_bwd_kernel[(count * tiles * columns,)](
+                grad, product, bias, state, norm_weight, norm_bias,
                 text, some, image_rnorm[part], stats[:, part], d_z[part],
                 part_bias[done:], part_weight[done:], part_norm_bias[done:],
                 part_text[done:], part_unit[:, part],
-                *grad.stride(), *hidden.stride(), *bias.stride(), *state.stride(),
-                *norm_weight.stride(), *norm_bias.stride(), *text.stride(), *some.stride(),
-                B * K, B * C, residual, scale, count, K, C, F, images,
-                FUSED=fused, FEATURES=features,
-                PRECISION=_configs.input_precision(hidden.dtype, target),
-                BLOCK_K=chosen.block_k, BLOCK_N=chosen.block_n, BLOCK_D=chosen.block_d,
-                **chosen.launch,
+                *grad.stride(), *bias.stride(), *state.stride(), *norm_weight.stride(),
+                *norm_bias.stride(), *text.stride(), *some.stride(), B * K, B * C,
+                residual, scale, some.shape[0], K, C, images,
+                FEATURES=features, BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, **tile.launch,
             )  # fmt: skip
-            done += chunks[i]
+            done += count
         rows = d_z.view(-1, C)
         torch.mm(rows, centred_weight, out=d_hidden.view(B * K, F))
         torch.mm(rows.t(), hidden.reshape(B * K, F), out=d_weight)

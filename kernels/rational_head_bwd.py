@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward of rational_head.
 
-m is made again; the kernel writes d_m and leaves what is summed from it element by element. The two
+m is recomputed; the kernel writes d_m and leaves what is summed from it element by element. The two
 matrix products with d_m, d_context = d_m weight and d_weight = d_m^T context, are torch's. d_m lies
 in a workspace of some thousand rows: large problems go through it a few images at a time.
 """
@@ -114,7 +114,7 @@ def rational_head_bwd(
     precision = _configs.input_precision(context.dtype, target)
     tile = _tiles.choose("head_bwd", context.dtype, precision, (B, K, D), target)
     tiles, columns = triton.cdiv(K, tile.block_k), triton.cdiv(D, tile.block_n)
-    batch = min(B, max(1, _tiles.HEAD_ROWS // K))  # images in the workspace at a time
+    batch = _tiles.images_at_a_time(B, K)
     images = _configs.images_per_program(batch, tiles * columns, target)
     starts = range(0, B, batch)
     chunks = [triton.cdiv(min(batch, B - start), images) for start in starts]

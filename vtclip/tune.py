@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -74,33 +73,28 @@ def gpu_timer(call: Call) -> float:
 
 @contextmanager
 def tiles_in_use(target: Any, entries: dict[str, tuple[int, ...]]) -> Iterator[None]:
-    """Within it launchers take `entries` first."""
+    """Within it launchers take `entries`, and for what these do not hold the built-in tiles."""
     from vtclip.kernels import _tiles
 
-    before = _tiles._tuned
-    _tiles.use_tuned({(target.name, target.capability): entries})
-    try:
+    with _tiles.choosing(_tiles.from_tables({(target.name, target.capability): entries})):
         yield
-    finally:
-        _tiles.use_tuned(before)
 
 
 def asked_by(call: Call) -> list[Asked]:
-    """What a call asks for, in order, each once."""
+    """What a call with the built-in tiles asks for, in order, each once."""
     from vtclip.kernels import _tiles
 
-    seen: list[Asked] = []
-    plain = _tiles.choose
+    asked: list[Asked] = []
+    built_in = _tiles.from_tables({})
 
-    def choose(*arguments: Any) -> Any:
-        if arguments not in seen:
-            seen.append(Asked(*arguments))
-        return plain(*arguments)
+    def chooser(*arguments: Any) -> Any:
+        if arguments not in asked:
+            asked.append(Asked(*arguments))
+        return built_in(*arguments)
 
-    choose.cache_clear = plain.cache_clear  # type: ignore[attr-defined]
-    with mock.patch.object(_tiles, "choose", choose):
+    with _tiles.choosing(chooser):
         call()
-    return seen
+    return asked
 
 
 def same(found: Sequence[Tensor], expected: Sequence[Tensor], precision: str) -> bool:
@@ -145,19 +139,20 @@ def walk(
     times: dict[Any, float] = {}
     for _ in range(STEPS):
         near = _candidates.neighbours(asked.kind, tile, dtype, sizes, target)
-        fresh = [one for one in near if one not in times and one not in broken]
+        fresh = [candidate for candidate in near if candidate not in times.keys() | broken]
         for candidate in list(fresh):
             if not works(results, candidate, expected, asked.precision):
                 broken.add(candidate)
                 fresh.remove(candidate)
         if not fresh:
             break
-        rounds: dict[Any, list[float]] = {one: [] for one in (tile, *fresh)}
+        rounds: dict[Any, list[float]] = {candidate: [] for candidate in (tile, *fresh)}
         for _ in range(ROUNDS):
-            for candidate, seen in rounds.items():
-                seen.append(milliseconds(candidate))
-        times |= {one: statistics.median(seen) for one, seen in rounds.items()}
-        best = fastest({one: times[one] for one in rounds}, tile)
+            for candidate, measured in rounds.items():
+                measured.append(milliseconds(candidate))
+        medians = {candidate: statistics.median(rounds[candidate]) for candidate in rounds}
+        times |= medians
+        best = fastest(medians, tile)
         if best == tile:
             break
         tile = best
@@ -180,7 +175,7 @@ def works(
 
 def fastest(times: dict[Any, float], now: Any) -> Any:
     """The key of the least time, or `now` unless that saves MARGIN."""
-    best = min(times, key=lambda one: times[one])
+    best = min(times, key=times.__getitem__)
     return best if times[best] < times[now] * (1.0 - MARGIN) else now
 
 
@@ -190,35 +185,19 @@ def tune(
     report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Tuned]:
     """Tiles of all kernels of `jobs` by key; only those that differ from the built-in ones."""
-    found: dict[str, Tuned] = {}
+    faster: dict[str, Tuned] = {}
     done: set[str] = set()
     for job in jobs:
         call = job.draw()
-        with tiles_in_use_none():
-            asked = asked_by(call)
-        for one in asked:
-            if one.key in done:
+        for asked in asked_by(call):
+            if asked.key in done:
                 continue
-            done.add(one.key)
-            entries = {key: tuned.tile for key, tuned in found.items()}
-            tuned = walk(call, one, entries, timer)
-            changed = tuned.after < tuned.before * (1.0 - MARGIN)
+            done.add(asked.key)
+            entries = {key: tuned.tile for key, tuned in faster.items()}
+            tuned = walk(call, asked, entries, timer)
             tiles = f"{tuned.tried} tiles timed, {tuned.dropped} dropped"
-            line = f"{job.name}: {one.key}: {tuned.before:.4f} ms built in"
+            line = f"{job.name}: {asked.key}: {tuned.before:.4f} ms built in"
             report(f"{line}, {tuned.after:.4f} ms with {list(tuned.tile)} ({tiles})")
-            if changed:
-                found[one.key] = tuned
-    return found
-
-
-@contextmanager
-def tiles_in_use_none() -> Iterator[None]:
-    """Within it launchers take the built-in tiles."""
-    from vtclip.kernels import _tiles
-
-    before = _tiles._tuned
-    _tiles.use_tuned({})
-    try:
-        yield
-    finally:
-        _tiles.use_tuned(before)
+            if tuned.after < tuned.before * (1.0 - MARGIN):
+                faster[asked.key] = tuned
+    return faster

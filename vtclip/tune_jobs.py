@@ -90,6 +90,14 @@ def vtclip_jobs(
         lambda given, out: (out[0], *given[:5], *out, *given[5:]),
     )
     yield from _pair(
+        "ffn_cosine_logits",  # few hidden units: tiles do not depend on them, torch.mm's time does
+        lambda: (
+            *(new(B, K, 64), new(C, 64), new(C), new(B, K, C), new(C), new(C)),
+            *(new(K, C), new(B, C), 1.0, 100.0, 1e-5),
+        ),
+        lambda given, out: (out[0], *given[:8], *out[1:], *given[8:10], False),
+    )
+    yield from _pair(
         "cosine_logits",
         lambda: (new(B, C), new(K, C), 100.0),
         lambda given, out: (out[0], *given[:2], *out[1:], given[2]),

@@ -25,11 +25,9 @@ from triton.runtime.jit import JITFunction
 (
     _candidates,
     _configs,
-    _gemm_configs,
     _tiles,
     cosine_logits,
     cross_attn,
-    cross_attn_descriptor,
     cross_attn_weights,
     ffn_cosine_logits,
     norm_cosine_logits,
@@ -43,11 +41,9 @@ from triton.runtime.jit import JITFunction
     for name in (
         "_candidates",
         "_configs",
-        "_gemm_configs",
         "_tiles",
         "cosine_logits",
         "cross_attn",
-        "cross_attn_descriptor",
         "cross_attn_weights",
         "ffn_cosine_logits",
         "norm_cosine_logits",
@@ -221,7 +217,6 @@ def launches(dtype, width, B=32, H=8, K=1000):
     rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
     if width != 128:
         return
-    cross_attn_descriptor.cross_attn_descriptor_fwd(query, new(B, H, 49, width), value, 0.1)
     C = H * width
     image, text, g = new(B, C), new(K, C), new(B, K)
     _, *rnorms = cosine_logits.cosine_logits_fwd(image, text, 1.0)
@@ -232,14 +227,11 @@ def launches(dtype, width, B=32, H=8, K=1000):
     tensors = (new(B, K, C), new(C), new(C), text, image)
     stats = norm_cosine_logits.norm_cosine_logits_fwd(*tensors, 1.0, 1.0, 1e-5)
     norm_cosine_logits.norm_cosine_logits_bwd(g, *tensors, *stats, 1.0, 1.0, 1e-5)
-    for F, stored in ((64, True), (64, False), (512, False)):  # 512: split
-        _gemm_configs.stores_product = lambda target, stored=stored: stored
-        few = slice(0, 2)
-        layer = (new(2, K, F), new(C, F), new(C), *tensors[:3], text, image)
-        layer = (*layer[:3], layer[3][few], *layer[4:7], image[few])
-        _, *kept = ffn_cosine_logits.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
-        for features in (False, True):
-            ffn_cosine_logits.ffn_cosine_logits_bwd(g[few], *layer, *kept, 1.0, 1.0, features)
+    few = slice(0, 2)  # its matrix products outside the kernels are computed
+    layer = (new(2, K, 64), new(C, 64), new(C), tensors[0][few], *tensors[1:4], image[few])
+    _, *kept = ffn_cosine_logits.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
+    for features in (False, True):
+        ffn_cosine_logits.ffn_cosine_logits_bwd(g[few], *layer, *kept, 1.0, 1.0, features)
     mask = new(B, K, C)
     rational_logits.rational_logits_fwd(image, text, mask, 1.0)
     rational_logits.rational_logits_bwd(g, image, text, mask, 1.0)
@@ -283,9 +275,9 @@ def candidates(dtype, precision, target, B=32, H=8, K=1000, L=49, d=128):
         assert len(near) >= 3, (kind, near)
         name = _tiles.entry_name(kind, dtype, precision, sizes)
         for one in near:
-            _tiles.use_tuned({(target.name, target.capability): {name: tuple(one)}})
-            call()
-        _tiles.use_tuned({})
+            table = {(target.name, target.capability): {name: tuple(one)}}
+            with _tiles.choosing(_tiles.from_tables(table)):
+                call()
 
 
 def main(package, target_name, dtype_name, precision, *widths):

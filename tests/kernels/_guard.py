@@ -37,7 +37,7 @@ def random(*shape):
 
 
 def main(package):
-    attn, weights, cosine, norm, rational, ending, masked, unit, sums, ffn, gemm_configs = (
+    attn, weights, cosine, norm, rational, ending, masked, unit, sums, ffn = (
         importlib.import_module(f"{package}.{name}")
         for name in (
             "cross_attn",
@@ -50,7 +50,6 @@ def main(package):
             "unit_products",
             "column_sums",
             "ffn_cosine_logits",
-            "_gemm_configs",
         )
     )
     plain_new_empty = torch.Tensor.new_empty
@@ -81,12 +80,10 @@ def main(package):
         forward = norm.norm_cosine_logits_fwd(*tensors, 1.0, 1.0, 1e-5)
         results += forward
         results += norm.norm_cosine_logits_bwd(g, *tensors, *forward, 1.0, 1.0, 1e-5)
-        for stored in (False, True):
-            gemm_configs.stores_product = lambda target, stored=stored: stored
-            layer = (random(B, K, 2 * d + 1), random(d, 2 * d + 1), random(d), *tensors)
-            forward = ffn.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
-            results += forward
-            results += ffn.ffn_cosine_logits_bwd(random(B, K), *layer, *forward[1:], 1.0, 1.0, True)
+        layer = (random(B, K, 2 * d + 1), random(d, 2 * d + 1), random(d), *tensors)
+        forward = ffn.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
+        results += forward
+        results += ffn.ffn_cosine_logits_bwd(random(B, K), *layer, *forward[1:], 1.0, 1.0, True)
         heads = (random(B, H, 1, d), query, *(random(B, H, K, d) for _ in range(3)))
         forward = rational.rational_attn_fwd(*heads, 0.5, True)
         results += forward

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """ffn_cosine_logits_fwd and ffn_cosine_logits_bwd: what the operators' tests do not see.
 
-Those compare logits and every gradient with the reference, in every dtype, over sizes and strides,
-with the product made in the kernels. Here: both ways to make the product, splits, what is kept for
-the backward, launches, memory, repeatability.
+Those compare logits and every gradient with the reference, in every dtype, over sizes and strides.
+Here: what is kept for the backward, launches, memory, repeatability.
 """
 
 import pytest
@@ -21,15 +20,6 @@ NAMES = (
     "d_image",
 )
 STATS = ("mean", "shift", "rstd", "rnorm", "cosine", "mean_g", "mean_gz")
-
-
-@pytest.fixture(params=[False, True], ids=["fused", "stored"])
-def stored(request, monkeypatch):
-    """Whether the kernels read a product made by torch.mm."""
-    from vtclip.kernels import _gemm_configs
-
-    monkeypatch.setattr(_gemm_configs, "stores_product", lambda target: request.param)
-    return request.param
 
 
 def problem(B, K, C, width, *, dtype=torch.float32, device="cpu"):
@@ -74,12 +64,12 @@ def relative(actual, wanted):
     return ((actual.cpu().double() - wanted).abs().max() / wanted.abs().max()).item()
 
 
-# one column tile and several, one class tile and several, splits (F above 3 steps, few programs)
+# one column tile and several, one class tile and several
 SHAPES = [(2, 3, 8, 16), (1, 17, 100, 20), (2, 40, 70, 150), (3, 5, 130, 33), (1, 1, 96, 300)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_products(shape, stored, device):
+def test_shapes(shape, device):
     layer, grad = problem(*shape, device=device)
     logits, (stats, image_rnorm), grads = run(layer, grad)
     wanted, wanted_stats, wanted_grads = oracle(layer, grad, 0.7, 3.0)
@@ -94,13 +84,14 @@ def test_both_products(shape, stored, device):
         assert relative(actual, want) < 128 * 2**-24, name
 
 
-def test_products_of_some_images_at_a_time(stored, device, monkeypatch):
+def test_products_of_some_images_at_a_time(device, monkeypatch):
     """A workspace of fewer rows than there are changes no logit, and gradients by the order."""
-    from vtclip.kernels import _gemm_configs
+    from vtclip.kernels import _tiles
 
-    layer, grad = problem(7, 5, 40, 24, device=device)
+    B, K, C, width = 7, 5, 40, 24
+    layer, grad = problem(B, K, C, width, device=device)
     logits, kept, grads = run(layer, grad)
-    monkeypatch.setattr(_gemm_configs, "ROWS", 10)
+    monkeypatch.setattr(_tiles, "WORKSPACE_ROWS", 10)
     again, kept_again, grads_again = run(layer, grad)
     torch.testing.assert_close(again, logits, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(kept_again[0], kept[0], rtol=1e-5, atol=1e-6)
@@ -108,23 +99,42 @@ def test_products_of_some_images_at_a_time(stored, device, monkeypatch):
         assert relative(one, other.cpu().double()) < 32 * 2**-24, name
 
 
+def test_the_forward_stores_some_rows_of_the_product(device, monkeypatch):
+    """Nothing of the size B K C is allocated: a workspace of the product is the largest."""
+    from vtclip.kernels import _tiles, ffn_cosine_logits
+
+    monkeypatch.setattr(_tiles, "WORKSPACE_ROWS", 100)
+    B, K, C, width = 9, 50, 64, 24
+    layer, _ = problem(B, K, C, width, device=device)
+    sizes, plain = [], torch.Tensor.new_empty
+
+    def noting(self, shape, **kwargs):
+        out = plain(self, shape, **kwargs)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", noting)
+    ffn_cosine_logits.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
+    assert max(sizes) == 100 * C
+
+
 @pytest.mark.parametrize("mean", [0, 30])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_half_precision(dtype, mean, stored, device):
+def test_half_precision(dtype, mean, device):
     layer, grad = problem(2, 20, 70, 40, dtype=dtype, device=device)
     layer[1].add_(mean)
     logits, (stats, image_rnorm), grads = run(layer, grad)
     wanted, _, wanted_grads = oracle(layer, grad, 0.7, 3.0)
     assert stats.dtype == image_rnorm.dtype == torch.float32
     step = torch.finfo(dtype).eps
-    # the centred weight and a stored product are rounded once, and so is the result
+    # the centred weight and the product are rounded once, and so is the result
     assert (logits.cpu().double() - wanted).abs().max() <= 3.0 * step
     for name, actual, want in zip(NAMES, grads, wanted_grads, strict=True):
         assert actual.dtype == dtype, name
         assert relative(actual, want) < 3 * step, name
 
 
-def test_a_mean_that_rounding_left_is_taken_out(stored, device):
+def test_a_mean_that_rounding_left_is_taken_out(device):
     """In bfloat16 the centred weight does not sum to 0; the shift is what is left of the mean."""
     layer, grad = problem(1, 4, 64, 128, dtype=torch.bfloat16, device=device)
     layer[1].add_(2.0)
@@ -137,7 +147,7 @@ def test_a_mean_that_rounding_left_is_taken_out(stored, device):
     assert z.mean(-1).abs().max() > 50
 
 
-def test_features_are_left_out_if_not_asked_for(stored, device):
+def test_features_are_left_out_if_not_asked_for(device):
     layer, grad = problem(2, 3, 8, 16, device=device)
     _, _, full = run(layer, grad)
     _, _, some = run(layer, grad, features=False)
@@ -145,7 +155,7 @@ def test_features_are_left_out_if_not_asked_for(stored, device):
     assert all(torch.equal(one, other) for one, other in zip(some[:6], full, strict=False))
 
 
-def test_launches(stored, device, launches):
+def test_launches(device, launches):
     layer, grad = problem(2, 3, 8, 16, device=device)
     with launches() as names:
         run(layer, grad)
@@ -159,38 +169,9 @@ def test_launches(stored, device, launches):
     assert names[5:] == ["sum_partials_kernel"] * 4 + ["project_kernel"]
 
 
-def test_splits_take_one_more_launch(device, launches, monkeypatch):
-    from vtclip.kernels import _gemm_configs
-
-    monkeypatch.setattr(_gemm_configs, "stores_product", lambda target: False)
-    layer, grad = problem(1, 1, 96, 300, device=device)
-    with launches() as names:
-        run(layer, grad)
-    assert "ffn_cosine_logits_finish_kernel" in names
-
-
-def test_runs_are_bitwise_equal(stored, device):
+def test_runs_are_bitwise_equal(device):
     layer, grad = problem(5, 40, 64, 48, device=device)
     first, again = (run(layer, grad) for _ in range(2))
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
-
-
-def test_the_forward_stores_no_z(device, monkeypatch):
-    """Nothing of the size B K C is allocated where the kernels make their product."""
-    from vtclip.kernels import _gemm_configs, ffn_cosine_logits
-
-    monkeypatch.setattr(_gemm_configs, "stores_product", lambda target: False)
-    B, K, C, width = 4, 50, 64, 24
-    layer, _ = problem(B, K, C, width, device=device)
-    sizes, plain = [], torch.Tensor.new_empty
-
-    def noting(self, shape, **kwargs):
-        out = plain(self, shape, **kwargs)
-        sizes.append(out.numel())
-        return out
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", noting)
-    ffn_cosine_logits.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
-    assert 0 < max(sizes) < B * K * C / 2

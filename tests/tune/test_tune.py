@@ -31,12 +31,6 @@ def _built_in_tiles():
     _tiles.use_tuned({})
 
 
-def in_use(key):
-    """The tile that a launcher would take now, of those a table gives."""
-    (entries,) = _tiles._tuned.values()
-    return entries[key]
-
-
 def one_job(name, sizes, launcher, dtype=torch.float32):
     return next(job for job in tune_jobs.jobs(name, sizes, dtype, "cpu") if job.name == launcher)
 
@@ -108,7 +102,7 @@ def test_the_walk_ends_at_the_median_fastest():
     spoiled: dict[tuple[int, ...], int] = {}
 
     def timer(call):
-        tile = in_use(asked.key)
+        tile = _tiles.choose(*asked)
         spoiled[tile] = spoiled.get(tile, 0) + 1
         if spoiled[tile] % 3 == 2:
             return 1.0 if tile[0] == 32 else 1000.0
@@ -143,7 +137,7 @@ def test_wrong_results_and_broken_compilers_are_passed_over():
         return [torch.full((3,), 1.0 if tile.block_k >= 32 else 1.1)]
 
     (asked,) = asked_by(call)
-    found = walk(call, asked, {}, lambda call: float(in_use(asked.key)[0]))
+    found = walk(call, asked, {}, lambda call: float(_tiles.choose(*asked)[0]))
     assert found.tile[0] == 32
     assert found.dropped >= 2
 
@@ -169,7 +163,13 @@ def test_every_launcher_has_a_job_that_runs(method):
         assert all(result.isfinite().all() for result in results if result.is_floating_point())
         names.append(job.name)
     expected = {
-        "vtclip": ("cross_attn", "cross_attn_weights", "norm_cosine_logits", "cosine_logits"),
+        "vtclip": (
+            "cross_attn",
+            "cross_attn_weights",
+            "norm_cosine_logits",
+            "ffn_cosine_logits",
+            "cosine_logits",
+        ),
         "rada": ("rational_attn", "rational_head", "unit_products", "rational_logits"),
     }[method]
     assert names == [f"{op}_{way}" for op in expected for way in ("fwd", "bwd")]
@@ -184,8 +184,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
     def clock(call):
-        (entries,) = _tiles._tuned.values()
-        return float(sum(tile[0] for tile in entries.values()))
+        return float(sum(_tiles.choose(*asked)[0] for asked in asked_by(call)))
 
     def with_clock(jobs, report):
         return tune(jobs, timer=clock, report=report)

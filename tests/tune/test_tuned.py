@@ -180,7 +180,7 @@ for _ in range(2):
         assert (ops.cross_attn(query, key, key, impl="triton") == 1).all()
     except Exception as error:
         print(type(error).__name__, error)
-print(_tiles.choose.__wrapped__("fwd", torch.float32, "ieee", (2, 2, 20, 9, 8),
+print(_tiles.choose("fwd", torch.float32, "ieee", (2, 2, 20, 9, 8),
       __import__("vtclip.kernels._configs", fromlist=["x"]).target_of(query)))
 """
 

@@ -70,18 +70,18 @@ def ffn_cosine_logits(
     eps: float = 1e-5,
     impl: Impl | None = None,
 ) -> Tensor:
-    """scale * cos(image_b, text_k + residual * LayerNorm(z_bk)); z is never stored.
+    """scale * cos(image_b, text_k + residual * LayerNorm(z_bk)); z is never stored as a whole.
 
         z = residual_input + hidden @ weight^T + bias
 
     Equal to `norm_cosine_logits` of z, norm_weight, norm_bias, text and image: the second matrix of
     a decoder layer's feed-forward part, its last norm, VT-CLIP's outer residual and the cosine
-    classifier. What is kept for the backward are seven numbers per row; the backward makes z again.
+    classifier. What is kept for the backward are seven numbers per row; z is recomputed there.
 
-    Which product is used: the CPU kernels make z with their own tiles, 96 rows at a time. The
-    Triton kernels reduce tiles of z to five sums per row, or let torch.mm make some rows of z at a
-    time and reduce those; `kernels/_gemm_configs.py` says which and why. The CUDA C++ kernels
-    always leave it to torch.mm.
+    Memory of the product hidden @ weight^T: the CPU kernels compute z in their own tiles, 96 rows
+    at a time. The Triton and CUDA C++ kernels read a workspace of up to 16384 rows, at least those
+    of one image, that torch.mm fills: max(K, 16384) * C elements of the inputs' dtype, less where
+    B * K is less. The reference stores all of z.
 
     Args:
         hidden: [B, K, F], after the activation; weight: [C, F]; bias: [C].
