@@ -12,18 +12,8 @@ import torch
 import vtclip
 from vtclip.backends import native, triton
 from vtclip.ops._select import Problem, explain
+from vtclip.testing.problems import OPS
 
-OPS = (
-    "cross_attn",
-    "cross_attn_weights",
-    "cosine_logits",
-    "ffn_cosine_logits",
-    "norm_cosine_logits",
-    "rational_attn",
-    "rational_logits",
-    "rational_head",
-    "unit_products",
-)
 DISTRIBUTIONS = ("triton", "open_clip_torch", "torchvision", "safetensors", "numpy", "pillow")
 
 
@@ -65,10 +55,10 @@ def report() -> dict[str, object]:
     }
 
 
-def render(found: dict[str, object]) -> str:
+def render(facts: dict[str, object]) -> str:
     """`report()` as text for people."""
     lines = []
-    for key, value in found.items():
+    for key, value in facts.items():
         if isinstance(value, dict) and key == "choice":
             for device, ops in value.items():
                 lines.append(f"float32 on {device} takes:")

@@ -147,13 +147,16 @@ class Op:
         *,
         seed: int = 1,
     ) -> tuple[Any, ...]:
-        """Arguments of X_bwd in the order of its schema, gradients of the outputs drawn anew."""
+        """Arguments of X_bwd in the order of its schema.
+
+        Gradients of the outputs are drawn, but those that `inputs` holds.
+        """
         make = make or normal(outputs[0].device, seed)
         results = dict(zip(self.outputs, outputs, strict=True))
         values = {**results, **inputs}  # an input may have the name of an output
         names = _schema(f"{self.name}_bwd")
         for name in names:
-            if name.startswith("grad_"):
+            if name.startswith("grad_") and name not in inputs:
                 output = results[name.removeprefix("grad_")]
                 values[name] = make(tuple(output.shape), output.dtype)
         return tuple(values[name] for name in names)
@@ -208,7 +211,7 @@ _ENTRIES = (
             "scale": _per_head,
         },
         outputs=("out", "lse"),
-        variants=_ATTENTION,
+        variants={**_ATTENTION, "lse unused": {"grad_lse": None}},
     ),
     Op(
         "cross_attn_weights",
@@ -290,12 +293,10 @@ _ENTRIES = (
         outputs=("logits", "penalty", "peak"),
         unit_rows=("weight", "image", "text"),
         variants={
-            "features frozen": {"features": False},
-            **{penalty: {"penalty": penalty} for penalty in PENALTIES if penalty != "mse"},
+            **{penalty: {"penalty": penalty} for penalty in PENALTIES},
             **{
                 f"{penalty}, features frozen": {"penalty": penalty, "features": False}
                 for penalty in PENALTIES
-                if penalty != "mse"
             },
         },
     ),
@@ -367,7 +368,9 @@ class Function:
                 continue
             old = zip(self.op.differentiable, self.tensors, strict=True)
             tensors = tuple(axes.get(key, usual) for key, usual in old)
-            yield name, replace(self, tensors=tensors, keywords={**self.keywords, **rest})
+            changed = replace(self, tensors=tensors, keywords={**self.keywords, **rest})
+            if changed != self:
+                yield name, changed
 
 
 def _function(op: Op, name: str = "", **changes: Any) -> Function:
