@@ -32,12 +32,11 @@ ENDS = {
     "benchmarks with compiled baselines": 1.0,
 }
 TESTS = ("tests/ops", "tests/gpu", "tests/kernels", "tests/test_library.py", "tests/heads")
-# nothing of these runs on a device
+# of these nothing runs on a device
 LEFT_OUT = (
     "tests/kernels/test_compile.py",
     "tests/kernels/test_guard_page.py",
     "tests/ops/test_cpu_kernels.py",
-    "tests/ops/test_cuda_blocks.py",
 )
 REHEARSED = ("tests/gpu/test_ops.py", "-k", "test_autocast and cosine_logits")
 OPTIONAL = {

@@ -33,12 +33,13 @@ Sizes = Mapping[str, int]
 Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
-def normal(device: torch.device | str = "cpu", seed: int = 0) -> Make:
+def normal(device: torch.device | str = "cpu", seed: int | None = 0) -> Make:
     """Draws standard normal numbers in float32 and rounds them; booleans, about half of them set.
 
     The first of every row of booleans is set, so that no row of a mask hides all of its columns.
+    Without a seed torch's own generator is drawn from.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
 
     def make(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         numbers = torch.randn(shape, generator=generator, device=device)
@@ -343,7 +344,7 @@ class Function:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        seed: int = 0,
+        seed: int | None = 0,
         heads_inside: bool = False,
     ) -> list[Tensor]:
         """Its tensors as leaves that ask for gradients."""
