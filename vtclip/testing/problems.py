@@ -57,12 +57,15 @@ def _shape(axes: str, sizes: Sizes) -> tuple[int, ...]:
     return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in letters)
 
 
-def _draw(axes: str, sizes: Sizes, dtype: torch.dtype, make: Make, heads_inside: bool) -> Tensor:
+def _draw(
+    axes: str, sizes: Sizes, dtype: torch.dtype, make: Make, heads_inside: bool, unit_rows: bool
+) -> Tensor:
     shape = _shape(axes, sizes)
     if heads_inside and axes.endswith(" d") and len(shape) == 4:  # [B, H, N, d]
         B, H, N, d = shape
         return make((B, N, H, d), dtype).transpose(1, 2)
-    return make(shape, torch.bool if axes.endswith(" bool") else dtype)
+    tensor = make(shape, torch.bool if axes.endswith(" bool") else dtype)
+    return tensor.mul_(shape[-1] ** -0.5) if unit_rows and shape[-1] else tensor
 
 
 def _is_axes(value: object) -> bool:
@@ -126,9 +129,7 @@ class Op:
         wanted = {**self.arguments, **(self.variants[variant] if variant else {}), **changes}
         for name, value in wanted.items():
             if _is_axes(value):
-                value = _draw(value, sizes, dtype, make, heads_inside)
-                if name in self.unit_rows and value.shape[-1]:
-                    value.mul_(value.shape[-1] ** -0.5)
+                value = _draw(value, sizes, dtype, make, heads_inside, name in self.unit_rows)
             elif callable(value):
                 value = value(sizes)
             elif name == "penalty":
@@ -289,7 +290,7 @@ _ENTRIES = (
             "text": "K D",
             "scale": 100.0,
             "penalty": "mse",
-            "features": True,  # image and text: with their gradients
+            "features": True,  # as above
         },
         outputs=("logits", "penalty", "peak"),
         unit_rows=("weight", "image", "text"),
@@ -350,11 +351,9 @@ class Function:
         """Its tensors as leaves that ask for gradients."""
         make = normal(device, seed)
         leaves = []
-        names = [*self.op.differentiable]
-        for name, axes in zip(names, self.tensors, strict=False):
-            tensor = _draw(axes, sizes, dtype, make, heads_inside)
-            if name in self.op.unit_rows and tensor.shape[-1]:
-                tensor.mul_(tensor.shape[-1] ** -0.5)
+        # a packed function has fewer tensors than its op, the first of them the same
+        for name, axes in zip(self.op.differentiable, self.tensors, strict=False):
+            tensor = _draw(axes, sizes, dtype, make, heads_inside, name in self.op.unit_rows)
             leaves.append(tensor.requires_grad_())
         return leaves
 
@@ -376,7 +375,7 @@ class Function:
 
 def _function(op: Op, name: str = "", **changes: Any) -> Function:
     tensors = tuple(op.arguments[argument] for argument in op.differentiable)
-    known = {"penalty": op.arguments.get("penalty"), "scale": op.arguments["scale"]}
+    known = {"penalty": op.arguments.get("penalty"), "scale": op.arguments.get("scale")}
     keywords = {key: value for key, value in known.items() if value and not callable(value)}
     return replace(Function(name or op.name, op, tensors, keywords), **changes)
 
