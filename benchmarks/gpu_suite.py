@@ -32,7 +32,7 @@ ENDS = {
     "benchmarks with compiled baselines": 1.0,
 }
 TESTS = ("tests/ops", "tests/gpu", "tests/kernels", "tests/test_library.py", "tests/heads")
-# nothing of these runs on a device
+# of these nothing runs on a device
 LEFT_OUT = (
     "tests/kernels/test_compile.py",
     "tests/kernels/test_guard_page.py",

@@ -4,7 +4,7 @@
     python benchmarks/host_cost.py [--device cpu|cuda] [--calls 200] [--rounds 15]
 
 What remains when there is next to nothing to compute: checks, selection, autograd, dispatch, the
-launcher. Beside it torch's own calls of the same kind. Medians over rounds, all rows in turn.
+launcher. Next to it torch's own calls of the same kind. Medians over rounds, all rows in turn.
 
 On a GPU nothing is waited for, so that only the host is timed. Without one Triton's rows are timed
 on CPU tensors with every kernel launch replaced by nothing: what Triton itself takes for a launch
@@ -31,38 +31,10 @@ from torch import Tensor
 
 from vtclip import ops
 from vtclip.ops._select import Problem, select
+from vtclip.testing.problems import FUNCTIONS
 
-B, H, K, L, d = 2, 2, 3, 4, 8
-D = H * d
+SIZES = {"B": 2, "H": 2, "K": 3, "L": 4, "d": 8, "D": 16, "C": 16, "F": 16}
 Call = Callable[[], object]
-
-
-def cases(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
-    """Leaves of every op, and the op with its first output."""
-
-    def new(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).requires_grad_()
-
-    query, key, pair, one = new(1, H, K, d), new(B, H, L, d), new(B, H, K, d), new(B, H, 1, d)
-    image, text, rows = new(B, D), new(K, D), new(B, K, D)
-    weight, bias = new(D, D), new(D)
-    return {
-        "cross_attn": ([query, key, key], ops.cross_attn),
-        "cross_attn_lse": (
-            [query, key, key],
-            lambda *t, impl: ops.cross_attn_lse(*t, impl=impl)[0],
-        ),
-        "cross_attn_weights": ([query, key], ops.cross_attn_weights),
-        "cosine_logits": ([image, text], ops.cosine_logits),
-        "norm_cosine_logits": ([rows, bias, bias, text, image], ops.norm_cosine_logits),
-        "rational_attn": ([one, query, pair, pair, pair], ops.rational_attn),
-        "unit_products": ([image, text], lambda *t, impl: ops.unit_products(*t, impl=impl)[2]),
-        "rational_logits": ([image, text, rows], ops.rational_logits),
-        "rational_head": (
-            [rows, weight, bias, image, text],
-            lambda *t, impl: ops.rational_head(*t, impl=impl)[0],
-        ),
-    }
 
 
 def baselines(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor]]]:
@@ -71,10 +43,10 @@ def baselines(device: str) -> dict[str, tuple[list[Tensor], Callable[..., Tensor
     def new(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).requires_grad_()
 
-    pair = new(B, H, K, d)
+    pair = new(2, 2, 3, 8)
     return {
         "F.scaled_dot_product_attention": ([pair] * 3, F.scaled_dot_product_attention),
-        "F.linear": ([new(B, D), new(D, D), new(D)], F.linear),
+        "F.linear": ([new(2, 16), new(16, 16), new(16)], F.linear),
     }
 
 
@@ -121,21 +93,36 @@ def no_launches() -> Iterator[None]:
         yield
 
 
+MAIN_OUTPUT = {"unit_products": 2}  # of all others the first depends on every input
+
+
+def main_output(name: str, impl: str) -> Callable[..., Tensor]:
+    """A public op of one implementation, with one of the tensors it returns."""
+    op, index = getattr(ops, name), MAIN_OUTPUT.get(name, 0)
+
+    def call(*leaves: Tensor) -> Tensor:
+        results = op(*leaves, impl=impl)
+        return results if isinstance(results, Tensor) else results[index]
+
+    return call
+
+
 def rows(device: str) -> dict[tuple[str, str], tuple[Call, Call]]:
     """(op, implementation) -> its calls; only implementations that run here."""
-    found = {(name, "torch"): calls(*case) for name, case in baselines(device).items()}
-    for name, (leaves, op) in cases(device).items():
-        asked = "cross_attn" if name == "cross_attn_lse" else name
+    table = {(name, "torch"): calls(*case) for name, case in baselines(device).items()}
+    for name, function in FUNCTIONS.items():
+        leaves = function.draw(SIZES, device=device)
         for impl in ("reference", "cpu", "cuda", "triton"):
             stubbed = impl == "triton" and device == "cpu"
+            problem = Problem(function.op.name, device, torch.float32, leaves[0].shape[-1])
             try:
                 if not stubbed:
-                    select(Problem(asked, device, torch.float32, leaves[0].shape[-1]), impl)
+                    select(problem, impl)
             except NotImplementedError:
                 continue
             label = "triton, launches stubbed" if stubbed else impl
-            found[name, label] = calls(leaves, lambda *t, op=op, impl=impl: op(*t, impl=impl))
-    return found
+            table[name, label] = calls(leaves, main_output(name, impl))
+    return table
 
 
 def microseconds(call: Call, count: int, device: str) -> float:

@@ -2,13 +2,15 @@
 """Every benchmark case: its shape, its inputs, its providers, its oracle.
 
 A case gives named providers of the same function of the same leaves; `build` draws fresh inputs.
-Add an operator by adding a function that returns a `Work` and its rows to `CASES`.
+Inputs of operators come from `vtclip.testing.problems`. Add one here by a function that returns a
+`Work` with its baselines, and by its rows in `CASES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import baselines
 import rada_baselines
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtclip import heads, ops
+from vtclip.testing.problems import FUNCTIONS
 
 Provider = Callable[..., Tensor]
 
@@ -54,61 +57,55 @@ class Case:
         return f"{self.op}[{sizes},{str(self.dtype).removeprefix('torch.')}]"
 
 
-def cross_attn(device: str, dtype: torch.dtype, B: int, H: int, K: int, L: int, d: int) -> Work:
-    query, key, value = (
-        torch.randn(shape, device=device).to(dtype).requires_grad_()
-        for shape in ((1, H, K, d), (B, H, L, d), (B, H, L, d))
+def _work(
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    shape: dict[str, int],
+    providers: dict[str, Provider],
+    *,
+    heads_inside: bool = False,
+    wanted: slice = slice(None),
+    ours: Provider | None = None,
+) -> Work:
+    """The public function `name` on inputs of the common table, next to `providers`.
+
+    `wanted` are the leaves that need gradients where not all do; `ours` is called instead of the
+    function where its result is not what is compared.
+    """
+    function = FUNCTIONS[name]
+    leaves = function.draw(shape, device=device, dtype=dtype, heads_inside=heads_inside)
+    call = ours or partial(getattr(ops, name), **function.keywords)
+    work = Work(
+        leaves,
+        {"vtclip": call, **providers},
+        lambda: call(*(leaf.double() for leaf in leaves), impl="reference"),
     )
+    if wanted != slice(None):
+        work.parameters = dict.fromkeys(work.providers, leaves[wanted])
+    return work
+
+
+def cross_attn(device: str, dtype: torch.dtype, **shape: int) -> Work:
     providers: dict[str, Provider] = {
-        "vtclip": ops.cross_attn,
         "sdpa, query expanded": baselines.attention_sdpa,
         "naive": baselines.attention_naive,
         "folded in plain torch": baselines.attention_folded,
     }
-    return Work(
-        [query, key, value],
-        providers,
-        lambda: ops.cross_attn(query.double(), key.double(), value.double(), impl="reference"),
-    )
+    return _work("cross_attn", device, dtype, shape, providers)
 
 
-def cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
-    image, text = (
-        torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in ((B, D), (K, D))
-    )
-    return Work(
-        [image, text],
-        {
-            "vtclip": lambda x, t: ops.cosine_logits(x, t, scale=100.0),
-            "normalize and matmul": lambda x, t: baselines.cosine_normalized(x, t, 100.0),
-        },
-        lambda: ops.cosine_logits(image.double(), text.double(), scale=100.0, impl="reference"),
-    )
+def cosine_logits(device: str, dtype: torch.dtype, **shape: int) -> Work:
+    providers = {"normalize and matmul": lambda *t: baselines.cosine_normalized(*t, 100.0)}
+    return _work("cosine_logits", device, dtype, shape, providers)
 
 
-def norm_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int) -> Work:
-    shapes = ((B, K, C), (C,), (C,), (K, C), (B, C))
-    leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
-    return Work(
-        leaves,
-        {
-            "vtclip": lambda *t: ops.norm_cosine_logits(*t, scale=100.0),
-            "layer_norm, add, cosine": lambda *t: baselines.tail_plain(*t, 100.0),
-        },
-        lambda: ops.norm_cosine_logits(
-            *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
-        ),
-    )
+def norm_cosine_logits(device: str, dtype: torch.dtype, **shape: int) -> Work:
+    providers = {"layer_norm, add, cosine": lambda *t: baselines.tail_plain(*t, 100.0)}
+    return _work("norm_cosine_logits", device, dtype, shape, providers)
 
 
-def ffn_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int, F: int) -> Work:
-    shapes = ((B, K, F), (C, F), (C,), (B, K, C), (C,), (C,), (K, C), (B, C))
-    sizes = (1.0, F**-0.5, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0)
-    leaves = [
-        (size * torch.randn(shape, device=device)).to(dtype).requires_grad_()
-        for shape, size in zip(shapes, sizes, strict=True)
-    ]
-
+def ffn_cosine_logits(device: str, dtype: torch.dtype, **shape: int) -> Work:
     def linear_then_norm(h: Tensor, w: Tensor, b: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
         z = torch.nn.functional.linear(h, w, b).add_(x)
         return ops.norm_cosine_logits(z, *rest, scale=100.0)
@@ -116,21 +113,13 @@ def ffn_cosine_logits(device: str, dtype: torch.dtype, B: int, K: int, C: int, F
     def plain(h: Tensor, w: Tensor, b: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
         return baselines.tail_plain(torch.nn.functional.linear(h, w, b).add_(x), *rest, 100.0)
 
-    providers: dict[str, Provider] = {
-        "vtclip": lambda *t: ops.ffn_cosine_logits(*t, scale=100.0),
+    providers = {
         "linear, norm_cosine_logits": linear_then_norm,
         "linear, layer_norm, add, cosine": plain,
     }
-    work = Work(
-        leaves,
-        providers,
-        lambda: ops.ffn_cosine_logits(
-            *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
-        ),
-    )
     # the features are frozen: parameters and what lies before them need gradients
-    work.parameters = dict.fromkeys(work.providers, leaves[:6])
-    return work
+    wanted = slice(6)
+    return _work("ffn_cosine_logits", device, dtype, shape, providers, wanted=wanted)
 
 
 def vtclip_head(device: str, dtype: torch.dtype, B: int, K: int, C: int, L: int, F: int) -> Work:
@@ -164,14 +153,8 @@ def vtclip_head(device: str, dtype: torch.dtype, B: int, K: int, C: int, L: int,
     return Work([image, spatial], dict(modules), oracle, parameters)
 
 
-def rational_attn(device: str, dtype: torch.dtype, B: int, K: int, H: int, d: int) -> Work:
-    # memory [B, K, H, d], as a projection leaves it
-    leaves = [
-        torch.randn(shape, device=device).to(dtype).transpose(1, 2).requires_grad_()
-        for shape in ((B, 1, H, d), (1, K, H, d), (B, K, H, d), (B, K, H, d), (B, K, H, d))
-    ]
+def rational_attn(device: str, dtype: torch.dtype, **shape: int) -> Work:
     providers: dict[str, Provider] = {
-        "vtclip": ops.rational_attn,
         "released: three repeated maps": rada_baselines.attention_released,
         "shared and reduced in plain torch": rada_baselines.attention_reduced,
     }
@@ -182,70 +165,33 @@ def rational_attn(device: str, dtype: torch.dtype, B: int, K: int, H: int, d: in
     else:
         flex = torch.compile(rada_baselines.attention_flex_lse)
         providers["FlexAttention re-weighted by its log-sum-exp, compiled"] = flex
-    return Work(
-        leaves,
-        providers,
-        lambda: ops.rational_attn(*(leaf.double() for leaf in leaves), impl="reference"),
-        forward_only=forward_only,
-    )
+    work = _work("rational_attn", device, dtype, shape, providers, heads_inside=True)
+    work.forward_only = forward_only
+    return work
 
 
-def unit_products(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
-    leaves = [torch.randn(rows, D, device=device).to(dtype).requires_grad_() for rows in (B, K)]
-    return Work(
-        leaves,
-        {
-            "vtclip": lambda *t: ops.unit_products(*t, scale=100.0).products,
-            "normalize, multiply": lambda *t: rada_baselines.products(*t, 100.0),
-        },
-        lambda: (
-            ops.unit_products(
-                *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
-            ).products
-        ),
-    )
+def unit_products(device: str, dtype: torch.dtype, **shape: int) -> Work:
+    def products(*tensors: Tensor, impl: ops.Impl | None = None) -> Tensor:
+        return ops.unit_products(*tensors, scale=100.0, impl=impl).products
+
+    providers = {"normalize, multiply": lambda *t: rada_baselines.products(*t, 100.0)}
+    return _work("unit_products", device, dtype, shape, providers, ours=products)
 
 
-def rational_logits(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
-    leaves = [
-        torch.randn(shape, device=device).to(dtype).requires_grad_()
-        for shape in ((B, D), (K, D), (B, K, D))
-    ]
-    return Work(
-        leaves,
-        {
-            "vtclip": lambda *t: ops.rational_logits(*t, scale=100.0),
-            "relu, multiply, sum": lambda *t: rada_baselines.masked_logits(*t, 100.0),
-        },
-        lambda: ops.rational_logits(
-            *(leaf.double() for leaf in leaves), scale=100.0, impl="reference"
-        ),
-    )
+def rational_logits(device: str, dtype: torch.dtype, **shape: int) -> Work:
+    providers = {"relu, multiply, sum": lambda *t: rada_baselines.masked_logits(*t, 100.0)}
+    return _work("rational_logits", device, dtype, shape, providers)
 
 
-def rational_head(device: str, dtype: torch.dtype, B: int, K: int, D: int) -> Work:
-    unit = D**-0.5
-    shapes = (((B, K, D), 1.0), ((D, D), unit), ((D,), 0.1), ((B, D), unit), ((K, D), unit))
-    leaves = [
-        (size * torch.randn(shape, device=device)).to(dtype).requires_grad_()
-        for shape, size in shapes
-    ]
-
+def rational_head(device: str, dtype: torch.dtype, **shape: int) -> Work:
     def with_penalty(*tensors: Tensor, impl: ops.Impl | None = None) -> Tensor:
         logits, penalty = ops.rational_head(*tensors, scale=100.0, penalty="mse", impl=impl)
         return logits + penalty[:, None]
 
-    work = Work(
-        leaves,
-        {
-            "vtclip": with_penalty,
-            "linear, relu, multiply, sum": lambda *t: rada_baselines.masked_head(*t, 100.0),
-        },
-        lambda: with_penalty(*(leaf.double() for leaf in leaves), impl="reference"),
-    )
+    providers = {"linear, relu, multiply, sum": lambda *t: rada_baselines.masked_head(*t, 100.0)}
     # the features are frozen: parameters and what lies before them need gradients
-    work.parameters = dict.fromkeys(work.providers, leaves[:3])
-    return work
+    wanted = slice(3)
+    return _work("rational_head", device, dtype, shape, providers, wanted=wanted, ours=with_penalty)
 
 
 def rada_head(device: str, dtype: torch.dtype, B: int, K: int, D: int, H: int) -> Work:

@@ -3,25 +3,21 @@
 
     compute-sanitizer --tool memcheck python benchmarks/sanitize_ops.py [--impl triton|cuda]
 
-One line per call, and a last line that says how many; what the tool prints beside it `parse` reads.
+One line per call, and a last line that says how many. `parse` reads what the tool prints.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TABLE = ROOT / "tests" / "test_library.py"  # operators and the shapes of their arguments
-# sizes of that table -> odd ones; width 24 fills neither a tile nor a vector
-ODD = {3: 3, 5: 19, 7: 35, 2: 2, 8: 24, 6: 37}
+# odd sizes; width 24 fills neither a tile nor a vector
+ODD = {"B": 3, "K": 19, "L": 35, "H": 2, "d": 24, "D": 37, "C": 37, "F": 4}
 FINISHED = "calls finished"
 FINDING = re.compile(
     r"=+\s+(Invalid __|Uninitialized |Misaligned |Barrier error|Error: Race|Error: Potential"
@@ -67,16 +63,6 @@ def parse(text: str, check: str, impl: str, code: int | None) -> dict[str, objec
     }
 
 
-def _calls() -> dict[str, tuple[Callable[..., object], tuple[tuple[int, ...], ...]]]:
-    spec = importlib.util.spec_from_file_location("_vtclip_library_table", TABLE)
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(TABLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    calls: dict[str, tuple[Callable[..., object], tuple[tuple[int, ...], ...]]] = module.CALLS
-    return calls
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--impl", default="triton", choices=("triton", "cuda"))
@@ -87,14 +73,14 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
     import torch
 
-    torch.manual_seed(0)
+    from vtclip.testing.problems import FUNCTIONS
+
     made = 0
-    for name, (op, shapes) in _calls().items():
+    for name, op in FUNCTIONS.items():
         if args.only and args.only not in name:
             continue
         for dtype in (torch.bfloat16, torch.float32):
-            drawn = [torch.randn([ODD.get(n, n) for n in shape]) for shape in shapes]
-            leaves = [t.to(args.device, dtype).requires_grad_() for t in drawn]
+            leaves = op.draw(ODD, dtype=dtype, device=args.device)
             try:
                 out = op(*leaves, impl=args.impl)
             except NotImplementedError as refused:

@@ -23,9 +23,10 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="a shell script")
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """The modules beside the script, which import each other by their plain names."""
+    """The modules next to the script, which import each other by their plain names."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import cuda_registry
+    import gpu_suite
     import gpu_summary
     import sanitize_ops
     import streamed
@@ -33,6 +34,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     return types.SimpleNamespace(
         cuda_registry=cuda_registry,
+        gpu_suite=gpu_suite,
         gpu_summary=gpu_summary,
         sanitize_ops=sanitize_ops,
         streamed=streamed,
@@ -49,6 +51,14 @@ def run(*arguments: object, timeout: float = 50) -> subprocess.CompletedProcess[
         env=environment,
         timeout=timeout,
     )
+
+
+def test_every_path_it_names_exists(benchmarks):
+    suite = benchmarks.gpu_suite
+    paths = {*suite.TESTS, *suite.LEFT_OUT, suite.REHEARSED[0]}
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    for path in suite.LEFT_OUT:  # else there is nothing to leave out
+        assert path.startswith(suite.TESTS)
 
 
 def hide_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

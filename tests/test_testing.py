@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error budget itself: it must fail a result that is wrong by 0.1 %, or late by one element."""
+"""The error budget must fail a result that is wrong by 0.1 %, or late by one element; inputs of the
+operators are what their table says."""
 
 from __future__ import annotations
 
@@ -7,6 +8,11 @@ import pytest
 import torch
 
 from vtclip import ops, testing
+from vtclip.backends import native, schemas
+from vtclip.testing.problems import FUNCTIONS, OPS, tensors_of
+
+SIZES = {"B": 3, "K": 5, "L": 7, "H": 2, "d": 8, "D": 6, "C": 12, "F": 4}
+SAMPLES = [(name, variant) for name, op in OPS.items() for variant in ("", *op.variants)]
 
 
 def results(dtype: torch.dtype):
@@ -84,3 +90,40 @@ def test_tf32_products_cut_the_operands_of_every_product_and_nothing_else():
     torch.testing.assert_close(d_a, cut[1].sum(1).expand(5, 40), rtol=0, atol=1e-5)
     torch.testing.assert_close(d_b, cut[0].sum(0)[:, None].expand(40, 3), rtol=0, atol=1e-5)
     assert float((product.detach() - a @ b).abs().max()) > 1e-4
+
+
+def test_the_table_of_inputs_names_every_schema_and_its_penalties():
+    assert {f"{name}_{way}" for name in OPS for way in ("fwd", "bwd")} == set(schemas.SCHEMAS)
+
+
+@pytest.mark.parametrize(("name", "variant"), SAMPLES)
+def test_an_entry_tells_how_to_call_forward_backward_and_reference(name, variant):
+    """With fakes, and with the compiled kernels where they are built."""
+    op = OPS[name]
+    inputs, again = (op.draw(SIZES, variant=variant) for _ in range(2))
+    for key, value in inputs.items():
+        assert torch.equal(again[key], value) if isinstance(value, torch.Tensor) else True
+    assert set(op.sizes) <= set(SIZES)
+    expected = op.reference(inputs)
+    outputs, _ = op.run(schemas.FAKES.__getitem__, inputs)
+    assert [out.shape for out in outputs][: len(expected)] == [out.shape for out in expected]
+    if native.load_cpu():
+        pytest.skip("vtclip._C is not built")
+    outputs, grads = op.run(lambda kernel: getattr(torch.ops.vtclip, kernel), inputs)
+    for actual, wanted in zip(outputs, expected, strict=False):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_public_function_is_called_as_its_entry_says(name):
+    function = FUNCTIONS[name]
+    plain = function.draw(SIZES)
+    strided = function.draw(SIZES, heads_inside=True)
+    assert [leaf.shape for leaf in plain] == [leaf.shape for leaf in strided]
+    for leaves in (plain, strided):
+        assert all(leaf.is_leaf and leaf.requires_grad for leaf in leaves)
+        grads = torch.autograd.grad(function(*leaves, impl="reference").sum(), leaves)
+        assert all(grad.isfinite().all() for grad in grads)
+    for _, variant in function.variants():
+        assert tensors_of(variant.outputs(*variant.draw(SIZES)))[0].isfinite().all()

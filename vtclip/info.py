@@ -12,18 +12,8 @@ import torch
 import vtclip
 from vtclip.backends import native, triton
 from vtclip.ops._select import Problem, explain
+from vtclip.testing.problems import OPS
 
-OPS = (
-    "cross_attn",
-    "cross_attn_weights",
-    "cosine_logits",
-    "ffn_cosine_logits",
-    "norm_cosine_logits",
-    "rational_attn",
-    "rational_logits",
-    "rational_head",
-    "unit_products",
-)
 DISTRIBUTIONS = ("triton", "open_clip_torch", "torchvision", "safetensors", "numpy", "pillow")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from vtclip.testing.problems import OPS, Op, tensors_of
 from vtclip.tune import Call, Job
 
 # sizes by the names a user gives: VT-CLIP over RN50's and ViT-B/16's tokens, RAda; B is a batch
@@ -34,121 +34,57 @@ NAMES = {method: tuple(shapes[0]) for method, shapes in SHAPES.items()}
 
 def _launcher(name: str) -> Callable[..., Any]:
     module = f"vtclip.kernels.{name.removesuffix('_fwd').removesuffix('_bwd')}"
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found
+    launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return launcher
 
 
-def _tensors(results: Any) -> list[Tensor]:
-    return [results] if isinstance(results, Tensor) else list(results)
-
-
-def _pair(
-    name: str, draw: Callable[[], tuple[Any, ...]], after: Callable[..., tuple[Any, ...]]
+def _jobs_of(
+    op: Op, variant: str, sizes: dict[str, int], dtype: torch.dtype, device: str
 ) -> Iterator[Job]:
-    """Jobs of a forward launcher on `draw()` and of its backward on `after(inputs, results)`."""
+    """Jobs of the forward launcher of an operator, and of its backward on what that returns."""
+
+    def draw() -> dict[str, Any]:
+        return op.draw(sizes, variant=variant, dtype=dtype, device=device, heads_inside=True)
 
     def forward() -> Call:
-        inputs = draw()
-        return lambda: _tensors(_launcher(f"{name}_fwd")(*inputs))
+        arguments = op.forward_arguments(draw())
+        return lambda: tensors_of(_launcher(f"{op.name}_fwd")(*arguments))
 
     def backward() -> Call:
         inputs = draw()
-        results = _tensors(_launcher(f"{name}_fwd")(*inputs))
-        arguments = after(inputs, results)
-        return lambda: _tensors(_launcher(f"{name}_bwd")(*arguments))
+        outputs = tensors_of(_launcher(f"{op.name}_fwd")(*op.forward_arguments(inputs)))
+        arguments = op.backward_arguments(inputs, outputs)
+        return lambda: tensors_of(_launcher(f"{op.name}_bwd")(*arguments))
 
-    yield Job(f"{name}_fwd", forward)
-    yield Job(f"{name}_bwd", backward)
-
-
-def vtclip_jobs(
-    dtype: torch.dtype, device: str, B: int, K: int, C: int, L: int, H: int
-) -> Iterator[Job]:
-    """The kernels of a VT-CLIP head; its matrix products are torch's."""
-
-    def new(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    d = C // H
-
-    def heads(rows: int, batch: int) -> Tensor:  # memory [B, rows, H, d], as a projection leaves it
-        return new(batch, rows, H, d).transpose(1, 2)
-
-    yield from _pair(
-        "cross_attn",
-        lambda: (heads(K, 1), heads(L, B), heads(L, B), None, d**-0.5),
-        lambda given, out: (out[0], None, *given[:4], *out, given[4]),
-    )
-    yield from _pair(
-        "cross_attn_weights",
-        lambda: (heads(K, 1), heads(L, B), None, d**-0.5),
-        lambda given, out: (out[0], out[0], *given[:2], given[3]),
-    )
-    yield from _pair(
-        "norm_cosine_logits",
-        lambda: (new(B, K, C), new(C), new(C), new(K, C), new(B, C), 1.0, 100.0, 1e-5),
-        lambda given, out: (out[0], *given[:5], *out, *given[5:]),
-    )
-    yield from _pair(
-        "ffn_cosine_logits",  # few hidden units: tiles do not depend on them, torch.mm's time does
-        lambda: (
-            *(new(B, K, 64), new(C, 64), new(C), new(B, K, C), new(C), new(C)),
-            *(new(K, C), new(B, C), 1.0, 100.0, 1e-5),
-        ),
-        lambda given, out: (out[0], *given[:8], *out[1:], *given[8:10], False),
-    )
-    yield from _pair(
-        "cosine_logits",
-        lambda: (new(B, C), new(K, C), 100.0),
-        lambda given, out: (out[0], *given[:2], *out[1:], given[2]),
-    )
+    yield Job(f"{op.name}_fwd", forward)
+    yield Job(f"{op.name}_bwd", backward)
 
 
-def rada_jobs(dtype: torch.dtype, device: str, B: int, K: int, D: int, H: int) -> Iterator[Job]:
-    """The kernels of a RAda head with its three queries."""
-
-    def new(*shape: int, size: float = 1.0) -> Tensor:
-        return (size * torch.randn(shape, device=device)).to(dtype)
-
-    d = D // H
-
-    def heads(rows: int, batch: int) -> Tensor:
-        return new(batch, rows, H, d).transpose(1, 2)
-
-    yield from _pair(
-        "rational_attn",
-        lambda: (
-            *(heads(1, B), heads(K, 1), heads(K, B), heads(K, B), heads(K, B)),
-            d**-0.5,
-            True,
-        ),  # fmt: skip
-        lambda given, out: (out[0], *given[:5], *out[1:], given[5]),
-    )
-    unit = D**-0.5
-    yield from _pair(
-        "rational_head",
-        lambda: (
-            *(new(B, K, D), new(D, D, size=unit), new(D, size=0.1)),
-            *(new(B, D, size=unit), new(K, D, size=unit), 100.0, 2),
-        ),
-        lambda given, out: (out[0], out[1], *given[:5], out[2], 100.0, 2, False),
-    )
-    yield from _pair(
-        "unit_products",
-        lambda: (new(B, D), new(K, D), 100.0),
-        lambda given, out: (*out, *given),
-    )
-    yield from _pair(
-        "rational_logits",
-        lambda: (new(B, D), new(K, D), new(B, K, D), 100.0),
-        lambda given, out: (out[0], *given),
-    )
-
-
-JOBS = {"vtclip": vtclip_jobs, "rada": rada_jobs}
+# Operators of a method's head, in the variant that training calls; matrix products are torch's.
+OPERATORS = {
+    "vtclip": {
+        "cross_attn": "lse unused",
+        "cross_attn_weights": "",
+        "norm_cosine_logits": "",
+        "ffn_cosine_logits": "features frozen",
+        "cosine_logits": "",
+    },
+    "rada": {
+        "rational_attn": "",
+        "rational_head": "mse, features frozen",
+        "unit_products": "",
+        "rational_logits": "",
+    },
+}
+HIDDEN_UNITS = 64  # few: tiles do not depend on them, torch.mm's time does
 
 
 def jobs(method: str, sizes: dict[str, int], dtype: torch.dtype, device: str) -> list[Job]:
     """All jobs of one method at one list of sizes."""
-    make: Any = JOBS[method]
-    return list(make(dtype, device, **sizes))
+    width = sizes["C" if method == "vtclip" else "D"]
+    letters = {**sizes, "C": width, "D": width, "d": width // sizes["H"], "F": HIDDEN_UNITS}
+    return [
+        job
+        for name, variant in OPERATORS[method].items()
+        for job in _jobs_of(OPS[name], variant, letters, dtype, device)
+    ]

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What only a device can show; VTCLIP_GPU_REHEARSE=1 runs the same code on CPU at tiny sizes.
 
-The operators and the shapes of their arguments come from the table of tests/test_library.py, whose
-sizes B K L H d C are distinct numbers, so that others can be put in their place.
+The operators and their inputs come from `vtclip.testing.problems`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,25 +15,11 @@ from torch import Tensor
 
 from vtclip import testing
 from vtclip.ops._select import Problem, select
+from vtclip.testing.problems import FUNCTIONS
 
 REHEARSE = os.environ.get("VTCLIP_GPU_REHEARSE") == "1"
-TABLE_SIZES = {"B": 3, "K": 5, "L": 7, "H": 2, "d": 8, "C": 6}
 TINY = {"B": 2, "K": 4, "L": 5, "H": 1, "d": 8, "C": 16}
-
-
-def _table() -> dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]]:
-    path = Path(__file__).parents[1] / "test_library.py"
-    spec = importlib.util.spec_from_file_location("_vtclip_library_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    calls: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = module.CALLS
-    return calls
-
-
-CALLS = _table()
-NAMES = tuple(CALLS)
+NAMES = tuple(FUNCTIONS)
 
 
 @pytest.fixture(autouse=True)
@@ -67,27 +50,22 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 class Call:
-    """One operator with drawn arguments [.., of the sizes asked for]."""
+    """One public operator of an implementation, on inputs it draws."""
 
     def __init__(self, name: str, device: torch.device, impl: str) -> None:
-        self.op, self.shapes = CALLS[name]
+        self.op = FUNCTIONS[name]
         self.name, self.device, self.impl = name, device, impl
 
     def draw(
         self, dtype: torch.dtype = torch.float32, sizes: dict[str, int] | None = None
     ) -> list[Tensor]:
-        """Leaves in float32 rounded to `dtype`; matrices [C, C] as projections have them."""
+        """Leaves, other ones with each call; skips what the implementation refuses."""
         wanted = TINY if REHEARSE or sizes is None else sizes
-        put = {TABLE_SIZES[letter]: size for letter, size in wanted.items()}
-        drawn = []
-        for shape in self.shapes:
-            new = [put.get(size, size) for size in shape]
-            unit = new[-1] ** -0.5 if len(new) == 2 and new[0] == new[1] else 1.0
-            drawn.append((unit * torch.randn(new)).to(dtype).to(self.device).requires_grad_())
-        width = drawn[-1].shape[-1]
-        op = "cross_attn" if self.name == "cross_attn_lse" else self.name
+        letters = {"F": 4, "D": wanted["C"], **wanted}
+        drawn = self.op.draw(letters, dtype=dtype, device=self.device, seed=None)
+        problem = Problem(self.op.op.name, self.device.type, dtype, drawn[-1].shape[-1])
         try:
-            select(Problem(op, self.device.type, dtype, width), self.impl)  # type: ignore[arg-type]
+            select(problem, self.impl)  # type: ignore[arg-type]
         except NotImplementedError as refused:
             pytest.skip(str(refused))
         return drawn

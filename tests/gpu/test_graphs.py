@@ -17,90 +17,19 @@ from torch import Tensor
 from vtclip import heads, ops
 from vtclip.ops._select import Problem, select
 from vtclip.testing import GRADIENT_FACTOR, assert_within_budget
+from vtclip.testing.problems import FUNCTIONS
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 IMPLS = ("triton", "cuda", "reference")
 DTYPES = (torch.float32, torch.bfloat16)
 B, H, K, L, d = 3, 2, 50, 49, 64
 D = H * d
-QUERY, KEY, PAIR, ONE = (1, H, K, d), (B, H, L, d), (B, H, K, d), (B, H, 1, d)
-PACKED = (B, K, 3, H, d)
-IMAGE, TEXT, ROWS, SQUARE, VECTOR = (B, D), (K, D), (B, K, D), (D, D), (D,)
-
-Call = Callable[..., tuple[Tensor, ...]]
-# name: (op whose support counts, shapes of the leaves, the call)
-CASES: dict[str, tuple[str, tuple[tuple[int, ...], ...], Call]] = {
-    "cross_attn": (
-        "cross_attn",
-        (QUERY, KEY, KEY),
-        lambda *t, impl: (ops.cross_attn(*t, impl=impl),),
-    ),
-    "cross_attn_lse": (
-        "cross_attn",
-        (PAIR, KEY, KEY),
-        lambda *t, impl: tuple(ops.cross_attn_lse(*t, impl=impl)),
-    ),
-    "cross_attn_weights": (
-        "cross_attn_weights",
-        (QUERY, KEY),
-        lambda *t, impl: (ops.cross_attn_weights(*t, impl=impl),),
-    ),
-    "cosine_logits": (
-        "cosine_logits",
-        (IMAGE, TEXT),
-        lambda *t, impl: (ops.cosine_logits(*t, scale=100.0, impl=impl),),
-    ),
-    "cosine_logits, paired": (
-        "cosine_logits",
-        (IMAGE, ROWS),
-        lambda *t, impl: (ops.cosine_logits(*t, scale=100.0, impl=impl),),
-    ),
-    "norm_cosine_logits": (
-        "norm_cosine_logits",
-        (ROWS, VECTOR, VECTOR, TEXT, IMAGE),
-        lambda *t, impl: (ops.norm_cosine_logits(*t, scale=100.0, impl=impl),),
-    ),
-    "ffn_cosine_logits": (
-        "ffn_cosine_logits",
-        (ROWS, SQUARE, VECTOR, ROWS, VECTOR, VECTOR, TEXT, IMAGE),
-        lambda *t, impl: (ops.ffn_cosine_logits(*t, scale=100.0, impl=impl),),
-    ),
-    "rational_attn": (
-        "rational_attn",
-        (ONE, QUERY, PAIR, PAIR, PAIR),
-        lambda *t, impl: (ops.rational_attn(*t, impl=impl),),
-    ),
-    "rational_attn_packed": (
-        "rational_attn",
-        (ONE, QUERY, PACKED),
-        lambda *t, impl: (ops.rational_attn_packed(*t, impl=impl),),
-    ),
-    "unit_products": (
-        "unit_products",
-        (IMAGE, TEXT),
-        lambda *t, impl: tuple(ops.unit_products(*t, scale=100.0, impl=impl)),
-    ),
-    "rational_logits": (
-        "rational_logits",
-        (IMAGE, TEXT, ROWS),
-        lambda *t, impl: (ops.rational_logits(*t, impl=impl),),
-    ),
-    **{
-        f"rational_head, {penalty}": (
-            "rational_head",
-            (ROWS, SQUARE, VECTOR, IMAGE, TEXT),
-            lambda *t, impl, penalty=penalty: tuple(
-                ops.rational_head(*t, penalty=penalty, impl=impl)
-            ),
-        )
-        for penalty in ("none", "l1", "mse", "linf")
-    },
+SIZES = {"B": B, "H": H, "K": K, "L": L, "d": d, "D": D, "C": D, "F": D}
+CASES = {
+    ", ".join(filter(None, (name, variant))): function
+    for name, usual in FUNCTIONS.items()
+    for variant, function in (("", usual), *usual.variants())
 }
-
-
-def drawn(shapes: tuple[tuple[int, ...], ...], device: str, dtype: torch.dtype) -> list[Tensor]:
-    """Rows of length about 1, so that no score saturates a softmax."""
-    return [(torch.randn(s) / s[-1] ** 0.25).to(device, dtype).requires_grad_() for s in shapes]
 
 
 def step(call: Callable[[], tuple[Tensor, ...]], wanted: list[Tensor]) -> list[Tensor]:
@@ -146,13 +75,15 @@ def replayed(
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CASES)
 def test_replay_is_eager(name, impl, dtype):
-    op, shapes, call = CASES[name]
+    function = CASES[name]
+    call = function.outputs
+    static, *inputs = (
+        function.draw(SIZES, dtype=dtype, device="cuda", seed=seed) for seed in range(4)
+    )
     try:
-        select(Problem(op, "cuda", dtype, shapes[0][-1]), impl)
+        select(Problem(function.op.name, "cuda", dtype, static[0].shape[-1]), impl)
     except NotImplementedError as refused:
         pytest.skip(str(refused))
-    static = drawn(shapes, "cuda", dtype)
-    inputs = [drawn(shapes, "cuda", dtype) for _ in range(3)]
     rounds = replayed(lambda: call(*static, impl=impl), static, static, inputs)
     for leaves, got in zip(inputs, rounds, strict=True):
         eager = step(lambda: call(*leaves, impl=impl), leaves)  # noqa: B023
@@ -171,15 +102,16 @@ def test_replay_is_eager(name, impl, dtype):
 @pytest.mark.parametrize("method", ["rada", "vtclip"])
 def test_a_head_in_a_graph(method):
     text = F.normalize(torch.randn(K, D), dim=-1).cuda()
-    image, spatial = (B, D), (B, L, D)
+    shapes = [(B, D), (B, L, D)]  # image and spatial
     if method == "rada":
-        head, shapes = heads.RAda(text, num_heads=H), (image,)
+        head, shapes = heads.RAda(text, num_heads=H), shapes[:1]
         torch.nn.init.normal_(head.out.weight, std=0.02)
     else:
-        head, shapes = heads.VTCLIP(text, num_heads=H, init="torch"), (image, spatial)
+        head = heads.VTCLIP(text, num_heads=H, init="torch")
     wanted = list(head.parameters())
-    static = [tensor.detach() for tensor in drawn(shapes, "cuda", torch.float32)]
-    inputs = [[t.detach() for t in drawn(shapes, "cuda", torch.float32)] for _ in range(3)]
+    static, *inputs = (  # rows of length about 1
+        [(torch.randn(shape) / D**0.25).cuda() for shape in shapes] for _ in range(4)
+    )
     rounds = replayed(lambda: (head(*static),), wanted, static, inputs)
     for fresh, got in zip(inputs, rounds, strict=True):
         eager = step(lambda: (head(*fresh),), wanted)  # noqa: B023
@@ -191,14 +123,14 @@ def test_a_head_in_a_graph(method):
 @pytest.mark.parametrize("name", CASES)
 def test_the_cases_are_what_they_say(name):
     """Runs anywhere: each case has finite outputs and a gradient for every leaf."""
-    op, shapes, call = CASES[name]
-    assert name.startswith(op)
-    assert op in ops.__all__
-    leaves = drawn(shapes, "cpu", torch.float32)
-    results = step(lambda: call(*leaves, impl="reference"), leaves)
+    function = CASES[name]
+    assert function.op.name in ops.__all__
+    leaves = function.draw(SIZES)
+    results = step(lambda: function.outputs(*leaves, impl="reference"), leaves)
     assert all(result.isfinite().all() for result in results)
-    assert [tuple(g.shape) for g in results[-len(shapes) :]] == list(shapes)
-    assert sum(bool(grad.any()) for grad in results[-len(shapes) :]) == len(shapes)
+    grads = results[-len(leaves) :]
+    assert [g.shape for g in grads] == [leaf.shape for leaf in leaves]
+    assert all(bool(grad.any()) for grad in grads)
 
 
 def test_every_public_op_is_captured():

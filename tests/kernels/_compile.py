@@ -22,38 +22,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-(
-    _candidates,
-    _configs,
-    _tiles,
-    cosine_logits,
-    cross_attn,
-    cross_attn_weights,
-    ffn_cosine_logits,
-    norm_cosine_logits,
-    rational_attn,
-    rational_head,
-    rational_logits,
-    column_sums,
-    unit_products,
-) = (
-    importlib.import_module(f"{sys.argv[1]}.{name}")
-    for name in (
-        "_candidates",
-        "_configs",
-        "_tiles",
-        "cosine_logits",
-        "cross_attn",
-        "cross_attn_weights",
-        "ffn_cosine_logits",
-        "norm_cosine_logits",
-        "rational_attn",
-        "rational_head",
-        "rational_logits",
-        "column_sums",
-        "unit_products",
-    )
-)
+from vtclip.testing.problems import OPS
+
+
+def module(name):
+    """A file of the package whose kernels are compiled."""
+    return importlib.import_module(f"{sys.argv[1]}.{name}")
+
+
+def kernel(name):
+    """A launcher by the name of its operator."""
+    return getattr(module(name.removesuffix("_fwd").removesuffix("_bwd")), name)
+
+
+_candidates, _configs, _tiles = map(module, ("_candidates", "_configs", "_tiles"))
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), _configs.Target("cuda", 80, 163 * 1024)),
@@ -188,96 +170,84 @@ def record(rows, target):
     return run
 
 
-def launches(dtype, width, B=32, H=8, K=1000):
-    """Every launcher once (attention at one and at several key tiles), on memory nobody reads."""
+def empty(shape, dtype):
+    """Memory nobody reads."""
+    return torch.empty(shape, dtype=dtype)
 
-    def new(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype)
 
-    for L in (49, 197):
-        query, key, value = new(1, H, K, width), new(B, H, L, width), new(B, H, L, width)
-        key_mask = torch.ones(B, L, dtype=torch.bool)
-        out, lse = cross_attn.cross_attn_fwd(query, key, value, key_mask, 0.1)
-        cross_attn.cross_attn_bwd(out, lse, query, key, value, key_mask, out, lse, 0.1)
-        weights = cross_attn_weights.cross_attn_weights_fwd(query, key, key_mask, 0.1)
-    cross_attn_weights.cross_attn_weights_bwd(weights, weights, query, key, 0.1)
-    pairs = new(B, H, K, width)
-    for classes in (16, 32, 50, K):  # one tile, of the smallest to the largest; several
-        image, texts, *pair_like = new(B, H, 1, width), query, pairs, pairs, pairs
-        tensors = (image, *(tensor[:, :, :classes] for tensor in (texts, *pair_like)))
-        out, *kept = rational_attn.rational_attn_fwd(*tensors, 0.1, True)
-        rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
-    # one image: the shortest tiles, chosen by waves
-    few, key, value, pair = (tensor[:1, :, :100] for tensor in (query, key, value, pairs))
-    out, lse = cross_attn.cross_attn_fwd(few, key, value, None, 0.1)
-    cross_attn.cross_attn_bwd(out, lse, few, key, value, None, out, lse, 0.1)
-    cross_attn_weights.cross_attn_weights_fwd(few, key, None, 0.1)
-    tensors = (None, few, pair, pair, pair)
-    out, *kept = rational_attn.rational_attn_fwd(*tensors, 0.1, True)
-    rational_attn.rational_attn_bwd(out, *tensors, *kept, 0.1)
+ONE_IMAGE = {"B": 1, "K": 100, "L": 100}  # the shortest tiles, chosen by waves
+FEW_IMAGES = {"B": 2}  # where matrix products outside the kernels are computed
+# (sizes, variant) where tiles or code depend on them
+PROBLEMS = {
+    "cross_attn": [({}, "masked"), ({"L": 197}, "masked"), (ONE_IMAGE, "")],
+    "cross_attn_weights": [({}, "masked"), ({"L": 197}, "masked"), (ONE_IMAGE, "")],
+    "rational_attn": [
+        # one tile, of the smallest to the largest; several
+        *(({"K": classes}, "") for classes in (16, 32, 50, 1000)),
+        (ONE_IMAGE, "no image query"),
+    ],
+    "cosine_logits": [({}, ""), ({"K": 20}, "text per image")],
+    "ffn_cosine_logits": [(FEW_IMAGES, ""), (FEW_IMAGES, "features frozen")],
+    "rational_head": [
+        (FEW_IMAGES | {"K": classes}, penalty + features)
+        for classes, penalty in (
+            (50, "none"),
+            (1000, "l1"),
+            (50, "mse"),
+            (1000, "mse"),
+            (1000, "linf"),
+        )
+        for features in ("", ", features frozen")
+    ],
+}
+
+
+def launches(dtype, width):
+    """Every launcher, those without heads at width 128 only, on memory nobody reads."""
+    D = 8 * width
+    sizes = {"B": 32, "H": 8, "K": 1000, "L": 49, "d": width, "D": D, "C": D, "F": 64}
+    for op in OPS.values():
+        if width != 128 and "H" not in op.sizes:
+            continue
+        for changed, variant in PROBLEMS.get(op.name, [({}, "")]):
+            inputs = op.draw(sizes | changed, variant=variant, dtype=dtype, make=empty)
+            op.run(kernel, inputs, empty)
     if width != 128:
         return
-    C = H * width
-    image, text, g = new(B, C), new(K, C), new(B, K)
-    _, *rnorms = cosine_logits.cosine_logits_fwd(image, text, 1.0)
-    cosine_logits.cosine_logits_bwd(g, image, text, *rnorms, 1.0)
-    texts = new(B, 20, C)
-    _, *rnorms = cosine_logits.cosine_logits_fwd(image, texts, 1.0)
-    cosine_logits.cosine_logits_bwd(g[:, :20], image, texts, *rnorms, 1.0)
-    tensors = (new(B, K, C), new(C), new(C), text, image)
-    stats = norm_cosine_logits.norm_cosine_logits_fwd(*tensors, 1.0, 1.0, 1e-5)
-    norm_cosine_logits.norm_cosine_logits_bwd(g, *tensors, *stats, 1.0, 1.0, 1e-5)
-    few = slice(0, 2)  # its matrix products outside the kernels are computed
-    layer = (new(2, K, 64), new(C, 64), new(C), tensors[0][few], *tensors[1:4], image[few])
-    _, *kept = ffn_cosine_logits.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
-    for features in (False, True):
-        ffn_cosine_logits.ffn_cosine_logits_bwd(g[few], *layer, *kept, 1.0, 1.0, features)
-    mask = new(B, K, C)
-    rational_logits.rational_logits_fwd(image, text, mask, 1.0)
-    rational_logits.rational_logits_bwd(g, image, text, mask, 1.0)
-    unit_products.unit_products_fwd(image, text, 1.0)
-    unit_products.unit_products_bwd(image, text, mask, image, text, 1.0)
-    column_sums.column_sums(image, text, new(B * 20, 3 * C))
+    column_sums = kernel("column_sums")
+    image, text = empty((32, D), dtype), empty((1000, D), dtype)
+    column_sums(image, text, empty((640, 3 * D), dtype))
     # strides and sizes of 1, one of another type than its neighbours
     huge = torch.as_strided(image, (1, 1), (2**33, 2**32))
-    column_sums.column_sums(huge, text.T, image[:1].expand(7, -1))
-    for classes, penalty in ((50, 0), (K, 1), (50, 2), (K, 2), (K, 3)):
-        few = slice(0, 2)  # its matrix products outside the kernels are computed
-        tensors = (mask[few, :classes], new(C, C), new(C), image[few], text[:classes])
-        _, size, peak = rational_head.rational_head_fwd(*tensors, 1.0, penalty)
-        for features in (False, True):
-            rational_head.rational_head_bwd(
-                g[few, :classes], size, *tensors, peak, 1.0, penalty, features
-            )
+    column_sums(huge, text.T, image[:1].expand(7, -1))
 
 
-def candidates(dtype, precision, target, B=32, H=8, K=1000, L=49, d=128):
+def candidates(dtype, precision, target):
     """Launchers once for each neighbour of a built-in tile."""
-
-    def new(*shape):
-        return torch.empty(shape, dtype=dtype)
-
-    query, key, value = new(1, H, K, d), new(B, H, L, d), new(B, H, L, d)
-    out, lse = new(B, H, K, d), torch.empty(B, H, K)
-    context = (new(2, K, H * d), new(H * d, H * d), new(H * d), new(2, H * d), new(K, H * d))
-    calls = {
-        "fwd": lambda: cross_attn.cross_attn_fwd(query, key, value, None, 0.1),
-        "bwd_key": lambda: cross_attn.cross_attn_bwd(
-            out, None, query, key, value, None, out, lse, 0.1
-        ),
-        "weights": lambda: cross_attn_weights.cross_attn_weights_fwd(query, key, None, 0.1),
-        "head_fwd": lambda: rational_head.rational_head_fwd(*context, 1.0, 0),
-    }
-    for kind, call in calls.items():
-        sizes = (2, K, H * d) if kind == "head_fwd" else (B, H, K, L, d)
+    B, H, K, L, d, D = 32, 8, 1000, 49, 128, 1024
+    letters = {"B": B, "H": H, "K": K, "L": L, "d": d, "D": D}
+    for kind, name, variant in (
+        ("fwd", "cross_attn_fwd", ""),
+        ("bwd_key", "cross_attn_bwd", "lse unused"),
+        ("weights", "cross_attn_weights_fwd", ""),
+        ("head_fwd", "rational_head_fwd", "none"),
+    ):
+        op, sizes = OPS[name[: -len("_fwd")]], (B, H, K, L, d)
+        if kind == "head_fwd":
+            letters, sizes = letters | FEW_IMAGES, (2, K, D)
+        inputs = op.draw(letters, variant=variant, dtype=dtype, make=empty)
+        arguments = op.forward_arguments(inputs)
+        if name.endswith("_bwd"):
+            outputs = kernel(f"{op.name}_fwd")(*arguments)
+            arguments = op.backward_arguments(inputs, outputs, empty)
         tile = _tiles.choose(kind, dtype, precision, sizes, target)
         near = _candidates.neighbours(kind, tile, dtype, sizes, target)
         assert len(near) >= 3, (kind, near)
-        name = _tiles.entry_name(kind, dtype, precision, sizes)
-        for one in near:
-            table = {(target.name, target.capability): {name: tuple(one)}}
+        entry = _tiles.entry_name(kind, dtype, precision, sizes)
+        for neighbour in near:
+            table = {(target.name, target.capability): {entry: tuple(neighbour)}}
             with _tiles.choosing(_tiles.from_tables(table)):
-                call()
+                kernel(name)(*arguments)
 
 
 def main(package, target_name, dtype_name, precision, *widths):

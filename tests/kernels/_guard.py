@@ -12,6 +12,8 @@ import sys
 
 import torch
 
+from vtclip.testing.problems import OPS
+
 LIBC = ctypes.CDLL(None, use_errno=True)
 MAPPINGS = []  # kept alive until the process ends
 
@@ -32,26 +34,18 @@ def guarded(*shape, dtype=torch.float32):
     return flat.fill_(math.nan if dtype.is_floating_point else 1).view(shape)
 
 
-def random(*shape):
-    return guarded(*shape).copy_(torch.randn(*shape))
+def make(shape, dtype):
+    """Guarded memory of normal numbers, or of booleans that are all set."""
+    memory = guarded(*shape, dtype=torch.uint8 if dtype == torch.bool else dtype)
+    return memory.view(dtype) if dtype == torch.bool else memory.copy_(torch.randn(shape))
 
 
 def main(package):
-    attn, weights, cosine, norm, rational, ending, masked, unit, sums, ffn = (
-        importlib.import_module(f"{package}.{name}")
-        for name in (
-            "cross_attn",
-            "cross_attn_weights",
-            "cosine_logits",
-            "norm_cosine_logits",
-            "rational_attn",
-            "rational_head",
-            "rational_logits",
-            "unit_products",
-            "column_sums",
-            "ffn_cosine_logits",
-        )
-    )
+    def kernel(name):
+        module = name.removesuffix("_fwd").removesuffix("_bwd")
+        return getattr(importlib.import_module(f"{package}.{module}"), name)
+
+    importlib.import_module("vtclip.ops")  # the schemas, before memory is guarded
     plain_new_empty = torch.Tensor.new_empty
 
     def new_empty(self, shape, dtype=None, device=None):
@@ -63,44 +57,14 @@ def main(package):
     torch.empty_like = lambda tensor: guarded(*tensor.shape, dtype=tensor.dtype)
     torch.manual_seed(0)
     for B, H, K, L, d in ((2, 2, 17, 9, 5), (1, 1, 33, 65, 20)):
-        query, key, value = random(1, H, K, d), random(B, H, L, d), random(B, H, L, d)
-        key_mask = guarded(B, L, dtype=torch.uint8).view(torch.bool)
-        out, lse = attn.cross_attn_fwd(query, key, value, key_mask, 0.5)
-        grads = (random(B, H, K, d), random(B, H, K))
-        results = [out, lse]
-        results += attn.cross_attn_bwd(*grads, query, key, value, key_mask, out, lse, 0.5)
-        p = weights.cross_attn_weights_fwd(query, key, key_mask, 0.5)
-        results += [p, *weights.cross_attn_weights_bwd(random(B, H, K, L), p, query, key, 0.5)]
-        for text in (random(K, d), random(B, K, d)):
-            image, g = random(B, d), random(B, K)
-            forward = cosine.cosine_logits_fwd(image, text, 1.0)
-            results += forward
-            results += cosine.cosine_logits_bwd(g, image, text, *forward[1:], 1.0)
-        tensors = (random(B, K, d), random(d), random(d), random(K, d), random(B, d))
-        forward = norm.norm_cosine_logits_fwd(*tensors, 1.0, 1.0, 1e-5)
-        results += forward
-        results += norm.norm_cosine_logits_bwd(g, *tensors, *forward, 1.0, 1.0, 1e-5)
-        layer = (random(B, K, 2 * d + 1), random(d, 2 * d + 1), random(d), *tensors)
-        forward = ffn.ffn_cosine_logits_fwd(*layer, 1.0, 1.0, 1e-5)
-        results += forward
-        results += ffn.ffn_cosine_logits_bwd(random(B, K), *layer, *forward[1:], 1.0, 1.0, True)
-        heads = (random(B, H, 1, d), query, *(random(B, H, K, d) for _ in range(3)))
-        forward = rational.rational_attn_fwd(*heads, 0.5, True)
-        results += forward
-        g = random(B, H, K, d)
-        results += rational.rational_attn_bwd(g, *heads, *forward[1:], 0.5)
-        g, size = random(B, K), random(B)
-        features, mask = (random(B, d), random(K, d)), random(B, K, d)
-        results += [masked.rational_logits_fwd(*features, mask, 1.0)]
-        results += masked.rational_logits_bwd(g, *features, mask, 1.0)
-        forward = unit.unit_products_fwd(*features, 2.0)
-        results += [*forward, *unit.unit_products_bwd(*features, mask, *features, 2.0)]
-        results += [sums.column_sums(*features, random(B * K, 3 * d))]
-        for penalty in range(4):
-            tensors = (mask, random(d, d), random(d), *features)
-            logits, sizes, peak = ending.rational_head_fwd(*tensors, 1.0, penalty)
-            results += [logits, sizes]
-            results += ending.rational_head_bwd(g, size, *tensors, peak, 1.0, penalty, True)
+        sizes = {"B": B, "H": H, "K": K, "L": L, "d": d, "D": d, "C": d, "F": 2 * d + 1}
+        columns = [make(shape, torch.float32) for shape in ((B, d), (K, d), (B * K, 3 * d))]
+        results = [kernel("column_sums")(*columns)]
+        for op in OPS.values():
+            for variant in ("", *op.variants):
+                inputs = op.draw(sizes, variant=variant, make=make)
+                outputs, grads = op.run(kernel, inputs, make)
+                results += [*outputs, *grads]
         if not all(result.isfinite().all() for result in results):
             raise SystemExit("an output has elements that were not written")
 
