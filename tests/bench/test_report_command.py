@@ -145,7 +145,7 @@ def test_a_page_of_other_origin_stays(
     page = tmp_path / "index.html"
     page.write_text("<html>mine</html>")
     before = files(out)
-    assert "is no report; --overwrite replaces it" in refused(capsys, out, "--html", page)
+    assert "is not a report; --overwrite replaces it" in refused(capsys, out, "--html", page)
     assert page.read_text() == "<html>mine</html>"
     assert files(out) == before
     assert run(out, "--html", page, "--overwrite") == 0
