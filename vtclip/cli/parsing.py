@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vtclip.config import MAX_SEED
-from vtclip.names import nearest
+from vtclip.names import MAX_SEED, nearest
 
 
 class Parser(argparse.ArgumentParser):
