@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vtclip.names import LOSSES, OPTIMIZERS
-
-MAX_SEED = 2**32 - 1  # the range that torch, NumPy and random all take
+from vtclip.names import LOSSES, MAX_SEED, OPTIMIZERS
 
 
 @dataclass(frozen=True)

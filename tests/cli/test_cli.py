@@ -20,7 +20,7 @@ import torch
 
 import vtclip
 from vtclip import api, engine
-from vtclip.cli import main
+from vtclip.cli import COMMANDS, main
 from vtclip.data.records import Records
 from vtclip.data.splits import few_shot_split
 from vtclip.files import to_json
@@ -124,13 +124,17 @@ def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         (["fit", "x", "--penalty-weight", "-1"], "--penalty-weight: must be in 0..1e+06"),
         (["fit", "x", "--label-smoothing", "1"], "--label-smoothing: must be in 0..0.99"),
         (["fit", "x", "--queries", "image,txt"], "unknown name 'txt'; did you mean 'text'"),
-        (["fit", "x", "--queries", "image,image"], "--queries: names must differ"),
+        (["fit", "x", "--queries", "image,image"], "--queries: values must differ"),
         (["fit", "x", "--queries", ""], "unknown name ''"),
         (["fit", "no such place"], "SOURCE 'no such place' does not exist"),
         (["fit", "two\nlines"], r"SOURCE 'two\nlines' does not exist"),
         (["fit", "~/no such place"], "SOURCE '~/no such place' does not exist"),
         (["fit", "--", "-dash"], "SOURCE '-dash' does not exist"),
         (["evaluate", "nowhere"], "RUN 'nowhere' does not exist"),
+        (["evaluate", "x", "--view", "3"], "unknown argument '--view'; did you mean '--views'"),
+        (["export", "x", "--no-portabel"], "did you mean '--no-portable'"),
+        (["features", "x", "--out", "y", "--hlp"], "did you mean '--help'"),
+        (["--versoin"], "unknown argument '--versoin'; did you mean '--version'"),
         (["predict", "nowhere"], "required: IMAGE"),
         (["predict", "nowhere", "x.jpg", "--topk", "0"], "--topk: must be in"),
         (["explain", "nowhere", "x.jpg"], "required: --out"),
@@ -140,7 +144,10 @@ def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_bad_input_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    assert message in refused(capsys, 2, *words)
+    line = refused(capsys, 2, *words)
+    assert message in line
+    known = any(words[0] == name for name, _, _ in COMMANDS)
+    assert line.startswith(f"vtclip {words[0]}: " if known else "vtclip: ")
     assert not list(Path.cwd().iterdir())
 
 
@@ -338,6 +345,13 @@ def test_zeroshot_needs_no_shots(
     assert result["adapted"] == result["zero_shot"]
     assert result["adapted"]["temperature"] is None
     assert call("evaluate", "z", "--json") == 0
+
+
+def test_the_package_does_not_import_its_command_line() -> None:
+    importing = re.compile(r"^\s*(from|import)\s.*\bcli\b", re.M)
+    package = ROOT / "vtclip"
+    users = {path for path in package.rglob("*.py") if importing.search(path.read_text())}
+    assert users - set((package / "cli").iterdir()) == {package / "__main__.py"}
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["fit", "--help"]])

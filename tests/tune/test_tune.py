@@ -179,8 +179,8 @@ def test_every_launcher_has_a_job_that_runs(method):
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """The command on CPU tensors in the interpreter, with a clock that likes few rows."""
-    monkeypatch.setattr(tune_command, "_device", lambda named: "cpu")
-    monkeypatch.setattr(tune_command, "_identity", lambda: ("Pretended", 90))
+    monkeypatch.setattr(tune_command, "cuda_device", lambda named: "cpu")
+    monkeypatch.setattr(tune_command, "gpu_identity", lambda: ("Pretended", 90))
     monkeypatch.setattr("vtclip.backends.triton.interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 

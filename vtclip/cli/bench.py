@@ -5,77 +5,72 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
-from vtclip.cli.fit import DEMO_NOTE
-from vtclip.cli.parsing import emit, emit_json, existing, fail, number
-from vtclip.names import METHODS, SHOTS, nearest
+from vtclip.cli.parsing import (
+    Parser,
+    add_cache_dir,
+    add_device,
+    add_features,
+    add_json,
+    add_model,
+    count,
+    emit,
+    emit_json,
+    existing,
+    note_demo_model,
+    on_terminal,
+    one_of,
+    seed,
+    several,
+)
+from vtclip.names import METHODS, SHOTS
 
 
-def add_arguments(bench: Any) -> None:
-    bench.add_argument(
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
         "sources",
         metavar="SOURCE",
         nargs="*",
         action="extend",
         help="image folders, features folders, .npz files",
     )
-    bench.add_argument("--data", metavar="ROOT", help="the field's data sets, in place of SOURCE")
-    bench.add_argument(
-        "--sets", type=some(str), metavar="LIST", help="of --data (default: those that are there)"
+    parser.add_argument("--data", metavar="ROOT", help="the field's data sets, in place of SOURCE")
+    parser.add_argument(
+        "--sets",
+        type=several(str),
+        metavar="LIST",
+        help="of --data (default: those that are there)",
     )
-    bench.add_argument(
+    parser.add_argument(
         "--methods",
-        type=some(method),
+        type=several(one_of(*METHODS, "all")),
         metavar="LIST",
         help=f"or all; default: those that apply; of {','.join(METHODS)}",
     )
-    shots, seed = number(int, 1, 1_000_000), number(int, 0, 2**32 - 1)
-    bench.add_argument(
-        "--shots", type=some(shots), default=list(SHOTS), metavar="LIST",
+    parser.add_argument(
+        "--shots", type=several(count), default=list(SHOTS), metavar="LIST",
         help=f"images per class (default: {','.join(map(str, SHOTS))})",
     )  # fmt: skip
-    bench.add_argument(
-        "--seeds", type=some(seed), default=[1, 2, 3], metavar="LIST",
+    parser.add_argument(
+        "--seeds", type=several(seed), default=[1, 2, 3], metavar="LIST",
         help="each draws the shots once (default: 1,2,3)",
     )  # fmt: skip
-    bench.add_argument("--out", metavar="DIR", required=True, help="rows, runs and tables")
-    bench.add_argument(
+    parser.add_argument("--out", metavar="DIR", required=True, help="rows, runs and tables")
+    parser.add_argument(
         "--shard", metavar="I/N", help="this process's part (default: by torchrun, or all)"
     )
-    bench.add_argument(
+    parser.add_argument(
         "--resume", action="store_true", help="go on with --out, which is done anyway"
     )
-    bench.add_argument("--spatial", metavar="OPT", help="kind of spatial features (vtclip.clip)")
-    bench.add_argument("--prompt", metavar="NAME", help="one prompt of .npz files with several")
-    bench.add_argument(
-        "--templates", metavar="NAME|FILE", help="imagenet7, imagenet80, a .txt, or text with {}"
-    )
-    bench.add_argument("--test-fraction", type=number(float, 0, 1), default=0.5, metavar="F")
-    bench.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
+    add_features(parser)
+    add_model(parser)
+    add_cache_dir(parser)
+    add_device(parser)
+    add_json(parser)
 
 
-def some(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A list with commas between, of values that all differ."""
-
-    def check(value: str) -> list[Any]:
-        found = [kind(part.strip()) for part in value.split(",")]
-        if len(set(found)) < len(found):
-            raise argparse.ArgumentTypeError(f"values must differ, got {value!r}")
-        return found
-
-    return check
-
-
-def method(name: str) -> str:
-    if name not in (*METHODS, "all"):
-        raise argparse.ArgumentTypeError(f"unknown name {name!r}{nearest(name, METHODS)}")
-    return name
-
-
-def run_bench_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     check_sources(args)
     from vtclip.bench.jobs import Settings, own_sources, parse_shard, set_sources
     from vtclip.bench.run import run_bench
@@ -94,8 +89,8 @@ def run_bench_command(args: argparse.Namespace) -> int:
     else:
         sources = own_sources(args.sources, settings)
     if args.model == "demo" and any(source.encoder for source in sources):
-        sys.stderr.write(DEMO_NOTE + "\n")
-    progress = sys.stderr is not None and sys.stderr.isatty()
+        note_demo_model()
+    progress = on_terminal()
     with job_lines(progress):
         report = run_bench(
             sources,
@@ -122,32 +117,30 @@ def run_bench_command(args: argparse.Namespace) -> int:
 
 
 def check_sources(args: argparse.Namespace) -> None:
-    """Sources that are there, or exit 2 naming the argument."""
+    """Sources that are there, or a ValueError that names the argument."""
     if args.methods is not None and "all" in args.methods and len(args.methods) > 1:
-        fail("vtclip bench: --methods all stands alone")
+        raise ValueError("--methods all stands alone")
     if args.data is None:
         if args.sets is not None:
-            fail("vtclip bench: --sets needs --data ROOT")
+            raise ValueError("--sets needs --data ROOT")
         if not args.sources:
-            fail("vtclip bench: SOURCE or --data ROOT must be given")
+            raise ValueError("SOURCE or --data ROOT must be given")
         for source in args.sources:
             existing("SOURCE", source)
         return
     if args.sources:
-        fail(
-            f"vtclip bench: SOURCE {args.sources[0]!a} and --data exclude each other; "
-            "name data sets by --sets"
+        raise ValueError(
+            f"SOURCE {args.sources[0]!a} and --data exclude each other; name data sets by --sets"
         )
     existing("--data", args.data)
 
 
-def job_lines(shown: bool) -> Any:
-    """One line per job above the bar on a terminal; else only what failed."""
-    from contextlib import nullcontext
-
+def job_lines(shown: bool) -> AbstractContextManager[None]:
+    """On a terminal a line per job above the bar, elsewhere only what failed."""
     if not shown:
         return nullcontext()
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     logging.getLogger("vtclip.bench").setLevel(logging.INFO)
-    return logging_redirect_tqdm()
+    redirected: AbstractContextManager[None] = logging_redirect_tqdm()
+    return redirected

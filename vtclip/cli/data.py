@@ -4,22 +4,22 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from vtclip.cli.parsing import emit, emit_json, existing, one_of
+from vtclip.cli.parsing import Parser, add_json, emit, emit_json, existing, one_of
 
 ACTIONS = ("check",)
 
 
-def add_arguments(data: Any) -> None:
-    data.add_argument("action", metavar="check", type=one_of(*ACTIONS))
-    data.add_argument("root", metavar="ROOT", help="the folder that holds imagenet, dtd, ...")
-    data.add_argument(
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("action", metavar="check", type=one_of(*ACTIONS))
+    parser.add_argument("root", metavar="ROOT", help="the folder that holds imagenet, dtd, ...")
+    parser.add_argument(
         "names", metavar="NAME", nargs="*", action="extend", help="default: those that are there"
     )
+    add_json(parser)
 
 
-def run_data(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """0 where every set asked for, or found, could be used; else 1."""
     root = existing("ROOT", args.root)
     from vtclip.data.sets.check import check_lines, check_sets

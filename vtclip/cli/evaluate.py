@@ -4,10 +4,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Mapping
 from typing import Any
 
-from vtclip.cli.parsing import emit, emit_json, existing, fail, number, source_path
+from vtclip.cli.parsing import (
+    Parser,
+    add_cache_dir,
+    add_device,
+    add_json,
+    emit,
+    emit_json,
+    existing,
+    number,
+    on_terminal,
+    seed,
+    source_path,
+)
 
 TTT_OPTIONS = {
     "views": "--views",
@@ -18,14 +30,14 @@ TTT_OPTIONS = {
 }
 
 
-def add_arguments(evaluate: Any) -> None:
-    evaluate.add_argument("folder", metavar="RUN")
-    evaluate.add_argument("source", metavar="SOURCE", nargs="?")
-    evaluate.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
-    evaluate.add_argument(
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("source", metavar="SOURCE", nargs="?")
+    parser.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
+    parser.add_argument(
         "--ttt", action="store_true", help="train on every unlabelled image first, and compare"
     )
-    ttt = evaluate.add_argument_group("with --ttt")
+    ttt = parser.add_argument_group("with --ttt")
     ttt.add_argument(
         "--views", type=number(int, 1, 100_000), metavar="N", help="views per image (default: 64)"
     )
@@ -46,25 +58,21 @@ def add_arguments(evaluate: Any) -> None:
     )
     ttt.add_argument(
         "--ttt-seed",
-        type=number(int, 0, 2**32 - 1),
+        type=seed,
         metavar="SEED",
         help="draws the views (default: 0)",
     )
+    add_cache_dir(parser)
+    add_device(parser)
+    add_json(parser)
 
 
-def run_evaluate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     source = None if args.source is None else source_path(args.source, args.data)
-    given = {
-        field: getattr(args, option[2:].replace("-", "_")) for field, option in TTT_OPTIONS.items()
-    }
-    given = {field: value for field, value in given.items() if value is not None}
-    if given and not args.ttt:
-        fail(f"vtclip evaluate: {TTT_OPTIONS[next(iter(given))]} needs --ttt")
+    settings = ttt_settings(args)
     from vtclip import api
-    from vtclip.result import rows_table
     from vtclip.ttt import TTT
-    from vtclip.ttt_report import ttt_table
 
     values = api.evaluate(
         folder,
@@ -73,18 +81,36 @@ def run_evaluate(args: argparse.Namespace) -> int:
         device=args.device,
         threads=args.threads,
         cache_dir=args.cache_dir,
-        ttt=TTT(**given) if args.ttt else None,
-        progress=sys.stderr is not None and sys.stderr.isatty(),
+        ttt=TTT(**settings) if args.ttt else None,
+        progress=on_terminal(),
     )
     if args.json:
         emit_json(values)
-        return 0
+    else:
+        print_metrics(values, args.ttt)
+    return 0
+
+
+def ttt_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of TTT that options name; an error where --ttt itself is missing."""
+    values = {
+        field: getattr(args, option[2:].replace("-", "_")) for field, option in TTT_OPTIONS.items()
+    }
+    values = {field: value for field, value in values.items() if value is not None}
+    if values and not args.ttt:
+        raise ValueError(f"{TTT_OPTIONS[next(iter(values))]} needs --ttt")
+    return values
+
+
+def print_metrics(values: Mapping[str, Any], ttt: bool) -> None:
+    from vtclip.result import rows_table
+    from vtclip.ttt_report import ttt_table
+
     emit(f"{values['method']} on {values['source']}: {values['test']['images']} images")
-    if args.ttt:
+    if ttt:
         emit(ttt_table(values))
-        return 0
-    parts = {str(part): values[part] for part in ("base", "new") if part in values}
-    emit(rows_table(parts or {values["method"]: values}))
+        return
+    halves = {str(half): values[half] for half in ("base", "new") if half in values}
+    emit(rows_table(halves or {values["method"]: values}))
     if "harmonic_mean" in values:
         emit(f"harmonic mean of base and new accuracy: {100 * values['harmonic_mean']:.2f} %")
-    return 0

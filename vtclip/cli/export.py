@@ -4,36 +4,49 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
-from vtclip.cli.parsing import emit, emit_json, existing, fail, number
+from vtclip.cli.parsing import (
+    Parser,
+    add_cache_dir,
+    add_json,
+    add_model_of_run,
+    add_threads,
+    count,
+    emit,
+    emit_json,
+    existing,
+)
 
 
-def add_arguments(export: Any) -> None:
-    export.add_argument("folder", metavar="RUN")
-    export.add_argument("--out", metavar="FILE.pt2", help="a program of torch.export")
-    export.add_argument("--onnx", metavar="FILE.onnx", help="an ONNX model, instead or as well")
-    export.add_argument(
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("--out", metavar="FILE.pt2", help="a program of torch.export")
+    parser.add_argument("--onnx", metavar="FILE.onnx", help="an ONNX model, instead or as well")
+    parser.add_argument(
         "--features", action="store_true", help="from features to logits, without the encoder"
     )
-    batch = export.add_mutually_exclusive_group()
+    batch = parser.add_mutually_exclusive_group()
     batch.add_argument("--dynamic-batch", action="store_true", help="any batch size (default)")
-    batch.add_argument(
-        "--fixed-batch", type=number(int, 1, 1_000_000), metavar="N", help="this batch size only"
-    )
-    export.add_argument(
+    batch.add_argument("--fixed-batch", type=count, metavar="N", help="this batch size only")
+    parser.add_argument(
         "--portable",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="plain torch operators, which need no vtclip (default), or vtclip's own",
     )
-    export.add_argument("--overwrite", action="store_true", help="replace the files")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files")
+    add_model_of_run(parser)
+    add_cache_dir(parser)
+    add_threads(parser)
+    add_json(parser)
 
 
-def run_export(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     if args.out is None and args.onnx is None:
-        fail("vtclip export: --out FILE.pt2 or --onnx FILE.onnx must be given")
+        raise ValueError("--out FILE.pt2 or --onnx FILE.onnx must be given")
     from vtclip.export_run import export
 
     about = export(
@@ -50,12 +63,17 @@ def run_export(args: argparse.Namespace) -> int:
     )
     if args.json:
         emit_json(about)
-        return 0
-    shapes = ", ".join(f"{name} {given['shape']}" for name, given in about["inputs"].items())
+    else:
+        print_export(about)
+    return 0
+
+
+def print_export(about: Mapping[str, Any]) -> None:
+    """Inputs and output, the errors against the run, and the files."""
+    shapes = ", ".join(f"{name} {entry['shape']}" for name, entry in about["inputs"].items())
     output = about["output"]
     emit(f"{about['method']}: {shapes} -> {output['name']} {output['shape']}")
-    for kind, seen in about["parity"].items():
-        cases = ", ".join(f"{name} {error:.1e}" for name, error in seen["cases"].items())
-        emit(f"{kind}: largest error {seen['max_error']:.1e} of {seen['tolerance']:g} ({cases})")
-    emit(f"written: {', '.join(about['files'])}, with .json beside")
-    return 0
+    for kind, entry in about["parity"].items():
+        cases = ", ".join(f"{name} {error:.1e}" for name, error in entry["cases"].items())
+        emit(f"{kind}: largest error {entry['max_error']:.1e} of {entry['tolerance']:g} ({cases})")
+    emit(f"written: {', '.join(about['files'])}, each with a .json file next to it")

@@ -4,32 +4,46 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
-from vtclip.cli.parsing import emit, emit_json, existing, number
+from vtclip.cli.parsing import (
+    Parser,
+    add_cache_dir,
+    add_device,
+    add_json,
+    add_model_of_run,
+    count,
+    emit,
+    emit_json,
+    existing,
+    on_terminal,
+)
 
 
-def add_arguments(extend: Any) -> None:
-    extend.add_argument("folder", metavar="RUN")
-    extend.add_argument(
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument(
         "source", metavar="FOLDER", help="images of one new class, or a folder of class folders"
     )
-    extend.add_argument("--out", metavar="RUN2", required=True)
-    extend.add_argument("--name", help="the one new class, where it is not called like its folder")
-    extend.add_argument(
+    parser.add_argument("--out", metavar="RUN2", required=True)
+    parser.add_argument("--name", help="the one new class, where it is not called like its folder")
+    parser.add_argument(
         "--shots",
-        type=number(int, 1, 1_000_000),
+        type=count,
         metavar="N",
         help="images per new class, for methods that keep images (default: as the run)",
     )
+    add_model_of_run(parser)
+    add_cache_dir(parser)
+    add_device(parser)
+    add_json(parser)
 
 
-def run_extend(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     folder, source = existing("RUN", args.folder), existing("FOLDER", args.source)
     from vtclip.extend_run import extend
 
-    run = extend(
+    extended = extend(
         folder,
         source,
         out=args.out,
@@ -39,18 +53,19 @@ def run_extend(args: argparse.Namespace) -> int:
         device=args.device,
         threads=args.threads,
         cache_dir=args.cache_dir,
-        progress=sys.stderr is not None and sys.stderr.isatty(),
+        progress=on_terminal(),
     )
     if args.json:
-        emit_json(run.result)
+        emit_json(extended.result)
     else:
-        emit(summary(run.result))
-        emit(f"run in {run.folder}: {', '.join(sorted(p.name for p in run.folder.iterdir()))}")
+        emit(summary(extended.result))
+        files = ", ".join(sorted(path.name for path in extended.folder.iterdir()))
+        emit(f"run in {extended.folder}: {files}")
     return 0
 
 
 def summary(result: Any) -> str:
-    """Accuracy before and after, zero-shot beside adapted."""
+    """Accuracy before and after, of zero-shot and of the method."""
     added, method = result["sources"][-1], result["method"]
     K, names = len(result["classes"]), added["classes"]
     old = K - len(names)
@@ -69,6 +84,6 @@ def summary(result: Any) -> str:
     ]
     for name, row in rows.items():
         shares = [f"{100 * row[key]['accuracy']:.2f} %" for key in ("zero_shot", "adapted")]
-        count = row["adapted"]["count"]
-        lines.append(f"{name:<{width}} {count:>7} {shares[0]:>10} {shares[1]:>14}")
+        images = row["adapted"]["count"]
+        lines.append(f"{name:<{width}} {images:>7} {shares[0]:>10} {shares[1]:>14}")
     return "\n".join([*lines, result["extension"]["note"]])

@@ -4,11 +4,28 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import emit, emit_json, fail, number, one_of, some_of, source_path
+from vtclip.cli.parsing import (
+    Parser,
+    add_cache_dir,
+    add_device,
+    add_features,
+    add_json,
+    add_model,
+    count,
+    emit,
+    emit_json,
+    first_process,
+    note_demo_model,
+    number,
+    on_terminal,
+    one_of,
+    seed,
+    several,
+    source_path,
+)
 from vtclip.names import LOSSES, METHODS, OPTIMIZERS, PENALTIES, POSITIONS, PRECISIONS, QUERIES
 
 TRAINING = ("epochs", "lr", "optimizer", "weight_decay", "batch_size")
@@ -20,109 +37,94 @@ COOP_OPTIONS = {  # argument: option of the head
     "context_init": "init",
 }
 HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
-DEMO_NOTE = (
-    "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
-    "--model ViT-B-32:openai, or a local file as --model ViT-B-32:/path/to/weights.safetensors"
-)
 
 
-def add_arguments(fit: Any) -> None:
-    fit.add_argument(
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
         "source", metavar="SOURCE", help="class_name/*.jpg folder, features folder, .npz, NAME"
     )
-    fit.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
-    fit.add_argument("--method", type=one_of(*METHODS), help="default auto: " + " | ".join(METHODS))
-    fit.add_argument(
+    parser.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
+    parser.add_argument(
+        "--method", type=one_of(*METHODS), help="default auto: " + " | ".join(METHODS)
+    )
+    parser.add_argument(
         "--shots",
         type=number(int, 0, 1_000_000),
         help="images per class (default: 16, or fewer where a class has fewer)",
     )
-    fit.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1, help="draws the shots")
-    fit.add_argument("--spatial", metavar="OPT", help="kind of spatial features (vtclip.clip)")
-    fit.add_argument("--prompt", metavar="NAME", help="one prompt of an .npz with several")
-    fit.add_argument(
-        "--templates", metavar="NAME|FILE", help="imagenet7, imagenet80, a .txt, or text with {}"
+    parser.add_argument("--seed", type=seed, default=1, help="draws the shots")
+    add_features(parser)
+    _add_training(parser)
+    _add_methods(parser)
+    parser.add_argument(
+        "--out", metavar="RUN", help="default runs/SOURCE-METHOD-SHOTSshot-seedSEED"
     )
-    fit.add_argument("--test-fraction", type=number(float, 0, 1), default=0.5, metavar="F")
-    fit.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
-    fit.add_argument("--epochs", type=number(int, 1, 1_000_000), metavar="N")
-    fit.add_argument("--lr", type=number(float, 0, 1000, above=True))
-    fit.add_argument("--optimizer", type=one_of(*OPTIMIZERS), help=" | ".join(OPTIMIZERS))
-    fit.add_argument("--weight-decay", type=number(float, 0, 1000), metavar="W")
-    fit.add_argument("--batch-size", type=number(int, 1, 1_000_000), metavar="N")
-    fit.add_argument(
-        "--train-encoders", action="store_true", help="train both CLIP towers too (method rada)"
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    add_model(parser)
+    add_cache_dir(parser)
+    add_device(parser)
+    add_json(parser)
+
+
+def _add_training(parser: Parser) -> None:
+    """How the head and the encoders are trained, and on which classes."""
+    add = parser.add_argument
+    add("--epochs", type=count, metavar="N")
+    add("--lr", type=number(float, 0, 1000, above=True))
+    add("--optimizer", type=one_of(*OPTIMIZERS), help=" | ".join(OPTIMIZERS))
+    add("--weight-decay", type=number(float, 0, 1000), metavar="W")
+    add("--batch-size", type=count, metavar="N")
+    add("--train-encoders", action="store_true", help="train both CLIP towers too (method rada)")
+    add(
+        "--precision",
+        type=one_of(*PRECISIONS),
+        help="of the trained towers: " + " | ".join(PRECISIONS),
     )
-    fit.add_argument(
-        "--precision", type=one_of(*PRECISIONS), help="of the trained towers: fp32 | bf16"
+    add("--grad-checkpointing", action="store_true", help="trained towers in less memory, slower")
+    add("--base-to-new", action="store_true", help="train on half of the classes, test on both")
+    add("--label-smoothing", type=number(float, 0, 0.99), metavar="E")
+
+
+def _add_methods(parser: Parser) -> None:
+    """Options of single methods, of the loss, and of the labels."""
+    add = parser.add_argument
+    add("--adapters", action="store_true", help="rada: bottleneck adapters before it")
+    add("--penalty", type=one_of(*PENALTIES), help="rada: " + " | ".join(PENALTIES))
+    add("--penalty-weight", type=number(float, 0, 1e6), metavar="W", help="rada")
+    add(
+        "--queries",
+        type=several(one_of(*QUERIES)),
+        metavar="LIST",
+        help="rada: of " + ",".join(QUERIES),
     )
-    fit.add_argument(
-        "--grad-checkpointing", action="store_true", help="trained towers in less memory, slower"
-    )
-    fit.add_argument(
-        "--base-to-new", action="store_true", help="train on half of the classes, test on both"
-    )
-    fit.add_argument("--label-smoothing", type=number(float, 0, 0.99), metavar="E")
-    fit.add_argument("--adapters", action="store_true", help="rada: bottleneck adapters before it")
-    fit.add_argument("--penalty", type=one_of(*PENALTIES), help="rada: " + " | ".join(PENALTIES))
-    fit.add_argument("--penalty-weight", type=number(float, 0, 1e6), metavar="W", help="rada")
-    fit.add_argument(
-        "--queries", type=some_of(*QUERIES), metavar="LIST", help="rada: of " + ",".join(QUERIES)
-    )
-    fit.add_argument(
-        "--temperature", type=number(float, 0, 1e6, above=True), help="rada: of its attention"
-    )
-    fit.add_argument("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
-    fit.add_argument("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="of gce")
-    fit.add_argument(
+    add("--temperature", type=number(float, 0, 1e6, above=True), help="rada: of its attention")
+    add("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
+    add("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="of gce")
+    add(
         "--pseudo-labels",
         action="store_true",
         help="no labels: --shots of the images surest zero-shot, per class it names",
     )
-    fit.add_argument(
+    add(
         "--context-length",
         type=number(int, 1, 10_000),
         metavar="N",
         help="coop: learned vectors (16)",
     )
-    fit.add_argument("--class-specific", action="store_true", help="coop: vectors for each class")
-    fit.add_argument("--class-position", type=one_of(*POSITIONS), help="coop: end | middle | front")
-    fit.add_argument(
-        "--context-init", metavar="WORDS", help='coop: start at these, e.g. "a photo of a"'
-    )
-    fit.add_argument("--out", metavar="RUN", help="default runs/SOURCE-METHOD-SHOTSshot-seedSEED")
-    fit.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    fit.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    add("--class-specific", action="store_true", help="coop: vectors for each class")
+    add("--class-position", type=one_of(*POSITIONS), help="coop: " + " | ".join(POSITIONS))
+    add("--context-init", metavar="WORDS", help='coop: start at these, e.g. "a photo of a"')
 
 
-def first_process() -> bool:
-    """Whether this process is the only one, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def run_fit(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     source = source_path(args.source, args.data)
-    images = isinstance(source, str) or (
-        source.is_dir() and not (source / "manifest.json").exists()
-    )
-    if images and args.model == "demo":
-        sys.stderr.write(DEMO_NOTE + "\n")
-    overrides = {name: getattr(args, name) for name in OVERRIDES}
-    head = {name: getattr(args, name) for name in HEAD_OPTIONS}
-    head |= {option: getattr(args, name) for name, option in COOP_OPTIONS.items()}
-    head = {name: value for name, value in head.items() if value not in (None, False)}
-    overrides["head"] = head or None
-    if args.gce_q is not None and args.loss != "gce":
-        fail("vtclip fit: --gce-q is for --loss gce, which is not given")
-    if args.train_encoders:
-        overrides["precision"] = args.precision
-        overrides["grad_checkpointing"] = args.grad_checkpointing or None
-    elif args.precision is not None or args.grad_checkpointing:
-        option = "--grad-checkpointing" if args.precision is None else "--precision"
-        fail(f"vtclip fit: {option} is for --train-encoders, which is not given")
+    if args.model == "demo" and needs_model(source):
+        note_demo_model()
+    overrides = overrides_of(args)
     from vtclip import api
 
-    run = api.fit(
+    fitted = api.fit(
         source,
         data=args.data,
         method=args.method,
@@ -144,14 +146,45 @@ def run_fit(args: argparse.Namespace) -> int:
         device=args.device,
         threads=args.threads,
         cache_dir=args.cache_dir,
-        progress=sys.stderr is not None and sys.stderr.isatty(),
+        progress=on_terminal(),
     )
     if not first_process():
         return 0
     if args.json:
-        emit_json(run.result)
-        return 0
-    result = run.result
+        emit_json(fitted.result)
+    else:
+        print_fit(fitted)
+    return 0
+
+
+def needs_model(source: str | Path) -> bool:
+    """Whether images are encoded: of a data set, or of a folder that does not hold features."""
+    if isinstance(source, str):
+        return True
+    return source.is_dir() and not (source / "manifest.json").exists()
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What replaces the recipe's settings; None where an option is not given."""
+    overrides = {name: getattr(args, name) for name in OVERRIDES}
+    head = {name: getattr(args, name) for name in HEAD_OPTIONS}
+    head |= {option: getattr(args, name) for name, option in COOP_OPTIONS.items()}
+    head = {name: value for name, value in head.items() if value not in (None, False)}
+    overrides["head"] = head or None
+    if args.gce_q is not None and args.loss != "gce":
+        raise ValueError("--gce-q is for --loss gce, which is not given")
+    if args.train_encoders:
+        overrides["precision"] = args.precision
+        overrides["grad_checkpointing"] = args.grad_checkpointing or None
+    elif args.precision is not None or args.grad_checkpointing:
+        option = "--grad-checkpointing" if args.precision is None else "--precision"
+        raise ValueError(f"{option} is for --train-encoders, which is not given")
+    return overrides
+
+
+def print_fit(fitted: Any) -> None:
+    """The table of a run, with what was fitted to what above it and the cost below."""
+    result = fitted.result
     counts = result["images"]
     emit(
         f"{result['method']} on {result['source']}: {len(result['classes'])} classes, "
@@ -161,16 +194,15 @@ def run_fit(args: argparse.Namespace) -> int:
     if "new" in result:
         new = result["new"]
         emit(f"new: {len(new['classes'])} classes, {new['adapted']['count']} test images")
-    emit(run.table())
-    broken = result["test"]["unreadable"]
-    if broken:
-        emit(f"unreadable, not counted: {len(broken)} ({', '.join(broken[:3])}, ...)")
-    held = {name: f" in {most:.0f} MB" for name, most in result.get("memory_mb", {}).items()}
-    held["total"] = f" in {result['peak_memory_mb'] or 0:.0f} MB"
+    emit(fitted.table())
+    unreadable = result["test"]["unreadable"]
+    if unreadable:
+        emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}, ...)")
+    memory = {name: f" in {peak:.0f} MB" for name, peak in result.get("memory_mb", {}).items()}
+    memory["total"] = f" in {result['peak_memory_mb'] or 0:.0f} MB"
     stages = ", ".join(
-        f"{name} {value:.1f} s{held.get(name, '')}" for name, value in result["seconds"].items()
+        f"{name} {value:.1f} s{memory.get(name, '')}" for name, value in result["seconds"].items()
     )
     emit(f"{stages}; {result['device']}")
-    files = ", ".join(sorted(path.name for path in run.folder.iterdir()))
-    emit(f"run in {run.folder}: {files}")
-    return 0
+    files = ", ".join(sorted(path.name for path in fitted.folder.iterdir()))
+    emit(f"run in {fitted.folder}: {files}")

@@ -1,37 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command shares: one-line errors, checked values, output. No torch."""
+"""What the commands share: options, checked values, one-line errors, output. No torch."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vtclip.names import nearest
+from vtclip.names import MAX_SEED, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, no abbreviations, and the nearest choice for a wrong name."""
+    """argparse with one-line errors, no abbreviations, and the nearest option to a wrong one.
+
+    An option that stores a value is refused where it is given twice.
+    options: the option strings of the parser, those of its groups too.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
+        self.options = ["-h", "--help"]
         super().__init__(allow_abbrev=False, **kwargs)
+        self.register("action", None, Once)
+        self._note_options(self)
+
+    def add_argument_group(self, *args: Any, **kwargs: Any) -> Any:
+        return self._note_options(super().add_argument_group(*args, **kwargs))
+
+    def add_mutually_exclusive_group(self, **kwargs: Any) -> Any:
+        return self._note_options(super().add_mutually_exclusive_group(**kwargs))
+
+    def _note_options(self, group: Any) -> Any:
+        """`group`, whose `add_argument` also writes the new option into `options`."""
+        add = group.add_argument
+
+        def add_argument(*names: str, **settings: Any) -> argparse.Action:
+            action: argparse.Action = add(*names, **settings)
+            self.options += action.option_strings
+            return action
+
+        group.add_argument = add_argument
+        return group
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, extra = self.parse_known_args(argv)
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        args, extra = self.parse_known_args(words)
         if extra:
-            known: list[str] = getattr(args, "options", [])
-            hint = nearest(extra[0], known) if extra[0].startswith("-") else ""
-            self.error(f"unknown argument {extra[0]!r}{hint}")
+            parser: Parser = getattr(args, "parser", self)  # the command's, where there is one
+            hint = nearest(extra[0], parser.options) if extra[0].startswith("-") else ""
+            parser.error(f"unknown argument {extra[0]!r}{hint}")
         return args
 
 
 class Once(argparse.Action):
-    """Stores a value, and refuses to be given twice."""
+    """Stores a value, and refuses a second one."""
 
     def __call__(
         self,
@@ -47,12 +73,6 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def fail(message: str, status: int = 2) -> NoReturn:
-    line = " ".join(message.replace("\n", "\\n").split(" "))
-    sys.stderr.write(f"{line}\n")
-    raise SystemExit(status)
-
-
 def one_of(*choices: str) -> Callable[[str], str]:
     def check(value: str) -> str:
         if value not in choices:
@@ -62,15 +82,14 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return check
 
 
-def some_of(*choices: str) -> Callable[[str], list[str]]:
-    """A list of names, with commas between, each at most once."""
-    known = one_of(*choices)
+def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A list with commas between, of values that all differ."""
 
-    def check(value: str) -> list[str]:
-        names = [known(name) for name in value.split(",")]
-        if len(set(names)) < len(names):
-            raise argparse.ArgumentTypeError(f"names must differ, got {value!r}")
-        return names
+    def check(text: str) -> list[Any]:
+        values = [kind(part.strip()) for part in text.split(",")]
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"values must differ, got {text!r}")
+        return values
 
     return check
 
@@ -92,6 +111,98 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
     return check
 
 
+count = number(int, 1, 1_000_000)
+seed = number(int, 0, MAX_SEED)
+
+
+def add_model(parser: Parser) -> None:
+    parser.add_argument(
+        "--model", default="demo", help="demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
+    )
+
+
+def add_model_of_run(parser: Parser) -> None:
+    parser.add_argument("--model", help="another place of the weights the run was fitted on")
+
+
+def add_features(parser: Parser) -> None:
+    """Which features of a source are taken, and which of its rows are tested."""
+    parser.add_argument("--spatial", metavar="OPT", help="kind of spatial features (vtclip.clip)")
+    parser.add_argument("--prompt", metavar="NAME", help="one prompt of an .npz with several")
+    parser.add_argument(
+        "--templates", metavar="NAME|FILE", help="imagenet7, imagenet80, a .txt, or text with {}"
+    )
+    parser.add_argument("--test-fraction", type=number(float, 0, 1), default=0.5, metavar="F")
+    add_augment_passes(parser)
+
+
+def add_augment_passes(parser: Parser) -> None:
+    parser.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
+
+
+def add_cache_dir(parser: Parser) -> None:
+    parser.add_argument(
+        "--cache-dir", metavar="DIR", help="where features of image folders are kept"
+    )
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU where there is one")
+    add_threads(parser)
+
+
+def add_threads(parser: Parser) -> None:
+    parser.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
+
+
+def add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def existing(name: str, path: str) -> Path:
+    """A path that is there, or an error that names the argument."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise ValueError(f"{name} {path!a} does not exist")
+    return place
+
+
+def source_path(source: str, data: str | None) -> str | Path:
+    """A path that is there, or, with `data` (which is there), the name of a data set."""
+    place = Path(source).expanduser()
+    if data is None and place.exists():
+        return place
+    from vtclip.data.sets import find_set
+
+    if data is not None:
+        existing("--data", data)
+        return find_set(source).name
+    try:
+        name = find_set(source).name
+    except ValueError:
+        return existing("SOURCE", source)
+    raise ValueError(f"SOURCE {source!a} does not exist; data set {name} needs --data ROOT")
+
+
+def open_classifier(args: argparse.Namespace, folder: Path) -> Any:
+    """The classifier of the run in `folder`, with the options --model, --device and --threads."""
+    from vtclip.classifier import Classifier
+    from vtclip.settings import set_threads
+
+    set_threads(args.threads)
+    return Classifier.load(folder, model=args.model, device=args.device)
+
+
+def first_process() -> bool:
+    """Whether this process is the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_terminal() -> bool:
+    """Whether somebody watches: progress is shown then."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def emit(text: str) -> None:
     print(text)
 
@@ -102,27 +213,22 @@ def emit_json(value: Any) -> None:
     emit(to_json(value).decode("ascii").rstrip())
 
 
-def source_path(source: str, data: str | None) -> str | Path:
-    """A path that is there, or, with `data` (which is there), the name of a data set."""
-    found = Path(source).expanduser()
-    if data is not None or not found.exists():
-        from vtclip.data.sets import find_set
-
-        if data is not None:
-            existing("--data", data)
-            return find_set(source).name
-        try:
-            name = find_set(source).name
-        except ValueError:
-            existing("SOURCE", source)
-        else:
-            fail(f"vtclip: SOURCE {source!a} does not exist; data set {name} needs --data ROOT")
-    return found
+def note(line: str) -> None:
+    """One line on stderr, where there is one."""
+    if sys.stderr is not None:
+        sys.stderr.write(f"{line}\n")
 
 
-def existing(name: str, path: str) -> Path:
-    """A path that is there, or exit 2 naming the argument."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        fail(f"vtclip: {name} {path!a} does not exist")
-    return found
+def note_demo_model() -> None:
+    """Says, once for all processes, what the default model is not for."""
+    if first_process():
+        note(
+            "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
+            "--model ViT-B-32:openai, or a local file as "
+            "--model ViT-B-32:/path/to/weights.safetensors"
+        )
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    note(message.replace("\n", "\\n"))
+    raise SystemExit(status)

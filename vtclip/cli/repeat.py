@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vtclip.cli.parsing import emit, emit_json, existing
+from vtclip.cli.parsing import (
+    Parser,
+    add_cache_dir,
+    add_json,
+    emit,
+    emit_json,
+    existing,
+    on_terminal,
+)
 
 MEANING = {
     "MATCH": "the adapter is equal byte for byte",
@@ -17,50 +24,51 @@ MEANING = {
 }
 
 
-def add_arguments(repeat: Any) -> None:
-    repeat.add_argument("folder", metavar="RUN")
-    repeat.add_argument("--out", metavar="RUN2", help="keep the second run there")
-    repeat.add_argument("--cache-dir", metavar="DIR", help="where features are kept")
-    repeat.add_argument("--json", action="store_true", help="print JSON")
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("--out", metavar="RUN2", help="keep the second run there")
+    add_cache_dir(parser)
+    add_json(parser)
 
 
-def run_repeat(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """0 where the repetition matches or is close, 1 where it is different."""
     folder = existing("RUN", args.folder)
     from vtclip.repeat_run import DIFFERENT, repeat
 
-    found = repeat(
+    comparison = repeat(
         folder,
         out=args.out,
         cache_dir=args.cache_dir,
-        progress=sys.stderr is not None and sys.stderr.isatty(),
+        progress=on_terminal(),
     )
     if args.json:
-        emit_json(found)
+        emit_json(comparison)
     else:
-        for line in lines(found):
+        for line in lines(comparison):
             emit(line)
-    return int(found["verdict"] == DIFFERENT)
+    return int(comparison["verdict"] == DIFFERENT)
 
 
-def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{found['method']} on {found['source']}, {found['shots']} shots, seed {found['seed']}"
-    digests = {**found["inputs"], "split": found["split"]}
-    digests |= {name: found[name] for name in ("split_new", "encoders") if name in found}
+def lines(comparison: Mapping[str, Any]) -> Iterator[str]:
+    shots, seed = comparison["shots"], comparison["seed"]
+    yield f"{comparison['method']} on {comparison['source']}, {shots} shots, seed {seed}"
+    digests = {**comparison["inputs"], "split": comparison["split"]}
+    digests |= {name: comparison[name] for name in ("split_new", "encoders") if name in comparison}
     for name, row in digests.items():
         yield f"{name:<22} {_digests(row)}"
-    for name, row in found["metrics"].items():
+    for name, row in comparison["metrics"].items():
         gap = row["difference"]
         note = "equal" if gap == 0 else "not in both" if gap is None else f"differs by {gap:+.3g}"
         yield f"{name:<22} {_number(row['then']):>10} {_number(row['now']):>10}  {note}"
-    most = found["adapter"].get("largest_difference")
+    most = comparison["adapter"].get("largest_difference")
     note = "" if most is None else f", values by at most {most:.3g}"
-    yield f"{'adapter':<22} {_digests(found['adapter'])}{note}"
-    for name, (then, now) in found["differs"].items():
+    yield f"{'adapter':<22} {_digests(comparison['adapter'])}{note}"
+    for name, (then, now) in comparison["differs"].items():
         yield f"{name:<22} {then} then, {now} now"
-    seconds = found["seconds"]
+    seconds = comparison["seconds"]
     yield f"{'seconds':<22} {seconds['then']:.1f} then, {seconds['now']:.1f} now"
-    yield f"{found['verdict']}: {MEANING[found['verdict']]}"
+    yield f"{comparison['verdict']}: {MEANING[comparison['verdict']]}"
 
 
 def _digests(row: Mapping[str, Any]) -> str:

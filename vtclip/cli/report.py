@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
-from vtclip.cli.parsing import emit, existing, fail
+from vtclip.cli.parsing import Parser, emit, existing, several
 
 # how a file that this command wrote begins, or what its first bytes hold
 SIGNS = {
@@ -25,30 +24,32 @@ SIGNS = {
 HEAD = 1000  # bytes in which the sign stands
 
 
-def add_arguments(report: Any) -> None:
-    report.add_argument("folder", metavar="OUT", help="a folder of vtclip bench")
-    report.add_argument("--html", metavar="PAGE", help="also write one page with pictures")
-    report.add_argument(
-        "--published", action="store_true", help="put published numbers beside ours"
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("folder", metavar="OUT", help="a folder of vtclip bench")
+    parser.add_argument("--html", metavar="PAGE", help="also write one page with pictures")
+    parser.add_argument(
+        "--published", action="store_true", help="put published numbers next to ours"
     )
-    report.add_argument(
-        "--method", type=_names, metavar="LIST", help="only these, and zero-shot (default: all)"
+    parser.add_argument(
+        "--method",
+        type=several(_name),
+        metavar="LIST",
+        help="only these, and zero-shot (default: all)",
     )
-    report.add_argument("--overwrite", action="store_true", help="replace files of other origin")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of other origin")
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"names must differ and not be empty, got {text!r}")
-    return names
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("names must not be empty")
+    return text
 
 
-def run_report(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     folder = existing("OUT", args.folder)
     page = None if args.html is None else Path(args.html).expanduser()
     if page is not None and page.suffix.lower() not in (".html", ".htm"):
-        fail(f"vtclip report: --html must end in .html, got {args.html!a}")
+        raise ValueError(f"--html must end in .html, got {args.html!a}")
     from vtclip.bench.csv_files import report_csv
     from vtclip.bench.page import draw, html_page, markdown_page
     from vtclip.bench.report import check_finished, make_report, read_benchmark
@@ -81,14 +82,14 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def check_place(path: Path, overwrite: bool) -> None:
-    """Refuse to replace what is not a report; a folder always."""
+    """Refuse to replace a folder, and without `overwrite` a file that is not a report."""
     if path.is_dir():
-        fail(f"vtclip report: {str(path)!a} is a folder")
+        raise ValueError(f"{str(path)!a} is a folder")
     if overwrite or not path.exists():
         return
     with open(path, "rb") as file:
         if SIGNS[path.suffix.lower()] not in file.read(HEAD):
-            fail(f"vtclip report: {str(path)!a} is not a report; --overwrite replaces it")
+            raise ValueError(f"{str(path)!a} is not a report; --overwrite replaces it")
 
 
 def command_line(args: argparse.Namespace) -> str:

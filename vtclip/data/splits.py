@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vtclip.names import MAX_SEED
+
 __all__ = ["MAX_SEED", "MAX_VAL", "Split", "few_shot_split", "split_by_roles"]
 
-MAX_SEED = 2**32 - 1
 MAX_VAL = 4
 
 

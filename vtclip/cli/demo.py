@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip demo`: the whole way on bundled data."""
+
+from __future__ import annotations
+
+import argparse
+
+from vtclip.cli.parsing import Parser, add_device, emit
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--out", metavar="DIR", default="vtclip-demo")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vtclip.demo.run import run_demo
+
+    summary = run_demo(args.out, threads=args.threads, device=args.device)
+    emit(summary["table"])
+    emit(f"{args.out}: table.txt, result.json, heat_maps.png, shots.png, images and runs")
+    return 0

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip features`: the features of an image folder in a folder of their own."""
+
+from __future__ import annotations
+
+import argparse
+
+from vtclip.cli.parsing import (
+    Parser,
+    add_augment_passes,
+    add_cache_dir,
+    add_device,
+    add_model,
+    emit,
+    existing,
+    first_process,
+    note_demo_model,
+    on_terminal,
+)
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--spatial", metavar="OPT", default="default", help="or none: global only")
+    parser.add_argument("--templates", metavar="NAME|FILE")
+    add_augment_passes(parser)
+    add_model(parser)
+    add_cache_dir(parser)
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    source = existing("SOURCE", args.source)
+    if args.model == "demo":
+        note_demo_model()
+    from vtclip import api
+
+    records = api.write_features(
+        source,
+        args.out,
+        model=args.model,
+        spatial=None if args.spatial == "none" else args.spatial,
+        templates=None if args.templates is None else [args.templates],
+        augment_passes=args.augment_passes,
+        device=args.device,
+        threads=args.threads,
+        progress=on_terminal(),
+    )
+    if first_process():
+        emit(f"{args.out}: {records!r}")
+    return 0
