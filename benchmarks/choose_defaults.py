@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from vtclip import engine, metrics
-from vtclip.config import FitConfig
 from vtclip.data import Records, few_shot_split, open_source
 from vtclip.data.splits import Split
 from vtclip.fitting import fit_head
 from vtclip.heads import HEADS
+from vtclip.heads.config import FitConfig
 from vtclip.recipes import RECIPES
 
 CPU = torch.device("cpu")

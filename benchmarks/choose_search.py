@@ -30,8 +30,8 @@ from torch import Tensor
 from vtclip import engine, metrics
 from vtclip.data import Records, few_shot_split, open_source
 from vtclip.heads import _support
+from vtclip.methods import build_head
 from vtclip.recipes import RECIPES
-from vtclip.settings import build_head
 from vtclip.support import support_of
 
 METHODS = ("tip-adapter", "tip-x", "proker", "proto-clip", "tip-adapter-f")

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtclip.methods import takes_images, text_encoder
+
 from . import engine, metrics
 from .adapter import Adapter
 from .choices import pick
 from .data.records import Records
 from .data.sets import SetSource
 from .heads import HEADS
-from .prompts import text_encoder
 from .result import named_classes, unreadable
-from .settings import split_rows, takes_images, test_rows
+from .settings import split_rows, test_rows
 
 PARTS = ("base", "new")
 

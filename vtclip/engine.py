@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vtclip.heads.config import FitConfig, check_seed
+
 from . import metrics
 from .checkpoint import Checkpoint, Interrupted, StopSignal
-from .config import FitConfig, check_seed
 from .steps import TrainingRows, compute_logits, make_optimizer, put_back, shuffled, training_loss
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import engine
+from vtclip.heads.config import FitConfig
+from vtclip.methods import build_head, text_encoder
+
+from . import engine, metrics
 from .checkpoint import Checkpoint
-from .config import FitConfig
 from .data.records import Records
 from .data.splits import Split
-from .prompts import text_encoder
-from .settings import build_head
 from .support import support_of
 
 
@@ -79,3 +79,12 @@ def choose_by(head: Any, records: Records, val: Tensor, device: torch.device) ->
     if hasattr(head, "choose") and len(val):
         rows = engine.TrainingRows(records, val)
         head.choose(support_of(rows, val, device, spatial=bool(head.needs_spatial)))
+
+
+def calibrate(
+    head: nn.Module, rows: engine.TrainingRows, val: Tensor, device: torch.device
+) -> float | None:
+    """The temperature fitted on the validation images; None where there are none."""
+    if len(val) == 0:
+        return None
+    return metrics.fit_temperature(*engine.all_logits(head, rows, val, device=device))

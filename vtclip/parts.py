@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vtclip.methods import takes_images
+
 from . import engine, metrics
 from .adapter import Adapter, check_features
 from .choices import index_of
@@ -24,7 +26,7 @@ from .data.sets import SetSource, as_source
 from .data.sources import open_source, source_kind
 from .encoders import load_encoders
 from .result import Run, named_classes, unreadable
-from .settings import split_rows, takes_images, test_rows
+from .settings import split_rows, test_rows
 
 if TYPE_CHECKING:
     from .clip import Clip

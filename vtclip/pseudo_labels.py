@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtclip.methods import build_head, takes_images
+
 from . import engine
 from .data.records import Records
 from .data.splits import Split
 from .recipes import RECIPES
-from .settings import build_head, split_rows, takes_images
+from .settings import split_rows
 
 logger = logging.getLogger(__name__)
 

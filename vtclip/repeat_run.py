@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from vtclip.heads.config import FitConfig
+
 from . import api
 from .adapter import TENSORS
 from .checkpoint import read_safetensors
-from .config import FitConfig
 from .data.extract import default_cache
 from .data.featureset import MANIFEST, FeatureSet
 from .data.hashing import hash_all

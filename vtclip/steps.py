@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import FitConfig
+from vtclip.heads.config import FitConfig
 
 if TYPE_CHECKING:
     from .data.records import Batch, Records

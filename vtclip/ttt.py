@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .config import check_seed
+from vtclip.heads.config import check_seed
+
 from .heads._each import Each, bytes_each, has_each
 from .result import Stopwatch
 

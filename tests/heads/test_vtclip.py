@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads import HEADS, VTCLIP, ZeroShot, _decoder, cost, vtclip
+from vtclip.heads import HEADS, VTCLIP, ZeroShot, _cost, _decoder, vtclip
 from vtclip.testing import GRADIENT_FACTOR, assert_within_budget
 
 # float64 with sums of at most a few hundred terms and logits up to 100: 1e-13 is seen
@@ -289,7 +289,7 @@ def test_evaluation_takes_the_fused_tail_and_training_does_not(record, monkeypat
     trained = head(image, spatial).detach()
     with torch.no_grad():
         few = head(image, spatial)
-        monkeypatch.setattr(cost, "FUSED_ROWS", text.shape[0] * image.shape[0])
+        monkeypatch.setattr(_cost, "FUSED_ROWS", text.shape[0] * image.shape[0])
         evaluated = head(image, spatial)
     assert taken == ["norm_cosine_logits", "norm_cosine_logits", "ffn_cosine_logits"]
     torch.testing.assert_close(few, trained, rtol=0, atol=EXACT)

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip import api, auto, base_to_new, engine
-from vtclip.config import FitConfig
 from vtclip.data.records import MemoryStore, Records
 from vtclip.data.sources import open_source
 from vtclip.heads import HEADS
+from vtclip.heads.config import FitConfig
 from vtclip.recipes import RECIPES
 from vtclip.result import Run
 

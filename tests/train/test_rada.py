@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from vtclip import api, engine, metrics
 from vtclip.adapter import load_adapter
 from vtclip.cli import main
-from vtclip.config import FitConfig
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
 from vtclip.heads import RAda
+from vtclip.heads.config import FitConfig
+from vtclip.methods import recipe_config
 from vtclip.recipes import RECIPES
 from vtclip.recipes import rada as recipe
-from vtclip.settings import recipe_config
 from vtclip.steps import training_loss
 
 CPU = torch.device("cpu")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.choices import pick
-from vtclip.config import check_seed
 from vtclip.data.featureset import FeatureSet, file_digest
 from vtclip.data.images import scan_folder
 from vtclip.data.sets import SETS, SetSource, find_set
@@ -27,7 +26,8 @@ from vtclip.data.sources import source_kind
 from vtclip.files import json_digest
 from vtclip.fit_command import METHODS
 from vtclip.heads import HEADS
-from vtclip.settings import recipe_config, takes_images
+from vtclip.heads.config import check_seed
+from vtclip.methods import recipe_config, takes_images
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes
 

@@ -17,8 +17,8 @@ from typing import Any
 from vtclip.files import write_atomic
 from vtclip.fit_command import METHODS
 from vtclip.heads import HEADS
+from vtclip.methods import takes_images
 from vtclip.metrics import wilson_interval
-from vtclip.settings import takes_images
 
 from .intervals import seed_interval
 from .rows import is_finished

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads.cost import plan
+from vtclip.heads._cost import plan
 
 # scores of the aligned start for tokens of norm sqrt(C): this many times the cosine
 SHARPNESS = 4.0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_text
-from vtclip.prompts import POSITIONS, TextModel, TextTower
+from vtclip.heads._prompts import POSITIONS, TextModel, TextTower
 
 logger = logging.getLogger(__name__)
 NUM_CONTEXT = 16

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_spatial, check_text
+from vtclip.heads._cost import fuse_tail
 from vtclip.heads._decoder import (
     align,
     before_last_norm,
@@ -35,7 +36,6 @@ from vtclip.heads._decoder import (
     last_norm,
     queries,
 )
-from vtclip.heads.cost import fuse_tail
 
 EPS = 1e-5
 INITS = ("zero", "aligned", "torch")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vtclip.config import FitConfig
+from vtclip.heads.config import FitConfig
 
 from . import (
     auto,

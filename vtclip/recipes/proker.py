@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vtclip.config import FitConfig
+from vtclip.heads.config import FitConfig
 
 
 def get_config(shots: int) -> FitConfig:

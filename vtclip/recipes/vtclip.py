@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from vtclip.config import FitConfig
+from vtclip.heads.config import FitConfig
 
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 50, 16: 50}
 

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    from .clip import Clip
-    from .data.records import Records
 
 POSITIONS = ("end", "middle", "front")
 # What autograd keeps of the text tower, beside the token embeddings of all classes, is at most
@@ -234,35 +230,6 @@ class TextTower:
                 f"learned prompts: the tokenizer's last token must be the one the text encoder "
                 f"reads, got place {end} of {len(ids)}"
             )
-
-
-def text_encoder(records: Records, device: torch.device) -> Clip:
-    """The model that made the class texts of `records`, by name and by digest of its weights."""
-    from .clip import load_clip
-
-    clip = load_clip(records.info["model_name"], device)
-    wanted = records.info.get("digests", {}).get("weights")
-    if clip.weights_digest != wanted:
-        raise ValueError(
-            f"model {clip.name!r} has weights {clip.weights_digest[:12]}, the features were made "
-            f"by {str(wanted)[:12]}"
-        )
-    return clip
-
-
-def check_text_encoder(method: str, records: Records) -> None:
-    """Refuse features without a model for a method that trains through its text encoder."""
-    from .heads import HEADS
-
-    if not getattr(HEADS[method], "needs_text_encoder", False):
-        return
-    if not (records.info.get("model") and records.info.get("model_name")):
-        kind = records.info.get("kind")
-        what = "an .npz table" if kind == "npz" else "a table of features"
-        raise ValueError(
-            f"method {method} needs the text encoder, which {what} does not have; give a folder "
-            "of images, a data set or a features folder"
-        )
 
 
 def _before(M: int, position: str) -> int:
