@@ -35,7 +35,6 @@ from .heads import HEADS
 from .memory import peak_memory_mb
 from .parts import Opener, evaluate_parts
 from .pseudo_labels import check_pseudo_labels, pseudo_labelled, pseudo_report, unlabelled_split
-from .recipes import RECIPES
 from .result import (
     RESULT,
     Run,
@@ -174,7 +173,7 @@ def fit(
                 prompt=prompt,
                 templates=None if templates is None else list(templates),
                 augment_passes=augment_passes,
-                need_spatial=bool(HEADS[method].needs_spatial),  # type: ignore[attr-defined]
+                need_spatial=HEADS[method].needs_spatial,
                 shots=shots or 0,
                 seed=seed,
                 pool=pseudo_labels,
@@ -184,7 +183,7 @@ def fit(
             )
 
     given, records = records, None
-    if given is not None and not given.has_spatial and HEADS[method].needs_spatial:  # type: ignore[attr-defined]
+    if given is not None and not given.has_spatial and HEADS[method].needs_spatial:
         raise ValueError(f"method {method} needs spatial features, which records do not have")
     if shots is None:
         recipe_config(method, max(SHOTS), overrides)  # what is wrong there is said before the work
@@ -226,7 +225,7 @@ def fit(
         else:
             split = split_rows(records, learns, shots, seed, test_fraction)
             training = records
-        zero_shot = build_head("zeroshot", records, RECIPES["zeroshot"](0), where)
+        zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), where)
         rows = engine.TrainingRows(records, split.train, split.val)
         identity = {
             "method": method,

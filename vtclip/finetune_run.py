@@ -36,7 +36,6 @@ from .encoders import ENCODERS, saved_encoders, with_weights
 from .files import json_digest, only_writer, to_json
 from .heads import HEADS
 from .memory import peak_memory_mb
-from .recipes import RECIPES
 from .result import (
     RESULT,
     Run,
@@ -284,7 +283,7 @@ class _Work:
         head = HEADS[METHOD](after.text, **{**trained.options(), "logit_scale": tuned.logit_scale})
         head.load_state_dict({**trained.state_dict(), "text": head.text})
         head.to(r.device).eval()
-        zero_shot = build_head("zeroshot", records, RECIPES["zeroshot"](0), r.device)
+        zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), r.device)
         values = {}
         with watch.stage("evaluate"):
             for name, one, table in (

@@ -9,20 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from vtclip.choices import pick
 from vtclip.clip import Clip, load_clip
 from vtclip.data.records import Records
-from vtclip.heads import HEADS
+from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
-from vtclip.recipes import RECIPES
 
 
 def takes_images(method: str) -> bool:
     """Whether the method learns from labelled images, by training or by keeping them."""
-    head: Any = HEADS[method]
-    return not getattr(head, "fixed", False)
+    return HEADS[method].learns
 
 
 def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
@@ -31,49 +28,47 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) 
     Epochs that are asked for are trained, all of them. A head without a penalty takes no
     penalty_weight; where its kind is "none" the weight is 0.
     """
-    config = RECIPES[method](shots)
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    options = dict(given.pop("head", None) or {})
-    if method == "auto" and (given or options):
+    config = HEADS[method].recipe(shots)
+    changes = {name: value for name, value in (overrides or {}).items() if value is not None}
+    options = dict(changes.pop("head", None) or {})
+    if method == "auto" and (changes or options):
         raise ValueError(
             "method auto fits several methods, each with its own settings; to set "
-            f"{', '.join([*given, *options])}, name one method"
+            f"{', '.join([*changes, *options])}, name one method"
         )
-    if given and not config.epochs:
-        raise ValueError(f"method {method} has no training, so {', '.join(given)} cannot be set")
+    if changes and not config.epochs:
+        raise ValueError(f"method {method} has no training, so {', '.join(changes)} cannot be set")
     if options and not config.epochs and not takes_images(method):
         raise ValueError(f"method {method} has no training, so {', '.join(options)} cannot be set")
     takes = inspect.signature(HEADS[method]).parameters
     for name in options:
         if name == "text" or name not in takes:
             raise ValueError(f"method {method} has no option {name}")
-    for name in given:
+    for name in changes:
         pick("override", name, [field.name for field in dataclasses.fields(FitConfig)])
-    weight = given.get("penalty_weight")
-    if weight and not hasattr(HEADS[method], "forward_with_penalty"):
+    weight = changes.get("penalty_weight")
+    if weight and not HEADS[method].has_penalty:
         raise ValueError(f"method {method} has no penalty, so penalty_weight cannot be set")
     if {**config.head, **options}.get("penalty") == "none":
         if weight:
             raise ValueError(f"penalty_weight must be 0 where the penalty is none, got {weight:g}")
-        given["penalty_weight"] = 0.0
-    given["head"] = {**config.head, **options}
-    if "epochs" in given:
-        given.setdefault("enough_pairs", 0)
-    if given.get("epochs", 1) < 1:
-        raise ValueError(f"epochs must be at least 1, got {given['epochs']}")
-    return dataclasses.replace(config, **given)
+        changes["penalty_weight"] = 0.0
+    changes["head"] = {**config.head, **options}
+    if "epochs" in changes:
+        changes.setdefault("enough_pairs", 0)
+    if changes.get("epochs", 1) < 1:
+        raise ValueError(f"epochs must be at least 1, got {changes['epochs']}")
+    return dataclasses.replace(config, **changes)
 
 
-def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> nn.Module:
+def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> Head:
     """The head of `method` over the records' class texts, with the recipe's options."""
     options: dict[str, Any] = {"logit_scale": records.logit_scale, **config.head}
-    if "spatial_dim" in inspect.signature(HEADS[method]).parameters:
+    if HEADS[method].needs_spatial:
         options.setdefault("spatial_dim", records.spatial_width)
-    head: Any = HEADS[method](records.text, **options).to(device)
-    if hasattr(head, "set_text_views"):
-        head.set_text_views(records.text_views)
-    built: nn.Module = head
-    return built
+    head = HEADS[method](records.text, **options).to(device)
+    head.set_text_views(records.text_views)
+    return head
 
 
 def text_encoder(records: Records, device: torch.device) -> Clip:
@@ -90,7 +85,7 @@ def text_encoder(records: Records, device: torch.device) -> Clip:
 
 def check_text_encoder(method: str, records: Records) -> None:
     """Refuse features without a model for a method that trains through its text encoder."""
-    if not getattr(HEADS[method], "needs_text_encoder", False):
+    if not HEADS[method].needs_text_encoder:
         return
     if not (records.info.get("model") and records.info.get("model_name")):
         kind = records.info.get("kind")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vtclip.heads import Head
 from vtclip.methods import takes_images
 
 from . import engine, metrics
@@ -207,7 +208,7 @@ def new_classes(path: Path, name: str | None) -> Folder:
 
 
 def metrics_of(
-    head: nn.Module,
+    head: Head,
     parts: Sequence[Part],
     class_names: Sequence[str],
     temperature: float | None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what was asked for to what is done: device, recipe, shots, rows, head, temperature."""
+"""Device, threads, shots and rows of a fit, from what was asked for."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def usual_shots(records: Records, test_fraction: float) -> int:
-    """16, or the largest of 8, 4, 2, 1 that every class has beside its test share."""
+    """16, or the largest of 8, 4, 2, 1 that every class has besides its test share."""
     counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
     smallest = min((count - int(count * test_fraction) for count in counts), default=0)
     shots = next((known for known in SHOTS if known <= smallest), min(SHOTS))
     if shots < max(SHOTS) and test_fraction < 1:
         logger.warning(
-            "shots %d: the smallest class has %d images beside the test share", shots, smallest
+            "shots %d: the smallest class has %d images besides its test share", shots, smallest
         )
     return shots
 

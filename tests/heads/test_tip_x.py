@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads import TipAdapter, TipX
-from vtclip.support import Support
+from vtclip.heads import Support, TipAdapter, TipX
 
 K, C, B, N = 4, 8, 6, 9
 

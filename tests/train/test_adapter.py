@@ -98,12 +98,9 @@ def fitted(records: Records, method: str) -> Any:
     options = {name: value for name, value in wanted.items() if name in takes}
     head: Any = HEADS[method](records.text, logit_scale=20.0, **options)
     device = torch.device("cpu")
-    if hasattr(head, "set_text_views"):
-        head.set_text_views(records.text[:, None] + 0.1 * torch.randn(len(records.text), 3, 16))
-    if hasattr(head, "fit_support"):
-        head.fit_support(support_of(records, torch.arange(0, 96, 3), device))
-    if hasattr(head, "choose"):
-        head.choose(support_of(records, torch.arange(1, 96, 3), device, spatial=True))
+    head.set_text_views(records.text[:, None] + 0.1 * torch.randn(len(records.text), 3, 16))
+    head.fit_support(support_of(records, torch.arange(0, 96, 3), device))
+    head.choose(support_of(records, torch.arange(1, 96, 3), device, spatial=True))
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

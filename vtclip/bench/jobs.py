@@ -87,13 +87,12 @@ class Job:
 
 
 def needs_spatial(method: str) -> bool:
-    head: Any = HEADS[method]
-    return bool(head.needs_spatial)
+    return HEADS[method].needs_spatial
 
 
 def needs_encoder(method: str) -> bool:
     """Whether the method trains through the model's text encoder, which an .npz table lacks."""
-    return bool(getattr(HEADS[method], "needs_text_encoder", False))
+    return HEADS[method].needs_text_encoder
 
 
 def own_sources(paths: Sequence[str | Path], settings: Settings) -> list[Source]:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vtclip.heads._head import TextModel
+
 POSITIONS = ("end", "middle", "front")
-# What autograd keeps of the text tower, beside the token embeddings of all classes, is at most
-# this: above it classes are taken in chunks, each computed again in the backward pass.
+# What autograd keeps of the text tower, next to the token embeddings of all classes, is at most
+# this: above it classes are taken in chunks, each recomputed in the backward pass.
 BYTE_BUDGET = 2**30
 
 
@@ -40,14 +42,6 @@ class Prompts(NamedTuple):
     mask: Tensor | None
     lead: int
     num_classes: int
-
-
-class TextModel(Protocol):
-    """What is needed of a `vtclip.clip.Clip`."""
-
-    model: nn.Module
-    tokenizer: Any
-    name: str
 
 
 class TextTower:
@@ -101,7 +95,7 @@ class TextTower:
         return project(x) if isinstance(project, nn.Linear) else x @ project  # type: ignore[no-any-return]
 
     def room(self, class_names: Sequence[str]) -> int:
-        """How many learned vectors fit beside the longest class name."""
+        """How many learned vectors fit next to the longest class name."""
         return self.context_length - max(len(self._parts(name)) for name in class_names)
 
     def prompts(
@@ -135,14 +129,14 @@ class TextTower:
         vectors = torch.cat([first, *[rest] * c], dim=-2).expand(R, -1, -1)
         step = max(1, BYTE_BUDGET // self.bytes_kept(prompts.ids.shape[1]))
         chunks = range(0, R, step)
-        again = torch.is_grad_enabled() and len(chunks) > 1
+        recompute = torch.is_grad_enabled() and len(chunks) > 1
         parts = []
         for start in chunks:
             rows = slice(start, start + step)
             part = prompts._replace(
                 ids=prompts.ids[rows], slots=prompts.slots[rows], read=prompts.read[rows]
             )
-            if again:
+            if recompute:
                 parts.append(checkpoint(self._texts, vectors[rows], part, use_reentrant=False))
             else:
                 parts.append(self._texts(vectors[rows], part))
