@@ -46,7 +46,7 @@ def fit_auto(
     log: Callable[[dict[str, object]], None],
     progress: bool = False,
 ) -> tuple[Auto, list[dict[str, Any]]]:
-    """The kept head, and for each candidate what validation images say of it and what it cost.
+    """The average, and for each candidate what validation images say of it and what it cost.
 
     Every candidate is fitted as it would be by its own name. Where there are no validation images,
     a cross-validation over the shots (`folds`) takes their place, and what it chose is then fitted
@@ -171,6 +171,6 @@ def choose_weights(logits: Mapping[str, Tensor], label: Tensor) -> dict[str, flo
         share = weight * true.clamp(min=1e-30)
         weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + STRENGTH * prior
         weight = weight / weight.sum()
-    kept = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
-    total = float(weight[kept].sum())
-    return {names[i]: float(weight[i]) / total for i in kept}
+    heaviest = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
+    total = float(weight[heaviest].sum())
+    return {names[i]: float(weight[i]) / total for i in heaviest}

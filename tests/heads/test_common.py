@@ -169,9 +169,13 @@ def test_an_adapter_file_holds_all_of_it(method, tmp_path):
 
     text, image, spatial = rows(5)
     head = fitted(method, text)
-    save_adapter(tmp_path, Adapter(head, list("abcde"), 1.5, {}))
-    loaded = load_adapter(tmp_path).head
+    features = {"model": None, "templates": ["a {}."]}
+    save_adapter(tmp_path, Adapter(head, list("abcde"), None, features))
+    back = load_adapter(tmp_path)
+    assert (back.class_names, back.temperature, back.features) == (list("abcde"), None, features)
+    loaded = back.head
     assert type(loaded) is type(head)
+    assert not loaded.training
     assert torch.equal(call(loaded, image, spatial), call(head, image, spatial))
     assert loaded.options() == head.options()
 

@@ -83,13 +83,6 @@ def test_ranges_of_nothing_leave_the_divergence_as_it_is():
     assert one_class(image).shape == (B, 1)
 
 
-def test_an_images_logits_do_not_depend_on_its_batch():
-    text, image, support = table()
-    head = fitted(text, support)
-    alone = torch.cat([head(row[None]) for row in image])
-    torch.testing.assert_close(head(image), alone, rtol=0, atol=1e-12)
-
-
 def test_search_keeps_the_range_and_beats_other_gammas():
     text, image, support = table()
     head = fitted(text, support, logit_scale=30.0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A frozen text transformer run from token embeddings, and prompts with places for learned vectors.
 
-`TextTower.encode` of the embeddings of a prompt's tokens is the model's own encode_text of that
+`TextTower.encode` of the embeddings of a prompt's tokens is the model's encode_text of that
 prompt. Two things make it cheaper under a causal mask, and neither changes a feature. The places
 after the one that is read are left out: a prompt of 24 tokens costs 24 places, not the model's 77.
 And vectors that all classes share before the name are encoded once for many classes, which follow

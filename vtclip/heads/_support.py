@@ -60,7 +60,7 @@ class SupportHead(Head):
 
     @torch.no_grad()
     def fit_support(self, support: Support) -> None:
-        """Keep the labelled images, in place of any that were kept before."""
+        """Keep the labelled images, in place of any earlier ones."""
         keys, self.label = check_support(type(self).__name__, support, self.text)
         self.keys = nn.Parameter(keys) if self.trains_keys else keys
 
@@ -87,7 +87,7 @@ class SupportHead(Head):
     def extend(self, text_new: Tensor, support: Support) -> Self:
         """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1.
 
-        It equals the head of the same hyper-parameters that was given both supports at once.
+        It equals the head of the same hyper-parameters fitted to both supports at once.
         """
         text = extended_text(type(self).__name__, self.text, text_new, support)
         head = type(self)(text, **{**self.options(), "num_support": 0})
@@ -193,12 +193,12 @@ def most_likely(
 def scaled_nll(logits: Tensor, label: Tensor) -> float:
     """Least sum of NLL(logits [n, K] / T) + log(T)^2 / 2 over T = 2^(-3/2), 2^-1, ... 2^(3/2)."""
     below = logits - logits.amax(dim=1, keepdim=True)
-    own = below.gather(1, label[:, None]).sum()
+    true = below.gather(1, label[:, None]).sum()
     costs = []
     for first in (3, 2):
         share = (below / 2 ** (first / 2)).exp()
         for step in range(first, -4, -2):
             T = 2 ** (step / 2)
-            costs.append(share.sum(dim=1).log().sum() - own / T + math.log(T) ** 2 / 2)
+            costs.append(share.sum(dim=1).log().sum() - true / T + math.log(T) ** 2 / 2)
             share.square_()  # exp(x / T)^2 = exp(x / (T / 2))
     return float(torch.stack(costs).min())

@@ -107,7 +107,7 @@ class ProtoCLIP(Head):
     def extend(self, text_new: Tensor, support: Support) -> Self:
         """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1.
 
-        It equals the head of the same hyper-parameters that was given both supports at once.
+        It equals the head of the same hyper-parameters fitted to both supports at once.
         """
         text = extended_text("ProtoCLIP", self.text, text_new, support)
         head = type(self)(text, **self.options())
