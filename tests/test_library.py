@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from vtclip import _library, ops
-from vtclip.backends import native
-from vtclip.ops._checks import bound_once
+from vtclip import ops
+from vtclip.backends import native, schemas
+from vtclip.ops._autograd import bound_once
+from vtclip.ops._select import only_reference
+from vtclip.reference._dtypes import PENALTY_CODES
 
 needs_extension = pytest.mark.skipif(bool(native.load_cpu()), reason="vtclip._C is not built")
 
@@ -71,7 +74,7 @@ def sample(name: str, empty: bool, expanded: bool) -> tuple[object, ...]:
     if name == "rational_logits_bwd":
         return torch.randn(B, K), image, text, mask, 2.0
     ending = mask, torch.randn(C, C), torch.randn(C), image, text
-    penalty = _library.PENALTIES["mse" if expanded else "linf"]
+    penalty = PENALTY_CODES["mse" if expanded else "linf"]
     if name == "rational_head_fwd":
         return *ending, 2.0, penalty
     if name == "rational_head_bwd":
@@ -89,7 +92,7 @@ def sample(name: str, empty: bool, expanded: bool) -> tuple[object, ...]:
 @needs_extension
 @pytest.mark.parametrize("expanded", [False, True], ids=["plain", "strided"])
 @pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
-@pytest.mark.parametrize("name", _library.SCHEMAS)
+@pytest.mark.parametrize("name", schemas.SCHEMAS)
 def test_opcheck(name, empty, expanded):
     done = torch.library.opcheck(
         getattr(torch.ops.vtclip, name).default, sample(name, empty, expanded)
@@ -170,6 +173,22 @@ def test_exports(name):
     tensors = tuple(tensor.detach() for tensor in leaves(name))
     program = torch.export.export(Module(), tensors)
     torch.testing.assert_close(program.module()(*tensors), op(*tensors))
+
+
+@needs_extension
+def test_only_the_reference_is_traced_where_it_was_asked_for():
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(str(graph.graph))
+        return graph
+
+    image, text = torch.randn(3, 6), torch.randn(5, 6)
+    for context, fused in ((only_reference(), False), (nullcontext(), True)):
+        torch.compiler.reset()
+        with context:
+            torch.compile(ops.cosine_logits, fullgraph=True, backend=keep)(image, text)
+        assert ("vtclip" in graphs[-1]) == fused
 
 
 @each_call

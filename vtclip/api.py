@@ -23,7 +23,6 @@ from .adapter import Adapter, check_features, features_of, load_adapter, save_ad
 from .auto import fit_auto
 from .base_to_new import check_method, evaluate_again, halves, with_new
 from .checkpoint import Checkpoint
-from .choices import index_of, pick
 from .data.records import Records
 from .data.sets import SetSource, as_source
 from .data.sources import open_source
@@ -33,6 +32,7 @@ from .files import only_writer, to_json
 from .fitting import calibrate, fit_head
 from .heads import HEADS
 from .memory import peak_memory_mb
+from .names import SHOTS, index_of, pick
 from .parts import Opener, evaluate_parts
 from .pseudo_labels import check_pseudo_labels, pseudo_labelled, pseudo_report, unlabelled_split
 from .result import (
@@ -48,7 +48,6 @@ from .result import (
 )
 from .runs import CHECKPOINT, LOG, check_out, finished_run, line_log, removed_if_empty, run_folder
 from .settings import (
-    SHOTS,
     choose_device,
     set_threads,
     split_rows,

@@ -20,10 +20,10 @@ from vtclip.methods import takes_images, text_encoder
 
 from . import engine, metrics
 from .adapter import Adapter
-from .choices import pick
 from .data.records import Records
 from .data.sets import SetSource
 from .heads import HEADS, Head
+from .names import pick
 from .result import named_classes, unreadable
 from .settings import split_rows, test_rows
 

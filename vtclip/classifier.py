@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from .adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter, save_adapter
-from .choices import index_of
 from .data.hashing import ahead, decode_pool
 from .data.images import ImageError, as_rgb, open_image
 from .encoders import ENCODERS, load_encoders, saved_encoders
 from .explain import side_by_side, to_image
 from .heads import VTCLIP
+from .names import index_of
 from .settings import choose_device
 
 if TYPE_CHECKING:

@@ -28,6 +28,16 @@ except ImportError:  # Windows has no flock; there the folder is not locked
     fcntl = None
 
 
+def printable(name: str) -> str:
+    """`name` with undecodable bytes, controls and line ends written as escapes."""
+    return "".join(
+        letter
+        if letter.isprintable()
+        else letter.encode("unicode_escape", "surrogatepass").decode()
+        for letter in name
+    )
+
+
 def default_cache() -> Path:
     """VTCLIP_CACHE, else ~/.cache/vtclip."""
     named = os.environ.get("VTCLIP_CACHE")

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-PRECISIONS = ("fp32", "bf16")
+from vtclip.names import PRECISIONS
+
 TEMPLATES = "imagenet80"
 # Few images: at least so many steps an epoch, as long as a batch keeps as many images.
 FEW = 16

@@ -24,7 +24,6 @@ from vtclip.methods import build_head
 from . import engine, finetune
 from .adapter import Adapter, features_of, save_adapter
 from .checkpoint import Checkpoint
-from .choices import pick
 from .clip import Clip, load_clip, resolve_templates
 from .data.extract import cached_features
 from .data.featureset import FeatureSet
@@ -36,6 +35,7 @@ from .encoders import ENCODERS, saved_encoders, with_weights
 from .files import json_digest, only_writer, to_json
 from .heads import HEADS
 from .memory import peak_memory_mb
+from .names import pick
 from .result import (
     RESULT,
     Run,

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from vtclip.choices import pick
 from vtclip.clip import Clip, load_clip
 from vtclip.data.records import Records
 from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
+from vtclip.names import pick
 
 
 def takes_images(method: str) -> bool:

@@ -20,12 +20,12 @@ from vtclip.methods import takes_images
 
 from . import engine, metrics
 from .adapter import Adapter, check_features
-from .choices import index_of
 from .data.images import EXTENSIONS, Folder, is_ignored, scan_folder, walk_images
 from .data.records import Records, check_class_names
 from .data.sets import SetSource, as_source
 from .data.sources import open_source, source_kind
 from .encoders import load_encoders
+from .names import index_of
 from .result import Run, named_classes, unreadable
 from .settings import split_rows, test_rows
 

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from .data.records import Records
 from .data.splits import Split, few_shot_split, split_by_roles
+from .names import SHOTS
 
 logger = logging.getLogger(__name__)
-# how many images per class are tried where none are named
-SHOTS = (16, 8, 4, 2, 1)
 
 
 def set_threads(threads: int | None) -> None:
@@ -42,7 +41,7 @@ def usual_shots(records: Records, test_fraction: float) -> int:
     """16, or the largest of 8, 4, 2, 1 that every class has besides its test share."""
     counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
     smallest = min((count - int(count * test_fraction) for count in counts), default=0)
-    shots = next((known for known in SHOTS if known <= smallest), min(SHOTS))
+    shots = next((known for known in reversed(SHOTS) if known <= smallest), min(SHOTS))
     if shots < max(SHOTS) and test_fraction < 1:
         logger.warning(
             "shots %d: the smallest class has %d images besides its test share", shots, smallest

@@ -28,8 +28,8 @@ RADA_SHAPES = (
     {"B": 32, "K": 500, "D": 512, "H": 8},
     {"B": 32, "K": 1000, "D": 512, "H": 8},
 )
-METHODS = {"vtclip": VTCLIP_SHAPES, "rada": RADA_SHAPES}
-NAMES = {method: tuple(shapes[0]) for method, shapes in METHODS.items()}
+SHAPES = {"vtclip": VTCLIP_SHAPES, "rada": RADA_SHAPES}
+NAMES = {method: tuple(shapes[0]) for method, shapes in SHAPES.items()}
 
 
 def _launcher(name: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from vtclip.bench import jobs as module
 from vtclip.bench.jobs import (
-    Job,
+    BenchJob,
     Settings,
     Shard,
     job_list,
@@ -22,12 +22,12 @@ from vtclip.bench.jobs import (
     set_sources,
     spatial_rows_only,
 )
-from vtclip.fit_command import METHODS
+from vtclip.names import METHODS
 
 SETTINGS = Settings()
 
 
-def listed(path: Path, methods: list[str] | None = None, **changed: object) -> list[Job]:
+def listed(path: Path, methods: list[str] | None = None, **changed: object) -> list[BenchJob]:
     settings = dataclasses.replace(SETTINGS, **changed)  # type: ignore[arg-type]
     return job_list(own_sources([path], settings), methods, [2, 1], [3, 1], settings)
 

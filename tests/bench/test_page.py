@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 
 from vtclip.bench.cells import Group
+from vtclip.bench.csv_files import CSV_HEAD, report_csv
 from vtclip.bench.page import draw, html_page, markdown_page
-from vtclip.bench.report import Report, make_report
+from vtclip.bench.report import BenchReport, make_report
 from vtclip.bench.tables import (
-    CSV_HEAD,
     accuracy_table,
-    beside_tables,
     command_of,
-    csv_text,
+    comparison_tables,
     details_tables,
     facts_table,
     hardest_classes,
@@ -30,7 +29,7 @@ from vtclip.bench.tables import (
 
 
 def loaded() -> Any:
-    """rows.py beside this file, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -75,7 +74,7 @@ class Reader(HTMLParser):
             self.texts.append((self._open[-1] if self._open else "", data.strip()))
 
 
-def page_of(report: Report, title: str = "T", command: str = "vtclip report OUT") -> str:
+def page_of(report: BenchReport, title: str = "T", command: str = "vtclip report OUT") -> str:
     return html_page(report, title, command, draw(report))
 
 
@@ -176,7 +175,7 @@ def test_the_best_of_each_column_is_bold() -> None:
     assert best_of(table, 1) == ["rada"]
     assert best_of(table, 2) == ["proker", "rada"]  # equal in what is shown
     assert "<b>70.00</b> <small>± 5.00†</small>" in page_of(report)
-    assert "| rada | **70.00** ± 5.00† | **80.00** ± 5.00† |" in markdown(table)
+    assert "| rada     | **70.00** ± 5.00† | **80.00** ± 5.00† |" in markdown(table)
 
 
 def test_the_lowest_calibration_error_is_bold() -> None:
@@ -209,7 +208,7 @@ def test_the_details_hold_what_the_rows_hold() -> None:
 def test_no_published_number_leaves_its_cells_blank() -> None:
     rows = made.grid(("dtd",), ("vtclip",), (4, 16), (1,), data="/x")
     report = make_report(rows, published=True)
-    (table,), remarks = beside_tables(report.beside or ())
+    (table,), remarks = comparison_tables(report.comparisons or ())
     lines = {(row[0].text, row[1].text): [one.text for one in row[3:]] for row in table.rows}
     assert lines[("vtclip", "4")] == ["", "", "", ""]
     published, difference, place, also = lines[("vtclip", "16")]
@@ -255,7 +254,7 @@ def test_what_has_no_number_says_why() -> None:
     page = page_of(make_report([*made.grid(("a",)), *lost]))
     texts = [text for place, text in Reader(page).texts if place in ("td", "span")]
     start = texts.index("skipped: no text encoder")
-    assert texts[start - 4 : start] == ["a", "coop", "4, 16", "2"]
+    assert texts[start - 5 : start] == ["a", "coop", "4, 16", "1", "2"]
 
 
 def test_provenance_is_on_the_page() -> None:
@@ -305,9 +304,9 @@ def test_names_are_text_in_markdown(name: str) -> None:
     bars = re.findall(r"(?<!\\)\|", line)
     assert len(bars) == 3
     assert "<" not in line
-    plain = re.sub(r"\\([\\`*_\[\]|])", r"\1", line.split(" | ")[0][2:])
+    plain = re.sub(r"\\([\\`*_\[\]|])", r"\1", line.split(" | ")[0][2:].rstrip())
     shown = plain.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    assert shown == name.replace("\n", "\\x0a")
+    assert shown == name.replace("\n", "\\n")
 
 
 def test_markdown_and_csv_hold_every_cell() -> None:
@@ -316,7 +315,7 @@ def test_markdown_and_csv_hold_every_cell() -> None:
     text = markdown_page(report, "T", "vtclip report OUT", ["shots.svg"])
     assert text.startswith("<!-- vtclip report -->\n")
     assert "![shots.svg](shots.svg)" in text
-    lines = list(csv.DictReader(io.StringIO(csv_text(report))))
+    lines = list(csv.DictReader(io.StringIO(report_csv(report))))
     assert list(lines[0]) == CSV_HEAD
     groups: dict[str, Group] = {group.title: group for group in report.tables}
     assert len(lines) == 3 * 3 * 2

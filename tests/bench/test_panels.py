@@ -20,7 +20,7 @@ from vtclip.bench.report import make_report
 
 
 def loaded() -> Any:
-    """rows.py beside this file, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -165,7 +165,7 @@ def test_names_are_text(name: str) -> None:
     _, root = drawn([made.make_row(source=name, method=name)])
     assert "script" not in {element.tag for element in root.iter()}
     shown = [text.text for text in root.iter("text") if text.get("class") == "title"]
-    printable = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in name)
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     assert shown == [printable.encode("utf-8", "backslashreplace").decode()]
 
 
@@ -256,7 +256,7 @@ def test_an_average_that_is_printed_as_such_is_taken() -> None:
 
 
 def test_cells_without_an_interval_have_no_bar() -> None:
-    group = Group("g", None, None, None, {"rada": {4: Cell({1: 0.5})}})
+    group = Group("g", "g", None, None, None, {"rada": {4: Cell({1: 0.5})}})
     root = parsed(panels.shots_panel(group, panels.styles_of(["rada"])))
     assert of_class(root, "error", "path") == []
     assert len(of_class(root, "line")) == 1

@@ -13,12 +13,11 @@ import pytest
 
 from vtclip.bench.cells import backbone_of
 from vtclip.bench.published import mean_over, read_published
-from vtclip.bench.report import Report, make_report, read_rows
-from vtclip.bench.table import summarise
+from vtclip.bench.report import BenchReport, make_report, read_benchmark
 
 
 def loaded() -> Any:
-    """rows.py beside this file, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -30,7 +29,7 @@ def loaded() -> Any:
 made = loaded()
 
 
-def only(report: Report, title: str) -> Any:
+def only(report: BenchReport, title: str) -> Any:
     found = [group for group in report.groups if group.title == title]
     assert len(found) == 1
     return found[0]
@@ -49,13 +48,13 @@ def test_cells_hold_means_and_intervals_over_seeds() -> None:
             # 4.3027 is the 97.5 % quantile of t with 2 degrees of freedom
             half = 4.30265273 * statistics.stdev(own) / math.sqrt(3)
             assert cell.half == pytest.approx(half, rel=1e-6)
-            assert cell.over_seeds
+            assert cell.seeds_differ
 
 
 def test_one_seed_has_the_interval_of_its_test_set() -> None:
     group = only(make_report([made.make_row()]), "animals")
     cell = group.lines["rada"][4]
-    assert not cell.over_seeds
+    assert not cell.seeds_differ
     assert cell.half == pytest.approx(0.05)  # of 0.66 to 0.76
     zero = group.lines["zeroshot"][4]
     assert (zero.mean, zero.rows) == (0.6, ())
@@ -67,27 +66,7 @@ def test_seeds_that_all_agree_have_the_interval_of_the_test_set() -> None:
     cell = make_report(rows).groups[0].lines["calip"][4]
     assert len(cell.accuracy) == 3
     assert cell.half == pytest.approx(0.05)
-    assert not cell.over_seeds
-
-
-def test_means_agree_with_the_tables_of_the_benchmark() -> None:
-    """An implementation by others: vtclip.bench.table."""
-    rows = made.grid(sources=("animals", "plants"), methods=("zeroshot", "rada", "proker"))
-    for row in rows:  # the zero-shot method is what every run calls zero-shot
-        if row["method"] == "zeroshot":
-            row["accuracy"], row["adapted"] = 0.6, row["zero_shot"]
-    report, found = make_report(rows), summarise(rows)
-    groups = {group.title: group for group in report.groups}
-    assert report.average is not None
-    groups["mean of sources"] = report.average
-    compared = 0
-    for cell in (*found["cells"], *found["means"]):
-        mine = groups[cell["source"]].lines[cell["method"]][cell["shots"]]
-        assert mine.mean == pytest.approx(cell["accuracy"], abs=1e-12)
-        if cell["interval"] == "seeds":
-            assert mine.half == pytest.approx((cell["high"] - cell["low"]) / 2, rel=1e-9)
-            compared += 1
-    assert compared == 2 * 3 * 3  # two methods, three numbers of shots, two sources and their mean
+    assert not cell.seeds_differ
 
 
 def test_the_average_needs_all_sources_and_takes_common_seeds() -> None:
@@ -216,7 +195,7 @@ def test_backbones_with_foreign_weights_have_no_published_name(
 
 
 def beside(rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float | None, float | None]]:
-    found = make_report(rows, published=True).beside
+    found = make_report(rows, published=True).comparisons
     assert found is not None
     return {
         (one.line, one.shots): (
@@ -278,16 +257,16 @@ def test_base_to_new_has_three_parts_and_no_share_in_the_average() -> None:
     means = [group.lines["clip-adapter"][16].mean for group in report.groups[1:]]
     assert means == [0.8, 0.6, 0.6857]
     assert report.average is None
-    found = {(one.group.part, one.line): one.published for one in report.beside or ()}
+    found = {(one.group.part, one.line): one.published for one in report.comparisons or ()}
     assert found[("base", "clip-adapter")] == ()
     assert [found[(part, "zeroshot")][0].accuracy for part in ("base", "new")] == [53.24, 59.90]
 
 
-def test_read_rows_takes_every_shard_and_passes_over_torn_lines(tmp_path: Path) -> None:
+def test_reading_takes_every_shard_and_passes_over_torn_lines(tmp_path: Path) -> None:
     made.write(tmp_path, made.grid(seeds=(1,)))
     text = (tmp_path / "results.jsonl").read_text()
     (tmp_path / "results-2-of-2.jsonl").write_text('{"source": "anim\n' + text[:-20])
-    rows, notes = read_rows(tmp_path)
+    rows, notes = read_benchmark(tmp_path)
     assert len(rows) == 6 + 5
     assert len(notes) == 2
     assert notes[0].startswith("results-2-of-2.jsonl, line 1: cut off or broken")
@@ -313,7 +292,7 @@ def test_impossible_rows_are_refused_by_line(
     row = {**made.make_row(), **change}
     made.write(tmp_path, [made.make_row(), row])
     with pytest.raises(ValueError, match="results.jsonl, line 2") as error:
-        read_rows(tmp_path)
+        read_benchmark(tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -321,7 +300,7 @@ def test_impossible_rows_are_refused_by_line(
 def test_an_object_is_wanted_on_every_line(tmp_path: Path) -> None:
     made.write(tmp_path, [], "[1, 2]\n")
     with pytest.raises(ValueError, match="line 1: a row must be an object, got list"):
-        read_rows(tmp_path)
+        read_benchmark(tmp_path)
 
 
 def test_the_average_of_the_eleven_sets_has_the_published_mean() -> None:

@@ -15,7 +15,7 @@ from vtclip.cli import main
 
 
 def loaded() -> Any:
-    """rows.py beside this file, which is in no package."""
+    """rows.py of this folder, which is not a package."""
     spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -145,7 +145,7 @@ def test_a_page_of_other_origin_stays(
     page = tmp_path / "index.html"
     page.write_text("<html>mine</html>")
     before = files(out)
-    assert "is no report; --overwrite replaces it" in refused(capsys, out, "--html", page)
+    assert "is not a report; --overwrite replaces it" in refused(capsys, out, "--html", page)
     assert page.read_text() == "<html>mine</html>"
     assert files(out) == before
     assert run(out, "--html", page, "--overwrite") == 0
@@ -188,21 +188,8 @@ def test_rows_of_a_real_benchmark_are_read(animals: Path, tmp_path: Path) -> Non
     assert run(out, "--html", out / "page.html") == 0
     text = (out / "page.html").read_text()
     assert "animals, 2 shots" in text  # its rows hold the bins of the diagrams
-    ours = {line.split("|")[1].strip(): line for line in _rows(out / "report.md")}
-    theirs = {line.split("|")[1].strip(): line for line in _rows(out / "table.md")}
-    for method in ("zeroshot", "proker"):
-        wanted = [cell.strip(" *†") for cell in theirs[method].replace("+-", "±").split("|")]
-        assert [cell.strip(" *†").replace("**", "") for cell in ours[method].split("|")] == [
-            cell.replace("**", "") for cell in wanted
-        ]
-
-
-def _rows(path: Path) -> list[str]:
-    """The lines of the first table, the one of accuracies."""
-    lines = path.read_text().splitlines()
-    start = next(n for n, line in enumerate(lines) if line.startswith("| ---") or "-:" in line)
-    end = next(n for n in range(start, len(lines)) if not lines[n].startswith("|"))
-    return lines[start + 1 : end]
+    # tests/bench/test_tables.py compares the files' cells
+    assert "| zeroshot | " in (out / "report.md").read_text()
 
 
 def test_report_is_listed_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,8 @@ import torch
 import vtclip
 from vtclip import api
 from vtclip.bench.jobs import Settings, Shard, job_list, own_sources, set_sources
-from vtclip.bench.opening import without_spatial
 from vtclip.bench.rows import OtherContent, RowFile, is_finished, read_rows
-from vtclip.bench.run import Report, run_bench
+from vtclip.bench.run import BenchOutcome, run_bench
 from vtclip.checkpoint import Interrupted
 from vtclip.data.sets import SETS, open_listing
 
@@ -29,7 +28,7 @@ FIXED = {"methods": ["zeroshot"], "shots": [1, 2], "seeds": [1, 2], "device": "c
 PLACE = ("source", "method", "shots", "seed")
 
 
-def bench(out: Path, *paths: Path, **options: Any) -> Report:
+def bench(out: Path, *paths: Path, **options: Any) -> BenchOutcome:
     settings = options.pop("settings", Settings())
     return run_bench(own_sources(paths, settings), out, settings=settings, **{**FIXED, **options})
 
@@ -45,7 +44,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 
 
 def failing_at(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let fit number `number` raise; answers the folders of the calls."""
+    """Let fit number `number` raise; returns the folders of the calls."""
     calls: list[str] = []
     fit = api.fit
 
@@ -165,7 +164,7 @@ def test_a_failing_job_is_a_row_and_the_others_go_on(animals, tmp_path, monkeypa
     assert "failed, RuntimeError: out of memory" in caplog.text
     (failed,) = [row for row in read_rows(tmp_path / "out") if not is_finished(row)]
     assert failed["failed"] == "RuntimeError: out of memory"
-    assert "[1] seed 2 failed: RuntimeError: out of memory" in (
+    assert "| animals | zeroshot | 1 | 2 |    1 | failed: RuntimeError: out of memory |" in (
         tmp_path / "out" / "table.md"
     ).read_text("utf-8")
     again = bench(tmp_path / "out", animals)  # tried again
@@ -188,16 +187,16 @@ def test_what_cannot_be_done_is_skipped_with_its_reason(animals, tmp_path):
 
 
 def test_a_source_is_opened_once(animals, insects, tmp_path, monkeypatch):
-    from vtclip.bench import opening
+    from vtclip.bench import sources
 
     opened: list[tuple[str, bool]] = []
-    open_source = opening.open_source
+    open_source = sources.open_source
 
     def instead(path: Path, **options: Any) -> Any:
         opened.append((path.name, options["need_spatial"]))
         return open_source(path, **options)
 
-    monkeypatch.setattr(opening, "open_source", instead)
+    monkeypatch.setattr(sources, "open_source", instead)
     bench(tmp_path / "out", animals, insects, methods=["zeroshot", "vtclip"], shots=[1], seeds=[1])
     assert opened == [("animals.npz", False), ("insects.npz", True)]
 
@@ -222,14 +221,14 @@ def test_methods_share_rows_and_only_some_get_spatial_features(insects, tmp_path
 
 def test_without_spatial_keeps_all_but_the_spatial_features(insects):
     whole = vtclip.open_source(insects, need_spatial=True)
-    view = without_spatial(whole)
+    view = whole.without_spatial()
     index = torch.arange(len(whole))
     assert whole.has_spatial
     assert not view.has_spatial
     assert torch.equal(view.batch(index).image, whole.batch(index).image)
     assert view.batch(index).spatial is None
     assert view.names == whole.names
-    assert without_spatial(view) is view
+    assert view.without_spatial() is view
 
 
 def test_a_data_set_is_read_once_for_all_draws(tmp_path, trees, monkeypatch):

@@ -10,8 +10,9 @@ import json
 import pytest
 import torch
 
-from vtclip import tune_command, tune_jobs, tuned
+from vtclip import tune_jobs, tuned
 from vtclip.cli import main
+from vtclip.cli import tune as tune_command
 from vtclip.tune import MARGIN, asked_by, fastest, tune, walk
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -16,15 +16,13 @@ from typing import Any
 
 from vtclip.bench.intervals import seed_interval
 from vtclip.bench.published import read_published
+from vtclip.bench.rows import Row
+from vtclip.names import METHODS
 
-Row = dict[str, Any]
 PARTS = ("base", "new", "harmonic mean")
 METRICS = ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
-ORDER = [
-    *("zeroshot", "calip", "autoclip", "linear-probe", "clip-adapter", "coop", "tip-adapter"),
-    *("tip-adapter-f", "tip-x", "proker", "proto-clip", "mm-adapter", "vtclip", "rada", "auto"),
-]
 FEATURES = ("model", "prompt", "templates", "test_fraction", "base_to_new")
+SAME = 1e-9  # less than one image of any test set: accuracies that differ by rounding only
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,9 @@ class Cell:
     """One method on one group at one number of shots.
 
     accuracy: by seed, as shares. metrics: means over seeds, None where a seed has none.
-    values: what each seed's evaluation said. rows: those it took time and memory to make.
+    values: the metrics of each seed's evaluation. rows: the runs whose time and memory count here.
     interval: 95 % bounds of one seed's test set, where they are known.
+    missing: seeds of the source that have no number here. docs/statistics.md has the rules.
     """
 
     accuracy: Mapping[int, float]
@@ -41,26 +40,33 @@ class Cell:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     interval: tuple[float, float] | None = None
     values: tuple[Mapping[str, Any], ...] = ()
+    missing: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
         return fmean(self.accuracy.values())
 
     @property
-    def over_seeds(self) -> bool:
-        """Whether the interval is one over seeds, else it is of the test set."""
-        return len(set(self.accuracy.values())) > 1
+    def seeds_differ(self) -> bool:
+        """Whether the seeds differ, by more than rounding: then the interval is one over seeds."""
+        return max(self.accuracy.values()) - min(self.accuracy.values()) > SAME
+
+    @property
+    def shortfall(self) -> str:
+        """How many of the seeds the mean is over; empty where it is over all of them."""
+        count = len(self.accuracy)
+        return f"{count} of {count + len(self.missing)} seeds" if self.missing else ""
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The 95 % interval, over seeds where they differ, else of the test set."""
+        return seed_interval(list(self.accuracy.values())) if self.seeds_differ else self.interval
 
     @property
     def half(self) -> float | None:
-        """Half of the 95 % interval, over seeds where they differ, else of the test set."""
-        if self.over_seeds:
-            low, high = seed_interval(list(self.accuracy.values()))
-        elif self.interval is not None:
-            low, high = self.interval
-        else:
-            return None
-        return (high - low) / 2
+        """Half of the length of `bounds`."""
+        bounds = self.bounds
+        return None if bounds is None else (bounds[1] - bounds[0]) / 2
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,11 @@ class Group:
 
     name, backbone: of a data set of the protocol with its official lists and OpenAI's weights.
     templates: "one" or the name that was given. part: of base-to-new.
-    lines: method, with what sets it apart -> shots -> Cell; zero-shot is always among them.
+    lines: method, with the settings that differ -> shots -> Cell; zero-shot is always among them.
     """
 
     title: str
+    source: str
     name: str | None
     backbone: str | None
     part: str | None
@@ -83,12 +90,24 @@ class Group:
     def shots(self) -> list[int]:
         return sorted({number for line in self.lines.values() for number in line})
 
+    @property
+    def test_images(self) -> int | None:
+        """The number of test images, where the rows have it."""
+        cells = (cell for line in self.lines.values() for cell in line.values())
+        counts = [value["count"] for cell in cells for value in cell.values if value.get("count")]
+        return max(counts, default=None)
+
     def best(self, shots: int) -> set[str]:
-        """The lines that are the best at `shots`, as far as two decimals of a percent show."""
+        """The lines that are the best at `shots`, as far as two decimals of a percent show.
+
+        A mean over some of the column's seeds is another quantity and is not compared.
+        """
+        column = {line: cells[shots] for line, cells in self.lines.items() if shots in cells}
+        seeds = {seed for cell in column.values() for seed in cell.accuracy}
         values = {
-            line: round(100 * cells[shots].mean, 2)
-            for line, cells in self.lines.items()
-            if shots in cells
+            line: round(100 * cell.mean, 2)
+            for line, cell in column.items()
+            if set(cell.accuracy) == seeds
         }
         return {line for line, value in values.items() if value == max(values.values())}
 
@@ -103,17 +122,17 @@ def in_order(lines: Iterable[str]) -> list[str]:
 
     def place(line: str) -> tuple[int, str]:
         method = method_of(line)
-        return (ORDER.index(method) if method in ORDER else len(ORDER), line)
+        return (METHODS.index(method) if method in METHODS else len(METHODS), line)
 
     return sorted(lines, key=place)
 
 
-def by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     """Rows with equal keys together, in the order in which the keys came."""
-    found: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[Row]] = {}
     for row in rows:
-        found.setdefault(key(row), []).append(row)
-    return found
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def backbone_of(row: Row) -> tuple[str | None, str | None]:
@@ -133,12 +152,7 @@ def backbone_of(row: Row) -> tuple[str | None, str | None]:
     return None, None
 
 
-def printable(text: str) -> str:
-    """One line of text: control characters, line ends and the like are spelled out."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
-
-
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list):
@@ -149,15 +163,15 @@ def shown(value: Any) -> str:
 def group_key(row: Row) -> tuple[tuple[str, str], ...]:
     """What the rows of one group share besides the source's name, as (what, value)."""
     config, digests = row["config"], row.get("digests") or {}
-    pairs = {name: shown(config.get(name)) for name in FEATURES}
+    pairs = {name: as_text(config.get(name)) for name in FEATURES}
     pairs["official split"] = str(config.get("data") is not None)
-    pairs["weights"] = shown(digests.get("weights"))[:8]
+    pairs["weights"] = as_text(digests.get("weights"))[:8]
     # every draw of a data set has training images of its own, and test images in common
-    pairs["images"] = shown(digests.get("test_images") or digests.get("images"))[:8]
+    pairs["images"] = as_text(digests.get("test_images") or digests.get("images"))[:8]
     return tuple(pairs.items())
 
 
-def apart(keys: Sequence[Mapping[str, str]]) -> list[str]:
+def differing_entries(keys: Sequence[Mapping[str, str]]) -> list[str]:
     """For each of several settings the entries in which not all agree, in words."""
     names = [name for name in keys[0] if len({key[name] for key in keys}) > 1]
     return [", ".join(f"{name} {key[name]}" for name in names) for key in keys]
@@ -166,11 +180,13 @@ def apart(keys: Sequence[Mapping[str, str]]) -> list[str]:
 def settings_of(row: Row, revision: bool) -> dict[str, str]:
     """What decides a row's number beyond group, method, shots and seed."""
     config = row["config"]
-    flat = {name: shown(config.get(name)) for name in ("spatial", "augment_passes")}
+    flat = {name: as_text(config.get(name)) for name in ("spatial", "augment_passes")}
     for name, value in (config.get("fit") or {}).items():
-        flat[name] = json.dumps(value, sort_keys=True) if isinstance(value, dict) else shown(value)
+        flat[name] = (
+            json.dumps(value, sort_keys=True) if isinstance(value, dict) else as_text(value)
+        )
     if revision:
-        flat["revision"] = shown(row.get("revision"))[:12]
+        flat["revision"] = as_text(row.get("revision"))[:12]
     return flat
 
 
@@ -179,23 +195,25 @@ def lines_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
     Two rows of one seed that differ in the revision only are kept apart by it.
     """
-    found: dict[str, list[Row]] = {}
-    for method, own in by(rows, lambda row: row["method"]).items():
-        jobs = by(own, lambda row: (row["shots"], row["seed"], str(settings_of(row, False))))
-        repeated = any(len(some) > 1 for some in jobs.values())
+    lines: dict[str, list[Row]] = {}
+    for method, method_rows in group_by(rows, lambda row: row["method"]).items():
+        jobs = group_by(
+            method_rows, lambda row: (row["shots"], row["seed"], str(settings_of(row, False)))
+        )
+        repeated = any(len(alike) > 1 for alike in jobs.values())
         names: set[str] = set()
-        for some in by(own, lambda row: row["shots"]).values():
-            every = [settings_of(row, repeated) for row in some]
+        for alike in group_by(method_rows, lambda row: row["shots"]).values():
+            every = [settings_of(row, repeated) for row in alike]
             names |= {
                 name
-                for name in {name for one in every for name in one}
-                if len({one.get(name) for one in every}) > 1
+                for name in {name for settings in every for name in settings}
+                if len({settings.get(name) for settings in every}) > 1
             }
-        for row in own:
+        for row in method_rows:
             flat = settings_of(row, repeated)
             tag = ", ".join(f"{name} {flat.get(name, 'default')}" for name in sorted(names))
-            found.setdefault(f"{method} ({tag})" if tag else method, []).append(row)
-    return found
+            lines.setdefault(f"{method} ({tag})" if tag else method, []).append(row)
+    return lines
 
 
 def values_of(row: Row, key: str, part: str | None) -> Mapping[str, Any]:
@@ -207,10 +225,12 @@ def values_of(row: Row, key: str, part: str | None) -> Mapping[str, Any]:
     return row[part][key]  # type: ignore[no-any-return]
 
 
-def cell_of(rows: Sequence[Row], key: str, part: str | None) -> Cell:
-    """The rows of one line and number of shots; of one seed the last counts."""
-    own = {row["seed"]: row for row in sorted(rows, key=lambda row: int(row["seed"]))}
-    values = {seed: values_of(row, key, part) for seed, row in own.items()}
+def cell_of(
+    rows: Sequence[Row], key: str, part: str | None, seeds: frozenset[int] = frozenset()
+) -> Cell:
+    """The rows of one line and number of shots; of one seed the last counts. seeds: wanted ones."""
+    by_seed = {row["seed"]: row for row in sorted(rows, key=lambda row: int(row["seed"]))}
+    values = {seed: values_of(row, key, part) for seed, row in by_seed.items()}
     metrics: dict[str, float | None] = {}
     for name in METRICS:
         numbers = [value[name] for value in values.values() if value.get(name) is not None]
@@ -218,76 +238,118 @@ def cell_of(rows: Sequence[Row], key: str, part: str | None) -> Cell:
     interval = next(iter(values.values())).get("interval95")
     return Cell(
         {seed: float(value["accuracy"]) for seed, value in values.items()},
-        tuple(own.values()) if key == "adapted" else (),
+        tuple(by_seed.values()) if key == "adapted" else (),
         metrics,
         None if interval is None else (float(interval[0]), float(interval[1])),
         tuple(values.values()),
+        tuple(sorted(seeds - by_seed.keys())),
     )
 
 
-def group_of(title: str, rows: Sequence[Row], part: str | None) -> Group:
+def group_of(title: str, rows: Sequence[Row], part: str | None, seeds: frozenset[int]) -> Group:
+    """seeds: every seed that was asked for on this source."""
     lines: dict[str, dict[int, Cell]] = {}
-    for line, own in lines_of(rows).items():
+    for line, line_rows in lines_of(rows).items():
         lines[line] = {
-            shots: cell_of(some, "adapted", part)
-            for shots, some in by(own, lambda row: row["shots"]).items()
+            shots: cell_of(cell_rows, "adapted", part, seeds)
+            for shots, cell_rows in group_by(line_rows, lambda row: row["shots"]).items()
         }
     zero = lines.setdefault("zeroshot", {})
-    for shots, some in by(rows, lambda row: row["shots"]).items():
+    for shots, cell_rows in group_by(rows, lambda row: row["shots"]).items():
         if shots not in zero:
-            zero[shots] = cell_of(some, "zero_shot", part)
+            zero[shots] = cell_of(cell_rows, "zero_shot", part)
     config, source = rows[0]["config"], rows[0]["source"]
     known = config.get("data") is not None and source in read_published().sets
     return Group(
         title,
+        source,
         source if known else None,
         backbone_of(rows[0])[0] if known else None,
         part,
         {line: dict(sorted(lines[line].items())) for line in in_order(lines)},
-        shown(config.get("templates") or "one"),
+        as_text(config.get("templates") or "one"),
     )
 
 
-def groups_of(rows: Sequence[Row]) -> list[Group]:
-    """One group for each source and model, data sets first, base-to-new last in its three parts."""
+def groups_of(rows: Sequence[Row], missed: Sequence[Row] = ()) -> list[Group]:
+    """One group for each source and model, data sets first, base-to-new last in its three parts.
+
+    missed: rows of jobs that were skipped or failed, whose seeds were asked for as well.
+    """
     titles = read_published().sets
-    found = []
-    for source, own in by(rows, lambda row: row["source"]).items():
-        keyed = by(own, group_key)
-        for tag, some in zip(apart([dict(key) for key in keyed]), keyed.values(), strict=True):
-            official = some[0]["config"].get("data") is not None
+    groups = []
+    for source, source_rows in group_by(rows, lambda row: row["source"]).items():
+        keyed = group_by(source_rows, group_key)
+        # of several groups nothing says to which a missed job belongs
+        lost = [row["seed"] for row in missed if row.get("source") == source and "seed" in row]
+        for tag, group_rows in zip(
+            differing_entries([dict(key) for key in keyed]), keyed.values(), strict=True
+        ):
+            official = group_rows[0]["config"].get("data") is not None
             title = titles.get(source, source) if official else source
             title = f"{title} ({tag})" if tag else title
-            if "harmonic_mean" in some[0]:
-                found += [group_of(f"{title}: {part}", some, part) for part in PARTS]
+            seeds = frozenset(
+                [*(row["seed"] for row in group_rows), *(lost if len(keyed) == 1 else ())]
+            )
+            if "harmonic_mean" in group_rows[0]:
+                groups += [group_of(f"{title}: {part}", group_rows, part, seeds) for part in PARTS]
             else:
-                found.append(group_of(title, some, None))
+                groups.append(group_of(title, group_rows, None, seeds))
     order = list(titles)
 
     def place(group: Group) -> tuple[bool, int]:
         return group.part is not None, order.index(group.name) if group.name else len(order)
 
-    return sorted(found, key=place)
+    return sorted(groups, key=place)
 
 
-def average_of(groups: Sequence[Group]) -> Group | None:
-    """Mean over groups for each seed, of the lines that all groups have at that number of shots."""
+def average_of(groups: Sequence[Group]) -> tuple[Group | None, list[str]]:
+    """Mean over groups for each seed, and a note on everything that it leaves out.
+
+    A line needs all groups at a number of shots, and seeds that all of them have: only these count.
+    The interval is over the seeds' means; where they agree there is none, since sources may share
+    test images and the errors of their test sets then do not cancel. Sets of test images only,
+    which have no shots, stay out.
+    """
     groups = [group for group in groups if group.part is None]
+    fixed = [group.title for group in groups if group.shots == [0]]
+    groups = [group for group in groups if group.shots != [0]]
+    if len(groups) < 2:
+        return None, []
+    title = f"Average of {len(groups)}"
+    notes = [f"{title}: {', '.join(fixed)} left out, a set of test images only."] if fixed else []
+    common = set.intersection(*(set(group.shots) for group in groups))
+    for shots in sorted({number for group in groups for number in group.shots} - common):
+        absent = ", ".join(group.title for group in groups if shots not in group.shots)
+        notes.append(f"{title}: no mean at {shots} shots, which {absent} lacks.")
     lines: dict[str, dict[int, Cell]] = {}
-    for line, cells in groups[0].lines.items() if len(groups) > 1 else ():
-        for shots in cells:
-            own = [
-                group.lines[line][shots] for group in groups if shots in group.lines.get(line, {})
-            ]
-            seeds = set.intersection(*(set(cell.accuracy) for cell in own))
-            if len(own) == len(groups) and seeds:
-                values = {
-                    seed: fmean(cell.accuracy[seed] for cell in own) for seed in sorted(seeds)
-                }
-                lines.setdefault(line, {})[shots] = Cell(values)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for line in in_order({line for group in groups for line in group.lines}):
+        for shots in sorted(common):
+            cells = [cells[shots] for g in groups if shots in (cells := g.lines.get(line, {}))]
+            absent = ", ".join(g.title for g in groups if shots not in g.lines.get(line, {}))
+            mean = None if absent else mean_cell(cells)
+            if mean is None:
+                why = f"no result on {absent}" if absent else "no seed that all sources have"
+                reasons.setdefault((line, why), []).append(str(shots))
+            else:
+                lines.setdefault(line, {})[shots] = mean
+    notes += [
+        f"{title}: no mean of {line} at {', '.join(at)} shots, {why}."
+        for (line, why), at in reasons.items()
+    ]
     if not lines:
-        return None
+        return None, notes
     backbones = {group.backbone for group in groups}
     backbone = backbones.pop() if len(backbones) == 1 else None
-    templates = groups[0].templates
-    return Group(f"Average of {len(groups)}", None, backbone, None, lines, templates)
+    return Group(title, title, None, backbone, None, lines, groups[0].templates), notes
+
+
+def mean_cell(cells: Sequence[Cell]) -> Cell | None:
+    """The mean of several sources' cells over the seeds that all have; None without such a seed."""
+    common = set.intersection(*(set(cell.accuracy) for cell in cells))
+    if not common:
+        return None
+    wanted = {seed for cell in cells if cell.rows for seed in (*cell.accuracy, *cell.missing)}
+    accuracy = {seed: fmean(cell.accuracy[seed] for cell in cells) for seed in sorted(common)}
+    return Cell(accuracy, missing=tuple(sorted(wanted - common)))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtclip.choices import pick
 from vtclip.data.featureset import FeatureSet, file_digest
 from vtclip.data.images import scan_folder
 from vtclip.data.sets import SETS, SetSource, find_set
@@ -24,10 +23,10 @@ from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.reading import missing_files
 from vtclip.data.sources import source_kind
 from vtclip.files import json_digest
-from vtclip.fit_command import METHODS
 from vtclip.heads import HEADS
 from vtclip.heads.config import check_seed
 from vtclip.methods import recipe_config, takes_images
+from vtclip.names import METHODS, pick
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes
 
@@ -60,12 +59,17 @@ class Source:
     encoder: bool
 
     @property
+    def folder(self) -> Path:
+        """The file or folder that holds it; of a data set the root of all."""
+        return self.where.root if isinstance(self.where, SetSource) else self.where
+
+    @property
     def test_only(self) -> bool:
         return isinstance(self.where, SetSource) and self.where.spec.test_only
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """One fit. skip: why it is not run, where that is known beforehand."""
 
     source: Source
@@ -97,16 +101,16 @@ def needs_encoder(method: str) -> bool:
 
 def own_sources(paths: Sequence[str | Path], settings: Settings) -> list[Source]:
     """Image folders, features folders and .npz files, under different names."""
-    found: list[Source] = []
+    sources: list[Source] = []
     for path in paths:
         source = _look_at(Path(path).expanduser(), settings)
-        twin = next((one for one in found if one.name == source.name), None)
+        twin = next((known for known in sources if known.name == source.name), None)
         if twin is not None:
             raise ValueError(
                 f"sources must have different names, got {twin.where} and {source.where}"
             )
-        found.append(source)
-    return found
+        sources.append(source)
+    return sources
 
 
 def set_sources(root: str | Path, names: Sequence[str] | None, settings: Settings) -> list[Source]:
@@ -122,7 +126,7 @@ def set_sources(root: str | Path, names: Sequence[str] | None, settings: Setting
         specs = [find_set(name) for name in names]
         if len({spec.name for spec in specs}) < len(specs):
             raise ValueError(f"sets must differ, got {', '.join(names)}")
-    found = []
+    sources = []
     for spec in specs:
         where = SetSource(spec, root)
         fraction = None if settings.test_fraction == 0.5 else settings.test_fraction
@@ -133,8 +137,8 @@ def set_sources(root: str | Path, names: Sequence[str] | None, settings: Setting
         files = [names_file(spec, root) if file == CLASSNAMES else spec.place(root) / file
                  for file in spec.files]  # fmt: skip
         identity = json_digest({"set": spec.name, "lists": [file_digest(file) for file in files]})
-        found.append(Source(spec.name, where, "set", identity, "all", encoder=True))
-    return found
+        sources.append(Source(spec.name, where, "set", identity, "all", encoder=True))
+    return sources
 
 
 def _look_at(path: Path, settings: Settings) -> Source:
@@ -180,7 +184,7 @@ def job_list(
     shots: Sequence[int],
     seeds: Sequence[int],
     settings: Settings,
-) -> list[Job]:
+) -> list[BenchJob]:
     """Every job, source by source, so that consecutive jobs share features.
 
     methods None: those that apply to a source; a named one that does not becomes a skipped job.
@@ -196,7 +200,7 @@ def job_list(
             raise ValueError(f"shots must be at least 1, got {number}")
     for seed in seeds:
         check_seed(seed)
-    found: list[Job] = []
+    jobs: list[BenchJob] = []
     group = 0
     for source in sources:
         reasons = {method: not_applicable(method, source) for method in methods or METHODS}
@@ -206,9 +210,11 @@ def job_list(
         for number, seed in _draws(source, shots, seeds):
             for column, (method, reason) in enumerate(reasons.items()):
                 key = _key(source, method, number, seed, spatial, settings)
-                found.append(Job(source, method, number, seed, spatial, key, group, column, reason))
+                jobs.append(
+                    BenchJob(source, method, number, seed, spatial, key, group, column, reason)
+                )
             group += 1
-    return found
+    return jobs
 
 
 def not_applicable(method: str, source: Source) -> str | None:
@@ -222,7 +228,7 @@ def not_applicable(method: str, source: Source) -> str | None:
     return None
 
 
-def spatial_rows_only(source: Source, jobs: Sequence[Job]) -> bool:
+def spatial_rows_only(source: Source, jobs: Sequence[BenchJob]) -> bool:
     """Whether only those rows of `source` count that have spatial features."""
     return source.spatial == "some" and any(
         job.spatial is not None for job in jobs if job.source == source
@@ -281,7 +287,7 @@ class Shard:
             return "results.jsonl"
         return f"results-{self.index}-of-{self.count}.jsonl"
 
-    def of(self, jobs: Sequence[Job]) -> list[Job]:
+    def of(self, jobs: Sequence[BenchJob]) -> list[BenchJob]:
         """Its jobs. Methods take turns between draws, so that no shard has all the slow ones."""
         return [job for job in jobs if (job.group + job.column) % self.count == self.index - 1]
 

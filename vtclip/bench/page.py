@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vtclip.bench.cells import Group, printable
+from vtclip.bench.cells import Group
 from vtclip.bench.panels import (
     DIAGRAM,
     PANEL,
@@ -24,13 +24,13 @@ from vtclip.bench.panels import (
     styles_of,
     swatch,
 )
-from vtclip.bench.report import Report
+from vtclip.bench.report import BenchReport
 from vtclip.bench.tables import (
     Entry,
     Table,
     accuracy_table,
-    beside_tables,
     commands,
+    comparison_tables,
     details_tables,
     facts_table,
     hardest_classes,
@@ -39,18 +39,21 @@ from vtclip.bench.tables import (
     plain,
     sources_table,
 )
+from vtclip.files import printable
 
 MARK = '<meta name="generator" content="vtclip report">'
 INTERVALS = (
     "Accuracy on test images in percent, mean over seeds, ± half of the 95 % interval over seeds "
-    "(Student's t). †: of the test set (Wilson), for one seed or where all seeds agree. Bold: the "
-    "best of its column."
+    "(Student's t): other draws of the shots, the same test images. †: of the test set (Wilson), "
+    "for one seed or where all seeds agree. “2 of 3 seeds”: the others have no result, or not on "
+    "every source of an average, and do not count. Bold: the best of its column, among the means "
+    "over all of the column's seeds."
 )
 CALIBRATION = (
     "NLL in nats; ECE over 15 bins; T is the temperature fitted on validation images, and “at T” "
     "says what it changes. Seconds and memory are means over seeds, on the machine named below."
 )
-BESIDE = (
+COMPARED = (
     "Published numbers of the same set, backbone and shots; an empty cell says that none is known. "
     "Difference: ours less the published one, in points. Other code, other draws and other rules "
     "for choosing hyper-parameters lie behind them, so that a point more or less says little. "
@@ -58,8 +61,8 @@ BESIDE = (
 )
 DASHED = "Dashed: published for the same backbone."
 RELIABILITY = (
-    "Share of right answers against confidence, all seeds together. Columns: as the head answers, "
-    "the stronger the more images. Dots: at the temperature fitted on validation images, their "
+    "Share of right predictions against confidence, all seeds together. Columns: as the head gives "
+    "it, the darker the more images. Dots: at the temperature fitted on validation images, their "
     "area the share of images. On the dotted diagonal confidence is what it says."
 )
 STYLE = """
@@ -124,12 +127,12 @@ class Pictures:
         return found
 
 
-def draw(report: Report) -> Pictures:
+def draw(report: BenchReport) -> Pictures:
     styles = styles_of(report.lines)
     panels, dashed = [], False
     for group in report.tables:
         printed = {}
-        if report.beside is not None:
+        if report.comparisons is not None:
             named = {line: published_of(group, line, report.groups) for line in styles}
             printed = {line: found for line, found in named.items() if found}
         dashed = dashed or bool(printed)
@@ -154,7 +157,7 @@ def diagrams_of(group: Group) -> list[str]:
     return found
 
 
-def html_page(report: Report, title: str, command: str, pictures: Pictures) -> str:
+def html_page(report: BenchReport, title: str, command: str, pictures: Pictures) -> str:
     """The whole page. title: of the benchmark; command: that made the page."""
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(summary(report))}</p>"]
     if report.notes:
@@ -164,8 +167,8 @@ def html_page(report: Report, title: str, command: str, pictures: Pictures) -> s
         parts.append(f'<div class="grid-of">{"".join(pictures.panels)}</div>')
     parts += ["<h2>Accuracy</h2>", f'<p class="note">{escape(INTERVALS)}</p>']
     parts.append(_tables(accuracy_table(group) for group in report.tables))
-    if report.beside is not None:
-        parts += ["<h2>Beside published numbers</h2>", *_beside(report)]
+    if report.comparisons is not None:
+        parts += ["<h2>Beside published numbers</h2>", *_published_section(report)]
     parts += ["<h2>Calibration and cost</h2>", f'<p class="note">{escape(CALIBRATION)}</p>']
     for group in report.groups:
         parts.append(_fold(group.title, _tables(details_tables(group), "h4", "wide")))
@@ -193,7 +196,7 @@ def html_page(report: Report, title: str, command: str, pictures: Pictures) -> s
     )
 
 
-def summary(report: Report) -> str:
+def summary(report: BenchReport) -> str:
     seeds = sorted({int(row["seed"]) for row in report.rows})
     sources = len({row["source"] for row in report.rows})
     methods = len({row["method"] for row in report.rows})
@@ -201,7 +204,9 @@ def summary(report: Report) -> str:
         f"{len(report.rows)} runs",
         f"{sources} source{'' if sources == 1 else 's'}",
         f"{methods} method{'' if methods == 1 else 's'}",
-        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}",
+        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
+        if seeds
+        else "no seed",
     ]
     return ", ".join(counted) + "."
 
@@ -258,25 +263,25 @@ def _cell(one: Entry) -> str:
     return f"{text} <small>{escape(one.small)}</small>" if one.small else text
 
 
-def _beside(report: Report) -> Iterable[str]:
-    tables, remarks = beside_tables(report.beside or ())
+def _published_section(report: BenchReport) -> Iterable[str]:
+    tables, remarks = comparison_tables(report.comparisons or ())
     if not tables:
-        yield f'<p class="note">{escape(_nothing_beside())}</p>'
+        yield f'<p class="note">{escape(_nothing_published())}</p>'
         return
-    yield f'<p class="note">{escape(BESIDE)}</p>'
+    yield f'<p class="note">{escape(COMPARED)}</p>'
     yield _tables(tables, layout="wide")
     if remarks:
         yield f"<ol>{''.join(f'<li>{escape(one)}</li>' for one in remarks)}</ol>"
 
 
-def _nothing_beside() -> str:
+def _nothing_published() -> str:
     return (
         "No source is a data set that tables are published of, with its official split and a "
         "backbone of OpenAI's weights: there is nothing to compare with."
     )
 
 
-def _provenance(report: Report, command: str) -> Iterable[str]:
+def _provenance(report: BenchReport, command: str) -> Iterable[str]:
     facts, tested = facts_table(report.rows), sources_table(report.rows)
     yield _table(facts)
     yield _fold(tested.title, _table(tested))
@@ -286,18 +291,25 @@ def _provenance(report: Report, command: str) -> Iterable[str]:
     yield f"<p>This page:</p><pre>{escape(command)}</pre>"
 
 
-def markdown_page(report: Report, title: str, command: str, pictures: Sequence[str] = ()) -> str:
-    """The same in Markdown. pictures: names of the SVG files beside it."""
-    parts = ["<!-- vtclip report -->", f"# {plain(title)}", plain(summary(report))]
+def markdown_page(
+    report: BenchReport, title: str, command: str | None, pictures: Sequence[str] = ()
+) -> str:
+    """The same in Markdown. pictures: names of the SVG files next to it.
+
+    command None: a benchmark's own table.md, without the sign by which `vtclip report` knows the
+    files that it may replace, and without digests.
+    """
+    parts = [] if command is None else ["<!-- vtclip report -->"]
+    parts += [f"# {plain(title)}", plain(summary(report))]
     parts += ["\n".join(f"- {plain(note)}" for note in report.notes)] if report.notes else []
     parts += [f"![{name}]({name})" for name in pictures]
     parts += ["## Accuracy", INTERVALS]
     for group in report.tables:
         table = accuracy_table(group)
         parts += [f"### {plain(table.title)}", markdown(table)]
-    if report.beside is not None:
-        tables, remarks = beside_tables(report.beside)
-        parts += ["## Beside published numbers", BESIDE if tables else _nothing_beside()]
+    if report.comparisons is not None:
+        tables, remarks = comparison_tables(report.comparisons)
+        parts += ["## Beside published numbers", COMPARED if tables else _nothing_published()]
         for table in tables:
             parts += [f"### {plain(table.title)}", markdown(table)]
         parts += ["\n".join(f"{n}. {plain(one)}" for n, one in enumerate(remarks, 1))]
@@ -309,5 +321,6 @@ def markdown_page(report: Report, title: str, command: str, pictures: Sequence[s
     if missed is not None:
         parts += [f"## {missed.title}", markdown(missed)]
     parts += ["## Provenance", markdown(facts_table(report.rows))]
-    parts += [markdown(sources_table(report.rows)), "This page:", f"    {printable(command)}"]
+    if command is not None:
+        parts += [markdown(sources_table(report.rows)), "This page:", f"    {printable(command)}"]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vtclip.bench.cells import Cell, Group, method_of, printable
+from vtclip.bench.cells import Cell, Group, method_of
 from vtclip.bench.published import matching, mean_over, read_published
+from vtclip.files import printable
 
 Bin = tuple[float, float, int]  # confidence, accuracy, count
 Style = tuple[str, str, bool]  # colour, mark, hollow
@@ -234,6 +235,7 @@ def _curve(line: str, cells: Mapping[int, Cell], style: Style, axes: Axes, shift
             ends = "".join(f"M{x - 2:.1f} {end:.1f}h4" for end in (top, foot))
             path = f"M{x:.1f} {top:.1f}V{foot:.1f}{ends}"
             bar = f'<path class="error" stroke="{style[0]}" fill="none" d="{path}"/>'
+        title += f", {cell.shortfall}" if cell.missing else ""
         parts.append(f"<g><title>{escape(title)}</title>{bar}{mark(style, x, y)}</g>")
     return "".join(parts)
 
@@ -262,7 +264,7 @@ def bins_error(bins: Sequence[Bin | None]) -> float:
 
 
 def reliability(title: str, raw: Sequence[Bin | None], scaled: Sequence[Bin | None] | None) -> str:
-    """Accuracy against confidence: columns as the head answers, dots at the fitted temperature.
+    """Accuracy against confidence: columns as the head gives it, dots at the fitted temperature.
 
     The area of a dot and the strength of a column say what share of the images it holds.
     """

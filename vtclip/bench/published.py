@@ -54,10 +54,10 @@ class Tables:
 @functools.cache
 def read_published() -> Tables:
     file = resources.files("vtclip.bench").joinpath("published.json")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    records = tuple(Published(**record) for record in found["records"])
-    shown = (MappingProxyType(found[name]) for name in ("sets", "averages", "sources"))
-    return Tables(records, *shown)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    records = tuple(Published(**record) for record in content["records"])
+    read_only = (MappingProxyType(content[name]) for name in ("sets", "averages", "sources"))
+    return Tables(records, *read_only)
 
 
 def matching(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark's folder says: its rows read and checked, grouped, and beside published numbers.
+"""What a benchmark's folder says: its rows read, checked and grouped, with published numbers.
 
-Rows of differing settings, revisions or machines are shown as what they are: apart, or with a note.
+Rows of differing settings, revisions or machines stay separate, or have a note.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ from typing import Any
 from vtclip.bench.cells import (
     Cell,
     Group,
-    Row,
+    as_text,
     average_of,
     backbone_of,
-    by,
+    group_by,
     groups_of,
     in_order,
     method_of,
-    shown,
 )
 from vtclip.bench.published import Published, matching, read_published
-from vtclip.choices import nearest
-
-PLACE = ("source", "method", "shots", "seed")
+from vtclip.bench.rows import Row, is_finished, place_of, read_lines
+from vtclip.names import nearest
 
 
 @dataclass(frozen=True)
-class Beside:
+class Comparison:
     """One of our numbers and what was printed for the same set, backbone and shots, or nothing."""
 
     group: Group
@@ -49,10 +47,10 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """groups: sources, the protocol's data sets first; average: over them, where there are several.
 
-    missed: rows of jobs that were skipped or failed. beside: None where it was not asked for.
+    missed: rows of jobs that were skipped or failed. comparisons: None where it was not asked for.
     """
 
     groups: tuple[Group, ...]
@@ -60,7 +58,7 @@ class Report:
     rows: tuple[Row, ...]
     missed: tuple[Row, ...]
     notes: tuple[str, ...]
-    beside: tuple[Beside, ...] | None
+    comparisons: tuple[Comparison, ...] | None
 
     @property
     def tables(self) -> list[Group]:
@@ -72,36 +70,40 @@ class Report:
         return in_order({name for group in self.groups for name in group.lines})
 
 
-def read_rows(folder: str | Path) -> tuple[list[Row], list[str]]:
-    """The rows of all results*.jsonl in `folder`, and a note on each line that is no row.
+def read_benchmark(folder: str | Path, strict: bool = True) -> tuple[list[Row], list[str]]:
+    """The rows of all results*.jsonl in `folder`, and a note on each line that is not one.
 
-    A line that a kill cut off is passed over. A whole row with impossible values is a ValueError,
-    and so is a folder without rows.
+    A broken line is left out. A whole row with impossible values is a ValueError, or a note too
+    where `strict` is False.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise ValueError(f"OUT must be a folder of vtclip bench, got {str(folder)!a}")
     rows: list[Row] = []
     notes = []
-    files = sorted(folder.glob("results*.jsonl"))
-    for path in files:
-        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                notes.append(f"{path.name}, line {number}: cut off or broken, not counted.")
-                continue
-            rows.append(check_row(row, f"{path.name}, line {number}"))
-    if not rows:
-        what = "no whole row in its results*.jsonl" if files else "no results*.jsonl"
-        raise ValueError(f"OUT {str(folder)!a} holds {what}; vtclip bench writes them")
+    for where, row in read_lines(folder):
+        if row is None:
+            notes.append(f"{where}: cut off or broken, not counted.")
+            continue
+        try:
+            rows.append(check_row(row, where))
+        except ValueError as error:
+            if strict:
+                raise
+            notes.append(f"{error}; not counted.")
     return rows, notes
 
 
-def finished(row: Row) -> bool:
-    return "skipped" not in row and "failed" not in row
+def check_finished(folder: Path, report: BenchReport) -> None:
+    """Refuse a folder without a finished run, saying what it does hold."""
+    if report.rows:
+        return
+    if report.missed:
+        raise ValueError(f"OUT holds no finished run: {len(report.missed)} were skipped or failed")
+    what = "no whole row in its results*.jsonl"
+    if not any(folder.glob("results*.jsonl")):
+        what = "no results*.jsonl"
+    raise ValueError(f"OUT {str(folder)!a} holds {what}; vtclip bench writes them")
 
 
 def check_row(row: Any, where: str) -> Row:
@@ -109,25 +111,25 @@ def check_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be an object, got {type(row).__name__}")
     kinds: dict[str, type] = {"source": str, "method": str, "shots": int, "seed": int}
-    if finished(row):
+    if is_finished(row):
         kinds |= {"zero_shot": dict, "adapted": dict, "config": dict}
     for name, kind in kinds.items():
         value = row.get(name)
         if isinstance(value, kind) and not isinstance(value, bool):
             continue
-        if name in row or finished(row):
+        if name in row or is_finished(row):
             got = type(value).__name__
             raise ValueError(f"{where}: {name} must be of type {kind.__name__}, got {got}")
-    if not finished(row):
+    if not is_finished(row):
         return row
-    found = {part: row[part].get("accuracy") for part in ("zero_shot", "adapted")}
+    accuracies = {part: row[part].get("accuracy") for part in ("zero_shot", "adapted")}
     mean = row.get("harmonic_mean")
     if mean is not None:
         for part in ("base", "new"):
             for key in ("zero_shot", "adapted"):
-                found[f"{part} {key}"] = _at(row, part, key, "accuracy")
-        found |= {f"harmonic_mean {key}": _at(mean, key) for key in ("zero_shot", "adapted")}
-    for name, value in found.items():
+                accuracies[f"{part} {key}"] = _at(row, part, key, "accuracy")
+        accuracies |= {f"harmonic_mean {key}": _at(mean, key) for key in ("zero_shot", "adapted")}
+    for name, value in accuracies.items():
         if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value <= 1:
             raise ValueError(f"{where}: accuracy of {name} must lie in 0..1, got {value!a}")
     return row
@@ -139,34 +141,30 @@ def _at(value: Any, *names: str) -> Any:
     return value
 
 
-def place_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in PLACE)
-
-
 def latest(rows: Iterable[Row]) -> tuple[list[Row], int]:
     """One row for each job, settings and revision, the one written last; how many were replaced.
 
     A job that was skipped or failed and has a finished row is not counted as missed.
     """
-    found: dict[str, Row] = {}
+    by_job: dict[str, Row] = {}
     ordered = sorted(rows, key=lambda row: float(row.get("time") or 0))
     for row in ordered:
         job = [row.get(name) for name in ("key", "job", "config", "revision")]
-        found[json.dumps([place_of(row), finished(row), job], sort_keys=True)] = row
-    done = {place_of(row) for row in found.values() if finished(row)}
-    kept = [row for row in found.values() if finished(row) or place_of(row) not in done]
-    return kept, len(ordered) - len(found)
+        by_job[json.dumps([place_of(row), is_finished(row), job], sort_keys=True)] = row
+    done = {place_of(row) for row in by_job.values() if is_finished(row)}
+    kept = [row for row in by_job.values() if is_finished(row) or place_of(row) not in done]
+    return kept, len(ordered) - len(by_job)
 
 
-def mixed(rows: Sequence[Row]) -> list[str]:
+def mixture_notes(rows: Sequence[Row]) -> list[str]:
     """A note for each thing that rows of one benchmark should share and do not."""
 
     def version(name: str) -> list[str]:
-        return [shown((row.get("versions") or {}).get(name)) for row in rows]
+        return [as_text((row.get("versions") or {}).get(name)) for row in rows]
 
     things = {
-        "revisions": [shown(row.get("revision"))[:12] for row in rows],
-        "kinds of device": [shown(row.get("device")) for row in rows],
+        "revisions": [as_text(row.get("revision"))[:12] for row in rows],
+        "kinds of device": [as_text(row.get("device")) for row in rows],
         "versions of vtclip": version("vtclip"),
         "versions of torch": version("torch"),
     }
@@ -182,28 +180,24 @@ def mixed(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def uneven(groups: Sequence[Group]) -> list[str]:
-    """A note on every line whose cells have not all the seeds of its group."""
+def missing_seed_notes(groups: Sequence[Group]) -> list[str]:
+    """A note on every line whose cells have not all the seeds of its source."""
     notes = []
     for group in groups:
-        seeds = {
-            seed for line in group.lines.values() for c in line.values() for seed in c.accuracy
-        }
         for line, cells in group.lines.items():
-            few = [n for n, cell in cells.items() if cell.rows and set(cell.accuracy) != seeds]
+            few = ", ".join(str(shots) for shots, cell in cells.items() if cell.missing)
             if few:
-                at = ", ".join(map(str, few))
-                notes.append(f"{group.title}, {line}: seeds are missing at {at} shots.")
+                notes.append(f"{group.title}, {line}: seeds are missing at {few} shots.")
     return notes
 
 
-def compare(groups: Sequence[Group]) -> list[Beside]:
-    """Ours beside published numbers, for the sets that tables are published of.
+def compared_with_published(groups: Sequence[Group]) -> list[Comparison]:
+    """Our numbers with the published ones, for the sets that tables are published of.
 
-    Only numbers of the same set, backbone, number of shots and part of the classes are put beside
+    Only numbers of the same set, backbone, number of shots and part of the classes are put next to
     each other. Zero-shot is there once.
     """
-    found = []
+    comparisons = []
     for group in groups:
         if group.name is None or group.backbone is None:
             continue
@@ -219,8 +213,8 @@ def compare(groups: Sequence[Group]) -> list[Beside]:
                     part=group.part,
                     templates=group.templates,
                 )
-                found.append(Beside(group, line, number, cell, tuple(known)))
-    return found
+                comparisons.append(Comparison(group, line, number, cell, tuple(known)))
+    return comparisons
 
 
 def make_report(
@@ -228,10 +222,10 @@ def make_report(
     notes: Sequence[str] = (),
     methods: Sequence[str] | None = None,
     published: bool = False,
-) -> Report:
+) -> BenchReport:
     """Groups, their average, the comparison and what to know of the rows.
 
-    methods: keep only these, beside zero-shot. A method without rows is a ValueError.
+    methods: keep only these and zero-shot. A method without rows is a ValueError.
     """
     kept, replaced = latest(rows)
     known = sorted({row["method"] for row in kept if "method" in row})
@@ -240,27 +234,27 @@ def make_report(
             raise ValueError(f"--method: no row is of {method!a}{nearest(method, known)}")
     if methods:
         kept = [row for row in kept if row.get("method") in (*methods, "zeroshot")]
-    done = [row for row in kept if finished(row)]
-    if not done:
-        raise ValueError(f"OUT holds no finished run: {len(kept)} were skipped or failed")
-    groups = groups_of(done)
+    done = [row for row in kept if is_finished(row)]
+    lost = [row for row in kept if not is_finished(row)]
+    groups = groups_of(done, lost)
+    average, left_out = average_of(groups)
     remarks = [*notes]
     if replaced:
         remarks.append(f"{replaced} rows were replaced by later rows of the same jobs.")
-    remarks += mixed(done)
+    remarks += mixture_notes(done)
     whole = [group for group in groups if group.part in (None, "base")]
     named = any("(" in line for group in groups for line in group.lines)
-    if named or len(whole) > len(by(done, lambda row: row["source"])):
+    if named or len(whole) > len(group_by(done, lambda row: row["source"])):
         remarks.append("Rows of differing settings are kept apart; brackets say what differs.")
-    remarks += uneven(groups)
+    remarks += [*missing_seed_notes(groups), *left_out]
     if published:
         files = {backbone_of(row)[1] for row in done if row["source"] in read_published().sets}
         remarks += sorted(text for text in files if text is not None)
-    return Report(
+    return BenchReport(
         tuple(groups),
-        average_of(groups),
+        average,
         tuple(done),
-        tuple(row for row in kept if not finished(row)),
+        tuple(lost),
         tuple(remarks),
-        tuple(compare(groups)) if published else None,
+        tuple(compared_with_published(groups)) if published else None,
     )

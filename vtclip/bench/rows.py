@@ -19,15 +19,15 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtclip.data.sets import SetSource
 from vtclip.files import fcntl, read_json, to_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
+Row = dict[str, Any]
 BENCH = "bench.json"
 FORMAT = "vtclip-bench"
 VERSION = 1
@@ -38,12 +38,11 @@ class OtherContent(ValueError):
     """The folder holds results of other settings or of a source with other content."""
 
 
-def check_out(out: Path, sources: Sequence[Path | SetSource]) -> None:
+def check_bench_folder(out: Path, sources: Iterable[Path]) -> None:
     """Refuse a folder inside a source, a file, or a folder that holds something else."""
     for source in sources:
-        images = source.root if isinstance(source, SetSource) else source
-        if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
-            raise ValueError(f"out {out} lies inside the source {images}")
+        if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+            raise ValueError(f"out {out} lies inside the source {source}")
     if not out.exists():
         return
     if not out.is_dir():
@@ -65,12 +64,12 @@ def locked(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def settle(
+def claim_folder(
     out: Path, settings: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Write what all processes share, or refuse the folder where it says something else.
+    """Write what all processes share into bench.json, or refuse a folder that says otherwise.
 
-    settings must be equal; of the sources that both name every entry must be, and new ones join.
+    settings must be equal, and every fact of a source that both name; new sources are added.
     """
     wanted = json.loads(to_json({"settings": settings, "sources": sources}))
     out.mkdir(parents=True, exist_ok=True)
@@ -110,11 +109,11 @@ def _other(name: str, fact: str, was: Any) -> str:
 
 
 def read_bench(out: Path) -> dict[str, Any]:
-    found = read_json(out / BENCH, "a folder of vtclip bench")
-    if found.get("format") != FORMAT or found.get("version") != VERSION:
-        have = f"{found.get('format')} {found.get('version')}"
+    content = read_json(out / BENCH, "a folder of vtclip bench")
+    if content.get("format") != FORMAT or content.get("version") != VERSION:
+        have = f"{content.get('format')} {content.get('version')}"
         raise ValueError(f"{out / BENCH}: this vtclip reads {FORMAT} {VERSION}, got {have}")
-    return found
+    return content
 
 
 class RowFile:
@@ -157,37 +156,46 @@ def _end_of_lines(path: Path) -> int:
     return path.read_bytes().rfind(b"\n") + 1
 
 
-def read_rows(out: str | Path) -> list[dict[str, Any]]:
+def read_lines(folder: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of all results*.jsonl as ("FILE, line N", content), None where one is broken."""
+    for path in sorted(folder.glob("results*.jsonl")):
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row = None
+            if number < len(lines):  # else its end was cut off
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+            yield f"{path.name}, line {number}", row
+
+
+def read_rows(out: str | Path) -> list[Row]:
     """The rows of all shards, one for each job, in the order in which they came.
 
     Where a job was tried again the later row counts, but what failed or was skipped never replaces
     a finished row of the same key.
     """
-    rows = [row for path in sorted(Path(out).glob("results*.jsonl")) for row in _rows_of(path)]
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    rows: list[Row] = []
+    for where, row in read_lines(Path(out)):
+        if isinstance(row, dict) and all(name in row for name in ("key", *PLACE)):
+            rows.append(row)
+        else:
+            logger.warning("%s is not a row; its job runs again", where)
+    latest: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: float(row.get("time") or 0)):
-        place = tuple(row[name] for name in PLACE)
-        old = found.get(place)
+        place = place_of(row)
+        old = latest.get(place)
         if old is None or is_finished(row) or row["key"] != old["key"] or not is_finished(old):
-            found.pop(place, None)
-            found[place] = row
-    return list(found.values())
+            latest.pop(place, None)
+            latest[place] = row
+    return list(latest.values())
+
+
+def place_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in PLACE)
 
 
 def is_finished(row: Mapping[str, Any]) -> bool:
     """Whether the row holds numbers."""
-    return "accuracy" in row
-
-
-def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    data = path.read_bytes()
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            row = json.loads(line)
-            complete = all(name in row for name in ("key", *PLACE))
-        except (ValueError, TypeError):
-            complete = False
-        if complete:
-            yield row
-        else:
-            logger.warning("%s: line %d is no row; its job runs again", path, number)
+    return "skipped" not in row and "failed" not in row

@@ -21,16 +21,35 @@ import torch
 from tqdm import tqdm
 
 from vtclip import api
+from vtclip.bench.csv_files import runs_csv, summary_csv, summary_of
+from vtclip.bench.jobs import (
+    BenchJob,
+    Settings,
+    Shard,
+    Source,
+    job_list,
+    needs_spatial,
+    spatial_rows_only,
+)
+from vtclip.bench.page import markdown_page
+from vtclip.bench.report import make_report, read_benchmark
+from vtclip.bench.rows import (
+    PLACE,
+    OtherContent,
+    RowFile,
+    check_bench_folder,
+    claim_folder,
+    is_finished,
+    locked,
+    read_rows,
+)
+from vtclip.bench.sources import SourceOpener
 from vtclip.checkpoint import Interrupted
+from vtclip.files import write_atomic
 from vtclip.memory import reset_peak_memory
 from vtclip.result import RESULT
 from vtclip.runs import CHECKPOINT
 from vtclip.settings import choose_device, set_threads
-
-from .jobs import Job, Settings, Shard, Source, job_list, needs_spatial, spatial_rows_only
-from .opening import Opener
-from .rows import PLACE, OtherContent, RowFile, check_out, is_finished, locked, read_rows, settle
-from .table import write_tables
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +57,7 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 @dataclass
-class Report:
+class BenchOutcome:
     """What one process did: jobs by outcome, those of other shards that are left, the summary."""
 
     out: Path
@@ -76,7 +95,7 @@ def run_bench(
     threads: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
-) -> Report:
+) -> BenchOutcome:
     """Fit and evaluate every method on every source, draw by draw; rows and tables lie in `out`.
 
     sources: from `jobs.own_sources` or `jobs.set_sources`, with the same settings.
@@ -90,10 +109,10 @@ def run_bench(
     where, out = _device(device), Path(out).expanduser()
     set_threads(threads)
     jobs = job_list(sources, methods, shots, seeds, settings)
-    check_out(out, [source.where for source in sources])
+    check_bench_folder(out, [source.folder for source in sources])
     asked = dataclasses.asdict(settings)
-    settle(out, asked, _facts(sources, jobs))
-    opener = Opener(
+    claim_folder(out, asked, _facts(sources, jobs))
+    opener = SourceOpener(
         settings,
         spatial={
             job.source.name
@@ -103,14 +122,14 @@ def run_bench(
         device=where,
         cache_dir=cache_dir,
         progress=progress,
-        note=lambda name, facts: settle(out, asked, {name: facts}),
+        note=lambda name, facts: claim_folder(out, asked, {name: facts}),
     )
     mine = shard.of(jobs)
-    report = Report(out, jobs=len(mine))
+    report = BenchOutcome(out, jobs=len(mine))
     rows = RowFile(out / shard.file)
     try:
         known = {row["key"]: row for row in read_rows(out)}
-        todo = [job for job in mine if not is_finished(known.get(job.key, {}))]
+        todo = [job for job in mine if job.key not in known or not is_finished(known[job.key])]
         report.finished = report.resumed = len(mine) - len(todo)
         bar = tqdm(
             total=len(mine),
@@ -126,11 +145,29 @@ def run_bench(
         rows.close()
     report.seconds = time.perf_counter() - started
     with locked(out):
-        found = read_rows(out)
-        done = {row["key"] for row in found}
+        rows_now = read_rows(out)
+        done = {row["key"] for row in rows_now}
         report.left = sum(job.key not in done for job in jobs)
-        report.summary = write_tables(out, found, [source.name for source in sources])
+        report.summary = write_tables(out)
     return report
+
+
+def write_tables(out: Path) -> dict[str, Any]:
+    """table.md, table.csv and results.csv from the rows in `out`; returns the cells.
+
+    They hold what `vtclip report` shows of the same rows.
+    """
+    rows, notes = read_benchmark(out, strict=False)
+    report = make_report(rows, notes)
+    summary = summary_of(report)
+    files = {
+        "table.md": markdown_page(report, "Few-shot results", None),
+        "table.csv": summary_csv(summary),
+        "results.csv": runs_csv([*report.rows, *report.missed]),
+    }
+    for name, text in files.items():
+        write_atomic(out / name, text.encode("utf-8", "backslashreplace"))
+    return summary
 
 
 def _device(named: str | torch.device | None) -> torch.device:
@@ -141,7 +178,7 @@ def _device(named: str | torch.device | None) -> torch.device:
     return choose_device(named)
 
 
-def _facts(sources: Iterable[Source], jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+def _facts(sources: Iterable[Source], jobs: Sequence[BenchJob]) -> dict[str, dict[str, Any]]:
     """What must stay the same of every source for its rows to compare."""
     return {
         source.name: {
@@ -153,7 +190,9 @@ def _facts(sources: Iterable[Source], jobs: Sequence[Job]) -> dict[str, dict[str
     }
 
 
-def _do(job: Job, opener: Opener, rows: RowFile, report: Report, old: Mapping[str, Any]) -> None:
+def _do(
+    job: BenchJob, opener: SourceOpener, rows: RowFile, report: BenchOutcome, old: Mapping[str, Any]
+) -> None:
     """Run one job and append its row; only what concerns all jobs is raised."""
     head = {"key": job.key, **dict(zip(PLACE, job.place(), strict=True))}
     try:
@@ -181,7 +220,7 @@ def _do(job: Job, opener: Opener, rows: RowFile, report: Report, old: Mapping[st
     logger.info("%s: accuracy %.2f %%", job.name, 100 * result["accuracy"])
 
 
-def _fit(job: Job, opener: Opener, folder: Path) -> dict[str, Any]:
+def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
     """The result of the job's run, which goes on where an earlier process was stopped."""
     records, settings = opener.records(job), opener.settings
     reset_peak_memory(opener.device)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -12,16 +10,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from vtclip.bench.cells import Cell, Group, Row, by, group_key, method_of, printable, shown
+from vtclip.bench.cells import Cell, Group, as_text, group_by, group_key, method_of
 from vtclip.bench.published import Published, read_published
-from vtclip.bench.report import Beside, Report
+from vtclip.bench.report import Comparison
+from vtclip.bench.rows import Row
+from vtclip.files import printable
 
 NO_NUMBER = ""  # where nothing is published
-CSV_HEAD = [
-    *("source", "set", "backbone", "part", "method", "shots", "seeds", "accuracy", "half_interval"),
-    *("interval", "nll", "ece", "nll_scaled", "ece_scaled", "temperature", "train_seconds"),
-    *("total_seconds", "peak_memory_mb", "published", "difference", "published_in", "caveat"),
-]
 METRIC_TITLES = {
     "nll": "NLL",
     "ece": "ECE",
@@ -45,16 +40,18 @@ class Table:
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Entry]]
-    words: frozenset[int] = field(default_factory=frozenset)  # columns of text besides the first
+    words: frozenset[int] = field(default_factory=frozenset)  # columns of text other than the first
 
 
 def entry(cell: Cell | None, best: bool = False) -> Entry:
     if cell is None:
         return Entry("–")
-    small = "" if cell.half is None else f"± {100 * cell.half:.2f}"
-    return Entry(
-        f"{100 * cell.mean:.2f}", small + ("" if cell.over_seeds or not small else "†"), best
-    )
+    small = []
+    if cell.half is not None:
+        small.append(f"± {100 * cell.half:.2f}{'' if cell.seeds_differ else '†'}")
+    if cell.missing:
+        small.append(cell.shortfall)
+    return Entry(f"{100 * cell.mean:.2f}", ", ".join(small), best)
 
 
 def accuracy_table(group: Group) -> Table:
@@ -65,7 +62,8 @@ def accuracy_table(group: Group) -> Table:
         for line, cells in group.lines.items()
     ]
     head = ["method", *(f"{n} shot{'' if n == 1 else 's'}" for n in group.shots)]
-    return Table(group.title, head, rows)
+    images = group.test_images
+    return Table(group.title + (f", {images} test images" if images else ""), head, rows)
 
 
 def decimals(value: float | None, digits: int = 4) -> str:
@@ -74,14 +72,14 @@ def decimals(value: float | None, digits: int = 4) -> str:
 
 def mean_of(rows: Sequence[Row], *names: str) -> float | None:
     """Mean over rows of a number that lies under `names`; None where a row has none."""
-    found = []
+    numbers = []
     for row in rows:
         value: Any = row
         for name in names:
             value = value.get(name) if isinstance(value, Mapping) else None
         if value is not None:
-            found.append(float(value))
-    return fmean(found) if found and len(found) == len(rows) else None
+            numbers.append(float(value))
+    return fmean(numbers) if numbers and len(numbers) == len(rows) else None
 
 
 def details_tables(group: Group) -> list[Table]:
@@ -123,30 +121,30 @@ def details_tables(group: Group) -> list[Table]:
     return tables
 
 
-def beside_tables(found: Sequence[Beside]) -> tuple[list[Table], list[str]]:
-    """Ours beside what was published, a table for each group, and the remarks they point to."""
+def comparison_tables(comparisons: Sequence[Comparison]) -> tuple[list[Table], list[str]]:
+    """Our numbers with published ones, a table for each group, and the remarks they point to."""
     tables = []
     remarks: dict[str, int] = {}
-    for group in dict.fromkeys(id(one.group) for one in found):
-        own = [one for one in found if id(one.group) == group]
+    for group in dict.fromkeys(id(comparison.group) for comparison in comparisons):
+        own = [comparison for comparison in comparisons if id(comparison.group) == group]
         title = f"{own[0].group.title}, {own[0].group.backbone}"
         head = ["method", "shots", "ours", "published", "difference", "from", "also published"]
-        rows = [_beside_row(one, remarks) for one in own]
+        rows = [_comparison_row(comparison, remarks) for comparison in own]
         tables.append(Table(title, head, rows, frozenset({5, 6})))
     return tables, list(remarks)
 
 
-def _beside_row(one: Beside, remarks: dict[str, int]) -> list[Entry]:
-    ours = [Entry(one.line), Entry(str(one.shots)), entry(one.cell)]
-    if not one.published:
+def _comparison_row(comparison: Comparison, remarks: dict[str, int]) -> list[Entry]:
+    ours = [Entry(comparison.line), Entry(str(comparison.shots)), entry(comparison.cell)]
+    if not comparison.published:
         return [*ours, *(Entry(NO_NUMBER) for _ in range(4))]
-    first, *others = one.published
+    first, *others = comparison.published
     place = _place(first, remarks)
     also = [f"{other.accuracy:.2f} {_place(other, remarks)}" for other in others]
     return [
         *ours,
         Entry(f"{first.accuracy:.2f}"),
-        Entry(signed(one.difference or 0.0, 2)),
+        Entry(signed(comparison.difference or 0.0, 2)),
         Entry(place),
         Entry("; ".join(also)),
     ]
@@ -170,7 +168,7 @@ def _place(record: Published, remarks: dict[str, int]) -> str:
 
 
 def hardest_classes(group: Group, count: int = 10) -> Table | None:
-    """The classes on which the best method at most shots is weakest, beside zero-shot."""
+    """The classes on which the best method at most shots is weakest, compared with zero-shot."""
     shots = group.shots[-1]
     able = {
         line: cells[shots]
@@ -199,13 +197,13 @@ def hardest_classes(group: Group, count: int = 10) -> Table | None:
 
 
 def _per_class(rows: Sequence[Row], key: str) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
+    by_class: dict[str, list[float]] = {}
     for row in rows:
         named = row[key].get("per_class")
         for name, value in named.items() if isinstance(named, Mapping) else ():
             if value is not None and math.isfinite(value):
-                found.setdefault(name, []).append(float(value))
-    return {name: fmean(values) for name, values in found.items()}
+                by_class.setdefault(name, []).append(float(value))
+    return {name: fmean(values) for name, values in by_class.items()}
 
 
 def missed_table(rows: Sequence[Row]) -> Table | None:
@@ -218,12 +216,15 @@ def missed_table(rows: Sequence[Row]) -> Table | None:
         return str(row.get("source")), str(row.get("method")), kind, str(row[kind])
 
     lines = []
-    for (source, method, kind, why), own in by(rows, reason).items():
-        shots = sorted({str(row.get("shots", "–")) for row in own}, key=lambda n: (len(n), n))
-        cells = [source, method, ", ".join(shots), str(len(own)), f"{kind}: {why}"]
+    for (source, method, kind, why), alike in group_by(rows, reason).items():
+        places = [
+            ", ".join(sorted({str(row.get(name, "–")) for row in alike}, key=lambda n: (len(n), n)))
+            for name in ("shots", "seed")
+        ]
+        cells = [source, method, *places, str(len(alike)), f"{kind}: {why}"]
         lines.append([Entry(text) for text in cells])
-    head = ["source", "method", "shots", "jobs", "why"]
-    return Table("Without a number", head, lines, frozenset({1, 2, 4}))
+    head = ["source", "method", "shots", "seeds", "jobs", "why"]
+    return Table("Without a number", head, lines, frozenset({1, 2, 3, 5}))
 
 
 def _model(row: Row) -> Any:
@@ -251,7 +252,7 @@ def facts_table(rows: Sequence[Row]) -> Table:
     reads |= {f"{name} version": version(name) for name in order if name in names}
     lines = []
     for what, read in reads.items():
-        values = [shown(value) if (value := read(row)) is not None else "–" for row in rows]
+        values = [as_text(value) if (value := read(row)) is not None else "–" for row in rows]
         counts = {value: values.count(value) for value in dict.fromkeys(values)}
         text = "; ".join(v if len(counts) == 1 else f"{v} ({n} rows)" for v, n in counts.items())
         lines.append([Entry(what), Entry(text)])
@@ -261,15 +262,15 @@ def facts_table(rows: Sequence[Row]) -> Table:
 def sources_table(rows: Sequence[Row]) -> Table:
     """What each source held: classes, test images, digests of images and splits by seed."""
     lines = []
-    for own in by(rows, lambda row: (row["source"], group_key(row))).values():
-        first, digests = own[0], own[0].get("digests") or {}
+    for source_rows in group_by(rows, lambda row: (row["source"], group_key(row))).values():
+        first, digests = source_rows[0], source_rows[0].get("digests") or {}
         splits = {
             f"{row['shots']} shots, seed {row['seed']}: {str(row['split'])[:16]}"
-            for row in own
+            for row in source_rows
             if row.get("split")
         }
         images = digests.get("test_images") or digests.get("images")
-        tested = mean_of(own, "test", "images")
+        tested = mean_of(source_rows, "test", "images")
         lines.append(
             [
                 Entry(str(first["source"])),
@@ -285,8 +286,8 @@ def sources_table(rows: Sequence[Row]) -> Table:
 
 def commands(rows: Sequence[Row]) -> list[str]:
     """The command of each source, method and number of shots, for its first seed."""
-    found = by(rows, lambda row: (row["source"], row["method"], row["shots"]))
-    return [command_of(own[0]) for own in found.values()]
+    fits = group_by(rows, lambda row: (row["source"], row["method"], row["shots"]))
+    return [command_of(rows_of_fit[0]) for rows_of_fit in fits.values()]
 
 
 OPTIONS = ("model", "spatial", "prompt", "templates", "test_fraction", "augment_passes")
@@ -305,50 +306,9 @@ def command_of(row: Row) -> str:
         if value is None or value == USUAL.get(name):
             continue
         first = value[0] if isinstance(value, list) and value else value
-        words += [f"--{name.replace('_', '-')}", shown(first)]
+        words += [f"--{name.replace('_', '-')}", as_text(first)]
     words += ["--base-to-new"] if config.get("base_to_new") else []
     return shlex.join(words)
-
-
-def csv_text(report: Report) -> str:
-    """Every cell as a line, with what was published where it was compared."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_HEAD, lineterminator="\n")
-    writer.writeheader()
-    beside = {(id(one.group), one.line, one.shots): one for one in report.beside or ()}
-    for group in report.tables:
-        for line, cells in group.lines.items():
-            for shots, cell in cells.items():
-                number = 0 if method_of(line) == "zeroshot" else shots
-                writer.writerow(
-                    _csv_row(group, line, shots, cell, beside.get((id(group), line, number)))
-                )
-    return text.getvalue()
-
-
-def _csv_row(group: Group, line: str, shots: int, cell: Cell, one: Beside | None) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "source": group.title,
-        "set": group.name,
-        "backbone": group.backbone,
-        "part": group.part,
-        "method": line,
-        "shots": shots,
-        "seeds": " ".join(map(str, cell.accuracy)),
-        "accuracy": f"{100 * cell.mean:.4f}",
-        "half_interval": None if cell.half is None else f"{100 * cell.half:.4f}",
-        "interval": None if cell.half is None else "seeds" if cell.over_seeds else "test set",
-        **{name: cell.metrics.get(name) for name in METRIC_TITLES},
-        "train_seconds": mean_of(cell.rows, "seconds", "train"),
-        "total_seconds": mean_of(cell.rows, "seconds", "total"),
-        "peak_memory_mb": mean_of(cell.rows, "peak_memory_mb"),
-    }
-    if one is not None and one.published:
-        first = one.published[0]
-        row |= {"published": first.accuracy, "difference": f"{one.difference:.4f}"}
-        row |= {"published_in": read_published().sources[first.source]["where"]}
-        row |= {"caveat": first.caveat}
-    return row
 
 
 def plain(text: str) -> str:
@@ -360,13 +320,26 @@ def plain(text: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table in Markdown, numbers to the right, the best of a column bold."""
-    rules = ["---" if n == 0 or n in table.words else "---:" for n in range(len(table.head))]
-    lines = [[plain(name) for name in table.head], rules]
+    """A table in Markdown, columns of numbers aligned to the right, the best of a column bold."""
+    lines = [[plain(name) for name in table.head]]
     lines += [[_markdown_cell(one) for one in row] for row in table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns = [
+        _aligned(column, n, table.words) for n, column in enumerate(zip(*lines, strict=True))
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
-def _markdown_cell(one: Entry) -> str:
-    text = f"**{plain(one.text)}**" if one.best else plain(one.text)
-    return f"{text} {one.small}" if one.small else text
+def _aligned(column: Sequence[str], number: int, words: frozenset[int]) -> list[str]:
+    """A column with the rule below its head; columns of words, which may be long, as they are."""
+    head, *cells = column
+    if number in words:
+        return [head, "---", *cells]
+    width = max(3, *map(len, column))
+    if number == 0:
+        return [text.ljust(width) for text in (head, "-" * width, *cells)]
+    return [text.rjust(width) for text in (head, "-" * (width - 1) + ":", *cells)]
+
+
+def _markdown_cell(entry_: Entry) -> str:
+    text = f"**{plain(entry_.text)}**" if entry_.best else plain(entry_.text)
+    return f"{text} {entry_.small}" if entry_.small else text

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vtclip.data.records import check_class_names
+from vtclip.files import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,6 +50,7 @@ __all__ = [
     "is_ignored",
     "natural_key",
     "open_image",
+    "printable",
     "read_file",
     "scan_folder",
     "walk_images",
@@ -78,16 +80,6 @@ class ImageError(ValueError):
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
         return type(self), (self.path, self.reason)
-
-
-def printable(name: str) -> str:
-    """`name` with undecodable bytes, controls and line ends written as escapes."""
-    return "".join(
-        letter
-        if letter.isprintable()
-        else letter.encode("unicode_escape", "surrogatepass").decode()
-        for letter in name
-    )
 
 
 def open_image(path: str | Path) -> Image:

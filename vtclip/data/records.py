@@ -7,6 +7,7 @@ memory-mapped shards) is the business of its `Store`. A selection shares the sto
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import unicodedata
 from collections import Counter
@@ -95,6 +96,19 @@ class MemoryStore:
             raise ValueError("records: this source holds no spatial features")
         tokens = self._spatial[row, augment_pass].float()
         return tokens if self._projection is None else tokens @ self._projection
+
+
+class _GlobalStore:
+    """A store without the spatial features of another."""
+
+    spatial_width: int | None = None
+    spatial_tokens: int | None = None
+
+    def __init__(self, store: Store) -> None:
+        self.width, self.num_passes, self.image = store.width, store.num_passes, store.image
+
+    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
+        raise ValueError("records: this source holds no spatial features")
 
 
 class Records:
@@ -233,6 +247,15 @@ class Records:
         row = self._row[index]
         spatial = self._store.spatial(row, augment_pass) if self.has_spatial else None
         return Batch(self._store.image(row, augment_pass), self.label[index], spatial)
+
+    def without_spatial(self) -> Records:
+        """The same rows, classes and texts; spatial features are neither shown nor read."""
+        if not self.has_spatial:
+            return self
+        view = copy.copy(self)
+        view._store = _GlobalStore(self._store)
+        view.info = {**self.info, "spatial": None}
+        return view
 
     def select(self, index: Tensor) -> Records:
         """The same classes with rows `index` only, in that order."""

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vtclip.heads._head import TextModel
 
-POSITIONS = ("end", "middle", "front")
 # What autograd keeps of the text tower, next to the token embeddings of all classes, is at most
 # this: above it classes are taken in chunks, each recomputed in the backward pass.
 BYTE_BUDGET = 2**30

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtclip.names import LOSSES, OPTIMIZERS
+
 MAX_SEED = 2**32 - 1  # the range that torch, NumPy and random all take
 
 
@@ -30,7 +32,7 @@ class FitConfig:
     epochs: int
     enough_pairs: int = 0
     least_epochs: int = 1
-    optimizer: str = "sgd"  # or "adamw"
+    optimizer: str = "sgd"  # of names.OPTIMIZERS
     lr: float = 2e-3
     weight_decay: float = 5e-4
     eps: float = 1e-8  # AdamW's
@@ -39,17 +41,18 @@ class FitConfig:
     warmup_epochs: int = 1
     warmup_lr: float = 1e-5
     checkpoint_every: int = 10  # epochs between checkpoints and looks at the validation rows
-    loss: str = "ce"  # or "gce"
+    loss: str = "ce"  # of names.LOSSES
     gce_q: float = 0.5
     penalty_weight: float = 0.0
     label_smoothing: float = 0.0
     head: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"optimizer must be sgd or adamw, got {self.optimizer!r}")
-        if self.loss not in ("ce", "gce"):
-            raise ValueError(f"loss must be ce or gce, got {self.loss!r}")
+        if self.optimizer not in OPTIMIZERS:
+            names = " or ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer must be {names}, got {self.optimizer!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be {' or '.join(LOSSES)}, got {self.loss!r}")
         if not 0 < self.gce_q <= 1:
             raise ValueError(f"gce_q must be above 0 and at most 1, got {self.gce_q!r}")
         if self.loss == "gce" and self.label_smoothing:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vtclip import ops
 from vtclip.heads._check import check_image
 from vtclip.heads._head import Head, NewClasses, TextModel
-from vtclip.heads._prompts import POSITIONS, TextTower
+from vtclip.heads._prompts import TextTower
 from vtclip.heads.config import FitConfig
+from vtclip.names import POSITIONS
 
 if TYPE_CHECKING:
     from typing_extensions import Self

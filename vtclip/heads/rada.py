@@ -14,7 +14,7 @@ classes shown next to it. arXiv 2507.15480.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from vtclip import ops
 from vtclip.heads._check import check_image
 from vtclip.heads._head import Head
-from vtclip.heads._projections import Layer, projections
 from vtclip.heads.config import FitConfig
-from vtclip.ops.rational_head import Penalty, RationalLogits
+from vtclip.names import PENALTIES, QUERIES, Penalty
+from vtclip.ops._projections import Layer, projections
+from vtclip.ops.rational_head import RationalLogits
 
-QUERIES = ("image", "text", "pair")
-PENALTIES = get_args(Penalty)
 # the released layer's names of the same parameters
 RELEASED = {
     "q_proj1": "image_query",

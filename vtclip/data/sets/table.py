@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from vtclip.choices import nearest
 from vtclip.data.sets import aircraft, class_folders, imagenet, zhou
 from vtclip.data.sets.listing import Spec
+from vtclip.names import nearest
 
 __all__ = ["GUIDE", "SETS", "find_set"]
 

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that an earlier version wrote: they load, predict, evaluate and repeat as they did then.
+
+make_old_runs.py of this folder made them; old/recorded.json holds what that version computed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vtclip
+from vtclip.adapter import load_adapter
+from vtclip.cli import main
+
+OLD = Path(__file__).with_name("old")
+RECORDED: dict[str, Any] = json.loads((OLD / "recorded.json").read_text("ascii"))
+TABLES = [name for name in RECORDED if name != "tip-adapter-f-pictures"]
+# probabilities and metrics of other kernels, instruction sets and torch versions in float32
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(OLD, tmp_path_factory.mktemp("runs") / "old"))
+
+
+@pytest.fixture
+def old(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that the runs' sources are relative to, as the working directory."""
+    monkeypatch.chdir(copied)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield copied
+    torch.set_num_threads(threads)
+
+
+def close(now: Any, then: Any) -> None:
+    """The same keys and lists; numbers within the tolerance."""
+    if isinstance(then, dict):
+        assert then.keys() <= now.keys()
+        for name, value in then.items():
+            close(now[name], value)
+    elif isinstance(then, list):
+        assert len(now) == len(then)
+        for one, value in zip(now, then, strict=True):
+            close(one, value)
+    elif isinstance(then, float):
+        assert now == pytest.approx(then, abs=TOLERANCE)
+    else:
+        assert now == then
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_adapters_load_with_the_probabilities_of_then(name: str, old: Path) -> None:
+    adapter = load_adapter(name)
+    records = vtclip.open_source("features.npz")
+    batch = records.batch(torch.arange(len(records)))
+    inputs = (batch.image, batch.spatial) if adapter.head.needs_spatial else (batch.image,)
+    with torch.no_grad():
+        logits = adapter.head(*inputs).double()
+    now = (logits / (adapter.temperature or 1.0)).softmax(1)
+    then = torch.tensor(RECORDED[name]["probabilities"], dtype=torch.float64)
+    torch.testing.assert_close(now, then, atol=TOLERANCE, rtol=0)
+
+
+def test_a_classifier_predicts_the_pictures_as_then(old: Path) -> None:
+    classifier = vtclip.Classifier.load("tip-adapter-f-pictures", device="cpu")
+    paths = sorted(Path("pictures").glob("*/*.png"))
+    then = RECORDED["tip-adapter-f-pictures"]["probabilities"]
+    assert len(paths) == len(then) == 18
+    for best, row in zip(classifier.predict(paths, topk=3), then, strict=True):
+        now = {found.label: found.probability for found in best}
+        close([now[label] for label in classifier.class_names], row)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_runs_are_evaluated_as_then(
+    name: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vtclip.Run.load(name).accuracy == RECORDED[name]["accuracy"]
+    words = ["evaluate", name, "--device", "cpu", "--threads", "1", "--json"]
+    assert main([*words, "--cache-dir", str(tmp_path)]) == 0
+    close(json.loads(capsys.readouterr().out), RECORDED[name]["evaluate"])
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_runs_are_repeated_as_then(
+    name: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MATCH with the versions and processor of then; elsewhere the accuracies are close."""
+    assert main(["repeat", name, "--cache-dir", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] in ("MATCH", "CLOSE")

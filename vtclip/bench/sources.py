@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of a benchmark, each opened once; what was read is kept until the next source's turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vtclip.bench.jobs import BenchJob, Settings, Source, needs_spatial
+from vtclip.data.records import Records
+from vtclip.data.sets import Listing, SetSource, open_listing
+from vtclip.data.sets.features import open_set
+from vtclip.data.sources import open_source
+from vtclip.files import printable
+
+if TYPE_CHECKING:
+    from vtclip.clip import Clip
+
+
+class SourceOpener:
+    """Gives a job the rows that `vtclip.fit` would open for it.
+
+    spatial: names of the sources that are opened with spatial features. Methods that take none are
+        given the same rows without them, so that none are read.
+    note: is told each opened source's name and the digests of its images and weights.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        spatial: Collection[str],
+        device: torch.device,
+        cache_dir: str | Path | None,
+        progress: bool,
+        note: Callable[[str, dict[str, str]], None],
+    ) -> None:
+        self.settings, self.device, self.cache_dir = settings, device, cache_dir
+        self.progress, self._note = progress, note
+        self._spatial = frozenset(spatial)
+        self._clip: Clip | None = None
+        self._source: Source | None = None
+        self._kept: dict[str, Any] = {}  # of the source at hand: parts that draws share
+        self._open: tuple[tuple[int, int] | None, Records] | None = None
+        self._failed: dict[tuple[str, tuple[int, int] | None], str] = {}
+
+    def records(self, job: BenchJob) -> Records:
+        """The rows of the job's source; for a data set those of its draw."""
+        self._turn_to(job.source)
+        draw = (job.shots, job.seed) if isinstance(job.source.where, SetSource) else None
+        if self._open is None or self._open[0] != draw:
+            self._open = None  # before the next is read
+            place = (job.source.name, draw)
+            if place in self._failed:
+                raise ValueError(self._failed[place])
+            try:
+                self._open = draw, self._opened(job)
+            except (ValueError, TypeError) as error:
+                self._failed[place] = str(error)
+                raise
+            self._note(job.source.name, _content(self._open[1]))
+        records = self._open[1]
+        return records if _keeps_spatial(job) else records.without_spatial()
+
+    def why_not(self, job: BenchJob) -> str | None:
+        """Why there are not enough images for the job; None where there are."""
+        self._turn_to(job.source)
+        if not isinstance(job.source.where, SetSource):
+            return too_few_images(self.records(job), job.shots, self.settings.test_fraction)
+        if "listing" not in self._kept:
+            where = job.source.where
+            self._kept["listing"] = open_listing(where.spec, where.root)
+        return too_few_listed(self._kept["listing"], job.shots)
+
+    def _turn_to(self, source: Source) -> None:
+        if self._source != source:
+            self._source, self._open, self._kept = source, None, {}
+
+    def _opened(self, job: BenchJob) -> Records:
+        source, settings = job.source, self.settings
+        need = source.name in self._spatial
+        common: dict[str, Any] = {
+            "model": self._model() if source.kind in ("folder", "set") else settings.model,
+            "templates": settings.templates,
+            "augment_passes": settings.augment_passes,
+            "cache_dir": self.cache_dir,
+            "device": self.device,
+            "progress": self.progress,
+            "shots": job.shots,
+            "seed": job.seed,
+        }
+        if isinstance(source.where, SetSource):
+            spatial = job.spatial or ("default" if need else None)
+            return open_set(source.where, spatial=spatial, kept=self._kept, **common)
+        return open_source(
+            source.where,
+            spatial=job.spatial,
+            prompt=settings.prompt,
+            need_spatial=need,
+            **common,
+        )
+
+    def _model(self) -> Clip:
+        if self._clip is None:
+            from vtclip.clip import load_clip
+
+            self._clip = load_clip(self.settings.model, self.device)
+        return self._clip
+
+
+def _keeps_spatial(job: BenchJob) -> bool:
+    """Whether `vtclip.fit` alone would have spatial features, and the method looks at them."""
+    if job.method == "auto":  # takes what is there
+        return job.spatial is not None or job.source.kind in ("npz", "features")
+    return needs_spatial(job.method)
+
+
+def _content(records: Records) -> dict[str, str]:
+    """Digests of what all draws of a source share."""
+    digests = records.info.get("digests", {})
+    found = {"images": digests.get("test_images", digests.get("images"))}
+    found["weights"] = digests.get("weights")
+    return {name: digest for name, digest in found.items() if digest is not None}
+
+
+def too_few_images(records: Records, shots: int, test_fraction: float) -> str | None:
+    """Why `shots` images per class cannot be drawn beside the test share; None where they can."""
+    counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
+    left = [count - int(count * test_fraction) for count in counts]
+    return _short(left, records.class_names, shots, "images beside the test share")
+
+
+def too_few_listed(listing: Listing, shots: int) -> str | None:
+    """Why `shots` images per class cannot be drawn from the train list; None where they can."""
+    counts = Counter(listing.train.label)
+    left = [counts[k] for k in range(len(listing.class_names))]
+    return _short(left, listing.class_names, shots, "training images")
+
+
+def _short(left: Sequence[int], class_names: Sequence[str], shots: int, what: str) -> str | None:
+    least = min(left)
+    if least >= shots:
+        return None
+    name = printable(class_names[left.index(least)])
+    return f"{shots} shots: class {name} has {least} {what}"

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip data check ROOT`: which of the field's data sets are there and could be used."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vtclip.cli.parsing import emit, emit_json, existing, one_of
+
+ACTIONS = ("check",)
+
+
+def add_arguments(data: Any) -> None:
+    data.add_argument("action", metavar="check", type=one_of(*ACTIONS))
+    data.add_argument("root", metavar="ROOT", help="the folder that holds imagenet, dtd, ...")
+    data.add_argument(
+        "names", metavar="NAME", nargs="*", action="extend", help="default: those that are there"
+    )
+
+
+def run_data(args: argparse.Namespace) -> int:
+    """0 where every set asked for, or found, could be used; else 1."""
+    root = existing("ROOT", args.root)
+    from vtclip.data.sets.check import check_lines, check_sets
+
+    report = check_sets(root, args.names)
+    if args.json:
+        emit_json(report)
+    else:
+        for line in check_lines(report):
+            emit(line)
+    return 0 if report["usable"] else 1

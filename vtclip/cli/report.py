@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip report OUT`: a benchmark's rows as Markdown, CSV and, with --html, a page with pictures.
+
+A file is replaced only where it is a report itself, or with --overwrite; all places are looked at
+before the first is written. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from vtclip.cli.parsing import emit, existing, fail
+
+# how a file that this command wrote begins, or what its first bytes hold
+SIGNS = {
+    ".md": b"<!-- vtclip report -->",
+    ".csv": b"source,set,backbone,part,method,shots,seeds,accuracy,half_interval",
+    ".svg": b"<!-- vtclip report -->",
+    ".html": b'<meta name="generator" content="vtclip report">',
+    ".htm": b'<meta name="generator" content="vtclip report">',
+}
+HEAD = 1000  # bytes in which the sign stands
+
+
+def add_arguments(report: Any) -> None:
+    report.add_argument("folder", metavar="OUT", help="a folder of vtclip bench")
+    report.add_argument("--html", metavar="PAGE", help="also write one page with pictures")
+    report.add_argument(
+        "--published", action="store_true", help="put published numbers beside ours"
+    )
+    report.add_argument(
+        "--method", type=_names, metavar="LIST", help="only these, and zero-shot (default: all)"
+    )
+    report.add_argument("--overwrite", action="store_true", help="replace files of other origin")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"names must differ and not be empty, got {text!r}")
+    return names
+
+
+def run_report(args: argparse.Namespace) -> int:
+    folder = existing("OUT", args.folder)
+    page = None if args.html is None else Path(args.html).expanduser()
+    if page is not None and page.suffix.lower() not in (".html", ".htm"):
+        fail(f"vtclip report: --html must end in .html, got {args.html!a}")
+    from vtclip.bench.csv_files import report_csv
+    from vtclip.bench.page import draw, html_page, markdown_page
+    from vtclip.bench.report import check_finished, make_report, read_benchmark
+    from vtclip.files import write_atomic
+
+    rows, notes = read_benchmark(folder)
+    report = make_report(rows, notes, args.method, args.published)
+    check_finished(folder, report)
+    title = f"vtclip benchmark: {folder.resolve().name}"
+    command = command_line(args)
+    files: dict[Path, str] = {}
+    pictures: dict[str, str] = {}
+    if page is not None:
+        drawn = draw(report)
+        pictures = drawn.files()
+        files |= {folder / name: text for name, text in pictures.items()}
+        files[page] = html_page(report, title, command, drawn)
+    files[folder / "report.md"] = markdown_page(report, title, command, list(pictures))
+    files[folder / "report.csv"] = report_csv(report)
+    for path in files:
+        check_place(path, args.overwrite)
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        write_atomic(path, text.encode("utf-8", "backslashreplace"))
+    for note in report.notes:
+        emit(note)
+    emit(f"{len(report.rows)} runs: {', '.join(str(path) for path in files)}")
+    return 0
+
+
+def check_place(path: Path, overwrite: bool) -> None:
+    """Refuse to replace what is not a report; a folder always."""
+    if path.is_dir():
+        fail(f"vtclip report: {str(path)!a} is a folder")
+    if overwrite or not path.exists():
+        return
+    with open(path, "rb") as file:
+        if SIGNS[path.suffix.lower()] not in file.read(HEAD):
+            fail(f"vtclip report: {str(path)!a} is not a report; --overwrite replaces it")
+
+
+def command_line(args: argparse.Namespace) -> str:
+    words = ["vtclip", "report", args.folder]
+    words += ["--html", args.html] if args.html is not None else []
+    words += ["--published"] if args.published else []
+    words += ["--method", ",".join(args.method)] if args.method else []
+    return shlex.join(words)

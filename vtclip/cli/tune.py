@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip tune`: time the Triton kernels' tiles on this GPU, and keep a table of the faster."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from vtclip.cli.parsing import emit, emit_json, fail, one_of, some_of
+from vtclip.names import TUNED_METHODS
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(tune: Any) -> None:
+    tune.add_argument("--out", metavar="FILE", help="default: tuned.json in the cache folder")
+    tune.add_argument(
+        "--shape",
+        metavar="SIZES",
+        help="vtclip:B=32,K=1000,C=1024,L=49,H=8 or rada:B=32,K=50,D=512,H=8; default: a list",
+    )
+    tune.add_argument(
+        "--method", type=one_of(*TUNED_METHODS), help="only its shapes of the list; default: both"
+    )
+    tune.add_argument(
+        "--dtype",
+        type=some_of(*DTYPES),
+        default=["bfloat16"],
+        metavar="LIST",
+        help="of bfloat16, float16, float32; default: bfloat16",
+    )
+    tune.add_argument("--device", help="cuda or cuda:N; default: the first GPU")
+    tune.add_argument("--json", action="store_true", help="print JSON")
+
+
+def parse_shape(text: str) -> tuple[str, dict[str, int]]:
+    """ "rada:B=32,K=50,D=512,H=8" as a method and its sizes."""
+    method, colon, rest = text.partition(":")
+    if not colon or method not in TUNED_METHODS:
+        fail(f"vtclip tune: --shape must begin with vtclip: or rada:, got {text!a}")
+    from vtclip.tune_jobs import NAMES
+
+    names = NAMES[method]
+    sizes: dict[str, int] = {}
+    for part in rest.split(","):
+        match = re.fullmatch(r"([A-Z])=([0-9]{1,7})", part)
+        if match is None or match[1] not in names or match[1] in sizes or int(match[2]) < 1:
+            wish = ",".join(f"{name}=N" for name in names)
+            fail(f"vtclip tune: --shape must be {method}:{wish}, got {text!a}")
+        sizes[match[1]] = int(match[2])
+    missing = [name for name in names if name not in sizes]
+    if missing:
+        fail(f"vtclip tune: --shape must give {missing[0]}, got {text!a}")
+    width = "C" if method == "vtclip" else "D"
+    if sizes[width] % sizes["H"]:
+        fact = f"{width}={sizes[width]} and H={sizes['H']}"
+        fail(f"vtclip tune: --shape must have H that divides {width}, got {fact}")
+    return method, {name: sizes[name] for name in names}
+
+
+def run_tune(args: argparse.Namespace) -> int:
+    """0 with the table written; 2 where there is no CUDA device to time on."""
+    if args.shape is not None and args.method is not None:
+        fail("vtclip tune: --shape names its method, --method is for the list")
+    shape = None if args.shape is None else parse_shape(args.shape)
+    import torch
+
+    from vtclip import tuned
+    from vtclip.backends import triton
+    from vtclip.tune import tune
+    from vtclip.tune_jobs import SHAPES, jobs
+
+    device = torch.device(_device(args.device))
+    missing = triton.load()
+    if missing:
+        fail(f"vtclip tune: {missing}")
+    if triton.interpreted():
+        fail("vtclip tune: TRITON_INTERPRET=1 runs no kernel on the GPU; unset it")
+    path = tuned.default_place() if args.out is None else Path(args.out).expanduser()
+    if path.exists():
+        tuned.read(path)  # refused now, not after an hour
+    shapes = [shape] if shape is not None else [
+        (method, sizes)
+        for method in (TUNED_METHODS if args.method is None else (args.method,))
+        for sizes in SHAPES[method]
+    ]  # fmt: skip
+    quiet = sys.stderr is None
+    found: dict[str, Any] = {}
+    with torch.cuda.device(device), torch.no_grad():
+        name, capability = _identity()
+        for dtype in args.dtype:
+            for method, sizes in shapes:
+                work = jobs(method, sizes, getattr(torch, dtype), str(device))
+                found |= tune(
+                    work,
+                    report=(lambda _: None)
+                    if quiet
+                    else lambda line: sys.stderr.write(f"{line}\n"),
+                )
+                # a table of what is known so far: an interrupted run keeps it
+                entries = {key: one.tile for key, one in found.items()}
+                tuned.write(path, name, capability, entries)
+    if args.json:
+        times = {key: {"ms": one.after, "built_in_ms": one.before} for key, one in found.items()}
+        emit_json({"file": str(path), "device": name, "capability": capability, "tiles": times})
+    else:
+        emit(f"{path}: {len(found)} tiles faster than the built-in ones on {name}")
+        emit(f"VTCLIP_TUNED={'1' if args.out is None else path} makes vtclip use them")
+    return 0
+
+
+def _device(named: str | None) -> str:
+    """A CUDA device that is there, or exit 2."""
+    import torch
+
+    if not torch.cuda.is_available():
+        fail("vtclip tune: needs a CUDA device to time on, torch finds none")
+    if named is None:
+        return "cuda:0"
+    match = re.fullmatch(r"cuda(?::([0-9]+))?", named)
+    if match is None or int(match[1] or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        fail(f"vtclip tune: --device must be cuda or cuda:N, N below {count}, got {named!a}")
+    return f"cuda:{match[1] or 0}"
+
+
+def _identity() -> tuple[str, int]:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return torch.cuda.get_device_name(), 10 * major + minor

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names that users type, each list written once, and the nearest known one to a wrong name.
+
+Everything that offers, checks or orders these names reads them here. Imports nothing of the
+package, and no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+# in the order in which help, tables and pages list them
+METHODS = (
+    *("zeroshot", "calip", "autoclip", "linear-probe", "clip-adapter", "coop", "tip-adapter"),
+    *("tip-adapter-f", "tip-x", "proker", "proto-clip", "mm-adapter", "vtclip", "rada", "auto"),
+)
+TUNED_METHODS = ("vtclip", "rada")  # those whose kernels `vtclip tune` times
+
+Penalty = Literal["none", "l1", "mse", "linf"]
+PENALTIES: tuple[Penalty, ...] = get_args(Penalty)  # of RAda's mask; the place is a kernel's code
+QUERIES = ("image", "text", "pair")  # of RAda's attention
+
+OPTIMIZERS = ("sgd", "adamw")
+LOSSES = ("ce", "gce")
+PRECISIONS = ("fp32", "bf16")  # of trained encoders
+POSITIONS = ("end", "middle", "front")  # of the class name among CoOp's context vectors
+# images per class where none are named: a benchmark takes each, a fit the most that there are
+SHOTS = (1, 2, 4, 8, 16)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" or, where nothing is near, the first few choices."""
+    choices = list(known)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    shown = ", ".join(choices[:8])
+    return f"; choices: {shown}" + (", ..." if len(choices) > 8 else "")
+
+
+def pick(what: str, name: str, known: Iterable[str]) -> str:
+    """`name`, or a ValueError if it is none of `known`."""
+    choices = list(known)
+    if name not in choices:
+        raise ValueError(f"unknown {what} {name!r}{nearest(name, choices)}")
+    return name
+
+
+def index_of(name: str, class_names: Sequence[str]) -> int:
+    """The place of the class called `name`, or a ValueError."""
+    return list(class_names).index(pick("class", name, class_names))

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers applied side by side, whose bias gradients are one GPU kernel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vtclip.ops._autograd import bound_once
+from vtclip.ops._checks import common_dtype
+from vtclip.ops._select import Problem, select
+
+MANY_ROWS = 4096  # from here on a sum over rows is worth a kernel of its own
+
+
+class Layer(NamedTuple):
+    """x @ weight^T + bias for x [..., D], weight [N, D], bias [N]."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class _Projections(torch.autograd.Function):
+    @staticmethod
+    @bound_once
+    def forward(one_kernel: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(F.linear(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.one_kernel, *tensors = inputs
+        ctx.save_for_backward(*(t for i, t in enumerate(tensors) if i % 3 < 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        found: list[Tensor | None] = [None]
+        for i, (d_y, d_b) in enumerate(zip(rows, _bias_grads(rows, ctx.one_kernel), strict=True)):
+            x, weight = saved[2 * i : 2 * i + 2]
+            to_x, to_weight, to_bias = needs[3 * i : 3 * i + 3]
+            found.append((d_y @ weight).view(x.shape) if to_x else None)
+            found.append(d_y.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None)
+            found.append(d_b if to_bias else None)
+        return tuple(found)
+
+
+def _bias_grads(rows: list[Tensor], one_kernel: bool) -> list[Tensor]:
+    """The sum of each [R, N] over its rows."""
+    short = [matrix for matrix in rows if one_kernel and len(matrix) < MANY_ROWS]
+    if not short:
+        return [matrix.sum(0) for matrix in rows]
+    padded = [*short, *[short[0][:, :0]] * (3 - len(short))]
+    sums: Tensor = torch.ops.vtclip.column_sums_triton(*padded)
+    found = iter(sums.split([matrix.shape[1] for matrix in short]))  # type: ignore[no-untyped-call]
+    return [next(found) if len(matrix) < MANY_ROWS else matrix.sum(0) for matrix in rows]
+
+
+def projections(layers: list[Layer]) -> list[Tensor]:
+    """The outputs of one to three layers, plain `F.linear` where no gradient is wanted.
+
+    Dtypes are promoted to one; under autocast to its dtype.
+    """
+    tensors = common_dtype(*(tensor for layer in layers for tensor in layer))
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return [F.linear(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
+    first = tensors[0]
+    # where Triton serves the operators of the same head
+    problem = Problem("unit_products", first.device.type, first.dtype, first.shape[-1])
+    return list(_Projections.apply(select(problem, None).name == "triton", *tensors))
