@@ -23,7 +23,7 @@ from vtclip import auto, engine, metrics
 from vtclip.data import few_shot_split, open_source
 from vtclip.data.records import Records
 from vtclip.fitting import choose_by, fit_head
-from vtclip.recipes import RECIPES
+from vtclip.heads import HEADS
 
 CPU = torch.device("cpu")
 Logits = dict[str, Tensor]
@@ -71,7 +71,7 @@ def measure(records: Records, shots: int, seed: int) -> dict[str, float]:
     val, rest = {}, {}
     label, true = records.label[split.val], records.label[index]
     for name in auto.candidates(records):
-        config = RECIPES[name](shots)
+        config = HEADS[name].recipe(shots)
         head = fit_head(
             name, records, split, config, device=CPU, seed=seed, log=lambda row: None, choose=False
         )

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 
 from vtclip import engine, metrics
-from vtclip.config import FitConfig
 from vtclip.data import Records, few_shot_split, open_source
 from vtclip.data.splits import Split
 from vtclip.fitting import fit_head
 from vtclip.heads import HEADS
-from vtclip.recipes import RECIPES
+from vtclip.heads.config import FitConfig
 
 CPU = torch.device("cpu")
 # option -> the values tried for it, each with the recipe's value of every other option; "a b" sets
@@ -55,13 +54,13 @@ GRID = {**TRAINING, **HEAD}
 def options_of(method: str) -> list[str]:
     """What of GRID the method has."""
     takes = inspect.signature(HEADS[method]).parameters
-    trained = list(TRAINING) if RECIPES[method](1).epochs else []
+    trained = list(TRAINING) if HEADS[method].recipe(1).epochs else []
     return trained + [name for name in HEAD if name in takes]
 
 
 def settings(method: str, shots: int, only: list[str]) -> Iterator[tuple[str, FitConfig]]:
     """(name, config): the recipe first."""
-    recipe = RECIPES[method](shots)
+    recipe = HEADS[method].recipe(shots)
     yield "recipe", recipe
     for option in only:
         for value in GRID[option]:
@@ -104,7 +103,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
-    parser.add_argument("--method", choices=[m for m in RECIPES if m != "auto"], default="rada")
+    parser.add_argument("--method", choices=[m for m in HEADS if m != "auto"], default="rada")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102])
     parser.add_argument("--only", nargs="+", choices=list(GRID))
@@ -113,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
     only = [name for name in options_of(args.method) if args.only is None or name in args.only]
-    spatial = bool(HEADS[args.method].needs_spatial)  # type: ignore[attr-defined]
+    spatial = HEADS[args.method].needs_spatial
     tables = {
         Path(source).stem: open_source(source, need_spatial=spatial, progress=False)
         for source in args.sources
@@ -131,7 +130,7 @@ def main() -> None:
         found = []
         for name, shots in cells:
             # the recipe of some shots may have a value that is another's change
-            config = dict(per_shots[shots]).get(label, RECIPES[args.method](shots))
+            config = dict(per_shots[shots]).get(label, HEADS[args.method].recipe(shots))
             rows = [measure(args.method, tables[name], config, shots, s) for s in args.seeds]
             found.append(rows)
         line(label, found)

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from vtclip import engine, metrics
 from vtclip.data import Records, few_shot_split, open_source
-from vtclip.heads import _support
-from vtclip.recipes import RECIPES
-from vtclip.settings import build_head
+from vtclip.heads import HEADS, _support
+from vtclip.methods import build_head
 from vtclip.support import support_of
 
 METHODS = ("tip-adapter", "tip-x", "proker", "proto-clip", "tip-adapter-f")
@@ -58,7 +57,7 @@ def searching_by(rule: str) -> Iterator[None]:
 
 def trained(method: str, records: Records, train: Tensor, shots: int, seed: int) -> Any:
     """The head before it chooses."""
-    config = RECIPES[method](shots)
+    config = HEADS[method].recipe(shots)
     torch.manual_seed(seed)
     head: Any = build_head(method, records, config, CPU)
     rows = engine.TrainingRows(records, train)

@@ -26,7 +26,7 @@ from vtclip.clip import load_clip
 from vtclip.data.views import image_views
 from vtclip.demo.scenes import demo_set
 from vtclip.heads import RAda
-from vtclip.heads._each import Each
+from vtclip.heads._each import StackedRAda
 
 # name, classes, width: the demo, and a hundred classes at the width of ViT-B
 SIZES = (("demo", 24, 128), ("ViT-B", 100, 512))
@@ -53,7 +53,7 @@ def step_ways(head: RAda, N: int, config: ttt.TTT) -> tuple[Way, Way]:
     def batched() -> Tensor:
         parts = []
         for a, b in zip(kept.split(at_once), first.split(at_once), strict=True):
-            each = Each(head, len(a), first_step_only=config.steps == 1)
+            each = StackedRAda(head, len(a), first_step_only=config.steps == 1)
             parts.append(ttt.adapt_stack(each, a, b, config))
         return torch.cat(parts)
 
@@ -75,7 +75,7 @@ def whole_ways(head: RAda, N: int, config: ttt.TTT) -> tuple[Way, Way]:
 
 
 class Plain(torch.nn.Module):
-    """A head that `Each` does not know, so that it goes image by image."""
+    """A head that `StackedRAda` does not know, so that it goes image by image."""
 
     method = "rada"
 

@@ -29,9 +29,8 @@ from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.clip import build_clip
 from vtclip.demo.tokenizer import build_vocab
-from vtclip.heads import HEADS
+from vtclip.heads import HEADS, Support
 from vtclip.result import Run
-from vtclip.support import Support
 
 COLOURS = {"grass": (40, 160, 60), "ocean": (30, 60, 190), "sunset": (220, 90, 40)}
 SIDE, WIDTH = 32, 16
@@ -179,10 +178,8 @@ OTHERS = [name for name in HEADS if name not in METHODS]
 def test_every_other_head_is_traced_for_any_batch(method: str) -> None:
     views = torch.nn.functional.normalize(torch.randn(4, 3, WIDTH), dim=-1)
     head: Any = HEADS[method](torch.nn.functional.normalize(views.mean(1), dim=-1))
-    if hasattr(head, "set_text_views"):
-        head.set_text_views(views)
-    if hasattr(head, "fit_support"):
-        head.fit_support(Support(views.flatten(0, 1), torch.arange(4).repeat_interleave(3)))
+    head.set_text_views(views)
+    head.fit_support(Support(views.flatten(0, 1), torch.arange(4).repeat_interleave(3)))
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     given = (torch.randn(3, WIDTH), torch.randn(3, 5, WIDTH))[: 1 + bool(head.needs_spatial)]

@@ -23,11 +23,10 @@ from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.data.splits import few_shot_split
 from vtclip.demo.scenes import CLASS_NAMES, render_scene, shifted_scene
-from vtclip.heads import HEADS
+from vtclip.heads import HEADS, Support
 from vtclip.heads.auto import Auto
 from vtclip.larger import NewClasses, check_can, extended, is_exact
 from vtclip.result import Run
-from vtclip.support import Support
 
 C, PER_CLASS, OLD, ALL = 16, 12, 3, 5
 NAMES = ["ant", "bee", "cat", "dog", "eel"]

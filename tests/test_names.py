@@ -15,10 +15,9 @@ import torch
 from vtclip import names, ops, tune_jobs
 from vtclip.bench.cells import in_order
 from vtclip.cli import main
-from vtclip.config import FitConfig
+from vtclip.finetune_config import FinetuneConfig
 from vtclip.heads import HEADS
-from vtclip.recipes import RECIPES
-from vtclip.recipes.rada_finetune import FinetuneConfig
+from vtclip.heads.config import FitConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -36,8 +35,8 @@ def test_nothing_of_the_package_and_no_torch_is_imported():
     assert done.stdout.split() == ["vtclip.names"]
 
 
-def test_every_method_has_a_head_and_a_recipe():
-    assert sorted(names.METHODS) == sorted(HEADS) == sorted(RECIPES)
+def test_every_method_has_a_head():
+    assert sorted(names.METHODS) == sorted(HEADS)
     assert len(set(names.METHODS)) == len(names.METHODS)
     assert set(tune_jobs.SHAPES) == set(names.TUNED_METHODS) <= set(names.METHODS)
 

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save as save_bytes
-from torch import nn
 
 from . import __version__
 from .checkpoint import read_safetensors
 from .files import json_digest, move_new, read_json, tensors_digest, to_json, write_new
-from .heads import HEADS, RAda
+from .heads import HEADS, Head, RAda
 
 if TYPE_CHECKING:
     from .data.records import Records
@@ -41,14 +40,14 @@ class Adapter:
     where it was fitted on a table of features that names no image encoder.
     """
 
-    head: nn.Module
+    head: Head
     class_names: list[str]
     temperature: float | None
     features: dict[str, Any]
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> str:
-    """Write the adapter's two files into `folder`; answers the digest of the tensors."""
+    """Write the adapter's two files into `folder`; returns the digest of the tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     head = adapter.head
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
@@ -61,7 +60,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         "format_version": FORMAT_VERSION,
         "vtclip_version": __version__,
         "method": head.method,
-        "options": head.options(),  # type: ignore[operator]
+        "options": head.options(),
         "class_names": adapter.class_names,
         "temperature": adapter.temperature,
         "features": adapter.features,

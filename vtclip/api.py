@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtclip.heads.config import check_seed
+from vtclip.methods import build_head, check_text_encoder, recipe_config, takes_images
+
 from . import engine, metrics
 from .adapter import Adapter, check_features, features_of, load_adapter, save_adapter
 from .auto import fit_auto
 from .base_to_new import check_method, evaluate_again, halves, with_new
 from .checkpoint import Checkpoint
-from .config import check_seed
 from .data.records import Records
 from .data.sets import SetSource, as_source
 from .data.sources import open_source
 from .distributed import device_of_rank, joined
 from .encoders import load_encoders
 from .files import only_writer, to_json
-from .fitting import fit_head
+from .fitting import calibrate, fit_head
 from .heads import HEADS
 from .memory import peak_memory_mb
 from .names import SHOTS, index_of, pick
 from .parts import Opener, evaluate_parts
-from .prompts import check_text_encoder
 from .pseudo_labels import check_pseudo_labels, pseudo_labelled, pseudo_report, unlabelled_split
-from .recipes import RECIPES
 from .result import (
     RESULT,
     Run,
@@ -48,13 +48,9 @@ from .result import (
 )
 from .runs import CHECKPOINT, LOG, check_out, finished_run, line_log, removed_if_empty, run_folder
 from .settings import (
-    build_head,
-    calibrate,
     choose_device,
-    recipe_config,
     set_threads,
     split_rows,
-    takes_images,
     test_rows,
     usual_shots,
 )
@@ -110,7 +106,7 @@ def fit(
         ones (vtclip.pseudo_labels); without validation images, and so without a temperature.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
-        train_encoders of `FinetuneConfig` (vtclip/recipes/rada_finetune.py).
+        train_encoders of `FinetuneConfig` (vtclip/finetune_config.py).
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED. It ends up with
         adapter.safetensors, adapter_config.json, result.json and log.jsonl.
 
@@ -176,7 +172,7 @@ def fit(
                 prompt=prompt,
                 templates=None if templates is None else list(templates),
                 augment_passes=augment_passes,
-                need_spatial=bool(HEADS[method].needs_spatial),  # type: ignore[attr-defined]
+                need_spatial=HEADS[method].needs_spatial,
                 shots=shots or 0,
                 seed=seed,
                 pool=pseudo_labels,
@@ -186,7 +182,7 @@ def fit(
             )
 
     given, records = records, None
-    if given is not None and not given.has_spatial and HEADS[method].needs_spatial:  # type: ignore[attr-defined]
+    if given is not None and not given.has_spatial and HEADS[method].needs_spatial:
         raise ValueError(f"method {method} needs spatial features, which records do not have")
     if shots is None:
         recipe_config(method, max(SHOTS), overrides)  # what is wrong there is said before the work
@@ -228,7 +224,7 @@ def fit(
         else:
             split = split_rows(records, learns, shots, seed, test_fraction)
             training = records
-        zero_shot = build_head("zeroshot", records, RECIPES["zeroshot"](0), where)
+        zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), where)
         rows = engine.TrainingRows(records, split.train, split.val)
         identity = {
             "method": method,

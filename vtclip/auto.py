@@ -16,9 +16,8 @@ from . import engine, metrics
 from .data.records import Records
 from .data.splits import Split
 from .fitting import choose_by, fit_head
-from .heads import HEADS
+from .heads import HEADS, Head
 from .heads.auto import Auto
-from .recipes import RECIPES
 
 CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
 # Chosen by benchmarks/choose_auto.py on images that neither train nor test.
@@ -34,7 +33,7 @@ REPORTED = ("accuracy", "nll_scaled", "temperature", "count")
 def candidates(records: Records) -> list[str]:
     """The methods that these features allow."""
     able = records.has_spatial
-    return [name for name in CANDIDATES if able or not getattr(HEADS[name], "needs_spatial", 0)]
+    return [name for name in CANDIDATES if able or not HEADS[name].needs_spatial]
 
 
 def fit_auto(
@@ -44,22 +43,22 @@ def fit_auto(
     *,
     device: torch.device,
     seed: int,
-    log: Callable[[dict[str, Any]], None],
+    log: Callable[[dict[str, object]], None],
     progress: bool = False,
 ) -> tuple[Auto, list[dict[str, Any]]]:
-    """The kept head, and for each candidate what validation images say of it and what it cost.
+    """The average, and for each candidate what validation images say of it and what it cost.
 
     Every candidate is fitted as it would be by its own name. Where there are no validation images,
     a cross-validation over the shots (`folds`) takes their place, and what it chose is then fitted
     on all of them.
     """
 
-    def fitted(name: str, part: Split) -> Any:
+    def fitted(name: str, part: Split) -> Head:
         return fit_head(
             name,
             records,
             part,
-            RECIPES[name](shots),
+            HEADS[name].recipe(shots),
             device=device,
             seed=seed,
             log=lambda row: log({"candidate": name, **row}),
@@ -67,7 +66,7 @@ def fit_auto(
             choose=False,
         )
 
-    heads: dict[str, Any] = {}
+    heads: dict[str, Head] = {}
     logits: dict[str, Tensor] = {}
     label = torch.empty(0, dtype=torch.long)
     rows: dict[str, dict[str, Any]] = {}
@@ -83,8 +82,8 @@ def fit_auto(
         if seen:
             logits[name], label = (torch.cat(column) for column in zip(*seen, strict=True))
             temperature = metrics.fit_temperature(logits[name], label)
-            found = metrics.report(logits[name], label, temperature)
-            rows[name] |= {key: found[key] for key in REPORTED}
+            values = metrics.report(logits[name], label, temperature)
+            rows[name] |= {key: values[key] for key in REPORTED}
         choose_by(heads[name], records, split.val, device)
         rows[name]["seconds"] = time.perf_counter() - started
     chosen = choose_weights(logits or {name: torch.empty(0, 1) for name in heads}, label)
@@ -99,10 +98,10 @@ def fit_auto(
         }
         for name, weight in chosen.items()
     ]
-    kept = Auto(records.text.to(device), members=members, logit_scale=records.logit_scale)
-    for head, name in zip(kept.heads, chosen, strict=True):
-        head.load_state_dict(heads[name].state_dict())
-    return kept.to(device).eval(), list(rows.values())
+    average = Auto(records.text.to(device), members=members, logit_scale=records.logit_scale)
+    for member, name in zip(average.heads, chosen, strict=True):
+        member.load_state_dict(heads[name].state_dict())
+    return average.to(device).eval(), list(rows.values())
 
 
 def folds(records: Records, split: Split) -> list[Split]:
@@ -127,25 +126,25 @@ def folds(records: Records, split: Split) -> list[Split]:
 
 
 def unseen_logits(
-    head: Any, records: Records, val: Tensor, device: torch.device
+    head: Head, records: Records, val: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels of the rows `val`, none of which its own hyper-parameters saw.
 
     A head that chooses by validation images does so for each of VAL_FOLDS parts of them by the
-    others: judged by the rows that it chose by, it would look better than it is. `head` is one that
-    has not chosen yet, and stays so.
+    others: judged by the rows that it chose by, it would look better than it is. `head` has not
+    chosen yet, and does not here.
     """
     rows = engine.TrainingRows(records, val)
     logits, label = engine.all_logits(head, rows, val, device=device)
-    if not hasattr(head, "choose") or len(val) < 2:
+    if not head.chooses or len(val) < 2:
         return logits, label
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
     for part in order.chunk(VAL_FOLDS):
         others = torch.ones(len(val), dtype=torch.bool)
         others[part] = False
-        one = copy.deepcopy(head)
-        choose_by(one, records, val[others], device)
-        logits[part] = engine.all_logits(one, rows, val[part], device=device)[0]
+        chosen = copy.deepcopy(head)
+        choose_by(chosen, records, val[others], device)
+        logits[part] = engine.all_logits(chosen, rows, val[part], device=device)[0]
     return logits, label
 
 
@@ -172,6 +171,6 @@ def choose_weights(logits: Mapping[str, Tensor], label: Tensor) -> dict[str, flo
         share = weight * true.clamp(min=1e-30)
         weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + STRENGTH * prior
         weight = weight / weight.sum()
-    kept = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
-    total = float(weight[kept].sum())
-    return {names[i]: float(weight[i]) / total for i in kept}
+    heaviest = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
+    total = float(weight[heaviest].sum())
+    return {names[i]: float(weight[i]) / total for i in heaviest}

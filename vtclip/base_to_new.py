@@ -14,28 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vtclip.methods import takes_images, text_encoder
 
 from . import engine, metrics
 from .adapter import Adapter
 from .data.records import Records
 from .data.sets import SetSource
-from .heads import HEADS
+from .heads import HEADS, Head
 from .names import pick
-from .prompts import text_encoder
 from .result import named_classes, unreadable
-from .settings import split_rows, takes_images, test_rows
+from .settings import split_rows, test_rows
 
 PARTS = ("base", "new")
 
 
 def check_method(method: str, overrides: Mapping[str, Any] | None = None) -> None:
     """Refuse a method, or an option of it, whose parameters belong to its classes."""
-    able = [
-        name
-        for name, head in HEADS.items()
-        if hasattr(head, "with_text") or hasattr(head, "with_names")
-    ]
+    able = [name for name, head in HEADS.items() if head.any_classes]
     if method not in able:
         raise ValueError(
             f"base_to_new: method must be one of {', '.join(able)}, whose parameters do not "
@@ -45,15 +42,12 @@ def check_method(method: str, overrides: Mapping[str, Any] | None = None) -> Non
         raise ValueError("base_to_new: class_specific context belongs to its own classes")
 
 
-def over(head: Any, records: Records, class_names: list[str], device: torch.device) -> nn.Module:
+def over(head: Head, records: Records, class_names: list[str], device: torch.device) -> Head:
     """The head's parameters over `class_names`, of which the records must have each."""
     text = texts_of(records, class_names)
-    if getattr(head, "needs_text_encoder", False):
-        other = head.with_names(text_encoder(records, device), class_names)
-    else:
-        other = head.with_text(text)
-    moved: nn.Module = other.to(device)
-    return moved
+    if head.needs_text_encoder:
+        return head.with_names(text_encoder(records, device), class_names).to(device)
+    return head.with_text(text).to(device)
 
 
 def halves(records: Records) -> tuple[Records, Records]:
@@ -73,7 +67,7 @@ def held_out(records: Records, seed: int, test_fraction: float) -> tuple[Tensor,
 
 def with_new(
     base: Mapping[str, Any],
-    heads: Mapping[str, nn.Module],
+    heads: Mapping[str, Head],
     records: Records,
     seed: int,
     test_fraction: float,

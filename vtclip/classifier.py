@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from .data.hashing import ahead, decode_pool
 from .data.images import ImageError, as_rgb, open_image
 from .encoders import ENCODERS, load_encoders, saved_encoders
 from .explain import side_by_side, to_image
+from .heads import VTCLIP
 from .names import index_of
 from .settings import choose_device
 
@@ -168,15 +169,15 @@ class Classifier:
     ) -> Image.Image:
         """The image beside what the model saw, under the attention of one class (the predicted)."""
         head = self.adapter.head
-        if not hasattr(head, "attention"):
+        if not isinstance(head, VTCLIP):
             raise ValueError(f"method {head.method} has no attention to show; fit with vtclip")
         k = None if class_name is None else index_of(class_name, self.class_names)
         picture = image if isinstance(image, Image.Image) else open_image(image)
         pixels = self.clip.preprocess(picture)
         probability = self.probabilities(pixels[None])[0]
         k = int(probability.argmax()) if k is None else k
-        attention: Any = head.attention
-        weights = attention(self.encode(pixels[None])[1])[0, k].cpu()
+        _, spatial = self.encode(pixels[None])
+        weights = head.attention(cast("Tensor", spatial))[0, k].cpu()
         cfg = self.clip.preprocess_cfg
         seen = to_image(pixels, cfg["mean"], cfg["std"])
         caption = f"{self.class_names[k]}  {100 * float(probability[k]):.1f} %"

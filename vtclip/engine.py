@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vtclip.heads import Head
+from vtclip.heads.config import FitConfig, check_seed
+
 from . import metrics
 from .checkpoint import Checkpoint, Interrupted, StopSignal
-from .config import FitConfig, check_seed
 from .steps import TrainingRows, compute_logits, make_optimizer, put_back, shuffled, training_loss
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ __all__ = ["TrainingRows", "all_logits", "evaluate", "fit"]
 
 
 def fit(
-    head: nn.Module,
+    head: Head,
     records: TrainingRows,
     train_index: Tensor,
     val_index: Tensor,
@@ -36,7 +38,7 @@ def fit(
     *,
     device: torch.device,
     seed: int,
-    log: Callable[[dict[str, Any]], None],
+    log: Callable[[dict[str, object]], None],
     checkpoint: Checkpoint | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -58,7 +60,7 @@ def fit(
     optimizer = make_optimizer(parameters, config)
     torch.manual_seed(check_seed(seed))
     steps = max(1, len(train_index) // config.batch_size)  # per epoch
-    epochs = config.num_epochs(steps, head.num_classes)  # type: ignore[arg-type]
+    epochs = config.num_epochs(steps, head.num_classes)
     schedule = dataclasses.replace(config, epochs=epochs)
     first, loss_sum, last_loss = 0, 0.0, math.nan
     if resume and checkpoint is not None:
@@ -98,7 +100,8 @@ def fit(
             loss_sum, last_loss = loss_sum + value, value
 
             if step + 1 == steps:
-                row = {"epoch": epoch, "step": number + 1, "lr": lr, "loss": loss_sum / steps}
+                row: dict[str, object] = {"epoch": epoch, "step": number + 1, "lr": lr}
+                row["loss"] = loss_sum / steps
                 loss_sum, last_epoch = 0.0, epoch + 1 == epochs
                 if last_epoch or (epoch + 1) % config.checkpoint_every == 0:
                     if len(val_index):
@@ -119,7 +122,7 @@ def fit(
 
 @torch.no_grad()
 def all_logits(
-    head: nn.Module,
+    head: Head,
     records: TrainingRows | Records,
     index: Tensor,
     *,
@@ -129,7 +132,7 @@ def all_logits(
     """Logits [N, K] and labels [N] of the plain (never augmented) rows `index`, in that order."""
     head.eval()
     logits, label = [], []
-    for rows in index.split(batch_size):  # type: ignore[no-untyped-call]
+    for rows in torch.split(index, batch_size):
         batch = records.batch(rows, 0)
         logits.append(compute_logits(head, batch, device).float().cpu())
         label.append(batch.label)
@@ -137,7 +140,7 @@ def all_logits(
 
 
 def evaluate(
-    head: nn.Module,
+    head: Head,
     records: Records,
     index: Tensor,
     *,

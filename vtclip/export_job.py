@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtclip.heads import Head
+
 from .adapter import Adapter, load_adapter
 from .classifier import Classifier
 from .data.images import ImageError, open_image, scan_folder
@@ -46,7 +48,7 @@ class FeatureProgram(nn.Module):
 
     output = "logits"
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
         self.head = head
         self.inputs = ("image", "spatial") if head.needs_spatial else ("image",)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vtclip.heads import Head, Support
 
 from . import engine
 from .adapter import Adapter, load_adapter, save_adapter
@@ -41,7 +43,7 @@ from .result import (
 )
 from .runs import removed_if_empty
 from .settings import choose_device, set_threads, usual_shots
-from .support import Support, support_of
+from .support import support_of
 
 
 def extend(
@@ -143,11 +145,11 @@ class _Heads:
     """Each decision before (over the old classes) and after (over all), and its temperature."""
 
     adapter: Adapter
-    head: nn.Module
+    head: Head
     added: Records
     zero_shot_temperature: float | None
 
-    def pairs(self) -> dict[str, tuple[nn.Module, nn.Module, float | None]]:
+    def pairs(self) -> dict[str, tuple[Head, Head, float | None]]:
         old: Any = self.adapter.head
         zero = ZeroShot(old.text, logit_scale=old.logit_scale)
         both = torch.cat([old.text, self.added.text.to(old.text)])
@@ -170,7 +172,7 @@ def _evaluated(
     return {**found, **found.pop("all")}
 
 
-def _split(run: Run, head: nn.Module, added: Records, shots: int | None) -> tuple[Split, int]:
+def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Split, int]:
     """Held-out and support rows of the new classes, and the shots, 0 for heads that keep none."""
     fraction = run.result["config"]["test_fraction"]
     if not keeps_images(head):

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from vtclip.finetune_config import FinetuneConfig
+
 from . import metrics
 from .checkpoint import Checkpoint, Interrupted
 from .clip import Clip
@@ -36,7 +38,6 @@ from .data.augment import pass_generator
 from .data.hashing import ahead, decode_pool
 from .data.images import ImageError, content_digest, decode, read_file
 from .distributed import World
-from .recipes.rada_finetune import FinetuneConfig
 from .steps import shuffled
 
 MAX_SCALE = 100.0  # CLIP's own bound on the logit scale

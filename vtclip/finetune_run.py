@@ -17,6 +17,10 @@ from typing import Any
 
 import torch
 
+from vtclip.finetune_config import TEMPLATES, FinetuneConfig, get_config
+from vtclip.fitting import calibrate
+from vtclip.methods import build_head
+
 from . import engine, finetune
 from .adapter import Adapter, features_of, save_adapter
 from .checkpoint import Checkpoint
@@ -32,8 +36,6 @@ from .files import json_digest, only_writer, to_json
 from .heads import HEADS
 from .memory import peak_memory_mb
 from .names import pick
-from .recipes import RECIPES
-from .recipes.rada_finetune import TEMPLATES, FinetuneConfig, get_config
 from .result import (
     RESULT,
     Run,
@@ -46,7 +48,7 @@ from .result import (
     versions,
 )
 from .runs import CHECKPOINT, LOG, check_out, finished_run, line_log, removed_if_empty, run_folder
-from .settings import build_head, calibrate, choose_device, split_rows, usual_shots
+from .settings import choose_device, split_rows, usual_shots
 
 METHOD = "rada"
 
@@ -281,7 +283,7 @@ class _Work:
         head = HEADS[METHOD](after.text, **{**trained.options(), "logit_scale": tuned.logit_scale})
         head.load_state_dict({**trained.state_dict(), "text": head.text})
         head.to(r.device).eval()
-        zero_shot = build_head("zeroshot", records, RECIPES["zeroshot"](0), r.device)
+        zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), r.device)
         values = {}
         with watch.stage("evaluate"):
             for name, one, table in (

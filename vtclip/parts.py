@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from vtclip.heads import Head
+from vtclip.methods import takes_images
 
 from . import engine, metrics
 from .adapter import Adapter, check_features
@@ -24,7 +27,7 @@ from .data.sources import open_source, source_kind
 from .encoders import load_encoders
 from .names import index_of
 from .result import Run, named_classes, unreadable
-from .settings import split_rows, takes_images, test_rows
+from .settings import split_rows, test_rows
 
 if TYPE_CHECKING:
     from .clip import Clip
@@ -205,7 +208,7 @@ def new_classes(path: Path, name: str | None) -> Folder:
 
 
 def metrics_of(
-    head: nn.Module,
+    head: Head,
     parts: Sequence[Part],
     class_names: Sequence[str],
     temperature: float | None,

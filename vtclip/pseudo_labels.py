@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtclip.heads import HEADS
+from vtclip.methods import build_head, takes_images
+
 from . import engine
 from .data.records import Records
 from .data.splits import Split
-from .recipes import RECIPES
-from .settings import build_head, split_rows, takes_images
+from .settings import split_rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ def pseudo_labelled(
     split: as `unlabelled_split` gives it. Rows that are not kept get the label 0, so that the
     answer holds no true label. A class named fewer than `shots` times keeps what it has.
     """
-    zero_shot = build_head("zeroshot", records, RECIPES["zeroshot"](0), device)
+    zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), device)
     logits, _ = engine.all_logits(zero_shot, records, split.train, device=device)
     kept, found = surest(logits, shots)
     counts = torch.bincount(found, minlength=len(records.class_names)).tolist()

@@ -21,10 +21,12 @@ from typing import Any
 
 import torch
 
+from vtclip.heads import HEADS
+from vtclip.heads.config import FitConfig
+
 from . import api
 from .adapter import TENSORS
 from .checkpoint import read_safetensors
-from .config import FitConfig
 from .data.extract import default_cache
 from .data.featureset import MANIFEST, FeatureSet
 from .data.hashing import hash_all
@@ -33,7 +35,6 @@ from .data.npz import open_npz
 from .data.sets import as_source
 from .data.sources import source_kind
 from .files import read_json
-from .recipes import RECIPES
 from .result import Run
 from .settings import choose_device
 
@@ -108,7 +109,7 @@ def overrides_of(
     """What of a run's settings is not what the recipe says by now; of encoders all of them."""
     if encoders:
         return {name: value for name, value in settings.items() if name != "recipe"}
-    recipe = dataclasses.asdict(RECIPES[method](shots))
+    recipe = dataclasses.asdict(HEADS[method].recipe(shots))
     # of settings that came after the run, what they mean where they are not there
     settings = {**dataclasses.asdict(FitConfig(settings["epochs"])), **settings}
     other = {name: value for name, value in settings.items() if recipe.get(name) != value}

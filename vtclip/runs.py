@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vtclip.methods import takes_images
+
 from .adapter import CONFIG, TENSORS
 from .data.sets import SetSource
 from .encoders import ENCODERS
 from .files import to_json
 from .result import RESULT, Run
-from .settings import takes_images
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"

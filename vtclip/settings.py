@@ -1,24 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what was asked for to what is done: device, recipe, shots, rows, head, temperature."""
+"""Device, threads, shots and rows of a fit, from what was asked for."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import engine, metrics
-from .config import FitConfig
 from .data.records import Records
 from .data.splits import Split, few_shot_split, split_by_roles
-from .heads import HEADS
-from .names import SHOTS, pick
-from .recipes import RECIPES
+from .names import SHOTS
 
 logger = logging.getLogger(__name__)
 
@@ -45,59 +37,14 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def takes_images(method: str) -> bool:
-    """Whether the method learns from labelled images, by training or by keeping them."""
-    head: Any = HEADS[method]
-    return not getattr(head, "fixed", False)
-
-
-def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
-    """The recipe's settings with `overrides` in place of some; `head` adds to the recipe's.
-
-    Epochs that are asked for are trained, all of them. A head without a penalty takes no
-    penalty_weight; where its kind is "none" the weight is 0.
-    """
-    config = RECIPES[method](shots)
-    given = {name: value for name, value in (overrides or {}).items() if value is not None}
-    options = dict(given.pop("head", None) or {})
-    if method == "auto" and (given or options):
-        raise ValueError(
-            "method auto fits several methods, each with its own settings; to set "
-            f"{', '.join([*given, *options])}, name one method"
-        )
-    if given and not config.epochs:
-        raise ValueError(f"method {method} has no training, so {', '.join(given)} cannot be set")
-    if options and not config.epochs and not takes_images(method):
-        raise ValueError(f"method {method} has no training, so {', '.join(options)} cannot be set")
-    takes = inspect.signature(HEADS[method]).parameters
-    for name in options:
-        if name == "text" or name not in takes:
-            raise ValueError(f"method {method} has no option {name}")
-    for name in given:
-        pick("override", name, [field.name for field in dataclasses.fields(FitConfig)])
-    weight = given.get("penalty_weight")
-    if weight and not hasattr(HEADS[method], "forward_with_penalty"):
-        raise ValueError(f"method {method} has no penalty, so penalty_weight cannot be set")
-    if {**config.head, **options}.get("penalty") == "none":
-        if weight:
-            raise ValueError(f"penalty_weight must be 0 where the penalty is none, got {weight:g}")
-        given["penalty_weight"] = 0.0
-    given["head"] = {**config.head, **options}
-    if "epochs" in given:
-        given.setdefault("enough_pairs", 0)
-    if given.get("epochs", 1) < 1:
-        raise ValueError(f"epochs must be at least 1, got {given['epochs']}")
-    return dataclasses.replace(config, **given)
-
-
 def usual_shots(records: Records, test_fraction: float) -> int:
-    """16, or the largest of 8, 4, 2, 1 that every class has beside its test share."""
+    """16, or the largest of 8, 4, 2, 1 that every class has besides its test share."""
     counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
     smallest = min((count - int(count * test_fraction) for count in counts), default=0)
     shots = next((known for known in reversed(SHOTS) if known <= smallest), min(SHOTS))
     if shots < max(SHOTS) and test_fraction < 1:
         logger.warning(
-            "shots %d: the smallest class has %d images beside the test share", shots, smallest
+            "shots %d: the smallest class has %d images besides its test share", shots, smallest
         )
     return shots
 
@@ -133,24 +80,3 @@ def test_rows(records: Records) -> Tensor:
     if records.roles is None:
         return torch.arange(len(records))
     return (records.roles == 2).nonzero().flatten()
-
-
-def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> nn.Module:
-    """The head of `method` over the records' class texts, with the recipe's options."""
-    options: dict[str, Any] = {"logit_scale": records.logit_scale, **config.head}
-    if "spatial_dim" in inspect.signature(HEADS[method]).parameters:
-        options.setdefault("spatial_dim", records.spatial_width)
-    head: Any = HEADS[method](records.text, **options).to(device)
-    if hasattr(head, "set_text_views"):
-        head.set_text_views(records.text_views)
-    built: nn.Module = head
-    return built
-
-
-def calibrate(
-    head: nn.Module, rows: engine.TrainingRows, val: Tensor, device: torch.device
-) -> float | None:
-    """The temperature fitted on the validation images; None where there are none."""
-    if len(val) == 0:
-        return None
-    return metrics.fit_temperature(*engine.all_logits(head, rows, val, device=device))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import FitConfig
+from vtclip.heads import Head
+from vtclip.heads.config import FitConfig
 
 if TYPE_CHECKING:
     from .data.records import Batch, Records
@@ -38,14 +39,14 @@ def shuffled(index: Tensor, seed: int, epoch: int) -> Tensor:
     return index[torch.randperm(len(index), generator=generator)]
 
 
-def compute_logits(head: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+def compute_logits(head: Head, batch: Batch, device: torch.device) -> Tensor:
     """Logits [B, K] of one batch, which is moved to `device` first."""
     image = batch.image.to(device)
     if not head.needs_spatial:
-        return head(image)  # type: ignore[no-any-return]
+        return head(image)
     mask = None if batch.spatial_mask is None else batch.spatial_mask.to(device)
     spatial = None if batch.spatial is None else batch.spatial.to(device)
-    return head(image, spatial, mask)  # type: ignore[no-any-return]
+    return head(image, spatial, mask)
 
 
 def class_loss(logits: Tensor, label: Tensor, config: FitConfig) -> Tensor:
@@ -57,19 +58,18 @@ def class_loss(logits: Tensor, label: Tensor, config: FitConfig) -> Tensor:
     return (-torch.expm1(q * log_p) / q).mean()
 
 
-def training_loss(head: nn.Module, batch: Batch, config: FitConfig, device: torch.device) -> Tensor:
+def training_loss(head: Head, batch: Batch, config: FitConfig, device: torch.device) -> Tensor:
     """`class_loss`, + penalty_weight * mean penalty where that is above 0.
 
-    Only heads with `forward_with_penalty` have a penalty. The weight 0 leaves it uncomputed.
+    The weight 0 leaves the penalty uncomputed.
     """
     label = batch.label.to(device)
     if not config.penalty_weight:
         logits = compute_logits(head, batch, device).float()
         return class_loss(logits, label, config)
-    seen = head.forward_with_penalty(batch.image.to(device))  # type: ignore[operator]
+    seen = head.forward_with_penalty(batch.image.to(device))
     loss = class_loss(seen.logits.float(), label, config)
-    penalty: Tensor = seen.penalty.mean()
-    return loss + config.penalty_weight * penalty
+    return loss + config.penalty_weight * seen.penalty.mean()
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:

@@ -25,12 +25,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .config import check_seed
-from .heads._each import Each, bytes_each, has_each
+from vtclip.heads.config import check_seed
+
+from .heads import Head
+from .heads._each import StackedRAda, bytes_per_image, can_stack
 from .result import Stopwatch
 
 __all__ = ["TTT", "Outcome", "adapt", "adapt_one", "confident", "entropy", "mean_log_prob"]
@@ -116,18 +118,18 @@ def confident(logits: Tensor, count: int) -> Tensor:
     return entropy(logits).sort(dim=-1, stable=True).indices[..., :count]
 
 
-def trainable(head: nn.Module) -> dict[str, Tensor]:
+def trainable(head: Head) -> dict[str, Tensor]:
     """The parameters that are adapted, by name; a ValueError where there are none."""
     found: dict[str, Tensor] = {name: p for name, p in head.named_parameters() if p.requires_grad}
     if not found:
-        method = getattr(head, "method", type(head).__name__)
+        method = head.method
         raise ValueError(f"ttt: the head must have parameters to train, {method} has none")
     return found
 
 
 @torch.enable_grad()
 def adapt_one(
-    head: nn.Module,
+    head: Head,
     kept: Tensor,
     first: Tensor,
     kept_spatial: Tensor | None = None,
@@ -151,18 +153,19 @@ def adapt_one(
 
 
 @torch.enable_grad()
-def adapt_stack(each: Each, kept: Tensor, first: Tensor, config: TTT) -> Tensor:
+def adapt_stack(stacked: StackedRAda, kept: Tensor, first: Tensor, config: TTT) -> Tensor:
     """N images at once: kept views [N, m, C] and view 0 [N, C] -> logits [N, K]."""
-    optimizer = torch.optim.AdamW(each.own.values(), config.lr, weight_decay=config.weight_decay)
+    parameters = stacked.stacks.values()
+    optimizer = torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
     for _ in range(config.steps):
         # images share no element, so the gradient of the sum is that of each image's own loss
-        loss = entropy(mean_log_prob(each(kept))).sum()
+        loss = entropy(mean_log_prob(stacked(kept))).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        each.decay(1 - config.lr * config.weight_decay)
+        stacked.decay(1 - config.lr * config.weight_decay)
     with torch.no_grad():
-        return each(first[:, None])[:, 0]
+        return stacked(first[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class Chosen:
 
 
 def adapt(
-    head: nn.Module,
+    head: Head,
     views: Iterable[Tensor],
     encode: Encode,
     config: TTT,
@@ -225,11 +228,11 @@ def adapt(
     return Outcome(**found, seconds=watch.seconds)
 
 
-def images_per_step(head: nn.Module, config: TTT) -> int:
+def images_per_step(head: Head, config: TTT) -> int:
     """How many images fit one step; 1 for a head that goes image by image."""
-    if not has_each(head):
+    if not can_stack(head):
         return 1
-    return max(1, min(MAX_IMAGES, STEP_BYTES // bytes_each(head, config.kept)))
+    return max(1, min(MAX_IMAGES, STEP_BYTES // bytes_per_image(head, config.kept)))
 
 
 def choose(image: Tensor, spatial: Tensor | None, best: Tensor, views: int) -> Chosen:
@@ -247,13 +250,13 @@ def take(values: Tensor, best: Tensor) -> Tensor:
     return values[torch.arange(len(best), device=best.device)[:, None], best]
 
 
-def adapt_waiting(head: nn.Module, waiting: Sequence[Chosen], config: TTT) -> Tensor:
+def adapt_waiting(head: Head, waiting: Sequence[Chosen], config: TTT) -> Tensor:
     """Logits [N, K] of view 0 after the steps, in one stack or image by image."""
     kept = torch.cat([one.kept for one in waiting])
     first = torch.cat([one.first for one in waiting])
-    if has_each(head):
-        each = Each(head, len(kept), first_step_only=config.steps == 1)
-        logits = adapt_stack(each, kept, first, config)
+    if can_stack(head):
+        stacked = StackedRAda(head, len(kept), first_step_only=config.steps == 1)
+        logits = adapt_stack(stacked, kept, first, config)
     else:
         rows = []
         for one in waiting:
@@ -278,6 +281,6 @@ def settle(values: Tensor) -> None:
         torch.cuda.synchronize(values.device)
 
 
-def _logits(head: nn.Module, image: Tensor, spatial: Tensor | None) -> Tensor:
+def _logits(head: Head, image: Tensor, spatial: Tensor | None) -> Tensor:
     logits: Tensor = head(image) if spatial is None else head(image, spatial)
     return logits

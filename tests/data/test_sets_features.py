@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from vtclip.config import FitConfig
 from vtclip.data import open_source
 from vtclip.data.coop_sampling import coop_picks
 from vtclip.data.records import MemoryStore, Records
 from vtclip.data.sets import SETS, SetError, as_source, open_listing
 from vtclip.data.sets.features import JoinedStore
+from vtclip.heads.config import FitConfig
 from vtclip.settings import split_rows
 from vtclip.settings import test_rows as rows_to_count
 

@@ -59,16 +59,6 @@ def test_without_members_it_is_zeroshot():
     assert not auto.needs_spatial
 
 
-def test_options_and_state_restore_it():
-    auto, _ = pair()
-    again = Auto(TEXT.flip(0), **auto.options())
-    again.load_state_dict(auto.state_dict())
-    with torch.no_grad():
-        assert torch.equal(again.eval()(IMAGE, SPATIAL), auto(IMAGE, SPATIAL))
-    assert again.needs_spatial
-    assert again.members == ["rada", "vtclip"]
-
-
 def test_extreme_logits_stay_finite():
     auto = Auto(TEXT, members=[member(ZeroShot(TEXT, logit_scale=1e4), 0.01, 1.0)] * 2)
     logits = auto(IMAGE)

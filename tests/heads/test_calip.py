@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtclip.heads import CALIP, HEADS, ZeroShot, calip
-from vtclip.support import Support
+from vtclip.heads import CALIP, Support, ZeroShot, calip
 
 EXACT = 1e-10  # float64, sums of tens of terms, logits up to a few hundred
 
@@ -75,9 +74,8 @@ def test_chunks_change_nothing(record, monkeypatch, budget, masked):
     torch.testing.assert_close(head(image, spatial, mask), whole, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("sizes", [{"K": 1}, {"B": 1}, {"B": 0}, {"L": 1}])
-def test_edges(record, sizes):
-    text, image, spatial = record(**sizes)
+def test_one_position(record):
+    text, image, spatial = record(L=1)
     logits = CALIP(text, beta2=1.0)(image, spatial)
     assert logits.shape == (len(image), len(text))
     assert bool(logits.isfinite().all())
@@ -122,18 +120,6 @@ def test_choose_needs_spatial_features(record):
         CALIP(text).choose(Support(image, torch.arange(3)))
 
 
-def test_state_dict_and_options_rebuild_the_head(record):
-    text, image, spatial = record(dtype=torch.float32)
-    head = CALIP(text, spatial_dim=32, beta2=1.1, beta3=0.07, logit_scale=7.0)
-    again = HEADS["calip"](torch.zeros_like(text), **head.options())
-    again.load_state_dict(head.state_dict())
-    assert torch.equal(again(image, spatial), head(image, spatial))
-    assert again.options() == head.options()
-    assert (head.num_classes, head.needs_spatial) == (7, True)
-    assert not list(head.parameters())
-    torch.testing.assert_close(head.with_text(text[:2]).options(), head.options(), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -152,7 +138,6 @@ def test_bad_options(record, options, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda i, s: (i[:, 1:], s), ValueError, r"image must be \[B, 32\], got \[3, 31\]"),
         (lambda i, s: (i, s[..., 1:]), ValueError, r"spatial must be \[B, L, 32\], got"),
         (
             lambda i, s: (i[:2], s),

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from vtclip import api, prompts
+from vtclip import api
 from vtclip.adapter import load_adapter
 from vtclip.checkpoint import Interrupted
 from vtclip.classifier import Classifier
@@ -26,8 +26,9 @@ from vtclip.clip import Clip, build_clip, load_clip
 from vtclip.clip.loading import DEMO_ASSETS
 from vtclip.data.records import Records
 from vtclip.demo.tokenizer import WordTokenizer, build_vocab
-from vtclip.heads import CoOp
-from vtclip.prompts import TextTower, text_encoder
+from vtclip.heads import CoOp, _prompts
+from vtclip.heads._prompts import TextTower
+from vtclip.methods import text_encoder
 
 NAMES = ["red circle", "blue_square", "tree"]
 
@@ -256,7 +257,7 @@ def test_chunks_change_memory_and_nothing_else(
     assert whole <= R * one  # the estimate is a bound
     assert whole > 0.3 * R * one  # and not an idle one
     assert R > 6
-    monkeypatch.setattr(prompts, "BYTE_BUDGET", R // 5 * one)
+    monkeypatch.setattr(_prompts, "BYTE_BUDGET", R // 5 * one)
     found = gradient()
     assert kept_bytes(head) < whole / 4
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)

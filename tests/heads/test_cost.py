@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vtclip.heads.cost import (
+from vtclip.heads._cost import (
     FUSED_ROWS,
     MARGIN,
     crossover_ffn,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vtclip import ttt
 from vtclip.heads import VTCLIP, RAda
-from vtclip.heads._each import Each, bytes_each, has_each
+from vtclip.heads._each import StackedRAda, bytes_per_image, can_stack
 from vtclip.testing import assert_within_budget
 
 N, M, K, D = 5, 3, 7, 16
@@ -59,7 +59,7 @@ def test_equal_parameters_give_the_heads_logits(queries: tuple[str, ...]) -> Non
     head = rada(queries=queries, logit_bias=0.5, temperature=0.7)
     image, _ = views()
     wanted = head(image.flatten(0, 1)).view(N, M, K).detach()
-    assert_within_budget(Each(head, N)(image).detach(), wanted, wanted)
+    assert_within_budget(StackedRAda(head, N)(image).detach(), wanted, wanted)
 
 
 @pytest.mark.parametrize("queries", QUERIES)
@@ -71,16 +71,16 @@ def test_a_stack_steps_as_each_image_by_itself(
     head = rada(zero=zero, queries=queries)
     kept, first = views()
     config = ttt.TTT(lr=3e-2, steps=steps, weight_decay=0.1)
-    each = Each(head, N)
+    each = StackedRAda(head, N)
     logits = ttt.adapt_stack(each, kept, first, config)
     wanted, heads = one_at_a_time(head, kept, first, config)
     moved = float((wanted - head(first).detach()).abs().amax())
     assert moved > 0.1
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-9 * moved)
-    for name, stack in each.own.items():
+    for name, stack in each.stacks.items():
         alone = torch.stack([one.get_parameter(name).detach() for one in heads])
         torch.testing.assert_close(stack.detach(), alone, rtol=0, atol=1e-9)
-    short = ttt.adapt_stack(Each(head, N, first_step_only=steps == 1), kept, first, config)
+    short = ttt.adapt_stack(StackedRAda(head, N, first_step_only=steps == 1), kept, first, config)
     torch.testing.assert_close(short, wanted, rtol=0, atol=1e-9 * moved)
 
 
@@ -89,7 +89,7 @@ def test_float32_is_as_near_to_float64_as_the_loop() -> None:
     config = ttt.TTT(lr=1e-2, steps=2)
     wide = one_at_a_time(deepcopy(head).double(), kept.double(), first.double(), config)[0]
     narrow = one_at_a_time(head, kept, first, config)[0]
-    found = ttt.adapt_stack(Each(head, N), kept, first, config)
+    found = ttt.adapt_stack(StackedRAda(head, N), kept, first, config)
     # two roundings of the same sums: one more step of the largest logit
     floor = torch.finfo(torch.float32).eps * float(wide.abs().amax())
     assert_within_budget(found, wide, narrow, factor=3.0, floor=floor)
@@ -97,22 +97,24 @@ def test_float32_is_as_near_to_float64_as_the_loop() -> None:
 
 def test_the_first_step_from_zero_moves_out_alone() -> None:
     head, (kept, _) = rada(zero=True), views()
-    each = Each(head, N)
+    each = StackedRAda(head, N)
     ttt.entropy(ttt.mean_log_prob(each(kept))).sum().backward()
-    for name, stack in each.own.items():
+    for name, stack in each.stacks.items():
         grad = stack.grad
         assert grad is not None
         # every other gradient passes out.weight, which is 0
         assert bool(grad.any()) == name.startswith("out."), name
-    assert set(Each(head, N, first_step_only=True).own) == {"out.weight", "out.bias"}
-    assert len(Each(rada(), N, first_step_only=True).own) == len(each.own)  # not from zero
+    assert set(StackedRAda(head, N, first_step_only=True).stacks) == {"out.weight", "out.bias"}
+    assert len(StackedRAda(rada(), N, first_step_only=True).stacks) == len(
+        each.stacks
+    )  # not from zero
 
 
 def test_frozen_parameters_stay() -> None:
     head, (kept, first) = rada(), views()
     head.pairs.requires_grad_(False)
-    each = Each(head, N)
-    assert not any(name.startswith("pairs.") for name in each.own)
+    each = StackedRAda(head, N)
+    assert not any(name.startswith("pairs.") for name in each.stacks)
     config = ttt.TTT(lr=1e-2, steps=2)
     found = ttt.adapt_stack(each, kept, first, config)
     wanted = torch.stack([ttt.adapt_one(head, kept[i], first[i], config=config) for i in range(N)])
@@ -123,9 +125,9 @@ def test_images_do_not_meet_and_the_head_is_not_touched() -> None:
     head, (kept, first) = rada(), views()
     before = {name: value.clone() for name, value in head.state_dict().items()}
     config = ttt.TTT(lr=1e-2, steps=2)
-    together = ttt.adapt_stack(Each(head, N), kept, first, config)
+    together = ttt.adapt_stack(StackedRAda(head, N), kept, first, config)
     kept[1:], first[1:] = torch.nan, torch.nan
-    alone = ttt.adapt_stack(Each(head, N), kept, first, config)
+    alone = ttt.adapt_stack(StackedRAda(head, N), kept, first, config)
     torch.testing.assert_close(alone[0], together[0], rtol=0, atol=1e-9)
     for name, value in head.state_dict().items():
         assert torch.equal(value, before[name])
@@ -134,9 +136,9 @@ def test_images_do_not_meet_and_the_head_is_not_touched() -> None:
 
 def test_which_heads_have_it_and_what_an_image_needs() -> None:
     head = rada()
-    assert has_each(head)
-    assert not has_each(rada(adapters=True))
-    assert not has_each(VTCLIP(torch.randn(K, D)))
+    assert can_stack(head)
+    assert not can_stack(rada(adapters=True))
+    assert not can_stack(VTCLIP(torch.randn(K, D)))
     parameters = sum(p.numel() for p in head.parameters())
-    assert bytes_each(head, 2) - bytes_each(head, 1) == 8 * 14 * K * D
-    assert bytes_each(head, 1) > 4 * 8 * parameters
+    assert bytes_per_image(head, 2) - bytes_per_image(head, 1) == 8 * 14 * K * D
+    assert bytes_per_image(head, 1) > 4 * 8 * parameters

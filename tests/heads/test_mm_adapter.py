@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vtclip.heads import HEADS, MMAdapter, ZeroShot
+from vtclip.heads import MMAdapter, ZeroShot
 
 EXACT = 1e-10  # float64, sums of at most a few hundred terms, logits up to 100
 
@@ -96,13 +96,10 @@ def test_classes_may_come_in_any_order():
     image, order = torch.randn(3, 32, dtype=torch.float64), torch.tensor([3, 0, 6, 1, 5, 2, 4])
     other = head.with_text(head.text[order])
     torch.testing.assert_close(other(image), head(image)[:, order], rtol=0, atol=EXACT)
-    with torch.no_grad():
-        other.up.weight.zero_()
-    assert bool(head.up.weight.any())
 
 
 def test_parts_that_cancel_give_no_nan():
-    """ratio 1/2 and an attention that answers -t for one class."""
+    """ratio 1/2 and an attention that returns -t for one class."""
     text = torch.eye(3, 8, dtype=torch.float64)
     head = MMAdapter(text, ratio=0.5, hidden=8, num_heads=1)
     with torch.no_grad():
@@ -124,24 +121,6 @@ def test_gradcheck(record):
     assert torch.autograd.gradcheck(logits, (image.requires_grad_(), *head.parameters()))
 
 
-@pytest.mark.parametrize("sizes", [{"K": 1}, {"B": 1}, {"B": 0}])
-def test_edges(record, sizes):
-    text, image, _ = record(**sizes)
-    logits = MMAdapter(text)(image)
-    assert logits.shape == (len(image), len(text))
-    assert bool(logits.isfinite().all())
-
-
-def test_state_dict_and_options_rebuild_the_head(record):
-    text, image, _ = record(dtype=torch.float32)
-    head = MMAdapter(text, ratio=0.4, hidden=24, num_heads=3, logit_scale=7.0)
-    again = HEADS["mm-adapter"](torch.zeros_like(text), **head.options())
-    again.load_state_dict(head.state_dict())
-    assert torch.equal(again(image), head(image))
-    assert again.options() == head.options()
-    assert (head.num_classes, head.needs_spatial) == (7, False)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -154,12 +133,6 @@ def test_state_dict_and_options_rebuild_the_head(record):
 def test_bad_options(record, options, message):
     with pytest.raises(ValueError, match=f"^MMAdapter: {message}$"):
         MMAdapter(record()[0], **options)
-
-
-def test_bad_features(record):
-    text, image, _ = record()
-    with pytest.raises(ValueError, match=r"^MMAdapter: image must be \[B, 32\], got \[3, 31\]$"):
-        MMAdapter(text)(image[:, 1:])
 
 
 def test_no_tensor_of_images_times_classes_times_width(record, monkeypatch):

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads import ProKeR, ZeroShot
+from vtclip.heads import ProKeR, Support, ZeroShot
 from vtclip.heads import proker as module
-from vtclip.support import Support
 
 K, C, B, N = 4, 8, 6, 11
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads import ProtoCLIP, ZeroShot
-from vtclip.support import Support
+from vtclip.heads import ProtoCLIP, Support, ZeroShot
 
 K, C, B = 4, 8, 6
 LABEL = torch.tensor([0, 0, 0, 1, 2, 2])  # class 3 has no support

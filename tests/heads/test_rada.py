@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtclip.heads import HEADS, RAda, ZeroShot, rada
+from vtclip.heads import RAda, ZeroShot, rada
 
 EXACT = 1e-10  # float64, sums of at most a few hundred terms, logits up to 100
 NAMES = ("q_proj1", "q_proj2", "q_proj3", "k_proj", "v_proj", "out_proj")
@@ -167,17 +167,6 @@ def test_permuting_the_classes_permutes_the_logits():
     torch.testing.assert_close(moved(image), head(image)[:, order], rtol=0, atol=EXACT)
 
 
-def test_logits_of_a_class_depend_on_the_classes_beside_it():
-    _, head = layer_and_head(11)
-    image = torch.randn(3, 24, dtype=torch.float64)
-    fewer = head.with_text(head.text[:5])
-    assert (fewer(image) - head(image)[:, :5]).abs().max() > 1e-3
-    assert fewer.options() == head.options()
-    with torch.no_grad():
-        fewer.out.weight.zero_()
-    assert (head.out.weight != 0).any()  # copied, not shared
-
-
 def test_text_and_scale_can_be_given_with_their_gradients():
     layer, head = layer_and_head(5)
     text = torch.randn(6, 24, dtype=torch.float64, requires_grad=True)
@@ -268,11 +257,11 @@ def test_state_dict_of_the_whole_released_model_loads():
     ("change", "message"),
     [
         (lambda s: s.pop("mha.k_proj.bias"), "'k_proj.bias' is missing"),
-        (lambda s: s.update({"mha.extra.weight": torch.zeros(1)}), "got 'extra.weight' beside"),
+        (lambda s: s.update({"mha.extra.weight": torch.zeros(1)}), "got 'extra.weight' as well"),
         (lambda s: s.update({"mha.v_proj.weight": torch.zeros(3, 3)}), "must be .24, 24., got .3"),
         (
             lambda s: s.update({"mha.K_proj.bias": s.pop("mha.k_proj.bias")}),
-            "got 'K_proj.bias' beside",
+            "got 'K_proj.bias' as well",
         ),
     ],
     ids=["missing", "extra", "shape", "renamed"],
@@ -306,8 +295,6 @@ ZERO_ROW = torch.cat([TEXT[:2], torch.zeros(1, 16)])
         (TEXT, {"penalty": "l2"}, ValueError, "penalty must be one of none, l1, mse, linf"),
         (ZERO_ROW, {}, ValueError, "non-zero length, got length 0.0 in row 2"),
         (ZERO_ROW + torch.nan, {}, ValueError, "got length nan in row 0"),
-        (TEXT[0], {}, ValueError, r"text must be \[K, C\]"),
-        (TEXT.long(), {}, TypeError, "text must be a floating-point tensor"),
     ],
 )
 def test_bad_construction_is_refused_by_name(text, options, error, message):
@@ -347,15 +334,6 @@ def test_nan_image_spoils_its_own_row():
     logits = head(image)
     assert logits[1].isnan().all()
     assert torch.equal(logits[[0, 2, 3]], clean[[0, 2, 3]])
-
-
-def test_is_a_registered_head_with_options_that_rebuild_it():
-    head = RAda(TEXT, queries=("pair",), temperature=0.5, adapters=True, penalty="l1")
-    again = HEADS["rada"](TEXT, **head.options())
-    assert again.options() == head.options()
-    again.load_state_dict(head.state_dict())
-    image = torch.randn(2, 16)
-    assert torch.equal(again(image), head(image))
 
 
 def test_compiles_whole():

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from torch.nn import functional as F
 
 import vtclip
 from vtclip.adapter import load_adapter
-from vtclip.heads import HEADS, _support
-from vtclip.support import Support
+from vtclip.heads import HEADS, Support, _support
 
 METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip")
 EXACT = tuple(name for name in METHODS if name != "tip-adapter-f")
@@ -97,31 +95,6 @@ def test_support_pulls_towards_its_class(method):
     before = fitted(method, text, Support(image[:0], wrong[:0]))(image).softmax(dim=1)
     rows = torch.arange(B)
     assert bool((p[rows, wrong] > before[rows, wrong]).all())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_state_and_options_bring_the_head_back(method):
-    text, image, support = table(torch.float32)
-    head = fitted(method, text, support)
-    head.choose(Support(image, torch.arange(B) % K))
-    if method == "tip-adapter-f":
-        head.keys.data += 0.1
-    options = json.loads(json.dumps(head.options()))
-    again: Any = HEADS[method](torch.ones_like(text), **options)
-    again.load_state_dict(head.state_dict())
-    assert torch.equal(again(image), head(image))
-    assert again.options() == head.options() == options
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
-def test_other_dtypes(method, dtype):
-    text, image, support = table(dtype)
-    head = fitted(method, text, support)
-    head.choose(Support(image, torch.arange(B) % K))
-    assert head(image).dtype == dtype
-    assert bool(head(image).isfinite().all())
-    assert all(value.dtype in (dtype, torch.long) for value in head.state_dict().values())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,8 +190,6 @@ def test_bad_support(method):
     with pytest.raises(ValueError, match=rf"^{name}: support labels must lie in 0\.\.5, got 6"):
         head.extend(text[:1], Support(image[:1], torch.tensor([6])))
     assert torch.equal(head(image), before)
-    with pytest.raises(ValueError, match=rf"^{name}: image must be \[B, 16\], got \[6, 15\]$"):
-        head(image[:, 1:])
 
 
 def test_scaled_nll_is_the_least_over_temperatures():

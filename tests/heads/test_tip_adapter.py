@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip import ops
-from vtclip.heads import TipAdapter, TipAdapterF, ZeroShot
-from vtclip.support import Support
+from vtclip.heads import Support, TipAdapter, TipAdapterF, ZeroShot
 
 K, C, B = 5, 8, 6
 COUNTS = (3, 1, 4, 2, 0)  # support images of each class

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
@@ -25,7 +24,6 @@ from vtclip.adapter import CONFIG, TENSORS, Adapter, load_adapter, save_adapter
 from vtclip.data.records import Records
 from vtclip.files import json_digest, only_writer, to_json, write_atomic
 from vtclip.heads import HEADS, RAda
-from vtclip.support import support_of
 
 FEATURES = {"model": None, "weights_digest": None, "spatial": "raw", "width": 16}
 
@@ -88,41 +86,6 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], None], *, redig
         config.pop("config_digest")
         config["config_digest"] = json_digest(config)
     (folder / CONFIG).write_bytes(to_json(config))
-
-
-def fitted(records: Records, method: str) -> Any:
-    """A head that has taken in texts, shots and validation images, with changed parameters."""
-    takes = inspect.signature(HEADS[method]).parameters
-    spatial: dict[str, Any] = {"spatial_dim": 16, "init": "torch"}
-    wanted = spatial if HEADS[method].needs_spatial else {}
-    options = {name: value for name, value in wanted.items() if name in takes}
-    head: Any = HEADS[method](records.text, logit_scale=20.0, **options)
-    device = torch.device("cpu")
-    if hasattr(head, "set_text_views"):
-        head.set_text_views(records.text[:, None] + 0.1 * torch.randn(len(records.text), 3, 16))
-    if hasattr(head, "fit_support"):
-        head.fit_support(support_of(records, torch.arange(0, 96, 3), device))
-    if hasattr(head, "choose"):
-        head.choose(support_of(records, torch.arange(1, 96, 3), device, spatial=True))
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return head
-
-
-@pytest.mark.parametrize("method", sorted(HEADS))
-def test_round_trip_is_exact(records: Records, tmp_path: Path, method: str) -> None:
-    head = fitted(records, method)
-    save_adapter(tmp_path, Adapter(head, records.class_names, None, FEATURES))
-    back = load_adapter(tmp_path)
-    batch = records.batch(torch.arange(8))
-    with torch.no_grad():
-        assert torch.equal(back.head(batch.image, batch.spatial), head(batch.image, batch.spatial))
-    assert back.class_names == records.class_names
-    assert back.features == FEATURES
-    assert back.temperature is None
-    assert back.head.options() == head.options()
-    assert not back.head.training
 
 
 def test_every_cut_is_noticed(saved: Path) -> None:

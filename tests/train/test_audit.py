@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip import api, auto, base_to_new, engine
-from vtclip.config import FitConfig
 from vtclip.data.records import MemoryStore, Records
 from vtclip.data.sources import open_source
 from vtclip.heads import HEADS
-from vtclip.recipes import RECIPES
+from vtclip.heads.config import FitConfig
 from vtclip.result import Run
 
 K, C, L, TRAIN, VAL, TEST = 4, 16, 5, 4, 2, 6
@@ -137,21 +136,22 @@ def guarded(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def quick(method: str) -> dict[str, Any] | None:
     """Two epochs, where the method trains."""
-    return {"epochs": 2, "batch_size": 6} if RECIPES[method](TRAIN).epochs else None
+    return {"epochs": 2, "batch_size": 6} if HEADS[method].recipe(TRAIN).epochs else None
 
 
 @pytest.fixture(autouse=True)
 def _quick_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Method auto trains its candidates for one epoch."""
 
-    def quicker(get_config: Any) -> Any:
+    def quicker(recipe: Any) -> Any:
         def config(shots: int) -> FitConfig:
-            found: FitConfig = get_config(shots)
-            return dataclasses.replace(found, epochs=min(found.epochs, 1))
+            usual: FitConfig = recipe(shots)
+            return dataclasses.replace(usual, epochs=min(usual.epochs, 1))
 
-        return config
+        return staticmethod(config)
 
-    monkeypatch.setattr(auto, "RECIPES", {name: quicker(one) for name, one in RECIPES.items()})
+    for name in auto.CANDIDATES:
+        monkeypatch.setattr(HEADS[name], "recipe", quicker(HEADS[name].recipe))
 
 
 def files(run: Run) -> dict[str, bytes]:
@@ -169,8 +169,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pseudo-labels": {"pseudo_labels": True},
     "no validation": {"val": False},
 }
-TRAINED = [name for name in sorted(HEADS) if RECIPES[name](TRAIN).epochs]
-LEARNING = [name for name in sorted(HEADS) if not getattr(HEADS[name], "fixed", False)]
+TRAINED = [name for name in sorted(HEADS) if HEADS[name].recipe(TRAIN).epochs]
+LEARNING = [name for name in sorted(HEADS) if HEADS[name].learns]
 CASES = [
     *((method, "plain") for method in sorted(HEADS)),
     *((method, option) for method in TRAINED for option in ("gce", "smoothing")),
@@ -207,7 +207,10 @@ def test_nothing_of_the_test_images_reaches_an_adapter(
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
 
 
-@pytest.mark.parametrize("method", [m for m in sorted(HEADS) if hasattr(HEADS[m], "with_text")])
+ANY_CLASSES = [m for m in sorted(HEADS) if HEADS[m].any_classes and m != "coop"]
+
+
+@pytest.mark.parametrize("method", ANY_CLASSES)
 def test_base_to_new_reads_nothing_of_new_classes_before_its_end(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

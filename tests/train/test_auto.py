@@ -17,7 +17,8 @@ from vtclip.auto import choose_weights, folds
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
-from vtclip.support import Support, support_of
+from vtclip.heads import Head, Support
+from vtclip.support import support_of
 
 
 def logits_of(label: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
@@ -73,9 +74,7 @@ def test_at_most_four_are_kept():
 def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records: Records):
     """A head that learns its validation rows by heart gains nothing from them here."""
 
-    class ByHeart(torch.nn.Module):
-        needs_spatial = False
-
+    class ByHeart(Head):
         def choose(self, val: Support) -> None:
             self.seen = val
 
@@ -85,7 +84,7 @@ def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records:
             known = F.one_hot(self.seen.label[best.indices], 4).float()
             return known * (best.values > 0.99999).float()[:, None]
 
-    head, val, cpu = ByHeart(), torch.arange(0, 96, 5), torch.device("cpu")
+    head, val, cpu = ByHeart(records.text), torch.arange(0, 96, 5), torch.device("cpu")
     head.choose(support_of(records, val, cpu))
     plain = engine.all_logits(head, records, val, device=cpu)
     assert bool((plain[0].argmax(dim=1) == plain[1]).all())

@@ -279,7 +279,6 @@ def test_bad_base_to_new_is_one_line_and_writes_nothing(
     assert "must have all new classes or none, 'eel' is missing" in refused(
         "evaluate", run.folder, half
     )
-    monkeypatch.delattr(HEADS["vtclip"], "with_text")
-    with pytest.raises(ValueError, match="method must be one of .*rada.* got 'vtclip'"):
-        api.fit(source, method="vtclip", base_to_new=True)
+    with pytest.raises(ValueError, match="method must be one of .*rada.* got 'proker'"):
+        api.fit(source, method="proker", base_to_new=True)
     assert sorted(tmp_path.rglob("*")) == files

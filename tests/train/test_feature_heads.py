@@ -15,8 +15,7 @@ from vtclip.adapter import load_adapter
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
 from vtclip.fitting import fit_head
-from vtclip.heads import CALIP, AutoCLIP, LinearProbe, ZeroShot
-from vtclip.recipes import RECIPES
+from vtclip.heads import CALIP, HEADS, AutoCLIP, LinearProbe, ZeroShot
 
 LEARN = ["clip-adapter", "linear-probe", "mm-adapter"]
 METHODS = [*LEARN, "autoclip", "calip"]
@@ -45,7 +44,7 @@ def split_of(records: Records, shots: int) -> Split:
 
 
 def fitted(records: Records, method: str, split: Split) -> Any:
-    config = RECIPES[method](4)
+    config = HEADS[method].recipe(4)
     return fit_head(method, records, split, config, device=CPU, seed=1, log=lambda row: None)
 
 

@@ -30,7 +30,7 @@ from vtclip.data.extract import extract_features
 from vtclip.demo.tokenizer import build_vocab
 from vtclip.distributed import World, device_of_rank
 from vtclip.encoders import ENCODERS
-from vtclip.recipes.rada_finetune import get_config
+from vtclip.finetune_config import get_config
 from vtclip.result import Run
 
 ROOT = Path(vtclip.__file__).parents[1]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from vtclip import api
 from vtclip.cli import main
-from vtclip.config import FitConfig
+from vtclip.heads.config import FitConfig
 from vtclip.steps import class_loss
 
 N, K = 6, 5

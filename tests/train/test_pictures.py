@@ -182,7 +182,7 @@ def test_bad_pictures_and_models_are_one_line(
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("method", ["rada", "zeroshot"])
+@pytest.mark.parametrize("method", ["rada", "zeroshot", "mm-adapter"])
 def test_heads_that_see_no_places_predict_and_have_no_heat_map(
     world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:

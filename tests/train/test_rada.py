@@ -16,13 +16,11 @@ from torch.nn import functional as F
 from vtclip import api, engine, metrics
 from vtclip.adapter import load_adapter
 from vtclip.cli import main
-from vtclip.config import FitConfig
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
-from vtclip.heads import RAda
-from vtclip.recipes import RECIPES
-from vtclip.recipes import rada as recipe
-from vtclip.settings import recipe_config
+from vtclip.heads import HEADS, RAda
+from vtclip.heads.config import FitConfig
+from vtclip.methods import recipe_config
 from vtclip.steps import training_loss
 
 CPU = torch.device("cpu")
@@ -111,18 +109,18 @@ def test_a_heavier_penalty_keeps_the_mask_nearer_to_one(records: Records, kind: 
 
 def test_the_recipe_is_the_one_the_command_takes() -> None:
     for shots in (1, 2, 3, 4, 8, 16, 100):
-        config = RECIPES["rada"](shots)
-        assert config == recipe.get_config(shots) == recipe_config("rada", shots, None)
+        config = HEADS["rada"].recipe(shots)
+        assert config == recipe_config("rada", shots, None)
         assert config.penalty_weight > 0
-    assert recipe.get_config(1) == recipe.get_config(3)
-    assert recipe.get_config(4) == recipe.get_config(100)
+    assert RAda.recipe(1) == RAda.recipe(3)
+    assert RAda.recipe(4) == RAda.recipe(100)
 
 
 def test_overrides_add_to_the_recipe() -> None:
     given = {"epochs": 3, "lr": None, "label_smoothing": 0.1, "head": {"temperature": 0.5}}
     config = recipe_config("rada", 4, given)
     wanted = dataclasses.replace(
-        recipe.get_config(4),
+        RAda.recipe(4),
         epochs=3,
         enough_pairs=0,  # epochs that are asked for are trained
         label_smoothing=0.1,
@@ -132,7 +130,7 @@ def test_overrides_add_to_the_recipe() -> None:
     assert recipe_config("rada", 4, {"head": {"penalty": "none"}}).penalty_weight == 0
     # options of the recipe stay beside those that are given
     more = recipe_config("vtclip", 4, {"head": {"num_layers": 2}})
-    assert more.head == {**RECIPES["vtclip"](4).head, "num_layers": 2}
+    assert more.head == {**HEADS["vtclip"].recipe(4).head, "num_layers": 2}
 
 
 @pytest.mark.parametrize(

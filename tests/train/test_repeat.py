@@ -19,7 +19,6 @@ import vtclip
 from vtclip import api
 from vtclip.cli import main
 from vtclip.heads import HEADS
-from vtclip.recipes import RECIPES
 from vtclip.repeat_run import METRICS, arguments_of, repeat
 from vtclip.result import Run
 
@@ -72,7 +71,7 @@ def altered(run: Run, tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("method", TEXTS_ARE_ENOUGH)
 def test_every_method_matches(method: str, npz: Path, tmp_path: Path) -> None:
     shots = 1 if method == "auto" else 4
-    trained = RECIPES[method](shots).epochs > 0
+    trained = HEADS[method].recipe(shots).epochs > 0
     overrides = {"epochs": 2, "batch_size": 7} if trained else None
     made = api.fit(npz, method=method, shots=shots, overrides=overrides, out=tmp_path / "run")
     found = repeat(made.folder, out=tmp_path / "again")
@@ -116,11 +115,11 @@ def test_settings_that_are_not_the_recipe_are_taken_over(run: Run) -> None:
 def test_settings_that_came_later_keep_the_meaning_of_then(run: Run) -> None:
     """A run of the recipe's epochs from before training could end earlier trained all of them."""
     settings = dict(run.result["config"]["fit"])
-    settings["epochs"] = RECIPES["rada"](run.result["shots"]).epochs
+    settings["epochs"] = HEADS["rada"].recipe(run.result["shots"]).epochs
     for name in ("enough_pairs", "least_epochs"):
         settings.pop(name)
     result = {**run.result, "config": {**run.result["config"], "fit": settings}}
-    assert RECIPES["rada"](run.result["shots"]).enough_pairs > 0
+    assert HEADS["rada"].recipe(run.result["shots"]).enough_pairs > 0
     assert arguments_of(result)["overrides"]["enough_pairs"] == 0
 
 

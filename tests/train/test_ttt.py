@@ -21,6 +21,7 @@ from vtclip.clip import Clip, load_clip
 from vtclip.data.views import folder_views, image_views
 from vtclip.demo.scenes import demo_set
 from vtclip.heads import VTCLIP, RAda, ZeroShot
+from vtclip.heads._each import StackedRAda
 from vtclip.ttt import TTT
 
 K, D, L, V, N = 6, 16, 5, 8, 7
@@ -189,7 +190,7 @@ def test_steps_lower_the_entropy_of_the_mean() -> None:
     config = TTT(views=V, keep=1.0, lr=1e-3, steps=3)
     with torch.no_grad():
         before = ttt.entropy(ttt.mean_log_prob(head(features.flatten(0, 1)).view(N, V, K)))
-        each = ttt.Each(head, N)
+        each = StackedRAda(head, N)
         ttt.adapt_stack(each, features, features[:, 0], config)  # no_grad outside is no hindrance
         after = ttt.entropy(ttt.mean_log_prob(each(features)))
     assert bool((after < before).all())

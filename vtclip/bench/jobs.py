@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vtclip.config import check_seed
 from vtclip.data.featureset import FeatureSet, file_digest
 from vtclip.data.images import scan_folder
 from vtclip.data.sets import SETS, SetSource, find_set
@@ -25,8 +24,9 @@ from vtclip.data.sets.reading import missing_files
 from vtclip.data.sources import source_kind
 from vtclip.files import json_digest
 from vtclip.heads import HEADS
+from vtclip.heads.config import check_seed
+from vtclip.methods import recipe_config, takes_images
 from vtclip.names import METHODS, pick
-from vtclip.settings import recipe_config, takes_images
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes
 
@@ -91,13 +91,12 @@ class BenchJob:
 
 
 def needs_spatial(method: str) -> bool:
-    head: Any = HEADS[method]
-    return bool(head.needs_spatial)
+    return HEADS[method].needs_spatial
 
 
 def needs_encoder(method: str) -> bool:
     """Whether the method trains through the model's text encoder, which an .npz table lacks."""
-    return bool(getattr(HEADS[method], "needs_text_encoder", False))
+    return HEADS[method].needs_text_encoder
 
 
 def own_sources(paths: Sequence[str | Path], settings: Settings) -> list[Source]:

@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads: parameters plus calls to ops; one image record and the class texts in, logits out."""
+"""Heads: parameters plus calls to ops; one image record and the class texts in, logits out.
 
-from typing import Any
+A new method is a file like the others, its import here and its place in `_ALL`.
+"""
 
-from torch import nn
+from vtclip.heads._head import HEADS as HEADS
+from vtclip.heads._head import Head as Head
+from vtclip.heads._head import Support as Support
+from vtclip.heads.auto import Auto as Auto
+from vtclip.heads.autoclip import AutoCLIP as AutoCLIP
+from vtclip.heads.calip import CALIP as CALIP
+from vtclip.heads.clip_adapter import ClipAdapter as ClipAdapter
+from vtclip.heads.coop import CoOp as CoOp
+from vtclip.heads.linear_probe import LinearProbe as LinearProbe
+from vtclip.heads.mm_adapter import MMAdapter as MMAdapter
+from vtclip.heads.proker import ProKeR as ProKeR
+from vtclip.heads.proto_clip import ProtoCLIP as ProtoCLIP
+from vtclip.heads.rada import RAda as RAda
+from vtclip.heads.tip_adapter import TipAdapter as TipAdapter
+from vtclip.heads.tip_adapter import TipAdapterF as TipAdapterF
+from vtclip.heads.tip_x import TipX as TipX
+from vtclip.heads.vtclip import VTCLIP as VTCLIP
+from vtclip.heads.zeroshot import ZeroShot as ZeroShot
 
-from vtclip.heads.auto import Auto
-from vtclip.heads.autoclip import AutoCLIP
-from vtclip.heads.calip import CALIP
-from vtclip.heads.clip_adapter import ClipAdapter
-from vtclip.heads.coop import CoOp
-from vtclip.heads.linear_probe import LinearProbe
-from vtclip.heads.mm_adapter import MMAdapter
-from vtclip.heads.proker import ProKeR
-from vtclip.heads.proto_clip import ProtoCLIP
-from vtclip.heads.rada import RAda
-from vtclip.heads.tip_adapter import TipAdapter, TipAdapterF
-from vtclip.heads.tip_x import TipX
-from vtclip.heads.vtclip import VTCLIP
-from vtclip.heads.zeroshot import ZeroShot
-
-_HEADS: tuple[Any, ...] = (
+_ALL: tuple[type[Head], ...] = (
     VTCLIP,
     RAda,
     TipAdapter,
@@ -37,23 +40,4 @@ _HEADS: tuple[Any, ...] = (
     ZeroShot,
     Auto,
 )
-HEADS: dict[str, type[nn.Module]] = {head.method: head for head in _HEADS}
-
-__all__ = [
-    "Auto",
-    "AutoCLIP",
-    "CALIP",
-    "ClipAdapter",
-    "CoOp",
-    "HEADS",
-    "LinearProbe",
-    "MMAdapter",
-    "ProKeR",
-    "ProtoCLIP",
-    "RAda",
-    "TipAdapter",
-    "TipAdapterF",
-    "TipX",
-    "VTCLIP",
-    "ZeroShot",
-]
+HEADS.update({head.method: head for head in _ALL})

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads.cost import plan
+from vtclip.heads._cost import plan
 
 # scores of the aligned start for tokens of norm sqrt(C): this many times the cosine
 SHARPNESS = 4.0
@@ -94,15 +94,15 @@ def hidden_units(
         absorb = plan(*sizes, device=x1.device.type).absorb
     if absorb == 2:
         return _absorbed_twice(layer, x1, query, key, value, key_mask)
-    # u is held by no name here: without gradients it is freed before h is made
+    # u is held by no name here: without gradients it is freed before h is computed
     x2 = _norm(layer.norm2, _attended(layer, x1, query, key, value, key_mask, absorb == 1))
-    # of a matrix the product is no view: to change a view in place costs its backward four copies
+    # the product of a matrix is not a view: changing a view in place costs its backward four copies
     hidden = F.relu(layer.linear1(x2.flatten(0, 1)), inplace=True)  # [B K, F]
     return hidden.view(*x2.shape[:2], hidden.shape[1]), x2
 
 
 def before_last_norm(layer: nn.TransformerDecoderLayer, hidden: Tensor, x2: Tensor) -> Tensor:
-    """h [B, K, F] and x2 [B, K, C], as `hidden_units` gives them -> z [B, K, C]."""
+    """h [B, K, F] and x2 [B, K, C], as `hidden_units` returns them -> z [B, K, C]."""
     return _add(layer.linear2(hidden.flatten(0, 1)).view_as(x2), x2)
 
 

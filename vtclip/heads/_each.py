@@ -9,58 +9,59 @@ from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtclip import ops
+from vtclip.heads._head import Head
 from vtclip.heads.rada import RAda
 
-# per view and class: tensors of width D that forward keeps and backward makes
+# per view and class: tensors of width D that forward keeps and backward computes
 ROWS_KEPT = 14
 # of every stacked parameter: itself, its gradient, AdamW's two moments
 COPIES = 4
 
 
-def has_each(head: nn.Module) -> TypeGuard[RAda]:
-    """Whether `Each` can take this head; adapters would make the texts differ between images."""
+def can_stack(head: Head) -> TypeGuard[RAda]:
+    """Whether `StackedRAda` takes this head; adapters would make texts differ between images."""
     return isinstance(head, RAda) and not head.adapters
 
 
-def bytes_each(head: RAda, views: int) -> int:
+def bytes_per_image(head: RAda, views: int) -> int:
     """About what one image needs for one step on `views` views."""
     K, D = head.text.shape
     numbers = COPIES * sum(p.numel() for p in head.parameters()) + ROWS_KEPT * views * K * D
     return numbers * head.text.element_size()
 
 
-class Each:
+class StackedRAda:
     """RAda for N images: image [N, m, D], m views of each -> logits [N, m, K].
 
-    `own` holds the stacks [N, ...] of the trainable parameters, copies of the head's; `shared`
+    `stacks` holds the stacks [N, ...] of the trainable parameters, copies of the head's; `shared`
     the rest as they are. While out.weight is 0 no gradient passes it: the first step's gradient
     of every other parameter but out's is exactly 0. With first_step_only those are not stacked,
-    and nothing of them is kept for a backward; weight decay must be told by `decay`.
+    and nothing of them is kept for a backward; `decay` applies weight decay to them.
     """
 
     def __init__(self, head: RAda, images: int, *, first_step_only: bool = False) -> None:
         self.head = head
         self.num_images = images
-        still = first_step_only and not bool(head.out.weight.any())
-        self.own: dict[str, Tensor] = {}
+        out_only = first_step_only and not bool(head.out.weight.any())
+        self.stacks: dict[str, Tensor] = {}
         self.shared: dict[str, Tensor] = {}
-        self._resting: list[str] = []
+        self._unstacked: list[str] = []
         for name, parameter in head.named_parameters():
             value = parameter.detach()
-            if parameter.requires_grad and not (still and not name.startswith("out.")):
+            if parameter.requires_grad and not (out_only and not name.startswith("out.")):
                 stack = value.expand(images, *value.shape).clone()
-                self.own[name] = stack.requires_grad_()
+                self.stacks[name] = stack.requires_grad_()
                 continue
             self.shared[name] = value
             if parameter.requires_grad:
-                self._resting.append(name)
+                self._unstacked.append(name)
 
     def decay(self, factor: float) -> None:
         """Multiply the trainable parameters that are not stacked, as AdamW does at gradient 0."""
-        for name in self._resting:
+        for name in self._unstacked:
             self.shared[name] = self.shared[name] * factor
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class Each:
         return torch.baddbmm(bias[:, None], x.expand(N, -1, -1), weight.mT)
 
     def _get(self, name: str) -> Tensor:
-        return self.own[name] if name in self.own else self.shared[name]
+        return self.stacks[name] if name in self.stacks else self.shared[name]
 
     def _heads(self, x: Tensor, rows: int) -> Tensor:
         """[n, m * rows, D] -> [n * m, H, rows, d], a view."""

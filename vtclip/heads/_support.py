@@ -6,15 +6,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_text
-from vtclip.support import Support
+from vtclip.heads._check import check_image
+from vtclip.heads._head import Head, Support
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from Python 3.11 on
@@ -25,7 +25,7 @@ SEARCH_ROWS = 2048
 PRIOR_FACTOR = 2.0  # a hyper-parameter off its centre by this factor costs half a nat
 
 
-class SupportHead(nn.Module):
+class SupportHead(Head):
     """text [K, C], and the support: `keys` [N, C] of length 1 with their classes `label` [N].
 
     num_support: N. The rows are zeros until `fit_support` or a loaded state brings them. Without
@@ -35,22 +35,17 @@ class SupportHead(nn.Module):
     support does not matter; an image that is there twice counts twice.
     """
 
-    needs_spatial = False
-    trains_keys = False
-    searched: tuple[str, ...] = ()  # the hyper-parameters that `choose` sets
-    text: Tensor
+    trains_keys: ClassVar[bool] = False
+    searched: ClassVar[tuple[str, ...]] = ()  # the hyper-parameters that `choose` sets
     keys: Tensor
     label: Tensor
 
     def __init__(self, text: Tensor, *, num_support: int = 0, logit_scale: float = 100.0) -> None:
-        super().__init__()
+        super().__init__(text, logit_scale=logit_scale)
         name = type(self).__name__
-        check_text(name, text)
         if num_support < 0:
             raise ValueError(f"{name}: num_support must be at least 0, got {num_support}")
         check_positive(name, logit_scale=logit_scale)
-        self.logit_scale = float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         keys = text.new_zeros(num_support, text.shape[1])
         if self.trains_keys:
             self.keys = nn.Parameter(keys)
@@ -60,34 +55,29 @@ class SupportHead(nn.Module):
         self.register_buffer("label", label)
 
     @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
-
-    def options(self) -> dict[str, Any]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        names = ("logit_scale", *self.searched)
-        return {"num_support": len(self.keys), **{name: getattr(self, name) for name in names}}
+    def num_support(self) -> int:
+        return len(self.keys)
 
     @torch.no_grad()
     def fit_support(self, support: Support) -> None:
-        """Keep the labelled images, in place of any that were kept before."""
+        """Keep the labelled images, in place of any earlier ones."""
         keys, self.label = check_support(type(self).__name__, support, self.text)
         self.keys = nn.Parameter(keys) if self.trains_keys else keys
 
     @torch.no_grad()
     def choose(self, val: Support) -> None:
-        """Set `searched` by validation images, see `most_likely`; their present values are centre.
+        """Set `searched` by validation images, see `most_likely`; centred on present values.
 
         Above SEARCH_ROWS support rows every j-th class is searched over, with its images alone.
         """
         image, label = check_support(type(self).__name__, val, self.text)
         step = -(-len(self.keys) // SEARCH_ROWS)
         if step > 1:
-            part, kept = self._every(step), label % step == 0
-            found = part.search(image[kept], label[kept] // step)
+            rows = label % step == 0
+            best = self._every(step).search(image[rows], label[rows] // step)
         else:
-            found = self.search(image, label)
-        for name, value in found.items():
+            best = self.search(image, label)
+        for name, value in best.items():
             setattr(self, name, value)
 
     def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
@@ -97,24 +87,24 @@ class SupportHead(nn.Module):
     def extend(self, text_new: Tensor, support: Support) -> Self:
         """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1.
 
-        It equals the head of the same hyper-parameters that was given both supports at once.
+        It equals the head of the same hyper-parameters fitted to both supports at once.
         """
         text = extended_text(type(self).__name__, self.text, text_new, support)
-        larger = type(self)(text, **{**self.options(), "num_support": 0})
+        head = type(self)(text, **{**self.options(), "num_support": 0})
         image, label = check_support(type(self).__name__, support, text)
         with torch.no_grad():
             rows = torch.cat([self.keys, image]), torch.cat([self.label, label])
-            larger.fit_support(Support(*rows))
+            head.fit_support(Support(*rows))
             if self.trains_keys:  # a trained key need not have length 1
-                larger.keys[: len(self.keys)] = self.keys
-        return larger.train(self.training)
+                head.keys[: len(self.keys)] = self.keys
+        return head.train(self.training)
 
     def _every(self, step: int) -> Self:
         """The head over classes 0, step, 2 step, ... alone, without what a solve made."""
-        kept = self.label % step == 0
+        rows = self.label % step == 0
         part = type(self)(self.text[::step], **{**self.options(), "num_support": 0})
-        part.label = self.label[kept] // step
-        keys = self.keys[kept]
+        part.label = self.label[rows] // step
+        keys = self.keys[rows]
         part.keys = nn.Parameter(keys) if self.trains_keys else keys
         return part
 
@@ -180,10 +170,10 @@ def most_likely(
     cost = min_T sum_i -log softmax(logits_i / T)[label_i] + log(T)^2 / 2
            + sum_p log(p / centre_p)^2 / (2 log(PRIOR_FACTOR)^2)
 
-    logits_of answers [n, K] for one point. T, see `scaled_nll`, judges a point by what it tells
-    apart and not by how loud it is; its prior is that of `metrics.fit_temperature`. With a few
-    images many points are as good as tied, and the prior then keeps close to a centre that suits
-    most tables; each further image counts for more against it.
+    logits_of returns [n, K] for one point. T, see `scaled_nll`, judges a point by which
+    classes it separates and not by the size of its logits; its prior is that of
+    `metrics.fit_temperature`. With a few images many points are as good as tied, and the prior then
+    keeps close to a centre that suits most tables; each further image counts for more against it.
 
     Chosen by `benchmarks/choose_search.py` on images that neither train nor validate nor test: for
     every head the mean accuracy over two tables and 1, 4 and 16 shots is 0.2 to 0.6 points above
@@ -203,12 +193,12 @@ def most_likely(
 def scaled_nll(logits: Tensor, label: Tensor) -> float:
     """Least sum of NLL(logits [n, K] / T) + log(T)^2 / 2 over T = 2^(-3/2), 2^-1, ... 2^(3/2)."""
     below = logits - logits.amax(dim=1, keepdim=True)
-    own = below.gather(1, label[:, None]).sum()
+    true = below.gather(1, label[:, None]).sum()
     costs = []
     for first in (3, 2):
         share = (below / 2 ** (first / 2)).exp()
         for step in range(first, -4, -2):
             T = 2 ** (step / 2)
-            costs.append(share.sum(dim=1).log().sum() - own / T + math.log(T) ** 2 / 2)
+            costs.append(share.sum(dim=1).log().sum() - true / T + math.log(T) ** 2 / 2)
             share.square_()  # exp(x / T)^2 = exp(x / (T / 2))
     return float(torch.stack(costs).min())

@@ -4,18 +4,23 @@
 logits = log(sum_i w_i softmax(logits_i / T_i))
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vtclip.heads._check import check_text
+from vtclip.heads._head import HEADS, Head, NewClasses
 from vtclip.heads.zeroshot import ZeroShot
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class Auto(nn.Module):
+
+class Auto(Head):
     """Weighted mean of the members' probabilities, each at its own temperature.
 
     members: for each {"method", "options", "temperature", "weight"}; the weights are brought to a
@@ -24,8 +29,6 @@ class Auto(nn.Module):
     """
 
     method = "auto"
-    needs_spatial = False
-    text: Tensor
 
     def __init__(
         self,
@@ -34,12 +37,7 @@ class Auto(nn.Module):
         members: Sequence[Mapping[str, Any]] = (),
         logit_scale: float = 100.0,
     ) -> None:
-        from vtclip.heads import HEADS
-
-        super().__init__()
-        check_text("Auto", text)
-        self.logit_scale = float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
+        super().__init__(text, logit_scale=logit_scale)
         self.heads = nn.ModuleList()
         self.temperatures: list[float] = []
         self.weights: list[float] = []
@@ -48,7 +46,7 @@ class Auto(nn.Module):
             if name not in HEADS or name == self.method:
                 raise ValueError(f"Auto: member {number} must be another method, got {name!r}")
             self.heads.append(HEADS[name](text, **member["options"]))
-            for value, kept in (
+            for value, values in (
                 (member["temperature"], self.temperatures),
                 (member.get("weight", 1.0), self.weights),
             ):
@@ -57,29 +55,28 @@ class Auto(nn.Module):
                         f"Auto: temperature and weight of member {number} must be finite and above "
                         f"0, got {value}"
                     )
-                kept.append(float(value))
+                values.append(float(value))
         if not self.heads:
             self.heads.append(ZeroShot(text, logit_scale=logit_scale))
             self.temperatures, self.weights = [1.0], [1.0]
         self.weights = [weight / sum(self.weights) for weight in self.weights]
-        self.needs_spatial = any(bool(head.needs_spatial) for head in self.heads)
+        self.needs_spatial = any(head.needs_spatial for head in self.member_heads)
 
     @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
+    def member_heads(self) -> list[Head]:
+        return [head for head in self.heads if isinstance(head, Head)]
 
     @property
     def members(self) -> list[str]:
         """Their methods."""
-        return [str(head.method) for head in self.heads]
+        return [head.method for head in self.member_heads]
 
-    def options(self) -> dict[str, object]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        every = zip(self.heads, self.temperatures, self.weights, strict=True)
+    def options(self) -> dict[str, Any]:
+        every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
         members = [
             {
                 "method": head.method,
-                "options": head.options(),  # type: ignore[operator]
+                "options": head.options(),
                 "temperature": temperature,
                 "weight": weight,
             }
@@ -87,12 +84,23 @@ class Auto(nn.Module):
         ]
         return {"members": members, "logit_scale": self.logit_scale}
 
+    def with_new_classes(self, new: NewClasses) -> Self:
+        text = torch.cat([self.text, new.text.to(self.text)])
+        heads = [head.with_new_classes(new) for head in self.member_heads]
+        options = self.options()
+        for member, head in zip(options["members"], heads, strict=True):
+            member["options"] = head.options()
+        average = type(self)(text, **options)
+        for place, head in zip(average.heads, heads, strict=True):
+            place.load_state_dict(head.state_dict())
+        return average
+
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Tensor:
         """image [B, C], spatial [B, L, Cs] where a member needs it -> logits [B, K]."""
         parts = []
-        every = zip(self.heads, self.temperatures, self.weights, strict=True)
+        every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
         for head, temperature, weight in every:
             logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
             parts.append((logits.float() / temperature).log_softmax(dim=-1) + math.log(weight))

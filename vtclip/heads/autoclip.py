@@ -12,33 +12,44 @@ arXiv 2309.16414. c = 1 is what its authors' own example does. With one template
 are zero-shot's.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_share, check_text
+from vtclip.heads._check import check_image, check_share
+from vtclip.heads._head import Head, NewClasses
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BYTE_BUDGET = 2**26  # of e[b,k,m] at a time; images are taken in chunks below it
 LOG2_TAU, STEPS = (-30.0, 60.0), 64
 
 
-class AutoCLIP(nn.Module):
+class AutoCLIP(Head):
     """Class texts of M templates [K, M, C] against image [B, C]; nothing to learn.
 
     num_views: M; the texts are ones of `text` until `set_text_views` or a loaded state brings them.
-    entropy: share of the largest possible entropy, log2(M), that each image's weights have.
+    entropy: share of the largest possible entropy, log2(M), that each image's weights have; the
+        published 0.85.
     inner_scale: the c above.
 
-    `with_text` is missing on purpose: other classes need texts of every template.
+    Other classes need texts of every template: `with_new_classes`, not `with_text`.
+
+    Expected: 79.4 % next to 81.6 % zero-shot on 500 satellite photos of 19 classes through ViT-B/32
+        with 106 templates, 71.4 next to 71.6 % through RN50: no gain there. With one template it is
+        zero-shot.
+    Cost: one matrix product per image and template.
+    Command: vtclip fit SOURCE --method autoclip --templates imagenet80 --test-fraction 1
     """
 
     method = "autoclip"
-    needs_spatial = False
-    fixed = True  # learns nothing from labelled images
-    text: Tensor
+    learns = False
     views: Tensor
 
     def __init__(
@@ -50,8 +61,7 @@ class AutoCLIP(nn.Module):
         inner_scale: float = 1.0,
         logit_scale: float = 100.0,
     ) -> None:
-        super().__init__()
-        check_text("AutoCLIP", text)
+        super().__init__(text, logit_scale=logit_scale)
         check_share("AutoCLIP", "entropy", entropy)
         if num_views < 1:
             raise ValueError(f"AutoCLIP: num_views must be at least 1, got {num_views}")
@@ -59,18 +69,11 @@ class AutoCLIP(nn.Module):
             raise ValueError(f"AutoCLIP: inner_scale must be finite and above 0, got {inner_scale}")
         self.entropy = float(entropy)
         self.inner_scale = float(inner_scale)
-        self.logit_scale = float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         self.register_buffer("views", text.detach()[:, None].repeat(1, num_views, 1))
 
     @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
-
-    def options(self) -> dict[str, Any]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        names = "entropy", "inner_scale", "logit_scale"
-        return {"num_views": self.views.shape[1], **{name: getattr(self, name) for name in names}}
+    def num_views(self) -> int:
+        return self.views.shape[1]
 
     def set_text_views(self, views: Tensor) -> None:
         """Take class texts [K, M, C] of M templates."""
@@ -78,6 +81,16 @@ class AutoCLIP(nn.Module):
         if views.ndim != 3 or views.shape[0] != K or views.shape[2] != C or not views.shape[1]:
             raise ValueError(f"AutoCLIP: views must be [{K}, M, {C}], got {list(views.shape)}")
         self.views = views.detach().to(self.text).contiguous()
+
+    def with_new_classes(self, new: NewClasses) -> Self:
+        if new.text_views.shape[1] != self.num_views:
+            raise ValueError(
+                f"extend: the new classes must have texts of {self.num_views} templates, as the "
+                f"run has, got {new.text_views.shape[1]}"
+            )
+        head = type(self)(torch.cat([self.text, new.text.to(self.text)]), **self.options())
+        head.set_text_views(torch.cat([self.views, new.text_views.to(self.views)]))
+        return head
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
@@ -92,7 +105,7 @@ class AutoCLIP(nn.Module):
         v = F.normalize(image, dim=-1)
         if torch.compiler.is_compiling():  # a traced batch may have any size
             return self._logits(v, t)
-        return torch.cat([self._logits(rows, t) for rows in v.split(step)])  # type: ignore[no-untyped-call]
+        return torch.cat([self._logits(rows, t) for rows in torch.split(v, step)])
 
     def _logits(self, v: Tensor, t: Tensor) -> Tensor:
         e = (v @ t.T).view(v.shape[0], *self.views.shape[:2])  # [b, K, M]

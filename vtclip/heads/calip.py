@@ -12,34 +12,42 @@ arXiv 2209.14169, eq. 5 to 8, in the released code's form.
 """
 
 import itertools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_spatial, check_text
+from vtclip.heads._check import check_image, check_spatial
+from vtclip.heads._head import Head, Support
 from vtclip.heads._support import scaled_nll
-from vtclip.support import Support
 
 BYTE_BUDGET = 2**27  # of tensors [b, L, C] and [b, L, K] at a time
 BETA2 = tuple(0.1 * step for step in range(21))
 BETA3 = tuple(0.01 * step for step in range(11))
 
 
-class CALIP(nn.Module):
+class CALIP(Head):
     """Image [B, C] and spatial [B, L, C] against class texts [K, C]; two weights to choose.
 
     beta2, beta3: weights of the texts seen through the image and of the image seen through the
         texts; at 0 and 0 the logits are zero-shot's. `choose` searches them in 0..2 and 0..0.1.
     spatial_dim: what the spatial features have, to be refused early unless it is C: they must lie
         in the space of the texts.
+
+    No training: min(shots, 4) validation images per class choose the two weights. The defaults, for
+    no validation images, give +0.3 points over zero-shot by `benchmarks/choose_defaults.py` on
+    product photos that were not tested on.
+
+    Expected: 90.1 / 90.1 / 90.0 % from 90.1 % zero-shot with 1 / 4 / 16 shots, mean of seeds 1-3,
+        on 754 product photos of 18 classes through a CLIP with 256 tokens of width 128.
+    Cost: 0.1 s on one CPU core.
+    Command: vtclip fit SOURCE --method calip --shots 16
     """
 
     method = "calip"
     needs_spatial = True
-    text: Tensor
+    any_classes = True
 
     def __init__(
         self,
@@ -50,8 +58,7 @@ class CALIP(nn.Module):
         beta3: float = 0.1,
         logit_scale: float = 100.0,
     ) -> None:
-        super().__init__()
-        check_text("CALIP", text)
+        super().__init__(text, logit_scale=logit_scale)
         if spatial_dim not in (None, text.shape[1]):
             raise ValueError(
                 f"CALIP: spatial features must lie in the space of the texts, of width "
@@ -62,15 +69,8 @@ class CALIP(nn.Module):
                 raise ValueError(f"CALIP: {name} must be finite and at least 0, got {value}")
         self.beta2 = float(beta2)
         self.beta3 = float(beta3)
-        self.logit_scale = float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
 
-    @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
-
-    def options(self) -> dict[str, Any]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
+    def options(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("beta2", "beta3", "logit_scale")}
 
     def forward(self, image: Tensor, spatial: Tensor, spatial_mask: Tensor | None = None) -> Tensor:
@@ -93,15 +93,15 @@ class CALIP(nn.Module):
         v, t = F.normalize(image, dim=-1), F.normalize(self.text, dim=-1)
         row = spatial.shape[1] * (3 * t.shape[1] + 3 * t.shape[0]) * image.element_size()
         step = max(1, BYTE_BUDGET // max(1, row))
-        found = []
+        parts = []
         # a traced batch may have any size, and is taken at once
         traced = torch.compiler.is_compiling()
         for start in (0,) if traced else range(0, max(1, len(v)), step):
             here = slice(start, None if traced else start + step)
             mask = None if spatial_mask is None else spatial_mask[here]
-            found.append(_attended(v[here], spatial[here], mask, t))
+            parts.append(_attended(v[here], spatial[here], mask, t))
         by_text, by_image = (
-            self.logit_scale * torch.cat(part) for part in zip(*found, strict=True)
+            self.logit_scale * torch.cat(part) for part in zip(*parts, strict=True)
         )
         zero_shot = ops.cosine_logits(image, self.text, scale=self.logit_scale)
         return zero_shot, by_text, by_image
@@ -115,18 +115,14 @@ class CALIP(nn.Module):
             raise ValueError("CALIP: validation images must have spatial features")
         with torch.no_grad():
             dtype = self.text.dtype
-            parts = self.parts(val.image.to(dtype), val.spatial.to(dtype))
-        zero_shot, by_text, by_image = (part.double() for part in parts)
+            terms = self.parts(val.image.to(dtype), val.spatial.to(dtype))
+        zero_shot, by_text, by_image = (term.double() for term in terms)
 
         def cost(at: tuple[float, float]) -> float:
             logits = zero_shot + at[0] * by_text + at[1] * by_image
             return scaled_nll(logits, val.label) + at[0]
 
         self.beta2, self.beta3 = min(itertools.product(BETA2, BETA3), key=cost)
-
-    def with_text(self, text: Tensor) -> "CALIP":
-        """The same decision over other classes [K', C]."""
-        return CALIP(text.to(self.text), **self.options())
 
 
 def _attended(v: Tensor, spatial: Tensor, mask: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,13 +133,13 @@ def _attended(v: Tensor, spatial: Tensor, mask: Tensor | None, t: Tensor) -> tup
     a = 2 * s @ t.T  # [B, L, K]
     u = a.softmax(dim=2) @ t  # [B, L, C]
     if mask is None:
-        over = a.softmax(dim=1)
+        by_position = a.softmax(dim=1)
         mean, largest = u.mean(dim=1), u.amax(dim=1)
     else:
         gone, some = ~mask[:, :, None], mask.any(dim=1, keepdim=True)
-        over = a.masked_fill(gone, -torch.inf).softmax(dim=1).masked_fill(gone, 0.0)
+        by_position = a.masked_fill(gone, -torch.inf).softmax(dim=1).masked_fill(gone, 0.0)
         count = mask.sum(dim=1, keepdim=True).clamp_min(1)
         mean = u.masked_fill(gone, 0.0).sum(dim=1) / count
         largest = u.masked_fill(gone, -torch.inf).amax(dim=1).masked_fill(~some, 0.0)
-    own = s @ v[:, :, None]  # [B, L, 1]
-    return (over * own).sum(dim=1), (mean + largest) @ t.T
+    cosine = s @ v[:, :, None]  # [B, L, 1]
+    return (by_position * cosine).sum(dim=1), (mean + largest) @ t.T

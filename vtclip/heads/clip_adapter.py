@@ -9,50 +9,55 @@ have the same logits and the same gradients. arXiv 2110.04544, eq. 3, on the ima
 is what its authors released.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_share, check_text
+from vtclip.heads._check import check_image, check_share
+from vtclip.heads._head import Head
+from vtclip.heads.config import FitConfig
 
 
-class ClipAdapter(nn.Module):
+class ClipAdapter(Head):
     """Two matrices C -> C / reduction -> C between image [B, C] and class texts [K, C].
 
     ratio: share of the adapted feature, in 0..1; at 0 the logits are zero-shot's to the last bit.
     """
 
     method = "clip-adapter"
-    needs_spatial = False
-    text: Tensor
+    any_classes = True
 
     def __init__(
         self, text: Tensor, *, ratio: float = 0.2, reduction: int = 4, logit_scale: float = 100.0
     ) -> None:
-        super().__init__()
-        check_text("ClipAdapter", text)
+        super().__init__(text, logit_scale=logit_scale)
         check_share("ClipAdapter", "ratio", ratio)
         if reduction < 1:
             raise ValueError(f"ClipAdapter: reduction must be at least 1, got {reduction}")
         self.ratio = float(ratio)
         self.reduction = int(reduction)
-        self.logit_scale = float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         C = text.shape[1]
         width = max(1, C // self.reduction)
         self.down = nn.Linear(C, width, bias=False)
         self.up = nn.Linear(width, C, bias=False)
         self.to(device=text.device, dtype=text.dtype)
 
-    @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
+    @classmethod
+    def recipe(cls, shots: int) -> FitConfig:
+        """AdamW, batch 32, one epoch of linear warm-up, then half a cosine; published ratio of 0.2.
 
-    def options(self) -> dict[str, Any]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        return {name: getattr(self, name) for name in ("ratio", "reduction", "logit_scale")}
+        Chosen by `benchmarks/choose_defaults.py` on satellite photos of 19 classes (ViT-B/32,
+        RN50), on images that neither train nor test, mean over 1, 4 and 16 shots: 92.7 %; with 20
+        epochs 90.9, a rate of 3e-3 92.0, label smoothing 91.4. Twice the epochs, larger batches,
+        more weight decay and other ratios gain nothing that two draws could tell from chance.
+
+        Expected: 89.5 / 95.7 / 98.1 % from 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds
+            1-3, on 500 satellite photos of 19 classes through ViT-B/32; 84.7 / 92.9 / 97.1 from
+            71.6 through RN50.
+        Cost: 1 / 1 / 4 s on one CPU core.
+        Command: vtclip fit SOURCE --method clip-adapter --shots 16
+        """
+        del shots
+        return FitConfig(epochs=100, optimizer="adamw", lr=1e-3, warmup="linear")
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
@@ -62,9 +67,3 @@ class ClipAdapter(nn.Module):
         adapted = self.up(self.down(image).relu()).relu()
         blended = self.ratio * adapted + (1 - self.ratio) * image
         return ops.cosine_logits(blended, self.text, scale=self.logit_scale)
-
-    def with_text(self, text: Tensor) -> "ClipAdapter":
-        """A head of the same parameters, copied, over other classes [K', C]."""
-        head = ClipAdapter(text.to(self.text), **self.options())
-        head.load_state_dict({**self.state_dict(), "text": head.text})
-        return head

@@ -8,52 +8,49 @@ The baseline of Radford et al. 2021 (arXiv 2103.00020, section 3.2): full-batch 
 chosen on validation images.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtclip.heads._check import check_image, check_text
+from vtclip.heads._check import check_image
+from vtclip.heads._head import Head, Support
 from vtclip.heads._support import scaled_nll
-from vtclip.support import Support
 
 # one column of the search; strongest first, each starts from the one before
 STRENGTHS = tuple(10 ** (step / 2) for step in range(2, -11, -1))  # 10 .. 1e-5
 MAX_STEPS = 500
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(Head):
     """Weights [K, C] and biases [K], 0 until `fit_support`: all classes are then equally likely.
 
     l2: strength of the penalty, per sum over the images; `choose` sets it by validation images and
         without any it stays.
     logit_scale: not used, since nothing here is a cosine; kept so that all heads are built alike.
+
+    The default l2 is by `benchmarks/choose_defaults.py`, on the photos below and through RN50: 88.3
+    % on held-out images, with 0.1 87.6, and 1e-2 to 1e-5 within 0.2 of it.
+
+    Expected: 80.7 / 95.5 / 98.6 % next to 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds
+        1-3, on 500 satellite photos of 19 classes through ViT-B/32. With one image a class it may
+        fall below zero-shot, as it takes nothing from the class texts.
+    Cost: 1 / 2 / 4 s on one CPU core.
+    Command: vtclip fit SOURCE --method linear-probe --shots 16
     """
 
     method = "linear-probe"
-    needs_spatial = False
-    text: Tensor
+    class_specific = True
 
     def __init__(self, text: Tensor, *, l2: float = 1e-3, logit_scale: float = 100.0) -> None:
-        super().__init__()
-        check_text("LinearProbe", text)
+        super().__init__(text, logit_scale=logit_scale)
         if not 0 < l2 < float("inf"):
             raise ValueError(f"LinearProbe: l2 must be finite and above 0, got {l2}")
         self.l2 = float(l2)
-        self.logit_scale = float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         self.weight = nn.Parameter(torch.zeros_like(self.text))
         self.bias = nn.Parameter(torch.zeros_like(self.text[:, 0]))
         self._support: Support | None = None
-
-    @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
-
-    def options(self) -> dict[str, Any]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        return {"l2": self.l2, "logit_scale": self.logit_scale}
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
@@ -84,12 +81,12 @@ class LinearProbe(nn.Module):
     def choose(self, val: Support) -> None:
         """Fit every strength to the images of `fit_support`, keep what validation finds likeliest.
 
-        The kept images are let go.
+        The images are let go.
         """
         if self._support is None:
             raise ValueError("LinearProbe: choose needs the images of fit_support, got none")
-        every = logistic_regression(self._support, self.num_classes, STRENGTHS)
-        fits = dict(zip(STRENGTHS, every, strict=True))
+        solved = logistic_regression(self._support, self.num_classes, STRENGTHS)
+        fits = dict(zip(STRENGTHS, solved, strict=True))
         image = F.normalize(val.image.double(), dim=-1)
         self.l2 = min(fits, key=lambda l2: scaled_nll(F.linear(image, *fits[l2]), val.label))
         self._support = None
@@ -102,7 +99,7 @@ class LinearProbe(nn.Module):
 
 
 def logistic_regression(
-    support: Support, num_classes: int, strengths: Any
+    support: Support, num_classes: int, strengths: Sequence[float]
 ) -> list[tuple[Tensor, Tensor]]:
     """(W [K, C], b [K]) in float64 for each l2 of `strengths`, strongest first.
 
@@ -115,13 +112,13 @@ def logistic_regression(
     basis = torch.linalg.qr(centred.T)[0] if len(v) < v.shape[1] else None  # [C, N]
     x = centred if basis is None else centred @ basis
     flat = x.new_zeros(num_classes, x.shape[1] + 1)  # the last column is the bias
-    found = []
+    solved = []
     for l2 in strengths:
         flat = _solve(x, support.label, flat, l2)
         weight, bias = flat[:, :-1], flat[:, -1]
         weight = weight if basis is None else weight @ basis.T
-        found.append((weight, bias - weight @ mean))
-    return found
+        solved.append((weight, bias - weight @ mean))
+    return solved
 
 
 def _solve(x: Tensor, label: Tensor, start: Tensor, l2: float) -> Tensor:

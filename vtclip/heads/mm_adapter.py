@@ -12,30 +12,29 @@ image is the only real query. With v, t, u of length 1 that leaves O(K) work an 
     logits[b,k] = s * v'_b . (r u_b + (1 - r) t_k) / |r u_b + (1 - r) t_k|
     |r u_b + (1 - r) t_k|^2 = r^2 |u_b|^2 + (1 - r)^2 |t_k|^2 + 2 r (1 - r) u_b . t_k
 
-arXiv 2409.02958. The logits of one class depend on the classes shown beside it.
+arXiv 2409.02958. The logits of one class depend on the other classes shown next to it.
 """
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_share, check_text
+from vtclip.heads._check import check_image, check_share
+from vtclip.heads._head import Head
+from vtclip.heads.config import FitConfig
 
 LEAST_LENGTH = 1e-6  # of a blended text; below it both of its parts cancel
 
 
-class MMAdapter(nn.Module):
+class MMAdapter(Head):
     """One masked attention layer of width `hidden` over class texts [K, C] and image [B, C].
 
     ratio: share of what attention adds, in 0..1, on both sides.
     """
 
     method = "mm-adapter"
-    needs_spatial = False
-    text: Tensor
+    any_classes = True
+    mixes_classes = True
 
     def __init__(
         self,
@@ -46,16 +45,13 @@ class MMAdapter(nn.Module):
         num_heads: int = 4,
         logit_scale: float = 100.0,
     ) -> None:
-        super().__init__()
-        check_text("MMAdapter", text)
+        super().__init__(text, logit_scale=logit_scale)
         check_share("MMAdapter", "ratio", ratio)
         if num_heads < 1 or hidden < 1 or hidden % num_heads:
             raise ValueError(f"MMAdapter: num_heads must divide hidden = {hidden}, got {num_heads}")
         self.ratio = float(ratio)
         self.hidden = int(hidden)
         self.num_heads = int(num_heads)
-        self.logit_scale = float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         C = text.shape[1]
         self.down = nn.Linear(C, self.hidden)
         # holds the parameters; `forward` does not call it
@@ -63,14 +59,24 @@ class MMAdapter(nn.Module):
         self.up = nn.Linear(self.hidden, C)
         self.to(device=text.device, dtype=text.dtype)
 
-    @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
+    @classmethod
+    def recipe(cls, shots: int) -> FitConfig:
+        """AdamW, batch 32, one epoch of linear warm-up, then half a cosine; published ratio of 0.2.
 
-    def options(self) -> dict[str, Any]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        names = "ratio", "hidden", "num_heads", "logit_scale"
-        return {name: getattr(self, name) for name in names}
+        Chosen by `benchmarks/choose_defaults.py` on satellite photos of 19 classes (ViT-B/32,
+        RN50), on images that neither train nor test, mean over 1, 4 and 16 shots: 91.7 %. Up to 4
+        shots fewer epochs lose, at 16 shots more do; 3e-3 over as many epochs as it likes best (50)
+        loses 0.4 and falls apart over 200; a ratio of 0.1 loses 2.4, one of 0.4 gains nothing.
+
+        Expected: 89.5 / 95.4 / 97.4 % from 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds
+            1-3, on 500 satellite photos of 19 classes through ViT-B/32; 83.9 / 93.1 / 95.1 from
+            71.6 through RN50.
+        Cost: 1 / 1 / 2 s on one CPU core.
+        Command: vtclip fit SOURCE --method mm-adapter --shots 16
+        """
+        # between the shot counts that were tried, the epochs of the next smaller one
+        epochs = 100 if shots < 16 else 50
+        return FitConfig(epochs, optimizer="adamw", lr=1e-3, warmup="linear")
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
@@ -112,9 +118,3 @@ class MMAdapter(nn.Module):
         """[rows, d] -> [1, H, rows, d / H]."""
         H = self.num_heads
         return x.view(x.shape[0], H, self.hidden // H).transpose(0, 1)[None]
-
-    def with_text(self, text: Tensor) -> "MMAdapter":
-        """A head of the same parameters, copied, over other classes [K', C]."""
-        head = MMAdapter(text.to(self.text), **self.options())
-        head.load_state_dict({**self.state_dict(), "text": head.text})
-        return head

@@ -9,16 +9,19 @@ length 1, so that -beta |v - c|^2 is 2 beta v c^T but for a number that all clas
 arXiv 2307.03073.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_text
+from vtclip.heads._check import check_image, check_share
+from vtclip.heads._head import Head, Support
 from vtclip.heads._support import (
     check_positive,
     check_support,
@@ -26,13 +29,15 @@ from vtclip.heads._support import (
     most_likely,
     steps,
 )
-from vtclip.support import Support
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ODDS = steps(1 / 16, 16, 2)  # alpha / (1 - alpha)
 BETAS = steps(0.01, 1.28, 2**0.5)  # times logit_scale
 
 
-class ProtoCLIP(nn.Module):
+class ProtoCLIP(Head):
     """Prototypes [K, C] in place of the support images themselves.
 
     alpha: share of the image prototypes, 0 to 1; 0 ranks as zero-shot.
@@ -40,11 +45,16 @@ class ProtoCLIP(nn.Module):
 
     A class without support images has its text for an image prototype, as all have before
     `fit_support`. The order of the support does not matter.
+
+    No training: class means; alpha and beta by validation.
+
+    Expected: 89.1 / 94.9 / 96.1 % from 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds 1-3,
+        on 500 satellite photos of 19 classes through ViT-B/32; 83.6 / 89.1 / 93.6 from 71.6 % RN50.
+    Cost: 0.2 s for 16 shots of 100 classes of width 512 on two CPU cores.
+    Command: vtclip fit SOURCE --method proto-clip --shots 16
     """
 
     method = "proto-clip"
-    needs_spatial = False
-    text: Tensor
     prototypes: Tensor
 
     def __init__(
@@ -55,23 +65,12 @@ class ProtoCLIP(nn.Module):
         beta: float | None = None,
         logit_scale: float = 100.0,
     ) -> None:
-        super().__init__()
-        check_text("ProtoCLIP", text)
+        super().__init__(text, logit_scale=logit_scale)
         beta = 0.22 * logit_scale if beta is None else beta
         check_positive("ProtoCLIP", beta=beta, logit_scale=logit_scale)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"ProtoCLIP: alpha must lie in 0..1, got {alpha}")
-        self.alpha, self.beta, self.logit_scale = float(alpha), float(beta), float(logit_scale)
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
+        check_share("ProtoCLIP", "alpha", alpha)
+        self.alpha, self.beta = float(alpha), float(beta)
         self.register_buffer("prototypes", F.normalize(self.text, dim=-1))
-
-    @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
-
-    def options(self) -> dict[str, Any]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        return {name: getattr(self, name) for name in ("alpha", "beta", "logit_scale")}
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
@@ -102,19 +101,19 @@ class ProtoCLIP(nn.Module):
         alpha = min(max(self.alpha, 0.01), 0.99)
         centre = {"odds": alpha / (1 - alpha), "beta": self.beta}
         betas = [self.logit_scale * value for value in BETAS]
-        found = most_likely({"odds": ODDS, "beta": betas}, centre, logits, label)
-        self.alpha, self.beta = found["odds"] / (1 + found["odds"]), found["beta"]
+        best = most_likely({"odds": ODDS, "beta": betas}, centre, logits, label)
+        self.alpha, self.beta = best["odds"] / (1 + best["odds"]), best["beta"]
 
-    def extend(self, text_new: Tensor, support: Support) -> "ProtoCLIP":
+    def extend(self, text_new: Tensor, support: Support) -> Self:
         """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1.
 
-        It equals the head of the same hyper-parameters that was given both supports at once.
+        It equals the head of the same hyper-parameters fitted to both supports at once.
         """
         text = extended_text("ProtoCLIP", self.text, text_new, support)
-        larger = ProtoCLIP(text, **self.options())
-        larger.fit_support(support)
-        larger.prototypes[: self.num_classes] = self.prototypes
-        return larger.train(self.training)
+        head = type(self)(text, **self.options())
+        head.fit_support(support)
+        head.prototypes[: self.num_classes] = self.prototypes
+        return head.train(self.training)
 
 
 def prototypes(image: Tensor, label: Tensor, text: Tensor) -> Tensor:

@@ -8,8 +8,8 @@
 The queries x are image_query(sqrt(s) v), text_query(sqrt(s) T) and pair_query(X). The image query
 is one row per image and the text queries are one set for all images that are taken together, so
 they are projected once for these; the released layer repeats both to [B, K, D] first. `out` starts
-at 0, which makes the logits those of zero-shot. The logits of one class depend on the classes
-shown beside it. arXiv 2507.15480.
+at 0, which makes the logits those of zero-shot. The logits of one class depend on the other
+classes shown next to it. arXiv 2507.15480.
 """
 
 import math
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_text
+from vtclip.heads._check import check_image
+from vtclip.heads._head import Head
+from vtclip.heads.config import FitConfig
 from vtclip.names import PENALTIES, QUERIES, Penalty
 from vtclip.ops._projections import Layer, projections
 from vtclip.ops.rational_head import RationalLogits
@@ -37,13 +39,13 @@ RELEASED = {
 }
 OF_PAIRS = ("pair_query", "key", "value")  # projections of X: one matrix, one below the other
 # Intermediate results of all images are kept for the backward up to this many bytes; above it
-# images are taken in chunks below it, and each chunk's results are made again in its backward.
+# images are taken in chunks below it, and each chunk's results are recomputed in its backward.
 BYTE_BUDGET = 2**30
 # tensors of [B, K, D] kept: products, pair queries, keys, values, two parts of the context, context
 ROWS_KEPT = 7
 
 
-class RAda(nn.Module):
+class RAda(Head):
     """Mask over the element-wise product of image [B, D] and class texts [K, D].
 
     text: [K, D], a buffer; brought to length 1 inside, as the images are.
@@ -60,8 +62,10 @@ class RAda(nn.Module):
     """
 
     method = "rada"
-    needs_spatial = False
-    text: Tensor
+    any_classes = True
+    mixes_classes = True
+    image_query: nn.Linear
+    text_query: nn.Linear
 
     def __init__(
         self,
@@ -75,14 +79,12 @@ class RAda(nn.Module):
         logit_bias: float = 0.0,
         adapters: bool = False,
     ) -> None:
-        super().__init__()
-        check_text("RAda", text)
+        super().__init__(text, logit_scale=logit_scale)
         D = text.shape[1]
         self.num_heads = int(num_heads)
         self.temperature = float(temperature)
         self.queries = tuple(queries)
         self.penalty: Penalty = penalty
-        self.logit_scale = float(logit_scale)
         self.logit_bias = float(logit_bias)
         self.adapters = bool(adapters)
         if self.num_heads < 1 or D % self.num_heads:
@@ -105,7 +107,6 @@ class RAda(nn.Module):
             row = int(bad.nonzero()[0])
             fact = f"length {float(norms[row])} in row {row}"
             raise ValueError(f"RAda: text must have finite rows of non-zero length, got {fact}")
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         drawn = ("image_query", "text_query", *OF_PAIRS, "out")  # in this order
         layers = {name: nn.Linear(D, D) for name in drawn if self._has(name)}
         for name in drawn[:2]:
@@ -119,14 +120,33 @@ class RAda(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
+    @classmethod
+    def recipe(cls, shots: int) -> FitConfig:
+        """AdamW, batch 32, one epoch of warm-up, then half a cosine; squared penalty of weight 1.
 
-    def options(self) -> dict[str, object]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        names = "num_heads", "temperature", "penalty", "logit_scale", "logit_bias", "adapters"
-        return {**{name: getattr(self, name) for name in names}, "queries": list(self.queries)}
+        Chosen by `benchmarks/choose_defaults.py` on satellite photos of 19 classes (ViT-B/32,
+        RN50), on images that neither train nor test: 3e-3 gains over 1e-3 from 4 shots on and loses
+        below; 3e-4 and 1e-2 lose wherever tried; without the penalty 16 shots lose 5 points; label
+        smoothing, other penalties and temperatures gain nothing that two draws could tell from
+        chance.
+
+        Expected: 89.6 / 94.9 / 97.1 % from 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds
+            1-3, on 500 satellite photos of 19 classes through ViT-B/32.
+        Cost: 2 / 4 / 14 s on one CPU core.
+        Command: vtclip fit SOURCE --method rada --shots 16
+        """
+        return FitConfig(
+            epochs=20,
+            enough_pairs=800_000,
+            least_epochs=5,
+            optimizer="adamw",
+            lr=1e-3 if shots < 4 else 3e-3,
+            warmup="linear",
+            penalty_weight=1.0,
+        )
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "queries": list(self.queries)}
 
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
@@ -161,7 +181,7 @@ class RAda(nn.Module):
         if torch.compiler.is_compiling() or step >= B:  # in this order: a free B is not compared
             return self._logits(image, text, logit_scale)
         parts = []
-        for images in image.split(step):  # type: ignore[no-untyped-call]
+        for images in torch.split(image, step):
             if torch.is_grad_enabled():
                 inputs = images, text, logit_scale
                 parts.append(checkpoint(self._logits, *inputs, use_reentrant=False))
@@ -180,14 +200,18 @@ class RAda(nn.Module):
             v, t, X = ops.unit_products(image, text, scale=float(D))
             share = (logit_scale.detach() / D).to(v.dtype)
             root_v, root_t, X, scale = share.sqrt() * v, share.sqrt() * t, share * X, 1.0 / D
-        rows = {"image": root_v, "text": root_t}
-        names = [name for name in rows if name in self.queries]
-        layers = [self._layer(f"{name}_query", rows[name]) for name in names]
-        *queries, pairs = projections([*layers, self._layer("pairs", X)])
-        found = dict(zip(names, queries, strict=True))
+        names, layers = [], []
+        if "image" in self.queries:
+            names.append("image")
+            layers.append(_layer(self.image_query, root_v))
+        if "text" in self.queries:
+            names.append("text")
+            layers.append(_layer(self.text_query, root_t))
+        *projected, pairs = projections([*layers, _layer(self.pairs, X)])
+        queries = dict(zip(names, projected, strict=True))
         context = ops.rational_attn_packed(
-            self._heads(found["image"][:, None]) if "image" in found else None,
-            self._heads(found["text"][None]) if "text" in found else None,
+            self._heads(queries["image"][:, None]) if "image" in queries else None,
+            self._heads(queries["text"][None]) if "text" in queries else None,
             self.of_heads(pairs),
             temperature=self.temperature,
         )
@@ -198,13 +222,6 @@ class RAda(nn.Module):
             penalty=self.penalty,
         )
         return RationalLogits(logits if logit_scale is None else logits * logit_scale, penalty)
-
-    def with_text(self, text: Tensor) -> "RAda":
-        """A head of the same parameters, copied, over other classes [K', D]."""
-        options: dict[str, Any] = self.options()
-        head = RAda(text.to(self.text), **options)
-        head.load_state_dict({**self.state_dict(), "text": head.text})
-        return head
 
     def load_released_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy a released layer's parameters, keys `mha.q_proj1.weight`, with or without `mha.`.
@@ -222,19 +239,19 @@ class RAda(nn.Module):
         }
         unknown = sorted(set(layer) - set(wanted))
         if unknown:
-            raise ValueError(f"RAda: state must have the released keys, got {unknown[0]!r} beside")
-        own = self.apart(self.state_dict())
-        found = {}
+            raise ValueError(f"RAda: state must have the released keys, got {unknown[0]!r} as well")
+        parameters = self.apart(self.state_dict())
+        released = {}
         for old, new in wanted.items():
-            if new not in own:
+            if new not in parameters:
                 continue
             if old not in layer:
                 raise ValueError(f"RAda: state must have the released keys, {old!r} is missing")
-            if layer[old].shape != own[new].shape:
-                fact = f"{list(own[new].shape)}, got {list(layer[old].shape)}"
+            if layer[old].shape != parameters[new].shape:
+                fact = f"{list(parameters[new].shape)}, got {list(layer[old].shape)}"
                 raise ValueError(f"RAda: state {old!r} must be {fact}")
-            found[new] = layer[old]
-        self.load_state_dict({**own, **found})
+            released[new] = layer[old]
+        self.load_state_dict({**parameters, **released})
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         packed = self.packed(state_dict, prefix)
@@ -243,7 +260,7 @@ class RAda(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def packed(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """`state` with pair_query, key and value stacked where they are apart, as once written."""
+        """`state` with pair_query, key and value stacked where they are apart, as in old files."""
         stacked = dict(state)
         names = [name for name in OF_PAIRS if self._has(name)]
         for kind in ("weight", "bias"):
@@ -262,16 +279,12 @@ class RAda(nn.Module):
         names = [name for name in OF_PAIRS if self._has(name)]
         for kind in ("weight", "bias"):
             rows = apart.pop(f"pairs.{kind}").chunk(len(names))
-            apart.update({f"{name}.{kind}": one for name, one in zip(names, rows, strict=True)})
+            apart.update({f"{name}.{kind}": part for name, part in zip(names, rows, strict=True)})
         return apart
 
     def _has(self, name: str) -> bool:
         """Whether the projection of that name exists."""
         return not name.endswith("_query") or name.removesuffix("_query") in self.queries
-
-    def _layer(self, name: str, x: Tensor) -> Layer:
-        layer = self.get_submodule(name)
-        return Layer(x, layer.weight, layer.bias)  # type: ignore[arg-type]
 
     def of_heads(self, pairs: Tensor) -> Tensor:
         """Output of `pairs` [B, K, n * D] -> [B, K, n, H, d], a view."""
@@ -282,6 +295,10 @@ class RAda(nn.Module):
         """[B, K, D] -> [B, H, K, d], a view."""
         H = self.num_heads
         return x.view(*x.shape[:2], H, x.shape[-1] // H).transpose(1, 2)
+
+
+def _layer(layer: nn.Linear, x: Tensor) -> Layer:
+    return Layer(x, layer.weight, layer.bias)
 
 
 def _stacked(layers: list[nn.Linear]) -> nn.Linear:

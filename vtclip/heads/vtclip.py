@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_spatial, check_text
+from vtclip.heads._check import check_image, check_spatial
+from vtclip.heads._cost import fuse_tail
 from vtclip.heads._decoder import (
     align,
     before_last_norm,
@@ -35,15 +36,17 @@ from vtclip.heads._decoder import (
     last_norm,
     queries,
 )
-from vtclip.heads.cost import fuse_tail
+from vtclip.heads._head import Head
+from vtclip.heads.config import FitConfig
 
 EPS = 1e-5
+EPOCHS = {1: 50, 2: 100, 4: 100, 8: 50, 16: 50}  # by shots
 INITS = ("zero", "aligned", "torch")
 # without gradients, work on as many rows at a time as keep the intermediate results below this
 CHUNK_BYTES = 256 * 2**20
 
 
-class VTCLIP(nn.Module):
+class VTCLIP(Head):
     """Transformer decoder from class texts [K, C] to each image's spatial features.
 
     text: [K, C], a buffer, used as given (L2-normalise it before).
@@ -63,7 +66,8 @@ class VTCLIP(nn.Module):
 
     method = "vtclip"
     needs_spatial = True
-    text: Tensor
+    any_classes = True
+    mixes_classes = True
 
     def __init__(
         self,
@@ -78,8 +82,7 @@ class VTCLIP(nn.Module):
         logit_scale: float = 100.0,
         init: str = "zero",
     ) -> None:
-        super().__init__()
-        check_text("VTCLIP", text)
+        super().__init__(text, logit_scale=logit_scale)
         C = text.shape[1]
         self.spatial_dim = C if spatial_dim is None else int(spatial_dim)
         self.num_heads = int(num_heads)
@@ -87,7 +90,6 @@ class VTCLIP(nn.Module):
         self.ffn_dim = 4 * C if ffn_dim is None else int(ffn_dim)
         self.unit_spatial = bool(unit_spatial)
         self.residual = float(residual)
-        self.logit_scale = float(logit_scale)
         self.init = init
         for name in ("spatial_dim", "num_heads", "num_layers", "ffn_dim"):
             if getattr(self, name) < 1:
@@ -102,7 +104,6 @@ class VTCLIP(nn.Module):
         if init == "aligned" and self.spatial_dim != C:
             fact = f"got {self.spatial_dim}"
             raise ValueError(f"VTCLIP: spatial_dim must be C = {C} where init is aligned, {fact}")
-        self.register_buffer("text", text.detach().clone(memory_format=torch.contiguous_format))
         self.spatial_proj: nn.Module = nn.Identity()
         if self.spatial_dim != C:
             self.spatial_proj = nn.Linear(self.spatial_dim, C, bias=False)
@@ -120,23 +121,32 @@ class VTCLIP(nn.Module):
             nn.init.zeros_(self._decoder()[-1].norm3.weight)
             nn.init.zeros_(self._decoder()[-1].norm3.bias)
 
-    @property
-    def num_classes(self) -> int:
-        return self.text.shape[0]
+    @classmethod
+    def recipe(cls, shots: int) -> FitConfig:
+        """AdamW, batch 32, one epoch of linear warm-up, then half a cosine; hidden width 512.
 
-    def options(self) -> dict[str, object]:
-        """What the constructor needs beside `text`, as plain numbers and strings."""
-        names = (
-            "spatial_dim",
-            "num_heads",
-            "num_layers",
-            "ffn_dim",
-            "unit_spatial",
-            "residual",
-            "logit_scale",
-            "init",
+        Chosen on images that neither train nor test: with 4 shots a rate of 1e-4 gains more than
+        2e-4, with 16 shots 3e-4 more than 1e-4 or 1e-3, and both more than SGD at 2e-3. With 16
+        shots 50, 34 and 23 epochs are equal to half a point, so that many classes, which make
+        epochs long, are trained for fewer.
+
+        Expected: 91.2 % from 90.1 % zero-shot with 16 shots, mean of seeds 1-3, on 754 product
+            photos of 18 classes through a CLIP with 256 tokens of width 128.
+        Cost: that took 29 s on one CPU core.
+        Command: vtclip fit SOURCE --method vtclip --shots 16
+        """
+        # between the named shot counts, the epochs of the next smaller one
+        epochs = EPOCHS[max((known for known in EPOCHS if known <= shots), default=1)]
+        return FitConfig(
+            epochs,
+            enough_pairs=640_000,
+            least_epochs=4,
+            optimizer="adamw",
+            lr=1e-4 if shots < 8 else 3e-4,
+            weight_decay=1e-2,
+            warmup="linear",
+            head={"unit_spatial": True, "ffn_dim": 512},
         )
-        return {name: getattr(self, name) for name in names}
 
     def forward(self, image: Tensor, spatial: Tensor, spatial_mask: Tensor | None = None) -> Tensor:
         """image [B, C], spatial [B, L, spatial_dim] -> [B, K].
@@ -191,13 +201,6 @@ class VTCLIP(nn.Module):
         key, _ = keys_values(layer, tokens)
         return ops.cross_attn_weights(query, key, key_mask=spatial_mask).mean(1)
 
-    def with_text(self, text: Tensor) -> "VTCLIP":
-        """A head of the same parameters, copied, over other classes [K', C]."""
-        options: dict[str, Any] = self.options()
-        head = VTCLIP(text.to(self.text), **options)
-        head.load_state_dict({**self.state_dict(), "text": head.text})
-        return head
-
     def load_decoder_layer(self, layer: nn.TransformerDecoderLayer) -> None:
         """Copy one layer's parameters.
 
@@ -218,8 +221,8 @@ class VTCLIP(nn.Module):
             raise ValueError(f"VTCLIP: layers must be {self.num_layers}, got {len(layers)}")
         for layer in layers:
             self._check_layer(layer)
-        for own, layer in zip(self.layers, layers, strict=True):
-            own.load_state_dict(layer.state_dict())
+        for copy, layer in zip(self.layers, layers, strict=True):
+            copy.load_state_dict(layer.state_dict())
 
     def _check_layer(self, layer: nn.Module) -> None:
         if not isinstance(layer, nn.TransformerDecoderLayer):
@@ -241,7 +244,7 @@ class VTCLIP(nn.Module):
                 raise ValueError(f"VTCLIP: layer must have {name} = {wish}, got {fact}")
 
     def _decoder(self) -> list[nn.TransformerDecoderLayer]:
-        return list(self.layers)  # type: ignore[arg-type]
+        return [layer for layer in self.layers if isinstance(layer, nn.TransformerDecoderLayer)]
 
     def _tokens(self, spatial: Tensor, spatial_mask: Tensor | None) -> Tensor:
         """[B, L, spatial_dim] -> [B, L, C]; masked tokens 0, whatever the padding held."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of one fit, checked when they are made."""
+"""The settings of one fit, checked when they are made; a head's `recipe` returns them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FitConfig:
         through the head, but at least `least_epochs`; 0 for all epochs.
     loss: "ce", cross-entropy, or "gce", (1 - p^q) / q of the true class's probability p with q =
         gce_q, which wrong labels pull less (arXiv 1805.07836, eq. 6).
-    penalty_weight: what the head's penalty, averaged over the batch, counts beside cross-entropy.
+    penalty_weight: what the head's penalty, averaged over the batch, counts next to cross-entropy.
     label_smoothing: share of each label that is spread evenly over all classes.
     warmup "constant": the first `warmup_epochs` run at `warmup_lr` and the others, epoch by epoch,
         at lr * (1 + cos(pi * (epoch - warmup_epochs) / epochs)) / 2.
@@ -84,7 +84,7 @@ class FitConfig:
             )
 
     def num_epochs(self, steps: int, num_classes: int) -> int:
-        """The epochs that are trained where one has so many steps."""
+        """The epochs that are trained, of so many steps each."""
         if not self.enough_pairs:
             return self.epochs
         enough = math.ceil(self.enough_pairs / (steps * self.batch_size * num_classes))

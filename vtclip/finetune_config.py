@@ -27,7 +27,7 @@ class FinetuneConfig:
     lr: peak rate of both encoders; the head's own is `head_lr`. Both rise linearly over
         `warmup_steps` and then fall to 0 as half a cosine, step by step.
     weight_decay: of matrices only; biases, norms and the logit scale have none.
-    penalty_weight: what the head's penalty, averaged over the batch, counts beside cross-entropy.
+    penalty_weight: what the head's penalty, averaged over the batch, counts next to cross-entropy.
     least_area: of a random crop, as a share of the image.
     precision "bf16": both towers under bfloat16 autocast; weights, head and loss stay float32.
     """

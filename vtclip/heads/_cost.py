@@ -96,7 +96,7 @@ def plan(B: int, K: int, C: int, L: int, H: int, F: int, device: str = "cpu") ->
 def fuse_tail(rows: int, device: str, *, training: bool) -> bool:
     """Whether the second feed-forward matrix joins the last norm and the cosine in one operator.
 
-    It then stores no [B, K, C] result, and its backward makes that again: a sixth more operations
+    It then stores no [B, K, C] result, and its backward recomputes it: a sixth more operations
     per step. So in evaluation only, and on CPU for `rows` = B K enough to pay for packing the
     weight.
     """

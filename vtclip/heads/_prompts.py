@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A frozen text transformer run from token embeddings, and prompts with places for learned vectors.
 
-`TextTower.encode` of the embeddings of a prompt's tokens is the model's own encode_text of that
+`TextTower.encode` of the embeddings of a prompt's tokens is the model's encode_text of that
 prompt. Two things make it cheaper under a causal mask, and neither changes a feature. The places
 after the one that is read are left out: a prompt of 24 tokens costs 24 places, not the model's 77.
 And vectors that all classes share before the name are encoded once for many classes, which follow
@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from .clip import Clip
-    from .data.records import Records
+from vtclip.heads._head import TextModel
 
-# What autograd keeps of the text tower, beside the token embeddings of all classes, is at most
-# this: above it classes are taken in chunks, each computed again in the backward pass.
+# What autograd keeps of the text tower, next to the token embeddings of all classes, is at most
+# this: above it classes are taken in chunks, each recomputed in the backward pass.
 BYTE_BUDGET = 2**30
 
 
@@ -43,14 +41,6 @@ class Prompts(NamedTuple):
     mask: Tensor | None
     lead: int
     num_classes: int
-
-
-class TextModel(Protocol):
-    """What is needed of a `vtclip.clip.Clip`."""
-
-    model: nn.Module
-    tokenizer: Any
-    name: str
 
 
 class TextTower:
@@ -104,7 +94,7 @@ class TextTower:
         return project(x) if isinstance(project, nn.Linear) else x @ project  # type: ignore[no-any-return]
 
     def room(self, class_names: Sequence[str]) -> int:
-        """How many learned vectors fit beside the longest class name."""
+        """How many learned vectors fit next to the longest class name."""
         return self.context_length - max(len(self._parts(name)) for name in class_names)
 
     def prompts(
@@ -138,14 +128,14 @@ class TextTower:
         vectors = torch.cat([first, *[rest] * c], dim=-2).expand(R, -1, -1)
         step = max(1, BYTE_BUDGET // self.bytes_kept(prompts.ids.shape[1]))
         chunks = range(0, R, step)
-        again = torch.is_grad_enabled() and len(chunks) > 1
+        recompute = torch.is_grad_enabled() and len(chunks) > 1
         parts = []
         for start in chunks:
             rows = slice(start, start + step)
             part = prompts._replace(
                 ids=prompts.ids[rows], slots=prompts.slots[rows], read=prompts.read[rows]
             )
-            if again:
+            if recompute:
                 parts.append(checkpoint(self._texts, vectors[rows], part, use_reentrant=False))
             else:
                 parts.append(self._texts(vectors[rows], part))
@@ -233,35 +223,6 @@ class TextTower:
                 f"learned prompts: the tokenizer's last token must be the one the text encoder "
                 f"reads, got place {end} of {len(ids)}"
             )
-
-
-def text_encoder(records: Records, device: torch.device) -> Clip:
-    """The model that made the class texts of `records`, by name and by digest of its weights."""
-    from .clip import load_clip
-
-    clip = load_clip(records.info["model_name"], device)
-    wanted = records.info.get("digests", {}).get("weights")
-    if clip.weights_digest != wanted:
-        raise ValueError(
-            f"model {clip.name!r} has weights {clip.weights_digest[:12]}, the features were made "
-            f"by {str(wanted)[:12]}"
-        )
-    return clip
-
-
-def check_text_encoder(method: str, records: Records) -> None:
-    """Refuse features without a model for a method that trains through its text encoder."""
-    from .heads import HEADS
-
-    if not getattr(HEADS[method], "needs_text_encoder", False):
-        return
-    if not (records.info.get("model") and records.info.get("model_name")):
-        kind = records.info.get("kind")
-        what = "an .npz table" if kind == "npz" else "a table of features"
-        raise ValueError(
-            f"method {method} needs the text encoder, which {what} does not have; give a folder "
-            "of images, a data set or a features folder"
-        )
 
 
 def _before(M: int, position: str) -> int:

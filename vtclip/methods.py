@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the name of a method to its settings and its head over a table of features."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vtclip.clip import Clip, load_clip
+from vtclip.data.records import Records
+from vtclip.heads import HEADS, Head
+from vtclip.heads.config import FitConfig
+from vtclip.names import pick
+
+
+def takes_images(method: str) -> bool:
+    """Whether the method learns from labelled images, by training or by keeping them."""
+    return HEADS[method].learns
+
+
+def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
+    """The recipe's settings with `overrides` in place of some; `head` adds to the recipe's.
+
+    Epochs that are asked for are trained, all of them. A head without a penalty takes no
+    penalty_weight; where its kind is "none" the weight is 0.
+    """
+    config = HEADS[method].recipe(shots)
+    changes = {name: value for name, value in (overrides or {}).items() if value is not None}
+    options = dict(changes.pop("head", None) or {})
+    if method == "auto" and (changes or options):
+        raise ValueError(
+            "method auto fits several methods, each with its own settings; to set "
+            f"{', '.join([*changes, *options])}, name one method"
+        )
+    if changes and not config.epochs:
+        raise ValueError(f"method {method} has no training, so {', '.join(changes)} cannot be set")
+    if options and not config.epochs and not takes_images(method):
+        raise ValueError(f"method {method} has no training, so {', '.join(options)} cannot be set")
+    takes = inspect.signature(HEADS[method]).parameters
+    for name in options:
+        if name == "text" or name not in takes:
+            raise ValueError(f"method {method} has no option {name}")
+    for name in changes:
+        pick("override", name, [field.name for field in dataclasses.fields(FitConfig)])
+    weight = changes.get("penalty_weight")
+    if weight and not HEADS[method].has_penalty:
+        raise ValueError(f"method {method} has no penalty, so penalty_weight cannot be set")
+    if {**config.head, **options}.get("penalty") == "none":
+        if weight:
+            raise ValueError(f"penalty_weight must be 0 where the penalty is none, got {weight:g}")
+        changes["penalty_weight"] = 0.0
+    changes["head"] = {**config.head, **options}
+    if "epochs" in changes:
+        changes.setdefault("enough_pairs", 0)
+    if changes.get("epochs", 1) < 1:
+        raise ValueError(f"epochs must be at least 1, got {changes['epochs']}")
+    return dataclasses.replace(config, **changes)
+
+
+def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> Head:
+    """The head of `method` over the records' class texts, with the recipe's options."""
+    options: dict[str, Any] = {"logit_scale": records.logit_scale, **config.head}
+    if HEADS[method].needs_spatial:
+        options.setdefault("spatial_dim", records.spatial_width)
+    head = HEADS[method](records.text, **options).to(device)
+    head.set_text_views(records.text_views)
+    return head
+
+
+def text_encoder(records: Records, device: torch.device) -> Clip:
+    """The model that made the class texts of `records`, by name and by digest of its weights."""
+    clip = load_clip(records.info["model_name"], device)
+    wanted = records.info.get("digests", {}).get("weights")
+    if clip.weights_digest != wanted:
+        raise ValueError(
+            f"model {clip.name!r} has weights {clip.weights_digest[:12]}, the features were made "
+            f"by {str(wanted)[:12]}"
+        )
+    return clip
+
+
+def check_text_encoder(method: str, records: Records) -> None:
+    """Refuse features without a model for a method that trains through its text encoder."""
+    if not HEADS[method].needs_text_encoder:
+        return
+    if not (records.info.get("model") and records.info.get("model_name")):
+        kind = records.info.get("kind")
+        what = "an .npz table" if kind == "npz" else "a table of features"
+        raise ValueError(
+            f"method {method} needs the text encoder, which {what} does not have; give a folder "
+            "of images, a data set or a features folder"
+        )
