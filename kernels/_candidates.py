@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles worth timing beside a given one; `vtclip tune` walks from the built-in tile along them."""
+"""Tiles worth timing next to another; `vtclip tune` walks from the built-in tile along them."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def neighbours(
     kind: str, tile: AnyTile, dtype: torch.dtype, sizes: tuple[int, ...], target: Target
 ) -> list[AnyTile]:
     """Tiles that differ from `tile` in one number, twice or half of it, or one stage; that fit."""
-    found: list[AnyTile] = []
+    near: list[AnyTile] = []
     for name, value in zip(tile._fields, tile, strict=True):
         others = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         for other in others:
-            near = fitted(kind, tile._replace(**{name: other}), sizes)
-            if near != tile and near not in found and fits(kind, near, dtype, sizes, target):
-                found.append(near)
+            changed = fitted(kind, tile._replace(**{name: other}), sizes)
+            if changed not in (tile, *near) and fits(kind, changed, dtype, sizes, target):
+                near.append(changed)
     if kind == "rational_one_bwd":  # all classes lie in one tile, on both sides
-        return [near for near in found if near[:2] == tile[:2]]
-    return found
+        return [changed for changed in near if changed[:2] == tile[:2]]
+    return near
 
 
 def valid(kind: str, numbers: object) -> bool:

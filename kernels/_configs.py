@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-MAX_HEAD_DIM = 256  # cross_attn, cross_attn_weights: one padded [rows, d] tile
-MAX_WIDTH = 16384  # cosine_logits, norm_cosine_logits: one row of a program
+from ._limits import why_not
 
 
 class Target(NamedTuple):
@@ -67,12 +66,9 @@ def input_precision(dtype: torch.dtype, target: Target) -> str:
 
 def check(op: str, tensor: torch.Tensor, width: int, limit: int) -> None:
     """Refuse what would silently lose precision or cannot be tiled."""
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise NotImplementedError(
-            f"{op}: Triton kernels take float16, bfloat16 and float32, got {tensor.dtype}"
-        )
-    if width > limit:
-        raise NotImplementedError(f"{op}: Triton kernels take widths up to {limit}, got {width}")
+    reasons = why_not(tensor.dtype, width, limit)
+    if reasons:
+        raise NotImplementedError(f"{op}: Triton cannot run this ({', '.join(reasons)})")
 
 
 def mask_argument(
@@ -95,7 +91,7 @@ def kinds(
     text_query: torch.Tensor | None,
     pair_query: torch.Tensor | None,
 ) -> dict[str, bool]:
-    """Which queries rational_attn was given, as its kernels' switches."""
+    """Which queries rational_attn has, as its kernels' switches."""
     return {
         "HAS_IMAGE": image_query is not None,
         "HAS_TEXT": text_query is not None,
@@ -123,6 +119,14 @@ def slices(out: torch.Tensor, count: int) -> torch.Tensor:
     if count == 1:
         return out
     return out.new_empty((count, *out.shape), dtype=torch.float32)
+
+
+def query_slices(d_query: torch.Tensor, chunks: int) -> torch.Tensor:
+    """`d_query` [B|1, H, K, d] itself, or for a shared query a float32 slice for each chunk."""
+    if d_query.shape[0] == chunks:
+        return d_query
+    _, H, K, d = d_query.shape
+    return d_query.new_empty((chunks, K, H, d), dtype=torch.float32).transpose(1, 2)
 
 
 def padded(size: int) -> int:

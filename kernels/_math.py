@@ -11,6 +11,26 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def head_program(H, rows, BLOCK: tl.constexpr):
+    """(image or chunk of images, head, tile of rows) of a program; neighbours share a head."""
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(rows, BLOCK)
+    chunk = (pid // num_tiles // H).to(tl.int64)
+    return chunk, (pid // num_tiles % H).to(tl.int64), (pid % num_tiles).to(tl.int64)
+
+
+@triton.jit
+def column_program(K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(chunk of images, class tile, columns [BLOCK_D]) of a program; without a class one tile."""
+    pid = tl.program_id(0)
+    num_cols = tl.cdiv(D, BLOCK_D)
+    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
+    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    tile = (pid // num_cols % num_tiles).to(tl.int64)
+    return chunk, tile, (pid % num_cols).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+
+@triton.jit
 def load_rows(ptr, offs_row, offs_d, stride_row, stride_d, in_row, D):
     """[rows, BLOCK_D] tile; rows and columns that do not exist read as 0 and are never touched."""
     offs = offs_row[:, None] * stride_row + offs_d[None, :] * stride_d
@@ -68,6 +88,28 @@ def row_max(x):
     if INTERPRETED:
         x = tl.where(x == x, x, float("-inf"))  # a row of NaN makes NumPy warn
     return tl.max(x, axis=1)
+
+
+@triton.jit
+def scores(
+    q, key_ptr, mask_ptr, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l, scale_log2, L, D,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """([BLOCK_K, BLOCK_L] scores in powers of two, -inf where not attended; attended [BLOCK_L])."""
+    keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
+    k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
+    s = dot(q, tl.trans(k), PRECISION) * scale_log2
+    return tl.where(keep[None, :], s, float("-inf")), keep
+
+
+@triton.jit
+def softmax_step(s, top, total):
+    """(exp2(s - new top), factor of what was summed before, new top, new total) of every row."""
+    new_top = tl.maximum(top, row_max(s))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # no column: exp2(-inf) = 0, not NaN
+    shrink = tl.exp2(top - shift)
+    p = tl.exp2(s - shift[:, None])
+    return p, shrink, new_top, total * shrink + tl.sum(p, axis=1)
 
 
 @triton.jit
@@ -143,9 +185,12 @@ def sum_partials_kernel(
 
 
 def sum_partials(partial, out):
-    """out = partial.sum(0), float32 [P, ...]; both in dense memory of the same order."""
+    """out = partial.sum(0), float32 [P, ...]; both in dense memory of the same order.
+
+    Where the kernels wrote to `out` itself, `partial is out`, nothing is left to do.
+    """
     size = out.numel()
-    if size:
+    if size and partial is not out:
         grid = (triton.cdiv(size, 128),)
         sum_partials_kernel[grid](
             partial, out, partial.shape[0], size, BLOCK_P=16, BLOCK_N=128,

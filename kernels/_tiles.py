@@ -235,29 +235,21 @@ def by_waves(tile: Tile, maps: int, K: int, precision: str, target: Target) -> T
         tile = tile._replace(block_k=rows // 2)  # on as many threads: half the warps would spill
 
 
+# sizes of the problem that bound the blocks of a tile
+_BOUNDS: dict[type[AnyTile], dict[str, str]] = {
+    Tile: {"block_k": "K", "block_l": "L"},
+    HeadTile: {"block_k": "K", "block_n": "D", "block_d": "D"},
+    ColumnTile: {"block_k": "K", "block_n": "D"},
+}
+
+
 def fitted(kind: str, tile: AnyTile, sizes: tuple[int, ...]) -> AnyTile:
     """`tile`, no larger than the problem."""
     size = dict(zip(KINDS[kind].sizes, sizes, strict=True))
-    if isinstance(tile, Tile):
-        block_k, block_l = (
-            min(tile.block_k, padded(size["K"])),
-            min(tile.block_l, padded(size["L"])),
-        )
-        return tile._replace(block_k=block_k, block_l=block_l)
-    if isinstance(tile, HeadTile):
-        block_k, columns = min(tile.block_k, padded(size["K"])), padded(size["D"])
-        return tile._replace(
-            block_k=block_k,
-            block_n=min(tile.block_n, columns),
-            block_d=min(tile.block_d, columns),
-        )
-    if isinstance(tile, ColumnTile):
-        block_k, block_n = (
-            min(tile.block_k, padded(size["K"])),
-            min(tile.block_n, padded(size["D"])),
-        )
-        return tile._replace(block_k=block_k, block_n=block_n)
-    return tile
+    bounds = _BOUNDS.get(type(tile), {})
+    return tile._replace(
+        **{block: min(getattr(tile, block), padded(size[name])) for block, name in bounds.items()}
+    )
 
 
 def entry_name(kind: str, dtype: torch.dtype, precision: str, sizes: tuple[int, ...]) -> str:

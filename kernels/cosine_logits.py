@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import (
     cast,
     dot,
@@ -128,7 +128,7 @@ def cosine_logits_fwd(image, text, scale):
     """(logits [B, K], image_rnorm [B] float32, text_rnorm [K] or [B, K] float32)."""
     B, D = image.shape
     K = text.shape[-2]
-    _configs.check("cosine_logits", image, D, _configs.MAX_WIDTH)
+    _configs.check("cosine_logits", image, D, _limits.MAX_WIDTH)
     logits = image.new_empty((B, K))
     with torch.cuda.device_of(image):
         if text.dim() == 2:

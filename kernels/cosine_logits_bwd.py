@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import cast, dot, load_row, load_rows, store_rows
 
 
@@ -148,7 +148,7 @@ def cosine_logits_bwd(grad_logits, image, text, image_rnorm, text_rnorm, scale):
     """(d_image [B, D], d_text [K, D] or [B, K, D]), contiguous."""
     B, D = image.shape
     K = text.shape[-2]
-    _configs.check("cosine_logits", image, D, _configs.MAX_WIDTH)
+    _configs.check("cosine_logits", image, D, _limits.MAX_WIDTH)
     with torch.cuda.device_of(image):
         if text.dim() == 2:
             d_image = project(_gather(grad_logits, text, text_rnorm), image, image_rnorm, scale)

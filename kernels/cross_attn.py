@@ -10,8 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import LN2, LOG2E, attended, dot, load_rows, row_max, store_rows
+from . import _configs, _limits, _tiles
+from ._math import (
+    LN2,
+    LOG2E,
+    dot,
+    head_program,
+    load_rows,
+    row_max,
+    scores,
+    softmax_step,
+    store_rows,
+)
 from .cross_attn_bwd import cross_attn_bwd
 
 __all__ = ["cross_attn_bwd", "cross_attn_fwd"]
@@ -36,11 +46,9 @@ def cross_attn_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile); neighbours share the keys of an image and a head
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    first = (pid // num_tiles // H).to(tl.int64) * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
+    first = chunk * images_per_program
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -64,10 +72,10 @@ def cross_attn_fwd_kernel(
         mask_b = mask_ptr + b * stride_mask_b
 
         if ONE_TILE:
-            keep = attended(mask_b, offs_l, stride_mask_l, L, HAS_MASK)
-            k = load_rows(key_b, offs_l, offs_d, stride_key_l, stride_key_d, keep, D)
-            s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], in powers of two
-            s = tl.where(keep[None, :], s, float("-inf"))
+            s, keep = scores(
+                q, key_b, mask_b, offs_l, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                scale_log2, L, D, HAS_MASK, PRECISION,
+            )  # fmt: skip
             top = row_max(s)
             top = tl.where(top == float("-inf"), 0.0, top)  # no column: exp2(-inf) = 0, not NaN
             p = tl.exp2(s - top[:, None])
@@ -80,18 +88,13 @@ def cross_attn_fwd_kernel(
             acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
             for start in range(0, L, BLOCK_L):
                 cols = start + offs_l
-                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
-                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-                s = dot(q, tl.trans(k), PRECISION) * scale_log2
-                s = tl.where(keep[None, :], s, float("-inf"))
-                new_top = tl.maximum(top, row_max(s))
-                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-                shrink = tl.exp2(top - shift)
-                p = tl.exp2(s - shift[:, None])
-                total = total * shrink + tl.sum(p, axis=1)
+                s, keep = scores(
+                    q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                    scale_log2, L, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
+                p, shrink, top, total = softmax_step(s, top, total)
                 v = load_rows(value_b, cols, offs_d, stride_value_l, stride_value_d, keep, D)
                 acc = acc * shrink[:, None] + dot(p.to(v.dtype), v, PRECISION)
-                top = new_top
             top = tl.where(top == float("-inf"), 0.0, top)
 
         empty = total == 0.0
@@ -108,7 +111,7 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
     """out [B, H, K, d] over [B, K, H, d] memory, lse [B, H, K] float32."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn", query, d, _limits.MAX_HEAD_WIDTH)
     out = query.new_empty((B, K, H, d)).transpose(1, 2)
     lse = query.new_empty((B, H, K), dtype=torch.float32)
     if lse.numel() == 0:

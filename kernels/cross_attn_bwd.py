@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import LOG2E, attended, dot, load_rows, store_rows, sum_partials
+from . import _configs, _limits, _tiles
+from ._math import LOG2E, attended, dot, head_program, load_rows, store_rows, sum_partials
 
 
 @triton.jit
@@ -48,12 +48,9 @@ def cross_attn_bwd_query_kernel(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    chunk = (pid // num_tiles // H).to(tl.int64)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -125,11 +122,8 @@ def cross_attn_bwd_key_kernel(
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(L, BLOCK_L)
-    h = (pid // num_tiles % H).to(tl.int64)
-    b = (pid // num_tiles // H).to(tl.int64)
-    offs_l = (pid % num_tiles).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    b, h, tile = head_program(H, L, BLOCK_L)
+    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_l = offs_l < L
@@ -182,7 +176,7 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
     """(d_query, d_key, d_value), each over [., K or L, H, d] memory; d_query shared if query is."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn", query, d, _limits.MAX_HEAD_WIDTH)
     d_query = query.new_empty((query.shape[0], K, H, d)).transpose(1, 2)
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     d_value = value.new_empty((B, L, H, d)).transpose(1, 2)
@@ -202,9 +196,7 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
     programs = H * triton.cdiv(K, tile.block_k)
     images = _configs.images_per_program(B, programs, target) if shared else 1
     chunks = triton.cdiv(B, images)
-    partial = d_query  # one slice per chunk, or per image
-    if shared and chunks != 1:
-        partial = query.new_empty((chunks, K, H, d), dtype=torch.float32).transpose(1, 2)
+    partial = _configs.query_slices(d_query, chunks)
     d_lse, d_lse_strides = (lse, (0, 0, 0)) if grad_lse is None else (grad_lse, grad_lse.stride())
     with torch.cuda.device_of(query):
         if programs * chunks:
@@ -216,8 +208,7 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
                 HAS_D_LSE=grad_lse is not None,
                 BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, **settings, **tile.launch,
             )  # fmt: skip
-        if partial is not d_query:
-            sum_partials(partial, d_query)
+        sum_partials(partial, d_query)
         if B * H * L:
             tile = _tiles.choose("bwd_key", query.dtype, precision, sizes, target)
             cross_attn_bwd_key_kernel[(B * H * triton.cdiv(L, tile.block_l),)](

@@ -9,16 +9,33 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import LOG2E, attended, cast, dot, load_rows, row_max, store_rows, sum_partials
+from . import _configs, _limits, _tiles
+from ._math import (
+    LOG2E,
+    cast,
+    dot,
+    head_program,
+    load_rows,
+    row_max,
+    scores,
+    softmax_step,
+    store_rows,
+    sum_partials,
+)
 
 
 @triton.jit
-def load_weights(ptr, offs_row, offs_col, stride_row, stride_col, in_row, in_col):
-    """[rows, columns] float32 tile of a [K, L] matrix, 0 outside."""
-    offs = offs_row[:, None] * stride_row + offs_col[None, :] * stride_col
+def load_weights(
+    p_ptr, d_p_ptr, offs_row, offs_col,
+    stride_p_row, stride_p_col, stride_d_p_row, stride_d_p_col, in_row, in_col,
+):  # fmt: skip
+    """(P, dP) [rows, columns] float32 tiles of [K, L] matrices, 0 outside, dP where P is 0 too."""
     mask = in_row[:, None] & in_col[None, :]
-    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    offs = offs_row[:, None] * stride_p_row + offs_col[None, :] * stride_p_col
+    p = tl.load(p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    offs = offs_row[:, None] * stride_d_p_row + offs_col[None, :] * stride_d_p_col
+    d_p = tl.load(d_p_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return p, tl.where(p != 0.0, d_p, 0.0)
 
 
 @triton.jit
@@ -42,11 +59,9 @@ def cross_attn_weights_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile), one image a chunk unless they share the query
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    first = (pid // num_tiles // H).to(tl.int64) * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
+    first = chunk * images_per_program
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -64,10 +79,10 @@ def cross_attn_weights_fwd_kernel(
         weights_b = weights_ptr + (b * H + h) * K * L
 
         if ONE_TILE:
-            keep = attended(mask_b, offs_l, stride_mask_l, L, HAS_MASK)
-            k = load_rows(key_b, offs_l, offs_d, stride_key_l, stride_key_d, keep, D)
-            s = dot(q, tl.trans(k), PRECISION) * scale_log2  # [BLOCK_K, BLOCK_L], powers of two
-            s = tl.where(keep[None, :], s, float("-inf"))
+            s, keep = scores(
+                q, key_b, mask_b, offs_l, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                scale_log2, L, D, HAS_MASK, PRECISION,
+            )  # fmt: skip
             top = row_max(s)
             top = tl.where(top == float("-inf"), 0.0, top)
             p = tl.exp2(s - top[:, None])
@@ -80,24 +95,21 @@ def cross_attn_weights_fwd_kernel(
             total = tl.zeros((BLOCK_K,), tl.float32)
             for start in range(0, L, BLOCK_L):
                 cols = start + offs_l
-                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
-                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-                s = dot(q, tl.trans(k), PRECISION) * scale_log2
-                s = tl.where(keep[None, :], s, float("-inf"))
-                new_top = tl.maximum(top, row_max(s))
-                shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-                shrunk = total * tl.exp2(top - shift)
-                total = shrunk + tl.sum(tl.exp2(s - shift[:, None]), axis=1)
-                top = new_top
+                s, keep = scores(
+                    q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                    scale_log2, L, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
+                _, _, top, total = softmax_step(s, top, total)
             top = tl.where(top == float("-inf"), 0.0, top)
             total = tl.where(total == 0.0, 1.0, total)
 
-            # the scores again: cheaper than keeping a row of them for any L
+            # the scores are recomputed: cheaper than keeping a row of them for any L
             for start in range(0, L, BLOCK_L):
                 cols = start + offs_l
-                keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
-                k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-                s = dot(q, tl.trans(k), PRECISION) * scale_log2
+                s, keep = scores(
+                    q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
+                    scale_log2, L, D, HAS_MASK, PRECISION,
+                )  # fmt: skip
                 p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) / total[:, None], 0.0)
                 store_weights(weights_b, p, offs_k, cols, in_k, L)
 
@@ -118,12 +130,9 @@ def cross_attn_weights_bwd_query_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    chunk = (pid // num_tiles // H).to(tl.int64)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -138,26 +147,20 @@ def cross_attn_weights_bwd_query_kernel(
         delta = tl.zeros((BLOCK_K,), tl.float32)  # rowsum(P * dP)
         for start in tl.range(0, L, BLOCK_L, disable_licm=True):
             cols = start + offs_l
-            in_l = cols < L
-            p = load_weights(
-                p_b, offs_k, cols, stride_weights_k, stride_weights_l, in_k, in_l
+            p, d_p = load_weights(
+                p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
+                stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
             )  # fmt: skip
-            d_p = load_weights(
-                d_p_b, offs_k, cols, stride_d_weights_k, stride_d_weights_l, in_k, in_l
-            )  # fmt: skip
-            delta += tl.sum(p * tl.where(p != 0.0, d_p, 0.0), axis=1)
+            delta += tl.sum(p * d_p, axis=1)
         tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
 
         for start in tl.range(0, L, BLOCK_L, disable_licm=True):
             cols = start + offs_l
-            in_l = cols < L
-            p = load_weights(
-                p_b, offs_k, cols, stride_weights_k, stride_weights_l, in_k, in_l
+            p, d_p = load_weights(
+                p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
+                stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
             )  # fmt: skip
-            d_p = load_weights(
-                d_p_b, offs_k, cols, stride_d_weights_k, stride_d_weights_l, in_k, in_l
-            )  # fmt: skip
-            d_s = p * (tl.where(p != 0.0, d_p, 0.0) - delta[:, None])
+            d_s = p * (d_p - delta[:, None])
             used = tl.max((p != 0.0).to(tl.int32), axis=0) != 0  # [BLOCK_L]
             k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, used, D)
             acc += dot(d_s.to(k.dtype), k, PRECISION)
@@ -184,11 +187,8 @@ def cross_attn_weights_bwd_key_kernel(
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image, head, key tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(L, BLOCK_L)
-    h = (pid // num_tiles % H).to(tl.int64)
-    b = (pid // num_tiles // H).to(tl.int64)
-    offs_l = (pid % num_tiles).to(tl.int64) * BLOCK_L + tl.arange(0, BLOCK_L)
+    b, h, tile = head_program(H, L, BLOCK_L)
+    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_l = offs_l < L
@@ -203,14 +203,12 @@ def cross_attn_weights_bwd_key_kernel(
         rows = start + offs_k
         in_k = rows < K
         # transposed tiles [BLOCK_L, BLOCK_K]
-        p = load_weights(
-            weights_ptr, offs_l, rows, stride_weights_l, stride_weights_k, in_l, in_k
-        )  # fmt: skip
-        d_p = load_weights(
-            d_weights_ptr, offs_l, rows, stride_d_weights_l, stride_d_weights_k, in_l, in_k
+        p, d_p = load_weights(
+            weights_ptr, d_weights_ptr, offs_l, rows, stride_weights_l, stride_weights_k,
+            stride_d_weights_l, stride_d_weights_k, in_l, in_k,
         )  # fmt: skip
         delta = tl.load(delta_ptr + rows, mask=in_k, other=0.0)
-        d_s = p * (tl.where(p != 0.0, d_p, 0.0) - delta[None, :])
+        d_s = p * (d_p - delta[None, :])
         used = tl.maximum(used, tl.max((p != 0.0).to(tl.int32), axis=1))
         q = load_rows(query_ptr, rows, offs_d, stride_query_k, stride_query_d, in_k, D)
         acc += dot(d_s.to(q.dtype), q, PRECISION)
@@ -226,7 +224,7 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
     """weights [B, H, K, L]; masked columns and rows without a column are 0."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn_weights", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn_weights", query, d, _limits.MAX_HEAD_WIDTH)
     weights = query.new_empty((B, H, K, L))
     if weights.numel() == 0:
         return weights
@@ -252,7 +250,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     """(d_query, d_key), each over [., K or L, H, d] memory; d_query as query is batched."""
     B, H, L, d = key.shape
     K = query.shape[2]
-    _configs.check("cross_attn_weights", query, d, _configs.MAX_HEAD_DIM)
+    _configs.check("cross_attn_weights", query, d, _limits.MAX_HEAD_WIDTH)
     d_query = query.new_empty((query.shape[0], K, H, d)).transpose(1, 2)
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     delta = query.new_empty((B, H, K), dtype=torch.float32)
@@ -271,9 +269,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     programs = H * triton.cdiv(K, tile.block_k)
     images = _configs.images_per_program(B, programs, target) if shared else 1
     chunks = triton.cdiv(B, images)
-    partial = d_query  # one slice per chunk, or per image
-    if shared and chunks != 1:
-        partial = query.new_empty((chunks, K, H, d), dtype=torch.float32).transpose(1, 2)
+    partial = _configs.query_slices(d_query, chunks)
     with torch.cuda.device_of(query):
         if programs * chunks:
             cross_attn_weights_bwd_query_kernel[(programs * chunks,)](
@@ -281,8 +277,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
                 *grad_weights.stride(), *weights.stride(), *key.stride(), *partial.stride(),
                 scale, B, H, K, L, d, images, **settings,
             )  # fmt: skip
-        if partial is not d_query:
-            sum_partials(partial, d_query)
+        sum_partials(partial, d_query)
         if B * H * L:
             cross_attn_weights_bwd_key_kernel[(B * H * triton.cdiv(L, tile.block_l),)](
                 grad_weights, weights, query, delta, d_key,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import cast, load_row, load_rows, power_of_two, row_max
 from .cosine_logits import reciprocal_norm_kernel
 from .ffn_cosine_logits_bwd import centred, ffn_cosine_logits_bwd, products
@@ -152,7 +152,7 @@ def ffn_cosine_logits_fwd(
     """(logits [B, K], stats [7, B, K] float32, image_rnorm [B] float32)"""
     B, K, _ = hidden.shape
     C = weight.shape[0]
-    _configs.check("ffn_cosine_logits", hidden, C, _configs.MAX_WIDTH)
+    _configs.check("ffn_cosine_logits", hidden, C, _limits.MAX_WIDTH)
     logits = hidden.new_empty((B, K))
     stats = hidden.new_empty((7, B, K), dtype=torch.float32)
     image_rnorm = hidden.new_empty((B,), dtype=torch.float32)

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import load_row, load_rows, store_rows, sum_partials
+from . import _configs, _limits, _tiles
+from ._math import column_program, load_row, load_rows, store_rows, sum_partials
 from .cosine_logits_bwd import project
 
 
@@ -72,14 +72,9 @@ def ffn_cosine_logits_bwd_kernel(
     # program = (image chunk, class tile, column tile); with v = image / |image|, u = y / |y|:
     # d_y = step (v - cosine u),  step = scale d_logit / |y|,
     # d_z = rstd (residual norm_weight d_y - step mean_g - step mean_gz zh)
-    pid = tl.program_id(0)
-    num_cols = tl.cdiv(C, BLOCK_N)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    tile = (pid // num_cols % num_tiles).to(tl.int64)
-    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    chunk, tile, cols = column_program(K, C, BLOCK_K, BLOCK_N)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    cols = (pid % num_cols).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_k = offs_k < K
     in_n = cols < C
     stride_stat = stride_stat.to(tl.int64)
@@ -127,7 +122,7 @@ def ffn_cosine_logits_bwd_kernel(
             d_unit = tl.sum(g[:, None] * u, axis=0)
             tl.store(d_unit_ptr + tile * stride_slice + b * C + cols, d_unit, mask=in_n)
 
-    slot = (chunk * num_tiles + tile) * C + cols
+    slot = (chunk * tl.cdiv(K, BLOCK_K) + tile) * C + cols
     tl.store(d_bias_ptr + slot, d_bias, mask=in_n)
     tl.store(d_norm_weight_ptr + slot, d_norm_weight, mask=in_n)
     tl.store(d_norm_bias_ptr + slot, d_norm_bias, mask=in_n)
@@ -168,7 +163,7 @@ def ffn_cosine_logits_bwd(
     """Gradients of hidden .. norm_bias, and of text and image if features, else [0]."""
     B, K, F = hidden.shape
     C = weight.shape[0]
-    _configs.check("ffn_cosine_logits", hidden, C, _configs.MAX_WIDTH)
+    _configs.check("ffn_cosine_logits", hidden, C, _limits.MAX_WIDTH)
     layer = hidden, weight, bias, residual_input, norm_weight, norm_bias
     grads = [t.new_empty(t.shape) for t in layer]
     grads += [t.new_empty(t.shape if features else (0,)) for t in (text, image)]

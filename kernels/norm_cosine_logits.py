@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import (
     cast,
     load_row,
@@ -166,7 +166,7 @@ def norm_cosine_logits_bwd_kernel(
 
 def _tiling(kind, hidden):
     B, K, C = hidden.shape
-    _configs.check("norm_cosine_logits", hidden, C, _configs.MAX_WIDTH)
+    _configs.check("norm_cosine_logits", hidden, C, _limits.MAX_WIDTH)
     target = _configs.target_of(hidden)
     tile = _tiles.choose(kind, hidden.dtype, "", (B, K, C), target)
     rows, block_c, num_warps = _configs.row_tile(C, tile.elements)

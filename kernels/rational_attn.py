@@ -14,8 +14,20 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import LN2, LOG2E, cast, dot, fused, in_powers, load_row, load_rows, row_max, store_rows
+from . import _configs, _limits, _tiles
+from ._math import (
+    LN2,
+    LOG2E,
+    cast,
+    dot,
+    fused,
+    head_program,
+    in_powers,
+    load_row,
+    load_rows,
+    row_max,
+    store_rows,
+)
 from .rational_attn_bwd import rational_attn_bwd
 
 __all__ = ["rational_attn_bwd", "rational_attn_fwd"]
@@ -85,12 +97,9 @@ def rational_attn_fwd_kernel(
     MAPS: tl.constexpr = HAS_TEXT or HAS_PAIR
     BOTH: tl.constexpr = HAS_TEXT and HAS_PAIR
     FIRST: tl.constexpr = 1 if HAS_TEXT else 2
-    pid = tl.program_id(0)
     rows_in_all = K * MAPS + HAS_IMAGE
     num_tiles = tl.cdiv(rows_in_all, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    b = (pid // num_tiles // H).to(tl.int64)
-    tile = (pid % num_tiles).to(tl.int64)
+    b, h, tile = head_program(H, rows_in_all, BLOCK_K)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     if not MAPS:
         offs_k += K  # the image's row alone
@@ -101,7 +110,7 @@ def rational_attn_fwd_kernel(
     index = b * H + h
     maps = B.to(tl.int64) * H
 
-    # a: rows of the text, or of the pairs where there is no text; c: of the pairs beside the text
+    # a: rows of the text, or of the pairs where there is no text; c: of the pairs next to the text
     if HAS_TEXT:
         text_ptr += b * stride_text_b + h * stride_text_h
         q_a = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D)
@@ -247,11 +256,7 @@ def rational_attn_combine_kernel(
     MAPS: tl.constexpr = HAS_TEXT or HAS_PAIR
     BOTH: tl.constexpr = HAS_TEXT and HAS_PAIR
     FIRST: tl.constexpr = 1 if HAS_TEXT else 2
-    pid = tl.program_id(0)
-    num_rows = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_rows % H).to(tl.int64)
-    b = (pid // num_rows // H).to(tl.int64)
-    tile = (pid % num_rows).to(tl.int64)
+    b, h, tile = head_program(H, K, BLOCK_K)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -298,7 +303,7 @@ def rational_attn_combine_kernel(
 def rational_attn_fwd(image_query, text_query, pair_query, key, value, scale, keep_parts):
     """out [B, H, K, d], parts [kinds, B, H, K, d], image_out [B, H, d], stats [3, 2, B, H]."""
     B, H, K, d = key.shape
-    _configs.check("rational_attn", key, d, _configs.MAX_HEAD_DIM)
+    _configs.check("rational_attn", key, d, _limits.MAX_HEAD_WIDTH)
     has = _configs.kinds(image_query, text_query, pair_query)
     matrices = has["HAS_TEXT"] + has["HAS_PAIR"]
     share = 1.0 / max(1, matrices + has["HAS_IMAGE"])

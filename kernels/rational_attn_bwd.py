@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rational attention backward, without atomics and without a K x K map in memory.
 
-A is made again from the map's maximum and sum alone. With dA = d_out value^T, the same for both,
+A is recomputed from the map's maximum and sum alone. With dA = d_out value^T, the same for both,
     dS = A * (dA - c),   c = mean_i <d_out_i, part_i>,   a scalar per map,
 and for the image's row, of weights p and gradient r = sum_i d_out_i: ds = p * (r value^T - <r, o>).
 `sums` forms c and r; one kernel forms d_key and d_value per (image, head, key tile) in a loop over
@@ -14,8 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import LOG2E, cast, dot, fused, load_row, load_rows, store_rows, sum_partials
+from . import _configs, _limits, _tiles
+from ._math import (
+    LOG2E,
+    cast,
+    dot,
+    fused,
+    head_program,
+    load_row,
+    load_rows,
+    store_rows,
+    sum_partials,
+)
 from .rational_attn_one_bwd import image_terms, load_map, rational_attn_one_bwd_kernel
 
 
@@ -24,7 +34,7 @@ def rational_attn_bwd_sums_kernel(
     d_out_ptr,  # [B, H, K, D]
     parts_ptr,  # [kinds, B, H, K, D]
     image_out_ptr,  # [B, H, D] float32, contiguous
-    c_ptr,  # [3, B, H] float32, contiguous: written for the kinds given
+    c_ptr,  # [3, B, H] float32, contiguous: written for the kinds that exist
     row_ptr,  # [B, H, D] float32, contiguous: written
     stride_d_out_b, stride_d_out_h, stride_d_out_k, stride_d_out_d,
     stride_parts_x, stride_parts_b, stride_parts_h, stride_parts_k, stride_parts_d,
@@ -99,11 +109,7 @@ def rational_attn_bwd_key_kernel(
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image, head, key tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_J)
-    h = (pid // num_tiles % H).to(tl.int64)
-    b = (pid // num_tiles // H).to(tl.int64)
-    tile = (pid % num_tiles).to(tl.int64)
+    b, h, tile = head_program(H, K, BLOCK_J)
     offs_j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
@@ -197,12 +203,9 @@ def rational_attn_bwd_query_kernel(
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, row tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    h = (pid // num_tiles % H).to(tl.int64)
-    chunk = (pid // num_tiles // H).to(tl.int64)
+    chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_j = tl.arange(0, BLOCK_J).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
@@ -270,7 +273,7 @@ def rational_attn_bwd(
     d_pairs [B, K, 2|3, H, d] holds the gradients of the pair query, where there is one, key, value.
     """
     B, H, K, d = key.shape
-    _configs.check("rational_attn", key, d, _configs.MAX_HEAD_DIM)
+    _configs.check("rational_attn", key, d, _limits.MAX_HEAD_WIDTH)
     d_image, d_text = (
         key.new_empty((0,))
         if query is None
@@ -301,15 +304,16 @@ def rational_attn_bwd(
     tile = _tiles.choose("rational_one_bwd", key.dtype, precision, sizes, target)
     with torch.cuda.device_of(key):
         if tile.block_k >= K:
-            slices = _text_slices(d_text, key, B if has["HAS_TEXT"] else 1)
-            text_strides = slices.stride() if has["HAS_TEXT"] else (0, 0, 0, 0)
+            slices, text_strides = d_text, (0, 0, 0, 0)
+            if has["HAS_TEXT"]:
+                slices = _configs.query_slices(d_text, B)
+                text_strides = slices.stride()
             rational_attn_one_bwd_kernel[(B * H,)](
                 *tensors, parts, image_out, d_image, slices, d_pair, d_key, d_value,
                 *lengths, *parts.stride(), *text_strides, *d_key.stride(), *numbers,
                 BLOCK_K=tile.block_k, **common, **tile.launch,
             )  # fmt: skip
-            if slices is not d_text:
-                sum_partials(slices, d_text)
+            sum_partials(slices, d_text)
         else:
             c = key.new_empty((3, B, H), dtype=torch.float32)
             row = key.new_empty((B, H, d), dtype=torch.float32)
@@ -325,14 +329,6 @@ def rational_attn_bwd(
     return grads
 
 
-def _text_slices(d_text, key, chunks):
-    """What kernels write for the text: `d_text` [B|1, H, K, d], or a float32 slice per chunk."""
-    if chunks == 1 or d_text.shape[0] == chunks:
-        return d_text
-    _, H, K, d = key.shape
-    return key.new_empty((chunks, K, H, d), dtype=torch.float32).transpose(1, 2)
-
-
 def _key_gradients(tensors, lengths, numbers, common, c, row, d_key, d_value, d_image):
     B, H, K, d = d_key.shape
     target = _configs.target_of(d_key)
@@ -346,8 +342,7 @@ def _key_gradients(tensors, lengths, numbers, common, c, row, d_key, d_value, d_
         *tensors, c, row, d_key, d_value, partial, *lengths, *d_key.stride(), *numbers,
         BLOCK_K=tile.block_k, BLOCK_J=tile.block_l, **common, **tile.launch,
     )  # fmt: skip
-    if partial is not d_image:
-        sum_partials(partial, d_image)
+    sum_partials(partial, d_image)
 
 
 def _query_gradients(tensors, lengths, numbers, common, c, d_text, d_pair):
@@ -360,7 +355,7 @@ def _query_gradients(tensors, lengths, numbers, common, c, d_text, d_pair):
     shared = common["HAS_TEXT"] and text_query.shape[0] == 1
     images = _configs.images_per_program(B, programs, target) if shared else 1
     chunks = triton.cdiv(B, images)
-    partial = _text_slices(d_text, key, chunks) if shared else d_text
+    partial = _configs.query_slices(d_text, chunks) if shared else d_text
     absent = (0, 0, 0, 0)
     rational_attn_bwd_query_kernel[(programs * chunks,)](
         grad_out, text_query, pair_query, key, value, stats, c, partial, d_pair,
@@ -371,5 +366,4 @@ def _query_gradients(tensors, lengths, numbers, common, c, d_text, d_pair):
         **{name: value for name, value in common.items() if name != "HAS_IMAGE"},
         BLOCK_K=tile.block_k, BLOCK_J=tile.block_l, **tile.launch,
     )  # fmt: skip
-    if partial is not d_text:
-        sum_partials(partial, d_text)
+    sum_partials(partial, d_text)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
+from . import _configs, _limits, _tiles
 from ._math import cast, dot, load_row, load_rows, opened
 from .rational_head_bwd import rational_head_bwd
 
@@ -150,7 +150,7 @@ def rational_head_finish_kernel(
 def rational_head_fwd(context, weight, bias, image, text, scale, penalty):
     """(logits [B, K], penalty [B] float32, peak [B] int64 for linf, else [0])"""
     B, K, D = context.shape
-    _configs.check("rational_head", context, D, _configs.MAX_WIDTH)
+    _configs.check("rational_head", context, D, _limits.MAX_WIDTH)
     logits = context.new_empty((B, K))
     size = context.new_empty((B,), dtype=torch.float32)
     peak = context.new_empty((B if penalty == 3 else 0,), dtype=torch.int64)

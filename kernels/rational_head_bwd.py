@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import cast, dot, load_row, load_rows, opened, store_rows, sum_partials
+from . import _configs, _limits, _tiles
+from ._math import cast, column_program, dot, load_row, load_rows, opened, store_rows, sum_partials
 
 
 @triton.jit(do_not_specialize=["B", "K", "images_per_program"])
@@ -39,14 +39,9 @@ def rational_head_bwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, class tile, column tile)
-    pid = tl.program_id(0)
-    num_cols = tl.cdiv(D, BLOCK_N)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    tile = (pid // num_cols % num_tiles).to(tl.int64)
-    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    chunk, tile, offs_n = column_program(K, D, BLOCK_K, BLOCK_N)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n = (pid % num_cols).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
     in_n = offs_n < D
@@ -92,7 +87,8 @@ def rational_head_bwd_kernel(
             d_x = cast(tl.sum(weighed * t, axis=0), d_image_ptr.dtype.element_ty)
             tl.store(d_image_ptr + tile * stride_slice + b * D + offs_n, d_x, mask=in_n)
 
-    tl.store(d_bias_ptr + (chunk * num_tiles + tile) * D + offs_n, d_bias, mask=in_n)
+    slot = (chunk * tl.cdiv(K, BLOCK_K) + tile) * D + offs_n
+    tl.store(d_bias_ptr + slot, d_bias, mask=in_n)
     if FEATURES:
         store_rows(d_text_ptr + chunk * K * D, d_text, offs_k, offs_n, D, 1, in_k, D)
 
@@ -102,7 +98,7 @@ def rational_head_bwd(
 ):
     """(d_context [B, K, D], d_weight [D, D], d_bias [D], d_image [B, D], d_text [K, D])"""
     B, K, D = context.shape
-    _configs.check("rational_head", context, D, _configs.MAX_WIDTH)
+    _configs.check("rational_head", context, D, _limits.MAX_WIDTH)
     grads = [t.new_empty(t.shape) for t in (context, weight, bias)]
     grads += [t.new_empty(t.shape if features else (0,)) for t in (image, text)]
     if context.numel() == 0:
@@ -155,6 +151,5 @@ def rational_head_bwd(
             torch.sum(products, 0, out=d_weight)
         sum_partials(slices_bias.view(-1, D), d_bias)
         for slices, out in ((slices_image, d_image), (slices_text, d_text)):
-            if slices is not out:
-                sum_partials(slices, out)
+            sum_partials(slices, out)
     return tuple(grads)

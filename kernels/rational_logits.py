@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import cast, load_row, load_rows, opened, store_rows, sum_partials
+from . import _configs, _limits, _tiles
+from ._math import cast, column_program, load_row, load_rows, opened, store_rows, sum_partials
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -62,14 +62,9 @@ def rational_logits_bwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, class tile, column tile)
-    pid = tl.program_id(0)
-    num_cols = tl.cdiv(D, BLOCK_D)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    tile = (pid // num_cols % num_tiles).to(tl.int64)
-    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    chunk, tile, offs_d = column_program(K, D, BLOCK_K, BLOCK_D)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_d = (pid % num_cols).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_k = offs_k < K
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
     d_text = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
@@ -102,7 +97,7 @@ def _tile(mask, target):
 def rational_logits_fwd(image, text, mask, scale):
     """logits [B, K]"""
     B, K, D = mask.shape
-    _configs.check("rational_logits", mask, D, _configs.MAX_WIDTH)
+    _configs.check("rational_logits", mask, D, _limits.MAX_WIDTH)
     logits = image.new_empty((B, K))
     rows, block_d, num_warps = _tile(mask, _configs.target_of(mask))
     if B * K:
@@ -118,7 +113,7 @@ def rational_logits_fwd(image, text, mask, scale):
 def rational_logits_bwd(grad_logits, image, text, mask, scale):
     """(d_image [B, D], d_text [K, D], d_mask [B, K, D]), contiguous."""
     B, K, D = mask.shape
-    _configs.check("rational_logits", mask, D, _configs.MAX_WIDTH)
+    _configs.check("rational_logits", mask, D, _limits.MAX_WIDTH)
     target = _configs.target_of(mask)
     rows, block_d, num_warps = _tile(mask, target)
     tiles, columns = triton.cdiv(K, rows), triton.cdiv(D, block_d)
@@ -136,6 +131,5 @@ def rational_logits_bwd(grad_logits, image, text, mask, scale):
                 BLOCK_K=rows, BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=True,
             )  # fmt: skip
         for slices, out in ((slices_image, d_image), (slices_text, d_text)):
-            if slices is not out:
-                sum_partials(slices, out)
+            sum_partials(slices, out)
     return d_image, d_text, d_mask

@@ -2,7 +2,7 @@
 """v = sqrt(s) image / |image|, t = sqrt(s) text / |text|, products[b, k] = v[b] * t[k]; backward.
 
 Bound by the memory of the products, and where classes are few by the number of launches: the
-forward is one. Each of its programs makes the rows it needs again, which lie in the caches. A
+forward is one. Each of its programs recomputes the unit rows it needs; they lie in the caches. A
 backward program keeps one tile of texts and streams images past it, as in rational_logits.py.
 """
 
@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _tiles
-from ._math import load_row, load_rows, store_rows, unit_rows
+from . import _configs, _limits, _tiles
+from ._math import column_program, load_row, load_rows, store_rows, unit_rows
 from .cosine_logits import reciprocal_norms
 from .cosine_logits_bwd import project
 
@@ -71,14 +71,9 @@ def unit_products_bwd_kernel(
 ):  # fmt: skip
     # program = (image chunk, class tile, column tile). The gradient of v is grad_image plus the
     # sum over classes of grad_products * t; the first tile starts from grad_image, and alike for t.
-    pid = tl.program_id(0)
-    num_cols = tl.cdiv(D, BLOCK_D)
-    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
-    tile = (pid // num_cols % num_tiles).to(tl.int64)
-    chunk = (pid // num_cols // num_tiles).to(tl.int64)
+    chunk, tile, offs_d = column_program(K, D, BLOCK_K, BLOCK_D)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_d = (pid % num_cols).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_k = offs_k < K
     in_d = offs_d < D
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
@@ -107,7 +102,7 @@ def unit_products_bwd_kernel(
 def unit_products_fwd(image, text, scale):
     """(v [B, D], t [K, D], products [B, K, D])"""
     (B, D), K = image.shape, text.shape[0]
-    _configs.check("unit_products", image, D, _configs.MAX_WIDTH)
+    _configs.check("unit_products", image, D, _limits.MAX_WIDTH)
     v, t = image.new_empty((B, D)), text.new_empty((K, D))
     products = image.new_empty((B, K, D))
     tile = _tiles.choose("unit_products_fwd", image.dtype, "", (B, K, D), _configs.target_of(image))
@@ -125,7 +120,7 @@ def unit_products_fwd(image, text, scale):
 def unit_products_bwd(grad_image, grad_text, grad_products, image, text, scale):
     """(d_image [B, D], d_text [K, D]), contiguous."""
     B, K, D = grad_products.shape
-    _configs.check("unit_products", image, D, _configs.MAX_WIDTH)
+    _configs.check("unit_products", image, D, _limits.MAX_WIDTH)
     target = _configs.target_of(image)
     sizes = grad_products.shape
     elements = _tiles.choose("unit_products_bwd", image.dtype, "", sizes, target).elements

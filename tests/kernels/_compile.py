@@ -5,7 +5,7 @@ Launchers run on CPU tensors with `JITFunction.run` replaced: instead of a launc
 are specialised the way Triton does it and compiled for the target. One JSON line per kernel.
 
 Usage: TRITON_INTERPRET=0 python _compile.py PACKAGE TARGET DTYPE PRECISION WIDTH...
-A width of 0 stands for the tiles that `vtclip tune` would time beside the built-in ones.
+A width of 0 stands for the tiles that `vtclip tune` would time next to the built-in ones.
 """
 
 import importlib

@@ -45,7 +45,6 @@ OLDER_SPILLS = {
     ("float32", "cross_attn_bwd_key_kernel"): 24,
     ("float32", "cross_attn_weights_bwd_query_kernel"): 28,
     ("float16", "rational_attn_bwd_query_kernel"): 72,
-    ("float16", "ffn_cosine_logits_bwd_kernel"): 40,
     ("bfloat16", "rational_attn_bwd_query_kernel"): 24,
     ("bfloat16", "rational_attn_bwd_key_kernel"): 4,
 }

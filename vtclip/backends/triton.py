@@ -13,13 +13,10 @@ import torch
 
 from vtclip._library import FAKES
 from vtclip.backends.native import ATTENTION, constant_when_traced
+from vtclip.kernels import _limits
 
 if TYPE_CHECKING:
     from vtclip.ops._select import Problem
-
-MAX_HEAD_WIDTH = 256
-MAX_FEATURE_WIDTH = 16384  # one row of features lies in one block
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def interpreted() -> bool:
@@ -53,14 +50,8 @@ class _Triton:
         missing = _missing()
         if missing:
             reasons.append(missing)
-        if problem.dtype not in KERNEL_DTYPES:
-            reasons.append(f"has no {str(problem.dtype).removeprefix('torch.')} kernel")
-        attention = problem.op in ATTENTION
-        limit = MAX_HEAD_WIDTH if attention else MAX_FEATURE_WIDTH
-        if problem.width > limit:
-            kind = "head width" if attention else "width"
-            reasons.append(f"{kind} {problem.width} is above {limit}")
-        return tuple(reasons)
+        limit = _limits.MAX_HEAD_WIDTH if problem.op in ATTENTION else _limits.MAX_WIDTH
+        return (*reasons, *_limits.why_not(problem.dtype, problem.width, limit))
 
     def function(self, name: str) -> Any:
         return getattr(torch.ops.vtclip, f"{name}_triton")
