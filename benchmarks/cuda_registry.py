@@ -35,7 +35,7 @@ SDPA = {
 @contextmanager
 def _no_triton() -> Iterator[None]:
     before = _select.BACKENDS
-    _select.BACKENDS = tuple(named for named in before if named.name != "triton")
+    _select.BACKENDS = tuple(backend for backend in before if backend.name != "triton")
     try:
         yield
     finally:

@@ -55,8 +55,8 @@ class Synchronises(AssertionError):
 def triton_only() -> Iterator[None]:
     """`impl=None` takes Triton's kernels, on CPU tensors too."""
 
-    def against(named: Any, problem: Any, *, asked_for: bool) -> tuple[str, ...]:
-        return TRITON.why_not(problem) if named.name == "triton" else ("not asked for",)
+    def against(backend: Any, problem: Any, *, asked_for: bool) -> tuple[str, ...]:
+        return TRITON.why_not(problem) if backend.name == "triton" else ("not asked for",)
 
     with mock.patch.object(_select, "_against", against):
         yield

@@ -100,3 +100,16 @@ def test_the_clip_module_loads_no_model_library():
     )
     done = fresh(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_specification_needs_torch_only_and_registers_nothing():
+    for name in ("cosine_logits", "rational_head"):
+        done = fresh(
+            f"import json, sys, vtclip.reference.{name}, torch; "
+            "ours = [name for name in sys.modules if name.startswith('vtclip.')]; "
+            f"registered = hasattr(torch.ops.vtclip, '{name}_fwd'); "
+            "print(json.dumps([ours, registered]))"
+        )
+        modules, registered = json.loads(done.stdout)
+        assert not registered
+        assert {name.split(".")[1] for name in modules} == {"reference", "names"}

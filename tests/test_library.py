@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
-from vtclip import _library, ops
-from vtclip.backends import native
-from vtclip.ops._checks import bound_once
+from vtclip import ops
+from vtclip.backends import native, schemas
+from vtclip.ops._autograd import bound_once
+from vtclip.ops._select import only_reference
 from vtclip.testing.problems import FUNCTIONS, OPS, Op, tensors_of
 
 needs_extension = pytest.mark.skipif(bool(native.load_cpu()), reason="vtclip._C is not built")
@@ -43,7 +45,7 @@ def sample(op: Op, variant: str, way: str, empty: bool, strided: bool) -> tuple[
 
 def test_every_schema_has_samples():
     assert {f"{op.name}_{way}" for op, _ in SAMPLES for way in ("fwd", "bwd")} == set(
-        _library.SCHEMAS
+        schemas.SCHEMAS
     )
 
 
@@ -98,6 +100,22 @@ def test_exports(op):
     tensors = tuple(tensor.detach() for tensor in op.draw(SIZES))
     program = torch.export.export(Module(), tensors)
     torch.testing.assert_close(program.module()(*tensors), op(*tensors))
+
+
+@needs_extension
+def test_only_the_reference_is_traced_where_it_was_asked_for():
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(str(graph.graph))
+        return graph
+
+    image, text = torch.randn(3, 6), torch.randn(5, 6)
+    for context, fused in ((only_reference(), False), (nullcontext(), True)):
+        torch.compiler.reset()
+        with context:
+            torch.compile(ops.cosine_logits, fullgraph=True, backend=keep)(image, text)
+        assert ("vtclip" in graphs[-1]) == fused
 
 
 @each_call

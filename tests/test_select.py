@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from vtclip import ops
 from vtclip.backends import native, triton
-from vtclip.ops._select import Problem, explain, select
+from vtclip.ops._select import Problem, explain, only_reference, select
 
 CPU_PROBLEM = Problem("cross_attn", "cpu", torch.float32, 64)
 
@@ -43,6 +45,20 @@ def test_the_interpreter_runs_only_when_named(monkeypatch):
     monkeypatch.setattr(triton, "load", lambda: "")
     assert select(CPU_PROBLEM, None).name == "reference"
     assert select(CPU_PROBLEM, "triton").name == "triton"
+
+
+def test_only_the_reference_runs_in_the_thread_that_asked_for_it(monkeypatch):
+    monkeypatch.setattr(native, "load_cpu", lambda: "")
+    monkeypatch.setattr(native, "_has_kernel", lambda op, key: True)
+    assert select(CPU_PROBLEM, None).name == "cpu"
+    with ThreadPoolExecutor(1) as other_thread:
+        with only_reference():
+            assert select(CPU_PROBLEM, None).name == "reference"
+            assert other_thread.submit(select, CPU_PROBLEM, None).result().name == "cpu"
+            with only_reference():
+                pass
+            assert select(CPU_PROBLEM, None).name == "reference"
+        assert select(CPU_PROBLEM, None).name == "cpu"
 
 
 def test_wide_heads_go_to_the_reference_with_the_limit_as_reason():

@@ -99,8 +99,10 @@ def load_exported(path: str | Path) -> nn.Module:
 
 def load_bytes(data: bytes, portable: bool) -> nn.Module:
     if not portable:
-        from . import _library  # noqa: F401
-        from .backends import native
+        from .backends import (
+            native,
+            schemas,  # noqa: F401
+        )
 
         native.load_cpu()
         native.load_cuda()

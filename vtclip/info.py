@@ -31,7 +31,7 @@ def _devices() -> list[str]:
 
 
 def report() -> dict[str, object]:
-    """Everything `main` prints, as JSON-able data."""
+    """Everything `main` prints, as data for JSON."""
     cuda = torch.cuda.is_available()
     capability = ".".join(map(str, torch.cuda.get_device_capability())) if cuda else ""
     return {

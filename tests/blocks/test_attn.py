@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vtclip import ops, testing
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # B, H, K, L, d, images of one block; a block has 64 rows and steps of 16 to 64

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vtclip import testing
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 PRODUCT, EMULATED, REDUCTIONS, PARTIALS, OVERRUN, NO_BARRIER = range(6)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vtclip import ops, testing
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # name -> (B, K, D, rows of a range of the backward's sums, 0 for the launcher's)

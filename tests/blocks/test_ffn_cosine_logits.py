@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vtclip import ops, testing
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYER = (

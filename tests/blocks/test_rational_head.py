@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vtclip import ops, testing
-from vtclip._library import PENALTIES, acc_dtype
+from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 NAMES = ("logits", "penalty", "context", "weight", "bias", "image", "text")
@@ -33,7 +33,7 @@ def draw(case, dtype):
 
 
 def run(program, tensors, case, penalty, features=True):
-    ints = (PENALTIES[penalty], CASES[case][1], features)
+    ints = (PENALTY_CODES[penalty], CASES[case][1], features)
     return program(tensors, ints=ints, numbers=(10.0,))
 
 
@@ -86,7 +86,7 @@ def check(program, tensors, case, penalty):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("penalty", PENALTY_CODES)
 @pytest.mark.parametrize("case", CASES)
 def test_block_code_matches_the_reference(program, case, penalty, dtype):
     check(program, draw(case, dtype), case, penalty)

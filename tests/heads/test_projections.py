@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtclip.heads import _projections
-from vtclip.heads._projections import Layer, projections
-from vtclip.ops._select import Named
+from vtclip.backends.triton import TRITON
+from vtclip.ops import _projections
+from vtclip.ops._projections import Layer, projections
 from vtclip.testing import assert_within_budget
 
 SHAPES = {"image": (4, 1), "text": (7, 1), "pairs": (4, 7, 3)}  # rows of x, times the width out
@@ -40,7 +40,6 @@ def sums(request, monkeypatch):
         return
     if not INTERPRETED:
         pytest.skip("Triton's interpreter is not there")
-    triton = importlib.import_module("vtclip.backends.triton").TRITON
     launched = []
     kernel = torch.ops.vtclip.column_sums_triton
 
@@ -48,7 +47,7 @@ def sums(request, monkeypatch):
         launched.append(len(matrices))
         return kernel(*matrices)
 
-    monkeypatch.setattr(_projections, "select", lambda problem, impl: Named("triton", triton))
+    monkeypatch.setattr(_projections, "select", lambda problem, impl: TRITON)
     monkeypatch.setattr(torch.ops.vtclip, "column_sums_triton", noted)
     yield request.param
     assert launched == [3]
@@ -82,7 +81,7 @@ def test_matrices_of_many_rows_are_summed_by_torch(monkeypatch):
         counted.append([tuple(matrix.shape) for matrix in matrices])
         return torch.cat([matrix.sum(0) for matrix in matrices])
 
-    monkeypatch.setattr(_projections, "select", lambda problem, impl: Named("triton", None))
+    monkeypatch.setattr(_projections, "select", lambda problem, impl: TRITON)
     monkeypatch.setattr(torch.ops.vtclip, "column_sums_triton", sums)
     monkeypatch.setattr(_projections, "MANY_ROWS", 20)
     grads = gradients(projections(layers), layers, seeds)

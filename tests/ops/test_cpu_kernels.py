@@ -325,7 +325,7 @@ def test_memory_of_the_rational_head_is_protected(change, message):
         "peak": torch.zeros(2, dtype=torch.int64),
         "scale": 1.0,
         "penalty": 3,
-        "features": True,
+        "feature_grads": True,
     } | change
     with pytest.raises(RuntimeError, match=message):
         KERNELS.rational_head_bwd(*arguments.values())
@@ -360,7 +360,7 @@ def test_memory_of_the_feed_forward_tail_is_protected(change, message):
         "image_rnorm": torch.zeros(2),
         "residual": 1.0,
         "scale": 1.0,
-        "features": True,
+        "feature_grads": True,
     } | change
     with pytest.raises(RuntimeError, match=message):
         KERNELS.ffn_cosine_logits_bwd(*arguments.values())

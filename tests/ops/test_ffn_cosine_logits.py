@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtclip import ops, testing
-from vtclip._library import acc_dtype
 from vtclip.backends import native
+from vtclip.reference._dtypes import acc_dtype
 
 # name -> (B, K, C, F)
 CASES = {

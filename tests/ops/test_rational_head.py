@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtclip import ops, testing
+from vtclip.names import PENALTIES
+from vtclip.ops.rational_head import Penalty
 
 # name -> (B, K, D)
 CASES = {
@@ -24,8 +27,11 @@ CASES = {
     "no-classes": (3, 0, 8),
     "no-width": (2, 3, 0),
 }
-PENALTIES = ("none", "l1", "mse", "linf")
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
+
+
+def test_the_type_lists_the_known_penalties():
+    assert get_args(Penalty) == PENALTIES
 
 
 def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adaptors from the operators to their implementations; each loads its own on first use."""
+"""What operators run on: schemas, and backends that load their implementation on first use."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled extension: `vtclip._C` (CPU kernels) and the CUDA library beside it."""
+"""The compiled extension: `vtclip._C` (CPU kernels) and the CUDA library next to it."""
 
 from __future__ import annotations
 
@@ -8,23 +8,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from vtclip.ops._select import Problem
+from vtclip.backends.problem import ATTENTION, MAX_HEAD_WIDTH, Problem, constant_when_traced
 
-Reason = TypeVar("Reason", bound=Callable[..., str])
-MAX_HEAD_WIDTH = 256
-ATTENTION = ("cross_attn", "cross_attn_weights", "rational_attn")  # width = head width
 HALF_TO_DOUBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def constant_when_traced(function: Reason) -> Reason:
-    """torch.compiler.assume_constant_result, without the import of torch._dynamo it costs."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @functools.cache
@@ -33,7 +23,7 @@ def load_cpu() -> str:
     if importlib.util.find_spec("vtclip._C") is None:
         return "the extension vtclip._C is not built (install with a C++ compiler)"
     try:
-        importlib.import_module("vtclip._library")  # schemas come before implementations
+        importlib.import_module("vtclip.backends.schemas")  # schemas come before implementations
         importlib.import_module("vtclip._C")
     except (ImportError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -43,8 +33,7 @@ def load_cpu() -> str:
 
 def cuda_library() -> Path | None:
     """The CUDA library's file, if it was built."""
-    found = sorted(Path(__file__).parents[1].glob("_C_cuda*.so"))
-    return found[0] if found else None
+    return min(Path(__file__).parents[1].glob("_C_cuda*.so"), default=None)
 
 
 @functools.cache
@@ -56,7 +45,7 @@ def load_cuda() -> str:
     if torch.version.cuda is None:
         return f"{path.name} needs a CUDA build of torch, this is {torch.__version__}"
     try:
-        importlib.import_module("vtclip._library")  # schemas come before implementations
+        importlib.import_module("vtclip.backends.schemas")  # schemas come before implementations
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"{path.name} failed to load with torch {torch.__version__}: {error}"
@@ -64,7 +53,7 @@ def load_cuda() -> str:
 
 
 def build_info() -> dict[str, str]:
-    """What `setup.py` decided and why, as baked into the extension; empty without one."""
+    """What `setup.py` decided and why, as compiled into the extension; empty without it."""
     if load_cpu():
         return {}
     return dict(importlib.import_module("vtclip._C").build_info())
@@ -87,15 +76,15 @@ def _missing(op: str, key: str) -> str:
 
 
 class _Native:
-    def __init__(self, device: str, key: str) -> None:
-        self.device = device
-        self.key = key
+    def __init__(self, name: Literal["cpu", "cuda"]) -> None:
+        self.name = name  # and the type of its tensors' device
+        self.dispatch_key = name.upper()
 
     def why_not(self, problem: Problem) -> tuple[str, ...]:
-        if problem.device != self.device:
-            return (f"needs {self.device} tensors, got {problem.device}",)
+        if problem.device != self.name:
+            return (f"needs {self.name} tensors, got {problem.device}",)
         reasons = []
-        missing = _missing(problem.op, self.key)
+        missing = _missing(problem.op, self.dispatch_key)
         if missing:
             reasons.append(missing)
         if problem.dtype not in HALF_TO_DOUBLE:
@@ -104,9 +93,10 @@ class _Native:
             reasons.append(f"head width {problem.width} is above {MAX_HEAD_WIDTH}")
         return tuple(reasons)
 
-    def function(self, name: str) -> Any:
-        return getattr(torch.ops.vtclip, name)
+    def function(self, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(torch.ops.vtclip, name)
+        return function
 
 
-CPU = _Native("cpu", "CPU")
-CUDA = _Native("cuda", "CUDA")
+CPU = _Native("cpu")
+CUDA = _Native("cuda")

@@ -7,16 +7,14 @@ import functools
 import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
-from vtclip._library import FAKES
-from vtclip.backends.native import ATTENTION, constant_when_traced
+from vtclip.backends.problem import ATTENTION, Problem, constant_when_traced
+from vtclip.backends.schemas import FAKES
 from vtclip.kernels import _limits
-
-if TYPE_CHECKING:
-    from vtclip.ops._select import Problem
 
 
 def interpreted() -> bool:
@@ -43,6 +41,8 @@ def _missing() -> str:
 
 
 class _Triton:
+    name: Literal["triton"] = "triton"
+
     def why_not(self, problem: Problem) -> tuple[str, ...]:
         reasons = []
         if problem.device != "cuda" and not (problem.device == "cpu" and interpreted()):
@@ -53,16 +53,18 @@ class _Triton:
         limit = _limits.MAX_HEAD_WIDTH if problem.op in ATTENTION else _limits.MAX_WIDTH
         return (*reasons, *_limits.why_not(problem.dtype, problem.width, limit))
 
-    def function(self, name: str) -> Any:
-        return getattr(torch.ops.vtclip, f"{name}_triton")
+    def function(self, name: str) -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(torch.ops.vtclip, f"{name}_triton")
+        return function
 
 
 @functools.cache
-def _load_launcher(name: str) -> Any:
+def _load_launcher(name: str) -> Callable[..., Any]:
     """The launcher of that name; before the first one a table that VTCLIP_TUNED names is read."""
     _read_tuned()
     module = f"vtclip.kernels.{name.removesuffix('_fwd').removesuffix('_bwd')}"
-    return getattr(importlib.import_module(module), name)
+    launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return launcher
 
 
 @functools.cache
@@ -76,7 +78,7 @@ def _read_tuned() -> None:
     importlib.import_module("vtclip.tuned").activate(device)
 
 
-def _launcher(name: str) -> Any:
+def _launcher(name: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         return _load_launcher(name)(*args)
 

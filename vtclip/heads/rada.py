@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vtclip import ops
 from vtclip.heads._check import check_image, check_text
-from vtclip.heads._projections import Layer, projections
+from vtclip.ops._projections import Layer, projections
 from vtclip.ops.rational_head import Penalty, RationalLogits
 
 QUERIES = ("image", "text", "pair")

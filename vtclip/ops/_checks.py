@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validators with one message format: operator, argument, what was wanted, what came."""
+"""Validators with one message format: operator, argument, what was wanted, what it got."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,44 +12,17 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-Forward = TypeVar("Forward", bound=Callable[..., Any])
-
-
-class _Bound:
-    """What torch reads of `inspect.BoundArguments`."""
-
-    kwargs: dict[str, Any] = {}
-
-    def __init__(self, args: tuple[Any, ...]) -> None:
-        self.args = args
-
-    def apply_defaults(self) -> None:
-        pass
-
-
-class _Positional(inspect.Signature):
-    """Binds a call that gives every parameter by position without looking for the others."""
-
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs or len(args) != len(self.parameters):
-            return super().bind(*args, **kwargs)
-        return _Bound(args)
-
-
-def bound_once(forward: Forward) -> Forward:
-    """Keeps the signature of an `autograd.Function.forward`, which torch binds in every call."""
-    signature = inspect.signature(forward)
-    forward.__signature__ = _Positional(  # type: ignore[attr-defined]
-        list(signature.parameters.values()), return_annotation=signature.return_annotation
-    )
-    return forward
-
-
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def expect_floats(op: str, **tensors: Tensor) -> None:
+def expect_tensors(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
+    """`expect_floats` and `expect_shape` of all tensors of a call."""
+    expect_floats(op, {name: tensor for name, (tensor, _) in specs.items()})
+    return expect_shape(op, specs)
+
+
+def expect_floats(op: str, tensors: Mapping[str, Tensor]) -> None:
     """Every argument is a dense tensor of a float dtype, all on one device."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
@@ -78,8 +49,8 @@ def expect_mask(op: str, mask: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: key_mask must be on {like.device}, got {mask.device}")
 
 
-def expect_shape(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
-    """Shapes against specs such as "B|1 H K d"; a letter means one size, "B|1" that size or 1.
+def expect_shape(op: str, specs: Mapping[str, tuple[Tensor, str]]) -> dict[str, int]:
+    """Shapes fit specs such as "B|1 H K d"; a letter means one size, "B|1" that size or 1.
 
     Returns the size of every letter; B is 1 where it was seen only as "B|1" of size 1.
     """
@@ -103,7 +74,7 @@ def expect_shape(op: str, **specs: tuple[Tensor, str]) -> dict[str, int]:
     return sizes
 
 
-def _explain_shape(op: str, specs: dict[str, tuple[Tensor, str]], sizes: dict[str, int]) -> None:
+def _explain_shape(op: str, specs: Mapping[str, tuple[Tensor, str]], sizes: dict[str, int]) -> None:
     """Raises for the first argument that does not fit `sizes`."""
     for argument, (tensor, spec) in specs.items():
         letters = spec.split()
@@ -134,7 +105,7 @@ def expect_number(op: str, **numbers: object) -> None:
 def common_dtype(*tensors: Tensor) -> list[Tensor]:
     """The tensors in one dtype: autocast's where it is on (float64 stays), else the promoted one.
 
-    Lazily negated or conjugated views are resolved, so that kernels may read memory as it is.
+    Lazily negated or conjugated views are resolved, so that kernels can read memory as it is.
     """
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:

@@ -1,81 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation runs, and why the others do not.
 
-A backend answers `why_not(problem)` with reasons; no reasons means it can run. `impl=None` takes
+A backend's `why_not(problem)` returns reasons; no reasons means that it can run. `impl=None` takes
 the first backend without reasons; a named `impl` runs or raises. Only static facts are looked at
 (device, dtype, sizes, what loaded), so the choice can be traced by `torch.compile`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from contextvars import ContextVar
+from typing import Any, Literal
 
-import torch
+from vtclip.backends import native, triton
+from vtclip.backends.problem import Backend, Impl, Problem, constant_when_traced
 
-from vtclip.backends import native, plain, triton
-
-Impl = Literal["reference", "cpu", "cuda", "triton"]
-
-
-class Problem(NamedTuple):
-    """The static facts of one call. `width` is the head width d or the feature width."""
-
-    op: str
-    device: str
-    dtype: torch.dtype
-    width: int
+__all__ = ["BACKENDS", "Backend", "Impl", "Problem", "explain", "only_reference", "select"]
 
 
-class Backend(Protocol):
-    """What `vtclip.backends.*` provide: reasons against running, and the op's functions."""
+class _Reference:
+    """Plain torch, which the operators call themselves: every device and dtype."""
 
-    def why_not(self, problem: Problem) -> tuple[str, ...]: ...
+    name: Literal["reference"] = "reference"
 
-    def function(self, name: str) -> Any: ...
+    def why_not(self, problem: Problem) -> tuple[str, ...]:
+        return ()
 
-
-@dataclass(frozen=True)
-class Named:
-    """A backend under its public `impl` name."""
-
-    name: Impl
-    backend: Backend
+    def function(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"the reference of {name} is called directly")
 
 
+REFERENCE = _Reference()
 # order of preference; device and dtype decide which of them can run
-BACKENDS: tuple[Named, ...] = (
-    Named("cpu", native.CPU),
-    Named("triton", triton.TRITON),
-    Named("cuda", native.CUDA),
-    Named("reference", plain.REFERENCE),
-)
+BACKENDS: tuple[Backend, ...] = (native.CPU, triton.TRITON, native.CUDA, REFERENCE)
+
+_ONLY_REFERENCE = ContextVar("vtclip_only_reference", default=False)
 
 
-def _against(named: Named, problem: Problem, *, asked_for: bool) -> tuple[str, ...]:
-    if not asked_for and named.name == "triton" and problem.device == "cpu":
+@constant_when_traced
+def _is_only_reference() -> bool:
+    return _ONLY_REFERENCE.get()
+
+
+def _against(backend: Backend, problem: Problem, *, asked_for: bool) -> tuple[str, ...]:
+    if not asked_for and backend.name == "triton" and problem.device == "cpu":
         # Triton's interpreter takes CPU tensors, a thousand times slower than anything else
         return (f"needs cuda tensors, got {problem.device}",)
-    return named.backend.why_not(problem)
+    return backend.why_not(problem)
 
 
-def select(problem: Problem, impl: Impl | None) -> Named:
+def select(problem: Problem, impl: Impl | None) -> Backend:
     """The first backend that can run `problem`, or the named one.
 
     Raises ValueError for an unknown name and NotImplementedError, with every refusal, otherwise.
     """
-    candidates = BACKENDS if impl is None else tuple(b for b in BACKENDS if b.name == impl)
-    if not candidates:
-        names = ", ".join(repr(b.name) for b in BACKENDS)
-        raise ValueError(f"{problem.op}: impl must be None or one of {names}, got {impl!r}")
+    if impl is None:
+        if _is_only_reference():
+            return REFERENCE
+        candidates = BACKENDS
+    else:
+        candidates = tuple(backend for backend in BACKENDS if backend.name == impl)
+        if not candidates:
+            names = ", ".join(repr(backend.name) for backend in BACKENDS)
+            raise ValueError(f"{problem.op}: impl must be None or one of {names}, got {impl!r}")
     refused = []
-    for named in candidates:
-        reasons = _against(named, problem, asked_for=impl is not None)
+    for backend in candidates:
+        reasons = _against(backend, problem, asked_for=impl is not None)
         if not reasons:
-            return named
-        refused.append(f"{named.name}: {', '.join(reasons)}")
+            return backend
+        refused.append(f"{backend.name}: {', '.join(reasons)}")
     dtype = str(problem.dtype).removeprefix("torch.")
     raise NotImplementedError(
         f"{problem.op}: no implementation can run {dtype} of width {problem.width}"
@@ -85,15 +79,17 @@ def select(problem: Problem, impl: Impl | None) -> Named:
 
 @contextmanager
 def only_reference() -> Iterator[None]:
-    """Within it `impl=None` takes the plain torch implementation, in every thread."""
-    global BACKENDS
-    before, BACKENDS = BACKENDS, BACKENDS[-1:]
+    """Within it `impl=None` takes the plain torch implementation, in this thread alone.
+
+    A function that `torch.compile` has traced before keeps the choice it was traced with.
+    """
+    token = _ONLY_REFERENCE.set(True)
     try:
         yield
     finally:
-        BACKENDS = before
+        _ONLY_REFERENCE.reset(token)
 
 
 def explain(problem: Problem) -> list[tuple[str, tuple[str, ...]]]:
     """(impl name, reasons against it) for every backend, in order of preference."""
-    return [(named.name, _against(named, problem, asked_for=False)) for named in BACKENDS]
+    return [(backend.name, _against(backend, problem, asked_for=False)) for backend in BACKENDS]

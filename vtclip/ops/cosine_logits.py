@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import cosine_logits as reference
 
 
 class _CosineLogits(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(
-        image: Tensor, text: Tensor, scale: float, backend: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        logits, image_rnorm, text_rnorm = backend.function("cosine_logits_fwd")(image, text, scale)
-        return logits, image_rnorm, text_rnorm
+    def forward(image: Tensor, text: Tensor, scale: float, backend: Backend) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = backend.function("cosine_logits_fwd")(image, text, scale)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -35,12 +34,10 @@ class _CosineLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logits is None:
-            return (None,) * 4
-        d_image, d_text = ctx.backend.function("cosine_logits_bwd")(
-            grad_logits, *ctx.saved_tensors, ctx.scale
-        )
-        need_image, need_text = ctx.needs_input_grad[:2]
-        return (d_image if need_image else None, d_text if need_text else None, None, None)
+            return only_needed(ctx)
+        function = ctx.backend.function("cosine_logits_bwd")
+        grads = function(grad_logits, *ctx.saved_tensors, ctx.scale)
+        return only_needed(ctx, *grads)
 
 
 def cosine_logits(
@@ -62,14 +59,13 @@ def cosine_logits(
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
     """
-    expect_floats("cosine_logits", image=image, text=text)
-    expect_number("cosine_logits", scale=scale)
-    spec = "B K D" if text.dim() == 3 else "K D"
-    expect_shape("cosine_logits", image=(image, "B D"), text=(text, spec))
+    op = "cosine_logits"
+    per_image = isinstance(text, Tensor) and text.dim() == 3
+    expect_tensors(op, image=(image, "B D"), text=(text, "B K D" if per_image else "K D"))
+    expect_number(op, scale=scale)
     image, text = common_dtype(image, text)
-    problem = Problem("cosine_logits", image.device.type, image.dtype, image.shape[-1])
-    chosen = select(problem, impl)
+    chosen = select(Problem(op, image.device.type, image.dtype, image.shape[-1]), impl)
     if chosen.name == "reference":
         return reference.cosine_logits(image, text, float(scale))
-    logits: Tensor = _CosineLogits.apply(image, text, float(scale), chosen.backend)[0]
+    logits: Tensor = _CosineLogits.apply(image, text, float(scale), chosen)[0]
     return logits

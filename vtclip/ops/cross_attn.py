@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vtclip.ops._autograd import bound_once, only_needed
 from vtclip.ops._checks import (
-    bound_once,
     common_dtype,
     expect_floats,
     expect_mask,
@@ -32,16 +32,10 @@ class AttnLSE(NamedTuple):
 class _CrossAttn(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_mask: Tensor | None,
-        scale: float,
-        backend: Any,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = backend.function("cross_attn_fwd")(query, key, value, key_mask, scale)
-        return out, lse
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *operands, backend = inputs
+        outputs: tuple[Tensor, ...] = backend.function("cross_attn_fwd")(*operands)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -53,15 +47,14 @@ class _CrossAttn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         if grad_out is None and grad_lse is None:
-            return (None,) * 6
+            return only_needed(ctx)
         query, key, value, key_mask, out, lse = ctx.saved_tensors
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grads = ctx.backend.function("cross_attn_bwd")(
             grad_out, grad_lse, query, key, value, key_mask, out, lse, ctx.scale
         )
-        needed = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None, None)
+        return only_needed(ctx, *grads)
 
 
 def default_scale(query: Tensor) -> float:
@@ -76,14 +69,14 @@ def validate(
     scale: float | None,
 ) -> tuple[list[Tensor], float, int]:
     """Checked tensors in one dtype, the scale, and the batch size B."""
-    expect_floats(op, **tensors)
+    expect_floats(op, tensors)
     query, *others = tensors.values()
     specs = {name: (tensor, "B|1 H L d") for name, tensor in tensors.items()}
     specs["query"] = (query, "B|1 H K d")
     if key_mask is not None:
         expect_mask(op, key_mask, query)
         specs["key_mask"] = (key_mask, "B|1 L")
-    sizes = expect_shape(op, **specs)
+    sizes = expect_shape(op, specs)
     if scale is None:
         scale = default_scale(query)
     else:
@@ -111,7 +104,7 @@ def _attend(
         # one image, many query sets: the sets are one longer set, [B, H, K, d] -> [1, H, B*K, d]
         K, d = query.shape[2:]
         long = query.transpose(0, 1).reshape(1, query.shape[1], B * K, d)
-        out, lse = _CrossAttn.apply(long, key, value, key_mask, scale, chosen.backend)
+        out, lse = _CrossAttn.apply(long, key, value, key_mask, scale, chosen)
         return (
             out[0].unflatten(1, (B, K)).transpose(0, 1),
             lse[0].unflatten(1, (B, K)).transpose(0, 1),
@@ -120,7 +113,7 @@ def _attend(
         key = key.expand(B, *key.shape[1:])
     if value.shape[0] != B:
         value = value.expand(B, *value.shape[1:])
-    out, lse = _CrossAttn.apply(query, key, value, key_mask, scale, chosen.backend)
+    out, lse = _CrossAttn.apply(query, key, value, key_mask, scale, chosen)
     return out, lse
 
 

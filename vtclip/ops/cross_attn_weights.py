@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.ops.cross_attn import validate
 from vtclip.reference import cross_attn_weights as reference
 
@@ -19,7 +19,7 @@ class _CrossAttnWeights(torch.autograd.Function):
     @staticmethod
     @bound_once
     def forward(
-        query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Any
+        query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Backend
     ) -> Tensor:
         weights: Tensor = backend.function("cross_attn_weights_fwd")(query, key, key_mask, scale)
         return weights
@@ -36,11 +36,8 @@ class _CrossAttnWeights(torch.autograd.Function):
         if key_mask is not None:
             # a masked column has weight 0; what it holds must not reach d_query as 0 * NaN
             key = key.masked_fill(~key_mask[:, None, :, None], 0.0)
-        d_query, d_key = ctx.backend.function("cross_attn_weights_bwd")(
-            grad_weights, weights, query, key, ctx.scale
-        )
-        need_query, need_key = ctx.needs_input_grad[:2]
-        return (d_query if need_query else None, d_key if need_key else None, None, None, None)
+        function = ctx.backend.function("cross_attn_weights_bwd")
+        return only_needed(ctx, *function(grad_weights, weights, query, key, ctx.scale))
 
 
 def cross_attn_weights(
@@ -71,5 +68,5 @@ def cross_attn_weights(
         weights = reference.cross_attn_weights(query, key, key_mask, scale)
         return weights.expand(B, *weights.shape[1:])
     key = key.expand(B, *key.shape[1:])
-    result: Tensor = _CrossAttnWeights.apply(query, key, key_mask, scale, chosen.backend)
+    result: Tensor = _CrossAttnWeights.apply(query, key, key_mask, scale, chosen)
     return result

@@ -9,30 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import ffn_cosine_logits as reference
 
 
 class _FfnCosineLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual_input: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        text: Tensor,
-        image: Tensor,
-        residual: float,
-        scale: float,
-        eps: float,
-        backend: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        layer = hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image
-        outputs: tuple[Tensor, Tensor, Tensor]
-        outputs = tuple(backend.function("ffn_cosine_logits_fwd")(*layer, residual, scale, eps))
+    @bound_once
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *operands, backend = inputs
+        outputs: tuple[Tensor, ...] = backend.function("ffn_cosine_logits_fwd")(*operands)
         return outputs
 
     @staticmethod
@@ -46,13 +34,12 @@ class _FfnCosineLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logits is None:
-            return (None,) * 12
-        features = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
+            return only_needed(ctx)
+        feature_grads = ctx.needs_input_grad[6] or ctx.needs_input_grad[7]
         grads = ctx.backend.function("ffn_cosine_logits_bwd")(
-            grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, features
+            grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, feature_grads
         )
-        needed = zip(grads, ctx.needs_input_grad[:8], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None, None, None)
+        return only_needed(ctx, *grads)
 
 
 def ffn_cosine_logits(
@@ -100,21 +87,7 @@ def ffn_cosine_logits(
         NotImplementedError: the named implementation cannot run this, with its reasons.
     """
     op = "ffn_cosine_logits"
-    expect_floats(
-        op,
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        residual_input=residual_input,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        text=text,
-        image=image,
-    )
-    expect_number(op, residual=residual, scale=scale, eps=eps)
-    if eps < 0:
-        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
-    expect_shape(
+    expect_tensors(
         op,
         hidden=(hidden, "B K F"),
         weight=(weight, "C F"),
@@ -125,15 +98,15 @@ def ffn_cosine_logits(
         text=(text, "K C"),
         image=(image, "B C"),
     )
+    expect_number(op, residual=residual, scale=scale, eps=eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
     tensors = common_dtype(
         hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image
     )
-    numbers = float(residual), float(scale), float(eps)
+    residual, scale, eps = float(residual), float(scale), float(eps)
     chosen = select(Problem(op, hidden.device.type, tensors[0].dtype, weight.shape[0]), impl)
     if chosen.name == "reference":
-        hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image = tensors
-        return reference.ffn_cosine_logits(
-            hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image, *numbers
-        )
-    logits: Tensor = _FfnCosineLogits.apply(*tensors, *numbers, chosen.backend)[0]
+        return reference.ffn_cosine_logits(*tensors, residual=residual, scale=scale, eps=eps)
+    logits: Tensor = _FfnCosineLogits.apply(*tensors, residual, scale, eps, chosen)[0]
     return logits

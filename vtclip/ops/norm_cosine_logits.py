@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import norm_cosine_logits as reference
 
@@ -17,23 +18,9 @@ from vtclip.reference import norm_cosine_logits as reference
 class _NormCosineLogits(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        text: Tensor,
-        image: Tensor,
-        residual: float,
-        scale: float,
-        eps: float,
-        backend: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-        outputs = tuple(
-            backend.function("norm_cosine_logits_fwd")(
-                hidden, weight, bias, text, image, residual, scale, eps
-            )
-        )
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *operands, backend = inputs
+        outputs: tuple[Tensor, ...] = backend.function("norm_cosine_logits_fwd")(*operands)
         return outputs
 
     @staticmethod
@@ -47,12 +34,11 @@ class _NormCosineLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logits is None:
-            return (None,) * 9
+            return only_needed(ctx)
         grads = ctx.backend.function("norm_cosine_logits_bwd")(
             grad_logits, *ctx.saved_tensors, ctx.residual, ctx.scale, ctx.eps
         )
-        needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None, None, None)
+        return only_needed(ctx, *grads)
 
 
 def norm_cosine_logits(
@@ -87,11 +73,7 @@ def norm_cosine_logits(
         NotImplementedError: the named implementation cannot run this, with its reasons.
     """
     op = "norm_cosine_logits"
-    expect_floats(op, hidden=hidden, weight=weight, bias=bias, text=text, image=image)
-    expect_number(op, residual=residual, scale=scale, eps=eps)
-    if eps < 0:
-        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
-    expect_shape(
+    expect_tensors(
         op,
         hidden=(hidden, "B K C"),
         weight=(weight, "C"),
@@ -99,11 +81,13 @@ def norm_cosine_logits(
         text=(text, "K C"),
         image=(image, "B C"),
     )
+    expect_number(op, residual=residual, scale=scale, eps=eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
     tensors = common_dtype(hidden, weight, bias, text, image)
-    numbers = float(residual), float(scale), float(eps)
+    residual, scale, eps = float(residual), float(scale), float(eps)
     chosen = select(Problem(op, hidden.device.type, tensors[0].dtype, hidden.shape[-1]), impl)
     if chosen.name == "reference":
-        hidden, weight, bias, text, image = tensors
-        return reference.norm_cosine_logits(hidden, weight, bias, text, image, *numbers)
-    logits: Tensor = _NormCosineLogits.apply(*tensors, *numbers, chosen.backend)[0]
+        return reference.norm_cosine_logits(*tensors, residual=residual, scale=scale, eps=eps)
+    logits: Tensor = _NormCosineLogits.apply(*tensors, residual, scale, eps, chosen)[0]
     return logits

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.ops.cross_attn import default_scale
 from vtclip.reference import rational_attn as reference
@@ -18,18 +19,10 @@ from vtclip.reference import rational_attn as reference
 class _RationalAttn(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(
-        image_query: Tensor | None,
-        text_query: Tensor | None,
-        pair_query: Tensor | None,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        keep_parts: bool,
-        backend: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tensors = image_query, text_query, pair_query, key, value
-        return _forward(tensors, scale, keep_parts, backend)
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *operands, backend = inputs
+        outputs: tuple[Tensor, ...] = backend.function("rational_attn_fwd")(*operands)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -42,26 +35,20 @@ class _RationalAttn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_out is None:
-            return (None,) * 8
-        saved = ctx.saved_tensors
-        image, text, pairs = ctx.backend.function("rational_attn_bwd")(grad_out, *saved, ctx.scale)
-        pair, key, value = _unpacked(pairs)
-        needed = zip((image, text, pair, key, value), ctx.needs_input_grad[:5], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None, None)
+            return only_needed(ctx)
+        function = ctx.backend.function("rational_attn_bwd")
+        image, text, pairs = function(grad_out, *ctx.saved_tensors, ctx.scale)
+        return only_needed(ctx, image, text, *_unpacked(pairs))
 
 
 class _RationalAttnPacked(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(
-        image_query: Tensor | None,
-        text_query: Tensor | None,
-        pairs: Tensor,
-        scale: float,
-        keep_parts: bool,
-        backend: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _forward((image_query, text_query, *_unpacked(pairs)), scale, keep_parts, backend)
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        image, text, pairs, *options, backend = inputs
+        function = backend.function("rational_attn_fwd")
+        outputs: tuple[Tensor, ...] = function(image, text, *_unpacked(pairs), *options)
+        return outputs
 
     setup_context = staticmethod(_RationalAttn.setup_context)
 
@@ -69,20 +56,11 @@ class _RationalAttnPacked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_out is None:
-            return (None,) * 6
-        image, text, pairs, *kept = ctx.saved_tensors
-        saved = image, text, *_unpacked(pairs), *kept
-        grads = ctx.backend.function("rational_attn_bwd")(grad_out, *saved, ctx.scale)
-        needed = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None, None)
-
-
-def _forward(
-    tensors: tuple[Tensor | None, ...], scale: float, keep_parts: bool, backend: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor]
-    outputs = tuple(backend.function("rational_attn_fwd")(*tensors, scale, keep_parts))
-    return outputs
+            return only_needed(ctx)
+        image, text, pairs, *statistics = ctx.saved_tensors
+        function = ctx.backend.function("rational_attn_bwd")
+        grads = function(grad_out, image, text, *_unpacked(pairs), *statistics, ctx.scale)
+        return only_needed(ctx, *grads)
 
 
 def _unpacked(pairs: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -133,16 +111,7 @@ def rational_attn(
     given = {name: query for name, query in queries.items() if query is not None}
     if not given:
         raise ValueError(f"{op}: one of {', '.join(queries)} must be a Tensor, got None for all")
-    expect_floats(op, key=key, value=value, **given)
-    specs = {name: (tensor, "B|1 H K d") for name, tensor in given.items()}
-    if image_query is not None:
-        specs["image_query"] = (image_query, "B|1 H one d")
-    sizes = expect_shape(op, key=(key, "B|1 H K d"), value=(value, "B|1 H K d"), **specs)
-    if image_query is not None and image_query.shape[2] != 1:
-        wanted = [sizes["B"], sizes["H"], 1, sizes["d"]]
-        raise ValueError(
-            f"{op}: image_query must be [B|1, H, 1, d] = {wanted}, got {list(image_query.shape)}"
-        )
+    sizes = _expect_queries(op, given, {"key": (key, "B|1 H K d"), "value": (value, "B|1 H K d")})
     factor = _factor(op, key, scale, temperature)
     tensors = common_dtype(key, value, *given.values())
     ready = dict(zip(("key", "value", *given), tensors, strict=True))
@@ -159,9 +128,7 @@ def rational_attn(
     if chosen.name == "reference":
         return reference.rational_attn(image, text, pair, key, value, factor)
     keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    out: Tensor = _RationalAttn.apply(
-        image, text, pair, key, value, factor, keep_parts, chosen.backend
-    )[0]
+    out: Tensor = _RationalAttn.apply(image, text, pair, key, value, factor, keep_parts, chosen)[0]
     return out
 
 
@@ -189,20 +156,12 @@ def rational_attn_packed(
     op = "rational_attn_packed"
     queries = {"image_query": image_query, "text_query": text_query}
     given = {name: query for name, query in queries.items() if query is not None}
-    expect_floats(op, pairs=pairs, **given)
+    expect_floats(op, {"pairs": pairs})
     if pairs.dim() != 5 or pairs.shape[2] not in (2, 3):
         raise ValueError(f"{op}: pairs must be [B, K, 2|3, H, d], got {list(pairs.shape)}")
     if not given and pairs.shape[2] == 2:
         raise ValueError(f"{op}: one of image_query, text_query must be a Tensor, got None for all")
-    specs = {name: (tensor, "B|1 H K d") for name, tensor in given.items()}
-    if image_query is not None:
-        specs["image_query"] = (image_query, "B|1 H one d")
-    sizes = expect_shape(op, pairs=(pairs, "B K parts H d"), **specs)
-    if image_query is not None and image_query.shape[2] != 1:
-        wanted = [sizes["B"], sizes["H"], 1, sizes["d"]]
-        raise ValueError(
-            f"{op}: image_query must be [B|1, H, 1, d] = {wanted}, got {list(image_query.shape)}"
-        )
+    sizes = _expect_queries(op, given, {"pairs": (pairs, "B K parts H d")})
     factor = _factor(op, pairs, scale, temperature)
     tensors = common_dtype(pairs, *given.values())
     ready = dict(zip(("pairs", *given), tensors, strict=True))
@@ -215,8 +174,25 @@ def rational_attn_packed(
         return reference.rational_attn(image, text, *_unpacked(pairs), factor)
     keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     function = _RationalAttnPacked.apply
-    out: Tensor = function(image, text, pairs, factor, keep_parts, chosen.backend)[0]
+    out: Tensor = function(image, text, pairs, factor, keep_parts, chosen)[0]
     return out
+
+
+def _expect_queries(
+    op: str, queries: dict[str, Tensor], others: dict[str, tuple[Tensor, str]]
+) -> dict[str, int]:
+    """Sizes of a call's checked tensors; the query of the image has one row."""
+    specs = others | {name: (query, "B|1 H K d") for name, query in queries.items()}
+    image_query = queries.get("image_query")
+    if image_query is not None:
+        specs["image_query"] = (image_query, "B|1 H one d")
+    sizes = expect_tensors(op, **specs)
+    if image_query is not None and image_query.shape[2] != 1:
+        wanted = [sizes["B"], sizes["H"], 1, sizes["d"]]
+        raise ValueError(
+            f"{op}: image_query must be [B|1, H, 1, d] = {wanted}, got {list(image_query.shape)}"
+        )
+    return sizes
 
 
 def _factor(op: str, like: Tensor, scale: float | None, temperature: float) -> float:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip._library import PENALTIES, acc_dtype
-from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_head as reference
+from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
 
 Penalty = Literal["none", "l1", "mse", "linf"]
 
@@ -27,22 +28,9 @@ class RationalLogits(NamedTuple):
 class _RationalHead(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(
-        context: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        image: Tensor,
-        text: Tensor,
-        scale: float,
-        penalty: int,
-        backend: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor]
-        outputs = tuple(
-            backend.function("rational_head_fwd")(
-                context, weight, bias, image, text, scale, penalty
-            )
-        )
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *operands, backend = inputs
+        outputs: tuple[Tensor, ...] = backend.function("rational_head_fwd")(*operands)
         return outputs
 
     @staticmethod
@@ -59,20 +47,19 @@ class _RationalHead(torch.autograd.Function):
         ctx: Any, grad_logits: Tensor | None, grad_penalty: Tensor | None, _: Any
     ) -> tuple[Any, ...]:
         if grad_logits is None and grad_penalty is None:
-            return (None,) * 8
-        features = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+            return only_needed(ctx)
+        feature_grads = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         *tensors, peak = ctx.saved_tensors
         context, penalty = tensors[0], ctx.penalty
         if grad_logits is None:
             grad_logits = context.new_zeros(context.shape[:2])
         if grad_penalty is None:  # nobody used it: as if there were none, and nothing is read
-            penalty, peak = PENALTIES["none"], peak[:0]
+            penalty, peak = PENALTY_CODES["none"], peak[:0]
             grad_penalty = context.new_empty(context.shape[:1], dtype=acc_dtype(context.dtype))
         grads = ctx.backend.function("rational_head_bwd")(
-            grad_logits, grad_penalty, *tensors, peak, ctx.scale, penalty, features
+            grad_logits, grad_penalty, *tensors, peak, ctx.scale, penalty, feature_grads
         )
-        needed = zip(grads, ctx.needs_input_grad[:5], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None, None)
+        return only_needed(ctx, *grads)
 
 
 def rational_head(
@@ -91,7 +78,7 @@ def rational_head(
         M = context @ weight^T + bias                      E = relu(1 + M) - 1
         logits[b,k] = scale * sum_i relu(1 + M[b,k,i]) * image[b,i] * text[k,i]
 
-    RAda, arXiv 2507.15480, as released. The backward makes M again.
+    RAda, arXiv 2507.15480, as released. The backward recomputes M.
 
     Args:
         context: [B, K, D]; weight: [D, D]; bias: [D]; image: [B, D]; text: [K, D]. Used as given.
@@ -110,12 +97,7 @@ def rational_head(
         NotImplementedError: the named implementation cannot run this, with its reasons.
     """
     op = "rational_head"
-    expect_floats(op, context=context, weight=weight, bias=bias, image=image, text=text)
-    expect_number(op, scale=scale)
-    if penalty not in PENALTIES:
-        names = ", ".join(PENALTIES)
-        raise ValueError(f"{op}: penalty must be one of {names}, got {penalty!r}")
-    expect_shape(
+    expect_tensors(
         op,
         context=(context, "B K D"),
         weight=(weight, "D D"),
@@ -123,14 +105,14 @@ def rational_head(
         image=(image, "B D"),
         text=(text, "K D"),
     )
-    context, weight, bias, image, text = common_dtype(context, weight, bias, image, text)
-    numbers = float(scale), PENALTIES[penalty]
-    chosen = select(Problem(op, context.device.type, context.dtype, context.shape[-1]), impl)
+    expect_number(op, scale=scale)
+    if penalty not in PENALTY_CODES:
+        names = ", ".join(PENALTY_CODES)
+        raise ValueError(f"{op}: penalty must be one of {names}, got {penalty!r}")
+    tensors = common_dtype(context, weight, bias, image, text)
+    scale, code = float(scale), PENALTY_CODES[penalty]
+    chosen = select(Problem(op, context.device.type, tensors[0].dtype, context.shape[-1]), impl)
     if chosen.name == "reference":
-        return RationalLogits(
-            *reference.rational_head(context, weight, bias, image, text, *numbers)
-        )
-    logits, size, _ = _RationalHead.apply(
-        context, weight, bias, image, text, *numbers, chosen.backend
-    )
-    return RationalLogits(logits, size)
+        return RationalLogits(*reference.rational_head(*tensors, scale=scale, penalty=code))
+    outputs = _RationalHead.apply(*tensors, scale, code, chosen)
+    return RationalLogits(*outputs[:2])

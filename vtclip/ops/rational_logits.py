@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import rational_logits as reference
 
 
 class _RationalLogits(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(image: Tensor, text: Tensor, mask: Tensor, scale: float, backend: Any) -> Tensor:
+    def forward(
+        image: Tensor, text: Tensor, mask: Tensor, scale: float, backend: Backend
+    ) -> Tensor:
         logits: Tensor = backend.function("rational_logits_fwd")(image, text, mask, scale)
         return logits
 
@@ -29,11 +32,9 @@ class _RationalLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Any, ...]:
-        grads = ctx.backend.function("rational_logits_bwd")(
-            grad_logits, *ctx.saved_tensors, ctx.scale
-        )
-        needed = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None)
+        function = ctx.backend.function("rational_logits_bwd")
+        grads = function(grad_logits, *ctx.saved_tensors, ctx.scale)
+        return only_needed(ctx, *grads)
 
 
 def rational_logits(
@@ -56,12 +57,11 @@ def rational_logits(
         NotImplementedError: the named implementation cannot run this, with its reasons.
     """
     op = "rational_logits"
-    expect_floats(op, image=image, text=text, mask=mask)
+    expect_tensors(op, image=(image, "B D"), text=(text, "K D"), mask=(mask, "B K D"))
     expect_number(op, scale=scale)
-    expect_shape(op, image=(image, "B D"), text=(text, "K D"), mask=(mask, "B K D"))
     image, text, mask = common_dtype(image, text, mask)
     chosen = select(Problem(op, image.device.type, image.dtype, image.shape[-1]), impl)
     if chosen.name == "reference":
         return reference.rational_logits(image, text, mask, float(scale))
-    logits: Tensor = _RationalLogits.apply(image, text, mask, float(scale), chosen.backend)
+    logits: Tensor = _RationalLogits.apply(image, text, mask, float(scale), chosen)
     return logits

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once, common_dtype, expect_floats, expect_number, expect_shape
-from vtclip.ops._select import Impl, Problem, select
+from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
+from vtclip.ops._select import Backend, Impl, Problem, select
 from vtclip.reference import unit_products as reference
 
 
@@ -25,11 +26,8 @@ class UnitProducts(NamedTuple):
 class _UnitProducts(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(
-        image: Tensor, text: Tensor, scale: float, backend: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        outputs: tuple[Tensor, Tensor, Tensor]
-        outputs = tuple(backend.function("unit_products_fwd")(image, text, scale))
+    def forward(image: Tensor, text: Tensor, scale: float, backend: Backend) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = backend.function("unit_products_fwd")(image, text, scale)
         return outputs
 
     @staticmethod
@@ -41,9 +39,7 @@ class _UnitProducts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         function = ctx.backend.function("unit_products_bwd")
-        found = function(*grads, *ctx.saved_tensors, ctx.scale)
-        needed = zip(found, ctx.needs_input_grad[:2], strict=True)
-        return (*(grad if need else None for grad, need in needed), None, None)
+        return only_needed(ctx, *function(*grads, *ctx.saved_tensors, ctx.scale))
 
 
 def unit_products(
@@ -73,13 +69,12 @@ def unit_products(
     Second derivatives, `vmap` and forward-mode differentiation raise.
     """
     op = "unit_products"
-    expect_floats(op, image=image, text=text)
+    expect_tensors(op, image=(image, "B D"), text=(text, "K D"))
     expect_number(op, scale=scale)
     if not scale > 0:
         raise ValueError(f"{op}: scale must be above 0, got {scale}")
-    expect_shape(op, image=(image, "B D"), text=(text, "K D"))
     image, text = common_dtype(image, text)
     chosen = select(Problem(op, image.device.type, image.dtype, image.shape[-1]), impl)
     if chosen.name == "reference":
         return UnitProducts(*reference.unit_products(image, text, float(scale)))
-    return UnitProducts(*_UnitProducts.apply(image, text, float(scale), chosen.backend))
+    return UnitProducts(*_UnitProducts.apply(image, text, float(scale), chosen))

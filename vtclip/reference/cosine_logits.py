@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 from vtclip.reference.norm_cosine_logits import norm_cosine_logits
 
 
@@ -53,6 +53,7 @@ def ffn_cosine_logits(
     norm_bias: Tensor,
     text: Tensor,
     image: Tensor,
+    *,
     residual: float,
     scale: float,
     eps: float,
@@ -61,4 +62,4 @@ def ffn_cosine_logits(
     acc = acc_dtype(hidden.dtype)
     z = residual_input.to(acc) + hidden.to(acc) @ weight.to(acc).T + bias.to(acc)  # [B, K, C]
     tail = norm_weight.to(acc), norm_bias.to(acc), text.to(acc), image.to(acc)
-    return norm_cosine_logits(z, *tail, residual, scale, eps).to(hidden.dtype)
+    return norm_cosine_logits(z, *tail, residual=residual, scale=scale, eps=eps).to(hidden.dtype)

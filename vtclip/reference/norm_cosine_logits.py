@@ -19,7 +19,7 @@ zeros.
 import torch
 from torch import Tensor
 
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 
 
 def norm_cosine_logits(
@@ -28,6 +28,7 @@ def norm_cosine_logits(
     bias: Tensor,
     text: Tensor,
     image: Tensor,
+    *,
     residual: float,
     scale: float,
     eps: float,

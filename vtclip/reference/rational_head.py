@@ -16,17 +16,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtclip._library import PENALTIES, acc_dtype
+from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
 
 
 def mask_penalty(mask: Tensor, penalty: int) -> Tensor:
     """penalty [B] of mask [B, K, D] = relu(1 + M)."""
     off = (mask - 1).flatten(1)
-    if penalty == PENALTIES["none"] or off.shape[1] == 0:
+    if penalty == PENALTY_CODES["none"] or off.shape[1] == 0:
         return off.new_zeros(off.shape[0])
-    if penalty == PENALTIES["l1"]:
+    if penalty == PENALTY_CODES["l1"]:
         return off.abs().mean(1)
-    if penalty == PENALTIES["mse"]:
+    if penalty == PENALTY_CODES["mse"]:
         return off.square().mean(1)
     return off.abs().max(1).values
 
@@ -37,6 +37,7 @@ def rational_head(
     bias: Tensor,
     image: Tensor,
     text: Tensor,
+    *,
     scale: float,
     penalty: int,
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import math
 
 from torch import Tensor
 
-from vtclip._library import acc_dtype
+from vtclip.reference._dtypes import acc_dtype
 from vtclip.reference.cosine_logits import unit
 
 

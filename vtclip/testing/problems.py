@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PENALTIES = ("none", "l1", "mse", "linf")  # each at its number in the schemas
+from vtclip.names import PENALTIES
 
 Sizes = Mapping[str, int]
 Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -178,7 +178,7 @@ class Op:
         """What plain torch returns: the first of the outputs."""
         function = getattr(importlib.import_module(f"vtclip.reference.{self.name}"), self.name)
         names = inspect.signature(function).parameters
-        return tensors_of(function(*(inputs[name] for name in names)))
+        return tensors_of(function(**{name: inputs[name] for name in names}))
 
 
 def _schema(name: str) -> tuple[str, ...]:
@@ -250,12 +250,12 @@ _ENTRIES = (
             "norm_bias": "C",
             "text": "K C",
             "image": "B C",
-            "features": True,  # of text and image: with their gradients
+            "feature_grads": True,  # with those of text and image
             **_COSINE,
         },
         outputs=("logits", "stats", "image_rnorm"),
         unit_rows=("weight",),
-        variants={"features frozen": {"features": False}},
+        variants={"features frozen": {"feature_grads": False}},
     ),
     Op(
         "rational_attn",
@@ -290,14 +290,14 @@ _ENTRIES = (
             "text": "K D",
             "scale": 100.0,
             "penalty": "mse",
-            "features": True,  # as above
+            "feature_grads": True,
         },
         outputs=("logits", "penalty", "peak"),
         unit_rows=("weight", "image", "text"),
         variants={
             **{penalty: {"penalty": penalty} for penalty in PENALTIES},
             **{
-                f"{penalty}, features frozen": {"penalty": penalty, "features": False}
+                f"{penalty}, features frozen": {"penalty": penalty, "feature_grads": False}
                 for penalty in PENALTIES
             },
         },

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers applied side by side, whose bias gradients are one GPU kernel."""
+"""Linear layers applied side by side; one GPU kernel computes all their bias gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._checks import bound_once, common_dtype
+from vtclip.ops._autograd import bound_once
+from vtclip.ops._checks import common_dtype
 from vtclip.ops._select import Problem, select
 
 MANY_ROWS = 4096  # from here on a sum over rows is worth a kernel of its own
@@ -40,14 +41,14 @@ class _Projections(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        found: list[Tensor | None] = [None]
+        results: list[Tensor | None] = [None]
         for i, (d_y, d_b) in enumerate(zip(rows, _bias_grads(rows, ctx.one_kernel), strict=True)):
             x, weight = saved[2 * i : 2 * i + 2]
             to_x, to_weight, to_bias = needs[3 * i : 3 * i + 3]
-            found.append((d_y @ weight).view(x.shape) if to_x else None)
-            found.append(d_y.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None)
-            found.append(d_b if to_bias else None)
-        return tuple(found)
+            results.append((d_y @ weight).view(x.shape) if to_x else None)
+            results.append(d_y.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None)
+            results.append(d_b if to_bias else None)
+        return tuple(results)
 
 
 def _bias_grads(rows: list[Tensor], one_kernel: bool) -> list[Tensor]:
@@ -57,8 +58,8 @@ def _bias_grads(rows: list[Tensor], one_kernel: bool) -> list[Tensor]:
         return [matrix.sum(0) for matrix in rows]
     padded = [*short, *[short[0][:, :0]] * (3 - len(short))]
     sums: Tensor = torch.ops.vtclip.column_sums_triton(*padded)
-    found = iter(sums.split([matrix.shape[1] for matrix in short]))  # type: ignore[no-untyped-call]
-    return [next(found) if len(matrix) < MANY_ROWS else matrix.sum(0) for matrix in rows]
+    each = iter(sums.split([matrix.shape[1] for matrix in short]))  # type: ignore[no-untyped-call]
+    return [next(each) if len(matrix) < MANY_ROWS else matrix.sum(0) for matrix in rows]
 
 
 def projections(layers: list[Layer]) -> list[Tensor]:
