@@ -49,9 +49,11 @@ def call_all(dtype: torch.dtype, make: Make = random) -> list[Tensor]:
             {"B": B, "H": H, "K": K, "L": L, "d": d, "D": d, "C": d, "F": 2 * d + 1}
             for B, H, K, L, d in SHAPES
         ]
+        # no scale of 100, which magnifies the rounding of gradients that cancel
+        numbers = {"scale": 0.5 if "H" in op.sizes else 3.0, "residual": 0.7}
         for sizes in all_sizes + MORE.get(op.name, []):
             for variant in ("", *op.variants):
-                inputs = op.draw(sizes, variant=variant, dtype=dtype, make=make)
+                inputs = op.draw(sizes, variant=variant, dtype=dtype, make=make, **numbers)
                 outputs, grads = op.run(lambda name: getattr(KERNELS, name), inputs, make)
                 results += [x for x in (*outputs, *grads) if x.is_floating_point()]
     return results

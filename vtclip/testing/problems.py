@@ -178,7 +178,7 @@ class Op:
         """What plain torch returns: the first of the outputs."""
         function = getattr(importlib.import_module(f"vtclip.reference.{self.name}"), self.name)
         names = inspect.signature(function).parameters
-        return tensors_of(function(*(inputs[name] for name in names)))
+        return tensors_of(function(**{name: inputs[name] for name in names}))
 
 
 def _schema(name: str) -> tuple[str, ...]:
@@ -250,7 +250,7 @@ _ENTRIES = (
             "norm_bias": "C",
             "text": "K C",
             "image": "B C",
-            "feature_grads": True,  # of text and image: with their gradients
+            "feature_grads": True,  # with those of text and image
             **_COSINE,
         },
         outputs=("logits", "stats", "image_rnorm"),
@@ -290,7 +290,7 @@ _ENTRIES = (
             "text": "K D",
             "scale": 100.0,
             "penalty": "mse",
-            "feature_grads": True,  # as above
+            "feature_grads": True,
         },
         outputs=("logits", "penalty", "peak"),
         unit_rows=("weight", "image", "text"),
