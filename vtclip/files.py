@@ -34,6 +34,17 @@ def default_cache() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "vtclip"
 
 
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """The named cache folder, else the usual one."""
+    return default_cache() if cache_dir is None else Path(cache_dir).expanduser()
+
+
+def is_below(path: Path, root: Path) -> bool:
+    """Whether `path`, links followed, is `root` or lies in it."""
+    real, top = os.path.realpath(path), os.path.realpath(root)
+    return real == top or real.startswith(top.rstrip(os.sep) + os.sep)
+
+
 def write_new(path: Path, data: bytes) -> Path:
     """Write `data` to `path` + ".new" and flush it to the disk; `path` itself is not touched."""
     path = Path(os.path.realpath(path))

@@ -24,6 +24,7 @@ from .choices import pick
 from .clip import Clip, load_clip, resolve_templates
 from .data.extract import cached_features
 from .data.featureset import FeatureSet
+from .data.options import FeatureOptions
 from .data.records import Records
 from .data.sources import source_kind
 from .data.splits import Split
@@ -195,14 +196,14 @@ class _Work:
         """Global features of all images by `clip`, from the cache where it has them."""
         r = self.request
         with self.watch.stage("features"):
-            found, _ = cached_features(
-                r.source,
+            options = FeatureOptions(
                 model=clip,
                 templates=r.lines,
                 cache_dir=r.cache_dir,
                 device=r.device,
                 progress=r.progress,
             )
+            found, _ = cached_features(r.source, options)
         return found
 
     def train(

@@ -19,6 +19,7 @@ from . import engine, metrics
 from .adapter import Adapter, check_features
 from .choices import index_of
 from .data.images import EXTENSIONS, Folder, is_ignored, scan_folder, walk_images
+from .data.options import FeatureOptions
 from .data.records import Records, check_class_names
 from .data.sets import SetSource, as_source
 from .data.sources import open_source, source_kind
@@ -122,16 +123,16 @@ class Opener:
             )
         from .data.extract import cached_features
 
-        made, _ = cached_features(
-            new_classes(path, name),
+        options = FeatureOptions(
             model=self.clip(),
             spatial=features["spatial"] if self.needs_spatial else None,
-            augment_passes=augment_passes,
             templates=features["templates"],
+            augment_passes=augment_passes,
             cache_dir=self.cache_dir,
             device=self.device,
             progress=self.progress,
         )
+        made, _ = cached_features(new_classes(path, name), options)
         records = made.records()
         check_features(self.adapter, records)
         return records

@@ -35,9 +35,18 @@ from vtclip.data.augment import AUGMENTATION
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
 from vtclip.data.hashing import Report, duplicates_of, hash_all
 from vtclip.data.images import Folder, printable, scan_folder
+from vtclip.data.options import FeatureOptions
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
 from vtclip.distributed import World
-from vtclip.files import default_cache, json_digest, only_writer, to_json, write_atomic
+from vtclip.files import (
+    cache_folder,
+    default_cache,
+    is_below,
+    json_digest,
+    only_writer,
+    to_json,
+    write_atomic,
+)
 
 __all__ = ["Report", "cached_features", "default_cache", "extract_features"]
 
@@ -70,104 +79,77 @@ def extract_features(
     which calls this with the same arguments (vtclip.distributed.joined).
     """
     out = Path(out).expanduser()
-    if _is_inside(out, Path(source).expanduser()):
+    if is_below(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
+    options = FeatureOptions(
+        model=model,
+        spatial=spatial,
+        templates=templates,
+        augment_passes=augment_passes,
+        device=device,
+        progress=progress,
+        dtype=dtype,
+        batch_size=batch_size,
+        follow_links=follow_links,
+    )
     world = world or World()
-    job = _Job.of(source, model, spatial, augment_passes, templates, dtype, batch_size, device,
-                  progress, follow_links, world)  # fmt: skip
-    return job.run(out, world)
+    return _Job.of(source, options, world).run(out, world)
 
 
 def cached_features(
-    source: str | Path | Folder,
-    *,
-    model: str | Path | Clip = "demo",
-    spatial: str | None = None,
-    augment_passes: int = 0,
-    templates: str | Sequence[str] | None = None,
-    cache_dir: str | Path | None = None,
-    dtype: str = "float16",
-    batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    follow_links: bool = False,
+    source: str | Path | Folder, options: FeatureOptions
 ) -> tuple[FeatureSet, Report]:
     """Features of an image folder, or of listed files, from the cache.
 
-    They are made first where they are missing or damaged.
+    They are computed first where they are missing or damaged.
     """
-    job = _Job.of(source, model, spatial, augment_passes, templates, dtype, batch_size, device,
-                  progress, follow_links)  # fmt: skip
+    job = _Job.of(source, options, World())
     place = Path("features") / job.key[:32]
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # below says what is wrong, if so
-        cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+        cache = cache_folder(options.cache_dir)
         if (cache / place / MANIFEST).is_file() and not os.access(cache / place, os.W_OK):
             return job.reuse(FeatureSet.open(cache / place))
-    return job.run(_writable_cache(cache_dir) / place, World(), rebuild=True)
+    return job.run(_writable_cache(options.cache_dir) / place, World(), rebuild=True)
 
 
 class _Job(Work):
     """One extraction: what is to be made, and where it may lie already."""
 
     @classmethod
-    def of(
-        cls,
-        source: str | Path | Folder,
-        model: str | Path | Clip,
-        spatial: str | None,
-        augment_passes: int,
-        templates: str | Sequence[str] | None,
-        dtype: str,
-        batch_size: int,
-        device: str | torch.device,
-        progress: bool,
-        follow_links: bool,
-        world: World | None = None,
-    ) -> _Job:
-        if dtype not in DTYPES:
-            raise ValueError(f"features: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        for what, value, low in (
-            ("augment_passes", augment_passes, 0),
-            ("batch_size", batch_size, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(
-                    f"features: {what} must be an int of at least {low}, got {value!r}"
-                )
-        lines = resolve_templates(templates)
+    def of(cls, source: str | Path | Folder, options: FeatureOptions, world: World) -> _Job:
+        _check_numbers(options)
+        lines = resolve_templates(options.templates)
         if isinstance(source, Folder):
             folder = source
         else:
-            folder = scan_folder(source, follow_links=follow_links)
-        world = world or World()
+            folder = scan_folder(source, follow_links=options.follow_links)
         world.check_same("list of images", json_digest({"names": [*map(ascii, folder.names)]}))
-        if isinstance(model, Clip):
-            clip = model
-        else:
+        model = options.model
+        if isinstance(model, (str, Path)):
             name = model
-            clip = world.by_each(lambda: load_clip(name, device))
-        spatial = clip.check_spatial(spatial)
+            model = world.by_each(lambda: load_clip(name, options.device))
+        spatial = model.check_spatial(options.spatial_option)
         start = time.perf_counter()
-        hashed = hash_all(folder, progress, world)
+        hashed = hash_all(folder, options.progress, world)
         fields = {
-            "model": clip.config,
-            "weights": clip.weights_digest,
+            "model": model.config,
+            "weights": model.weights_digest,
             "transform": {
-                **clip.preprocess_cfg,
-                "augmentation": AUGMENTATION if augment_passes else None,
+                **model.preprocess_cfg,
+                "augmentation": AUGMENTATION if options.augment_passes else None,
             },
-            "augment_passes": augment_passes,
+            "augment_passes": options.augment_passes,
             "templates": lines,
             "class_names": folder.class_names,
             "images": hashed.digest(),
             "spatial": spatial,
-            "dtype": dtype if spatial is not None else None,
+            "dtype": options.dtype if spatial is not None else None,
             "features_version": VERSION,
         }
         if folder.prompts not in (None, folder.class_names):
             fields["prompts"] = folder.prompts
         stages = {"hashing": time.perf_counter() - start}
-        return cls(hashed, clip, fields, batch_size, progress, stages)
+        return cls(hashed, model, fields, options.batch_size, options.progress, stages)
 
     def reuse(self, found: FeatureSet) -> tuple[FeatureSet, Report]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
@@ -351,10 +333,23 @@ def _hold(folder: Path) -> Iterator[None]:
         yield
 
 
+def _check_numbers(options: FeatureOptions) -> None:
+    if options.dtype not in DTYPES:
+        raise ValueError(
+            f"features: dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}"
+        )
+    for name, value, least in (
+        ("augment_passes", options.augment_passes, 0),
+        ("batch_size", options.batch_size, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"features: {name} must be an int of at least {least}, got {value!r}")
+
+
 def _writable_cache(cache_dir: str | Path | None) -> Path:
     """The cache folder, or a temporary one with a warning where nothing can be written."""
     try:
-        folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+        folder = cache_folder(cache_dir)
         (folder / "features").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder / "features"):
             return folder
@@ -365,8 +360,3 @@ def _writable_cache(cache_dir: str | Path | None) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="vtclip-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary
-
-
-def _is_inside(path: Path, root: Path) -> bool:
-    real, top = os.path.realpath(path), os.path.realpath(root)
-    return real == top or real.startswith(top + os.sep)

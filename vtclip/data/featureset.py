@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vtclip.clip import resolve_templates
-from vtclip.data.records import Records
+from vtclip.data.records import PartedStore, Records
 from vtclip.files import json_digest, read_json, to_json
 
 __all__ = ["FORMAT", "VERSION", "FeatureSet", "FeaturesDamaged", "file_digest"]
@@ -163,40 +163,26 @@ class FeatureSet:
         )
 
 
-class ShardStore:
+class ShardStore(PartedStore):
     """Rows of memory-mapped shards, each checked against its digest before its first use."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self._folder = folder
         self._shards: list[dict[str, Any]] = manifest["shards"]
         self._open: dict[int, dict[str, Tensor]] = {}
-        ends = torch.tensor([entry["rows"] for entry in self._shards]).cumsum(0)
-        self._ends = ends
-        self._starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        self.width = int(manifest["width"])
-        self.num_passes = int(manifest["fields"]["augment_passes"])
-        self.spatial_width: int | None = manifest["spatial_width"]
-        self.spatial_tokens: int | None = manifest["spatial_tokens"]
+        super().__init__(
+            [entry["rows"] for entry in self._shards],
+            width=int(manifest["width"]),
+            num_passes=int(manifest["fields"]["augment_passes"]),
+            spatial_width=manifest["spatial_width"],
+            spatial_tokens=manifest["spatial_tokens"],
+        )
 
     def check(self, shard: int) -> None:
         self._tensors(shard)
 
-    def image(self, row: Tensor, augment_pass: int) -> Tensor:
-        return self._rows("image", row, augment_pass, (self.width,))
-
-    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
-        if self.spatial_tokens is None or self.spatial_width is None:
-            raise ValueError("records: this source holds no spatial features")
-        return self._rows("spatial", row, augment_pass, (self.spatial_tokens, self.spatial_width))
-
-    def _rows(self, name: str, row: Tensor, augment_pass: int, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(len(row), *shape)
-        shard = torch.bucketize(row, self._ends, right=True)
-        for number in sorted(set(shard.tolist())):
-            here = (shard == number).nonzero().flatten()
-            local = row[here] - self._starts[number]
-            out[here] = self._tensors(number)[name][local, augment_pass].float()
-        return out
+    def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
+        return self._tensors(part)[name][row, augment_pass].float()
 
     def _tensors(self, shard: int) -> dict[str, Tensor]:
         if shard not in self._open:

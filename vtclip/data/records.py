@@ -7,6 +7,7 @@ memory-mapped shards) is the business of its `Store`. A selection shares the sto
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import unicodedata
 from collections import Counter
@@ -21,6 +22,7 @@ from torch.nn import functional
 __all__ = [
     "Batch",
     "MemoryStore",
+    "PartedStore",
     "Records",
     "Store",
     "check_class_names",
@@ -95,6 +97,44 @@ class MemoryStore:
             raise ValueError("records: this source holds no spatial features")
         tokens = self._spatial[row, augment_pass].float()
         return tokens if self._projection is None else tokens @ self._projection
+
+
+class PartedStore:
+    """A store whose rows lie in several parts, one after the other; `read` fetches from one."""
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        *,
+        width: int,
+        num_passes: int,
+        spatial_width: int | None,
+        spatial_tokens: int | None,
+    ) -> None:
+        self._ends = torch.tensor(list(counts)).cumsum(0)
+        self._starts = torch.cat([self._ends.new_zeros(1), self._ends[:-1]])
+        self.width, self.num_passes = width, num_passes
+        self.spatial_width, self.spatial_tokens = spatial_width, spatial_tokens
+
+    def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
+        """Rows of one part, counted from its first: "image" [b, C] or "spatial" [b, L, Cs]."""
+        raise NotImplementedError
+
+    def image(self, row: Tensor, augment_pass: int) -> Tensor:
+        return self._rows("image", row, augment_pass, (self.width,))
+
+    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
+        if self.spatial_width is None or self.spatial_tokens is None:
+            raise ValueError("records: this source holds no spatial features")
+        return self._rows("spatial", row, augment_pass, (self.spatial_tokens, self.spatial_width))
+
+    def _rows(self, name: str, row: Tensor, augment_pass: int, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(len(row), *shape)
+        part = torch.bucketize(row, self._ends, right=True)
+        for number in sorted(set(part.tolist())):
+            here = (part == number).nonzero().flatten()
+            out[here] = self.read(number, name, row[here] - self._starts[number], augment_pass)
+        return out
 
 
 class Records:
@@ -204,6 +244,10 @@ class Records:
         )
 
     @property
+    def store(self) -> Store:
+        return self._store
+
+    @property
     def width(self) -> int:
         return self._store.width
 
@@ -275,6 +319,13 @@ class Records:
             row=self._row[index],
             roles=None if self.roles is None else self.roles[index],
         )
+
+    def with_store(self, store: Store, **info: Any) -> Records:
+        """The same rows, classes and texts with features of another store; `info` is updated."""
+        view = copy.copy(self)
+        view._store = store
+        view.info = {**self.info, **info}
+        return view
 
     def _checked(self, index: Tensor) -> Tensor:
         index = torch.as_tensor(index)
