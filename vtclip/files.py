@@ -28,6 +28,10 @@ except ImportError:  # Windows has no flock; there the folder is not locked
     fcntl = None
 
 
+Json = dict[str, Any]
+"""A JSON object, such as the contents of `result.json`."""
+
+
 def default_cache() -> Path:
     """VTCLIP_CACHE, else ~/.cache/vtclip."""
     named = os.environ.get("VTCLIP_CACHE")
@@ -94,7 +98,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, os.PathLike) else value
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> Json:
     """The object in a JSON file, or a ValueError that says in words why it is not `what`."""
     if not path.exists():
         raise FileNotFoundError(f"not {what}: {path} does not exist")

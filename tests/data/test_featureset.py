@@ -528,7 +528,7 @@ def test_newer_and_foreign_manifests(pictures: Path, tmp_path: Path, fake_clip: 
     with pytest.raises(FeaturesDamaged, match="does not match its own digest"):
         FeatureSet.open(out)
     (out / "manifest.json").write_text("{}")
-    with pytest.raises(FeaturesDamaged, match="is no manifest of vtclip-features"):
+    with pytest.raises(FeaturesDamaged, match="is not a manifest of vtclip-features"):
         FeatureSet.open(out)
 
 

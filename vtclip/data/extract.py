@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,6 +38,7 @@ from vtclip.data.options import FeatureOptions
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
 from vtclip.distributed import World
 from vtclip.files import (
+    Json,
     cache_folder,
     default_cache,
     is_below,
@@ -101,7 +101,7 @@ def cached_features(
 ) -> tuple[FeatureSet, Report]:
     """Features of an image folder, or of listed files, from the cache.
 
-    They are computed first where they are missing or damaged.
+    They are extracted first where they are missing or damaged.
     """
     job = _Job.of(source, options, World())
     place = Path("features") / job.key[:32]
@@ -151,13 +151,17 @@ class _Job(Work):
         stages = {"hashing": time.perf_counter() - start}
         return cls(hashed, model, fields, options.batch_size, options.progress, stages)
 
-    def reuse(self, found: FeatureSet) -> tuple[FeatureSet, Report]:
+    def reuse(self, features: FeatureSet) -> tuple[FeatureSet, Report]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
-        if found.key != self.key:
-            raise ValueError(f"features: {found.folder} holds features of something else")
-        found.verify()
-        return found, Report(
-            len(found), found.skipped, duplicates_of(self.hashed), found.num_bytes, reused=True
+        if features.key != self.key:
+            raise ValueError(f"features: {features.folder} holds features of something else")
+        features.verify()
+        return features, Report(
+            len(features),
+            features.skipped,
+            duplicates_of(self.hashed),
+            features.num_bytes,
+            reused=True,
         )
 
     def run(
@@ -183,19 +187,19 @@ class _Job(Work):
             report.reused = bool(world.collect(world.by_first(enter))[0])
             if not report.reused:
                 self._build(folder, world)
-            found = FeatureSet.open(folder)
-        report.rows, report.skipped = len(found), found.skipped
-        report.num_bytes, report.seconds = found.num_bytes, time.perf_counter() - start
+            features = FeatureSet.open(folder)
+        report.rows, report.skipped = len(features), features.skipped
+        report.num_bytes, report.seconds = features.num_bytes, time.perf_counter() - start
         if report.skipped and world.first:
             logger.warning("%s", "; ".join(report.lines(5)))
-        return found, report
+        return features, report
 
     def _finished(self, folder: Path, rebuild: bool) -> FeatureSet | None:
         if (folder / MANIFEST).exists():
             try:
-                found = FeatureSet.open(folder)
-                if found.num_bytes <= EAGER_BYTES:
-                    found.verify()
+                features = FeatureSet.open(folder)
+                if features.num_bytes <= EAGER_BYTES:
+                    features.verify()
             except FeaturesDamaged as error:
                 if not rebuild:
                     raise ValueError(f"{error}; remove the folder to build it again") from None
@@ -203,10 +207,10 @@ class _Job(Work):
                 for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
                     path.unlink()
                 return None
-            if found.key == self.key:
-                return found
+            if features.key == self.key:
+                return features
             differs = [
-                name for name, value in self.fields.items() if found.fields.get(name) != value
+                name for name, value in self.fields.items() if features.fields.get(name) != value
             ]
             raise ValueError(
                 f"features: {folder} holds features that differ in {', '.join(differs)}; "
@@ -221,7 +225,7 @@ class _Job(Work):
         tokens = self._spatial_shape()
         shards = shards_of(self, tokens)
 
-        def begin() -> dict[int, dict[str, Any]]:
+        def begin() -> dict[int, Json]:
             self._announce(folder, self.row_bytes(tokens))
             done = finished_shards(self, shards, folder)
             if done:
@@ -230,7 +234,7 @@ class _Job(Work):
             write_atomic(folder / PARTIAL, to_json({"key": self.key}))
             return done
 
-        text: dict[str, Any] = {}
+        text: Json = {}
 
         def texts() -> None:
             if world.first:
@@ -273,8 +277,8 @@ class _Job(Work):
     def _finish(
         self,
         folder: Path,
-        entries: list[dict[str, Any]],
-        text_entry: dict[str, Any],
+        entries: list[Json],
+        text_entry: Json,
         tokens: tuple[int, int] | None,
     ) -> None:
         hashed = self.hashed
@@ -287,7 +291,7 @@ class _Job(Work):
             raise ValueError(f"features: no image of these classes could be read: "
                              f"{', '.join(map(printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
-        body: dict[str, Any] = {
+        body: Json = {
             "format": FORMAT,
             "version": VERSION,
             "key": self.key,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vtclip.files import Json
+
 __all__ = [
     "Batch",
     "MemoryStore",
@@ -102,19 +104,14 @@ class MemoryStore:
 class PartedStore:
     """A store whose rows lie in several parts, one after the other; `read` fetches from one."""
 
-    def __init__(
-        self,
-        counts: Sequence[int],
-        *,
-        width: int,
-        num_passes: int,
-        spatial_width: int | None,
-        spatial_tokens: int | None,
-    ) -> None:
+    width: int
+    num_passes: int
+    spatial_width: int | None
+    spatial_tokens: int | None
+
+    def __init__(self, counts: Sequence[int]) -> None:
         self._ends = torch.tensor(list(counts)).cumsum(0)
         self._starts = torch.cat([self._ends.new_zeros(1), self._ends[:-1]])
-        self.width, self.num_passes = width, num_passes
-        self.spatial_width, self.spatial_tokens = spatial_width, spatial_tokens
 
     def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
         """Rows of one part, counted from its first: "image" [b, C] or "spatial" [b, L, Cs]."""
@@ -156,7 +153,7 @@ class Records:
         label: Tensor,
         names: Sequence[str],
         logit_scale: float = 100.0,
-        info: dict[str, Any] | None = None,
+        info: Json | None = None,
         row: Tensor | None = None,
         roles: Tensor | None = None,
         text_views: Tensor | None = None,
@@ -171,7 +168,7 @@ class Records:
         self.label = torch.as_tensor(label)
         self.names = list(names)
         self.logit_scale = float(logit_scale)
-        self.info: dict[str, Any] = dict(info or {})
+        self.info: Json = dict(info or {})
         self._store = store
         if self.text.dim() != 2 or len(self.text) != len(self.class_names):
             raise ValueError(
@@ -214,7 +211,7 @@ class Records:
         spatial: Tensor | None = None,
         names: Sequence[str] | None = None,
         logit_scale: float = 100.0,
-        info: dict[str, Any] | None = None,
+        info: Json | None = None,
     ) -> Records:
         """A table in memory; image may be [N, 1 + P, C] with P augmented passes."""
         check_rows(image, "image")

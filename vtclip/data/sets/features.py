@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import PartedStore, Records, Store
 from vtclip.data.sets.listing import Listing, Part
 from vtclip.data.sets.reading import SetSource, absent_images, open_listing
-from vtclip.files import cache_folder, is_below, json_digest
+from vtclip.files import Json, cache_folder, is_below, json_digest
 
 if TYPE_CHECKING:
     from vtclip.data.featureset import FeatureSet
@@ -153,7 +153,7 @@ def _info(
     has_validation: bool,
     made: Sequence[FeatureSet],
     tables: Sequence[Records],
-) -> dict[str, Any]:
+) -> Json:
     """Where the rows came from; digests of both feature sets count as one."""
     digests = [table.info["digests"] for table in tables]
     return {
@@ -208,20 +208,15 @@ class JoinedStore(PartedStore):
         if len(shapes) != 1:
             raise ValueError(f"records: joined features must have one shape, got {shapes}")
         first = self._stores[0]
-        super().__init__(
-            counts,
-            width=first.width,
-            num_passes=first.num_passes,
-            spatial_width=first.spatial_width,
-            spatial_tokens=first.spatial_tokens,
-        )
+        super().__init__(counts)
+        self.width, self.num_passes = first.width, first.num_passes
+        self.spatial_width, self.spatial_tokens = first.spatial_width, first.spatial_tokens
 
     def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
         store = self._stores[part]
         if augment_pass > store.num_passes:
             raise ValueError(f"records: test images have no augmented pass {augment_pass}")
-        get = store.image if name == "image" else store.spatial
-        return get(row, augment_pass)
+        return (store.image if name == "image" else store.spatial)(row, augment_pass)
 
 
 def _repeats(made: Sequence[FeatureSet]) -> int:
