@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -72,22 +72,14 @@ class RunSources:
         rows: list[SourceRows] = []
         for number, entry in enumerate(sources_of(self.run)):
             if number == 0:
-                records = self.first_source(entry, data)
+                records = self.opened(as_source(entry["source"], data or self.options.get("data")))
             else:
                 records = self.added(Path(entry["source"]), entry["name"])
-            index = self.test_rows(entry, records)
-            rows.append(SourceRows(records, index, run_labels(self.adapter, records)))
+            rows.append(SourceRows(records, self.test_rows(entry, records), self.labels(records)))
         return rows
 
-    def first_source(self, entry: Json, data: str | Path | None) -> Records:
-        source = as_source(entry["source"], data or self.options.get("data"))
-        if not isinstance(source, SetSource):
-            return self.opened(source)
-        result, pool = self.run.result, bool(self.options.get("pseudo_labels"))
-        return self.opened(source, Draw(result["shots"], result["seed"], pool))
-
-    def opened(self, source: Path | SetSource, draw: Draw | None = None) -> Records:
-        """Plain rows of any source, of features that the adapter takes."""
+    def opened(self, source: Path | SetSource) -> Records:
+        """Plain rows of any source, of features that the adapter takes; of its own set its draw."""
         folder = not isinstance(source, SetSource) and source_kind(source) == "folder"
         images = isinstance(source, SetSource) or folder
         if images and self.adapter.features.get("model") is None:
@@ -95,15 +87,19 @@ class RunSources:
                 f"{source}: the run was fitted on a table of features and has no image encoder; "
                 "give an .npz table of the same width"
             )
-        options = recorded_options(
-            self.options,
+        result, draw = self.run.result, Draw(0, self.run.result["seed"])
+        if isinstance(source, SetSource) and source.name == self.options["source"]:
+            pool = bool(self.options.get("pseudo_labels"))
+            draw = Draw(result["shots"], result["seed"], pool)
+        options = FeatureOptions(
             model=self.clip() if images else "demo",
+            **{name: self.options[name] for name in ("spatial", "prompt", "templates")},
             need_spatial=self.needs_spatial,
             cache_dir=self.cache_dir,
             device=str(self.device),
             progress=self.progress,
         )
-        records = open_records(source, options, draw or Draw(0, self.run.result["seed"]))
+        records = open_records(source, options, draw)
         check_features(self.adapter, records)
         return records
 
@@ -136,42 +132,30 @@ class RunSources:
         check_features(self.adapter, records)
         return records
 
-    def other(self, source: Path | SetSource, data: str | Path | None) -> SourceRows:
+    def other(self, source: Path | SetSource) -> SourceRows:
         """Any source with classes of the run; of one of its own only the test rows count."""
-        entries = sources_of(self.run)
-        own = isinstance(source, SetSource) and source.name == entries[0]["source"]
-        records = self.first_source(entries[0], data) if own else self.opened(source)
-        known = [e for e in entries if e["images"] == records.info["digests"]["images"]]
+        records = self.opened(source)
+        digest = records.info.get("digests", {}).get("images")
+        known = [entry for entry in sources_of(self.run) if entry["images"] == digest]
         index = self.test_rows(known[0], records) if known else test_rows(records)
-        return SourceRows(records, index, run_labels(self.adapter, records))
+        return SourceRows(records, index, self.labels(records))
 
     def test_rows(self, entry: Json, records: Records) -> Tensor:
         """The test rows of one source, which must be what it was."""
-        if records.info["digests"]["images"] != entry["images"]:
-            raise ValueError(f"{entry['source']}: its images have changed since the run was made")
-        return recorded_test_rows(self.run, entry, records)
+        if records.info.get("digests", {}).get("images") != entry["images"]:
+            raise ValueError(f"{entry['source']}: its images have changed since the run was fitted")
+        seed, fraction = self.run.result["seed"], self.options["test_fraction"]
+        split = split_rows(records, entry["learns"], entry["shots"], seed, fraction)
+        if split.digest != entry["split"]:
+            raise ValueError(
+                f"{entry['source']}: its split differs from the one the run was fitted with"
+            )
+        return split.test
 
-
-def recorded_test_rows(run: Run, entry: Json, records: Records) -> Tensor:
-    """The test rows of one source of the run, split as they were for the run."""
-    seed, fraction = run.result["seed"], run.result["config"]["test_fraction"]
-    split = split_rows(records, entry["learns"], entry["shots"], seed, fraction)
-    if split.digest != entry["split"]:
-        raise ValueError(
-            f"{entry['source']}: its split differs from the one the run was fitted with"
-        )
-    return split.test
-
-
-def recorded_options(config: Json, **others: Any) -> FeatureOptions:
-    """Plain features as the record of a run has them; `others` are the model and the place."""
-    names = ("spatial", "prompt", "templates")
-    return FeatureOptions(**{name: config[name] for name in names}, **others)
-
-
-def run_labels(adapter: Adapter, records: Records) -> Tensor:
-    """The run's label of each of the records' classes."""
-    return torch.tensor([index_of(name, adapter.class_names) for name in records.class_names])
+    def labels(self, records: Records) -> Tensor:
+        """The run's label of each of the records' classes."""
+        names = self.adapter.class_names
+        return torch.tensor([index_of(name, names) for name in records.class_names])
 
 
 def sources_of(run: Run) -> list[Json]:
@@ -260,7 +244,7 @@ def evaluate_sources(
         }
     else:
         target = as_source(source, data)
-        name, rows = target.name, [sources.other(target, data)]
+        name, rows = target.name, [sources.other(target)]
         values = report(rows)
     return {
         "method": sources.run.result["method"],

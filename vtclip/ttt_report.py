@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from vtclip import metrics
@@ -36,13 +35,12 @@ def check_ttt(adapter: Adapter, source: Path) -> None:
 
 def ttt_report(
     adapter: Adapter,
-    model: str | Path | Clip,
+    clip: Clip,
     root: Path,
     names: Sequence[str],
     label: Tensor,
     config: TTT,
     *,
-    device: torch.device,
     progress: bool = False,
 ) -> Json:
     """Metrics of each of ROWS on root/name with label [N], options, and seconds.
@@ -50,10 +48,8 @@ def ttt_report(
     The logits of an average are the log of the mean probability. All rows are divided by the same
     temperature in their `*_scaled` numbers, the run's own, fitted without views and training.
     """
-    from vtclip.clip import load_clip
     from vtclip.data.views import folder_views
 
-    clip = load_clip(model, device) if isinstance(model, (str, Path)) else model
     check_weights(adapter, clip.weights_digest, clip.name)
     wants = adapter.features["spatial"] if adapter.head.needs_spatial else None
 
