@@ -184,7 +184,7 @@ def test_every_other_head_is_traced_for_any_batch(method: str) -> None:
         torch.nn.init.normal_(parameter)
     given = (torch.randn(3, WIDTH), torch.randn(3, 5, WIDTH))[: 1 + bool(head.needs_spatial)]
     program = export_job.FeatureProgram(head)
-    job = export_job.Job(Any, SimpleNamespace(head=head), program, {"x": given}, head, None)
+    job = export_job.ExportJob(Any, SimpleNamespace(head=head), program, {"x": given}, head, None)
     module = export_run.traced(job, True, None).module()
     for count in (1, 8):
         rows = [one[:1].repeat(count, *(1,) * (one.ndim - 1)) for one in given]

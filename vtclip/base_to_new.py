@@ -2,7 +2,7 @@
 """Base-to-new: a head trained on the first half of the classes names the other half as well.
 
 The first ceil(n / 2) classes by label are base, the others new. Shots and validation images are of
-base classes only. Base test images are told apart among the base classes, new ones among the new
+base classes only. Base test images are classified among the base classes, new ones among the new
 classes, with the same parameters over the texts of the new classes. What trades one for the other
 shows in the harmonic mean of the two accuracies.
 """
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtclip import engine, metrics
+from vtclip.adapter import Adapter
+from vtclip.data.records import Records
+from vtclip.data.sets import SetSource
+from vtclip.files import Json
+from vtclip.heads import HEADS, Head
 from vtclip.methods import takes_images, text_encoder
-
-from . import engine, metrics
-from .adapter import Adapter
-from .data.records import Records
-from .data.sets import SetSource
-from .heads import HEADS, Head
-from .names import pick
-from .result import named_classes, unreadable
-from .settings import split_rows, test_rows
+from vtclip.names import pick
+from vtclip.result import named_classes, unreadable
+from vtclip.settings import split_rows, test_rows
 
 PARTS = ("base", "new")
 
@@ -42,7 +42,9 @@ def check_method(method: str, overrides: Mapping[str, Any] | None = None) -> Non
         raise ValueError("base_to_new: class_specific context belongs to its own classes")
 
 
-def over(head: Head, records: Records, class_names: list[str], device: torch.device) -> Head:
+def with_classes(
+    head: Head, records: Records, class_names: list[str], device: torch.device
+) -> Head:
     """The head's parameters over `class_names`, of which the records must have each."""
     text = texts_of(records, class_names)
     if head.needs_text_encoder:
@@ -50,7 +52,7 @@ def over(head: Head, records: Records, class_names: list[str], device: torch.dev
     return head.with_text(text).to(device)
 
 
-def halves(records: Records) -> tuple[Records, Records]:
+def base_and_new(records: Records) -> tuple[Records, Records]:
     """The records of the base classes and those of the new classes."""
     K = len(records.class_names)
     if K < 2:
@@ -66,23 +68,23 @@ def held_out(records: Records, seed: int, test_fraction: float) -> tuple[Tensor,
 
 
 def with_new(
-    base: Mapping[str, Any],
+    base: Json,
     heads: Mapping[str, Head],
     records: Records,
     seed: int,
     test_fraction: float,
     device: torch.device,
-) -> dict[str, Any]:
+) -> Json:
     """`base`, `new` and `harmonic_mean`, each with zero_shot and adapted.
 
     records: those of the new classes; each of `heads` names their test images by their texts. The
     temperature is the one fitted on base images: there are no others to fit it on.
     """
     index, digest = held_out(records, seed, test_fraction)
-    new: dict[str, Any] = {}
+    new: Json = {}
     for name, head in heads.items():
         values = engine.evaluate(
-            over(head, records, records.class_names, device),
+            with_classes(head, records, records.class_names, device),
             records,
             index,
             device=device,
@@ -100,12 +102,12 @@ def harmonic_mean(base: float, new: float) -> float:
 
 def evaluate_again(
     adapter: Adapter,
-    result: Mapping[str, Any],
+    result: Json,
     records: Records,
     source: Path | SetSource,
     *,
     device: torch.device,
-) -> dict[str, Any]:
+) -> Json:
     """Metrics of a finished run on a source that has all of its new classes or none.
 
     On the images of the run only its test rows count. `harmonic_mean` needs both kinds of classes.
@@ -116,7 +118,7 @@ def evaluate_again(
     known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
     every = known["base"] + known["new"]
     have = [pick("class", name, every) for name in records.class_names]
-    found: dict[str, Any] = {"method": result["method"], "source": source.name}
+    report: Json = {"method": result["method"], "source": source.name}
     images = 0
     for part in PARTS:
         keep = [i for i, name in enumerate(have) if name in known[part]]
@@ -124,16 +126,16 @@ def evaluate_again(
             continue
         own, head = records.subset_classes(keep), adapter.head
         if part == "new":
-            head = over(head, own, known[part], device)
+            head = with_classes(head, own, known[part], device)
         index = rows_of_run(own, part, result, source) if same else test_rows(own)
         to_run = torch.tensor([known[part].index(name) for name in own.class_names])
         logits, label = engine.all_logits(head, own, index, device=device)
         values = metrics.report(logits, to_run[label], adapter.temperature)
-        found[part] = named_classes(values, known[part])
+        report[part] = named_classes(values, known[part])
         images += len(index)
-    if all(part in found for part in PARTS):
-        found["harmonic_mean"] = harmonic_mean(*(found[part]["accuracy"] for part in PARTS))
-    return {**found, "test": {"images": images, "unreadable": unreadable(records)}}
+    if all(part in report for part in PARTS):
+        report["harmonic_mean"] = harmonic_mean(*(report[part]["accuracy"] for part in PARTS))
+    return {**report, "test": {"images": images, "unreadable": unreadable(records)}}
 
 
 def texts_of(records: Records, class_names: list[str]) -> Tensor:
@@ -146,9 +148,7 @@ def texts_of(records: Records, class_names: list[str]) -> Tensor:
     return records.text[[records.class_names.index(name) for name in class_names]]
 
 
-def rows_of_run(
-    records: Records, part: str, result: Mapping[str, Any], source: Path | SetSource
-) -> Tensor:
+def rows_of_run(records: Records, part: str, result: Json, source: Path | SetSource) -> Tensor:
     """The test rows of the base or of the new classes, as the run had them."""
     seed, fraction = result["seed"], result["config"]["test_fraction"]
     if part == "new":

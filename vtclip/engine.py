@@ -13,18 +13,27 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from vtclip import metrics
+from vtclip.checkpoint import Checkpoint, Interrupted, StopSignal
+from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig, check_seed
-
-from . import metrics
-from .checkpoint import Checkpoint, Interrupted, StopSignal
-from .steps import TrainingRows, compute_logits, make_optimizer, put_back, shuffled, training_loss
+from vtclip.steps import (
+    TrainingRows,
+    backward,
+    compute_logits,
+    make_optimizer,
+    not_finite,
+    put_back,
+    shuffled,
+    training_loss,
+)
 
 if TYPE_CHECKING:
-    from .data.records import Records
+    from vtclip.data.records import Records
 
 __all__ = ["TrainingRows", "all_logits", "evaluate", "fit"]
 
@@ -38,7 +47,7 @@ def fit(
     *,
     device: torch.device,
     seed: int,
-    log: Callable[[dict[str, object]], None],
+    log: Callable[[Json], None],
     checkpoint: Checkpoint | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -80,44 +89,45 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
-            batch = records.batch(rows, augment_pass)
-            loss = training_loss(head, batch, config, device)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            value = loss.item()
-            if not math.isfinite(value + norm.item()):
+            loss = training_loss(head, records.batch(rows, augment_pass), config, device)
+            norm, value = backward(loss, optimizer, parameters).item(), loss.item()
+            if not math.isfinite(value + norm):
                 if not math.isfinite(value):  # the step before this one broke the weights
                     put_back(parameters, good)
-                raise FloatingPointError(
-                    f"fit: {'gradient' if math.isfinite(value) else 'loss'} is not finite at step "
-                    f"{number} (epoch {epoch}, lr {lr:g}, rows {rows[:4].tolist()}...), last "
-                    f"finite loss {value if math.isfinite(value) else last_loss:.6g}"
-                )
-            for kept, parameter in zip(good, parameters, strict=True):
-                kept.copy_(parameter.detach())
+                last = value if math.isfinite(value) else last_loss
+                raise not_finite(value, number, epoch, lr, rows, f", last finite loss {last:.6g}")
+            for copy, parameter in zip(good, parameters, strict=True):
+                copy.copy_(parameter.detach())
             optimizer.step()
             loss_sum, last_loss = loss_sum + value, value
 
-            if step + 1 == steps:
-                row: dict[str, object] = {"epoch": epoch, "step": number + 1, "lr": lr}
-                row["loss"] = loss_sum / steps
-                loss_sum, last_epoch = 0.0, epoch + 1 == epochs
-                if last_epoch or (epoch + 1) % config.checkpoint_every == 0:
-                    if len(val_index):
-                        seen = metrics.report(*all_logits(head, records, val_index, device=device))
-                        row |= {"val_accuracy": seen["accuracy"], "val_nll": seen["nll"]}
-                    if checkpoint is not None:
-                        checkpoint.save(head, optimizer, number + 1, loss_sum)
+            ends = step + 1 == steps
+            due = ends and schedule.is_due(epoch)
+            if ends:
+                row = {"epoch": epoch, "step": number + 1, "lr": lr, "loss": loss_sum / steps}
+                loss_sum = 0.0
+            if due:
+                row |= validation(head, records, val_index, device)
+            if checkpoint is not None and (due or stop.received):
+                checkpoint.save(head, optimizer, number + 1, loss_sum)
+            if ends:
                 log(row | {"seconds": time.perf_counter() - started})
             if stop.received:
-                if checkpoint is not None:
-                    checkpoint.save(head, optimizer, number + 1, loss_sum)
                 saved_in = None if checkpoint is None else checkpoint.path
                 raise Interrupted(stop.received, number + 1, saved_in)
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
         put_back(parameters, good)
         raise FloatingPointError("fit: the last step left weights that are not finite")
+
+
+def validation(
+    head: Head, records: TrainingRows, index: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Accuracy and NLL of the rows `index`; nothing where there are none."""
+    if not len(index):
+        return {}
+    seen = metrics.report(*all_logits(head, records, index, device=device))
+    return {"val_accuracy": seen["accuracy"], "val_nll": seen["nll"]}
 
 
 @torch.no_grad()

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtclip.adapter import Adapter, load_adapter
+from vtclip.classifier import Classifier
+from vtclip.data.images import ImageError, open_image, scan_folder
+from vtclip.data.sets import SetSource, as_source, open_listing
+from vtclip.data.sources import source_kind
+from vtclip.files import Json
 from vtclip.heads import Head
-
-from .adapter import Adapter, load_adapter
-from .classifier import Classifier
-from .data.images import ImageError, open_image, scan_folder
-from .data.sets import SetSource, as_source, open_listing
-from .data.sources import source_kind
-from .parts import Opener
-from .result import Run
+from vtclip.parts import RunSources
+from vtclip.result import Run
 
 BATCHES = (1, 3)
 Case = dict[str, tuple[Tensor, ...]]
@@ -59,7 +59,7 @@ class FeatureProgram(nn.Module):
 
 
 @dataclass
-class Job:
+class ExportJob:
     """One export: what is traced, on what, and the same numbers by the run itself."""
 
     run: Run
@@ -67,10 +67,10 @@ class Job:
     program: Any
     cases: Case
     expected: Callable[..., Tensor]
-    preprocess: dict[str, Any] | None
+    preprocess: Json | None
 
 
-def image_job(run: Run, model: str | Path | None) -> Job:
+def image_job(run: Run, model: str | Path | None) -> ExportJob:
     classifier = Classifier.load(run.folder, model=model, device="cpu")
     cfg = classifier.clip.preprocess_cfg
     height, width = (cfg["size"],) * 2 if isinstance(cfg["size"], int) else cfg["size"]
@@ -79,10 +79,10 @@ def image_job(run: Run, model: str | Path | None) -> Job:
     if real is not None:
         cases["real"] = (real,)
     program = ImageProgram(classifier)
-    return Job(run, classifier.adapter, program, cases, classifier.probabilities, cfg)
+    return ExportJob(run, classifier.adapter, program, cases, classifier.probabilities, cfg)
 
 
-def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None) -> Job:
+def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None) -> ExportJob:
     adapter = load_adapter(run.folder)
     features = adapter.features
     if features.get("weights_digest") is not None:
@@ -90,30 +90,31 @@ def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None
         adapter, preprocess = images.adapter, images.preprocess
         encode = images.program.classifier.encode
         cases: Case = {
-            name: tuple(one for one in encode(*inputs) if one is not None)
+            name: tuple(part for part in encode(*inputs) if part is not None)
             for name, inputs in images.cases.items()
         }
     else:
-        records = Opener(run, adapter, torch.device("cpu"), cache_dir=cache_dir).parts()[0].records
+        sources = RunSources(run, adapter, torch.device("cpu"), cache_dir=cache_dir)
+        records = sources.rows()[0].records
         rows = records.batch(torch.arange(min(max(BATCHES), len(records))))
         tokens = [rows.spatial] if adapter.head.needs_spatial and rows.spatial is not None else []
         cases, preprocess = {"real": (rows.image, *tokens)}, None
-    shapes = [one.shape[1:] for one in next(iter(cases.values()))]
+    shapes = [part.shape[1:] for part in next(iter(cases.values()))]
     cases["random"] = tuple(random_input(max(BATCHES), *shape) for shape in shapes)
-    return Job(run, adapter, FeatureProgram(adapter.head), cases, adapter.head, preprocess)
+    return ExportJob(run, adapter, FeatureProgram(adapter.head), cases, adapter.head, preprocess)
 
 
 def real_pixels(run: Run, classifier: Classifier) -> Tensor | None:
     """Some images of the run's source, preprocessed [3, 3, H, W]; None where there are none."""
-    found: list[Tensor] = []
+    pixels: list[Tensor] = []
     for path in real_paths(run):
         try:
-            found.append(classifier.clip.preprocess(open_image(path)))
+            pixels.append(classifier.clip.preprocess(open_image(path)))
         except ImageError:
             continue
-        if len(found) == max(BATCHES):
+        if len(pixels) == max(BATCHES):
             break
-    return torch.stack(found) if found else None
+    return torch.stack(pixels) if pixels else None
 
 
 def real_paths(run: Run) -> list[Path]:
@@ -138,9 +139,9 @@ def random_input(*shape: int) -> Tensor:
 
 def of_batches(cases: Case, sizes: tuple[int, ...]) -> Case:
     """Each case at each batch size, its rows repeated where it has too few."""
-    made: Case = {}
+    batches: Case = {}
     for size in sizes:
         for name, inputs in cases.items():
             rows = torch.arange(size) % len(inputs[0])
-            made[f"{name}, batch {size}"] = tuple(one[rows].contiguous() for one in inputs)
-    return made
+            batches[f"{name}, batch {size}"] = tuple(part[rows].contiguous() for part in inputs)
+    return batches

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtclip.export`: a run as one file that predicts, with what its numbers mean beside it.
+"""`vtclip.export`: a run as one file that predicts, with the meaning of its numbers next to it.
 
     image      pixels [B, 3, H, W], preprocessed  ->  probabilities [B, K], temperature applied
     features   image [B, C], and spatial [B, L, Cs] for heads that read it  ->  logits [B, K]
 
-FILE.pt2 is made by torch.export and holds weights and graph. A portable one has plain torch
+FILE.pt2 is written by torch.export and holds weights and graph. A portable one has plain torch
 operators only and runs where vtclip is not installed; the other calls vtclip's compiled ones and is
 opened by `vtclip.load_exported`. FILE.onnx is the portable graph for other runtimes. FILE.json has
 preprocessing, class names, temperature, digests and versions. Graphs are made on the CPU in
@@ -28,12 +28,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from .export_job import BATCHES, Job, feature_job, image_job, of_batches
-from .files import json_digest, move_new, to_json, write_new
-from .ops._select import only_reference
-from .result import Run, revision, versions
-from .settings import set_threads
+from vtclip.export_job import BATCHES, ExportJob, feature_job, image_job, of_batches
+from vtclip.files import Json, json_digest, move_new, to_json, write_new
+from vtclip.ops._select import only_reference
+from vtclip.result import Run, revision, versions
+from vtclip.settings import set_threads
 
 KINDS = ("image", "features")
 TOLERANCE = 1e-4
@@ -54,8 +55,8 @@ def export(
     model: str | Path | None = None,
     threads: int | None = None,
     cache_dir: str | Path | None = None,
-) -> dict[str, Any]:
-    """Write the run as `path` (.pt2), `onnx` (.onnx) or both, each with a .json; answers the JSON.
+) -> Json:
+    """Write the run as `path` (.pt2), `onnx` (.onnx) or both, each with a .json; returns the JSON.
 
     kind: "image" or "features", see the module's docstring.
     portable: plain torch operators instead of vtclip's own in the .pt2.
@@ -75,7 +76,7 @@ def export(
     job = image_job(run, model) if kind == "image" else feature_job(run, model, cache_dir)
     job.cases = of_batches(job.cases, (fixed_batch,) if fixed_batch else BATCHES)
     files: dict[Path, bytes] = {}
-    parity: dict[str, Any] = {}
+    parity: Json = {}
     if path is not None:
         files[targets[0]] = data = _as_pt2(traced(job, portable, fixed_batch))
         parity["pt2"] = _parity(job, targets[0], load_bytes(data, portable))
@@ -99,17 +100,15 @@ def load_exported(path: str | Path) -> nn.Module:
 
 def load_bytes(data: bytes, portable: bool) -> nn.Module:
     if not portable:
-        from .backends import (
-            native,
-            schemas,  # noqa: F401
-        )
+        from vtclip import _library  # noqa: F401
+        from vtclip.backends import native
 
         native.load_cpu()
         native.load_cuda()
     return torch.export.load(io.BytesIO(data)).module()
 
 
-def traced(job: Job, portable: bool, fixed_batch: int | None) -> Any:
+def traced(job: ExportJob, portable: bool, fixed_batch: int | None) -> ExportedProgram:
     """The exported program; the batch size is free unless it is fixed."""
     job.program.eval().requires_grad_(False)
     example = next(inputs for inputs in job.cases.values() if len(inputs[0]) != 1 or fixed_batch)
@@ -119,7 +118,7 @@ def traced(job: Job, portable: bool, fixed_batch: int | None) -> Any:
     operators = only_reference() if portable else nullcontext()
     try:
         with torch.no_grad(), operators, _quiet():
-            program = torch.export.export(
+            program: ExportedProgram = torch.export.export(
                 job.program, example, dynamic_shapes=None if free is None else _named(job, free)
             )
             program = program.run_decompositions({})
@@ -135,19 +134,19 @@ def traced(job: Job, portable: bool, fixed_batch: int | None) -> Any:
     return program
 
 
-def _named(job: Job, free: tuple[Any, ...]) -> dict[str, Any]:
+def _named(job: ExportJob, free: tuple[object, ...]) -> dict[str, object]:
     return dict(zip(job.program.inputs, free, strict=True))
 
 
-def _as_pt2(program: Any) -> bytes:
+def _as_pt2(program: ExportedProgram) -> bytes:
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()
 
 
-def _as_onnx(job: Job, program: Any) -> bytes:
+def _as_onnx(job: ExportJob, program: ExportedProgram) -> bytes:
     with _quiet():
-        made = torch.onnx.export(
+        converted = torch.onnx.export(
             program,
             (),
             input_names=list(job.program.inputs),
@@ -156,7 +155,7 @@ def _as_onnx(job: Job, program: Any) -> bytes:
             dynamo=True,
             verbose=False,
         )
-        message: Any = made.model_proto  # type: ignore[union-attr]
+        message: Any = converted.model_proto  # type: ignore[union-attr]
     size = message.ByteSize()
     if size > MAX_ONNX_BYTES:
         raise ValueError(f"export: one ONNX file holds 2 GiB, this model has {size / 2**30:.1f}")
@@ -168,21 +167,21 @@ def _session(data: bytes) -> Callable[..., Tensor]:
     import onnxruntime  # type: ignore[import-not-found, unused-ignore]
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
+    names = [node.name for node in session.get_inputs()]
 
     def call(*inputs: Tensor) -> Tensor:
-        arrays = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+        arrays = {name: array.numpy() for name, array in zip(names, inputs, strict=True)}
         return torch.from_numpy(session.run(None, arrays)[0])
 
     return call
 
 
 @torch.no_grad()
-def _parity(job: Job, path: Path, found: Callable[..., Tensor]) -> dict[str, Any]:
+def _parity(job: ExportJob, path: Path, exported: Callable[..., Tensor]) -> Json:
     """Largest error of each case; logits count relative to the largest where that is above 1."""
     errors = {}
     for name, inputs in job.cases.items():
-        wanted, have = job.expected(*inputs).double(), found(*inputs).double()
+        wanted, have = job.expected(*inputs).double(), exported(*inputs).double()
         if have.shape != wanted.shape:
             shapes = f"{list(wanted.shape)}, got {list(have.shape)}"
             raise FloatingPointError(f"export: {path.name} must give {shapes}; nothing is written")
@@ -199,12 +198,12 @@ def _parity(job: Job, path: Path, found: Callable[..., Tensor]) -> dict[str, Any
 def _targets(path: str | Path | None, onnx: str | Path | None, overwrite: bool) -> list[Path]:
     """The files that are asked for, checked; nothing is touched."""
     targets = []
-    for name, given, suffix in ("path", path, ".pt2"), ("onnx", onnx, ".onnx"):
-        if given is None:
+    for name, file_name, suffix in ("path", path, ".pt2"), ("onnx", onnx, ".onnx"):
+        if file_name is None:
             continue
-        target = Path(given).expanduser()
+        target = Path(file_name).expanduser()
         if target.suffix != suffix:
-            raise ValueError(f"export: {name} must end in {suffix}, got {str(given)!r}")
+            raise ValueError(f"export: {name} must end in {suffix}, got {str(file_name)!r}")
         if not target.parent.is_dir():
             raise FileNotFoundError(f"export: the folder {target.parent} does not exist")
         for file in (target, target.with_suffix(".json")):
@@ -223,13 +222,13 @@ def _targets(path: str | Path | None, onnx: str | Path | None, overwrite: bool) 
 
 
 def _about(
-    job: Job,
+    job: ExportJob,
     kind: str,
     portable: bool,
     fixed_batch: int | None,
-    parity: dict[str, Any],
+    parity: Json,
     files: dict[Path, bytes],
-) -> dict[str, Any]:
+) -> Json:
     """What a program needs to know to use the files without vtclip."""
     adapter, result = job.adapter, job.run.result
     inputs = next(iter(job.cases.values()))
@@ -284,13 +283,13 @@ def _quiet() -> Iterator[None]:
     """Without the warnings and notes of the exporters, which are not about the user's model."""
     names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
     loggers = [logging.getLogger(name) for name in names]
-    levels = [one.level for one in loggers]
+    levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for one in loggers:
-            one.setLevel(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            for one, level in zip(loggers, levels, strict=True):
-                one.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -8,42 +8,28 @@ images, a few of those. vtclip/larger.py says which heads can and what their log
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from vtclip.heads import Head, Support
-
-from . import engine
-from .adapter import Adapter, load_adapter, save_adapter
-from .data.records import Records, check_class_names
-from .data.sources import source_kind
-from .data.splits import Split, few_shot_split
-from .encoders import saved_encoders
-from .files import json_digest, only_writer, to_json
-from .heads.zeroshot import ZeroShot
-from .larger import NewClasses, check_can, extended, is_exact, keeps_images, note_of
-from .memory import peak_memory_mb
-from .parts import Opener, Part, metrics_of, new_classes, sources_of
-from .result import (
-    RESULT,
-    Run,
-    Stopwatch,
-    device_name,
-    environment,
-    revision,
-    unreadable,
-    versions,
-)
-from .runs import removed_if_empty
-from .settings import choose_device, set_threads, usual_shots
-from .support import support_of
+from vtclip import engine, result
+from vtclip.adapter import Adapter, load_adapter, save_adapter
+from vtclip.data.records import Records, check_class_names
+from vtclip.data.sources import source_kind
+from vtclip.data.splits import Split, few_shot_split
+from vtclip.encoders import saved_encoders
+from vtclip.files import Json, json_digest, only_writer
+from vtclip.heads import Head
+from vtclip.heads.zeroshot import ZeroShot
+from vtclip.larger import NewClasses, check_can, extended, is_exact, keeps_images, note_of
+from vtclip.parts import RunSources, SourceRows, metrics_over, new_classes, sources_of
+from vtclip.result import RESULT, Run, Stopwatch
+from vtclip.runs import removed_if_empty
+from vtclip.settings import choose_device, set_threads, usual_shots
+from vtclip.support import support_of
 
 
 def extend(
@@ -68,8 +54,8 @@ def extend(
         class is held out, by the run's own rule and share.
     model: another place of the encoder's weights (see vtclip.clip).
 
-    The result has `before` (the run's own classes, told apart among themselves), `old_classes` and
-    `new_classes` (test images of either, told apart among all), each zero-shot and adapted, and
+    The result has `before` (the run's own classes, named among these alone), `old_classes` and
+    `new_classes` (test images of either, named among all), each zero-shot and adapted, and
     over all test images `zero_shot`, `adapted` and `accuracy`. Zero-shot is the run's encoder with
     the class texts alone, tuned where the run tuned it. `extended_from` names the run by its
     digests. Nothing is written where anything is refused.
@@ -86,22 +72,21 @@ def extend(
     check_can(adapter.head)
     _check_names(adapter.class_names, path, name)
     watch = Stopwatch(where)
-    opener = Opener(run, adapter, where, model, cache_dir, progress)
+    sources = RunSources(run, adapter, where, model, cache_dir, progress)
     with watch.stage("features"):
-        old = opener.parts()
-        passes = opener.options["augment_passes"] if keeps_images(adapter.head) else 0
-        added = opener.added(path, name, passes)
-    names = check_class_names([*adapter.class_names, *added.class_names])
+        old = sources.rows()
+        passes = sources.options["augment_passes"] if keeps_images(adapter.head) else 0
+        added = sources.added(path, name, passes)
+    class_names = check_class_names([*adapter.class_names, *added.class_names])
     split, shots = _split(run, adapter.head, added, shots)
-    K = len(adapter.class_names)
     with watch.stage("extend"):
-        support = _support(added, split, K, where)
-        fresh = NewClasses(added.class_names, added.text, added.text_views, support, opener.clip)
-        head = extended(adapter.head, fresh)
-    new = Part(added, split.test, torch.arange(K, len(names)))
+        larger = replace(
+            adapter, head=_extended_head(sources, added, split), class_names=class_names
+        )
+    labels = torch.arange(len(adapter.class_names), len(class_names))
+    new = SourceRows(added, split.test, labels)
     with watch.stage("evaluate"):
-        decisions = _Heads(adapter, head, added, run.result["zero_shot"]["temperature"])
-        values = _evaluated(decisions, old, new, names, where)
+        values = _evaluated(adapter, larger, old, new, run.result["zero_shot"]["temperature"])
     entry = {
         "source": str(path.resolve()),
         "name": name,
@@ -111,65 +96,77 @@ def extend(
         "images": added.info["digests"]["images"],
         "split": split.digest,
     }
-    result = {
-        **_kept(run),
-        **values,
-        "accuracy": values["adapted"]["accuracy"],
-        "extension": {"exact": is_exact(adapter.head), "note": note_of(adapter.head)},
-        "extended_from": {
+    digest = _save_adapter(target, sources, larger)
+    contents = _contents(run, adapter.head, class_names, values, [*old, new], split, watch)
+    contents["digests"]["adapter"] = digest
+    contents["sources"] = [*sources_of(run), entry]
+    return Run.write(target, contents)
+
+
+def _extended_head(sources: RunSources, added: Records, split: Split) -> Head:
+    support, adapter = None, sources.adapter
+    if len(split.train):
+        rows = engine.TrainingRows(added, split.train)
+        support = support_of(rows, split.train, sources.device)
+        support = support._replace(label=support.label + len(adapter.class_names))
+    new = NewClasses(added.class_names, added.text, added.text_views, support, sources.clip)
+    larger: Head = extended(adapter.head, new)
+    return larger
+
+
+def _evaluated(
+    before: Adapter,
+    after: Adapter,
+    old: Sequence[SourceRows],
+    new: SourceRows,
+    zero_shot_temperature: float | None,
+) -> Json:
+    """Metrics of zero-shot and of the head, over the old classes and then over all."""
+    known = before.head
+    zero_shot = ZeroShot(known.text, logit_scale=known.logit_scale)
+    text = torch.cat([known.text, new.records.text.to(known.text)])
+    heads: dict[str, tuple[Head, Head, float | None]] = {
+        "zero_shot": (zero_shot, zero_shot.with_text(text), zero_shot_temperature),
+        "adapted": (known, after.head, before.temperature),
+    }
+    device = known.text.device
+    places = {"old_classes": old, "new_classes": [new], "all": [*old, new]}
+    values: Json = {place: {} for place in ("before", *places)}
+    for which, (small, large, T) in heads.items():
+        values["before"][which] = metrics_over(small, old, before.class_names, T, device)
+        for place, rows in places.items():
+            values[place][which] = metrics_over(large, rows, after.class_names, T, device)
+    return {**values, **values.pop("all")}
+
+
+def _contents(
+    run: Run,
+    head: Head,
+    class_names: list[str],
+    values: Json,
+    sources: Sequence[SourceRows],
+    split: Split,
+    watch: Stopwatch,
+) -> Json:
+    """The result of the extended run; what it has in common with `run` is taken from there."""
+    held_out = {**split.counts(), "val": 0}  # nothing is chosen again
+    return result.make(
+        values,
+        watch,
+        **{name: run.result[name] for name in ("method", "source", "shots", "seed")},
+        config=run.result["config"],
+        digests=dict(run.result["digests"]),
+        split=run.result["split"],
+        classes=class_names,
+        images={role: run.result["images"][role] + n for role, n in held_out.items()},
+        unreadable=[line for rows in sources for line in result.unreadable(rows.records)],
+        extension={"exact": is_exact(head), "note": note_of(head)},
+        extended_from={
             "run": str(run.folder.resolve()),
             "result": json_digest(run.result),
             **{key: run.result["digests"].get(key) for key in ("adapter", "split", "images")},
         },
-        "sources": [*sources_of(run), entry],
-        "classes": names,
-        "images": _counts(run, split),
-        "test": {
-            "images": sum(len(part.test) for part in (*old, new)),
-            "unreadable": [line for part in (*old, new) for line in unreadable(part.records)],
-        },
-        "seconds": {**watch.seconds, "total": sum(watch.seconds.values())},
-        "peak_memory_mb": peak_memory_mb(where),
-        "memory_mb": watch.memory_mb,
-        "device": device_name(where),
-        "environment": environment(where),
-        "versions": versions(),
-        "revision": revision(),
-    }
-    larger = Adapter(head, names, adapter.temperature, adapter.features)
-    return _saved(target, opener, larger, result)
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Each decision before (over the old classes) and after (over all), and its temperature."""
-
-    adapter: Adapter
-    head: Head
-    added: Records
-    zero_shot_temperature: float | None
-
-    def pairs(self) -> dict[str, tuple[Head, Head, float | None]]:
-        old: Any = self.adapter.head
-        zero = ZeroShot(old.text, logit_scale=old.logit_scale)
-        both = torch.cat([old.text, self.added.text.to(old.text)])
-        return {
-            "zero_shot": (zero, zero.with_text(both), self.zero_shot_temperature),
-            "adapted": (old, self.head, self.adapter.temperature),
-        }
-
-
-def _evaluated(
-    heads: _Heads, old: Sequence[Part], new: Part, names: list[str], device: torch.device
-) -> dict[str, Any]:
-    places = {"before": old, "old_classes": old, "new_classes": [new], "all": [*old, new]}
-    found: dict[str, Any] = {place: {} for place in places}
-    for which, (before, after, T) in heads.pairs().items():
-        for place, parts in places.items():
-            head = before if place == "before" else after
-            shown = heads.adapter.class_names if place == "before" else names
-            found[place][which] = metrics_of(head, parts, shown, T, device)
-    return {**found, **found.pop("all")}
+    )
 
 
 def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Split, int]:
@@ -199,30 +196,10 @@ def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Spl
 
 
 def _usual(wanted: int, added: Records, fraction: float) -> int:
-    """The run's shots where every new class has them beside its test share, else fewer."""
+    """The run's shots where every new class has them besides its test share, else fewer."""
     counts = torch.bincount(added.label, minlength=len(added.class_names)).tolist()
     enough = min(count - int(count * fraction) for count in counts) >= wanted
     return wanted if enough else min(wanted, usual_shots(added, fraction))
-
-
-def _support(added: Records, split: Split, K: int, device: torch.device) -> Support | None:
-    if len(split.train) == 0:
-        return None
-    rows = engine.TrainingRows(added, split.train)
-    support = support_of(rows, split.train, device)
-    return support._replace(label=support.label + K)
-
-
-def _counts(run: Run, split: Split) -> dict[str, int]:
-    parts: dict[str, Tensor] = {role: getattr(split, role) for role in ("train", "val", "test")}
-    parts["val"] = parts["val"][:0]  # nothing is chosen again
-    return {role: run.result["images"][role] + len(rows) for role, rows in parts.items()}
-
-
-def _kept(run: Run) -> dict[str, Any]:
-    """What an extended run has in common with the run it comes from."""
-    names = "method", "source", "shots", "seed", "config", "digests", "split"
-    return {name: run.result[name] for name in names}
 
 
 def _check_run(run: Run) -> None:
@@ -249,14 +226,10 @@ def _check_names(known: list[str], path: Path, name: str | None) -> None:
         check_class_names([*known, *new_classes(path, name).class_names])
 
 
-def _saved(out: Path, opener: Opener, adapter: Adapter, result: dict[str, Any]) -> Run:
+def _save_adapter(out: Path, sources: RunSources, adapter: Adapter) -> str:
     with ExitStack() as held:
         held.enter_context(removed_if_empty(out))
         held.enter_context(only_writer(out))
         if adapter.features.get("encoders") is not None:
-            held.enter_context(saved_encoders(out, opener.clip()))
-        digest = save_adapter(out, adapter)
-        result["digests"] = {**result["digests"], "adapter": digest}
-    run = Run(out, json.loads(to_json(result)))
-    run.save()
-    return run
+            held.enter_context(saved_encoders(out, sources.clip()))
+        return save_adapter(out, adapter)

@@ -38,10 +38,25 @@ def printable(name: str) -> str:
     )
 
 
+Json = dict[str, Any]
+"""A JSON object, such as the contents of `result.json`."""
+
+
 def default_cache() -> Path:
     """VTCLIP_CACHE, else ~/.cache/vtclip."""
     named = os.environ.get("VTCLIP_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "vtclip"
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """The named cache folder, else the usual one."""
+    return default_cache() if cache_dir is None else Path(cache_dir).expanduser()
+
+
+def is_below(path: Path, root: Path) -> bool:
+    """Whether `path`, links followed, is `root` or lies in it."""
+    real, top = os.path.realpath(path), os.path.realpath(root)
+    return real == top or real.startswith(top.rstrip(os.sep) + os.sep)
 
 
 def write_new(path: Path, data: bytes) -> Path:
@@ -93,7 +108,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, os.PathLike) else value
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> Json:
     """The object in a JSON file, or a ValueError that says in words why it is not `what`."""
     if not path.exists():
         raise FileNotFoundError(f"not {what}: {path} does not exist")

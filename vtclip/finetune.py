@@ -29,16 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from vtclip import metrics
+from vtclip.checkpoint import Checkpoint, Interrupted
+from vtclip.clip import Clip
+from vtclip.data.augment import pass_generator
+from vtclip.data.hashing import ahead, decode_pool
+from vtclip.data.images import ImageError, content_digest, decode, read_file
+from vtclip.distributed import World
+from vtclip.files import Json
 from vtclip.finetune_config import FinetuneConfig
-
-from . import metrics
-from .checkpoint import Checkpoint, Interrupted
-from .clip import Clip
-from .data.augment import pass_generator
-from .data.hashing import ahead, decode_pool
-from .data.images import ImageError, content_digest, decode, read_file
-from .distributed import World
-from .steps import shuffled
+from vtclip.steps import backward, not_finite, shuffled
 
 MAX_SCALE = 100.0  # CLIP's own bound on the logit scale
 VALIDATION_BATCH = 256
@@ -51,7 +51,7 @@ class TrainingImages:
     def __init__(
         self,
         root: Path,
-        manifest: dict[str, Any],
+        manifest: Json,
         clip: Clip,
         *indices: Tensor,
         seed: int,
@@ -110,7 +110,9 @@ class Encoders(nn.Module):
         return logits, penalty
 
 
-def make_trainable(module: Encoders, size: int | list[int], tokens: Tensor, device: Any) -> None:
+def make_trainable(
+    module: Encoders, size: int | list[int], tokens: Tensor, device: torch.device
+) -> None:
     """Switch on what the loss depends on; what it does not (e.g. a caption decoder) stays frozen.
 
     Found by one backward pass over a blank image.
@@ -163,7 +165,7 @@ def fit(
     device: torch.device,
     seed: int,
     validate: Callable[[], dict[str, float]],
-    log: Callable[[dict[str, Any]], None],
+    log: Callable[[Json], None] | None,
     checkpoint: Checkpoint | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -179,75 +181,87 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = build_optimizer(module, config)
     steps = max(1, len(train_index) // config.batch_size)  # per epoch
-    total, classes = config.epochs * steps, torch.arange(tokens.shape[1])
-    tokens, classes = tokens.to(device), classes.to(device)
+    total, tokens = config.epochs * steps, tokens.to(device)
+    classes = torch.arange(tokens.shape[1], device=device)
     scale: Any = module.model.logit_scale
     bound = max(math.log(MAX_SCALE), float(scale.detach().max()))
     torch.manual_seed(seed)
-    first, loss_sum = 0, 0.0
-    if resume and checkpoint is not None:
-        first, loss_sum = checkpoint.load(module, optimizer)
-    parallel: nn.Module = module
-    if world.size > 1:
-        place = [device.index] if device.type == "cuda" else None
-        parallel = nn.parallel.DistributedDataParallel(module, device_ids=place)
+    first, loss_sum = checkpoint.load(module, optimizer) if resume and checkpoint else (0, 0.0)
+    parallel = in_parallel(module, world, device)
     feed: Iterator[Tensor] = iter(())
     order, started = train_index, time.perf_counter()
 
-    def save(number: int) -> None:
-        if checkpoint is not None:
-            checkpoint.save(module, optimizer, number, loss_sum)
-
+    quiet = None if progress and world.first else True  # None: quiet without a terminal
     with world.stop_signal() as stop:
-        quiet = None if progress and world.first else True  # None: quiet without a terminal
         for number in tqdm(range(first, total), "train", disable=quiet, initial=first, total=total):
             epoch, step = divmod(number, steps)
             if step == 0 or number == first:
                 order = shuffled(train_index, seed, epoch)
                 left = [world.share(rows) for rows in _batches(order, config.batch_size, steps)]
                 feed = images.stream(torch.cat(left[step:]), epoch)
-            rate = config.rate(number, total)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
+            rate = set_rate(optimizer, config, number, total)
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
             mine = world.share(rows)
             pixels = torch.stack([next(feed) for _ in mine.tolist()]).to(device)
-            label = images.label[mine].to(device)
-            chosen = drawn_templates(len(tokens), len(classes), seed, number).to(device)
-            logits, penalty = parallel(pixels, tokens[chosen, classes], config.precision == "bf16")
-            part = F.cross_entropy(logits, label, reduction="sum")
-            part = part + config.penalty_weight * penalty.sum()
-            optimizer.zero_grad(set_to_none=True)
-            (part * (world.size / len(rows))).backward()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            here = [part.item() / len(rows), norm.item(), float(stop.received)]
+            template = drawn_templates(len(tokens), len(classes), seed, number).to(device)
+            logits, penalty = parallel(
+                pixels, tokens[template, classes], config.precision == "bf16"
+            )
+            loss = F.cross_entropy(logits, images.label[mine].to(device), reduction="sum")
+            loss = loss + config.penalty_weight * penalty.sum()
+            norm = backward(loss * (world.size / len(rows)), optimizer, parameters).item()
+            here = [loss.item() / len(rows), norm, float(stop.received)]
             value, norms, stopped = world.sum(here, device)
             if not math.isfinite(value + norms):
-                what = "gradient" if math.isfinite(value) else "loss"
-                raise FloatingPointError(
-                    f"fit: {what} is not finite at step {number} (epoch {epoch}, lr "
-                    f"{config.lr * rate:g}, rows {rows[:4].tolist()}...)"
-                )
+                raise not_finite(value, number, epoch, rate, rows)
             optimizer.step()
             with torch.no_grad():
                 scale.clamp_(max=bound)
             loss_sum += value
 
-            row = {"epoch": epoch, "step": number + 1, "lr": config.lr * rate, "loss": value}
+            row = {"epoch": epoch, "step": number + 1, "lr": rate, "loss": value}
             if step + 1 == steps:
-                row["epoch_loss"] = loss_sum / steps
-                loss_sum = 0.0
-                if epoch + 1 == config.epochs or (epoch + 1) % config.checkpoint_every == 0:
-                    row |= world.by_first(validate) or {}
-                    world.by_first(partial(save, number + 1))
-            if world.first:
+                row["epoch_loss"], loss_sum = loss_sum / steps, 0.0
+            due = step + 1 == steps and config.is_due(epoch)
+            if due:
+                row |= world.by_first(validate) or {}
+            if checkpoint is not None and (due or stopped):
+                world.by_first(partial(checkpoint.save, module, optimizer, number + 1, loss_sum))
+            if log is not None:
                 log(row | {"seconds": time.perf_counter() - started})
             if stopped:
-                world.by_first(partial(save, number + 1))
-                saved_in = None if checkpoint is None else checkpoint.path
+                saved_in = checkpoint.path if checkpoint else None
                 raise Interrupted(stop.received or signal.SIGTERM, number + 1, saved_in)
     if not all(bool(parameter.isfinite().all()) for parameter in parameters):
         raise FloatingPointError("fit: the last step left weights that are not finite")
+
+
+def in_parallel(module: Encoders, world: World, device: torch.device) -> nn.Module:
+    """The module whose backward averages gradients over all processes; alone, itself."""
+    if world.size == 1:
+        return module
+    place = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=place)
+
+
+def summed_loss(
+    module: nn.Module, pixels: Tensor, tokens: Tensor, label: Tensor, config: FinetuneConfig
+) -> Tensor:
+    """Cross-entropy plus the weighted penalty, summed over the images of this process."""
+    logits, penalty = module(pixels, tokens, config.precision == "bf16")
+    loss: Tensor = F.cross_entropy(logits, label, reduction="sum")
+    loss = loss + config.penalty_weight * penalty.sum()
+    return loss
+
+
+def set_rate(
+    optimizer: torch.optim.Optimizer, config: FinetuneConfig, number: int, total: int
+) -> float:
+    """Set the rates of step `number` of `total`; returns that of the encoders."""
+    rate = config.rate(number, total)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    return config.lr * rate
 
 
 def _batches(order: Tensor, size: int, steps: int) -> list[Tensor]:
@@ -263,9 +277,9 @@ def validation(
         return {}
     head: Any = module.head
     ensemble, scale = text(), module.model.logit_scale.float().exp().reshape(())  # type: ignore[operator]
-    parts, found = [], images.stream(index, None)
+    logits, feed = [], images.stream(index, None)
     for rows in index.split(VALIDATION_BATCH):  # type: ignore[no-untyped-call]
-        image, _ = clip.encode_image(torch.stack([next(found) for _ in rows.tolist()]))
-        parts.append(head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
-    seen = metrics.report(torch.cat(parts), images.label[index])
+        image, _ = clip.encode_image(torch.stack([next(feed) for _ in rows.tolist()]))
+        logits.append(head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
+    seen = metrics.report(torch.cat(logits), images.label[index])
     return {"val_accuracy": seen["accuracy"], "val_nll": seen["nll"]}

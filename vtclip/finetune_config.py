@@ -69,6 +69,10 @@ class FinetuneConfig:
             if not 0 <= getattr(self, name) <= 1e3:
                 raise ValueError(f"{name} must be in 0..1000, got {getattr(self, name)!r}")
 
+    def is_due(self, epoch: int) -> bool:
+        """Whether a checkpoint and a look at the validation rows follow this epoch."""
+        return epoch + 1 == self.epochs or (epoch + 1) % self.checkpoint_every == 0
+
     def rate(self, number: int, total: int) -> float:
         """The share of the peak rate at step `number` of `total`."""
         if number < self.warmup_steps:

@@ -1,41 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sources of a run whose classes came one after another: opened, checked, evaluated together.
+"""The sources of a run: opened as the run recorded them, checked, evaluated together.
 
 `result.json` of an extended run lists them as `sources`, the one it was first fitted on before the
 added ones. Each has its classes, its own images and its own split; all have the run's encoder and
-templates."""
+templates.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vtclip import engine, metrics
+from vtclip.adapter import Adapter, check_features
+from vtclip.data.images import EXTENSIONS, Folder, is_ignored, scan_folder, walk_images
+from vtclip.data.options import Draw, FeatureOptions
+from vtclip.data.records import Records, check_class_names
+from vtclip.data.sets import SetSource, as_source
+from vtclip.data.sources import open_records, source_kind
+from vtclip.encoders import load_encoders
+from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.methods import takes_images
-
-from . import engine, metrics
-from .adapter import Adapter, check_features
-from .data.images import EXTENSIONS, Folder, is_ignored, scan_folder, walk_images
-from .data.records import Records, check_class_names
-from .data.sets import SetSource, as_source
-from .data.sources import open_source, source_kind
-from .encoders import load_encoders
-from .names import index_of
-from .result import Run, named_classes, unreadable
-from .settings import split_rows, test_rows
+from vtclip.names import index_of
+from vtclip.result import Run, named_classes, unreadable
+from vtclip.settings import split_rows, test_rows
 
 if TYPE_CHECKING:
-    from .clip import Clip
+    from vtclip.clip import Clip
 
 
 @dataclass(frozen=True)
-class Part:
-    """The rows of one source, those that count, and the run's label of each of its classes."""
+class SourceRows:
+    """One source: its rows, which of them are test rows, the run's label of each of its classes."""
 
     records: Records
     test: Tensor
@@ -43,7 +45,7 @@ class Part:
 
 
 @dataclass
-class Opener:
+class RunSources:
     """What every source of one run is opened with. The encoder is loaded when it is first used."""
 
     run: Run
@@ -55,9 +57,8 @@ class Opener:
     loaded: Clip | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.run.result["config"]
-        return found
+    def options(self) -> Json:
+        return dict(self.run.result["config"])
 
     @property
     def needs_spatial(self) -> bool:
@@ -68,25 +69,19 @@ class Opener:
             self.loaded = load_encoders(self.run.folder, self.adapter, self.model, self.device)
         return self.loaded
 
-    def parts(self, data: str | Path | None = None) -> list[Part]:
+    def rows(self, data: str | Path | None = None) -> list[SourceRows]:
         """All sources of the run; an error where one has changed since."""
-        found: list[Part] = []
+        rows: list[SourceRows] = []
         for number, entry in enumerate(sources_of(self.run)):
             if number == 0:
-                records = self.first_source(entry, data)
+                records = self.opened(as_source(entry["source"], data or self.options.get("data")))
             else:
                 records = self.added(Path(entry["source"]), entry["name"])
-            index = self.test_rows(entry, records)
-            found.append(Part(records, index, self.labels(records.class_names)))
-        return found
+            rows.append(SourceRows(records, self.test_rows(entry, records), self.labels(records)))
+        return rows
 
-    def first_source(self, entry: Mapping[str, Any], data: str | Path | None) -> Records:
-        source = as_source(entry["source"], data or self.options.get("data"))
-        pool = bool(self.options.get("pseudo_labels"))
-        return self.opened(source, shots=self.run.result["shots"], pool=pool)
-
-    def opened(self, source: Path | SetSource, *, shots: int = 0, pool: bool = False) -> Records:
-        """Plain rows of any source, of features that the adapter takes."""
+    def opened(self, source: Path | SetSource) -> Records:
+        """Plain rows of any source, of features that the adapter takes; of its own set its draw."""
         folder = not isinstance(source, SetSource) and source_kind(source) == "folder"
         images = isinstance(source, SetSource) or folder
         if images and self.adapter.features.get("model") is None:
@@ -94,18 +89,19 @@ class Opener:
                 f"{source}: the run was fitted on a table of features and has no image encoder; "
                 "give an .npz table of the same width"
             )
-        records = open_source(
-            source,
+        result, draw = self.run.result, Draw(0, self.run.result["seed"])
+        if isinstance(source, SetSource) and source.name == self.options["source"]:
+            pool = bool(self.options.get("pseudo_labels"))
+            draw = Draw(result["shots"], result["seed"], pool)
+        options = FeatureOptions(
             model=self.clip() if images else "demo",
             **{name: self.options[name] for name in ("spatial", "prompt", "templates")},
             need_spatial=self.needs_spatial,
-            shots=shots if isinstance(source, SetSource) else 0,
-            pool=pool and isinstance(source, SetSource),
-            seed=self.run.result["seed"],
             cache_dir=self.cache_dir,
             device=str(self.device),
             progress=self.progress,
         )
+        records = open_records(source, options, draw)
         check_features(self.adapter, records)
         return records
 
@@ -123,46 +119,48 @@ class Opener:
                 f"new classes must come from an .npz table of width {features['width']}, "
                 f"got {path}"
             )
-        from .data.extract import cached_features
+        from vtclip.data.extract import cached_features
 
-        made, _ = cached_features(
-            new_classes(path, name),
+        options = FeatureOptions(
             model=self.clip(),
             spatial=features["spatial"] if self.needs_spatial else None,
-            augment_passes=augment_passes,
             templates=features["templates"],
+            augment_passes=augment_passes,
             cache_dir=self.cache_dir,
             device=self.device,
             progress=self.progress,
         )
-        records = made.records()
+        records = cached_features(new_classes(path, name), options)[0].records()
         check_features(self.adapter, records)
         return records
 
-    def other(self, source: Path | SetSource, data: str | Path | None) -> Part:
+    def other(self, source: Path | SetSource) -> SourceRows:
         """Any source with classes of the run; of one of its own only the test rows count."""
-        entries = sources_of(self.run)
-        own = isinstance(source, SetSource) and source.name == entries[0]["source"]
-        records = self.first_source(entries[0], data) if own else self.opened(source)
-        known = [e for e in entries if e["images"] == records.info["digests"]["images"]]
+        records = self.opened(source)
+        digest = records.info.get("digests", {}).get("images")
+        known = [entry for entry in sources_of(self.run) if entry["images"] == digest]
         index = self.test_rows(known[0], records) if known else test_rows(records)
-        return Part(records, index, self.labels(records.class_names))
+        return SourceRows(records, index, self.labels(records))
 
-    def labels(self, class_names: Sequence[str]) -> Tensor:
-        return torch.tensor([index_of(name, self.adapter.class_names) for name in class_names])
-
-    def test_rows(self, entry: Mapping[str, Any], records: Records) -> Tensor:
+    def test_rows(self, entry: Json, records: Records) -> Tensor:
         """The test rows of one source, which must be what it was."""
-        if records.info["digests"]["images"] != entry["images"]:
-            raise ValueError(f"{entry['source']}: its images have changed since the run was made")
+        if records.info.get("digests", {}).get("images") != entry["images"]:
+            raise ValueError(f"{entry['source']}: its images have changed since the run was fitted")
         seed, fraction = self.run.result["seed"], self.options["test_fraction"]
         split = split_rows(records, entry["learns"], entry["shots"], seed, fraction)
         if split.digest != entry["split"]:
-            raise ValueError(f"{entry['source']}: its split differs from the one of the run")
+            raise ValueError(
+                f"{entry['source']}: its split differs from the one the run was fitted with"
+            )
         return split.test
 
+    def labels(self, records: Records) -> Tensor:
+        """The run's label of each of the records' classes."""
+        names = self.adapter.class_names
+        return torch.tensor([index_of(name, names) for name in records.class_names])
 
-def sources_of(run: Run) -> list[dict[str, Any]]:
+
+def sources_of(run: Run) -> list[Json]:
     """Where the classes of a run came from, first to last."""
     result = run.result
     if "sources" in result:
@@ -207,54 +205,55 @@ def new_classes(path: Path, name: str | None) -> Folder:
     return Folder(root, classes, below, [0] * len(below), passed)
 
 
-def metrics_of(
+def metrics_over(
     head: Head,
-    parts: Sequence[Part],
+    sources: Sequence[SourceRows],
     class_names: Sequence[str],
     temperature: float | None,
     device: torch.device,
-) -> dict[str, Any]:
-    """Metrics of one head over the test rows of all `parts` together."""
+) -> Json:
+    """Metrics of one head over the test rows of all `sources` together."""
     logits, label = [], []
-    for part in parts:
-        seen, own = engine.all_logits(head, part.records, part.test, device=device)
-        logits.append(seen)
-        label.append(part.to_run[own])
+    for rows in sources:
+        some, own_label = engine.all_logits(head, rows.records, rows.test, device=device)
+        logits.append(some)
+        label.append(rows.to_run[own_label])
     values = metrics.report(torch.cat(logits), torch.cat(label), temperature)
     return named_classes(values, list(class_names))
 
 
-def evaluate_parts(
-    opener: Opener, source: str | Path | SetSource | None, data: str | Path | None
-) -> dict[str, Any]:
+def evaluate_sources(
+    sources: RunSources, source: str | Path | SetSource | None, data: str | Path | None
+) -> Json:
     """Metrics of an extended run: all its test images, or those of `source`.
 
-    Of a source that the run was made with only the test rows count. Without `source` the answer
-    also holds `old_classes`, those of the first source, and `new_classes`.
+    Of a source that the run was made with only the test rows count. Without `source` there are
+    also `old_classes`, the metrics of the first source, and `new_classes`.
     """
-    adapter = opener.adapter
+    adapter = sources.adapter
 
-    def report(parts: Sequence[Part]) -> dict[str, Any]:
+    def report(rows: Sequence[SourceRows]) -> Json:
         names, T = adapter.class_names, adapter.temperature
-        return metrics_of(adapter.head, parts, names, T, opener.device)
+        return metrics_over(adapter.head, rows, names, T, sources.device)
 
     if source is None:
-        parts = opener.parts(data)
-        name = Path(opener.run.result["source"]).name
-        found = {
-            **report(parts),
-            "old_classes": report(parts[:1]),
-            "new_classes": report(parts[1:]),
+        rows = sources.rows(data)
+        name = Path(sources.run.result["source"]).name
+        values = {
+            **report(rows),
+            "old_classes": report(rows[:1]),
+            "new_classes": report(rows[1:]),
         }
     else:
-        opened = as_source(source, data)
-        name, parts = opened.name, [opener.other(opened, data)]
-        found = report(parts)
-    broken = [line for part in parts for line in unreadable(part.records)]
-    images = sum(len(part.test) for part in parts)
+        target = as_source(source, data)
+        name, rows = target.name, [sources.other(target)]
+        values = report(rows)
     return {
-        "method": opener.run.result["method"],
+        "method": sources.run.result["method"],
         "source": name,
-        **found,
-        "test": {"images": images, "unreadable": broken},
+        **values,
+        "test": {
+            "images": sum(len(one.test) for one in rows),
+            "unreadable": [line for one in rows for line in unreadable(one.records)],
+        },
     }

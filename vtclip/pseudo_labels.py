@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Few-shot images without labels: per class the images that zero-shot is surest of.
 
-The pool is every image that is no test image; of a data set with official lists, its training list.
-Each is given the class of its largest zero-shot logit, and of those named alike the `shots` with
-the largest probability are kept (arXiv 2204.03649, section 3.2). No true label of the pool is
+The pool is every image that is not a test image; of a data set with official lists, its training
+list. Each is given the class of its largest zero-shot logit, and of those named alike the `shots`
+with the largest probability are kept (arXiv 2204.03649, section 3.2). No true label of the pool is
 read, and there are no validation images: what they would choose keeps its default.
 """
 
@@ -12,18 +12,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtclip import engine
+from vtclip.data.records import Records
+from vtclip.data.splits import Split
+from vtclip.files import Json
 from vtclip.heads import HEADS
 from vtclip.methods import build_head, takes_images
-
-from . import engine
-from .data.records import Records
-from .data.splits import Split
-from .settings import split_rows
+from vtclip.settings import split_rows
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +57,12 @@ def pseudo_labelled(
     """The records with pseudo-labels as labels, and the split with the kept rows as train.
 
     split: as `unlabelled_split` gives it. Rows that are not kept get the label 0, so that the
-    answer holds no true label. A class named fewer than `shots` times keeps what it has.
+    result holds no true label. A class named fewer than `shots` times keeps what it has.
     """
     zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), device)
     logits, _ = engine.all_logits(zero_shot, records, split.train, device=device)
-    kept, found = surest(logits, shots)
-    counts = torch.bincount(found, minlength=len(records.class_names)).tolist()
+    kept, label = surest(logits, shots)
+    counts = torch.bincount(label, minlength=len(records.class_names)).tolist()
     short = [
         f"{name} {n}" for name, n in zip(records.class_names, counts, strict=True) if n < shots
     ]
@@ -74,7 +73,7 @@ def pseudo_labelled(
         )  # fmt: skip
     named = copy.copy(records)
     named.label = torch.zeros_like(records.label)
-    named.label[split.train[kept]] = found
+    named.label[split.train[kept]] = label
     return named, dataclasses.replace(split, train=split.train[kept])
 
 
@@ -90,7 +89,7 @@ def surest(logits: Tensor, shots: int) -> tuple[Tensor, Tensor]:
     return kept, label[kept]
 
 
-def pseudo_report(named: Records, records: Records, split: Split) -> dict[str, Any]:
+def pseudo_report(named: Records, records: Records, split: Split) -> Json:
     """What true labels say of the kept rows' pseudo-labels, for the record only."""
     right = named.label[split.train] == records.label[split.train]
     return {"pseudo_labels": True, "pseudo_label_accuracy": float(right.double().mean())}

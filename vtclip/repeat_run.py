@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtclip.repeat`: run again what a result says, and say whether it came out the same.
+"""`vtclip.repeat`: fit again what a result records, and say whether the numbers are the same.
 
 Verdicts, given the same source and split:
     MATCH      the adapter is equal byte for byte, and so are its numbers
@@ -10,8 +10,6 @@ Verdicts, given the same source and split:
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,29 +19,25 @@ from typing import Any
 
 import torch
 
-from vtclip.heads import HEADS
-from vtclip.heads.config import FitConfig
-
-from . import api
-from .adapter import TENSORS
-from .checkpoint import read_safetensors
-from .data.extract import default_cache
-from .data.featureset import MANIFEST, FeatureSet
-from .data.hashing import hash_all
-from .data.images import printable, scan_folder
-from .data.npz import open_npz
-from .data.sets import as_source
-from .data.sources import source_kind
-from .files import read_json
-from .result import Run
-from .settings import choose_device
+from vtclip.adapter import TENSORS
+from vtclip.checkpoint import read_safetensors
+from vtclip.data.featureset import MANIFEST, FeatureSet
+from vtclip.data.hashing import hash_all
+from vtclip.data.images import scan_folder
+from vtclip.data.npz import open_npz
+from vtclip.data.sets import as_source
+from vtclip.data.sources import source_kind
+from vtclip.files import Json, cache_folder, printable, read_json
+from vtclip.fit_run import fit_request
+from vtclip.request import FitRequest
+from vtclip.result import Run
+from vtclip.settings import choose_device
 
 MATCH, CLOSE, DIFFERENT = "MATCH", "CLOSE", "DIFFERENT"
 TOLERANCE = 1e-6
 METRICS = ("accuracy", "nll", "ece")
 PARTS = (("zero_shot",), ("adapted",), ("new", "zero_shot"), ("new", "adapted"))
 OUTPUTS = ("split", "adapter", "encoders")  # digests of what a run makes of its inputs
-ELSEWHERE = ("source", "data", "shots", "overrides")  # arguments that are not taken by their name
 
 
 def repeat(
@@ -52,23 +46,24 @@ def repeat(
     out: str | Path | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """Fit and evaluate again as `run` says; what is equal, what differs and by how much.
 
     out: keep the second run there; else it lies in a temporary folder that is removed.
     A source that is gone, or whose images are not those of the run, is a ValueError.
 
-    The answer: "verdict" (see the module), "inputs" and "split" (digests then and now), "metrics"
-    (then, now and their difference), "adapter" (digests, and the largest difference of a value),
-    "differs" (versions, device, ... by name, then and now), "seconds".
+    The comparison: "verdict" (see the module), "inputs" and "split" (digests then and now),
+    "metrics" (then, now and their difference), "adapter" (digests, and the largest difference of a
+    value), "differs" (versions, device, ... by name, then and now), "seconds".
     """
     run = run if isinstance(run, Run) else Run.load(run)
-    arguments = arguments_of(run.result)
+    check_repeatable(run.result)
     _check_source(run, cache_dir)
     threads = torch.get_num_threads()
     try:
         with _place(out) as folder:
-            again = api.fit(out=folder, cache_dir=cache_dir, progress=progress, **arguments)
+            request = request_of(run.result, out=folder, cache_dir=cache_dir, progress=progress)
+            again = fit_request(request)
             if again.result["digests"].get("images") != run.result["digests"].get("images"):
                 raise ValueError(f"repeat: the images of {_source_of(run)} have changed")
             return compare(run, again)
@@ -76,8 +71,8 @@ def repeat(
         torch.set_num_threads(threads)
 
 
-def arguments_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `vtclip.fit` that a result stands for."""
+def check_repeatable(result: Json) -> None:
+    """Refuse a result that does not say all that a fit needs."""
     if "extended_from" in result:
         raise ValueError("repeat: the run came from `vtclip extend`; repeat the run it extends")
     missing = [name for name in ("method", "seed", "shots", "config", "digests", "split")
@@ -86,58 +81,38 @@ def arguments_of(result: Mapping[str, Any]) -> dict[str, Any]:
                 if name not in result.get("config", {})]  # fmt: skip
     if missing:
         raise ValueError(f"repeat: the result lacks {', '.join(missing)}")
-    config, method = result["config"], result["method"]
-    known = inspect.signature(api.fit).parameters
-    named = {name: config[name] for name in known if name in config and name not in ELSEWHERE}
-    shots = config.get("shots", result["shots"])
+
+
+def request_of(result: Json, **place: Any) -> FitRequest:
+    """The request that led to a result, on its device and with its threads."""
     then = environment_of(result)
-    return named | {
-        "source": config["source"],
-        "data": config.get("data"),
-        "method": method,
-        "shots": shots,
-        "seed": result["seed"],
-        "overrides": overrides_of(config["fit"], method, shots, bool(config.get("train_encoders"))),
-        "device": _device(then.get("device")),
-        "threads": then.get("threads"),
-    }
+    return FitRequest.from_config(
+        result["config"],
+        method=result["method"],
+        shots=result["shots"],
+        seed=result["seed"],
+        device=_device(then.get("device")),
+        threads=then.get("threads"),
+        **place,
+    )
 
 
-def overrides_of(
-    settings: Mapping[str, Any], method: str, shots: int, encoders: bool
-) -> dict[str, Any]:
-    """What of a run's settings is not what the recipe says by now; of encoders all of them."""
-    if encoders:
-        return {name: value for name, value in settings.items() if name != "recipe"}
-    recipe = dataclasses.asdict(HEADS[method].recipe(shots))
-    # of settings that came after the run, what they mean where they are not there
-    settings = {**dataclasses.asdict(FitConfig(settings["epochs"])), **settings}
-    other = {name: value for name, value in settings.items() if recipe.get(name) != value}
-    if "head" in other:
-        other["head"] = {
-            name: value
-            for name, value in settings["head"].items()
-            if recipe["head"].get(name) != value
-        }
-    return other
-
-
-def environment_of(result: Mapping[str, Any]) -> dict[str, Any]:
+def environment_of(result: Json) -> Json:
     """Device, threads and the like; of a result from before they were kept, what `device` says."""
     if "environment" in result:
         return dict(result["environment"])
-    found = re.match(r"(\S+) \((?:(\d+) threads)?", str(result.get("device", "")))
-    if found is None:
+    match = re.match(r"(\S+) \((?:(\d+) threads)?", str(result.get("device", "")))
+    if match is None:
         return {}
-    threads = {"threads": int(found[2])} if found[2] else {}
-    return {"device": found[1], **threads}
+    threads = {"threads": int(match[2])} if match[2] else {}
+    return {"device": match[1], **threads}
 
 
-def compare(then: Run, now: Run) -> dict[str, Any]:
+def compare(then: Run, now: Run) -> Json:
     """Two runs of the same arguments side by side; see `repeat`."""
     old, new = then.result, now.result
     names = [name for name in {**old["digests"], **new["digests"]} if name not in OUTPUTS]
-    found: dict[str, Any] = {
+    comparison: Json = {
         "run": str(then.folder),
         **{name: old[name] for name in ("method", "source", "shots", "seed")},
         "inputs": {name: _pair(old["digests"].get(name), new["digests"].get(name))
@@ -149,23 +124,23 @@ def compare(then: Run, now: Run) -> dict[str, Any]:
         "seconds": {"then": old["seconds"]["total"], "now": new["seconds"]["total"]},
     }  # fmt: skip
     if "new" in old:
-        found["split_new"] = _pair(old["new"]["split"], new["new"]["split"])
+        comparison["split_new"] = _pair(old["new"]["split"], new["new"]["split"])
     if "encoders" in old["digests"]:
-        found["encoders"] = _pair(old["digests"]["encoders"], new["digests"].get("encoders"))
-    return {**found, "verdict": verdict(found)}
+        comparison["encoders"] = _pair(old["digests"]["encoders"], new["digests"].get("encoders"))
+    return {**comparison, "verdict": verdict(comparison)}
 
 
-def verdict(found: Mapping[str, Any]) -> str:
+def verdict(comparison: Json) -> str:
     """MATCH, CLOSE or DIFFERENT; see the module."""
-    splits = [found[name] for name in ("split", "split_new") if name in found]
-    if not all(one["equal"] for one in (*found["inputs"].values(), *splits)):
+    splits = [comparison[name] for name in ("split", "split_new") if name in comparison]
+    if not all(one["equal"] for one in (*comparison["inputs"].values(), *splits)):
         return DIFFERENT
-    rows = found["metrics"]
+    rows = comparison["metrics"]
     near = all(
         row["difference"] is not None and abs(row["difference"]) <= TOLERANCE
         for row in rows.values()
     )
-    made = [found[name] for name in ("adapter", "encoders") if name in found]
+    made = [comparison[name] for name in ("adapter", "encoders") if name in comparison]
     if near and all(one["equal"] for one in made):
         return MATCH
     one_image = all(
@@ -173,10 +148,10 @@ def verdict(found: Mapping[str, Any]) -> str:
         for name, row in rows.items()
         if name.endswith("accuracy")
     )
-    return CLOSE if near or (found["differs"] and one_image) else DIFFERENT
+    return CLOSE if near or (comparison["differs"] and one_image) else DIFFERENT
 
 
-def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[Any]]:
+def differing(old: Json, new: Json) -> dict[str, list[object]]:
     """Versions, revision and environment that are not the same: name to [then, now]."""
     sides = []
     for result in (old, new):
@@ -190,8 +165,8 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, list[
     return {name: [then[name], now.get(name)] for name in then if then[name] != now.get(name)}
 
 
-def _metrics(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {}
+def _metrics(old: Json, new: Json) -> dict[str, Json]:
+    compared = {}
     for part in PARTS:
         rows: list[Any] = [old, new]
         for step in part:
@@ -204,11 +179,11 @@ def _metrics(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[s
             if then is not None and now is not None:
                 gap = now - then
             row = {"then": then, "now": now, "difference": gap, "images": rows[0]["count"]}
-            found[" ".join((*part, name))] = row
-    return found
+            compared[" ".join((*part, name))] = row
+    return compared
 
 
-def _adapter(then: Run, now: Run) -> dict[str, Any]:
+def _adapter(then: Run, now: Run) -> Json:
     row = _pair(then.result["digests"]["adapter"], now.result["digests"]["adapter"])
     paths = [run.folder / TENSORS for run in (then, now)]
     if row["equal"] or not all(path.is_file() for path in paths):
@@ -222,7 +197,7 @@ def _adapter(then: Run, now: Run) -> dict[str, Any]:
     return row
 
 
-def _pair(then: Any, now: Any) -> dict[str, Any]:
+def _pair(then: object, now: object) -> Json:
     return {"then": then, "now": now, "equal": then == now}
 
 
@@ -235,12 +210,12 @@ def _place(out: str | Path | None) -> Iterator[Path]:
         yield Path(folder) / "run"
 
 
-def _device(name: str | None) -> str | None:
-    """The device of then, or None for the usual one where this machine has no such device."""
+def _device(name: str | None) -> torch.device:
+    """The recorded device, or the usual one where this machine has no such device."""
     try:
-        return None if name is None else str(choose_device(name))
+        return choose_device(name)
     except ValueError:
-        return None
+        return choose_device(None)
 
 
 def _source_of(run: Run) -> str:
@@ -278,8 +253,8 @@ def _check_source(run: Run, cache_dir: str | Path | None) -> None:
 
 
 def _changed(now: Mapping[str, str], key: str | None, cache_dir: str | Path | None) -> str:
-    """Which files changed, where the cache still has the list of those of then."""
-    cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
+    """Which files changed, where the cache still has the list of the run's files."""
+    cache = cache_folder(cache_dir)
     try:
         manifest = read_json(cache / "features" / str(key)[:32] / MANIFEST, "a features folder")
         then = dict(zip(manifest["names"], manifest["digests"], strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -13,19 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from . import __version__
-from .backends import native
-from .files import read_json, to_json, write_atomic
-from .memory import peak_memory_mb as peak_memory_mb
-from .memory import reset_peak_memory as reset_peak_memory
-from .memory import stage_peak
+from vtclip import __version__
+from vtclip.backends import native
+from vtclip.files import Json, read_json, to_json, write_atomic
+from vtclip.memory import peak_memory_mb, stage_peak
 
 if TYPE_CHECKING:
-    from .data.records import Records
+    from vtclip.data.records import Records
 
 RESULT = "result.json"
 
@@ -35,12 +34,19 @@ class Run:
     """A finished run: its folder and the contents of its `result.json`."""
 
     folder: Path
-    result: dict[str, Any]
+    result: Json
 
     @property
     def accuracy(self) -> float:
         """Share of right answers on the test images, 0..1."""
         return float(self.result["accuracy"])
+
+    @classmethod
+    def write(cls, folder: Path, result: Json) -> Run:
+        """Save `result` in `folder`, as it will be read back."""
+        run = cls(folder, json.loads(to_json(result)))
+        run.save()
+        return run
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -70,19 +76,68 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def make(
+    values: Json,
+    watch: Stopwatch,
+    *,
+    method: str,
+    source: str,
+    shots: int,
+    seed: int,
+    config: Json,
+    digests: Mapping[str, str | None],
+    split: str,
+    classes: Sequence[str],
+    images: Mapping[str, int],
+    unreadable: Sequence[str],
+    **others: object,
+) -> Json:
+    """The contents of `result.json`.
+
+    values: metrics of the decisions `zero_shot` and `adapted`, and of others where there are any.
+    config: the record of the request; digests and split: of what the run was made from.
+    images: training, validation and test images; `unreadable` ones are not among them.
+    """
+    device = watch.device or torch.device("cpu")
+    return {
+        "method": method,
+        "source": source,
+        "shots": shots,
+        "seed": seed,
+        "zero_shot": values["zero_shot"],
+        "adapted": values["adapted"],
+        "accuracy": values["adapted"]["accuracy"],
+        "seconds": {**watch.seconds, "total": sum(watch.seconds.values())},
+        "peak_memory_mb": peak_memory_mb(device),
+        "memory_mb": watch.memory_mb,
+        "device": device_name(device),
+        "environment": environment(device),
+        "versions": versions(),
+        "revision": revision(),
+        "config": config,
+        "digests": digests,
+        "split": split,
+        "classes": classes,
+        "images": images,
+        "test": {"images": images["test"], "unreadable": unreadable},
+        **{name: value for name, value in values.items() if name not in ("zero_shot", "adapted")},
+        **others,
+    }
+
+
 def versions() -> dict[str, str | None]:
     return dict(_versions())
 
 
 @functools.cache
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"vtclip": __version__, "python": platform.python_version()}
+    installed: dict[str, str | None] = {"vtclip": __version__, "python": platform.python_version()}
     for name in ("torch", "open_clip_torch", "triton", "numpy", "pillow", "safetensors"):
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 @functools.cache
@@ -107,7 +162,7 @@ def _git(root: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> Json:
     """What else decides the last bits of a result: device, threads, instruction sets, processes."""
     return {
         "device": str(device),
@@ -138,7 +193,7 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-def named_classes(values: dict[str, Any], class_names: list[str]) -> dict[str, Any]:
+def named_classes(values: Json, class_names: list[str]) -> Json:
     per_class = dict(zip(class_names, values["per_class"], strict=True))
     return {**values, "per_class": per_class}
 
@@ -152,7 +207,7 @@ COLUMNS = {"accuracy": 9, "95 % interval": 14, "macro-F1": 9, "NLL": 8, "ECE": 8
 COLUMNS |= {"NLL at T": 9, "ECE at T": 9, "T": 7}
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Json) -> str:
     """Zero-shot against adapted, one line each; T is the temperature fitted on validation.
 
     A base-to-new run has these lines for either half of the classes.
@@ -173,7 +228,7 @@ def table(result: Mapping[str, Any]) -> str:
     return f"{rows_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
 
 
-def compared(candidates: Sequence[Mapping[str, Any]]) -> str:
+def compared(candidates: Sequence[Json]) -> str:
     """What validation images said of each candidate, one line each, and which were kept."""
     count = max((row.get("count", 0) for row in candidates), default=0)
     where = f"{count} validation images" if count else "no validation images"
@@ -187,7 +242,7 @@ def compared(candidates: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def rows_table(rows: Mapping[str, Json]) -> str:
     first = max(len(name) for name in rows) + 1
     lines = [" " * first + "".join(f" {name:>{width}}" for name, width in COLUMNS.items())]
     for name, row in rows.items():

@@ -9,36 +9,40 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from vtclip.adapter import CONFIG, TENSORS
+from vtclip.data.sets import SetSource
+from vtclip.encoders import ENCODERS
+from vtclip.files import Json, to_json
 from vtclip.methods import takes_images
+from vtclip.result import RESULT, Run
 
-from .adapter import CONFIG, TENSORS
-from .data.sets import SetSource
-from .encoders import ENCODERS
-from .files import to_json
-from .result import RESULT, Run
+if TYPE_CHECKING:
+    from vtclip.request import FitRequest
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
 
 
-def run_folder(
-    out: str | Path | None, source: Path | SetSource, method: str, shots: int, seed: int
-) -> Path:
-    if out is not None:
-        return Path(out).expanduser()
+def run_folder(request: FitRequest, shots: int) -> Path:
+    """The folder that the request names, else runs/SOURCE-METHOD-SHOTSshot-seedSEED."""
+    if request.out is not None:
+        return Path(request.out).expanduser()
+    source = request.source
     name = source.resolve().name
     if isinstance(source, Path) and source.suffix == ".npz":
         name = source.resolve().stem
-    return Path("runs") / f"{name}-{method}-{shots}shot-seed{seed}"
+    kind = request.method
+    if request.base_to_new or request.train_encoders:
+        kind += "-base-to-new" if request.base_to_new else "-encoders"
+    return Path("runs") / f"{name}-{kind}-{shots}shot-seed{request.seed}"
 
 
-def check_out(folder: Path, source: Path | SetSource, *, overwrite: bool, resume: bool) -> None:
+def check_run_folder(folder: Path, request: FitRequest) -> None:
     """Refuse an output that would touch the images, a file, or a run nobody asked to replace."""
-    if overwrite and resume:
-        raise ValueError("overwrite and resume exclude each other")
+    source, overwrite, resume = request.source, request.overwrite, request.resume
     images = source.root if isinstance(source, SetSource) else source
     if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
         raise ValueError(f"out {folder} lies inside the source {images}")
@@ -50,26 +54,31 @@ def check_out(folder: Path, source: Path | SetSource, *, overwrite: bool, resume
     if held - RUN_FILES and not held & RUN_FILES:
         raise FileExistsError(f"out {folder} exists and is not a run (it holds {min(held)!r})")
     if held and not overwrite and not resume:
-        raise FileExistsError(f"out {folder} holds a run already; say overwrite or resume")
+        raise FileExistsError(f"out {folder} holds a run already; set overwrite or resume")
     if overwrite:
         (folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-def finished_run(folder: Path, named: dict[str, Any], options: dict[str, Any]) -> Run:
-    """The run that lies in `folder`, if it is the one asked for."""
+def finished_run(folder: Path, request: FitRequest, shots: int, config: Json) -> Run:
+    """The finished run in `folder`, where it is the requested one."""
     run = Run.load(folder)
-    wanted = json.loads(to_json({**named, **options}))
+    asked = {"method": request.method, "shots": shots, "seed": request.seed, **config}
     have = {**run.result, **run.result["config"]}
-    for name, value in wanted.items():
+    for name, value in json.loads(to_json(asked)).items():
         if have.get(name) != value and not (name == "shots" and not takes_images(have["method"])):
             raise ValueError(f"out {folder} holds a finished run with another {name}")
     logger.info("%s is finished, nothing to resume", folder)
     return run
 
 
+def can_return_finished(folder: Path, request: FitRequest) -> bool:
+    """Whether `resume` finds a finished run, which has a result and no checkpoint any more."""
+    return request.resume and (folder / RESULT).is_file() and not (folder / CHECKPOINT).is_file()
+
+
 @contextlib.contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Leave no empty run folder, nor a folder made for it, where the work fails before a file."""
+    """Remove the folders made for a run again where the work fails before it wrote a file."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
@@ -88,7 +97,7 @@ class _LineLog:
         if not append:
             path.unlink(missing_ok=True)
 
-    def __call__(self, row: dict[str, Any]) -> None:
+    def __call__(self, row: Json) -> None:
         if self.broken:
             return
         line = json.dumps(json.loads(to_json({**row, "time": time.time()}))) + "\n"

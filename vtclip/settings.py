@@ -15,10 +15,14 @@ from .names import SHOTS
 logger = logging.getLogger(__name__)
 
 
+def check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+
+
 def set_threads(threads: int | None) -> None:
+    check_threads(threads)
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
 
 

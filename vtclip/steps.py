@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,3 +87,21 @@ def put_back(parameters: list[nn.Parameter], good: list[Tensor]) -> None:
     with torch.no_grad():
         for parameter, kept in zip(parameters, good, strict=True):
             parameter.copy_(kept)
+
+
+def backward(
+    loss: Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]
+) -> Tensor:
+    """New gradients of all parameters, and their norm."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def not_finite(
+    loss: float, number: int, epoch: int, lr: float, rows: Tensor, note: str = ""
+) -> FloatingPointError:
+    """The error of a step whose loss, or else whose gradient, is not finite."""
+    what = "gradient" if math.isfinite(loss) else "loss"
+    at = f"step {number} (epoch {epoch}, lr {lr:g}, rows {rows[:4].tolist()}...)"
+    return FloatingPointError(f"fit: {what} is not finite at {at}{note}")

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test-time training over the images of a folder, in numbers beside what costs no training."""
+"""Test-time training over the images of a folder, in numbers, next to what costs no training."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from . import metrics
-from .adapter import Adapter, check_weights
-from .data.hashing import progress_bar
-from .data.sources import source_kind
-from .result import rows_table
-from .ttt import TTT, adapt, trainable
+from vtclip import metrics
+from vtclip.adapter import Adapter, check_weights
+from vtclip.data.hashing import progress_bar
+from vtclip.data.sources import source_kind
+from vtclip.files import Json
+from vtclip.result import rows_table
+from vtclip.ttt import TTT, adapt, trainable
 
 if TYPE_CHECKING:
-    from .clip import Clip
+    from vtclip.clip import Clip
 
 ROWS = {"kept_mean": "mean of kept views", "all_mean": "mean of all views", "adapted": "with TTT"}
 
@@ -35,24 +35,21 @@ def check_ttt(adapter: Adapter, source: Path) -> None:
 
 def ttt_report(
     adapter: Adapter,
-    model: str | Clip,
+    clip: Clip,
     root: Path,
     names: Sequence[str],
     label: Tensor,
     config: TTT,
     *,
-    device: torch.device,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """Metrics of each of ROWS on root/name with label [N], options, and seconds.
 
     The logits of an average are the log of the mean probability. All rows are divided by the same
     temperature in their `*_scaled` numbers, the run's own, fitted without views and training.
     """
-    from .clip import load_clip
-    from .data.views import folder_views
+    from vtclip.data.views import folder_views
 
-    clip = load_clip(model, device) if isinstance(model, str) else model
     check_weights(adapter, clip.weights_digest, clip.name)
     wants = adapter.features["spatial"] if adapter.head.needs_spatial else None
 
@@ -65,17 +62,19 @@ def ttt_report(
                 yield views
                 bar.update()
 
-    found = adapt(adapter.head, counted(), encode, config)
-    rows = {name: metrics.report(getattr(found, name), label, adapter.temperature) for name in ROWS}
-    total = sum(found.seconds.values())
+    logits = adapt(adapter.head, counted(), encode, config)
+    rows = {
+        name: metrics.report(getattr(logits, name), label, adapter.temperature) for name in ROWS
+    }
+    total = sum(logits.seconds.values())
     return {
         "options": {**dataclasses.asdict(config), "kept": config.kept},
         **rows,
-        "seconds": {**found.seconds, "total": total, "per_image": total / len(names)},
+        "seconds": {**logits.seconds, "total": total, "per_image": total / len(names)},
     }
 
 
-def ttt_table(values: Mapping[str, Any]) -> str:
+def ttt_table(values: Json) -> str:
     """The run's head alone, the views averaged without training, and with training."""
     ttt, method = values["ttt"], values["method"]
     options, seconds = ttt["options"], ttt["seconds"]

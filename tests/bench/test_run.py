@@ -22,6 +22,7 @@ from vtclip.bench.jobs import Settings, Shard, job_list, own_sources, set_source
 from vtclip.bench.rows import OtherContent, RowFile, is_finished, read_rows
 from vtclip.bench.run import BenchOutcome, run_bench
 from vtclip.checkpoint import Interrupted
+from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.sets import SETS, open_listing
 
 FIXED = {"methods": ["zeroshot"], "shots": [1, 2], "seeds": [1, 2], "device": "cpu"}
@@ -190,13 +191,13 @@ def test_a_source_is_opened_once(animals, insects, tmp_path, monkeypatch):
     from vtclip.bench import sources
 
     opened: list[tuple[str, bool]] = []
-    open_source = sources.open_source
+    open_records = sources.open_records
 
-    def instead(path: Path, **options: Any) -> Any:
-        opened.append((path.name, options["need_spatial"]))
-        return open_source(path, **options)
+    def instead(path: Path, options: FeatureOptions, draw: Draw) -> Any:
+        opened.append((path.name, options.need_spatial))
+        return open_records(path, options, draw)
 
-    monkeypatch.setattr(sources, "open_source", instead)
+    monkeypatch.setattr(sources, "open_records", instead)
     bench(tmp_path / "out", animals, insects, methods=["zeroshot", "vtclip"], shots=[1], seeds=[1])
     assert opened == [("animals.npz", False), ("insects.npz", True)]
 
@@ -243,9 +244,9 @@ def test_a_data_set_is_read_once_for_all_draws(tmp_path, trees, monkeypatch):
 
     cached = extract.cached_features
 
-    def instead(folder: Any, **options: Any) -> Any:
+    def instead(folder: Any, options: FeatureOptions) -> Any:
         counts.update([len(folder.names)])
-        return cached(folder, **options)
+        return cached(folder, options)
 
     monkeypatch.setattr(extract, "cached_features", instead)
     sources = set_sources(root, None, Settings())

@@ -21,6 +21,7 @@ import vtclip.data.extract as extract
 import vtclip.data.shards as shards
 from vtclip.data.extract import cached_features, extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
+from vtclip.data.options import FeatureOptions
 
 FILES = ("manifest.json", "text.safetensors", "shard-00001.safetensors")
 
@@ -32,7 +33,7 @@ def features(
     """A finished folder in a cache, of four shards."""
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
     found, _ = cached_features(
-        pictures, model=fake_clip(), spatial="raw", cache_dir=tmp_path / "cache"
+        pictures, FeatureOptions(model=fake_clip(), spatial="raw", cache_dir=tmp_path / "cache")
     )
     return found.folder
 
@@ -42,7 +43,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rebuilt(features: Path, pictures: Path, clip: Any) -> tuple[int, dict[str, bytes]]:
-    cached_features(pictures, model=clip, spatial="raw", cache_dir=features.parents[1])
+    cached_features(
+        pictures, FeatureOptions(model=clip, spatial="raw", cache_dir=features.parents[1])
+    )
     return clip.images_encoded, contents(features)
 
 
@@ -162,11 +165,15 @@ def test_full_disk_names_path_and_bytes_and_keeps_the_old(
     cache = features.parents[1]
     message = r"cannot write \d+ bytes to .*: File too large"
     with small_files_only(), pytest.raises(OSError, match=message):
-        cached_features(pictures, model=fake_clip(seed=1), spatial="raw", cache_dir=cache)
+        cached_features(
+            pictures, FeatureOptions(model=fake_clip(seed=1), spatial="raw", cache_dir=cache)
+        )
     assert contents(features) == good
     other = next(path for path in (cache / "features").iterdir() if path != features)
     assert [path.name for path in other.iterdir() if path.name.endswith(".new")] == []
-    _, report = cached_features(pictures, model=fake_clip(), spatial="raw", cache_dir=cache)
+    _, report = cached_features(
+        pictures, FeatureOptions(model=fake_clip(), spatial="raw", cache_dir=cache)
+    )
     assert report.reused
 
 

@@ -23,6 +23,7 @@ from vtclip.data import Records, few_shot_split, open_source
 from vtclip.data.extract import cached_features, default_cache, extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
 from vtclip.data.images import open_image
+from vtclip.data.options import FeatureOptions
 from vtclip.files import json_digest, to_json
 
 
@@ -90,9 +91,9 @@ def test_augmented_passes_differ_and_are_reproducible(
 
 def test_finished_features_are_reused(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
     clip = fake_clip()
-    cached_features(pictures, model=clip, cache_dir=tmp_path / "cache")
+    cached_features(pictures, FeatureOptions(model=clip, cache_dir=tmp_path / "cache"))
     before = clip.images_encoded
-    _, report = cached_features(pictures, model=clip, cache_dir=tmp_path / "cache")
+    _, report = cached_features(pictures, FeatureOptions(model=clip, cache_dir=tmp_path / "cache"))
     assert report.reused
     assert report.rows == 15
     assert clip.images_encoded == before
@@ -104,7 +105,9 @@ def test_key_depends_on_everything_that_decides_a_number(
     cache = {"cache_dir": tmp_path / "cache"}
 
     def key(**options: Any) -> str:
-        return cached_features(pictures, **{"model": fake_clip(), **cache, **options})[0].key
+        return cached_features(
+            pictures, FeatureOptions(**{"model": fake_clip(), **cache, **options})
+        )[0].key
 
     keys = {
         "plain": key(),
@@ -133,11 +136,11 @@ def test_touching_or_moving_files_changes_nothing(
     pictures: Path, tmp_path: Path, fake_clip: Any
 ) -> None:
     options = {"model": fake_clip(), "cache_dir": tmp_path / "cache"}
-    one, _ = cached_features(pictures, **options)
+    one, _ = cached_features(pictures, FeatureOptions(**options))
     os.utime(pictures / "cat" / "0.png", (1, 1))
     moved = tmp_path / "elsewhere"
     pictures.rename(moved)
-    two, report = cached_features(moved, **options)
+    two, report = cached_features(moved, FeatureOptions(**options))
     assert report.reused
     assert one.key == two.key
 
@@ -148,12 +151,12 @@ def test_changed_content_of_the_same_size_is_another_key(
     options = {"model": fake_clip(), "cache_dir": tmp_path / "cache"}
     path = pictures / "dog" / "2.png"
     status = path.stat()
-    one, _ = cached_features(pictures, **options)
+    one, _ = cached_features(pictures, FeatureOptions(**options))
     data = bytearray(path.read_bytes())
     data[-20] ^= 1  # within a checksum or the pixels; the size stays
     path.write_bytes(bytes(data))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    two, report = cached_features(pictures, **options)
+    two, report = cached_features(pictures, FeatureOptions(**options))
     assert not report.reused
     assert one.key != two.key
 
@@ -446,7 +449,9 @@ def test_two_writers_give_one_set(pictures: Path, tmp_path: Path, fake_clip: Any
 
     def build(number: int) -> None:
         gate.wait()
-        out[number] = cached_features(pictures, model=clips[number], cache_dir=tmp_path / "cache")
+        out[number] = cached_features(
+            pictures, FeatureOptions(model=clips[number], cache_dir=tmp_path / "cache")
+        )
 
     threads = [threading.Thread(target=build, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -470,7 +475,9 @@ def test_cache_that_cannot_be_written_costs_a_warning_only(
     pictures: Path, tmp_path: Path, fake_clip: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    found, report = cached_features(pictures, model=fake_clip(), cache_dir=tmp_path / "file")
+    found, report = cached_features(
+        pictures, FeatureOptions(model=fake_clip(), cache_dir=tmp_path / "file")
+    )
     assert len(found) == 15
     assert not report.reused
     assert caplog.text.count("the cache cannot be written") == 1
@@ -480,11 +487,11 @@ def test_finished_cache_that_cannot_be_written_is_read(
     pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"cache_dir": tmp_path / "cache"}
-    one, _ = cached_features(pictures, model=fake_clip(), **options)
+    one, _ = cached_features(pictures, FeatureOptions(model=fake_clip(), **options))
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(extract, "only_writer", None)
     clip = fake_clip()
-    two, report = cached_features(pictures, model=clip, **options)
+    two, report = cached_features(pictures, FeatureOptions(model=clip, **options))
     assert report.reused
     assert clip.images_encoded == 0
     assert two.folder == one.folder
@@ -521,7 +528,7 @@ def test_newer_and_foreign_manifests(pictures: Path, tmp_path: Path, fake_clip: 
     with pytest.raises(FeaturesDamaged, match="does not match its own digest"):
         FeatureSet.open(out)
     (out / "manifest.json").write_text("{}")
-    with pytest.raises(FeaturesDamaged, match="is no manifest of vtclip-features"):
+    with pytest.raises(FeaturesDamaged, match="is not a manifest of vtclip-features"):
         FeatureSet.open(out)
 
 

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from vtclip.data.hashing import check_folder
-from vtclip.data.images import ImageError, decode, natural_key, open_image, printable, scan_folder
+from vtclip.data.images import ImageError, decode, natural_key, open_image, scan_folder
+from vtclip.files import printable
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
 

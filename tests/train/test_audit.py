@@ -28,6 +28,7 @@ from vtclip.data.sources import open_source
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
 from vtclip.result import Run
+from vtclip.settings import split_rows
 
 K, C, L, TRAIN, VAL, TEST = 4, 16, 5, 4, 2, 6
 PASSES = 1
@@ -272,7 +273,7 @@ def test_nothing_of_the_test_pictures_reaches_an_adapter(case: str, tmp_path: Pa
     records = open_source(source, cache_dir=tmp_path / "cache", progress=False)
     options = {**FOLDER_CASES[case], "shots": 2, "cache_dir": tmp_path / "cache"}
     first = api.fit(source, out=tmp_path / "one", **options)
-    split = api.split_rows(records, True, 2, 1, 0.5)
+    split = split_rows(records, True, 2, 1, 0.5)
     assert split.digest == first.result["split"]
     test = {records.names[row] for row in split.test.tolist()}
     assert len(test) == 12

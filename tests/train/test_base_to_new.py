@@ -14,7 +14,7 @@ import torch
 
 from vtclip import api, engine, metrics
 from vtclip.adapter import load_adapter
-from vtclip.base_to_new import halves, harmonic_mean
+from vtclip.base_to_new import base_and_new, harmonic_mean
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import few_shot_split
@@ -77,7 +77,7 @@ def test_the_first_half_by_label_is_base_and_the_larger_one(classes: int, base: 
     label = torch.arange(classes).repeat(3)
     text, names = torch.eye(8)[:classes], [f"class {k}" for k in range(classes)]
     records = Records.from_tensors(torch.ones(len(label), 8), label, text, names)
-    one, two = halves(records)
+    one, two = base_and_new(records)
     assert (one.class_names, two.class_names) == (names[:base], names[base:])
     assert torch.equal(torch.cat([one.text, two.text]), records.text)
     assert [int(part.label.max()) + 1 for part in (one, two)] == [base, classes - base]

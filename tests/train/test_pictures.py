@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vtclip import api
+from vtclip import api, engine
 from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.clip import build_clip
+from vtclip.data.sources import open_source
 from vtclip.demo.tokenizer import build_vocab
 from vtclip.explain import heat_map, overlay, side_by_side, to_image
 
@@ -108,12 +109,12 @@ def test_predictions_agree_with_the_evaluation(world: dict[str, Path]) -> None:
     """The same picture gives the same probabilities from features and from the file."""
     classifier = Classifier.load(world["run"], device="cpu")
     config = json.loads((world["run"] / "result.json").read_text())["config"]
-    records = api.open_source(
+    records = open_source(
         config["source"], model=config["model"], need_spatial=True, progress=False,
         cache_dir=world["root"] / "cache",
     )  # fmt: skip
     rows = torch.arange(0, len(records), 7)
-    logits, _ = api.engine.all_logits(
+    logits, _ = engine.all_logits(
         classifier.adapter.head, records, rows, device=torch.device("cpu")
     )
     stored = (logits.double() / classifier.adapter.temperature).softmax(1)

@@ -19,7 +19,7 @@ import vtclip
 from vtclip import api
 from vtclip.cli import main
 from vtclip.heads import HEADS
-from vtclip.repeat_run import METRICS, arguments_of, repeat
+from vtclip.repeat_run import METRICS, repeat, request_of
 from vtclip.result import Run
 
 TEXTS_ARE_ENOUGH = sorted(set(HEADS) - {"coop"})  # coop learns words: it needs a text encoder
@@ -102,14 +102,14 @@ def test_pseudo_labels_match(npz: Path, tmp_path: Path) -> None:
 
 
 def test_settings_that_are_not_the_recipe_are_taken_over(run: Run) -> None:
-    arguments = arguments_of(run.result)
-    assert arguments["overrides"] == {
+    request = request_of(run.result)
+    assert request.overrides == {
         "epochs": 2,
         "lr": 7e-4,
         "enough_pairs": 0,
         "head": {"queries": ["image", "text"]},
     }
-    assert (arguments["seed"], arguments["shots"], arguments["device"]) == (3, 2, "cpu")
+    assert (request.seed, request.shots, request.device) == (3, 2, torch.device("cpu"))
 
 
 def test_settings_that_came_later_keep_the_meaning_of_then(run: Run) -> None:
@@ -120,7 +120,7 @@ def test_settings_that_came_later_keep_the_meaning_of_then(run: Run) -> None:
         settings.pop(name)
     result = {**run.result, "config": {**run.result["config"], "fit": settings}}
     assert HEADS["rada"].recipe(run.result["shots"]).enough_pairs > 0
-    assert arguments_of(result)["overrides"]["enough_pairs"] == 0
+    assert request_of(result).overrides["enough_pairs"] == 0
 
 
 def test_base_to_new_compares_both_halves(npz: Path, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_results_that_cannot_be_repeated(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the result lacks config.model, config.fit"):
         repeat(Run(tmp_path, result))
     with pytest.raises(ValueError, match="came from `vtclip extend`"):
-        arguments_of({**run.result, "extended_from": {}})
+        repeat(Run(tmp_path, {**run.result, "extended_from": {}}))
 
 
 def test_threads_are_those_of_then_and_are_put_back(run: Run, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_older_results_without_an_environment_are_repeated(run: Run, tmp_path: P
     del result["config"]["shots"]
     result["device"] = "cpu (1 threads)"
     (folder / "result.json").write_text(json.dumps(result))
-    assert arguments_of(result)["threads"] == 1
+    assert request_of(result).threads == 1
     found = vtclip.repeat(folder)
     assert (found["verdict"], found["differs"]) == ("MATCH", {})
 

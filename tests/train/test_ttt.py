@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip import api, ttt
+from vtclip.adapter import load_adapter
 from vtclip.cli import main
 from vtclip.clip import Clip, load_clip
 from vtclip.data.views import folder_views, image_views
@@ -266,7 +267,7 @@ def test_ttt_on_another_folder_is_the_loop_by_hand(world: dict[str, Path], clip:
     found = api.evaluate(
         world["rada"], world["others"], device="cpu", cache_dir=world["cache"], ttt=config
     )
-    head: Any = api.load_adapter(world["rada"], device="cpu").head
+    head: Any = load_adapter(world["rada"], device="cpu").head
     hits = 0
     for label, name in enumerate(sorted(path.name for path in world["others"].iterdir())):
         path = next((world["others"] / name).iterdir())

@@ -6,15 +6,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from vtclip.bench.jobs import BenchJob, Settings, Source, needs_spatial
+from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
-from vtclip.data.sets import Listing, SetSource, open_listing
-from vtclip.data.sets.features import open_set
-from vtclip.data.sources import open_source
+from vtclip.data.sets import Listing, SetSource
+from vtclip.data.sets.features import SetDraws
+from vtclip.data.sources import open_records
 from vtclip.files import printable
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class SourceOpener:
         self._spatial = frozenset(spatial)
         self._clip: Clip | None = None
         self._source: Source | None = None
-        self._kept: dict[str, Any] = {}  # of the source at hand: parts that draws share
+        self._draws: SetDraws | None = None  # of the source at hand, where it is a data set
         self._open: tuple[tuple[int, int] | None, Records] | None = None
         self._failed: dict[tuple[str, tuple[int, int] | None], str] = {}
 
@@ -69,40 +70,33 @@ class SourceOpener:
     def why_not(self, job: BenchJob) -> str | None:
         """Why there are not enough images for the job; None where there are."""
         self._turn_to(job.source)
-        if not isinstance(job.source.where, SetSource):
+        if self._draws is None:
             return too_few_images(self.records(job), job.shots, self.settings.test_fraction)
-        if "listing" not in self._kept:
-            where = job.source.where
-            self._kept["listing"] = open_listing(where.spec, where.root)
-        return too_few_listed(self._kept["listing"], job.shots)
+        return too_few_listed(self._draws.listing, job.shots)
 
     def _turn_to(self, source: Source) -> None:
         if self._source != source:
-            self._source, self._open, self._kept = source, None, {}
+            self._source, self._open = source, None
+            where = source.where
+            self._draws = SetDraws(where) if isinstance(where, SetSource) else None
 
     def _opened(self, job: BenchJob) -> Records:
         source, settings = job.source, self.settings
-        need = source.name in self._spatial
-        common: dict[str, Any] = {
-            "model": self._model() if source.kind in ("folder", "set") else settings.model,
-            "templates": settings.templates,
-            "augment_passes": settings.augment_passes,
-            "cache_dir": self.cache_dir,
-            "device": self.device,
-            "progress": self.progress,
-            "shots": job.shots,
-            "seed": job.seed,
-        }
-        if isinstance(source.where, SetSource):
-            spatial = job.spatial or ("default" if need else None)
-            return open_set(source.where, spatial=spatial, kept=self._kept, **common)
-        return open_source(
-            source.where,
+        options = FeatureOptions(
+            model=self._model() if source.kind in ("folder", "set") else settings.model,
             spatial=job.spatial,
+            need_spatial=source.name in self._spatial,
             prompt=settings.prompt,
-            need_spatial=need,
-            **common,
+            templates=settings.templates,
+            augment_passes=settings.augment_passes,
+            cache_dir=self.cache_dir,
+            device=self.device,
+            progress=self.progress,
         )
+        draw = Draw(job.shots, job.seed)
+        if self._draws is not None:
+            return self._draws.records(options, draw)
+        return open_records(source.where, options, draw)
 
     def _model(self) -> Clip:
         if self._clip is None:

@@ -101,7 +101,7 @@ def _print_json(rows: Iterator[tuple[str, Any]], unreadable: list[tuple[str, str
 
 def _report(unreadable: list[tuple[str, str]]) -> int:
     """Names each on stderr; returns the exit status."""
-    from vtclip.data.images import printable
+    from vtclip.files import printable
 
     for path, reason in unreadable:
         note(f"vtclip predict: {printable(path)}: {reason}")

@@ -26,7 +26,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,10 +33,21 @@ from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.data.augment import AUGMENTATION
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
 from vtclip.data.hashing import Report, duplicates_of, hash_all
-from vtclip.data.images import Folder, printable, scan_folder
+from vtclip.data.images import Folder, scan_folder
+from vtclip.data.options import FeatureOptions
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
 from vtclip.distributed import World
-from vtclip.files import default_cache, json_digest, only_writer, to_json, write_atomic
+from vtclip.files import (
+    Json,
+    cache_folder,
+    default_cache,
+    is_below,
+    json_digest,
+    only_writer,
+    printable,
+    to_json,
+    write_atomic,
+)
 
 __all__ = ["Report", "cached_features", "default_cache", "extract_features"]
 
@@ -70,112 +80,89 @@ def extract_features(
     which calls this with the same arguments (vtclip.distributed.joined).
     """
     out = Path(out).expanduser()
-    if _is_inside(out, Path(source).expanduser()):
+    if is_below(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
+    options = FeatureOptions(
+        model=model,
+        spatial=spatial,
+        templates=templates,
+        augment_passes=augment_passes,
+        device=device,
+        progress=progress,
+        dtype=dtype,
+        batch_size=batch_size,
+        follow_links=follow_links,
+    )
     world = world or World()
-    job = _Job.of(source, model, spatial, augment_passes, templates, dtype, batch_size, device,
-                  progress, follow_links, world)  # fmt: skip
-    return job.run(out, world)
+    return _Job.of(source, options, world).run(out, world)
 
 
 def cached_features(
-    source: str | Path | Folder,
-    *,
-    model: str | Path | Clip = "demo",
-    spatial: str | None = None,
-    augment_passes: int = 0,
-    templates: str | Sequence[str] | None = None,
-    cache_dir: str | Path | None = None,
-    dtype: str = "float16",
-    batch_size: int = 64,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    follow_links: bool = False,
+    source: str | Path | Folder, options: FeatureOptions
 ) -> tuple[FeatureSet, Report]:
     """Features of an image folder, or of listed files, from the cache.
 
-    They are made first where they are missing or damaged.
+    They are extracted first where they are missing or damaged.
     """
-    job = _Job.of(source, model, spatial, augment_passes, templates, dtype, batch_size, device,
-                  progress, follow_links)  # fmt: skip
+    job = _Job.of(source, options, World())
     place = Path("features") / job.key[:32]
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # below says what is wrong, if so
-        cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+        cache = cache_folder(options.cache_dir)
         if (cache / place / MANIFEST).is_file() and not os.access(cache / place, os.W_OK):
             return job.reuse(FeatureSet.open(cache / place))
-    return job.run(_writable_cache(cache_dir) / place, World(), rebuild=True)
+    return job.run(_writable_cache(options.cache_dir) / place, World(), rebuild=True)
 
 
 class _Job(Work):
     """One extraction: what is to be made, and where it may lie already."""
 
     @classmethod
-    def of(
-        cls,
-        source: str | Path | Folder,
-        model: str | Path | Clip,
-        spatial: str | None,
-        augment_passes: int,
-        templates: str | Sequence[str] | None,
-        dtype: str,
-        batch_size: int,
-        device: str | torch.device,
-        progress: bool,
-        follow_links: bool,
-        world: World | None = None,
-    ) -> _Job:
-        if dtype not in DTYPES:
-            raise ValueError(f"features: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        for what, value, low in (
-            ("augment_passes", augment_passes, 0),
-            ("batch_size", batch_size, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(
-                    f"features: {what} must be an int of at least {low}, got {value!r}"
-                )
-        lines = resolve_templates(templates)
+    def of(cls, source: str | Path | Folder, options: FeatureOptions, world: World) -> _Job:
+        _check_numbers(options)
+        lines = resolve_templates(options.templates)
         if isinstance(source, Folder):
             folder = source
         else:
-            folder = scan_folder(source, follow_links=follow_links)
-        world = world or World()
+            folder = scan_folder(source, follow_links=options.follow_links)
         world.check_same("list of images", json_digest({"names": [*map(ascii, folder.names)]}))
-        if isinstance(model, Clip):
-            clip = model
-        else:
+        model = options.model
+        if isinstance(model, (str, Path)):
             name = model
-            clip = world.by_each(lambda: load_clip(name, device))
-        spatial = clip.check_spatial(spatial)
+            model = world.by_each(lambda: load_clip(name, options.device))
+        spatial = model.check_spatial(options.spatial_option)
         start = time.perf_counter()
-        hashed = hash_all(folder, progress, world)
+        hashed = hash_all(folder, options.progress, world)
         fields = {
-            "model": clip.config,
-            "weights": clip.weights_digest,
+            "model": model.config,
+            "weights": model.weights_digest,
             "transform": {
-                **clip.preprocess_cfg,
-                "augmentation": AUGMENTATION if augment_passes else None,
+                **model.preprocess_cfg,
+                "augmentation": AUGMENTATION if options.augment_passes else None,
             },
-            "augment_passes": augment_passes,
+            "augment_passes": options.augment_passes,
             "templates": lines,
             "class_names": folder.class_names,
             "images": hashed.digest(),
             "spatial": spatial,
-            "dtype": dtype if spatial is not None else None,
+            "dtype": options.dtype if spatial is not None else None,
             "features_version": VERSION,
         }
         if folder.prompts not in (None, folder.class_names):
             fields["prompts"] = folder.prompts
         stages = {"hashing": time.perf_counter() - start}
-        return cls(hashed, clip, fields, batch_size, progress, stages)
+        return cls(hashed, model, fields, options.batch_size, options.progress, stages)
 
-    def reuse(self, found: FeatureSet) -> tuple[FeatureSet, Report]:
+    def reuse(self, features: FeatureSet) -> tuple[FeatureSet, Report]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
-        if found.key != self.key:
-            raise ValueError(f"features: {found.folder} holds features of something else")
-        found.verify()
-        return found, Report(
-            len(found), found.skipped, duplicates_of(self.hashed), found.num_bytes, reused=True
+        if features.key != self.key:
+            raise ValueError(f"features: {features.folder} holds features of something else")
+        features.verify()
+        return features, Report(
+            len(features),
+            features.skipped,
+            duplicates_of(self.hashed),
+            features.num_bytes,
+            reused=True,
         )
 
     def run(
@@ -201,19 +188,19 @@ class _Job(Work):
             report.reused = bool(world.collect(world.by_first(enter))[0])
             if not report.reused:
                 self._build(folder, world)
-            found = FeatureSet.open(folder)
-        report.rows, report.skipped = len(found), found.skipped
-        report.num_bytes, report.seconds = found.num_bytes, time.perf_counter() - start
+            features = FeatureSet.open(folder)
+        report.rows, report.skipped = len(features), features.skipped
+        report.num_bytes, report.seconds = features.num_bytes, time.perf_counter() - start
         if report.skipped and world.first:
             logger.warning("%s", "; ".join(report.lines(5)))
-        return found, report
+        return features, report
 
     def _finished(self, folder: Path, rebuild: bool) -> FeatureSet | None:
         if (folder / MANIFEST).exists():
             try:
-                found = FeatureSet.open(folder)
-                if found.num_bytes <= EAGER_BYTES:
-                    found.verify()
+                features = FeatureSet.open(folder)
+                if features.num_bytes <= EAGER_BYTES:
+                    features.verify()
             except FeaturesDamaged as error:
                 if not rebuild:
                     raise ValueError(f"{error}; remove the folder to build it again") from None
@@ -221,10 +208,10 @@ class _Job(Work):
                 for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
                     path.unlink()
                 return None
-            if found.key == self.key:
-                return found
+            if features.key == self.key:
+                return features
             differs = [
-                name for name, value in self.fields.items() if found.fields.get(name) != value
+                name for name, value in self.fields.items() if features.fields.get(name) != value
             ]
             raise ValueError(
                 f"features: {folder} holds features that differ in {', '.join(differs)}; "
@@ -239,7 +226,7 @@ class _Job(Work):
         tokens = self._spatial_shape()
         shards = shards_of(self, tokens)
 
-        def begin() -> dict[int, dict[str, Any]]:
+        def begin() -> dict[int, Json]:
             self._announce(folder, self.row_bytes(tokens))
             done = finished_shards(self, shards, folder)
             if done:
@@ -248,7 +235,7 @@ class _Job(Work):
             write_atomic(folder / PARTIAL, to_json({"key": self.key}))
             return done
 
-        text: dict[str, Any] = {}
+        text: Json = {}
 
         def texts() -> None:
             if world.first:
@@ -291,8 +278,8 @@ class _Job(Work):
     def _finish(
         self,
         folder: Path,
-        entries: list[dict[str, Any]],
-        text_entry: dict[str, Any],
+        entries: list[Json],
+        text_entry: Json,
         tokens: tuple[int, int] | None,
     ) -> None:
         hashed = self.hashed
@@ -305,7 +292,7 @@ class _Job(Work):
             raise ValueError(f"features: no image of these classes could be read: "
                              f"{', '.join(map(printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
-        body: dict[str, Any] = {
+        body: Json = {
             "format": FORMAT,
             "version": VERSION,
             "key": self.key,
@@ -351,10 +338,23 @@ def _hold(folder: Path) -> Iterator[None]:
         yield
 
 
+def _check_numbers(options: FeatureOptions) -> None:
+    if options.dtype not in DTYPES:
+        raise ValueError(
+            f"features: dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}"
+        )
+    for name, value, least in (
+        ("augment_passes", options.augment_passes, 0),
+        ("batch_size", options.batch_size, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"features: {name} must be an int of at least {least}, got {value!r}")
+
+
 def _writable_cache(cache_dir: str | Path | None) -> Path:
     """The cache folder, or a temporary one with a warning where nothing can be written."""
     try:
-        folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+        folder = cache_folder(cache_dir)
         (folder / "features").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder / "features"):
             return folder
@@ -365,8 +365,3 @@ def _writable_cache(cache_dir: str | Path | None) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="vtclip-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary
-
-
-def _is_inside(path: Path, root: Path) -> bool:
-    real, top = os.path.realpath(path), os.path.realpath(root)
-    return real == top or real.startswith(top + os.sep)

@@ -23,15 +23,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vtclip.clip import resolve_templates
-from vtclip.data.records import Records
-from vtclip.files import json_digest, read_json, to_json
+from vtclip.data.records import PartedStore, Records
+from vtclip.files import Json, json_digest, read_json, to_json
 
 __all__ = ["FORMAT", "VERSION", "FeatureSet", "FeaturesDamaged", "file_digest"]
 
@@ -48,11 +47,11 @@ class FeaturesDamaged(ValueError):
 class FeatureSet:
     """An opened features folder. `manifest` is read-only; `records()` gives the table."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Json) -> None:
         self.folder = folder
         self.manifest = manifest
         self.key: str = manifest["key"]
-        self.fields: dict[str, Any] = manifest["fields"]
+        self.fields: Json = manifest["fields"]
         texts = _tensors(folder, manifest["text"])
         self._text, self._text_views = texts["text"], texts.get("text_views")
         self._store = ShardStore(folder, manifest)
@@ -68,7 +67,7 @@ class FeatureSet:
         except ValueError as error:
             raise FeaturesDamaged(f"features: {error}") from None
         if manifest.get("format") != FORMAT:
-            raise FeaturesDamaged(f"features: {folder / MANIFEST} is no manifest of {FORMAT}")
+            raise FeaturesDamaged(f"features: {folder / MANIFEST} is not a manifest of {FORMAT}")
         if manifest.get("version") != VERSION:
             raise ValueError(
                 f"features: {folder} has format version {manifest.get('version')}, this vtclip "
@@ -163,40 +162,24 @@ class FeatureSet:
         )
 
 
-class ShardStore:
+class ShardStore(PartedStore):
     """Rows of memory-mapped shards, each checked against its digest before its first use."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Json) -> None:
         self._folder = folder
-        self._shards: list[dict[str, Any]] = manifest["shards"]
+        self._shards: list[Json] = manifest["shards"]
         self._open: dict[int, dict[str, Tensor]] = {}
-        ends = torch.tensor([entry["rows"] for entry in self._shards]).cumsum(0)
-        self._ends = ends
-        self._starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        super().__init__([entry["rows"] for entry in self._shards])
         self.width = int(manifest["width"])
         self.num_passes = int(manifest["fields"]["augment_passes"])
-        self.spatial_width: int | None = manifest["spatial_width"]
-        self.spatial_tokens: int | None = manifest["spatial_tokens"]
+        self.spatial_width = manifest["spatial_width"]
+        self.spatial_tokens = manifest["spatial_tokens"]
 
     def check(self, shard: int) -> None:
         self._tensors(shard)
 
-    def image(self, row: Tensor, augment_pass: int) -> Tensor:
-        return self._rows("image", row, augment_pass, (self.width,))
-
-    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
-        if self.spatial_tokens is None or self.spatial_width is None:
-            raise ValueError("records: this source holds no spatial features")
-        return self._rows("spatial", row, augment_pass, (self.spatial_tokens, self.spatial_width))
-
-    def _rows(self, name: str, row: Tensor, augment_pass: int, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(len(row), *shape)
-        shard = torch.bucketize(row, self._ends, right=True)
-        for number in sorted(set(shard.tolist())):
-            here = (shard == number).nonzero().flatten()
-            local = row[here] - self._starts[number]
-            out[here] = self._tensors(number)[name][local, augment_pass].float()
-        return out
+    def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
+        return self._tensors(part)[name][row, augment_pass].float()
 
     def _tensors(self, shard: int) -> dict[str, Tensor]:
         if shard not in self._open:
@@ -213,7 +196,7 @@ class ShardStore:
         return self._open[shard]
 
 
-def _check_size(folder: Path, entry: dict[str, Any]) -> None:
+def _check_size(folder: Path, entry: Json) -> None:
     path = folder / Path(entry["file"]).name  # never outside the folder
     size = path.stat().st_size if path.is_file() else None
     if size != entry["bytes"]:
@@ -223,7 +206,7 @@ def _check_size(folder: Path, entry: dict[str, Any]) -> None:
         )
 
 
-def _tensors(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+def _tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
     """The tensors of a file with the recorded digest, mapped and not read."""
     _check_size(folder, entry)
     path = folder / Path(entry["file"]).name

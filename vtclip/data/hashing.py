@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vtclip.data.cores import num_cores
-from vtclip.data.images import (
-    Folder,
-    ImageError,
-    content_digest,
-    decode,
-    printable,
-    read_file,
-    scan_folder,
-)
+from vtclip.data.images import Folder, ImageError, content_digest, decode, read_file, scan_folder
 from vtclip.distributed import World
+from vtclip.files import printable
 
 __all__ = [
     "Hashed",

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vtclip.files import Json
+
 __all__ = [
     "Batch",
     "MemoryStore",
+    "PartedStore",
     "Records",
     "Store",
     "check_class_names",
@@ -111,6 +114,39 @@ class _GlobalStore:
         raise ValueError("records: this source holds no spatial features")
 
 
+class PartedStore:
+    """A store whose rows lie in several parts, one after the other; `read` fetches from one."""
+
+    width: int
+    num_passes: int
+    spatial_width: int | None
+    spatial_tokens: int | None
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._ends = torch.tensor(list(counts)).cumsum(0)
+        self._starts = torch.cat([self._ends.new_zeros(1), self._ends[:-1]])
+
+    def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
+        """Rows of one part, counted from its first: "image" [b, C] or "spatial" [b, L, Cs]."""
+        raise NotImplementedError
+
+    def image(self, row: Tensor, augment_pass: int) -> Tensor:
+        return self._rows("image", row, augment_pass, (self.width,))
+
+    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
+        if self.spatial_width is None or self.spatial_tokens is None:
+            raise ValueError("records: this source holds no spatial features")
+        return self._rows("spatial", row, augment_pass, (self.spatial_tokens, self.spatial_width))
+
+    def _rows(self, name: str, row: Tensor, augment_pass: int, shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(len(row), *shape)
+        part = torch.bucketize(row, self._ends, right=True)
+        for number in sorted(set(part.tolist())):
+            here = (part == number).nonzero().flatten()
+            out[here] = self.read(number, name, row[here] - self._starts[number], augment_pass)
+        return out
+
+
 class Records:
     """Rows of features with their labels, names and class texts.
 
@@ -130,7 +166,7 @@ class Records:
         label: Tensor,
         names: Sequence[str],
         logit_scale: float = 100.0,
-        info: dict[str, Any] | None = None,
+        info: Json | None = None,
         row: Tensor | None = None,
         roles: Tensor | None = None,
         text_views: Tensor | None = None,
@@ -145,7 +181,7 @@ class Records:
         self.label = torch.as_tensor(label)
         self.names = list(names)
         self.logit_scale = float(logit_scale)
-        self.info: dict[str, Any] = dict(info or {})
+        self.info: Json = dict(info or {})
         self._store = store
         if self.text.dim() != 2 or len(self.text) != len(self.class_names):
             raise ValueError(
@@ -188,7 +224,7 @@ class Records:
         spatial: Tensor | None = None,
         names: Sequence[str] | None = None,
         logit_scale: float = 100.0,
-        info: dict[str, Any] | None = None,
+        info: Json | None = None,
     ) -> Records:
         """A table in memory; image may be [N, 1 + P, C] with P augmented passes."""
         check_rows(image, "image")
@@ -216,6 +252,10 @@ class Records:
             f"Records({len(self)} images, {len(self.class_names)} classes, width={self.width}"
             f"{spatial}, passes={self.num_passes})"
         )
+
+    @property
+    def store(self) -> Store:
+        return self._store
 
     @property
     def width(self) -> int:
@@ -298,6 +338,13 @@ class Records:
             row=self._row[index],
             roles=None if self.roles is None else self.roles[index],
         )
+
+    def with_store(self, store: Store, **info: Any) -> Records:
+        """The same rows, classes and texts with features of another store; `info` is updated."""
+        view = copy.copy(self)
+        view._store = store
+        view.info = {**self.info, **info}
+        return view
 
     def _checked(self, index: Tensor) -> Tensor:
         index = torch.as_tensor(index)

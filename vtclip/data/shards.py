@@ -32,9 +32,9 @@ from vtclip.clip import Clip, mean_text
 from vtclip.data.augment import pass_generator
 from vtclip.data.featureset import TEXT, file_digest
 from vtclip.data.hashing import Hashed, progress_bar
-from vtclip.data.images import ImageError, content_digest, decode, printable, read_file
+from vtclip.data.images import ImageError, content_digest, decode, read_file
 from vtclip.data.loading import Batches
-from vtclip.files import json_digest, read_json, to_json, write_atomic
+from vtclip.files import json_digest, printable, read_json, to_json, write_atomic
 
 __all__ = ["DTYPES", "Shard", "Work", "finished_shards", "make_shards", "shards_of", "write_text"]
 

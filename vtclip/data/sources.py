@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,15 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from vtclip.data.npz import open_npz
+from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
 
-__all__ = ["open_source", "source_kind"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["open_records", "open_source", "source_kind"]
 
 
 def source_kind(source: str | Path) -> str:
@@ -61,58 +59,55 @@ def open_source(
     `seed` draw the images of a data set (vtclip.data.sets), `pool` takes its whole training list
     instead; other sources are split later.
     """
+    options = FeatureOptions(
+        model=model,
+        spatial=spatial,
+        need_spatial=need_spatial,
+        prompt=prompt,
+        templates=templates,
+        augment_passes=augment_passes,
+        cache_dir=cache_dir,
+        device=device,
+        progress=progress,
+    )
+    return open_records(source, options, Draw(shots, seed, pool))
+
+
+def open_records(
+    source: str | Path | SetSource, options: FeatureOptions, draw: Draw | None = None
+) -> Records:
+    """`open_source` of options that were put together before; `draw` is for data sets only."""
     if isinstance(source, SetSource):
         from vtclip.data.sets.features import open_set
 
-        source.refuse(prompt=prompt)
-        return open_set(
-            source,
-            shots=shots,
-            seed=seed,
-            pool=pool,
-            model=model,
-            spatial=spatial or ("default" if need_spatial else None),
-            templates=templates,
-            augment_passes=augment_passes,
-            cache_dir=cache_dir,
-            device=device,
-            progress=progress,
-        )
+        source.refuse(prompt=options.prompt)
+        return open_set(source, options, draw or Draw())
     kind = source_kind(source)
     path = Path(source).expanduser()
     if kind == "npz":
-        if templates is not None:
-            raise ValueError("source: templates cannot be chosen for an .npz file; use prompt")
-        if augment_passes:
-            raise ValueError(
-                f"source: an .npz file holds no augmented passes, got {augment_passes}"
-            )
-        return open_npz(path, prompt=prompt, need_spatial=need_spatial or spatial is not None)
-    if prompt is not None:
+        return _open_table(path, options)
+    if options.prompt is not None:
         raise ValueError(
-            f"source: prompt {prompt!r} can be chosen for .npz files only; use templates"
+            f"source: prompt {options.prompt!r} can be chosen for .npz files only; use templates"
         )
     from vtclip.data.extract import cached_features
     from vtclip.data.featureset import FeatureSet
 
-    if kind == "features":
-        found = FeatureSet.open(path)
-    else:
-        wish = spatial or ("default" if need_spatial else None)
-        found, _ = cached_features(
-            path,
-            model=model,
-            spatial=wish,
-            augment_passes=augment_passes,
-            templates=templates,
-            cache_dir=cache_dir,
-            device=device,
-            progress=progress,
-        )
-    found.require(
-        spatial=spatial,
-        need_spatial=need_spatial,
-        templates=templates,
-        augment_passes=augment_passes,
+    features = FeatureSet.open(path) if kind == "features" else cached_features(path, options)[0]
+    features.require(
+        spatial=options.spatial,
+        need_spatial=options.need_spatial,
+        templates=options.templates,
+        augment_passes=options.augment_passes,
     )
-    return found.records()
+    return features.records()
+
+
+def _open_table(path: Path, options: FeatureOptions) -> Records:
+    if options.templates is not None:
+        raise ValueError("source: templates cannot be chosen for an .npz file; use prompt")
+    if options.augment_passes:
+        raise ValueError(
+            f"source: an .npz file holds no augmented passes, got {options.augment_passes}"
+        )
+    return open_npz(path, prompt=options.prompt, need_spatial=options.spatial_option is not None)

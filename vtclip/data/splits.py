@@ -34,6 +34,9 @@ class Split:
     test: Tensor
     digest: str
 
+    def counts(self) -> dict[str, int]:
+        return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+
 
 def few_shot_split(
     label: Tensor,

@@ -90,6 +90,10 @@ class FitConfig:
         enough = math.ceil(self.enough_pairs / (steps * self.batch_size * num_classes))
         return min(self.epochs, max(self.least_epochs, enough))
 
+    def is_due(self, epoch: int) -> bool:
+        """Whether a checkpoint and a look at the validation rows follow this epoch."""
+        return epoch + 1 == self.epochs or (epoch + 1) % self.checkpoint_every == 0
+
     def rate(self, number: int, steps: int) -> float:
         """The learning rate of step `number` of epochs * steps."""
         epoch, warm, total = number // steps, self.warmup_epochs * steps, self.epochs * steps

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtclip.data.images import printable
 from vtclip.data.sets.listing import ROLES, Listing, SetError, Spec
 from vtclip.data.sets.reading import absent_images, missing_files, open_listing
 from vtclip.data.sets.table import SETS, find_set
+from vtclip.files import printable
 
 __all__ = ["check_lines", "check_sets"]
 

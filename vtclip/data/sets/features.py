@@ -1,154 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of a data set: the drawn training and validation images and the official test images.
 
-Two feature sets are made and cached: one of the test list, the same for all shots and seeds, and
-one of the drawn images, with the augmented passes that only training needs. They are joined into
-one table whose rows carry their roles.
+Two feature sets are extracted and cached: one of the test list, the same for all shots and seeds,
+and one of the drawn images, with the augmented passes that only training needs. They are joined
+into one table whose rows carry their roles.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vtclip.data.coop_sampling import Picks, coop_picks
-from vtclip.data.images import Folder, printable
-from vtclip.data.records import Records, Store
+from vtclip.data.images import Folder
+from vtclip.data.options import Draw, FeatureOptions
+from vtclip.data.records import PartedStore, Records, Store
 from vtclip.data.sets.listing import Listing, Part
 from vtclip.data.sets.reading import SetSource, absent_images, open_listing
-from vtclip.files import json_digest
+from vtclip.files import Json, cache_folder, is_below, json_digest, printable
 
 if TYPE_CHECKING:
-    from vtclip.clip import Clip
     from vtclip.data.featureset import FeatureSet
 
-__all__ = ["JoinedStore", "drawn", "open_set"]
+__all__ = ["JoinedStore", "SetDraws", "drawn", "open_set"]
 
 logger = logging.getLogger(__name__)
 
 
-def open_set(
-    source: SetSource,
-    *,
-    shots: int,
-    seed: int,
-    pool: bool = False,
-    model: str | Path | Clip = "demo",
-    spatial: str | None = None,
-    templates: str | Sequence[str] | None = None,
-    augment_passes: int = 0,
-    cache_dir: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-    kept: dict[str, Any] | None = None,
-) -> Records:
-    """Records with `roles`: `shots` drawn training images per class, validation, the test list.
+def open_set(source: SetSource, options: FeatureOptions, draw: Draw) -> Records:
+    """Records with `roles` of one draw: see `SetDraws`."""
+    return SetDraws(source).records(options, draw)
 
-    `templates` None takes the set's own one. The cache must lie outside the data root. A listed
-    image that is absent is an error; one that cannot be decoded too, unless it is a test image,
-    which is then reported as unreadable and not counted. `kept` is given the lists and the test
-    features, which all draws share, and saves a later call with the same options from reading them.
-    `pool` takes every image of the training list instead of a draw, and none for validation.
-    """
-    from vtclip.clip import load_clip
-    from vtclip.data.extract import cached_features, default_cache
 
-    spec = source.spec
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
-    if _below(cache, source.root):
-        raise spec.error(f"nothing is written below the data root, but cache_dir is {cache}")
-    if shots and spec.test_only:
-        raise spec.error(
-            "a test set without training images; fit imagenet, then evaluate the run on this one"
+class SetDraws:
+    """Draws from one data set. Its lists and its test features are read once for all of them."""
+
+    def __init__(self, source: SetSource) -> None:
+        self.source = source
+        self._test: tuple[FeatureOptions, FeatureSet] | None = None
+
+    @cached_property
+    def listing(self) -> Listing:
+        return open_listing(self.source.spec, self.source.root)
+
+    def records(self, options: FeatureOptions, draw: Draw) -> Records:
+        """Records with `roles`: drawn training images per class, validation, the test list.
+
+        The cache must lie outside the data root. A listed image that is absent is an error; one
+        that cannot be decoded too, unless it is a test image, which is then reported as unreadable
+        and not counted.
+        """
+        spec = self.source.spec
+        cache = cache_folder(options.cache_dir)
+        if is_below(cache, self.source.root):
+            raise spec.error(f"nothing is written below the data root, but cache_dir is {cache}")
+        if draw.shots and spec.test_only:
+            raise spec.error(
+                "a test set without training images; fit imagenet, then evaluate the run on this "
+                "one"
+            )
+        if draw.pool:
+            training, validation = self.listing.train, Part([], [])
+        else:
+            training, validation = drawn(self.listing, shots=draw.shots, seed=draw.seed)
+        support = Part(training.names + validation.names, training.label + validation.label)
+        known = self._test[1] if self._test is not None and self._test[0] == options else None
+        self._check_there(support.names + (self.listing.test.names if known is None else []))
+        images = _Images(self.listing, options)
+        made = [images.features(support, options.augment_passes)] if len(support) else []
+        if known is None:
+            known = images.features(self.listing.test, 0)
+            self._test = options, known
+        roles = dict.fromkeys(training.names, 0) | dict.fromkeys(validation.names, 1)
+        return _joined(self.listing, draw, roles, made, known)
+
+    def _check_there(self, names: list[str]) -> None:
+        absent = absent_images(self.listing.image_root, names)
+        if absent:
+            name, why = absent[0]
+            raise self.source.spec.error(
+                f"{len(absent)} listed images are not there, first {printable(name)} ({why}); "
+                f"`vtclip data check` lists them"
+            )
+
+
+class _Images:
+    """Features of listed images. The model is loaded once, `templates` None are the set's own."""
+
+    def __init__(self, listing: Listing, options: FeatureOptions) -> None:
+        from vtclip.clip import load_clip
+
+        model, templates = options.model, options.templates
+        self.listing = listing
+        self.options = dataclasses.replace(
+            options,
+            model=load_clip(model, options.device) if isinstance(model, (str, Path)) else model,
+            templates=listing.spec.template if templates is None else templates,
         )
-    kept = {} if kept is None else kept
-    if "listing" not in kept:
-        kept["listing"] = open_listing(spec, source.root)
-    listing: Listing = kept["listing"]
-    if pool:
-        picks, held = listing.train, Part([], [])
-    else:
-        picks, held = drawn(listing, shots=shots, seed=seed)
-    support = Part(picks.names + held.names, picks.label + held.label)
-    looked_at = [] if "test" in kept else listing.test.names
-    absent = absent_images(listing.image_root, support.names + looked_at)
-    if absent:
-        name, why = absent[0]
-        raise spec.error(
-            f"{len(absent)} listed images are not there, first {printable(name)} ({why}); "
-            f"`vtclip data check` lists them"
-        )
-    clip = load_clip(model, device) if isinstance(model, (str, Path)) else model
 
-    def extract(part: Part, passes: int) -> FeatureSet:
+    def features(self, part: Part, augment_passes: int) -> FeatureSet:
+        from vtclip.data.extract import cached_features
+
         folder = Folder(
-            listing.image_root, listing.class_names, part.names, part.label, prompts=listing.prompts
+            self.listing.image_root,
+            self.listing.class_names,
+            part.names,
+            part.label,
+            prompts=self.listing.prompts,
         )
-        found, _ = cached_features(
-            folder,
-            model=clip,
-            spatial=spatial,
-            augment_passes=passes,
-            templates=spec.template if templates is None else templates,
-            cache_dir=cache_dir,
-            device=device,
-            progress=progress,
-        )
-        return found
+        options = dataclasses.replace(self.options, augment_passes=augment_passes)
+        return cached_features(folder, options)[0]
 
-    made = [extract(support, augment_passes)] if len(support) else []
-    if "test" not in kept:
-        kept["test"] = extract(listing.test, 0)
-    made.append(kept["test"])
-    tables = [one.records() for one in made]
-    test = tables[-1]
-    if len(support) and tables[0].info["skipped"]:
+
+def _joined(
+    listing: Listing,
+    draw: Draw,
+    roles: dict[str, int],
+    drawn_features: Sequence[FeatureSet],
+    test_features: FeatureSet,
+) -> Records:
+    """One table of the drawn images (`roles` by name, 0 training and 1 validation) and the test."""
+    made = [*drawn_features, test_features]
+    tables = [features.records() for features in made]
+    if drawn_features and tables[0].info["skipped"]:
         name, why = tables[0].info["skipped"][0]
-        raise spec.error(f"the drawn image {printable(name)} cannot be read: {why}")
-    role = dict.fromkeys(picks.names, 0) | dict.fromkeys(held.names, 1)
+        raise listing.spec.error(f"the drawn image {printable(name)} cannot be read: {why}")
+    test = tables[-1]
     names = [name for table in tables for name in table.names]
-    digests = test.info["digests"]
-    features = [table.info["digests"]["features"] for table in tables]
-    images = [table.info["digests"]["images"] for table in tables]
-    info = {
-        **test.info,
-        "kind": "set",
-        "path": spec.name,
-        "augment_passes": augment_passes if len(support) else 0,
-        "set": {
-            "name": spec.name,
-            "lists": listing.digest(),
-            "official": listing.official(),
-            "shots": shots,
-            "seed": seed,
-            "val_from": None if not len(held) else "train" if listing.val is None else "val",
-            "repeated_in_test": _repeats(made),
-        },
-        "digests": {
-            **digests,
-            "images": json_digest({"images": images}),
-            "test_images": digests["images"],
-            "features": json_digest({"features": features}),
-            "lists": listing.digest(),
-        },
-    }
     return Records(
-        JoinedStore([table._store for table in tables], [len(table) for table in tables]),
+        JoinedStore([table.store for table in tables], [len(table) for table in tables]),
         class_names=test.class_names,
         text=test.text,
         text_views=test.text_views,
         label=torch.cat([table.label for table in tables]),
         names=names,
         logit_scale=test.logit_scale,
-        info=info,
-        roles=torch.tensor([role.get(name, 2) for name in names], dtype=torch.int8),
+        info=_info(listing, draw, 1 in roles.values(), made, tables),
+        roles=torch.tensor([roles.get(name, 2) for name in names], dtype=torch.int8),
     )
+
+
+def _info(
+    listing: Listing,
+    draw: Draw,
+    has_validation: bool,
+    made: Sequence[FeatureSet],
+    tables: Sequence[Records],
+) -> Json:
+    """Where the rows came from; digests of both feature sets count as one."""
+    digests = [table.info["digests"] for table in tables]
+    return {
+        **tables[-1].info,
+        "kind": "set",
+        "path": listing.spec.name,
+        "augment_passes": tables[0].num_passes if len(tables) > 1 else 0,
+        "set": {
+            "name": listing.spec.name,
+            "lists": listing.digest(),
+            "official": listing.official(),
+            "shots": draw.shots,
+            "seed": draw.seed,
+            "val_from": None if not has_validation else "train" if listing.val is None else "val",
+            "repeated_in_test": _repeats(made),
+        },
+        "digests": {
+            **digests[-1],
+            "images": json_digest({"images": [digest["images"] for digest in digests]}),
+            "test_images": digests[-1]["images"],
+            "features": json_digest({"features": [digest["features"] for digest in digests]}),
+            "lists": listing.digest(),
+        },
+    }
 
 
 def drawn(listing: Listing, *, shots: int, seed: int) -> tuple[Part, Part]:
@@ -170,41 +199,24 @@ def drawn(listing: Listing, *, shots: int, seed: int) -> tuple[Part, Part]:
     )
 
 
-class JoinedStore:
-    """Rows of several stores in a row. Only the first may hold augmented passes."""
+class JoinedStore(PartedStore):
+    """Rows of several stores, one after the other. Only the first may hold augmented passes."""
 
-    def __init__(self, stores: Sequence[Store], rows: Sequence[int]) -> None:
+    def __init__(self, stores: Sequence[Store], counts: Sequence[int]) -> None:
         self._stores = list(stores)
-        self._ends = torch.tensor(list(rows)).cumsum(0)
-        self._starts = self._ends - torch.tensor(list(rows))
         shapes = {(s.width, s.spatial_width, s.spatial_tokens) for s in stores}
         if len(shapes) != 1:
             raise ValueError(f"records: joined features must have one shape, got {shapes}")
         first = self._stores[0]
-        self.width = first.width
-        self.num_passes = first.num_passes
-        self.spatial_width = first.spatial_width
-        self.spatial_tokens = first.spatial_tokens
+        super().__init__(counts)
+        self.width, self.num_passes = first.width, first.num_passes
+        self.spatial_width, self.spatial_tokens = first.spatial_width, first.spatial_tokens
 
-    def image(self, row: Tensor, augment_pass: int) -> Tensor:
-        return self._rows("image", row, augment_pass, (self.width,))
-
-    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
-        if self.spatial_width is None or self.spatial_tokens is None:
-            raise ValueError("records: this source holds no spatial features")
-        return self._rows("spatial", row, augment_pass, (self.spatial_tokens, self.spatial_width))
-
-    def _rows(self, what: str, row: Tensor, augment_pass: int, shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(len(row), *shape)
-        store = torch.bucketize(row, self._ends, right=True)
-        for number in sorted(set(store.tolist())):
-            one, here = self._stores[number], (store == number).nonzero().flatten()
-            if augment_pass > one.num_passes:
-                raise ValueError(f"records: test images have no augmented pass {augment_pass}")
-            local = row[here] - self._starts[number]
-            get: Any = getattr(one, what)
-            out[here] = get(local, augment_pass)
-        return out
+    def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
+        store = self._stores[part]
+        if augment_pass > store.num_passes:
+            raise ValueError(f"records: test images have no augmented pass {augment_pass}")
+        return (store.image if name == "image" else store.spatial)(row, augment_pass)
 
 
 def _repeats(made: Sequence[FeatureSet]) -> int:
@@ -228,8 +240,3 @@ def _repeats(made: Sequence[FeatureSet]) -> int:
 
 def _take(part: Part, rows: Sequence[int]) -> Part:
     return Part([part.names[row] for row in rows], [part.label[row] for row in rows])
-
-
-def _below(path: Path, root: Path) -> bool:
-    real, top = os.path.realpath(path), os.path.realpath(root)
-    return real == top or real.startswith(top.rstrip(os.sep) + os.sep)

@@ -15,8 +15,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from vtclip.data.images import EXTENSIONS, printable
+from vtclip.data.images import EXTENSIONS
 from vtclip.data.sets.listing import Listing, Part, Spec, distinct_names
+from vtclip.files import printable
 
 __all__ = ["CLASSNAMES", "names_file", "read_imagenet", "read_numbered", "read_synsets"]
 

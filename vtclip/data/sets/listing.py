@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from vtclip.data.images import printable
 from vtclip.data.records import check_class_names
+from vtclip.files import printable
 
 __all__ = ["ROLES", "Listing", "Part", "SetError", "Spec", "distinct_names"]
 

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtclip.data.images import printable
 from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.listing import Listing, Spec
 from vtclip.data.sets.table import find_set
+from vtclip.files import printable
 
 __all__ = ["SetSource", "absent_images", "as_source", "missing_files", "open_listing"]
 

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vtclip.data.images import printable
 from vtclip.data.sets.listing import ROLES, Listing, Part, Spec
+from vtclip.files import printable
 
 __all__ = ["read_split"]
 

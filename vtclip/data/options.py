@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What features are asked for, as one value that travels from the caller to the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from vtclip.clip import Clip
+
+__all__ = ["Draw", "FeatureOptions"]
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """How the features of a source are made, and where they are cached.
+
+    spatial: the spatial option by name; None takes the model's default where `need_spatial`, else
+        no spatial features.
+    prompt: one prompt of an .npz table; tables take no templates.
+    templates: None takes the model's or the data set's own.
+    augment_passes: augmented views of every training image.
+    dtype: of the spatial features; global features are always float32.
+    follow_links: scan linked folders of an image folder too.
+    """
+
+    model: str | Path | Clip = "demo"
+    spatial: str | None = None
+    need_spatial: bool = False
+    prompt: str | None = None
+    templates: str | Sequence[str] | None = None
+    augment_passes: int = 0
+    cache_dir: str | Path | None = None
+    device: str | torch.device = "cpu"
+    progress: bool = True
+    dtype: str = "float16"
+    batch_size: int = 64
+    follow_links: bool = False
+
+    @property
+    def spatial_option(self) -> str | None:
+        """The spatial option to extract with; "default" leaves it to the model."""
+        return self.spatial or ("default" if self.need_spatial else None)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which images of a data set are drawn for training (vtclip.data.coop_sampling).
+
+    pool: the whole training list instead of a draw, and no validation images.
+    """
+
+    shots: int = 0
+    seed: int = 1
+    pool: bool = False
