@@ -38,6 +38,7 @@ from vtclip.data.images import ImageError, content_digest, decode, read_file
 from vtclip.distributed import World
 from vtclip.files import Json
 from vtclip.finetune_config import FinetuneConfig
+from vtclip.heads import Head
 from vtclip.steps import backward, not_finite, shuffled
 
 MAX_SCALE = 100.0  # CLIP's own bound on the logit scale
@@ -88,7 +89,7 @@ class TrainingImages:
 class Encoders(nn.Module):
     """Both towers of a CLIP and a head over them, as one module to train."""
 
-    def __init__(self, clip: Clip, head: nn.Module, world: World | None = None) -> None:
+    def __init__(self, clip: Clip, head: Head, world: World | None = None) -> None:
         super().__init__()
         self.model, self.head = clip.model, head
         self.world = world or World()

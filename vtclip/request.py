@@ -149,7 +149,7 @@ class FitRequest:
         return FeatureOptions(
             model=self.model,
             spatial=self.spatial,
-            need_spatial=bool(HEADS[self.method].needs_spatial),  # type: ignore[attr-defined]
+            need_spatial=HEADS[self.method].needs_spatial,
             prompt=self.prompt,
             templates=None if self.templates is None else list(self.templates),
             augment_passes=self.augment_passes,

@@ -102,7 +102,7 @@ def ttt_settings(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def print_metrics(values: Mapping[str, Any], ttt: bool) -> None:
+def print_metrics(values: dict[str, Any], ttt: bool) -> None:
     from vtclip.result import rows_table
     from vtclip.ttt_report import ttt_table
 
