@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vtclip import auto, engine, metrics
 from vtclip.data import few_shot_split, open_source
 from vtclip.data.records import Records
-from vtclip.fitting import choose_by, fit_head
 from vtclip.heads import HEADS
+from vtclip.train import auto, engine, metrics
+from vtclip.train.fit_head import choose_by, fit_head
 
 CPU = torch.device("cpu")
 Logits = dict[str, Tensor]

@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from vtclip import engine, metrics
 from vtclip.data import Records, few_shot_split, open_source
 from vtclip.data.splits import Split
-from vtclip.fitting import fit_head
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
+from vtclip.train import engine, metrics
+from vtclip.train.fit_head import fit_head
 
 CPU = torch.device("cpu")
 # option -> the values tried for it, each with the recipe's value of every other option; "a b" sets

@@ -27,11 +27,11 @@ import torch
 from choose_defaults import CPU, line
 from torch import Tensor
 
-from vtclip import engine, metrics
 from vtclip.data import Records, few_shot_split, open_source
 from vtclip.heads import HEADS, _support
-from vtclip.methods import build_head
-from vtclip.support import support_of
+from vtclip.train import engine, metrics
+from vtclip.train.methods import build_head
+from vtclip.train.rows import support_of
 
 METHODS = ("tip-adapter", "tip-x", "proker", "proto-clip", "tip-adapter-f")
 RULES = ("default", "accuracy", "likelihood", "factor 1.5", "factor 2", "factor 4", "val alone")

@@ -31,9 +31,9 @@ from PIL import Image
 from torch import Tensor
 
 from vtclip.clip import Clip, build_clip
-from vtclip.data.cores import num_cores
 from vtclip.data.extract import Report, extract_features
 from vtclip.data.images import open_image, scan_folder
+from vtclip.data.threads import num_cores
 
 CLASSES = ("meadow", "harbour", "street", "forest")
 SIZE = (500, 375)

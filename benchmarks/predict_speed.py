@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from vtclip.classifier import Classifier
 from vtclip.data.images import open_image, walk_images
+from vtclip.runs.classifier import Classifier
 
 
 def main() -> None:

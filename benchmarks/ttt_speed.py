@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtclip import ttt
 from vtclip.clip import load_clip
 from vtclip.data.views import image_views
 from vtclip.demo.scenes import demo_set
 from vtclip.heads import RAda
 from vtclip.heads._each import StackedRAda
+from vtclip.train import ttt
 
 # name, classes, width: the demo, and a hundred classes at the width of ViT-B
 SIZES = (("demo", 24, 128), ("ViT-B", 100, 512))

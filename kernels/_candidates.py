@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from ._configs import Target, padded
-from ._tiles import KINDS, AnyTile, ColumnTile, CosineTile, HeadTile, RowTile, fitted
+from vtclip.kernels._configs import Target, padded
+from vtclip.kernels._tiles import KINDS, AnyTile, ColumnTile, CosineTile, HeadTile, RowTile, fitted
 
 REGISTERS = 200  # float32 of one thread that sums and scores may take; the rest is for addresses
 

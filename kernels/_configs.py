@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from ._limits import why_not
+from vtclip.kernels._limits import why_not
 
 
 class Target(NamedTuple):

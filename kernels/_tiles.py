@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from ._configs import Target, launch_options, multiprocessors, padded
+from vtclip.kernels._configs import Target, launch_options, multiprocessors, padded
 
 
 class Tile(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._math import cast
+from vtclip.kernels._math import cast
 
 
 @triton.jit(do_not_specialize=["R0", "R1", "R2"])

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import (
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
     cast,
     dot,
     load_row,
@@ -21,7 +21,7 @@ from ._math import (
     reciprocal_norm,
     store_rows,
 )
-from .cosine_logits_bwd import cosine_logits_bwd
+from vtclip.kernels.cosine_logits_bwd import cosine_logits_bwd
 
 __all__ = ["cosine_logits_bwd", "cosine_logits_fwd"]
 

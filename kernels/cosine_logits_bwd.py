@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import cast, dot, load_row, load_rows, store_rows
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import cast, dot, load_row, load_rows, store_rows
 
 
 @triton.jit(do_not_specialize=["N", "J", "rows_per_split"])

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import (
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
     LN2,
     LOG2E,
     dot,
@@ -22,7 +22,7 @@ from ._math import (
     softmax_step,
     store_rows,
 )
-from .cross_attn_bwd import cross_attn_bwd
+from vtclip.kernels.cross_attn_bwd import cross_attn_bwd
 
 __all__ = ["cross_attn_bwd", "cross_attn_fwd"]
 

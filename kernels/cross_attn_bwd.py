@@ -12,8 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import LOG2E, attended, dot, head_program, load_rows, store_rows, sum_partials
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
+    LOG2E,
+    attended,
+    dot,
+    head_program,
+    load_rows,
+    store_rows,
+    sum_partials,
+)
 
 
 @triton.jit

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import cast, load_row, load_rows, power_of_two, row_max
-from .cosine_logits import reciprocal_norm_kernel
-from .ffn_cosine_logits_bwd import centred, ffn_cosine_logits_bwd, products
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import cast, load_row, load_rows, power_of_two, row_max
+from vtclip.kernels.cosine_logits import reciprocal_norm_kernel
+from vtclip.kernels.ffn_cosine_logits_bwd import centred, ffn_cosine_logits_bwd, products
 
 __all__ = ["ffn_cosine_logits_bwd", "ffn_cosine_logits_fwd"]
 

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import column_program, load_row, load_rows, store_rows, sum_partials
-from .cosine_logits_bwd import project
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import column_program, load_row, load_rows, store_rows, sum_partials
+from vtclip.kernels.cosine_logits_bwd import project
 
 
 @triton.jit(do_not_specialize=["C"])

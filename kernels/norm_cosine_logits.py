@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import (
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
     cast,
     load_row,
     load_rows,
@@ -18,7 +18,7 @@ from ._math import (
     store_rows,
     sum_partials,
 )
-from .cosine_logits_bwd import project
+from vtclip.kernels.cosine_logits_bwd import project
 
 __all__ = ["norm_cosine_logits_bwd", "norm_cosine_logits_fwd"]
 

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import (
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
     LN2,
     LOG2E,
     cast,
@@ -28,7 +28,7 @@ from ._math import (
     row_max,
     store_rows,
 )
-from .rational_attn_bwd import rational_attn_bwd
+from vtclip.kernels.rational_attn_bwd import rational_attn_bwd
 
 __all__ = ["rational_attn_bwd", "rational_attn_fwd"]
 

@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import (
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
     LOG2E,
     cast,
     dot,
@@ -26,7 +26,7 @@ from ._math import (
     store_rows,
     sum_partials,
 )
-from .rational_attn_one_bwd import image_terms, load_map, rational_attn_one_bwd_kernel
+from vtclip.kernels.rational_attn_one_bwd import image_terms, load_map, rational_attn_one_bwd_kernel
 
 
 @triton.jit(do_not_specialize=["B", "H", "K"])

@@ -8,7 +8,7 @@ text query's are one float32 slice per image, added by `sum_partials` in their o
 import triton
 import triton.language as tl
 
-from ._math import LOG2E, cast, dot, fused, in_powers, load_row, load_rows, store_rows
+from vtclip.kernels._math import LOG2E, cast, dot, fused, in_powers, load_row, load_rows, store_rows
 
 
 @triton.jit

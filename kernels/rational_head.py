@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import cast, dot, load_row, load_rows, opened
-from .rational_head_bwd import rational_head_bwd
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import cast, dot, load_row, load_rows, opened
+from vtclip.kernels.rational_head_bwd import rational_head_bwd
 
 __all__ = ["rational_head_bwd", "rational_head_fwd"]
 

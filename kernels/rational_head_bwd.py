@@ -10,8 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import cast, column_program, dot, load_row, load_rows, opened, store_rows, sum_partials
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
+    cast,
+    column_program,
+    dot,
+    load_row,
+    load_rows,
+    opened,
+    store_rows,
+    sum_partials,
+)
 
 
 @triton.jit(do_not_specialize=["B", "K", "images_per_program"])

@@ -9,8 +9,16 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import cast, column_program, load_row, load_rows, opened, store_rows, sum_partials
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import (
+    cast,
+    column_program,
+    load_row,
+    load_rows,
+    opened,
+    store_rows,
+    sum_partials,
+)
 
 
 @triton.jit(do_not_specialize=["K"])

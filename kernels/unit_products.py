@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _configs, _limits, _tiles
-from ._math import column_program, load_row, load_rows, store_rows, unit_rows
-from .cosine_logits import reciprocal_norms
-from .cosine_logits_bwd import project
+from vtclip.kernels import _configs, _limits, _tiles
+from vtclip.kernels._math import column_program, load_row, load_rows, store_rows, unit_rows
+from vtclip.kernels.cosine_logits import reciprocal_norms
+from vtclip.kernels.cosine_logits_bwd import project
 
 
 @triton.jit(do_not_specialize=["B", "K"])

@@ -29,7 +29,7 @@ from vtclip.clip import (
     resolve_templates,
 )
 from vtclip.clip.spatial import attention_pool
-from vtclip.demo.tokenizer import WordTokenizer, build_vocab
+from vtclip.clip.word_tokenizer import WordTokenizer, build_vocab
 
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 VIT = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}

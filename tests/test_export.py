@@ -23,14 +23,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vtclip
-from vtclip import api, export_job, export_run
 from vtclip.backends import native
-from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.clip import build_clip
-from vtclip.demo.tokenizer import build_vocab
+from vtclip.clip.word_tokenizer import build_vocab
 from vtclip.heads import HEADS, Support
-from vtclip.result import Run
+from vtclip.runs import export, export_program
+from vtclip.runs.classifier import Classifier
+from vtclip.runs.result import Run
 
 COLOURS = {"grass": (40, 160, 60), "ocean": (30, 60, 190), "sunset": (220, 90, 40)}
 SIDE, WIDTH = 32, 16
@@ -45,7 +45,7 @@ CONFIG = {
     "preprocess_cfg": {"size": SIDE, "mean": [0.5, 0.4, 0.6], "std": [0.25, 0.3, 0.2]},
 }  # fmt: skip
 METHODS = ("vtclip", "rada", "zeroshot")
-HAVE_ONNX = all(importlib.util.find_spec(name) for name in export_run.ONNX_PACKAGES)
+HAVE_ONNX = all(importlib.util.find_spec(name) for name in export.ONNX_PACKAGES)
 # first without vtclip, from the two files alone: the class and the probability of each picture;
 # then another program, with vtclip's own operators
 ALONE = """
@@ -105,7 +105,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(place: Path) -> dict[str, Path]:
     for method in METHODS:
         overrides = {} if method == "zeroshot" else {"epochs": 8, "lr": 1e-2}
-        api.fit(
+        vtclip.fit(
             place / "images", method=method, shots=2, model=str(place / "model"), device="cpu",
             out=place / method, cache_dir=place / "cache", overrides=overrides,
         )  # fmt: skip
@@ -183,9 +183,11 @@ def test_every_other_head_is_traced_for_any_batch(method: str) -> None:
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     given = (torch.randn(3, WIDTH), torch.randn(3, 5, WIDTH))[: 1 + bool(head.needs_spatial)]
-    program = export_job.FeatureProgram(head)
-    job = export_job.ExportJob(Any, SimpleNamespace(head=head), program, {"x": given}, head, None)
-    module = export_run.traced(job, True, None).module()
+    program = export_program.FeatureProgram(head)
+    job = export_program.ExportJob(
+        Any, SimpleNamespace(head=head), program, {"x": given}, head, None
+    )
+    module = export.traced(job, True, None).module()
     for count in (1, 8):
         rows = [one[:1].repeat(count, *(1,) * (one.ndim - 1)) for one in given]
         rows = [one + 0.1 * torch.randn(one.shape) for one in rows]
@@ -201,7 +203,7 @@ def test_a_run_without_an_encoder_exports_its_head(tmp_path: Path) -> None:
     image = text[label] + rng.standard_normal((24, 8)).astype(np.float32)
     classes = np.array(["ant", "bee", "cat"])
     np.savez(tmp_path / "t.npz", image=image, label=label, text=text, classname=classes)
-    run = api.fit(tmp_path / "t.npz", method="zeroshot", shots=2, out=tmp_path / "run")
+    run = vtclip.fit(tmp_path / "t.npz", method="zeroshot", shots=2, out=tmp_path / "run")
     about = vtclip.export(run, tmp_path / "head.pt2", kind="features")
     assert about["preprocess"] is None
     module = torch.export.load(tmp_path / "head.pt2").module()
@@ -278,8 +280,8 @@ def test_a_program_that_differs_leaves_no_file(
         module = load(data, portable)
         return lambda *given: module(*given) + 2e-4
 
-    load = export_run.load_bytes
-    monkeypatch.setattr(export_run, "load_bytes", off)
+    load = export.load_bytes
+    monkeypatch.setattr(export, "load_bytes", off)
     with pytest.raises(SystemExit) as done:
         main(["export", str(runs["zeroshot"]), "--out", str(tmp_path / "m.pt2"), "--features"])
     seen = capsys.readouterr()
@@ -292,12 +294,12 @@ def test_a_program_that_differs_leaves_no_file(
 def test_the_source_may_be_gone(runs: dict[str, Path], place: Path) -> None:
     run, classifier = Run.load(runs["zeroshot"]), Classifier.load(runs["zeroshot"], device="cpu")
     images = place / "images"
-    real = export_job.real_pixels(run, classifier)
+    real = export_program.real_pixels(run, classifier)
     assert real is not None
     assert real.shape == (3, 3, SIDE, SIDE)
     images.rename(place / "away")
     try:
-        assert export_job.real_pixels(run, classifier) is None
+        assert export_program.real_pixels(run, classifier) is None
     finally:
         (place / "away").rename(images)
 

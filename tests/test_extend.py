@@ -17,16 +17,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 import vtclip
-from vtclip import api
-from vtclip.adapter import load_adapter
-from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.data.splits import few_shot_split
 from vtclip.demo.scenes import CLASS_NAMES, render_scene, shifted_scene
 from vtclip.heads import HEADS, Support
 from vtclip.heads.auto import Auto
-from vtclip.larger import NewClasses, check_can, extended, is_exact
-from vtclip.result import Run
+from vtclip.runs.adapter import load_adapter
+from vtclip.runs.classifier import Classifier
+from vtclip.runs.extend_head import NewClasses, check_can, extended, is_exact
+from vtclip.runs.result import Run
 
 C, PER_CLASS, OLD, ALL = 16, 12, 3, 5
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -83,7 +82,7 @@ def fitted(place: Path) -> Any:
 
     def fit(method: str) -> Run:
         if method not in made:
-            made[method] = api.fit(
+            made[method] = vtclip.fit(
                 place / "old.npz", method=method, shots=3, out=place / method, device="cpu",
                 overrides=OVERRIDES.get(method),
             )  # fmt: skip
@@ -122,7 +121,7 @@ def test_zero_shot_is_exact_and_every_number_counts_what_it_says(
     assert result["test"]["images"] == len(test)
     assert result["images"] == {"train": run.result["images"]["train"],
                                 "val": run.result["images"]["val"], "test": len(test)}  # fmt: skip
-    everything = api.fit(
+    everything = vtclip.fit(
         place / "all.npz", method="zeroshot", shots=3, out=tmp_path / "all", device="cpu"
     )
     assert everything.accuracy == larger.accuracy
@@ -231,21 +230,23 @@ def test_a_second_extension_and_evaluation_count_every_source(
     assert last.result["extended_from"]["adapter"] == middle.result["digests"]["adapter"]
     assert last.result["before"]["adapted"]["accuracy"] == middle.accuracy
 
-    found = api.evaluate(last.folder, device="cpu")
+    found = vtclip.evaluate(last.folder, device="cpu")
     assert found["accuracy"] == last.accuracy
     assert found["per_class"] == last.result["adapted"]["per_class"]
     assert found["test"]["images"] == 6 * ALL
-    of_old = api.evaluate(last.folder, place / "old.npz", device="cpu")
+    of_old = vtclip.evaluate(last.folder, place / "old.npz", device="cpu")
     assert of_old["test"]["images"] == 6 * OLD  # test rows only
     assert of_old["accuracy"] == found["old_classes"]["accuracy"]
-    assert api.evaluate(last.folder, two, device="cpu")["test"]["images"] == 6
+    assert vtclip.evaluate(last.folder, two, device="cpu")["test"]["images"] == 6
     # a table it was not made with counts whole
     table(tmp_path / "other.npz", [4, 0], fname=np.array([f"x{i}" for i in range(24)]),
           image=world()["image"][:24] + 0.01)  # fmt: skip
-    assert api.evaluate(last.folder, tmp_path / "other.npz", device="cpu")["test"]["images"] == 24
+    assert (
+        vtclip.evaluate(last.folder, tmp_path / "other.npz", device="cpu")["test"]["images"] == 24
+    )
     table(two, [4], image=np.float32(2) * world()["image"][:12])
     with pytest.raises(ValueError, match=r"two\.npz: its images have changed"):
-        api.evaluate(last.folder, device="cpu")
+        vtclip.evaluate(last.folder, device="cpu")
 
 
 def draw(folder: Path, label: int, count: int) -> Path:
@@ -266,7 +267,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in (12, 16):
         draw(root / "new" / CLASS_NAMES[label], label, 8)
     (root / "new" / CLASS_NAMES[12] / "broken.png").write_bytes(b"no picture")
-    api.fit(root / "old", method="proker", shots=2, out=root / "run", device="cpu",
+    vtclip.fit(root / "old", method="proker", shots=2, out=root / "run", device="cpu",
             cache_dir=root / "cache")  # fmt: skip
     return root
 
@@ -281,12 +282,14 @@ def test_folders_go_through_the_encoder_of_the_run(scenes: Path, tmp_path: Path)
     # as if all classes had been there from the start: the same images train and test
     shutil.copytree(scenes / "old", tmp_path / "all")
     shutil.copytree(scenes / "new", tmp_path / "all", dirs_exist_ok=True)
-    whole = api.fit(tmp_path / "all", method="zeroshot", shots=2, out=tmp_path / "whole", **options)
+    whole = vtclip.fit(
+        tmp_path / "all", method="zeroshot", shots=2, out=tmp_path / "whole", **options
+    )
     assert larger.result["zero_shot"]["accuracy"] == whole.accuracy
     classifier = Classifier.load(larger.folder, device="cpu")
     found = classifier.predict(sorted((scenes / "new").glob("*/0*.png")), 5)
     assert {one.label for one in found[0]} == set(larger.result["classes"])
-    assert api.evaluate(larger.folder, **options)["accuracy"] == larger.accuracy
+    assert vtclip.evaluate(larger.folder, **options)["accuracy"] == larger.accuracy
 
 
 def test_a_folder_of_one_class_and_its_name(
@@ -306,7 +309,7 @@ def test_a_folder_of_one_class_and_its_name(
     named = Run.load(tmp_path / "b").result
     assert named["classes"][3:] == ["gray moon"]
     assert (result["sources"][1]["shots"], named["sources"][1]["shots"]) == (2, 1)
-    assert api.evaluate(tmp_path / "b", cache_dir=scenes / "cache", device="cpu")[
+    assert vtclip.evaluate(tmp_path / "b", cache_dir=scenes / "cache", device="cpu")[
         "accuracy"
     ] == pytest.approx(named["accuracy"])
 
@@ -364,7 +367,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         places["WIDE"] = table(tmp_path / "wide.npz", [3], image=world()["image"][36:48, :8],
                                text=world()["text"][3:4, :8])  # fmt: skip
     if "BASETONEW" in words:
-        places["BASETONEW"] = api.fit(
+        places["BASETONEW"] = vtclip.fit(
             place / "old.npz", method="zeroshot", base_to_new=True, out=tmp_path / "b2n",
             shots=0, device="cpu",
         ).folder  # fmt: skip
@@ -387,7 +390,7 @@ def test_heads_of_their_classes_are_refused_with_the_methods_that_can(
 ) -> None:
     if "linear-probe" not in HEADS:
         pytest.skip("linear-probe is not among the heads")
-    run = api.fit(place / "old.npz", method="linear-probe", shots=2, out=tmp_path / "p")
+    run = vtclip.fit(place / "old.npz", method="linear-probe", shots=2, out=tmp_path / "p")
     with pytest.raises(ValueError, match=r"linear-probe, whose .* be extended: .*rada.*proker"):
         vtclip.extend(run, place / "new.npz", out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -395,20 +398,27 @@ def test_heads_of_their_classes_are_refused_with_the_methods_that_can(
 
 def test_tuned_encoders_come_along(scenes: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
-    run = api.fit(scenes / "old", method="rada", train_encoders=True, shots=1, out=tmp_path / "run",
-                  overrides={"epochs": 1, "batch_size": 3}, **options)  # fmt: skip
+    run = vtclip.fit(
+        scenes / "old",
+        method="rada",
+        train_encoders=True,
+        shots=1,
+        out=tmp_path / "run",
+        overrides={"epochs": 1, "batch_size": 3},
+        **options,
+    )
     larger = vtclip.extend(run, scenes / "new", out=tmp_path / "run2", **options)
     assert (tmp_path / "run2" / "encoders.safetensors").is_file()
     assert larger.result["before"]["adapted"]["accuracy"] == run.accuracy
     classifier = Classifier.load(tmp_path / "run2", device="cpu")
     tuned = Classifier.load(tmp_path / "run", device="cpu").clip.weights_digest
     assert classifier.clip.weights_digest == tuned
-    assert api.evaluate(larger, **options)["accuracy"] == larger.accuracy
+    assert vtclip.evaluate(larger, **options)["accuracy"] == larger.accuracy
 
 
 def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
-    run = api.fit(scenes / "old", method="coop", shots=1, out=tmp_path / "run",
+    run = vtclip.fit(scenes / "old", method="coop", shots=1, out=tmp_path / "run",
                   overrides={"epochs": 1}, **options)  # fmt: skip
     larger = vtclip.extend(run, scenes / "new", out=tmp_path / "run2", **options)
     before, after = head_of(run.folder), head_of(larger.folder)
@@ -417,7 +427,7 @@ def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> N
     again = before.with_names(vtclip.load_clip("demo"), names)
     assert torch.allclose(after.text, again.text, atol=1e-5)
     assert larger.result["extension"]["exact"] is False
-    own = api.fit(scenes / "old", method="coop", shots=1, out=tmp_path / "csc",
+    own = vtclip.fit(scenes / "old", method="coop", shots=1, out=tmp_path / "csc",
                   overrides={"epochs": 1, "head": {"class_specific": True}}, **options)  # fmt: skip
     with pytest.raises(ValueError, match="coop, whose parameters belong to its classes"):
         vtclip.extend(own, scenes / "new", out=tmp_path / "run3", **options)
@@ -434,7 +444,7 @@ def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path) 
     root = trees.make_split(tmp_path / "root", "caltech101")
     before = trees.fingerprint(root)
     options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "device": "cpu"}
-    run = api.fit("caltech101", data=root, method="tip-adapter", shots=1, out=tmp_path / "run",
+    run = vtclip.fit("caltech101", data=root, method="tip-adapter", shots=1, out=tmp_path / "run",
                   **options)  # fmt: skip
     new = draw(tmp_path / "striped circle", 0, 6)
     larger = vtclip.extend(run, new, out=tmp_path / "run2", **options)
@@ -444,5 +454,5 @@ def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path) 
     templates = load_adapter(run.folder).features["templates"]
     text = vtclip.load_clip("demo").encode_text(["striped circle"], templates)
     assert torch.allclose(head_of(larger.folder).text[-1:], text, atol=1e-6)
-    assert api.evaluate(larger, **options)["accuracy"] == larger.accuracy
+    assert vtclip.evaluate(larger, **options)["accuracy"] == larger.accuracy
     assert trees.fingerprint(root) == before

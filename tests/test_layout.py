@@ -78,9 +78,9 @@ FORBIDDEN = {
     "vtclip/reference": ("vtclip.ops", "vtclip.backends", "vtclip.kernels", "triton"),
     "kernels": ("vtclip.ops", "vtclip.backends", "vtclip.reference", "vtclip.heads"),
     "vtclip/backends": ("vtclip.ops", "vtclip.heads"),
-    "vtclip/ops": ("vtclip.heads", "vtclip.data", "vtclip.engine", "triton", "open_clip"),
-    "vtclip/heads": ("vtclip.data", "vtclip.engine", "vtclip.clip", "triton", "open_clip"),
-    "vtclip/data": ("vtclip.heads", "vtclip.engine", "open_clip"),
+    "vtclip/ops": ("vtclip.heads", "vtclip.data", "vtclip.train.engine", "triton", "open_clip"),
+    "vtclip/heads": ("vtclip.data", "vtclip.train.engine", "vtclip.clip", "triton", "open_clip"),
+    "vtclip/data": ("vtclip.heads", "vtclip.train.engine", "open_clip"),
 }
 
 

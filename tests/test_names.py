@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtclip import names, ops, tune_jobs
+from vtclip import names, ops
 from vtclip.bench.cells import in_order
 from vtclip.cli import main
-from vtclip.finetune_config import FinetuneConfig
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
+from vtclip.train.finetune_config import FinetuneConfig
+from vtclip.tune import jobs
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -38,7 +39,7 @@ def test_nothing_of_the_package_and_no_torch_is_imported():
 def test_every_method_has_a_head():
     assert sorted(names.METHODS) == sorted(HEADS)
     assert len(set(names.METHODS)) == len(names.METHODS)
-    assert set(tune_jobs.SHAPES) == set(names.TUNED_METHODS) <= set(names.METHODS)
+    assert set(jobs.SHAPES) == set(names.TUNED_METHODS) <= set(names.METHODS)
 
 
 def test_tables_list_methods_in_their_order():

@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vtclip import api, classifier
-from vtclip.classifier import Classifier, Prediction
+import vtclip
 from vtclip.cli import main
 from vtclip.data.images import ImageError
 from vtclip.demo.scenes import CLASS_NAMES, render_scene, shifted_scene
+from vtclip.runs import classifier
+from vtclip.runs.classifier import Classifier, Prediction
 
 CLASSES = (0, 4, 8)  # striped circle, dotted square, checked triangle
 
@@ -53,7 +54,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run")
-    api.fit(images, method="zeroshot", shots=2, out=place / "run", cache_dir=place, device="cpu")
+    vtclip.fit(images, method="zeroshot", shots=2, out=place / "run", cache_dir=place, device="cpu")
     return place / "run"
 
 

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -22,7 +25,37 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from .checkpoint import StopSignal
+
+class Interrupted(Exception):
+    """A signal stopped the fit between two steps; `path` holds the state, if it was saved."""
+
+    def __init__(self, signum: int, step: int, path: Path | None) -> None:
+        where = "nothing was saved" if path is None else f"state saved in {path}"
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {where}")
+        self.signum = signum
+
+
+class StopSignal:
+    """In its `with`, the first SIGINT or SIGTERM only sets `received`; a second acts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def _receive(self, signum: int, _frame: FrameType | None) -> None:
+        self.received = signum
+        signal.signal(signum, signal.SIG_DFL)
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._old.items():
+            signal.signal(signum, handler)
+
 
 STEP_TIMEOUT = timedelta(minutes=5)
 WORK_TIMEOUT = timedelta(hours=6)

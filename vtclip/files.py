@@ -19,6 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from torch import Tensor
 
 try:
     import fcntl as _fcntl
@@ -141,7 +145,6 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _byte() -> Any:
-    import torch  # late, so that the command line can use this module without torch
 
     return torch.uint8
 
@@ -162,3 +165,24 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file whose metadata names the digest of its tensors."""
+    if not path.exists():
+        raise FileNotFoundError(f"not {what}: {path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"not {what}: {path} is not a file")
+    data = path.read_bytes()
+    try:
+        tensors = load_bytes(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        metadata: dict[str, str] = header.get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"not {what}: {path} is cut, damaged or another format ({reason})"
+        ) from None
+    if metadata.get("digest") != tensors_digest(tensors):
+        raise ValueError(f"not {what}: the tensors in {path} do not have the digest the file names")
+    return tensors, metadata

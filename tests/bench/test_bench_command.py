@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from vtclip import api
 from vtclip.cli import main
 
 
@@ -55,7 +54,7 @@ def test_a_failure_is_one_line_and_exit_1(quick, capsys, caplog, monkeypatch):
     def instead(*_: Any, **__: Any) -> Any:
         raise FloatingPointError("fit: loss is not finite")
 
-    monkeypatch.setattr(api, "fit", instead)
+    monkeypatch.setattr("vtclip.bench.run.fit", instead)
     assert bench(*quick) == 1
     assert "2 failed" in capsys.readouterr().out
     assert [record.message for record in caplog.records] == [
@@ -67,7 +66,7 @@ def test_a_full_disk_is_one_line_and_exit_1(quick, capsys, monkeypatch):
     def instead(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(api, "fit", instead)
+    monkeypatch.setattr("vtclip.bench.run.fit", instead)
     assert bench(*quick) == 1
     assert capsys.readouterr().err == "vtclip bench: [Errno 28] No space left on device\n"
 

@@ -17,13 +17,12 @@ import pytest
 import torch
 
 import vtclip
-from vtclip import api
 from vtclip.bench.jobs import Settings, Shard, job_list, own_sources, set_sources
 from vtclip.bench.rows import OtherContent, RowFile, is_finished, read_rows
 from vtclip.bench.run import BenchOutcome, run_bench
-from vtclip.checkpoint import Interrupted
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.sets import SETS, open_listing
+from vtclip.distributed import Interrupted
 
 FIXED = {"methods": ["zeroshot"], "shots": [1, 2], "seeds": [1, 2], "device": "cpu"}
 PLACE = ("source", "method", "shots", "seed")
@@ -47,7 +46,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
 def failing_at(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let fit number `number` raise; returns the folders of the calls."""
     calls: list[str] = []
-    fit = api.fit
+    fit = vtclip.fit
 
     def instead(*args: Any, **options: Any) -> Any:
         calls.append(options["out"].name)
@@ -55,7 +54,7 @@ def failing_at(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatc
             raise error
         return fit(*args, **options)
 
-    monkeypatch.setattr(api, "fit", instead)
+    monkeypatch.setattr("vtclip.bench.run.fit", instead)
     return calls
 
 
@@ -69,7 +68,7 @@ def test_a_row_is_the_result_of_the_fit_alone(animals, tmp_path):
     assert places([row]) == [("animals", "rada", 2, 3)]
     kept = tmp_path / "out" / row["run"]
     assert vtclip.Run.load(kept).accuracy == row["accuracy"]
-    assert api.evaluate(kept, device="cpu")["accuracy"] == row["accuracy"]
+    assert vtclip.evaluate(kept, device="cpu")["accuracy"] == row["accuracy"]
 
 
 def test_rows_given_to_fit_are_the_ones_it_takes(animals, tmp_path):
@@ -204,19 +203,19 @@ def test_a_source_is_opened_once(animals, insects, tmp_path, monkeypatch):
 
 def test_methods_share_rows_and_only_some_get_spatial_features(insects, tmp_path, monkeypatch):
     seen: dict[str, bool] = {}
-    fit = api.fit
+    fit = vtclip.fit
 
     def instead(*args: Any, **options: Any) -> Any:
         seen[options["method"]] = options["records"].has_spatial
         return fit(*args, **options)
 
-    monkeypatch.setattr(api, "fit", instead)
+    monkeypatch.setattr("vtclip.bench.run.fit", instead)
     bench(tmp_path / "out", insects, methods=["zeroshot", "vtclip"], shots=[1], seeds=[1])
     assert seen == {"zeroshot": False, "vtclip": True}
     splits = {row["split"] for row in read_rows(tmp_path / "out")}
     assert len(splits) == 1
     for row in read_rows(tmp_path / "out"):  # and a run can be evaluated on its own
-        found = api.evaluate(tmp_path / "out" / row["run"], device="cpu")
+        found = vtclip.evaluate(tmp_path / "out" / row["run"], device="cpu")
         assert found["accuracy"] == row["accuracy"]
 
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 import vtclip
-from vtclip import api, engine
 from vtclip.cli import COMMANDS, main
 from vtclip.data.records import Records
 from vtclip.data.splits import few_shot_split
 from vtclip.files import to_json
+from vtclip.train import engine
 
 ROOT = Path(vtclip.__file__).parents[1]
 VT = ["--method", "vtclip"]
@@ -68,7 +68,7 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the table of features."""
     out = tmp_path_factory.mktemp("runs") / "animals"
-    api.fit(
+    vtclip.fit(
         npz, method="vtclip", shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1
     )
     return out
@@ -256,7 +256,7 @@ def test_training_never_touches_a_test_row(
 
     monkeypatch.setattr(Records, "batch", batch)
     monkeypatch.setattr(engine, "fit", fit)
-    run = api.fit(
+    run = vtclip.fit(
         npz, method="vtclip", shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu"
     )
     split = few_shot_split(

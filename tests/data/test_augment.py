@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from vtclip.data.augment import crop_box
+from vtclip.clip.augment import crop_box
 
 
 def test_crops_have_the_promised_sizes() -> None:

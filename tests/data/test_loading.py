@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional as vision
 
+from vtclip.clip.pixels import normalized
 from vtclip.data import loading
-from vtclip.data.cores import Cores, num_cores
 from vtclip.data.images import ImageError
 from vtclip.data.loading import Batches
-from vtclip.data.pixels import normalized
+from vtclip.data.threads import Cores, num_cores
 
 SHAPE = (1, 3, 2, 2)
 NORMS = [((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),

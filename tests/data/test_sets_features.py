@@ -17,8 +17,8 @@ from vtclip.data.records import MemoryStore, Records
 from vtclip.data.sets import SETS, SetError, as_source, open_listing
 from vtclip.data.sets.features import JoinedStore
 from vtclip.heads.config import FitConfig
-from vtclip.settings import split_rows
-from vtclip.settings import test_rows as rows_to_count
+from vtclip.train.rows import split_rows
+from vtclip.train.rows import test_rows as rows_to_count
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from vtclip.clip import load_clip
+from vtclip.clip.word_tokenizer import build_vocab
 from vtclip.demo import scenes
 from vtclip.demo.captions import caption_words
-from vtclip.demo.tokenizer import build_vocab
 from vtclip.demo.train import ASSETS, model_config, normalise
 
 WEIGHTS = ASSETS / "open_clip_model.safetensors"

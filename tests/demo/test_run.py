@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vtclip.classifier import Classifier
 from vtclip.demo import pictures, run
+from vtclip.runs.classifier import Classifier
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtclip.demo.tokenizer import END, PAD, START, UNKNOWN, WordTokenizer, build_vocab
+from vtclip.clip.word_tokenizer import END, PAD, START, UNKNOWN, WordTokenizer, build_vocab
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from vtclip.clip import load_clip
+from vtclip.clip.word_tokenizer import WordTokenizer, build_vocab
 from vtclip.demo import train
-from vtclip.demo.tokenizer import WordTokenizer, build_vocab
 
 
 def test_contrastive_loss_of_distinct_pairs_is_cross_entropy():

@@ -165,7 +165,7 @@ def test_options_and_state_restore_the_head(method):
 @every_head
 def test_an_adapter_file_holds_all_of_it(method, tmp_path):
     pytest.importorskip("safetensors")
-    from vtclip.adapter import Adapter, load_adapter, save_adapter
+    from vtclip.runs.adapter import Adapter, load_adapter, save_adapter
 
     text, image, spatial = rows(5)
     head = fitted(method, text)

@@ -17,18 +17,18 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from vtclip import api
-from vtclip.adapter import load_adapter
-from vtclip.checkpoint import Interrupted
-from vtclip.classifier import Classifier
+import vtclip
 from vtclip.cli import main
 from vtclip.clip import Clip, build_clip, load_clip
 from vtclip.clip.loading import DEMO_ASSETS
+from vtclip.clip.word_tokenizer import WordTokenizer, build_vocab
 from vtclip.data.records import Records
-from vtclip.demo.tokenizer import WordTokenizer, build_vocab
+from vtclip.distributed import Interrupted
 from vtclip.heads import CoOp, _prompts
 from vtclip.heads._prompts import TextTower
-from vtclip.methods import text_encoder
+from vtclip.runs.adapter import load_adapter
+from vtclip.runs.classifier import Classifier
+from vtclip.train.methods import text_encoder
 
 NAMES = ["red circle", "blue_square", "tree"]
 
@@ -341,7 +341,7 @@ def test_command_trains_saves_and_predicts_without_the_text_side(
     assert config["tensors"]["head.context"][1] == [4, 4, 96]
     result = json.loads((out / "result.json").read_text())
     monkeypatch.setattr(TextTower, "encode", None)  # no text encoder from here on
-    assert api.evaluate(out, cache_dir=cache)["accuracy"] == result["accuracy"]
+    assert vtclip.evaluate(out, cache_dir=cache)["accuracy"] == result["accuracy"]
     found = Classifier.load(out).predict([images / "tree" / "0.png"])
     assert len(found) == 1
 
@@ -349,7 +349,7 @@ def test_command_trains_saves_and_predicts_without_the_text_side(
 def test_a_run_repeats_itself_and_resumes_from_words(images: Path, tmp_path: Path) -> None:
     options = {"epochs": 2, "head": {"init": "a photo of a"}}
     runs = [
-        api.fit(images, method="coop", shots=2, overrides=options, out=tmp_path / str(i),
+        vtclip.fit(images, method="coop", shots=2, overrides=options, out=tmp_path / str(i),
                 cache_dir=tmp_path / "cache")
         for i in range(2)
     ]  # fmt: skip
@@ -365,7 +365,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fitted(name: str, **options: bool) -> Path:
-        run = api.fit(
+        run = vtclip.fit(
             images, method="coop", shots=2, overrides={"epochs": 4, "checkpoint_every": 2},
             cache_dir=tmp_path / "cache", out=tmp_path / name, **options,
         )  # fmt: skip
@@ -419,15 +419,15 @@ def test_base_to_new_encodes_the_new_names_with_the_shared_context(
     options = {"epochs": 2, "head": {"init": "a photo of a"}}
     cache, out = tmp_path / "cache", tmp_path / "run"
     common = {"method": "coop", "shots": 2, "base_to_new": True, "cache_dir": cache}
-    run = api.fit(images, overrides=options, out=out, **common)
+    run = vtclip.fit(images, overrides=options, out=out, **common)
     assert (run.result["classes"], run.result["new"]["classes"]) == (
         ["blue_square", "red circle"], ["tree", "zebra"],
     )  # fmt: skip
     assert load_adapter(out).head.text.shape == (2, 128)
-    again = api.evaluate(run, cache_dir=cache)
+    again = vtclip.evaluate(run, cache_dir=cache)
     assert again["new"]["nll"] > 0
     assert again["new"]["nll"] == run.result["new"]["adapted"]["nll"]
     specific = {"head": {"class_specific": True}}
     with pytest.raises(ValueError, match="class_specific context belongs to its own classes"):
-        api.fit(images, overrides=specific, out=tmp_path / "none", **common)
+        vtclip.fit(images, overrides=specific, out=tmp_path / "none", **common)
     assert not (tmp_path / "none").exists()

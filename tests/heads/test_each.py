@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip import ttt
 from vtclip.heads import VTCLIP, RAda
 from vtclip.heads._each import StackedRAda, bytes_per_image, can_stack
 from vtclip.testing import assert_within_budget
+from vtclip.train import ttt
 
 N, M, K, D = 5, 3, 7, 16
 QUERIES = [("image", "text", "pair"), ("image",), ("text",), ("pair", "image")]

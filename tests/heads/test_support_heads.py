@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vtclip
-from vtclip.adapter import load_adapter
 from vtclip.heads import HEADS, Support, _support
+from vtclip.runs.adapter import load_adapter
 
 METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip")
 EXACT = tuple(name for name in METHODS if name != "tip-adapter-f")

@@ -85,7 +85,7 @@ def probabilities(folder: Path, source: Path) -> list[list[float]]:
         by_name = [{found.label: found.probability for found in row} for row in rows]
         return [[row[name] for name in names] for row in by_name]
     # not an import statement: this is the module's name in that revision
-    adapter = importlib.import_module("vtclip.adapter").load_adapter(folder)
+    adapter = importlib.import_module("vtclip.runs.adapter").load_adapter(folder)
     records = vtclip.open_source(source)
     batch = records.batch(torch.arange(len(records)))
     inputs = (batch.image, batch.spatial) if adapter.head.needs_spatial else (batch.image,)

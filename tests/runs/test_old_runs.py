@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import vtclip
-from vtclip.adapter import load_adapter
 from vtclip.cli import main
+from vtclip.runs.adapter import load_adapter
 
 OLD = Path(__file__).with_name("old")
 RECORDED: dict[str, Any] = json.loads((OLD / "recorded.json").read_text("ascii"))

@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 import open_clip  # noqa: F401
 import torch
 
-from vtclip import distributed, finetune, finetune_run  # noqa: F401
+from vtclip import distributed
 from vtclip.cli import main
+from vtclip.runs import fit_encoders  # noqa: F401
+from vtclip.train import finetune
 
 source, model, out, cache = sys.argv[1:]
 LIMIT_S = 60.0

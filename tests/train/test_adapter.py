@@ -19,11 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vtclip import adapter as adapters
-from vtclip.adapter import CONFIG, TENSORS, Adapter, load_adapter, save_adapter
 from vtclip.data.records import Records
 from vtclip.files import json_digest, only_writer, to_json, write_atomic
 from vtclip.heads import HEADS, RAda
+from vtclip.runs import adapter as adapters
+from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, load_adapter, save_adapter
 
 FEATURES = {"model": None, "weights_digest": None, "spatial": "raw", "width": 16}
 
@@ -278,7 +278,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {here!r})
-from vtclip.adapter import load_adapter, save_adapter, Adapter
+from vtclip.runs.adapter import load_adapter, save_adapter, Adapter
 from vtclip.heads import HEADS, RAda
 
 def make(fill):

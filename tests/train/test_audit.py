@@ -22,13 +22,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip import api, auto, base_to_new, engine
+import vtclip
 from vtclip.data.records import MemoryStore, Records
 from vtclip.data.sources import open_source
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
-from vtclip.result import Run
-from vtclip.settings import split_rows
+from vtclip.runs import base_to_new
+from vtclip.runs.result import Run
+from vtclip.train import auto, engine
+from vtclip.train.rows import split_rows
 
 K, C, L, TRAIN, VAL, TEST = 4, 16, 5, 4, 2, 6
 PASSES = 1
@@ -197,7 +199,7 @@ def test_nothing_of_the_test_images_reaches_an_adapter(
     for name, source in ("plain", one), ("spoiled", spoiled(one, test, hidden)):
         records, guard = source.records(test)
         with guarded(guard, monkeypatch):
-            runs.append(api.fit("table.npz", records=records, out=tmp_path / name, **arguments))
+            runs.append(vtclip.fit("table.npz", records=records, out=tmp_path / name, **arguments))
         assert guard.seen >= set(test.nonzero().flatten().tolist())  # it was evaluated on
     assert files(runs[0]) == files(runs[1])
     assert {"adapter.safetensors", "adapter_config.json"} <= set(files(runs[0]))
@@ -226,7 +228,9 @@ def test_base_to_new_reads_nothing_of_new_classes_before_its_end(
     ):
         records, guard = source.records(new | (one.roles == 2))
         with guarded(guard, monkeypatch):
-            made = api.fit("t.npz", records=records, method=method, out=tmp_path / name, **options)
+            made = vtclip.fit(
+                "t.npz", records=records, method=method, out=tmp_path / name, **options
+            )
         runs.append(made)
     assert files(runs[0]) == files(runs[1])
     assert runs[0].result["new"]["adapted"]["nll"] != runs[1].result["new"]["adapted"]["nll"]
@@ -236,14 +240,16 @@ def test_base_to_new_reads_nothing_of_new_classes_before_its_end(
 def test_the_guard_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records, guard = table().records(table().roles == 0)
     with guarded(guard, monkeypatch), pytest.raises(OutOfReach):
-        api.fit("table.npz", records=records, method="tip-adapter", shots=TRAIN, out=tmp_path / "a")
+        vtclip.fit(
+            "table.npz", records=records, method="tip-adapter", shots=TRAIN, out=tmp_path / "a"
+        )
     # and training images that change do change the adapter
     train = table().roles == 0
     runs = []
     for name, source in ("plain", table()), ("spoiled", spoiled(table(), train, train & ~train)):
         records, _ = source.records()
         options: dict[str, Any] = {"method": "tip-adapter", "shots": TRAIN}
-        runs.append(api.fit("t.npz", records=records, out=tmp_path / name, **options))
+        runs.append(vtclip.fit("t.npz", records=records, out=tmp_path / name, **options))
     assert files(runs[0])["adapter.safetensors"] != files(runs[1])["adapter.safetensors"]
 
 
@@ -272,12 +278,12 @@ def test_nothing_of_the_test_pictures_reaches_an_adapter(case: str, tmp_path: Pa
     source = photos(tmp_path / "photos", set())
     records = open_source(source, cache_dir=tmp_path / "cache", progress=False)
     options = {**FOLDER_CASES[case], "shots": 2, "cache_dir": tmp_path / "cache"}
-    first = api.fit(source, out=tmp_path / "one", **options)
+    first = vtclip.fit(source, out=tmp_path / "one", **options)
     split = split_rows(records, True, 2, 1, 0.5)
     assert split.digest == first.result["split"]
     test = {records.names[row] for row in split.test.tolist()}
     assert len(test) == 12
-    second = api.fit(photos(tmp_path / "other", test), out=tmp_path / "two", **options)
+    second = vtclip.fit(photos(tmp_path / "other", test), out=tmp_path / "two", **options)
     assert files(first) == files(second)
     assert first.result["adapted"]["nll"] != second.result["adapted"]["nll"]
     assert first.result["adapted"]["temperature"] == second.result["adapted"]["temperature"]

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vtclip import api, auto, engine
-from vtclip.adapter import load_adapter
-from vtclip.auto import choose_weights, folds
+import vtclip
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
 from vtclip.heads import Head, Support
-from vtclip.support import support_of
+from vtclip.runs.adapter import load_adapter
+from vtclip.train import auto, engine
+from vtclip.train.auto import choose_weights, folds
+from vtclip.train.rows import support_of
 
 
 def logits_of(label: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
@@ -150,12 +151,12 @@ def test_command_prints_the_comparison_and_keeps_an_adapter(
     assert sum(weights) == pytest.approx(1)
     kept = [row["method"] for row in result["candidates"] if row["weight"]]
     assert sorted(load_adapter(out).head.members) == sorted(kept)
-    assert api.evaluate(out)["accuracy"] == result["accuracy"]
+    assert vtclip.evaluate(out)["accuracy"] == result["accuracy"]
 
 
 def test_test_images_decide_nothing(npz: Path, tmp_path: Path, quick: None):
     """Other labels for the test images: the same adapter, byte for byte."""
-    before = api.fit(npz, method="auto", shots=2, out=tmp_path / "before").folder
+    before = vtclip.fit(npz, method="auto", shots=2, out=tmp_path / "before").folder
     with np.load(npz) as arrays:
         changed = dict(arrays)
     label = torch.from_numpy(changed["label"].copy())
@@ -163,7 +164,7 @@ def test_test_images_decide_nothing(npz: Path, tmp_path: Path, quick: None):
     changed["image"][test] = np.roll(changed["image"][test], 7, axis=0)
     (tmp_path / "other").mkdir()
     np.savez(tmp_path / "other" / npz.name, **changed)
-    run = api.fit(tmp_path / "other" / npz.name, method="auto", shots=2, out=tmp_path / "after")
+    run = vtclip.fit(tmp_path / "other" / npz.name, method="auto", shots=2, out=tmp_path / "after")
     name = "adapter.safetensors"
     assert (before / name).read_bytes() == (run.folder / name).read_bytes()
     assert (

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from vtclip import api, engine, metrics
-from vtclip.adapter import load_adapter
-from vtclip.base_to_new import base_and_new, harmonic_mean
+import vtclip
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import few_shot_split
 from vtclip.heads import HEADS
+from vtclip.runs.adapter import load_adapter
+from vtclip.runs.base_to_new import base_and_new, harmonic_mean
+from vtclip.train import engine, metrics
 
 METHODS = ("rada", "vtclip", "zeroshot")
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -54,10 +55,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> api.Run:
+def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> vtclip.Run:
     """RAda on the base classes."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    return api.fit(source, method="rada", shots=4, base_to_new=True, out=out, device="cpu")
+    return vtclip.fit(source, method="rada", shots=4, base_to_new=True, out=out, device="cpu")
 
 
 def rows(label: np.ndarray, classes: range, **options: Any) -> Any:
@@ -104,7 +105,7 @@ def test_no_image_of_a_new_class_and_no_test_image_is_trained_on(
 
     monkeypatch.setattr(MemoryStore, "image", image)
     monkeypatch.setattr(engine, "fit", fit)
-    result = api.fit(
+    result = vtclip.fit(
         source, method="rada", shots=4, base_to_new=True, overrides={"epochs": 2},
         out=tmp_path / "r", device="cpu",
     ).result  # fmt: skip
@@ -125,7 +126,7 @@ def test_numbers_of_either_half_agree_with_a_count_by_hand(
     source: Path, tmp_path: Path, method: str
 ) -> None:
     overrides = {} if method == "zeroshot" else {"epochs": 3}
-    found = api.fit(
+    found = vtclip.fit(
         source, method=method, shots=4, base_to_new=True, overrides=overrides,
         out=tmp_path / "r", device="cpu",
     )  # fmt: skip
@@ -207,7 +208,7 @@ def test_the_table_shows_both_halves(
 
 
 def test_evaluating_the_run_again_gives_its_numbers(
-    source: Path, run: api.Run, capsys: pytest.CaptureFixture[str]
+    source: Path, run: vtclip.Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for words in ([], [str(source)]):
         assert main(["evaluate", str(run.folder), *words, "--json"]) == 0
@@ -236,26 +237,26 @@ def other_source(path: Path, classes: list[int]) -> Path:
 
 
 def test_another_source_is_told_apart_by_the_names_of_its_classes(
-    run: api.Run, tmp_path: Path
+    run: vtclip.Run, tmp_path: Path
 ) -> None:
-    both = api.evaluate(run, other_source(tmp_path / "both.npz", [4, 1, 0, 3]), device="cpu")
+    both = vtclip.evaluate(run, other_source(tmp_path / "both.npz", [4, 1, 0, 3]), device="cpu")
     assert both["base"]["count"] + both["new"]["count"] == both["test"]["images"] == 80
     assert list(both["new"]["per_class"]) == ["dog", "eel"]
-    again = api.evaluate(run, other_source(tmp_path / "sorted.npz", [0, 1, 3, 4]), device="cpu")
+    again = vtclip.evaluate(run, other_source(tmp_path / "sorted.npz", [0, 1, 3, 4]), device="cpu")
     for part in ("base", "new"):
         assert again[part]["per_class"] == pytest.approx(both[part]["per_class"], nan_ok=True)
-    base = api.evaluate(run, other_source(tmp_path / "base.npz", [2, 0]), device="cpu")
+    base = vtclip.evaluate(run, other_source(tmp_path / "base.npz", [2, 0]), device="cpu")
     assert "new" not in base
     assert "harmonic_mean" not in base
     assert base["base"]["count"] == 40
-    new = api.evaluate(run, other_source(tmp_path / "new.npz", [3, 4]), device="cpu")
+    new = vtclip.evaluate(run, other_source(tmp_path / "new.npz", [3, 4]), device="cpu")
     assert "base" not in new
     assert new["new"]["per_class"] == pytest.approx(both["new"]["per_class"])
 
 
 def test_bad_base_to_new_is_one_line_and_writes_nothing(
     source: Path,
-    run: api.Run,
+    run: vtclip.Run,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -280,5 +281,5 @@ def test_bad_base_to_new_is_one_line_and_writes_nothing(
         "evaluate", run.folder, half
     )
     with pytest.raises(ValueError, match="method must be one of .*rada.* got 'proker'"):
-        api.fit(source, method="proker", base_to_new=True)
+        vtclip.fit(source, method="proker", base_to_new=True)
     assert sorted(tmp_path.rglob("*")) == files

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtclip import engine
-from vtclip.checkpoint import Checkpoint, Interrupted
 from vtclip.data.records import Batch, Records
 from vtclip.data.splits import few_shot_split
+from vtclip.distributed import Interrupted
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
+from vtclip.train import engine
+from vtclip.train.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 CONFIG = FitConfig(epochs=6, lr=0.05, weight_decay=0.0, batch_size=8, checkpoint_every=2)

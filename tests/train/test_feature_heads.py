@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP-Adapter, linear probe, Multi-Modal Adapter, AutoCLIP and CALIP through `vtclip.api.fit`."""
+"""CLIP-Adapter, linear probe, Multi-Modal Adapter, AutoCLIP and CALIP through `vtclip.fit`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from vtclip import api, engine
-from vtclip.adapter import load_adapter
+import vtclip
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
-from vtclip.fitting import fit_head
 from vtclip.heads import CALIP, HEADS, AutoCLIP, LinearProbe, ZeroShot
+from vtclip.runs.adapter import load_adapter
+from vtclip.train import engine
+from vtclip.train.fit_head import fit_head
 
 LEARN = ["clip-adapter", "linear-probe", "mm-adapter"]
 METHODS = [*LEARN, "autoclip", "calip"]
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shots", [1, 8])
 def test_fit_evaluate_and_load(npz: Path, tmp_path: Path, method: str, shots: int) -> None:
-    run = api.fit(npz, method=method, shots=shots, seed=1, out=tmp_path / "run", device="cpu")
+    run = vtclip.fit(npz, method=method, shots=shots, seed=1, out=tmp_path / "run", device="cpu")
     adapted, zero_shot = run.result["adapted"], run.result["zero_shot"]
     assert adapted["count"] == 48
     if shots == 8 and method in LEARN:
@@ -33,7 +34,7 @@ def test_fit_evaluate_and_load(npz: Path, tmp_path: Path, method: str, shots: in
     if method == "autoclip":  # one template
         assert adapted["per_class"] == zero_shot["per_class"]
         assert run.result["images"]["train"] == 4 * shots
-    again = api.evaluate(run.folder, device="cpu")
+    again = vtclip.evaluate(run.folder, device="cpu")
     assert again["accuracy"] == adapted["accuracy"]
     assert again["nll"] == pytest.approx(adapted["nll"], rel=1e-6)
     assert load_adapter(run.folder).head.method == method
@@ -87,7 +88,9 @@ def test_calip_refuses_spatial_features_of_another_width(npz: Path, tmp_path: Pa
     with np.load(npz) as arrays:
         np.savez(tmp_path / "wide.npz", **{**arrays, "spatial": arrays["spatial"][:, :, :5]})
     with pytest.raises(ValueError, match="^CALIP: spatial features must lie in the space of the"):
-        api.fit(tmp_path / "wide.npz", method="calip", shots=1, out=tmp_path / "run", device="cpu")
+        vtclip.fit(
+            tmp_path / "wide.npz", method="calip", shots=1, out=tmp_path / "run", device="cpu"
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -96,7 +99,7 @@ def test_autoclip_gets_the_texts_of_every_template(npz: Path, tmp_path: Path) ->
         draws = np.random.default_rng(0).standard_normal((3, 4, 16)).astype(np.float32)
         text = arrays["text"][None] + 0.2 * draws
         np.savez(tmp_path / "three.npz", **{**arrays, "text": text})
-    run = api.fit(
+    run = vtclip.fit(
         tmp_path / "three.npz",
         method="autoclip",
         shots=0,
@@ -116,7 +119,7 @@ def test_autoclip_gets_the_texts_of_every_template(npz: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_options_leave_nothing_behind(npz: Path, tmp_path: Path, method: str) -> None:
     with pytest.raises(ValueError, match=f"method {method} has no option rank|has no training"):
-        api.fit(
+        vtclip.fit(
             npz,
             method=method,
             shots=1,

@@ -21,17 +21,16 @@ import torch
 from PIL import Image
 
 import vtclip
-from vtclip import api, finetune
-from vtclip.checkpoint import Interrupted
-from vtclip.classifier import Classifier
 from vtclip.cli import main
 from vtclip.clip import build_clip, load_clip
+from vtclip.clip.word_tokenizer import build_vocab
 from vtclip.data.extract import extract_features
-from vtclip.demo.tokenizer import build_vocab
-from vtclip.distributed import World, device_of_rank
-from vtclip.encoders import ENCODERS
-from vtclip.finetune_config import get_config
-from vtclip.result import Run
+from vtclip.distributed import Interrupted, World, device_of_rank
+from vtclip.runs.classifier import Classifier
+from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.result import Run
+from vtclip.train import finetune
+from vtclip.train.finetune_config import get_config
 
 ROOT = Path(vtclip.__file__).parents[1]
 HERE = Path(__file__).parent
@@ -93,7 +92,7 @@ def fitted(
 def fit(source: Path, model: str, out: Path, cache: Path, **options: Any) -> Run:
     overrides = {**QUICK, **options.pop("overrides", {})}
     given = {"method": "rada", "shots": 4, "templates": TEMPLATES, **options}
-    return api.fit(
+    return vtclip.fit(
         source,
         model=model,
         out=out,
@@ -128,7 +127,7 @@ def test_a_run_learns_and_holds_what_the_other_commands_need(
     held = {"adapter.safetensors", "adapter_config.json", ENCODERS, "result.json", "log.jsonl"}
     assert {path.name for path in fitted.folder.iterdir()} == held
 
-    again = api.evaluate(fitted.folder, device="cpu", threads=1, cache_dir=cache)
+    again = vtclip.evaluate(fitted.folder, device="cpu", threads=1, cache_dir=cache)
     for name in ("accuracy", "nll", "ece", "nll_scaled", "temperature"):
         assert again[name] == result["adapted"][name]
 
@@ -143,7 +142,7 @@ def test_a_run_learns_and_holds_what_the_other_commands_need(
 def test_zero_shot_is_the_untouched_model(
     fitted: Run, photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
 ) -> None:
-    plain = api.fit(
+    plain = vtclip.fit(
         photos,
         method="zeroshot",
         model=models["vit"],
@@ -262,7 +261,7 @@ def test_encoders_are_refused_by_name_where_missing_cut_or_of_another_run(
         with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)):
             Classifier.load(folder, device="cpu")
         with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)):
-            api.evaluate(folder, device="cpu", cache_dir=cache)
+            vtclip.evaluate(folder, device="cpu", cache_dir=cache)
     other = fit(photos, models["vit"], tmp_path / "other", cache, overrides={"epochs": 1})
     shutil.copy(other.folder / ENCODERS, path)
     with pytest.raises(ValueError, match=f"{ENCODERS} has digest .* wants"):

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip import api
+import vtclip
 from vtclip.cli import main
 from vtclip.heads.config import FitConfig
-from vtclip.steps import class_loss
+from vtclip.train.steps import class_loss
 
 N, K = 6, 5
 
@@ -102,7 +102,7 @@ def test_every_trained_head_takes_it(npz: Path, tmp_path: Path) -> None:
     seen = {}
     for loss in ("ce", "gce"):
         overrides = {"epochs": 1, "loss": loss, "gce_q": 0.3}
-        run = api.fit(
+        run = vtclip.fit(
             npz, method="rada", shots=2, overrides=overrides, out=tmp_path / loss, threads=1
         )
         rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]

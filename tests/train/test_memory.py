@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import vtclip
-from vtclip import memory
-from vtclip.result import Stopwatch
+from vtclip import machine
+from vtclip.machine import Stopwatch
 
 MB = 96
 
@@ -41,8 +41,8 @@ def stages() -> dict[str, float]:
 @pytest.mark.parametrize("counter", ["high-water mark", "sampled"])
 def test_a_stage_counts_its_own_peak(counter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if counter == "sampled":
-        monkeypatch.setattr(memory, "CLEAR_REFS", Path("/nowhere/clear_refs"))
-    elif not memory._set_back(torch.device("cpu")):
+        monkeypatch.setattr(machine, "CLEAR_REFS", Path("/nowhere/clear_refs"))
+    elif not machine._set_back(torch.device("cpu")):
         pytest.skip("this system does not let the high-water mark be set back")
     found = stages()
     assert found["large"] - found["small"] == pytest.approx(MB - 1, abs=16)
@@ -50,8 +50,8 @@ def test_a_stage_counts_its_own_peak(counter: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_no_counter_at_all_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CLEAR_REFS", Path("/nowhere/clear_refs"))
-    monkeypatch.setattr(memory, "STATM", Path("/nowhere/statm"))
+    monkeypatch.setattr(machine, "CLEAR_REFS", Path("/nowhere/clear_refs"))
+    monkeypatch.setattr(machine, "STATM", Path("/nowhere/statm"))
     watch = Stopwatch(torch.device("cpu"))
     with watch.stage("one"):
         pass
@@ -60,13 +60,13 @@ def test_no_counter_at_all_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_peak_of_the_process_outlives_its_stages() -> None:
     cpu = torch.device("cpu")
-    memory.reset_peak_memory(cpu)
-    before = memory.peak_memory_mb(cpu)
+    machine.reset_peak_memory(cpu)
+    before = machine.peak_memory_mb(cpu)
     assert before is not None
     found = stages()
-    assert memory.peak_memory_mb(cpu) == pytest.approx(found["large"], abs=16)
-    memory.reset_peak_memory(cpu)
-    assert memory.peak_memory_mb(cpu) == pytest.approx(before, abs=16)
+    assert machine.peak_memory_mb(cpu) == pytest.approx(found["large"], abs=16)
+    machine.reset_peak_memory(cpu)
+    assert machine.peak_memory_mb(cpu) == pytest.approx(before, abs=16)
 
 
 def test_a_run_names_the_memory_of_each_stage(npz: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from vtclip import metrics
+from vtclip.train import metrics
 
 # three classes; predictions 0, 0, 1, 2, 0 for labels 0, 1, 1, 2, 2
 LOGITS = torch.tensor(

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vtclip import api, engine
-from vtclip.classifier import Classifier
+import vtclip
 from vtclip.cli import main
 from vtclip.clip import build_clip
+from vtclip.clip.word_tokenizer import build_vocab
 from vtclip.data.sources import open_source
-from vtclip.demo.tokenizer import build_vocab
-from vtclip.explain import heat_map, overlay, side_by_side, to_image
+from vtclip.runs.classifier import Classifier
+from vtclip.runs.heat_map import heat_map, overlay, side_by_side, to_image
+from vtclip.train import engine
 
 COLOURS = {"grass": (40, 160, 60), "ocean": (30, 60, 190), "sunset": (220, 90, 40)}
 CONFIG = {
@@ -61,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             Image.fromarray(pixels).save(root / "images" / name / f"{number:02d}.png")
     (root / "images" / "grass" / "broken.png").write_bytes(b"not a picture")
     model = write_model(root / "model", seed=1)
-    run = api.fit(
+    run = vtclip.fit(
         root / "images", method="vtclip", shots=4, model=str(model), out=root / "run",
         device="cpu", threads=1, cache_dir=root / "cache", overrides={"epochs": 30, "lr": 1e-2},
     )  # fmt: skip
@@ -187,14 +188,14 @@ def test_bad_pictures_and_models_are_one_line(
 def test_heads_that_see_no_places_predict_and_have_no_heat_map(
     world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
-    run = api.fit(
+    run = vtclip.fit(
         world["images"], method=method, shots=4, model=str(world["model"]), device="cpu",
         out=tmp_path / "run", cache_dir=world["root"] / "cache",
     )  # fmt: skip
     picture = world["images"] / "ocean" / "03.png"
     classifier = Classifier.load(tmp_path / "run", device="cpu")
     assert len(classifier.predict(picture)) == 3
-    again = api.evaluate(run, device="cpu", cache_dir=world["root"] / "cache")
+    again = vtclip.evaluate(run, device="cpu", cache_dir=world["root"] / "cache")
     assert again["accuracy"] == run.accuracy
     with pytest.raises(SystemExit) as done:
         main(["explain", str(run.folder), str(picture), "--out", str(tmp_path / "x.png")])
@@ -208,7 +209,7 @@ def test_features_command_makes_a_source(world: dict[str, Path], tmp_path: Path)
     out = tmp_path / "features"
     words = ["--model", str(world["model"]), "--augment-passes", "1", "--device", "cpu"]
     assert main(["features", str(world["images"]), "--out", str(out), *words]) == 0
-    run = api.fit(
+    run = vtclip.fit(
         out, method="vtclip", shots=4, out=tmp_path / "run", device="cpu", overrides={"epochs": 2}
     )
     fitted = json.loads((world["run"] / "result.json").read_text())

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vtclip import api
+import vtclip
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import few_shot_split
-from vtclip.pseudo_labels import pseudo_labelled, surest, unlabelled_split
+from vtclip.train.pseudo_labels import pseudo_labelled, surest, unlabelled_split
 
 CPU = torch.device("cpu")
 QUICK = {"vtclip": {"epochs": 1}, "rada": {"epochs": 1}, "tip-adapter-f": {"epochs": 1}}
@@ -102,7 +102,7 @@ def test_true_labels_of_the_pool_decide_nothing(
     label[pool] = label[pool].flip(0)
     assert not torch.equal(label, records.label)
     runs = [
-        api.fit(
+        vtclip.fit(
             "table", records=with_roles(records, one, roles), method=method, shots=3,
             pseudo_labels=True, overrides=QUICK.get(method), out=tmp_path / str(number), threads=1,
         )
@@ -121,13 +121,13 @@ def test_true_labels_of_the_pool_decide_nothing(
 def test_auto_chooses_by_pseudo_labels_alone(
     records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vtclip import auto
+    from vtclip.train import auto
 
     monkeypatch.setattr(auto, "CANDIDATES", ("zeroshot", "proker"))
     roles = torch.arange(len(records)) % 2 * 2
     label = torch.where(roles == 0, records.label.flip(0), records.label)
     runs = [
-        api.fit("table", records=with_roles(records, one, roles), method="auto", shots=3,
+        vtclip.fit("table", records=with_roles(records, one, roles), method="auto", shots=3,
                 pseudo_labels=True, out=tmp_path / str(number), threads=1)
         for number, one in enumerate((records.label, label))
     ]  # fmt: skip
@@ -165,15 +165,15 @@ def test_command_reports_and_evaluate_finds_the_same_images(
     assert result["pseudo_labels"] is True
     assert 0 < result["pseudo_label_accuracy"] <= 1
     assert result["config"]["pseudo_labels"] is True
-    assert api.evaluate(out)["accuracy"] == result["accuracy"]
+    assert vtclip.evaluate(out)["accuracy"] == result["accuracy"]
     same = {"method": "rada", "shots": 4, "overrides": {"epochs": 1}, "out": out, "resume": True}
-    assert api.fit(npz, pseudo_labels=True, **same).result == result
+    assert vtclip.fit(npz, pseudo_labels=True, **same).result == result
     with pytest.raises(ValueError, match="another pseudo_labels"):
-        api.fit(npz, **same)
+        vtclip.fit(npz, **same)
 
 
 def test_without_shots_it_takes_16_whatever_the_labels_say(npz: Path, tmp_path: Path) -> None:
-    run = api.fit(npz, method="tip-adapter", pseudo_labels=True, out=tmp_path / "run", threads=1)
+    run = vtclip.fit(npz, method="tip-adapter", pseudo_labels=True, out=tmp_path / "run", threads=1)
     assert run.result["shots"] == 16
     counts = run.result["images"]
     assert 16 < counts["train"] <= 48  # 48 images are no test images
@@ -194,7 +194,7 @@ def test_what_it_cannot_do_is_said_before_anything_is_written(
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(ValueError, match=what):
-        api.fit(npz, pseudo_labels=True, out=out, **options)  # type: ignore[arg-type]
+        vtclip.fit(npz, pseudo_labels=True, out=out, **options)  # type: ignore[arg-type]
     assert not out.exists()
 
 
@@ -208,15 +208,15 @@ def test_a_data_set_gives_its_whole_training_list_and_no_draw(tmp_path: Path) ->
     spec.loader.exec_module(trees)
     root = trees.make_split(tmp_path / "root", "oxford_flowers")
 
-    def fitted(name: str) -> api.Run:
-        return api.fit(
+    def fitted(name: str) -> vtclip.Run:
+        return vtclip.fit(
             "oxford_flowers", data=root, method="tip-adapter", shots=18, pseudo_labels=True,
             cache_dir=tmp_path / name / "cache", out=tmp_path / name / "run", threads=1,
         )  # fmt: skip
 
     run = fitted("one")
     assert run.result["images"] == {"train": 18, "val": 0, "test": 12}
-    again = api.evaluate(run, cache_dir=tmp_path / "one" / "cache")
+    again = vtclip.evaluate(run, cache_dir=tmp_path / "one" / "cache")
     assert again["accuracy"] == run.result["accuracy"]
     rows = trees.read_rows(root, "oxford_flowers")
     classes = [row[1:] for row in rows["train"]]

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip import api, engine, metrics
-from vtclip.adapter import load_adapter
+import vtclip
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
 from vtclip.heads import HEADS, RAda
 from vtclip.heads.config import FitConfig
-from vtclip.methods import recipe_config
-from vtclip.steps import training_loss
+from vtclip.runs.adapter import load_adapter
+from vtclip.train import engine, metrics
+from vtclip.train.methods import recipe_config
+from vtclip.train.steps import training_loss
 
 CPU = torch.device("cpu")
 CONFIG = FitConfig(epochs=12, optimizer="adamw", lr=0.01, batch_size=16, warmup="linear")
@@ -169,7 +170,9 @@ def test_bad_head_options_leave_no_folder(
     npz: Path, tmp_path: Path, head: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        api.fit(npz, method="rada", shots=4, overrides={"head": head}, out=tmp_path / "a" / "run")
+        vtclip.fit(
+            npz, method="rada", shots=4, overrides={"head": head}, out=tmp_path / "a" / "run"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -221,7 +224,7 @@ def test_the_same_seed_gives_the_same_adapter_and_resuming_refuses_other_setting
 ) -> None:
     def fit(name: str, **options: Any) -> bytes:
         overrides = {"epochs": 3, **options.pop("overrides", {})}
-        api.fit(npz, method="rada", shots=4, overrides=overrides, out=tmp_path / name, **options)
+        vtclip.fit(npz, method="rada", shots=4, overrides=overrides, out=tmp_path / name, **options)
         return (tmp_path / name / "adapter.safetensors").read_bytes()
 
     assert fit("one") == fit("two")

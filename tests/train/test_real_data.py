@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vtclip import api
+import vtclip
 from vtclip.cli import main
 
 PROMPTS = (
@@ -47,7 +47,7 @@ def test_zeroshot_agrees_with_the_published_accuracy(
 
 def test_zeroshot_with_the_mean_of_all_prompts(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "whurs19_CLIP_ViT-B-32.npz"
-    run = api.fit(source, method="zeroshot", test_fraction=1, out=tmp_path / "run", device="cpu")
+    run = vtclip.fit(source, method="zeroshot", test_fraction=1, out=tmp_path / "run", device="cpu")
     assert 100 * run.accuracy == pytest.approx(81.29, abs=0.3)
 
 
@@ -56,7 +56,7 @@ def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data: Path, tmp_path: P
     """18 classes of product photos, 16 shots, mean of seeds 1-3, the recipe as it is."""
     gains = []
     for seed in (1, 2, 3):
-        run = api.fit(
+        run = vtclip.fit(
             shared_data / "mira_tinyclip_fashion.npz",
             method="vtclip",
             shots=16,
@@ -135,7 +135,7 @@ def test_rada_beats_zeroshot_on_satellite_photos(
     """19 classes, mean over seeds, the recipe as it is."""
     gains = []
     for seed in seeds:
-        run = api.fit(
+        run = vtclip.fit(
             shared_data / f"whurs19_CLIP_{architecture}.npz", method="rada", shots=shots,
             seed=seed, out=tmp_path / str(seed), device="cpu",
         )  # fmt: skip
@@ -146,9 +146,9 @@ def test_rada_beats_zeroshot_on_satellite_photos(
 def test_without_named_shots_a_small_folder_takes_what_every_class_has(
     shared_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = api.fit(shared_data / "photos", out=tmp_path / "run", cache_dir=tmp_path / "cache")
+    run = vtclip.fit(shared_data / "photos", out=tmp_path / "run", cache_dir=tmp_path / "cache")
     assert run.result["shots"] == 8  # 20 photos a class, half of them test
     assert run.result["images"] == {"train": 152, "val": 38, "test": 190}
     assert "shots 8: the smallest class has 10 images" in caplog.text
     with pytest.raises(ValueError, match="shots = 16 needs 16 images per class"):
-        api.fit(shared_data / "photos", shots=16, out=tmp_path / "named")
+        vtclip.fit(shared_data / "photos", shots=16, out=tmp_path / "named")

@@ -16,11 +16,10 @@ import torch
 from PIL import Image
 
 import vtclip
-from vtclip import api
 from vtclip.cli import main
 from vtclip.heads import HEADS
-from vtclip.repeat_run import METRICS, repeat, request_of
-from vtclip.result import Run
+from vtclip.runs.repeat import METRICS, repeat, request_of
+from vtclip.runs.result import Run
 
 TEXTS_ARE_ENOUGH = sorted(set(HEADS) - {"coop"})  # coop learns words: it needs a text encoder
 
@@ -48,7 +47,7 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("runs") / "run"
     head = {"queries": ["image", "text"]}
     overrides = {"epochs": 2, "lr": 7e-4, "head": head}
-    return api.fit(npz, method="rada", shots=2, seed=3, overrides=overrides, out=out)
+    return vtclip.fit(npz, method="rada", shots=2, seed=3, overrides=overrides, out=out)
 
 
 def altered(run: Run, tmp_path: Path, **changes: Any) -> Path:
@@ -73,7 +72,7 @@ def test_every_method_matches(method: str, npz: Path, tmp_path: Path) -> None:
     shots = 1 if method == "auto" else 4
     trained = HEADS[method].recipe(shots).epochs > 0
     overrides = {"epochs": 2, "batch_size": 7} if trained else None
-    made = api.fit(npz, method=method, shots=shots, overrides=overrides, out=tmp_path / "run")
+    made = vtclip.fit(npz, method=method, shots=shots, overrides=overrides, out=tmp_path / "run")
     found = repeat(made.folder, out=tmp_path / "again")
     assert found["verdict"] == "MATCH"
     assert found["differs"] == {}
@@ -89,13 +88,13 @@ def test_learned_words_match(photos: Path, cache: Path, tmp_path: Path) -> None:
     if "coop" not in HEADS:
         pytest.skip("no method that needs a text encoder is registered")
     options: dict[str, Any] = {"method": "coop", "shots": 1, "overrides": {"epochs": 1}}
-    made = api.fit(photos, **options, out=tmp_path / "run", cache_dir=cache)
+    made = vtclip.fit(photos, **options, out=tmp_path / "run", cache_dir=cache)
     assert repeat(made, cache_dir=cache)["verdict"] == "MATCH"
 
 
 def test_pseudo_labels_match(npz: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "tip-adapter", "shots": 2, "pseudo_labels": True}
-    made = api.fit(npz, out=tmp_path / "run", **options)
+    made = vtclip.fit(npz, out=tmp_path / "run", **options)
     found = repeat(made, out=tmp_path / "again")
     assert found["verdict"] == "MATCH"
     assert Run.load(tmp_path / "again").result["config"]["pseudo_labels"] is True
@@ -125,7 +124,7 @@ def test_settings_that_came_later_keep_the_meaning_of_then(run: Run) -> None:
 
 def test_base_to_new_compares_both_halves(npz: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "rada", "shots": 2, "overrides": {"epochs": 1}}
-    made = api.fit(npz, base_to_new=True, out=tmp_path / "run", **options)
+    made = vtclip.fit(npz, base_to_new=True, out=tmp_path / "run", **options)
     found = repeat(made)
     assert found["verdict"] == "MATCH"
     assert (
@@ -140,7 +139,7 @@ def test_base_to_new_compares_both_halves(npz: Path, tmp_path: Path) -> None:
 def test_trained_encoders_match(photos: Path, cache: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"method": "rada", "shots": 2, "train_encoders": True}
     overrides = {"epochs": 1, "batch_size": 3, "head_lr": 2e-3}
-    made = api.fit(photos, **options, overrides=overrides, out=tmp_path / "run", cache_dir=cache)
+    made = vtclip.fit(photos, **options, overrides=overrides, out=tmp_path / "run", cache_dir=cache)
     found = repeat(made, cache_dir=cache)
     assert found["encoders"]["equal"]
     assert found["verdict"] == "MATCH"
@@ -158,7 +157,7 @@ def test_data_set_matches(cache: Path, tmp_path: Path) -> None:
     spec.loader.exec_module(trees)
     root = trees.make_split(tmp_path / "root", "eurosat")
     options: dict[str, Any] = {"data": root, "method": "tip-adapter", "shots": 2, "seed": 2}
-    made = api.fit("eurosat", **options, out=tmp_path / "run", cache_dir=cache)
+    made = vtclip.fit("eurosat", **options, out=tmp_path / "run", cache_dir=cache)
     found = repeat(made, cache_dir=cache)
     assert found["verdict"] == "MATCH"
     assert found["inputs"]["lists"]["equal"]
@@ -209,7 +208,7 @@ def test_verdicts(
 def test_how_much_an_adapter_differs_is_said(
     run: Run, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = api.fit(
+    other = vtclip.fit(
         npz, method="rada", shots=2, seed=3, overrides={"epochs": 3}, out=tmp_path / "o"
     )
     assert other.result["digests"]["adapter"] != run.result["digests"]["adapter"]
@@ -235,7 +234,7 @@ def test_changed_images_are_named(photos: Path, tmp_path: Path) -> None:
     copy_of = tmp_path / "photos"
     shutil.copytree(photos, copy_of)
     cache, out = tmp_path / "cache", tmp_path / "run"
-    made = api.fit(copy_of, method="zeroshot", shots=1, out=out, cache_dir=cache)
+    made = vtclip.fit(copy_of, method="zeroshot", shots=1, out=out, cache_dir=cache)
     assert repeat(made, cache_dir=cache)["verdict"] == "MATCH"
     Image.new("RGB", (16, 16)).save(copy_of / "red dot" / "3.png")
     (copy_of / "red dot" / "5.png").unlink()
@@ -294,7 +293,7 @@ def test_every_argument_that_decides_a_number_is_in_the_result(run: Run) -> None
     named = {"overrides": "fit"}  # in "config" by another name
     conduct = {"records", "out", "overwrite", "resume", "cache_dir", "progress"}
     own = {"train_encoders"}  # is in the results of such runs only
-    for name in set(inspect.signature(api.fit).parameters) - elsewhere - conduct - own:
+    for name in set(inspect.signature(vtclip.fit).parameters) - elsewhere - conduct - own:
         assert named.get(name, name) in run.result["config"], name
     assert {"method", "seed", "environment", "versions", "revision"} <= set(run.result)
     assert {"images", "text", "split", "adapter"} <= set(run.result["digests"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vtclip.files import to_json
-from vtclip.request import FitRequest
+from vtclip.runs.request import FitRequest
 
 NOWHERE = Path("nowhere")
 

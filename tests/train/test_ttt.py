@@ -15,15 +15,17 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip import api, ttt
-from vtclip.adapter import load_adapter
+import vtclip
 from vtclip.cli import main
 from vtclip.clip import Clip, load_clip
+from vtclip.data.extract import write_features
 from vtclip.data.views import folder_views, image_views
 from vtclip.demo.scenes import demo_set
 from vtclip.heads import VTCLIP, RAda, ZeroShot
 from vtclip.heads._each import StackedRAda
-from vtclip.ttt import TTT
+from vtclip.runs.adapter import load_adapter
+from vtclip.train import ttt
+from vtclip.train.ttt import TTT
 
 K, D, L, V, N = 6, 16, 5, 8, 7
 SMALL = TTT(views=V, keep=0.25, lr=1e-2)
@@ -221,7 +223,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 place.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[row]).save(place / f"{row % per_class}.png")
     for method in ("rada", "zeroshot"):
-        api.fit(
+        vtclip.fit(
             root / "images", method=method, shots=2, out=root / method, device="cpu", threads=1,
             cache_dir=root / "cache", overrides={"epochs": 2} if method == "rada" else None,
         )  # fmt: skip
@@ -264,7 +266,7 @@ def test_evaluate_with_ttt(capsys: pytest.CaptureFixture[str], world: dict[str, 
 
 def test_ttt_on_another_folder_is_the_loop_by_hand(world: dict[str, Path], clip: Clip) -> None:
     config = TTT(views=6, keep=0.34, lr=2e-2)
-    found = api.evaluate(
+    found = vtclip.evaluate(
         world["rada"], world["others"], device="cpu", cache_dir=world["cache"], ttt=config
     )
     head: Any = load_adapter(world["rada"], device="cpu").head
@@ -306,7 +308,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_sources_and_heads_that_cannot_be_trained_are_refused(
     capsys: pytest.CaptureFixture[str], world: dict[str, Path], npz: Path, tmp_path: Path
 ) -> None:
-    api.write_features(world["others"], tmp_path / "features", device="cpu")
+    write_features(world["others"], tmp_path / "features", device="cpu")
     cases = [
         (world["rada"], npz, "ttt: source must be a folder of images, got an .npz table"),
         (world["rada"], tmp_path / "features", "must be a folder of images, got a features folder"),

@@ -10,10 +10,11 @@ import json
 import pytest
 import torch
 
-from vtclip import tune_jobs, tuned
 from vtclip.cli import main
 from vtclip.cli import tune as tune_command
-from vtclip.tune import MARGIN, asked_by, fastest, tune, walk
+from vtclip.tune import jobs as tune_jobs
+from vtclip.tune import table as tuned
+from vtclip.tune.search import MARGIN, asked_by, fastest, tune, walk
 
 pytest.importorskip("triton", reason="triton is not installed")
 from vtclip.kernels import _candidates, _configs, _tiles
@@ -190,9 +191,9 @@ def pretended_gpu(monkeypatch):
     def with_clock(jobs, report):
         return tune(jobs, timer=clock, report=report)
 
-    monkeypatch.setattr("vtclip.tune.tune", with_clock)
-    monkeypatch.setattr("vtclip.tune.STEPS", 1)
-    monkeypatch.setattr("vtclip.tune.ROUNDS", 1)
+    monkeypatch.setattr("vtclip.tune.search.tune", with_clock)
+    monkeypatch.setattr("vtclip.tune.search.STEPS", 1)
+    monkeypatch.setattr("vtclip.tune.search.ROUNDS", 1)
 
 
 def test_the_command_writes_a_table(tmp_path, capsys, pretended_gpu):

@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from vtclip import tuned
 from vtclip.files import json_digest
+from vtclip.tune import table as tuned
 
 pytest.importorskip("triton", reason="triton is not installed")
 from vtclip.kernels import _configs, _tiles

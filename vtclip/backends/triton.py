@@ -75,7 +75,7 @@ def _read_tuned() -> None:
     if torch.cuda.is_available() and not interpreted():
         major, minor = torch.cuda.get_device_capability()
         device = torch.cuda.get_device_name(), 10 * major + minor
-    importlib.import_module("vtclip.tuned").activate(device)
+    importlib.import_module("vtclip.tune.table").activate(device)
 
 
 def _launcher(name: str) -> Callable[..., Any]:

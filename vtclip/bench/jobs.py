@@ -25,8 +25,8 @@ from vtclip.data.sources import source_kind
 from vtclip.files import json_digest
 from vtclip.heads import HEADS
 from vtclip.heads.config import check_seed
-from vtclip.methods import recipe_config, takes_images
 from vtclip.names import METHODS, pick
+from vtclip.train.methods import recipe_config, takes_images
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from vtclip import api
 from vtclip.bench.csv_files import runs_csv, summary_csv, summary_of
 from vtclip.bench.jobs import (
     BenchJob,
@@ -44,12 +43,12 @@ from vtclip.bench.rows import (
     read_rows,
 )
 from vtclip.bench.sources import SourceOpener
-from vtclip.checkpoint import Interrupted
+from vtclip.distributed import Interrupted
 from vtclip.files import write_atomic
-from vtclip.memory import reset_peak_memory
-from vtclip.result import RESULT
-from vtclip.runs import CHECKPOINT
-from vtclip.settings import choose_device, set_threads
+from vtclip.machine import choose_device, reset_peak_memory, set_threads
+from vtclip.runs.fit import fit
+from vtclip.runs.folder import CHECKPOINT
+from vtclip.runs.result import RESULT
 
 logger = logging.getLogger(__name__)
 
@@ -241,12 +240,12 @@ def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
     }
     begun = (folder / CHECKPOINT).is_file() or (folder / RESULT).is_file()
     try:
-        return api.fit(job.source.where, resume=True, **given).result
+        return fit(job.source.where, resume=True, **given).result
     except ValueError as error:
         if not begun:
             raise
         logger.info("%s: begun anew, %s", job.name, error)
-    return api.fit(job.source.where, overwrite=True, **given).result
+    return fit(job.source.where, overwrite=True, **given).result
 
 
 def _one_line(error: Exception) -> str:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtclip evaluate`: its arguments, its call of `vtclip.api.evaluate` and what it prints."""
+"""`vtclip evaluate`: its arguments, its call of `vtclip.evaluate` and what it prints."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import Any
 
 from vtclip.cli.parsing import (
@@ -71,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     source = None if args.source is None else source_path(args.source, args.data)
     settings = ttt_settings(args)
-    from vtclip import api
-    from vtclip.ttt import TTT
+    import vtclip
+    from vtclip.train.ttt import TTT
 
-    values = api.evaluate(
+    values = vtclip.evaluate(
         folder,
         source,
         data=args.data,
@@ -103,8 +102,8 @@ def ttt_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_metrics(values: dict[str, Any], ttt: bool) -> None:
-    from vtclip.result import rows_table
-    from vtclip.ttt_report import ttt_table
+    from vtclip.runs.result import rows_table
+    from vtclip.runs.ttt_report import ttt_table
 
     emit(f"{values['method']} on {values['source']}: {values['test']['images']} images")
     if ttt:

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     if args.out is None and args.onnx is None:
         raise ValueError("--out FILE.pt2 or --onnx FILE.onnx must be given")
-    from vtclip.export_run import export
+    from vtclip.runs.export import export
 
     about = export(
         folder,

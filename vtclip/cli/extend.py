@@ -41,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folder, source = existing("RUN", args.folder), existing("FOLDER", args.source)
-    from vtclip.extend_run import extend
+    from vtclip.runs.extend import extend
 
     extended = extend(
         folder,

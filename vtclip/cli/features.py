@@ -17,6 +17,7 @@ from vtclip.cli.parsing import (
     note_demo_model,
     on_terminal,
 )
+from vtclip.data.extract import write_features
 
 
 def add_arguments(parser: Parser) -> None:
@@ -34,9 +35,8 @@ def run(args: argparse.Namespace) -> int:
     source = existing("SOURCE", args.source)
     if args.model == "demo":
         note_demo_model()
-    from vtclip import api
 
-    records = api.write_features(
+    records = write_features(
         source,
         args.out,
         model=args.model,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtclip fit`: its arguments, its call of `vtclip.api.fit` and what it prints."""
+"""`vtclip fit`: its arguments, its call of `vtclip.fit` and what it prints."""
 
 from __future__ import annotations
 
@@ -122,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
     if args.model == "demo" and needs_model(source):
         note_demo_model()
     overrides = overrides_of(args)
-    from vtclip import api
+    import vtclip
 
-    fitted = api.fit(
+    fitted = vtclip.fit(
         source,
         data=args.data,
         method=args.method,

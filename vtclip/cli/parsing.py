@@ -186,8 +186,8 @@ def source_path(source: str, data: str | None) -> str | Path:
 
 def open_classifier(args: argparse.Namespace, folder: Path) -> Any:
     """The classifier of the run in `folder`, with the options --model, --device and --threads."""
-    from vtclip.classifier import Classifier
-    from vtclip.settings import set_threads
+    from vtclip.machine import set_threads
+    from vtclip.runs.classifier import Classifier
 
     set_threads(args.threads)
     return Classifier.load(folder, model=args.model, device=args.device)

@@ -34,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 where the repetition matches or is close, 1 where it is different."""
     folder = existing("RUN", args.folder)
-    from vtclip.repeat_run import DIFFERENT, repeat
+    from vtclip.runs.repeat import DIFFERENT, repeat
 
     comparison = repeat(
         folder,

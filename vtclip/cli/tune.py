@@ -40,7 +40,7 @@ def parse_shape(text: str) -> tuple[str, dict[str, int]]:
     method, colon, rest = text.partition(":")
     if not colon or method not in TUNED_METHODS:
         raise ValueError(f"--shape must begin with vtclip: or rada:, got {text!a}")
-    from vtclip.tune_jobs import NAMES
+    from vtclip.tune.jobs import NAMES
 
     names = NAMES[method]
     sizes: dict[str, int] = {}
@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     shape = None if args.shape is None else parse_shape(args.shape)
     import torch
 
-    from vtclip import tuned
     from vtclip.backends import triton
-    from vtclip.tune import tune
-    from vtclip.tune_jobs import jobs
+    from vtclip.tune import table as tuned
+    from vtclip.tune.jobs import jobs
+    from vtclip.tune.search import tune
 
     device = torch.device(cuda_device(args.device))
     missing = triton.load()
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 def listed_shapes(method: str | None) -> list[tuple[str, dict[str, int]]]:
     """The shapes of the list, with their methods: all, or those of `method`."""
-    from vtclip.tune_jobs import SHAPES
+    from vtclip.tune.jobs import SHAPES
 
     methods = TUNED_METHODS if method is None else (method,)
     return [(method, sizes) for method in methods for sizes in SHAPES[method]]

@@ -25,10 +25,10 @@ Spatial options, [B, L, Cs]:
     timm     raw        the trunk's last intermediate, where the trunk offers one
 """
 
+from vtclip.clip.hub import ClipNotFound
 from vtclip.clip.loading import build_clip, load_clip
 from vtclip.clip.model import Clip
 from vtclip.clip.texts import DEFAULT_TEMPLATE, mean_text, resolve_templates
-from vtclip.data.hub import ClipNotFound
 
 __all__ = [
     "DEFAULT_TEMPLATE",

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vtclip.clip.hub import ClipNotFound, fetch, not_fetched
 from vtclip.clip.model import Clip
-from vtclip.data.hub import ClipNotFound, fetch, not_fetched
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
     vocab = folder / "vocab.json"
     # a byte-pair vocabulary always comes with its merges
     if vocab.is_file() and not any((folder / f).exists() for f in ("merges.txt", "tokenizer.json")):
-        from vtclip.demo.tokenizer import WordTokenizer
+        from vtclip.clip.word_tokenizer import WordTokenizer
 
         words = json.loads(vocab.read_text(encoding="utf-8"))
         context = config["model_cfg"]["text_cfg"].get("context_length", 77)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vtclip.clip.augment import LEAST_AREA, random_view
+from vtclip.clip.pixels import normalized
 from vtclip.clip.spatial import attention_pool, spatial_widths, visual_kind
 from vtclip.clip.texts import cut_prompts, mean_text, resolve_templates, unit_text
-from vtclip.data.augment import LEAST_AREA, random_view
-from vtclip.data.pixels import normalized
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -30,13 +30,14 @@ from pathlib import Path
 import torch
 
 from vtclip.clip import Clip, load_clip, resolve_templates
-from vtclip.data.augment import AUGMENTATION
+from vtclip.clip.augment import AUGMENTATION
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
 from vtclip.data.hashing import Report, duplicates_of, hash_all
 from vtclip.data.images import Folder, scan_folder
 from vtclip.data.options import FeatureOptions
+from vtclip.data.records import Records
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
-from vtclip.distributed import World
+from vtclip.distributed import World, device_of_rank, joined
 from vtclip.files import (
     Json,
     cache_folder,
@@ -48,6 +49,7 @@ from vtclip.files import (
     to_json,
     write_atomic,
 )
+from vtclip.machine import choose_device, set_threads
 
 __all__ = ["Report", "cached_features", "default_cache", "extract_features"]
 
@@ -365,3 +367,40 @@ def _writable_cache(cache_dir: str | Path | None) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="vtclip-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary
+
+
+def write_features(
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: str = "demo",
+    spatial: str | None = "default",
+    templates: Sequence[str] | None = None,
+    augment_passes: int = 0,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    progress: bool = False,
+) -> Records:
+    """Features of an image folder in the folder `out`, which `fit` then takes as its source.
+
+    Processes that torchrun started share the work, and each answers the same.
+    """
+    from vtclip.data.extract import extract_features
+
+    set_threads(threads)
+    where = choose_device(device)
+    named = device is not None and torch.device(device).index is not None
+    where = device_of_rank(where, named)
+    with joined(where) as world:
+        found, _ = extract_features(
+            source,
+            out,
+            model=model,
+            spatial=spatial,
+            templates=None if templates is None else list(templates),
+            augment_passes=augment_passes,
+            device=where,
+            progress=progress and world.first,
+            world=world,
+        )
+    return found.records()

@@ -5,15 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
-from vtclip.data.cores import num_cores
 from vtclip.data.images import Folder, ImageError, content_digest, decode, read_file, scan_folder
+from vtclip.data.threads import ahead, decode_pool, progress_bar
 from vtclip.distributed import World
 from vtclip.files import printable
 
@@ -27,9 +23,6 @@ __all__ = [
     "hash_all",
     "progress_bar",
 ]
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -138,32 +131,3 @@ def duplicates_of(hashed: Hashed) -> list[tuple[str, str]]:
     first: dict[str, str] = {}
     return [(first[digest], name) for digest, name in zip(hashed.digests, hashed.names, strict=True)
             if first.setdefault(digest, name) != name]  # fmt: skip
-
-
-def decode_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(16, num_cores()), thread_name_prefix="vtclip-decode")
-
-
-def ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], depth: int
-) -> Iterator[Result]:
-    """work(item) in order, with at most `depth` results waiting."""
-    pending: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(work, item))
-            if len(pending) >= depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-def progress_bar(total: int, what: str, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    # disable=None: silent where the output is no terminal
-    return tqdm(total=total, desc=what, unit="img", delay=1.0, leave=False,
-                disable=None if progress else True)  # fmt: skip

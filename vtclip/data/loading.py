@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtclip.data.cores import Cores, num_cores
-from vtclip.data.hashing import decode_pool
 from vtclip.data.images import ImageError
+from vtclip.data.threads import Cores, decode_pool, num_cores
 
 __all__ = ["Batches"]
 

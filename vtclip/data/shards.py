@@ -6,7 +6,7 @@ batch size alone: so one process and several, a run and one that was cut off and
 the very same batches and write the same bytes. A finished shard has a note beside it,
 shard-00000.json, which goes when the manifest is there.
 
-While one batch is encoded the next is decoded on the cores that are free (vtclip.data.cores), and
+While one batch is encoded the next is decoded on the cores that are free (vtclip.data.threads), and
 the last shard is written.
 """
 
@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from vtclip.clip import Clip, mean_text
-from vtclip.data.augment import pass_generator
+from vtclip.clip.augment import pass_generator
 from vtclip.data.featureset import TEXT, file_digest
-from vtclip.data.hashing import Hashed, progress_bar
+from vtclip.data.hashing import Hashed
 from vtclip.data.images import ImageError, content_digest, decode, read_file
 from vtclip.data.loading import Batches
+from vtclip.data.threads import progress_bar
 from vtclip.files import json_digest, printable, read_json, to_json, write_atomic
 
 __all__ = ["DTYPES", "Shard", "Work", "finished_shards", "make_shards", "shards_of", "write_text"]

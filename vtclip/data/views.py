@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.hashing import ahead, decode_pool
 from vtclip.data.images import open_image
+from vtclip.data.threads import ahead, decode_pool
 
 if TYPE_CHECKING:
     from PIL.Image import Image

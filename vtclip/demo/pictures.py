@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vtclip.demo.scenes import SIDE, Box
-from vtclip.explain import heat_map, overlay
+from vtclip.runs.heat_map import heat_map, overlay
 
 ZOOM = 4  # printed pixels per pixel of a scene
 LINE = 18

@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vtclip.adapter import load_adapter
-from vtclip.api import fit
 from vtclip.data.records import Records
 from vtclip.data.sources import open_source
 from vtclip.data.splits import few_shot_split
 from vtclip.demo.pictures import from_pixels, heat_panel, sheet, shots_curve
 from vtclip.demo.scenes import SIDE, Box, demo_set
 from vtclip.files import to_json, write_atomic
+from vtclip.runs.adapter import load_adapter
+from vtclip.runs.fit import fit
 
 __all__ = ["run_demo"]
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtclip.clip import build_clip
+from vtclip.clip.word_tokenizer import WordTokenizer, build_vocab
 from vtclip.demo.captions import (
     NUM_ATTRIBUTES,
     caption,
@@ -45,7 +46,6 @@ from vtclip.demo.scenes import (
     render_scene,
     training_scene,
 )
-from vtclip.demo.tokenizer import WordTokenizer, build_vocab
 from vtclip.files import write_atomic
 
 log = logging.getLogger(__name__)

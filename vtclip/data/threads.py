@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cores divided between decoding threads and the computation that they feed.
+
+While a batch is computed, decoding has the cores that the computation leaves free; while the
+computation waits for a batch, decoding has them all. With more running threads than cores, every
+decoded image would stop one thread of a parallel loop, and with it, at the loop's end, all others.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+__all__ = ["Cores", "num_cores"]
+
+
+def num_cores() -> int:
+    """The cores this process may use; of processes that torchrun started together, its share."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        count = os.cpu_count() or 1
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class Cores:
+    """At most `total` threads decode at once, and `total - computing` while there is computing."""
+
+    def __init__(self, total: int, computing: int) -> None:
+        self.total, self.spare = max(1, total), max(0, total - computing)
+        self._limit, self._running = self.spare, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """One decoding thread's piece of work; it begins when there is a core for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._running < self._limit)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The computation waits: all cores decode, until the block ends and takes its own back."""
+        self._let(self.total)
+        yield
+        self._let(self.spare)
+        with self._changed:
+            self._changed.wait_for(lambda: self._running <= self.spare)
+
+    def close(self) -> None:
+        """Nothing is computed any more: let every waiting thread go on."""
+        self._let(self.total)
+
+    def _let(self, limit: int) -> None:
+        with self._changed:
+            self._limit = limit
+            self._changed.notify_all()
+
+
+Item = TypeVar("Item")
+
+
+Result = TypeVar("Result")
+
+
+def decode_pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, num_cores()), thread_name_prefix="vtclip-decode")
+
+
+def ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], depth: int
+) -> Iterator[Result]:
+    """work(item) in order, with at most `depth` results waiting."""
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) >= depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def progress_bar(total: int, what: str, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    # disable=None: silent where the output is no terminal
+    return tqdm(total=total, desc=what, unit="img", delay=1.0, leave=False,
+                disable=None if progress else True)  # fmt: skip

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine a command runs on: device, threads, seconds and memory of each stage.
+
+Memory is the most that the process, or one stage of its work, held at a time.
+
+On a GPU it is what torch's allocator gave out, on a CPU the resident memory of the whole process,
+its libraries included. Linux keeps the high-water mark and lets it be set back; where it does not,
+a thread looks at the resident memory while the stage runs, and elsewhere a stage has no number.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+STATM = Path("/proc/self/statm")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+SAMPLE_S = 0.02
+_before: dict[str, float] = {}  # by device, the most before the counter was last set back
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Most memory since the start of the process or `reset_peak_memory`; None where unknown."""
+    now = _counter(device)
+    return None if now is None else max(now, _before.get(str(device), 0.0))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mb` count from now on, where the system can (a GPU, Linux)."""
+    if _set_back(device):
+        _before.pop(str(device), None)
+
+
+@contextmanager
+def stage_peak(name: str, found: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Note in found[name] the most memory held while the block ran, in MB."""
+    earlier = peak_memory_mb(device)
+    if _set_back(device):
+        if earlier is not None:
+            _before[str(device)] = earlier
+        try:
+            yield
+        finally:
+            peak = _counter(device)
+            if peak is not None:
+                found[name] = max(peak, found.get(name, 0.0))
+    elif STATM.exists():
+        with _sampled(name, found):
+            yield
+    else:
+        yield
+
+
+def _counter(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # no such module on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _set_back(device: torch.device) -> bool:
+    """Set the counter to what is held now; whether that could be done."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _sampled(name: str, found: dict[str, float]) -> Iterator[None]:
+    page = os.sysconf("SC_PAGE_SIZE")
+    done = threading.Event()
+
+    def look() -> None:
+        held = int(STATM.read_text().split()[1]) * page / 2**20
+        found[name] = max(held, found.get(name, 0.0))
+
+    def watch() -> None:
+        while not done.wait(SAMPLE_S):
+            look()
+
+    look()
+    thread = threading.Thread(target=watch, name="vtclip-memory", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        look()
+
+
+def check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+
+
+def set_threads(threads: int | None) -> None:
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The named device, or the first GPU where there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {chosen}: this torch sees {torch.cuda.device_count()} GPUs")
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}")
+    return chosen
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per named stage and, where a device is named, the most memory held in each."""
+
+    device: torch.device | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory_mb: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start, known = time.perf_counter(), self.device
+        with nullcontext() if known is None else stage_peak(name, self.memory_mb, known):
+            yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

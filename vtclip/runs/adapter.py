@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapted head on disk: `adapter.safetensors` (tensors) and `adapter_config.json` (the rest).
+
+The config names the digest of the tensors and carries a digest of itself, so a cut or changed byte
+in either file is found on loading. Nothing is pickled and loading runs no code of the file's.
+
+Saving writes both files under new names, then renames the tensors, then the config. After a kill
+between the two renames the tensors are new and the config that belongs to them still has its
+`.new` name: `load_adapter` takes that one. So the old or the new adapter loads, never neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save as save_bytes
+
+from vtclip import __version__
+from vtclip.files import (
+    json_digest,
+    move_new,
+    read_json,
+    read_safetensors,
+    tensors_digest,
+    to_json,
+    write_new,
+)
+from vtclip.heads import HEADS, Head, RAda
+
+if TYPE_CHECKING:
+    from vtclip.data.records import Records
+
+FORMAT_VERSION = 1
+TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
+WHAT = "a vtclip adapter"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A head (its class texts [K, C] are its buffer `text`) and what it was made for.
+
+    `features` says which image and spatial features it takes: model (as given to load_clip),
+    model_config, weights_digest, spatial option, templates or prompt, logit scale. model is None
+    where it was fitted on a table of features that names no image encoder.
+    """
+
+    head: Head
+    class_names: list[str]
+    temperature: float | None
+    features: dict[str, Any]
+
+
+def save_adapter(folder: Path, adapter: Adapter) -> str:
+    """Write the adapter's two files into `folder`; returns the digest of the tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = adapter.head
+    tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
+    for name, value in tensors.items():
+        if value.layout != torch.strided or not bool(value.isfinite().all()):
+            raise ValueError(f"save_adapter: tensor {name} must be dense and finite")
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    digest = tensors_digest(tensors)
+    config: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "vtclip_version": __version__,
+        "method": head.method,
+        "options": head.options(),
+        "class_names": adapter.class_names,
+        "temperature": adapter.temperature,
+        "features": adapter.features,
+        "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())},
+        "tensors_digest": digest,
+    }
+    config["config_digest"] = json_digest(config)
+    _finish_killed_save(folder)
+    written = []
+    try:
+        for name, data in (
+            # one entry only: safetensors writes several in random order, and runs shall compare
+            (TENSORS, save_bytes(tensors, {"digest": digest})),
+            (CONFIG, to_json(config)),
+        ):
+            written.append(write_new(folder / name, data))
+    except OSError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    move_new(folder / TENSORS)
+    move_new(folder / CONFIG)
+    return digest
+
+
+def read_config(folder: Path, tensors_have: str) -> dict[str, Any]:
+    """The checked config that belongs to tensors of this digest."""
+    path, fresh = folder / CONFIG, folder / (CONFIG + ".new")
+    config = _checked_config(path) if path.exists() or not fresh.is_file() else None
+    if config is not None and config["tensors_digest"] == tensors_have:
+        return config
+    if fresh.is_file():
+        fresh_config = _checked_config(fresh)
+        if fresh_config["tensors_digest"] == tensors_have:
+            return fresh_config
+    wanted = "nothing" if config is None else str(config["tensors_digest"])[:12]
+    raise ValueError(
+        f"not {WHAT}: {folder / TENSORS} has digest {tensors_have[:12]}, {CONFIG} wants {wanted}"
+    )
+
+
+def _finish_killed_save(folder: Path) -> None:
+    """Rename the config of a save that was killed between its two renames, if there was one."""
+    path, fresh = folder / CONFIG, folder / (CONFIG + ".new")
+    if not fresh.is_file() or not (folder / TENSORS).is_file():
+        return
+    try:
+        digest = read_safetensors(folder / TENSORS, WHAT)[1]["digest"]
+        old = path.is_file() and read_json(path, WHAT).get("tensors_digest") == digest
+        if not old and _checked_config(fresh)["tensors_digest"] == digest:
+            move_new(path)
+    except (OSError, ValueError, KeyError):
+        return  # what cannot be read is about to be replaced
+
+
+def _checked_config(path: Path) -> dict[str, Any]:
+    config = read_json(path, WHAT)
+    version = config.get("format_version")
+    if not isinstance(version, int):
+        raise ValueError(f"not {WHAT}: {path} names no format_version")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version} (written by vtclip "
+            f"{config.get('vtclip_version')}), this vtclip {__version__} reads up "
+            f"to {FORMAT_VERSION}"
+        )
+    named = config.pop("config_digest", None)
+    if named != json_digest(config):
+        raise ValueError(
+            f"not {WHAT}: {path} was changed after it was written (its digest differs)"
+        )
+    return config
+
+
+def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
+    """The adapter in `folder`; a missing, cut, changed or mismatching part is one clear error."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"not {WHAT}: {folder} is not a folder")
+    if not (folder / CONFIG).exists() and not (folder / TENSORS).exists():
+        raise FileNotFoundError(f"not {WHAT}: {folder} holds neither {TENSORS} nor {CONFIG}")
+    tensors, metadata = read_safetensors(folder / TENSORS, WHAT)
+    config = read_config(folder, metadata["digest"])
+    method, class_names = config["method"], config["class_names"]
+    if method not in HEADS:
+        raise ValueError(f"{folder}: unknown method {method!r}, this vtclip has {', '.join(HEADS)}")
+    _same_names(folder, "tensors", list(config["tensors"]), list(tensors))
+    text = tensors["head.text"]
+    if len(text) != len(class_names):
+        raise ValueError(f"{folder}: {len(class_names)} class names but {len(text)} class texts")
+    try:
+        head = HEADS[method](text, **config["options"])
+    except TypeError as error:
+        raise ValueError(f"{folder}: options do not fit method {method!r}: {error}") from None
+    state = {name.removeprefix("head."): value for name, value in tensors.items()}
+    for place, part in head.named_modules():  # names of an older version
+        if isinstance(part, RAda):
+            state = part.packed(state, f"{place}." if place else "")
+    wanted = head.state_dict()
+    _same_names(folder, f"weights of method {method!r}", list(wanted), list(state))
+    for name, value in wanted.items():
+        have = (state[name].dtype, state[name].shape)
+        if have != (value.dtype, value.shape):
+            raise ValueError(
+                f"{folder}: weight {name} must be {value.dtype} {list(value.shape)}, "
+                f"got {have[0]} {list(have[1])}"
+            )
+    head.load_state_dict(state)
+    head.to(device).eval()
+    return Adapter(head, class_names, config["temperature"], config["features"])
+
+
+def _same_names(folder: Path, what: str, wanted: list[str], have: list[str]) -> None:
+    missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
+    if missing or extra:
+        shown = [f"missing {name}" for name in missing[:3]] + [
+            f"extra {name}" for name in extra[:3]
+        ]
+        raise ValueError(f"{folder}: {what} do not match: {', '.join(shown)}")
+
+
+def check_weights(adapter: Adapter, weights_digest: str, model: str) -> None:
+    """Refuse an image encoder other than the one the adapter was fitted on."""
+    wanted = adapter.features.get("weights_digest")
+    if weights_digest != wanted:
+        raise ValueError(
+            f"model {model!r} has weights {weights_digest[:12]}, the adapter was fitted on "
+            f"{str(wanted)[:12]}"
+        )
+
+
+def features_of(records: Records, model: str) -> dict[str, Any]:
+    """What an adapter must know of its features: where they come from and what they look like."""
+    info = records.info
+    return {
+        "model": info.get("model_name", model) if info.get("model") else None,
+        "model_config": info.get("model"),
+        "weights_digest": info.get("digests", {}).get("weights"),
+        "spatial": info.get("spatial"),
+        "templates": info.get("templates"),
+        "width": records.width,
+        "spatial_width": records.spatial_width,
+        "logit_scale": records.logit_scale,
+        "source": info.get("kind"),
+    }
+
+
+def check_features(adapter: Adapter, records: Records) -> None:
+    """Refuse features that are not of the kind the adapter was fitted on, naming what differs."""
+    model = adapter.features.get("model") or "unused"
+    have = features_of(records, model)
+    names = ["weights_digest", "model_config", "spatial", "width", "spatial_width"]
+    if not adapter.head.needs_spatial:
+        names = [name for name in names if not name.startswith("spatial")]
+    for name in names:
+        if adapter.features.get(name) != have[name]:
+            raise ValueError(
+                f"the source has {name} {_brief(have[name])}, the adapter was fitted on "
+                f"{_brief(adapter.features.get(name))}"
+            )
+
+
+def _brief(value: Any) -> str:
+    text = json_digest(value) if isinstance(value, dict) else str(value)
+    return text[:16]

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base-to-new: a head trained on the first half of the classes names the other half as well.
+
+The first ceil(n / 2) classes by label are base, the others new. Shots and validation images are of
+base classes only. Base test images are classified among the base classes, new ones among the new
+classes, with the same parameters over the texts of the new classes. What trades one for the other
+shows in the harmonic mean of the two accuracies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtclip.data.records import Records
+from vtclip.data.sets import SetSource
+from vtclip.files import Json
+from vtclip.heads import HEADS, Head
+from vtclip.names import pick
+from vtclip.runs.adapter import Adapter
+from vtclip.runs.result import named_classes, unreadable
+from vtclip.train import engine, metrics
+from vtclip.train.methods import takes_images, text_encoder
+from vtclip.train.rows import split_rows, test_rows
+
+PARTS = ("base", "new")
+
+
+def check_method(method: str, overrides: Mapping[str, Any] | None = None) -> None:
+    """Refuse a method, or an option of it, whose parameters belong to its classes."""
+    able = [name for name, head in HEADS.items() if head.any_classes]
+    if method not in able:
+        raise ValueError(
+            f"base_to_new: method must be one of {', '.join(able)}, whose parameters do not "
+            f"depend on the classes, got {method!r}"
+        )
+    if ((overrides or {}).get("head") or {}).get("class_specific"):
+        raise ValueError("base_to_new: class_specific context belongs to its own classes")
+
+
+def with_classes(
+    head: Head, records: Records, class_names: list[str], device: torch.device
+) -> Head:
+    """The head's parameters over `class_names`, of which the records must have each."""
+    text = texts_of(records, class_names)
+    if head.needs_text_encoder:
+        return head.with_names(text_encoder(records, device), class_names).to(device)
+    return head.with_text(text).to(device)
+
+
+def base_and_new(records: Records) -> tuple[Records, Records]:
+    """The records of the base classes and those of the new classes."""
+    K = len(records.class_names)
+    if K < 2:
+        raise ValueError(f"base_to_new: the source must have at least 2 classes, got {K}")
+    middle = (K + 1) // 2
+    return records.subset_classes(range(middle)), records.subset_classes(range(middle, K))
+
+
+def held_out(records: Records, seed: int, test_fraction: float) -> tuple[Tensor, str]:
+    """The test rows of classes that are never trained on, and the digest of that split."""
+    split = split_rows(records, False, 0, seed, test_fraction)
+    return split.test, split.digest
+
+
+def with_new(
+    base: Json,
+    heads: Mapping[str, Head],
+    records: Records,
+    seed: int,
+    test_fraction: float,
+    device: torch.device,
+) -> Json:
+    """`base`, `new` and `harmonic_mean`, each with zero_shot and adapted.
+
+    records: those of the new classes; each of `heads` names their test images by their texts. The
+    temperature is the one fitted on base images: there are no others to fit it on.
+    """
+    index, digest = held_out(records, seed, test_fraction)
+    new: Json = {}
+    for name, head in heads.items():
+        values = engine.evaluate(
+            with_classes(head, records, records.class_names, device),
+            records,
+            index,
+            device=device,
+            temperature=base[name]["temperature"],
+        )
+        new[name] = named_classes(dict(values), records.class_names)
+    mean = {name: harmonic_mean(base[name]["accuracy"], new[name]["accuracy"]) for name in heads}
+    new |= {"classes": records.class_names, "split": digest}
+    return {"base": dict(base), "new": new, "harmonic_mean": mean}
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def evaluate_again(
+    adapter: Adapter,
+    result: Json,
+    records: Records,
+    source: Path | SetSource,
+    *,
+    device: torch.device,
+) -> Json:
+    """Metrics of a finished run on a source that has all of its new classes or none.
+
+    On the images of the run only its test rows count. `harmonic_mean` needs both kinds of classes.
+    """
+    same = records.info.get("digests", {}).get("images") == result["digests"].get("images")
+    if not same and str(source.resolve()) == result["config"]["source"]:
+        raise ValueError(f"{source}: its images have changed since the run was fitted")
+    known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
+    every = known["base"] + known["new"]
+    have = [pick("class", name, every) for name in records.class_names]
+    report: Json = {"method": result["method"], "source": source.name}
+    images = 0
+    for part in PARTS:
+        keep = [i for i, name in enumerate(have) if name in known[part]]
+        if not keep:
+            continue
+        own, head = records.subset_classes(keep), adapter.head
+        if part == "new":
+            head = with_classes(head, own, known[part], device)
+        index = rows_of_run(own, part, result, source) if same else test_rows(own)
+        to_run = torch.tensor([known[part].index(name) for name in own.class_names])
+        logits, label = engine.all_logits(head, own, index, device=device)
+        values = metrics.report(logits, to_run[label], adapter.temperature)
+        report[part] = named_classes(values, known[part])
+        images += len(index)
+    if all(part in report for part in PARTS):
+        report["harmonic_mean"] = harmonic_mean(*(report[part]["accuracy"] for part in PARTS))
+    return {**report, "test": {"images": images, "unreadable": unreadable(records)}}
+
+
+def texts_of(records: Records, class_names: list[str]) -> Tensor:
+    """The records' class texts in the order of `class_names`."""
+    missing = [name for name in class_names if name not in records.class_names]
+    if missing:
+        raise ValueError(
+            f"base_to_new: the source must have all new classes or none, {missing[0]!r} is missing"
+        )
+    return records.text[[records.class_names.index(name) for name in class_names]]
+
+
+def rows_of_run(records: Records, part: str, result: Json, source: Path | SetSource) -> Tensor:
+    """The test rows of the base or of the new classes, as the run had them."""
+    seed, fraction = result["seed"], result["config"]["test_fraction"]
+    if part == "new":
+        index, digest = held_out(records, seed, fraction)
+        wanted = result["new"]["split"]
+    else:
+        learns = takes_images(result["method"])
+        split = split_rows(records, learns, result["shots"], seed, fraction)
+        index, digest, wanted = split.test, split.digest, result["split"]
+    if digest != wanted:
+        raise ValueError(f"{source}: its split differs from the one the run was fitted with")
+    return index

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tuned encoders on disk: `encoders.safetensors` beside the adapter that was trained with them.
+
+The adapter's config names the digest of the file and of the weights it holds, so that a missing,
+cut, changed or foreign file is refused by name. Architecture, transform and tokenizer come from the
+model that the run started from; its weights are replaced by the file's.
+
+A save writes `encoders.safetensors.new`, then the adapter, then renames. After a kill in between
+the adapter names the digest of the `.new` file, and loading takes that one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from vtclip.files import move_new, read_json, read_safetensors, tensors_digest, write_new
+from vtclip.runs.adapter import CONFIG, Adapter
+
+if TYPE_CHECKING:
+    from vtclip.clip import Clip
+
+ENCODERS = "encoders.safetensors"
+WHAT = "the tuned encoders of a vtclip run"
+
+
+def with_weights(clip: Clip, state: dict[str, Tensor] | None = None) -> Clip:
+    """`clip` with the weights `state` (by default as they now are), frozen, digest made anew."""
+    from vtclip.clip import Clip
+
+    if state is not None:
+        clip.model.load_state_dict(state)
+    return Clip(clip.model, clip.tokenizer, clip.config, name=clip.name, device=clip.device)
+
+
+def load_encoders(
+    folder: str | Path, adapter: Adapter, model: str | Path | None, device: torch.device
+) -> Clip:
+    """The image encoder of an adapter: the model it names, with the tuned weights where it has any.
+
+    `model` names another place of the same model (see vtclip.clip).
+    """
+    from vtclip.clip import load_clip
+
+    tuned = adapter.features.get("encoders")
+    name = model or adapter.features["model"]
+    if tuned is None:
+        return load_clip(name, device)
+    state = _read(Path(folder).expanduser(), tuned["digest"])
+    clip = load_clip(name, device)
+    if clip.weights_digest != tuned["base_weights"]:
+        raise ValueError(
+            f"model {clip.name!r} has weights {clip.weights_digest[:12]}, the run started from "
+            f"{tuned['base_weights'][:12]}"
+        )
+    wanted = clip.model.state_dict()
+    differ = sorted(set(wanted) ^ set(state))
+    differ += [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if differ:
+        raise ValueError(f"{Path(folder) / ENCODERS} does not fit {clip.name!r}: {differ[0]}")
+    return with_weights(clip, state)
+
+
+def _read(folder: Path, digest: str) -> dict[str, Tensor]:
+    path, fresh = folder / ENCODERS, folder / (ENCODERS + ".new")
+    have = "nothing"
+    for one in (path, fresh):
+        if not one.is_file() and (one is fresh or fresh.is_file()):
+            continue
+        tensors, metadata = read_safetensors(one, WHAT)
+        if metadata["digest"] == digest:
+            return tensors
+        have = metadata["digest"][:12]
+    raise ValueError(f"not {WHAT}: {path} has digest {have}, {CONFIG} wants {digest[:12]}")
+
+
+@contextmanager
+def saved_encoders(folder: Path, clip: Clip) -> Iterator[str]:
+    """Write the weights of `clip`; the body, given their digest, saves the adapter that names it.
+
+    The adapter is saved between the two steps of writing, see the module's docstring.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _finish_killed_save(folder)
+    state = {
+        name: value.detach().cpu().clone().contiguous()
+        for name, value in clip.model.state_dict().items()
+    }
+    digest = tensors_digest(state)
+    written = write_new(folder / ENCODERS, save_bytes(state, {"digest": digest}))
+    del state
+    try:
+        yield digest
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+    move_new(folder / ENCODERS)
+
+
+def _finish_killed_save(folder: Path) -> None:
+    """Rename the `.new` file of a killed save that the adapter already names."""
+    if not (folder / (ENCODERS + ".new")).is_file() or not (folder / CONFIG).is_file():
+        return
+    try:
+        named: Any = read_json(folder / CONFIG, WHAT)["features"]["encoders"]["digest"]
+        if read_safetensors(folder / (ENCODERS + ".new"), WHAT)[1]["digest"] == named:
+            move_new(folder / ENCODERS)
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # what cannot be read is about to be replaced

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip.export`: a run as one file that predicts, with the meaning of its numbers next to it.
+
+    image      pixels [B, 3, H, W], preprocessed  ->  probabilities [B, K], temperature applied
+    features   image [B, C], and spatial [B, L, Cs] for heads that read it  ->  logits [B, K]
+
+FILE.pt2 is written by torch.export and holds weights and graph. A portable one has plain torch
+operators only and runs where vtclip is not installed; the other calls vtclip's compiled ones and is
+opened by `vtclip.load_exported`. FILE.onnx is the portable graph for other runtimes. FILE.json has
+preprocessing, class names, temperature, digests and versions. Graphs are made on the CPU in
+float32; `torch.export.passes.move_to_device_pass` takes one elsewhere.
+
+Every file is loaded back before it is written, and compared with the run on random and, where the
+run's images are still there, on real input, at batch sizes 1 and 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from vtclip.files import Json, json_digest, move_new, to_json, write_new
+from vtclip.machine import set_threads
+from vtclip.ops._select import only_reference
+from vtclip.runs.export_program import BATCHES, ExportJob, feature_job, image_job, of_batches
+from vtclip.runs.result import Run, revision, versions
+
+KINDS = ("image", "features")
+TOLERANCE = 1e-4
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 18
+MAX_ONNX_BYTES = 2**31 - 1  # of one protobuf message
+
+
+def export(
+    run: str | Path | Run,
+    path: str | Path | None,
+    *,
+    kind: str = "image",
+    onnx: str | Path | None = None,
+    portable: bool = True,
+    fixed_batch: int | None = None,
+    overwrite: bool = False,
+    model: str | Path | None = None,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> Json:
+    """Write the run as `path` (.pt2), `onnx` (.onnx) or both, each with a .json; returns the JSON.
+
+    kind: "image" or "features", see the module's docstring.
+    portable: plain torch operators instead of vtclip's own in the .pt2.
+    fixed_batch: this batch size and no other, instead of any.
+    model: another place of the encoder's weights (see vtclip.clip).
+
+    FloatingPointError, and no file, where a file's numbers differ from the run's by more than 1e-4;
+    logits by more than 1e-4 of the largest one, where that is above 1.
+    """
+    run = run if isinstance(run, Run) else Run.load(run)
+    set_threads(threads)
+    targets = _targets(path, onnx, overwrite)
+    if kind not in KINDS:
+        raise ValueError(f"export: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if fixed_batch is not None and fixed_batch < 1:
+        raise ValueError(f"export: fixed_batch must be at least 1, got {fixed_batch}")
+    job = image_job(run, model) if kind == "image" else feature_job(run, model, cache_dir)
+    job.cases = of_batches(job.cases, (fixed_batch,) if fixed_batch else BATCHES)
+    files: dict[Path, bytes] = {}
+    parity: Json = {}
+    if path is not None:
+        files[targets[0]] = data = _as_pt2(traced(job, portable, fixed_batch))
+        parity["pt2"] = _parity(job, targets[0], load_bytes(data, portable))
+    if onnx is not None:
+        files[targets[-1]] = data = _as_onnx(job, traced(job, True, fixed_batch))
+        parity["onnx"] = _parity(job, targets[-1], _session(data))
+    about = _about(job, kind, portable, fixed_batch, parity, files)
+    for target in targets:
+        files[target.with_suffix(".json")] = to_json(about)
+    _write_all(files)
+    return about
+
+
+def load_exported(path: str | Path) -> nn.Module:
+    """The module in a .pt2 of `export`, portable or not."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"load_exported: {file} does not exist")
+    return load_bytes(file.read_bytes(), portable=False)
+
+
+def load_bytes(data: bytes, portable: bool) -> nn.Module:
+    if not portable:
+        from vtclip import _library  # noqa: F401
+        from vtclip.backends import native
+
+        native.load_cpu()
+        native.load_cuda()
+    return torch.export.load(io.BytesIO(data)).module()
+
+
+def traced(job: ExportJob, portable: bool, fixed_batch: int | None) -> ExportedProgram:
+    """The exported program; the batch size is free unless it is fixed."""
+    job.program.eval().requires_grad_(False)
+    example = next(inputs for inputs in job.cases.values() if len(inputs[0]) != 1 or fixed_batch)
+    free = None
+    if fixed_batch is None:
+        free = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+    operators = only_reference() if portable else nullcontext()
+    try:
+        with torch.no_grad(), operators, _quiet():
+            program: ExportedProgram = torch.export.export(
+                job.program, example, dynamic_shapes=None if free is None else _named(job, free)
+            )
+            program = program.run_decompositions({})
+    except (RuntimeError, torch._dynamo.exc.UserError) as error:
+        reason = " ".join(str(error).split())[:160]
+        hint = "" if fixed_batch else "; fixed_batch may help"
+        raise NotImplementedError(
+            f"export: torch cannot trace method {job.adapter.head.method}{hint} ({reason})"
+        ) from None
+    for node in program.graph.nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            node.meta.pop(key, None)  # they name this machine's files
+    return program
+
+
+def _named(job: ExportJob, free: tuple[object, ...]) -> dict[str, object]:
+    return dict(zip(job.program.inputs, free, strict=True))
+
+
+def _as_pt2(program: ExportedProgram) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()
+
+
+def _as_onnx(job: ExportJob, program: ExportedProgram) -> bytes:
+    with _quiet():
+        converted = torch.onnx.export(
+            program,
+            (),
+            input_names=list(job.program.inputs),
+            output_names=[job.program.output],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+        message: Any = converted.model_proto  # type: ignore[union-attr]
+    size = message.ByteSize()
+    if size > MAX_ONNX_BYTES:
+        raise ValueError(f"export: one ONNX file holds 2 GiB, this model has {size / 2**30:.1f}")
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _session(data: bytes) -> Callable[..., Tensor]:
+    import onnxruntime  # type: ignore[import-not-found, unused-ignore]
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+
+    def call(*inputs: Tensor) -> Tensor:
+        arrays = {name: array.numpy() for name, array in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, arrays)[0])
+
+    return call
+
+
+@torch.no_grad()
+def _parity(job: ExportJob, path: Path, exported: Callable[..., Tensor]) -> Json:
+    """Largest error of each case; logits count relative to the largest where that is above 1."""
+    errors = {}
+    for name, inputs in job.cases.items():
+        wanted, have = job.expected(*inputs).double(), exported(*inputs).double()
+        if have.shape != wanted.shape:
+            shapes = f"{list(wanted.shape)}, got {list(have.shape)}"
+            raise FloatingPointError(f"export: {path.name} must give {shapes}; nothing is written")
+        error = (have - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+        errors[name] = float(error)
+        if not float(error) <= TOLERANCE:
+            raise FloatingPointError(
+                f"export: {path.name} differs from the run by {float(error):.3g} on {name}, at "
+                f"most {TOLERANCE:g} is allowed; nothing is written"
+            )
+    return {"max_error": max(errors.values()), "tolerance": TOLERANCE, "cases": errors}
+
+
+def _targets(path: str | Path | None, onnx: str | Path | None, overwrite: bool) -> list[Path]:
+    """The files that are asked for, checked; nothing is touched."""
+    targets = []
+    for name, file_name, suffix in ("path", path, ".pt2"), ("onnx", onnx, ".onnx"):
+        if file_name is None:
+            continue
+        target = Path(file_name).expanduser()
+        if target.suffix != suffix:
+            raise ValueError(f"export: {name} must end in {suffix}, got {str(file_name)!r}")
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"export: the folder {target.parent} does not exist")
+        for file in (target, target.with_suffix(".json")):
+            if file.is_dir() or (file.exists() and not overwrite):
+                raise FileExistsError(f"export: {file} exists; overwrite, or give another name")
+        targets.append(target)
+    if not targets:
+        raise ValueError("export: a .pt2 path or an .onnx path must be given, got neither")
+    if onnx is not None:
+        missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"export: onnx needs {', '.join(missing)}; pip install 'vtclip[onnx]' brings it"
+            )
+    return targets
+
+
+def _about(
+    job: ExportJob,
+    kind: str,
+    portable: bool,
+    fixed_batch: int | None,
+    parity: Json,
+    files: dict[Path, bytes],
+) -> Json:
+    """What a program needs to know to use the files without vtclip."""
+    adapter, result = job.adapter, job.run.result
+    inputs = next(iter(job.cases.values()))
+    batch = "batch" if fixed_batch is None else fixed_batch
+    shapes = zip(job.program.inputs, inputs, strict=True)
+    digests = {name: value for name, value in result["digests"].items() if value is not None}
+    return {
+        "format": "vtclip-export",
+        "kind": kind,
+        "method": adapter.head.method,
+        "inputs": {name: {"dtype": "float32", "shape": [batch, *one.shape[1:]]}
+                   for name, one in shapes},
+        "output": {"name": job.program.output, "dtype": "float32",
+                   "shape": [batch, len(adapter.class_names)]},
+        "preprocess": job.preprocess,
+        "class_names": adapter.class_names,
+        "temperature": adapter.temperature,
+        "temperature_applied": kind == "image",
+        "portable": portable,
+        "spatial": adapter.features.get("spatial") if adapter.head.needs_spatial else None,
+        "files": {path.name: hashlib.sha256(data).hexdigest() for path, data in files.items()},
+        "digests": {**digests, "result": json_digest(result)},
+        "parity": parity,
+        "versions": {**versions(), **_onnx_versions(files)},
+        "revision": revision(),
+    }  # fmt: skip
+
+
+def _onnx_versions(files: dict[Path, bytes]) -> dict[str, str]:
+    if not any(path.suffix == ".onnx" for path in files):
+        return {}
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ONNX_PACKAGES}
+
+
+def _write_all(files: dict[Path, bytes]) -> None:
+    written = []
+    try:
+        for path, data in files.items():
+            written.append(write_new(path, data))
+    except OSError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    for path in files:
+        move_new(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and notes of the exporters, which are not about the user's model."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

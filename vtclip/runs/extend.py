@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip.extend`: a run over its own classes and new ones, without training again.
+
+The encoder, its templates, the head's parameters, its hyper-parameters and its temperature stay as
+the run has them; what the new classes bring are their texts and, for heads that keep labelled
+images, a few of those. vtclip/runs/extend_head.py says which heads can be extended and what their
+logits then are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from vtclip.data.records import Records, check_class_names
+from vtclip.data.sources import source_kind
+from vtclip.data.splits import Split, few_shot_split
+from vtclip.files import Json, json_digest, only_writer
+from vtclip.heads import Head
+from vtclip.heads.zeroshot import ZeroShot
+from vtclip.machine import Stopwatch, choose_device, set_threads
+from vtclip.runs import result
+from vtclip.runs.adapter import Adapter, load_adapter, save_adapter
+from vtclip.runs.encoders import saved_encoders
+from vtclip.runs.extend_head import NewClasses, check_can, extended, is_exact, keeps_images, note_of
+from vtclip.runs.folder import removed_if_empty
+from vtclip.runs.result import RESULT, Run
+from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
+from vtclip.train import engine
+from vtclip.train.rows import support_of, usual_shots
+
+
+def extend(
+    run: str | Path | Run,
+    folder: str | Path,
+    *,
+    out: str | Path,
+    name: str | None = None,
+    shots: int | None = None,
+    model: str | Path | None = None,
+    device: str | torch.device | None = None,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> Run:
+    """A new run in `out` over the classes of `run` and those of `folder`, evaluated once.
+
+    folder: images of one class, called like the folder or `name`; a folder of class folders; or a
+        features folder or .npz table of other classes, where the run was fitted on one.
+    shots: images per new class for heads that keep images; None takes as many as the run had, or
+        the next of 16, 8, 4, 2, 1 that every new class has. Other heads take none. Half of each new
+        class is held out, by the run's own rule and share.
+    model: another place of the encoder's weights (see vtclip.clip).
+
+    The result has `before` (the run's own classes, named among these alone), `old_classes` and
+    `new_classes` (test images of either, named among all), each zero-shot and adapted, and
+    over all test images `zero_shot`, `adapted` and `accuracy`. Zero-shot is the run's encoder with
+    the class texts alone, tuned where the run tuned it. `extended_from` names the run by its
+    digests. Nothing is written where anything is refused.
+    """
+    run = run if isinstance(run, Run) else Run.load(run)
+    path, target = Path(folder).expanduser(), Path(out).expanduser()
+    where = choose_device(device)
+    set_threads(threads)
+    _check_out(target, run.folder, path)
+    _check_run(run)
+    if shots is not None and shots < 1:
+        raise ValueError(f"shots must be at least 1, got {shots}")
+    adapter = load_adapter(run.folder, device=where)
+    check_can(adapter.head)
+    _check_names(adapter.class_names, path, name)
+    watch = Stopwatch(where)
+    sources = RunSources(run, adapter, where, model, cache_dir, progress)
+    with watch.stage("features"):
+        old = sources.rows()
+        passes = sources.options["augment_passes"] if keeps_images(adapter.head) else 0
+        added = sources.added(path, name, passes)
+    class_names = check_class_names([*adapter.class_names, *added.class_names])
+    split, shots = _split(run, adapter.head, added, shots)
+    with watch.stage("extend"):
+        larger = replace(
+            adapter, head=_extended_head(sources, added, split), class_names=class_names
+        )
+    labels = torch.arange(len(adapter.class_names), len(class_names))
+    new = SourceRows(added, split.test, labels)
+    with watch.stage("evaluate"):
+        values = _evaluated(adapter, larger, old, new, run.result["zero_shot"]["temperature"])
+    entry = {
+        "source": str(path.resolve()),
+        "name": name,
+        "classes": added.class_names,
+        "shots": shots,
+        "learns": keeps_images(adapter.head),
+        "images": added.info["digests"]["images"],
+        "split": split.digest,
+    }
+    digest = _save_adapter(target, sources, larger)
+    contents = _contents(run, adapter.head, class_names, values, [*old, new], split, watch)
+    contents["digests"]["adapter"] = digest
+    contents["sources"] = [*sources_of(run), entry]
+    return Run.write(target, contents)
+
+
+def _extended_head(sources: RunSources, added: Records, split: Split) -> Head:
+    support, adapter = None, sources.adapter
+    if len(split.train):
+        rows = engine.TrainingRows(added, split.train)
+        support = support_of(rows, split.train, sources.device)
+        support = support._replace(label=support.label + len(adapter.class_names))
+    new = NewClasses(added.class_names, added.text, added.text_views, support, sources.clip)
+    larger: Head = extended(adapter.head, new)
+    return larger
+
+
+def _evaluated(
+    before: Adapter,
+    after: Adapter,
+    old: Sequence[SourceRows],
+    new: SourceRows,
+    zero_shot_temperature: float | None,
+) -> Json:
+    """Metrics of zero-shot and of the head, over the old classes and then over all."""
+    known = before.head
+    zero_shot = ZeroShot(known.text, logit_scale=known.logit_scale)
+    text = torch.cat([known.text, new.records.text.to(known.text)])
+    heads: dict[str, tuple[Head, Head, float | None]] = {
+        "zero_shot": (zero_shot, zero_shot.with_text(text), zero_shot_temperature),
+        "adapted": (known, after.head, before.temperature),
+    }
+    device = known.text.device
+    places = {"old_classes": old, "new_classes": [new], "all": [*old, new]}
+    values: Json = {place: {} for place in ("before", *places)}
+    for which, (small, large, T) in heads.items():
+        values["before"][which] = metrics_over(small, old, before.class_names, T, device)
+        for place, rows in places.items():
+            values[place][which] = metrics_over(large, rows, after.class_names, T, device)
+    return {**values, **values.pop("all")}
+
+
+def _contents(
+    run: Run,
+    head: Head,
+    class_names: list[str],
+    values: Json,
+    sources: Sequence[SourceRows],
+    split: Split,
+    watch: Stopwatch,
+) -> Json:
+    """The result of the extended run; what it has in common with `run` is taken from there."""
+    held_out = {**split.counts(), "val": 0}  # nothing is chosen again
+    return result.make(
+        values,
+        watch,
+        **{name: run.result[name] for name in ("method", "source", "shots", "seed")},
+        config=run.result["config"],
+        digests=dict(run.result["digests"]),
+        split=run.result["split"],
+        classes=class_names,
+        images={role: run.result["images"][role] + n for role, n in held_out.items()},
+        unreadable=[line for rows in sources for line in result.unreadable(rows.records)],
+        extension={"exact": is_exact(head), "note": note_of(head)},
+        extended_from={
+            "run": str(run.folder.resolve()),
+            "result": json_digest(run.result),
+            **{key: run.result["digests"].get(key) for key in ("adapter", "split", "images")},
+        },
+    )
+
+
+def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Split, int]:
+    """Held-out and support rows of the new classes, and the shots, 0 for heads that keep none."""
+    fraction = run.result["config"]["test_fraction"]
+    if not keeps_images(head):
+        shots = 0
+    elif shots is None:
+        shots = _usual(run.result["shots"], added, fraction)
+    split = few_shot_split(
+        added.label,
+        added.names,
+        shots=shots,
+        seed=run.result["seed"],
+        test_fraction=fraction,
+        class_names=added.class_names,
+    )
+    counts = torch.bincount(added.label[split.test], minlength=len(added.class_names))
+    if int(counts.min()) == 0:
+        k = int(counts.argmin())
+        total = int((added.label == k).sum())
+        raise ValueError(
+            f"extend: class {added.class_names[k]!r} has {total} images, too few to hold out "
+            f"{fraction:g} of them"
+        )
+    return split, shots
+
+
+def _usual(wanted: int, added: Records, fraction: float) -> int:
+    """The run's shots where every new class has them besides its test share, else fewer."""
+    counts = torch.bincount(added.label, minlength=len(added.class_names)).tolist()
+    enough = min(count - int(count * fraction) for count in counts) >= wanted
+    return wanted if enough else min(wanted, usual_shots(added, fraction))
+
+
+def _check_run(run: Run) -> None:
+    if "config" not in run.result or "split" not in run.result:
+        raise ValueError(f"not a vtclip run: {run.folder / RESULT} lacks its config or its split")
+    if run.result["config"].get("base_to_new"):
+        raise ValueError(
+            f"extend: {run.folder} is a base-to-new run, whose other half of the classes is new "
+            "already; fit one without base_to_new"
+        )
+
+
+def _check_out(out: Path, run: Path, folder: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"out {out} exists; give a new folder")
+    for what, place in ("run", run), ("folder of new classes", folder):
+        if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
+            raise ValueError(f"out {out} lies inside the {what} {place}")
+
+
+def _check_names(known: list[str], path: Path, name: str | None) -> None:
+    """Refuse names that the run has already before any image is read."""
+    if source_kind(path) == "folder":
+        check_class_names([*known, *new_classes(path, name).class_names])
+
+
+def _save_adapter(out: Path, sources: RunSources, adapter: Adapter) -> str:
+    with ExitStack() as held:
+        held.enter_context(removed_if_empty(out))
+        held.enter_context(only_writer(out))
+        if adapter.features.get("encoders") is not None:
+            held.enter_context(saved_encoders(out, sources.clip()))
+        return save_adapter(out, adapter)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `vtclip.fit` was asked for: one value, checked before any work, written to the result.
+
+A run's `config` in result.json is the record of its request, and `vtclip.repeat` reads the request
+back from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtclip.data.options import Draw, FeatureOptions
+from vtclip.data.sets import SetSource, as_source
+from vtclip.data.sources import source_kind
+from vtclip.files import Json
+from vtclip.heads import HEADS
+from vtclip.heads.config import FitConfig, check_seed
+from vtclip.machine import check_threads
+from vtclip.names import SHOTS, pick
+from vtclip.runs.base_to_new import check_method
+from vtclip.train.finetune_config import FinetuneConfig, get_config
+from vtclip.train.methods import recipe_config
+from vtclip.train.pseudo_labels import check_pseudo_labels
+
+TRAINS_ENCODERS = "rada"
+# options that a record holds under their own names
+RECORDED = (
+    "model",
+    "spatial",
+    "prompt",
+    "templates",
+    "augment_passes",
+    "test_fraction",
+    "base_to_new",
+    "pseudo_labels",
+    "train_encoders",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRequest:
+    """The options of `vtclip.fit`, where each is explained; a wrong one is a ValueError at once."""
+
+    source: Path | SetSource
+    method: str
+    shots: int | None = None
+    seed: int = 1
+    model: str = "demo"
+    spatial: str | None = None
+    prompt: str | None = None
+    templates: Sequence[str] | None = None
+    test_fraction: float = 0.5
+    augment_passes: int = 0
+    train_encoders: bool = False
+    base_to_new: bool = False
+    pseudo_labels: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    out: str | Path | None = None
+    overwrite: bool = False
+    resume: bool = False
+    device: torch.device = torch.device("cpu")
+    threads: int | None = None
+    cache_dir: str | Path | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        pick("method", self.method, HEADS)
+        if self.shots is not None and self.shots < 0:
+            raise ValueError(f"shots must be at least 0, got {self.shots}")
+        check_seed(self.seed)
+        check_threads(self.threads)
+        if self.overwrite and self.resume:
+            raise ValueError("overwrite and resume exclude each other")
+        if self.pseudo_labels:
+            check_pseudo_labels(
+                self.method,
+                self.shots,
+                base_to_new=self.base_to_new,
+                train_encoders=self.train_encoders,
+            )
+        if isinstance(self.source, SetSource):
+            self.source.refuse(
+                train_encoders=self.train_encoders,
+                prompt=self.prompt,
+                test_fraction=None if self.test_fraction == 0.5 else self.test_fraction,
+            )
+        if self.train_encoders:
+            self._check_encoders(self.source)
+            return
+        if self.base_to_new:
+            check_method(self.method, self.overrides)
+        shots = self.known_shots
+        self.settings(max(SHOTS) if shots is None else shots)
+
+    def _check_encoders(self, source: Path | SetSource) -> None:
+        """Refuse options of frozen features, which mean nothing where the encoders change."""
+        for name in ("spatial", "prompt", "augment_passes", "base_to_new"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"train_encoders: {name} must be left out, got {getattr(self, name)!r}"
+                )
+        if self.method != TRAINS_ENCODERS:
+            raise ValueError(
+                f"train_encoders: method must be {TRAINS_ENCODERS}, got {self.method!r}"
+            )
+        kind = "set" if isinstance(source, SetSource) else source_kind(source)
+        if kind != "folder":
+            what = "an .npz table" if kind == "npz" else "a features folder"
+            raise ValueError(
+                f"train_encoders: source must be an image folder, got {what}: {source}"
+            )
+        if self.shots == 0:
+            raise ValueError("shots must be at least 1 to train, got 0")
+        self.encoder_settings(1)
+
+    @property
+    def known_shots(self) -> int | None:
+        """The shots, where they do not depend on how many images the source has."""
+        if self.shots is not None:
+            return self.shots
+        if self.pseudo_labels:
+            return max(SHOTS)
+        if isinstance(self.source, SetSource):
+            return 0 if self.source.spec.test_only else max(SHOTS)
+        return None
+
+    def settings(self, shots: int) -> FitConfig:
+        """The recipe of the method for `shots`, with the overrides in place of some."""
+        return recipe_config(self.method, shots, self.overrides)
+
+    def encoder_settings(self, images: int) -> FinetuneConfig:
+        """How the encoders are trained on so many images, with the overrides in place of some."""
+        overrides = {name: value for name, value in self.overrides.items() if value is not None}
+        if overrides.pop("optimizer", "adamw") != "adamw":
+            raise ValueError("optimizer: encoders are trained with adamw, got 'sgd'")
+        names = [field.name for field in dataclasses.fields(FinetuneConfig)]
+        for name in overrides:
+            pick("override", name, [name for name in names if name != "recipe"])
+        return get_config(images, model=self.model, overrides=overrides)
+
+    @property
+    def features(self) -> FeatureOptions:
+        return FeatureOptions(
+            model=self.model,
+            spatial=self.spatial,
+            need_spatial=HEADS[self.method].needs_spatial,
+            prompt=self.prompt,
+            templates=None if self.templates is None else list(self.templates),
+            augment_passes=self.augment_passes,
+            cache_dir=self.cache_dir,
+            device=str(self.device),
+            progress=self.progress,
+        )
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.known_shots or 0, self.seed, pool=self.pseudo_labels)
+
+    def as_config(self, shots: int, settings: FitConfig | FinetuneConfig) -> Json:
+        """The record of the request, with the shots and settings that it came to."""
+        source = self.source
+        record = {
+            "source": str(source.resolve()),
+            "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
+            "shots": shots,
+            "model": str(self.model),
+            "spatial": self.spatial,
+            "prompt": self.prompt,
+            "templates": None if self.templates is None else list(self.templates),
+            "augment_passes": self.augment_passes,
+            "test_fraction": self.test_fraction,
+            "train_encoders": self.train_encoders,
+            "base_to_new": self.base_to_new,
+            "pseudo_labels": self.pseudo_labels,
+            "fit": dataclasses.asdict(settings),
+        }
+        absent = ["train_encoders"]
+        if self.train_encoders:
+            absent = ["data", "shots", "base_to_new", "pseudo_labels"]
+        return {name: value for name, value in record.items() if name not in absent}
+
+    @classmethod
+    def from_config(cls, config: Json, *, method: str, shots: int, **others: Any) -> FitRequest:
+        """The request behind a record; older ones lack `shots` and options that came later.
+
+        others: what a record does not hold (seed, device, threads, out, ...).
+        """
+        shots = config.get("shots", shots)
+        encoders = bool(config.get("train_encoders"))
+        return cls(
+            source=as_source(config["source"], config.get("data")),
+            method=method,
+            shots=shots,
+            overrides=_overrides(config["fit"], method, shots, encoders),
+            **{name: config[name] for name in RECORDED if name in config},
+            **others,
+        )
+
+
+def _overrides(settings: Json, method: str, shots: int, encoders: bool) -> Json:
+    """The settings of a run that its recipe does not give today; of trained encoders, all."""
+    if encoders:
+        return {name: value for name, value in settings.items() if name != "recipe"}
+    recipe = dataclasses.asdict(HEADS[method].recipe(shots))
+    # a setting that was added after the run has the value that means what was done then
+    settings = {**dataclasses.asdict(FitConfig(settings["epochs"])), **settings}
+    other = {name: value for name, value in settings.items() if recipe.get(name) != value}
+    if "head" in other:
+        other["head"] = {
+            name: value
+            for name, value in settings["head"].items()
+            if recipe["head"].get(name) != value
+        }
+    return other

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: `result.json`, its table, and where it was made."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vtclip import __version__
+from vtclip.backends import native
+from vtclip.files import Json, read_json, to_json, write_atomic
+from vtclip.machine import peak_memory_mb
+
+if TYPE_CHECKING:
+    from vtclip.data.records import Records
+from vtclip.machine import Stopwatch
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and the contents of its `result.json`."""
+
+    folder: Path
+    result: Json
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers on the test images, 0..1."""
+        return float(self.result["accuracy"])
+
+    @classmethod
+    def write(cls, folder: Path, result: Json) -> Run:
+        """Save `result` in `folder`, as it will be read back."""
+        run = cls(folder, json.loads(to_json(result)))
+        run.save()
+        return run
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        folder = Path(folder).expanduser()
+        return cls(folder, read_json(folder / RESULT, "a vtclip run"))
+
+    def save(self) -> None:
+        write_atomic(self.folder / RESULT, to_json(self.result))
+
+    def table(self) -> str:
+        return table(self.result)
+
+
+def make(
+    values: Json,
+    watch: Stopwatch,
+    *,
+    method: str,
+    source: str,
+    shots: int,
+    seed: int,
+    config: Json,
+    digests: Mapping[str, str | None],
+    split: str,
+    classes: Sequence[str],
+    images: Mapping[str, int],
+    unreadable: Sequence[str],
+    **others: object,
+) -> Json:
+    """The contents of `result.json`.
+
+    values: metrics of the decisions `zero_shot` and `adapted`, and of others where there are any.
+    config: the record of the request; digests and split: of what the run was made from.
+    images: training, validation and test images; `unreadable` ones are not among them.
+    """
+    device = watch.device or torch.device("cpu")
+    return {
+        "method": method,
+        "source": source,
+        "shots": shots,
+        "seed": seed,
+        "zero_shot": values["zero_shot"],
+        "adapted": values["adapted"],
+        "accuracy": values["adapted"]["accuracy"],
+        "seconds": {**watch.seconds, "total": sum(watch.seconds.values())},
+        "peak_memory_mb": peak_memory_mb(device),
+        "memory_mb": watch.memory_mb,
+        "device": device_name(device),
+        "environment": environment(device),
+        "versions": versions(),
+        "revision": revision(),
+        "config": config,
+        "digests": digests,
+        "split": split,
+        "classes": classes,
+        "images": images,
+        "test": {"images": images["test"], "unreadable": unreadable},
+        **{name: value for name, value in values.items() if name not in ("zero_shot", "adapted")},
+        **others,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    installed: dict[str, str | None] = {"vtclip": __version__, "python": platform.python_version()}
+    for name in ("torch", "open_clip_torch", "triton", "numpy", "pillow", "safetensors"):
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = None
+    return installed
+
+
+@functools.cache
+def revision() -> str | None:
+    """The git commit of a checkout, "-dirty" where tracked files differ; None when installed.
+
+    It is that of the process: what was imported does not change with a later commit.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("-dirty" if _git(root, "status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
+
+
+def environment(device: torch.device) -> Json:
+    """What else decides the last bits of a result: device, threads, instruction sets, processes."""
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": {
+            "torch": torch.backends.cpu.get_cpu_capability(),
+            "vtclip": native.build_info().get("instructions"),
+        },
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            names = [line.partition(":")[2] for line in file if line.startswith("model name")]
+        return names[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def named_classes(values: Json, class_names: list[str]) -> Json:
+    per_class = dict(zip(class_names, values["per_class"], strict=True))
+    return {**values, "per_class": per_class}
+
+
+def unreadable(records: Records) -> list[str]:
+    """Files of the source that could not be read, as "name: reason"; no number counts them."""
+    return [f"{name}: {reason}" for name, reason in records.info.get("skipped", [])]
+
+
+COLUMNS = {"accuracy": 9, "95 % interval": 14, "macro-F1": 9, "NLL": 8, "ECE": 8}
+COLUMNS |= {"NLL at T": 9, "ECE at T": 9, "T": 7}
+
+
+def table(result: Json) -> str:
+    """Zero-shot against adapted, one line each; T is the temperature fitted on validation.
+
+    A base-to-new run has these lines for either half of the classes.
+    """
+    names = {"zero_shot": "zero-shot"}
+    if result["method"] != "zeroshot":
+        names["adapted"] = result["method"]
+    if "harmonic_mean" not in result:
+        lines = rows_table({name: result[key] for key, name in names.items()})
+        return f"{compared(result['candidates'])}\n{lines}" if "candidates" in result else lines
+    rows = {
+        f"{part} {name}": result[part][key]
+        for part in ("base", "new")
+        for key, name in names.items()
+    }
+    mean = result["harmonic_mean"]
+    shares = ", ".join(f"{name} {100 * mean[key]:.2f} %" for key, name in names.items())
+    return f"{rows_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
+
+
+def compared(candidates: Sequence[Json]) -> str:
+    """What validation images said of each candidate, one line each, and which were kept."""
+    count = max((row.get("count", 0) for row in candidates), default=0)
+    where = f"{count} validation images" if count else "no validation images"
+    lines = [f"{where:<24} {'accuracy':>9} {'NLL at T':>9} {'T':>7} {'seconds':>8}"]
+    for row in candidates:
+        accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else "-"
+        cells = _number(row.get("nll_scaled")), _number(row.get("temperature"))
+        kept = f"  kept, weight {row['weight']:.2f}" if row["weight"] else ""
+        line = f"{row['method']:<24} {accuracy:>9} {cells[0]:>9} {cells[1]:>7}"
+        lines.append(f"{line} {row['seconds']:>8.1f}{kept}")
+    return "\n".join(lines)
+
+
+def rows_table(rows: Mapping[str, Json]) -> str:
+    first = max(len(name) for name in rows) + 1
+    lines = [" " * first + "".join(f" {name:>{width}}" for name, width in COLUMNS.items())]
+    for name, row in rows.items():
+        low, high = row["interval95"]
+        cells = [
+            f"{100 * row['accuracy']:.2f} %",
+            f"{100 * low:.1f}-{100 * high:.1f} %",
+            f"{100 * row['macro_f1']:.2f} %",
+            *(
+                _number(row[key])
+                for key in ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
+            ),
+        ]
+        widths = COLUMNS.values()
+        line = "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        lines.append(f"{name:<{first}}{line}")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

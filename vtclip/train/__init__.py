@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: rows, losses, loops, and what validation images choose; no files but checkpoints."""

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--method auto`: fit several methods on the same shots, keep what validation images prefer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtclip.data.records import Records
+from vtclip.data.splits import Split
+from vtclip.heads import HEADS, Head
+from vtclip.heads.auto import Auto
+from vtclip.train import engine, metrics
+from vtclip.train.fit_head import choose_by, fit_head
+
+CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
+# Chosen by benchmarks/choose_auto.py on images that neither train nor test.
+TRUSTED = ("proker", "rada", "vtclip")  # share the weight equally before validation speaks
+DOUBTED = 0.5  # of a trusted one's prior weight, for each of the others
+STRENGTH = 20.0  # images that the prior weighs as much as
+MAX_MEMBERS = 4
+MAX_FOLDS = 4
+VAL_FOLDS = 5
+REPORTED = ("accuracy", "nll_scaled", "temperature", "count")
+
+
+def candidates(records: Records) -> list[str]:
+    """The methods that these features allow."""
+    able = records.has_spatial
+    return [name for name in CANDIDATES if able or not HEADS[name].needs_spatial]
+
+
+def fit_auto(
+    records: Records,
+    split: Split,
+    shots: int,
+    *,
+    device: torch.device,
+    seed: int,
+    log: Callable[[dict[str, object]], None],
+    progress: bool = False,
+) -> tuple[Auto, list[dict[str, Any]]]:
+    """The average, and for each candidate what validation images say of it and what it cost.
+
+    Every candidate is fitted as it would be by its own name. Where there are no validation images,
+    a cross-validation over the shots (`folds`) takes their place, and what it chose is then fitted
+    on all of them.
+    """
+
+    def fitted(name: str, part: Split) -> Head:
+        return fit_head(
+            name,
+            records,
+            part,
+            HEADS[name].recipe(shots),
+            device=device,
+            seed=seed,
+            log=lambda row: log({"candidate": name, **row}),
+            progress=progress,
+            choose=False,
+        )
+
+    heads: dict[str, Head] = {}
+    logits: dict[str, Tensor] = {}
+    label = torch.empty(0, dtype=torch.long)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in candidates(records):
+        started = time.perf_counter()
+        heads[name] = fitted(name, split)
+        parts = folds(records, split) if len(split.val) == 0 else [split]
+        seen = []
+        for part in parts:
+            head = heads[name] if part is split else fitted(name, part)
+            seen.append(unseen_logits(head, records, part.val, device))
+        rows[name] = {"method": name}
+        if seen:
+            logits[name], label = (torch.cat(column) for column in zip(*seen, strict=True))
+            temperature = metrics.fit_temperature(logits[name], label)
+            values = metrics.report(logits[name], label, temperature)
+            rows[name] |= {key: values[key] for key in REPORTED}
+        choose_by(heads[name], records, split.val, device)
+        rows[name]["seconds"] = time.perf_counter() - started
+    chosen = choose_weights(logits or {name: torch.empty(0, 1) for name in heads}, label)
+    for name, row in rows.items():
+        row["weight"] = chosen.get(name, 0.0)
+    members = [
+        {
+            "method": name,
+            "options": heads[name].options(),
+            "temperature": rows[name].get("temperature", 1.0),
+            "weight": weight,
+        }
+        for name, weight in chosen.items()
+    ]
+    average = Auto(records.text.to(device), members=members, logit_scale=records.logit_scale)
+    for member, name in zip(average.heads, chosen, strict=True):
+        member.load_state_dict(heads[name].state_dict())
+    return average.to(device).eval(), list(rows.values())
+
+
+def folds(records: Records, split: Split) -> list[Split]:
+    """Up to MAX_FOLDS splits of the training rows: each row validates once; none for one shot.
+
+    Rows go round by their order within their class, so that every fold has every class to train on.
+    """
+    label = records.label[split.train]
+    counts = torch.bincount(label)
+    order = torch.zeros_like(label)
+    for k in counts.nonzero().flatten().tolist():
+        order[label == k] = torch.arange(int(counts[k]))
+    smallest = int(counts[counts > 0].min()) if len(label) else 0
+    number = min(MAX_FOLDS, smallest)
+    if number < 2:
+        return []
+    parts = [(order % number) == i for i in range(number)]
+    return [
+        dataclasses.replace(split, train=split.train[~part], val=split.train[part])
+        for part in parts
+    ]
+
+
+def unseen_logits(
+    head: Head, records: Records, val: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Logits and labels of the rows `val`, none of which its own hyper-parameters saw.
+
+    A head that chooses by validation images does so for each of VAL_FOLDS parts of them by the
+    others: judged by the rows that it chose by, it would look better than it is. `head` has not
+    chosen yet, and does not here.
+    """
+    rows = engine.TrainingRows(records, val)
+    logits, label = engine.all_logits(head, rows, val, device=device)
+    if not head.chooses or len(val) < 2:
+        return logits, label
+    order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
+    for part in order.chunk(VAL_FOLDS):
+        others = torch.ones(len(val), dtype=torch.bool)
+        others[part] = False
+        chosen = copy.deepcopy(head)
+        choose_by(chosen, records, val[others], device)
+        logits[part] = engine.all_logits(chosen, rows, val[part], device=device)[0]
+    return logits, label
+
+
+def choose_weights(logits: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
+    """Method to weight w: what makes the average most likely, held near a prior.
+
+        max over w  sum_n log sum_i w_i p_i(label_n) + STRENGTH * sum_i prior_i log w_i
+
+    by expectation maximisation, and of the result the MAX_MEMBERS heaviest. logits: of each
+    candidate [N, K] on the N validation images, each at the temperature that suits it there
+    (metrics.fit_temperature). The prior is what 20 images could outweigh: few validation images
+    rank methods badly, and the average of methods that err differently is better than most.
+    """
+    names = list(logits)
+    prior = torch.tensor([1.0 if name in TRUSTED else DOUBTED for name in names]).double()
+    prior /= prior.sum()
+    true = torch.ones(len(label), len(names), dtype=torch.float64)
+    if len(label):
+        for i, rows in enumerate(logits.values()):
+            log_p = (rows.double() / metrics.fit_temperature(rows, label)).log_softmax(dim=1)
+            true[:, i] = log_p.gather(1, label[:, None])[:, 0].exp()
+    weight = prior
+    for _ in range(500):
+        share = weight * true.clamp(min=1e-30)
+        weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + STRENGTH * prior
+        weight = weight / weight.sum()
+    heaviest = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
+    total = float(weight[heaviest].sum())
+    return {names[i]: float(weight[i]) / total for i in heaviest}

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a running fit, in one safetensors file: weights, optimizer, random state, step.
+
+The file carries what the run is (`identity`) and a digest of its tensors; another run's file, a cut
+file and a flipped bit are refused. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_bytes
+from torch import Tensor, nn
+
+from vtclip.files import read_safetensors, tensors_digest, to_json, write_atomic
+
+
+class Checkpoint:
+    """Saves and restores one fit at `path`; `identity` is what must be equal to go on with it."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.identity: dict[str, Any] = json.loads(to_json(identity))
+
+    def save(
+        self, head: nn.Module, optimizer: torch.optim.Optimizer, step: int, loss_sum: float
+    ) -> None:
+        tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
+        for number, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{number}.{name}"] = value
+        tensors["random.cpu"] = torch.get_rng_state()
+        if any(value.is_cuda for value in tensors.values()):
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        # clones: a view would drag its whole storage into the file
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        state_json = {"step": step, "loss_sum": loss_sum.hex(), "identity": self.identity}
+        metadata = {"state": to_json(state_json).decode(), "digest": tensors_digest(tensors)}
+        write_atomic(self.path, save_bytes(tensors, metadata))
+
+    def load(self, head: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+        """Put the saved state back; answers the steps done and the epoch's sum of losses so far."""
+        tensors, metadata = read_safetensors(self.path, "a vtclip checkpoint")
+        state_json = json.loads(metadata["state"])
+        for name, wanted in self.identity.items():
+            if state_json["identity"].get(name) != wanted:
+                raise ValueError(
+                    f"cannot resume from {self.path}: {name} was "
+                    f"{_short(state_json['identity'].get(name))}, now it is {_short(wanted)}"
+                )
+        parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}, "random": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        own = {name: value.shape for name, value in head.state_dict().items()}
+        for name in sorted(own.keys() | parts["head"].keys()):
+            saved = parts["head"].get(name)
+            if saved is None or saved.shape != own.get(name):
+                fact = f"{name} differs between the checkpoint and the head of this version"
+                raise ValueError(f"cannot resume from {self.path}: {fact}")
+        head.load_state_dict(parts["head"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts["optimizer"].items():
+            number, _, rest = name.partition(".")
+            state.setdefault(int(number), {})[rest] = value
+        optimizer.load_state_dict(
+            {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+        torch.set_rng_state(parts["random"]["cpu"])
+        if "cuda" in parts["random"]:
+            torch.cuda.set_rng_state(parts["random"]["cuda"])
+        return int(state_json["step"]), float.fromhex(state_json["loss_sum"])
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of both CLIP towers with a head on top, in one process or several.
+
+Step n draws the images of the shuffled epoch (random crop and flip), one template per class, and
+minimises cross-entropy plus the head's penalty. Order, crops and templates are functions of seed,
+epoch, image and step alone: a resumed run and a run in several processes see the same ones. For
+the same reason every module stays in evaluation mode: batch norms keep their statistics (their
+weights are trained), and dropout, which open_clip's models have none of by default, stays off.
+
+Several processes: images and class texts are split, the text features gathered with their
+gradient, and gradients averaged by DistributedDataParallel. The loss of a process is its images'
+part of the mean over the whole batch, times the number of processes, so that the average is the
+gradient of that mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from vtclip.clip import Clip
+from vtclip.clip.augment import pass_generator
+from vtclip.data.images import ImageError, content_digest, decode, read_file
+from vtclip.data.threads import ahead, decode_pool
+from vtclip.distributed import Interrupted, World
+from vtclip.files import Json
+from vtclip.heads import Head
+from vtclip.train import metrics
+from vtclip.train.checkpoint import Checkpoint
+from vtclip.train.finetune_config import FinetuneConfig
+from vtclip.train.rows import shuffled
+from vtclip.train.steps import backward, not_finite
+
+MAX_SCALE = 100.0  # CLIP's own bound on the logit scale
+VALIDATION_BATCH = 256
+AHEAD = 128  # decoded images that wait for their step
+
+
+class TrainingImages:
+    """The files of the rows that training may see; any other row is an IndexError."""
+
+    def __init__(
+        self,
+        root: Path,
+        manifest: Json,
+        clip: Clip,
+        *indices: Tensor,
+        seed: int,
+        least_area: float,
+    ) -> None:
+        self.label = torch.tensor(manifest["label"], dtype=torch.long)
+        self._root, self._clip, self._seed, self._least_area = root, clip, seed, least_area
+        self._names: list[str] = manifest["names"]
+        self._digests: list[str] = manifest["digests"]
+        self._allowed = torch.zeros(len(self._names), dtype=torch.bool)
+        for index in indices:
+            self._allowed[index] = True
+
+    def stream(self, rows: Tensor, epoch: int | None) -> Iterator[Tensor]:
+        """Pixels [3, H, W] of `rows` in order: a random view of `epoch`, or None for the plain."""
+        outside = rows[~self._allowed[rows]]
+        if len(outside):
+            raise IndexError(f"row {int(outside[0])} is neither a training nor a validation row")
+        with decode_pool() as pool:
+            yield from ahead(pool, lambda row: self._load(row, epoch), rows.tolist(), AHEAD)
+
+    def _load(self, row: int, epoch: int | None) -> Tensor:
+        path, digest = self._root / self._names[row], self._digests[row]
+        data = read_file(path)
+        if content_digest(data) != digest:
+            raise ImageError(path, "the file changed after the run began")
+        image = decode(data, path)
+        if epoch is None:
+            return self._clip.preprocess(image)
+        generator = pass_generator(f"{digest} seed {self._seed}", epoch)
+        return self._clip.augment(image, generator, self._least_area)
+
+
+class Encoders(nn.Module):
+    """Both towers of a CLIP and a head over them, as one module to train."""
+
+    def __init__(self, clip: Clip, head: Head, world: World | None = None) -> None:
+        super().__init__()
+        self.model, self.head = clip.model, head
+        self.world = world or World()
+        self.device_type = clip.device.type
+
+    def forward(self, pixels: Tensor, tokens: Tensor, bf16: bool) -> tuple[Tensor, Tensor]:
+        """pixels [B, 3, H, W], tokens [K, context] -> logits [B, K], penalty [B], float32.
+
+        B are this process's images, K all classes; the tokens are the same in all processes.
+        """
+        mine = self.world.padded_share(len(tokens)).to(tokens.device)
+        model: Any = self.model
+        head: Any = self.head
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=bf16):
+            image, text = model.encode_image(pixels), model.encode_text(tokens[mine])
+        classes = self.world.gather(text.float(), len(tokens))
+        scale = model.logit_scale.float().exp().reshape(())
+        logits, penalty = head.forward_with_penalty(image.float(), classes, scale)
+        return logits, penalty
+
+
+def make_trainable(
+    module: Encoders, size: int | list[int], tokens: Tensor, device: torch.device
+) -> None:
+    """Switch on what the loss depends on; what it does not (e.g. a caption decoder) stays frozen.
+
+    Found by one backward pass over a blank image.
+    """
+    module.eval().requires_grad_(True)
+    height, width = (size, size) if isinstance(size, int) else size
+    blank = torch.zeros(1, 3, height, width, device=device)
+    logits, penalty = module(blank, tokens.to(device), False)
+    (logits.sum() + penalty.sum()).backward()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+
+
+def build_optimizer(module: Encoders, config: FinetuneConfig) -> torch.optim.AdamW:
+    """AdamW in four groups: encoders and head, each with decayed matrices and the rest."""
+    groups = []
+    for part, peak in (module.model, config.lr), (module.head, config.head_lr):
+        parameters = [p for p in part.parameters() if p.requires_grad]
+        for decay, chosen in (
+            (config.weight_decay, [p for p in parameters if p.ndim >= 2]),
+            (0.0, [p for p in parameters if p.ndim < 2]),
+        ):
+            groups.append({"params": chosen, "lr": peak, "peak": peak, "weight_decay": decay})
+    return torch.optim.AdamW(groups)
+
+
+def drawn_templates(count: int, classes: int, seed: int, number: int) -> Tensor:
+    """The template [K] of each class at step `number`."""
+    seeded = hashlib.sha256(f"templates seed {seed} step {number}".encode()).digest()[:8]
+    generator = torch.Generator().manual_seed(int.from_bytes(seeded, "little") >> 1)
+    return torch.randint(count, (classes,), generator=generator)
+
+
+def check_batch(config: FinetuneConfig, world: World) -> None:
+    if config.batch_size < world.size:
+        raise ValueError(
+            f"batch_size must give each of {world.size} processes an image, got {config.batch_size}"
+        )
+
+
+def fit(
+    module: Encoders,
+    images: TrainingImages,
+    tokens: Tensor,
+    train_index: Tensor,
+    config: FinetuneConfig,
+    *,
+    world: World,
+    device: torch.device,
+    seed: int,
+    validate: Callable[[], dict[str, float]],
+    log: Callable[[Json], None] | None,
+    checkpoint: Checkpoint | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> None:
+    """Train `module` in place; the weights of the last step stay in it.
+
+    tokens: [T, K, context] of T templates. An epoch is floor(N / batch_size) full batches. Only
+    the first process logs, validates and saves. A loss or gradient that is not finite raises
+    FloatingPointError before its step; SIGINT or SIGTERM in any process saves a checkpoint after
+    the running step and raises `Interrupted` in all.
+    """
+    check_batch(config, world)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = build_optimizer(module, config)
+    steps = max(1, len(train_index) // config.batch_size)  # per epoch
+    total, tokens = config.epochs * steps, tokens.to(device)
+    classes = torch.arange(tokens.shape[1], device=device)
+    scale: Any = module.model.logit_scale
+    bound = max(math.log(MAX_SCALE), float(scale.detach().max()))
+    torch.manual_seed(seed)
+    first, loss_sum = checkpoint.load(module, optimizer) if resume and checkpoint else (0, 0.0)
+    parallel = in_parallel(module, world, device)
+    feed: Iterator[Tensor] = iter(())
+    order, started = train_index, time.perf_counter()
+
+    quiet = None if progress and world.first else True  # None: quiet without a terminal
+    with world.stop_signal() as stop:
+        for number in tqdm(range(first, total), "train", disable=quiet, initial=first, total=total):
+            epoch, step = divmod(number, steps)
+            if step == 0 or number == first:
+                order = shuffled(train_index, seed, epoch)
+                left = [world.share(rows) for rows in _batches(order, config.batch_size, steps)]
+                feed = images.stream(torch.cat(left[step:]), epoch)
+            rate = set_rate(optimizer, config, number, total)
+            rows = order[step * config.batch_size : (step + 1) * config.batch_size]
+            mine = world.share(rows)
+            pixels = torch.stack([next(feed) for _ in mine.tolist()]).to(device)
+            template = drawn_templates(len(tokens), len(classes), seed, number).to(device)
+            logits, penalty = parallel(
+                pixels, tokens[template, classes], config.precision == "bf16"
+            )
+            loss = F.cross_entropy(logits, images.label[mine].to(device), reduction="sum")
+            loss = loss + config.penalty_weight * penalty.sum()
+            norm = backward(loss * (world.size / len(rows)), optimizer, parameters).item()
+            here = [loss.item() / len(rows), norm, float(stop.received)]
+            value, norms, stopped = world.sum(here, device)
+            if not math.isfinite(value + norms):
+                raise not_finite(value, number, epoch, rate, rows)
+            optimizer.step()
+            with torch.no_grad():
+                scale.clamp_(max=bound)
+            loss_sum += value
+
+            row = {"epoch": epoch, "step": number + 1, "lr": rate, "loss": value}
+            if step + 1 == steps:
+                row["epoch_loss"], loss_sum = loss_sum / steps, 0.0
+            due = step + 1 == steps and config.is_due(epoch)
+            if due:
+                row |= world.by_first(validate) or {}
+            if checkpoint is not None and (due or stopped):
+                world.by_first(partial(checkpoint.save, module, optimizer, number + 1, loss_sum))
+            if log is not None:
+                log(row | {"seconds": time.perf_counter() - started})
+            if stopped:
+                saved_in = checkpoint.path if checkpoint else None
+                raise Interrupted(stop.received or signal.SIGTERM, number + 1, saved_in)
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        raise FloatingPointError("fit: the last step left weights that are not finite")
+
+
+def in_parallel(module: Encoders, world: World, device: torch.device) -> nn.Module:
+    """The module whose backward averages gradients over all processes; alone, itself."""
+    if world.size == 1:
+        return module
+    place = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=place)
+
+
+def summed_loss(
+    module: nn.Module, pixels: Tensor, tokens: Tensor, label: Tensor, config: FinetuneConfig
+) -> Tensor:
+    """Cross-entropy plus the weighted penalty, summed over the images of this process."""
+    logits, penalty = module(pixels, tokens, config.precision == "bf16")
+    loss: Tensor = F.cross_entropy(logits, label, reduction="sum")
+    loss = loss + config.penalty_weight * penalty.sum()
+    return loss
+
+
+def set_rate(
+    optimizer: torch.optim.Optimizer, config: FinetuneConfig, number: int, total: int
+) -> float:
+    """Set the rates of step `number` of `total`; returns that of the encoders."""
+    rate = config.rate(number, total)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * rate
+    return config.lr * rate
+
+
+def _batches(order: Tensor, size: int, steps: int) -> list[Tensor]:
+    return [order[step * size : (step + 1) * size] for step in range(steps)]
+
+
+@torch.no_grad()
+def validation(
+    module: Encoders, clip: Clip, images: TrainingImages, index: Tensor, text: Callable[[], Tensor]
+) -> dict[str, float]:
+    """Accuracy and NLL of the rows `index`, the texts being the ensemble of all templates."""
+    if len(index) == 0:
+        return {}
+    head: Any = module.head
+    ensemble, scale = text(), module.model.logit_scale.float().exp().reshape(())  # type: ignore[operator]
+    logits, feed = [], images.stream(index, None)
+    for rows in index.split(VALIDATION_BATCH):  # type: ignore[no-untyped-call]
+        image, _ = clip.encode_image(torch.stack([next(feed) for _ in rows.tolist()]))
+        logits.append(head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
+    seen = metrics.report(torch.cat(logits), images.label[index])
+    return {"val_accuracy": seen["accuracy"], "val_nll": seen["nll"]}
