@@ -31,7 +31,7 @@ ENDS = {
     "benchmarks": 0.92,
     "benchmarks with compiled baselines": 1.0,
 }
-TESTS = ("tests/ops", "tests/gpu", "tests/kernels", "tests/test_library.py", "tests/heads")
+TESTS = ("tests/ops", "tests/gpu", "tests/kernels", "tests/backends", "tests/heads")
 # of these nothing runs on a device
 LEFT_OUT = (
     "tests/kernels/test_compile.py",

@@ -6,10 +6,15 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
@@ -17,7 +22,11 @@ if not torch.cuda.is_available():
 from vtclip.backends import native
 from vtclip.ops._select import Problem, select
 
+if TYPE_CHECKING:
+    from vtclip.data.records import Records
+
 ROOT = Path(__file__).parents[1]
+ONE_THREAD = ("bench", "cli", "data", "runs", "train")  # folders of tests on tiny tensors
 IMPLS = ("cpu", "triton", "cuda", "reference")
 
 
@@ -30,6 +39,16 @@ def _seeded() -> Iterator[None]:
     yield
     random.setstate(python)
     torch.set_rng_state(state)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On tiny tensors several processes with spinning threads lose a thousandfold."""
+    threads = torch.get_num_threads()
+    if request.path.parent.name in ONE_THREAD:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -88,3 +107,57 @@ def runnable(impl: str, device: str) -> object:
             pytest.skip(str(refused))
 
     return check
+
+
+@pytest.fixture(scope="session")
+def trees() -> ModuleType:
+    """Small data sets in the layout of the real ones (tests/data/trees.py)."""
+    spec = spec_from_file_location("trees", ROOT / "tests" / "data" / "trees.py")
+    if spec is None or spec.loader is None:
+        raise ImportError("trees.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ANIMALS = ["ant", "bee", "cat", "dog"]
+
+
+def animal_features() -> dict[str, np.ndarray]:
+    """Global features halfway between two classes; one of the nine tokens tells which it is."""
+    K, C, L, per_class = 4, 16, 9, 24
+    generator = torch.Generator().manual_seed(7)
+    text = F.normalize(torch.randn(K, C, generator=generator), dim=-1)
+    label = torch.arange(K).repeat_interleave(per_class)
+    noise = torch.randn(len(label), C, generator=generator) * 0.15
+    image = text[label] + 0.9 * text[(label + 1) % K] + noise
+    spatial = torch.randn(len(label), L, C, generator=generator) * 0.2
+    spatial[torch.arange(len(label)), torch.arange(len(label)) % L] += 2 * text[label]
+    return {
+        "image": image.numpy(),
+        "label": label.numpy(),
+        "text": text.numpy(),
+        "classname": np.array(ANIMALS),
+        "spatial": spatial.numpy(),
+        "temperature": np.float32(np.log(20.0)),
+    }
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of features on which VT-CLIP has something to learn."""
+    path = tmp_path_factory.mktemp("source") / "animals.npz"
+    np.savez(path, **animal_features())
+    return path
+
+
+@pytest.fixture(scope="session")
+def records() -> Records:
+    """The same table in memory, at a logit scale of 20."""
+    from vtclip.data.records import Records
+
+    features = animal_features()
+    image, label, text, spatial = (
+        torch.from_numpy(features[name]) for name in ("image", "label", "text", "spatial")
+    )
+    return Records.from_tensors(image, label, text, ANIMALS, spatial=spatial, logit_scale=20.0)

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -38,15 +35,6 @@ def write_npz(path: Path, *, per_class: int = 12, seed: int = 7, spatial_rows: i
     return path
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are tiny; several processes with spinning threads lose a thousandfold."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 rows of 4 classes, no spatial features."""
@@ -58,15 +46,3 @@ def insects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 rows of 4 classes, of which 40 have spatial features."""
     place = tmp_path_factory.mktemp("bench")
     return write_npz(place / "insects.npz", per_class=16, seed=8, spatial_rows=10)
-
-
-@pytest.fixture(scope="session")
-def trees() -> ModuleType:
-    """Small data sets in the layout of the real ones (tests/data/trees.py)."""
-    place = Path(__file__).parents[1] / "data" / "trees.py"
-    spec = spec_from_file_location("trees_of_bench", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -74,15 +71,6 @@ def make_folder(
     return root
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def fake_clip() -> type[FakeClip]:
     return FakeClip
@@ -92,14 +80,3 @@ def fake_clip() -> type[FakeClip]:
 def pictures(tmp_path: Path) -> Path:
     """15 pictures of 3 classes."""
     return make_folder(tmp_path / "pictures")
-
-
-@pytest.fixture(scope="session")
-def trees() -> ModuleType:
-    """trees.py of this folder: small data roots of the right shape."""
-    spec = spec_from_file_location("trees", Path(__file__).with_name("trees.py"))
-    if spec is None or spec.loader is None:
-        raise ImportError("trees.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

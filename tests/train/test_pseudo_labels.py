@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -198,14 +197,11 @@ def test_what_it_cannot_do_is_said_before_anything_is_written(
     assert not out.exists()
 
 
-def test_a_data_set_gives_its_whole_training_list_and_no_draw(tmp_path: Path) -> None:
+def test_a_data_set_gives_its_whole_training_list_and_no_draw(
+    tmp_path: Path, trees: ModuleType
+) -> None:
     """Of 18 listed training images all are in the pool, and other labels in the list change nothing
     of the adapter."""
-    spec = spec_from_file_location("small_trees", Path(__file__).parents[1] / "data" / "trees.py")
-    assert spec is not None
-    assert spec.loader is not None
-    trees = module_from_spec(spec)
-    spec.loader.exec_module(trees)
     root = trees.make_split(tmp_path / "root", "oxford_flowers")
 
     def fitted(name: str) -> vtclip.Run:

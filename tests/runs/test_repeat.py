@@ -6,8 +6,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -148,13 +148,7 @@ def test_trained_encoders_match(photos: Path, cache: Path, tmp_path: Path) -> No
     assert (found["encoders"]["equal"], found["verdict"]) == (False, "CLOSE")
 
 
-def test_data_set_matches(cache: Path, tmp_path: Path) -> None:
-    path = Path(__file__).parents[1] / "data" / "trees.py"
-    spec = spec_from_file_location("small_trees", path)
-    assert spec is not None
-    assert spec.loader is not None
-    trees = module_from_spec(spec)
-    spec.loader.exec_module(trees)
+def test_data_set_matches(cache: Path, tmp_path: Path, trees: ModuleType) -> None:
     root = trees.make_split(tmp_path / "root", "eurosat")
     options: dict[str, Any] = {"data": root, "method": "tip-adapter", "shots": 2, "seed": 2}
     made = vtclip.fit("eurosat", **options, out=tmp_path / "run", cache_dir=cache)

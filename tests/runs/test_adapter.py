@@ -298,7 +298,7 @@ folder = Path({folder!r})
 
 def run_child(folder: Path, body: str) -> str:
     """A fresh interpreter with one thread, so that its forks are safe."""
-    here = str(Path(adapters.__file__).parents[1])
+    here = str(Path(adapters.__file__).parents[2])
     code = CHILD.format(here=here, folder=str(folder)) + body
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
