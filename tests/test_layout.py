@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import inspect
 import re
 import subprocess
@@ -14,8 +15,13 @@ import pytest
 from vtclip import ops
 
 ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("import_graph", ROOT / "tests" / "import_graph.py")
+_module = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_module)
+ImportGraph, cycles, imported_names = _module.ImportGraph, _module.cycles, _module.imported_names
+OUTSIDE = _module.OUTSIDE
 OPS = sorted(path.stem for path in (ROOT / "vtclip" / "ops").glob("[a-z]*.py"))
-WALL, AIM = 600, 300
+WALL, LONGEST_FUNCTION = 600, 80
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -60,44 +66,102 @@ def test_no_file_passes_the_wall():
 
 def test_setup_py_and_engine_stay_small():
     assert len((ROOT / "setup.py").read_text().splitlines()) < 120
-    assert len((ROOT / "vtclip" / "engine.py").read_text().splitlines()) <= 200
+    assert len((ROOT / "vtclip" / "train" / "engine.py").read_text().splitlines()) <= 200
 
 
-def imports(path: Path) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+# room below vtclip/ -> the rooms it imports: the whole tree, from the floors at the bottom upwards
+BASE = {"names", "files", "machine", "distributed"}  # import nothing of the package
+ARROWS = {
+    **{room: set() for room in BASE},
+    "kernels": set(),
+    "clip": set(),
+    "reference": {"names"},
+    "backends": {"kernels", "reference"},
+    "ops": {"backends", "reference", "names"},
+    "testing": {"ops", "names"},
+    "info": {"ops", "backends", "testing"},
+    "heads": {"ops", "names"},
+    "data": {"clip", *BASE},
+    "train": {"heads", "data", "clip", *BASE},
+    "runs": {"train", "heads", "data", "clip", "ops", "backends", *BASE},
+    "tune": {"kernels", "testing", "files"},
+    "bench": {"runs", "train", "heads", "data", "clip", *BASE},
+    "demo": {"runs", "data", "clip", "files"},
+    "cli": {
+        *("bench", "demo", "tune", "info", "runs", "train", "data", "backends"),
+        *("names", "files", "machine"),
+    },
+}
+GRAPH = ImportGraph()
+ROOT_FILES, FLOORS = 9, 10  # at most, besides __init__ and __main__
 
 
-# folder -> what it must not import
-FORBIDDEN = {
-    "vtclip/reference": ("vtclip.ops", "vtclip.backends", "vtclip.kernels", "triton"),
-    "kernels": ("vtclip.ops", "vtclip.backends", "vtclip.reference", "vtclip.heads"),
-    "vtclip/backends": ("vtclip.ops", "vtclip.heads"),
-    "vtclip/ops": ("vtclip.heads", "vtclip.data", "vtclip.train.engine", "triton", "open_clip"),
-    "vtclip/heads": ("vtclip.data", "vtclip.train.engine", "vtclip.clip", "triton", "open_clip"),
-    "vtclip/data": ("vtclip.heads", "vtclip.train.engine", "open_clip"),
+@pytest.mark.parametrize("room", GRAPH.rooms)
+def test_a_room_imports_what_the_tree_shows(room):
+    assert GRAPH.rooms[room] == ARROWS[room]
+
+
+def test_the_tree_has_no_cycles_and_few_floors():
+    assert set(ARROWS) == set(GRAPH.rooms)
+    assert cycles(GRAPH.rooms) == []
+    assert cycles(GRAPH.imports) == []
+    assert max(GRAPH.floors().values()) <= FLOORS
+    loose = [p.stem for p in (ROOT / "vtclip").glob("*.py") if p.stem not in OUTSIDE]
+    assert len(loose) <= ROOT_FILES
+
+
+def test_the_graph_sees_relative_and_late_imports(tmp_path):
+    for name, code in {
+        "vtclip/__init__": "from vtclip import low",
+        "vtclip/low": "def late():\n    from .high.part import x",
+        "vtclip/high/__init__": "",
+        "vtclip/high/part": "from .. import low\nfrom .other import y",
+        "vtclip/high/other": "from . import part",
+    }.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    graph = ImportGraph(tmp_path)
+    assert graph.rooms == {"low": {"high"}, "high": {"low"}}
+    assert cycles(graph.rooms) == [["high", "low"]]
+    assert graph.imports["vtclip.high.other"] == {"vtclip.high.part"}
+
+
+# folder -> libraries it must not import
+FOREIGN = {
+    "vtclip/reference": ("triton", "open_clip"),
+    "vtclip/backends": ("triton", "open_clip"),
+    "vtclip/ops": ("triton", "open_clip"),
+    "vtclip/heads": ("triton", "open_clip"),
+    "vtclip/data": ("triton", "open_clip"),
 }
 
 
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_arrows_point_one_way(folder):
-    files = [p for p in (ROOT / folder).rglob("*.py") if not p.name.startswith("test_")]
+@pytest.mark.parametrize("folder", FOREIGN)
+def test_libraries_are_imported_where_they_belong(folder):
+    files = [*(ROOT / folder).rglob("*.py")]
     assert files
     for path in files:
-        source = path.read_text()
-        for name in imports(path):
-            assert not name.startswith(FORBIDDEN[folder]), f"{path.name} imports {name}"
-        assert source.startswith("# SPDX-License-Identifier: Apache-2.0"), path
+        for name in imported_names(path):
+            assert not name.startswith(FOREIGN[folder]), f"{path.name} imports {name}"
+
+
+def test_backends_read_dtypes_alone_of_the_reference():
+    modules = {m for m in GRAPH.imports if m.startswith("vtclip.backends")}
+    targets = {t for m in modules for t in GRAPH.imports[m] if t.startswith("vtclip.reference")}
+    assert targets == {"vtclip.reference._dtypes"}
+
+
+def test_sources_name_their_licence():
+    for path in tracked("*.py"):
+        assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0"), path
 
 
 def test_only_the_clip_package_imports_open_clip():
     users = [
-        p for p in tracked("vtclip/*.py") if any(n.startswith("open_clip") for n in imports(p))
+        p
+        for p in tracked("vtclip/*.py")
+        if any(n.startswith("open_clip") for n in imported_names(p))
     ]
     assert {p.parent.relative_to(ROOT) for p in users} == {Path("vtclip/clip")}
 
@@ -112,6 +176,15 @@ def test_signatures_have_positional_tensors_and_keyword_options(name):
         is_tensor = parameter.annotation == "Tensor"
         assert (parameter.kind == parameter.POSITIONAL_OR_KEYWORD) == is_tensor
     assert list(parameters)[-1].name == "impl"
+
+
+def test_functions_stay_short():
+    """Of Python outside the kernels, whose arguments fill a page."""
+    for path in tracked("vtclip/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= LONGEST_FUNCTION, f"{path}: {node.name} has {lines} lines"
 
 
 def test_cpp_checks_carry_messages():
