@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 try:
@@ -26,6 +27,10 @@ try:
     fcntl: Any = _fcntl
 except ImportError:  # Windows has no flock; there the folder is not locked
     fcntl = None
+
+
+Json = dict[str, Any]
+"""A JSON object, such as the contents of `result.json`."""
 
 
 def printable(name: str) -> str:
@@ -61,7 +66,7 @@ def write_new(path: Path, data: bytes) -> Path:
 
 
 def move_new(path: Path) -> None:
-    """Let `path` + ".new" take the place of `path`, and flush the folder's entry."""
+    """Replace `path` by `path` + ".new" and flush the folder's entry."""
     path = Path(os.path.realpath(path))
     os.replace(path.with_name(path.name + ".new"), path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -77,13 +82,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     move_new(path)
 
 
-def to_json(value: Any) -> bytes:
-    """JSON that every reader takes: NaN and infinities become null, keys keep their order."""
+def to_json(value: object) -> bytes:
+    """JSON that every reader accepts: NaN and infinities become null, keys keep their order."""
     text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, indent=1)
     return (text + "\n").encode("ascii")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -93,7 +98,7 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, os.PathLike) else value
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
+def read_json(path: Path, what: str) -> Json:
     """The object in a JSON file, or a ValueError that says in words why it is not `what`."""
     if not path.exists():
         raise FileNotFoundError(f"not {what}: {path} does not exist")
@@ -108,7 +113,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def json_digest(value: Mapping[str, Any]) -> str:
+def json_digest(value: Mapping[str, object]) -> str:
     """SHA-256 of a JSON object, independent of key order and spacing."""
     text = json.dumps(_finite(value), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
@@ -125,7 +130,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _byte() -> Any:
+def _byte() -> torch.dtype:
     import torch  # late, so that the command line can use this module without torch
 
     return torch.uint8
@@ -133,7 +138,7 @@ def _byte() -> Any:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second writer; the hold ends with the process, however it ends."""
+    """Lock `folder` against a second writer; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
