@@ -216,5 +216,5 @@ def test_data_check_says_what_a_run_would_meet(
 def test_data_check_of_an_empty_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("data", "check", tmp_path) == 1
     out = capsys.readouterr().out
-    assert "no data set lies in" in out
+    assert "there is no data set in" in out
     assert all(spec.folder in out for spec in SETS.values())
