@@ -140,8 +140,9 @@ def _note(work: Work, shard: Shard, entry: Json) -> Json:
 
 def write_text(work: Work, folder: Path) -> Json:
     """Encodes and writes the class texts; returns the manifest's entry for their file."""
-    words = work.fields.get("prompts", work.fields["class_names"])
-    views = work.clip.encode_text_views(words, work.fields["templates"]).cpu()
+    fields = work.fields
+    words: list[str] = fields["prompts"] if "prompts" in fields else fields["class_names"]
+    views = work.clip.encode_text_views(words, fields["templates"]).cpu()
     texts = {"text": mean_text(views, words)}
     if views.shape[1] > 1:
         texts["text_views"] = views
