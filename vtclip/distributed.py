@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -112,7 +112,8 @@ class World:
         if self.size == 1:
             return [value]
         if self._patient_group is None:  # that of the sums does not wait so long
-            self._patient_group = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+            group = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+            self._patient_group = cast("dist.ProcessGroup", group)
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._patient_group)
         return values
