@@ -46,7 +46,7 @@ def num_processes() -> int:
 
 
 class World:
-    """The processes of one run; for a single one (size 1) every method does nothing special."""
+    """The processes of one run; a single one (size 1) waits for nobody in any method."""
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size, self._store = rank, size, store

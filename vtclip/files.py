@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that survive a kill and a full disk: atomic writes, digests, one writer per folder.
 
-A write goes to `NAME.new` in the same folder, is flushed to the disk, and then takes the place of
+A write goes to `NAME.new` in the same folder, is flushed to the disk, and then replaces
 `NAME` in one step, so that a reader finds either the old bytes or the new ones. A symbolic link is
 followed: the file it points to is replaced and the link stays. Permissions follow the umask.
 """
@@ -50,7 +50,7 @@ def default_cache() -> Path:
 
 
 def write_new(path: Path, data: bytes) -> Path:
-    """Write `data` to `path` + ".new" and flush it to the disk; `path` itself is not touched."""
+    """Writes `data` to `path` + ".new" and flushes it to the disk; `path` itself is not touched."""
     path = Path(os.path.realpath(path))
     fresh = path.with_name(path.name + ".new")
     try:
@@ -66,7 +66,7 @@ def write_new(path: Path, data: bytes) -> Path:
 
 
 def move_new(path: Path) -> None:
-    """Replace `path` by `path` + ".new" and flush the folder's entry."""
+    """Replaces `path` by `path` + ".new" and flushes the folder's entry."""
     path = Path(os.path.realpath(path))
     os.replace(path.with_name(path.name + ".new"), path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -77,7 +77,7 @@ def move_new(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the contents of `path` in one step."""
+    """Replaces the contents of `path` in one step."""
     write_new(path, data)
     move_new(path)
 
@@ -138,7 +138,7 @@ def _byte() -> torch.dtype:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Lock `folder` against a second writer; the lock ends with the process, however it ends."""
+    """Locks `folder` against a second writer; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield

@@ -396,3 +396,9 @@ def test_faults_of_aircraft_and_imagenetv2_are_named(tmp_path: Path, trees: Modu
     shutil.rmtree(SETS["imagenetv2"].image_root(tmp_path) / "2")
     with pytest.raises(SetError, match="one per line of classnames.txt; it has no folder 2"):
         open_listing(SETS["imagenetv2"], tmp_path)
+    for name, file in (("fgvc_aircraft", "variants.txt"), ("imagenetv2", "classnames.txt")):
+        (SETS[name].place(tmp_path) / file).write_bytes(b"a b\n\xff\n")
+        with pytest.raises(
+            SetError, match=rf"{file} is not UTF-8 \(invalid start byte at byte 4\)"
+        ):
+            open_listing(SETS[name], tmp_path)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table of features: image [N, C], optional spatial [N, L, Cs], labels and class texts.
 
-`Records` knows rows, classes and names; where the numbers lie (in memory, in an .npz file, in
+`Records` knows rows, classes and names; where the numbers are (in memory, in an .npz file, in
 memory-mapped shards) is known to its `Store` alone. A selection shares the store.
 """
 

@@ -79,7 +79,7 @@ def few_shot_split(
         more = f" and {len(too_small) - 3} more classes" if len(too_small) > 3 else ""
         raise ValueError(
             f"few_shot_split: shots = {shots} needs {shots} images per class "
-            f"beside the test share of {test_fraction:g}, but class "
+            f"besides the test share of {test_fraction:g}, but class "
             f"{', class '.join(too_small[:3])}{more}"
         )
     return _split(roles, label, names)

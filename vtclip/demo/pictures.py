@@ -30,7 +30,7 @@ def _boxed(picture: Image.Image, box: Box) -> Image.Image:
 
 
 def heat_panel(pixels: Tensor, weights: Tensor, box: Box, lines: Sequence[str]) -> Image.Image:
-    """The scene next to itself with the attention [L], the box on both, `lines` below.
+    """The scene, and next to it the attention [L] over it; the box on both, `lines` below.
 
     pixels: uint8 [64, 64, 3].
     """

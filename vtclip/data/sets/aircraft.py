@@ -44,8 +44,4 @@ def read_variants(spec: Spec, root: Path) -> Listing:
 def _lines(spec: Spec, root: Path, file: str, total: hashlib._Hash) -> list[str]:
     data = (spec.place(root) / file).read_bytes()
     total.update(data)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise spec.error(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in spec.decoded(file, data).splitlines() if line.strip()]

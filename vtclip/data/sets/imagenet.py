@@ -87,7 +87,7 @@ def _test_only(
     words: list[str],
     digest: str,
 ) -> Listing:
-    """A set without training and validation images; class k lies in folders[k]."""
+    """A set without training and validation images; class k is in folders[k]."""
     test = _image_list(spec, root, "", folders)
     return Listing(
         spec, spec.image_root(root), class_names, words, ImageList(), ImageList(), test, digest
@@ -96,14 +96,9 @@ def _test_only(
 
 def _class_names(spec: Spec, root: Path) -> tuple[dict[str, str], dict[str, str], str]:
     """Synset to distinct name, synset to prompt word, and the file's sha256."""
-    path = names_file(spec, root)
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise spec.error(f"{CLASSNAMES} is not UTF-8 ({error.reason})") from None
+    data = names_file(spec, root).read_bytes()
     prompts: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(spec.decoded(CLASSNAMES, data).splitlines(), 1):
         synset, _, name = line.strip().partition(" ")
         if not synset:
             continue

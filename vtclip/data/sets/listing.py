@@ -24,7 +24,7 @@ class SetError(ValueError):
 
 @dataclass(frozen=True)
 class Spec:
-    """One data set of the protocol: where it lies under the root and what it should hold.
+    """One data set of the protocol: where it is under the root and what it should hold.
 
     counts: images of train, val and test; None: no such list. `list_sha256` and `list_digest` are
     those of the official list, if known. `home` says where people get images, `lists` where they
@@ -62,6 +62,14 @@ class Spec:
 
     def error(self, message: str) -> SetError:
         return SetError(f"data: {self.name}: {message}")
+
+    def decoded(self, file: str, data: bytes) -> str:
+        """The text in `data` of the list file `file`."""
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            fact = f"{error.reason} at byte {error.start}"
+            raise self.error(f"{file} is not UTF-8 ({fact})") from None
 
 
 @dataclass
