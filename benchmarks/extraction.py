@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtclip.clip import Clip, build_clip
-from vtclip.data.extract import Report, extract_features
+from vtclip.data.extract import ExtractionReport, extract_features
 from vtclip.data.images import open_image, scan_folder
 from vtclip.data.threads import num_cores
 
@@ -93,7 +93,7 @@ def compare(clip: Clip, batches: tuple[Tensor, ...], root: Path, args: argparse.
         clip.encode_text(sorted(CLASSES))
         return torch.cat([clip.encode_image(batch)[0] for batch in batches])
 
-    def extraction() -> tuple[Tensor, Report]:
+    def extraction() -> tuple[Tensor, ExtractionReport]:
         shutil.rmtree(root / "out", ignore_errors=True)
         found, report = extract_features(
             root / "images", root / "out", model=clip, batch_size=args.batch_size, progress=False

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process, or several that torchrun started: who is first, sums over all, and no hanging.
+"""One process, or several that torchrun started: who is first, sums over all, and no deadlock.
 
-Two limits of time. A sum over all processes fails after `STEP_TIMEOUT`: there each waits for the
-others' step only. What the first process does alone (features, saving, validation) may take up to
+Two time limits. A sum over all processes fails after `STEP_TIMEOUT`: there each waits only for the
+step of the others. What the first process does alone (features, saving, validation) may take up to
 `WORK_TIMEOUT`, and the others wait for its note in the store, so that they learn of its failure at
-once. A process that raises closes its connections, which ends the others' sums.
+once. A process that raises closes its connections, which ends the sums of the others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ Result = TypeVar("Result")
 
 
 class PeerFailed(ConnectionError):
-    """Another process failed, stalled or differs, so this one cannot go on."""
+    """Another process failed, stalled or has other inputs, so this one cannot go on."""
 
 
 def is_first() -> bool:
@@ -79,29 +79,29 @@ def num_processes() -> int:
 
 
 class World:
-    """The processes of one run; alone (size 1) every method is the plain thing."""
+    """The processes of one run; a single one (size 1) waits for nobody in any method."""
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
         self.rank, self.size, self._store = rank, size, store
         self._notes = 0
-        self._patient: Any = None
+        self._patient_group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
-        """This process's part of a batch, contiguous, of equal sizes up to one row."""
+        """This process's share of a batch: contiguous rows; shares differ by one row at most."""
         count = len(rows)
         return rows[self.rank * count // self.size : (self.rank + 1) * count // self.size]
 
     def padded_share(self, count: int) -> Tensor:
-        """This process's part of `count` indices; the last index fills the parts up to one size."""
-        part = -(-count // self.size)
-        return torch.arange(self.rank * part, (self.rank + 1) * part).clamp(max=count - 1)
+        """This process's share of `count` indices; the last index pads all to one size."""
+        size = -(-count // self.size)
+        return torch.arange(self.rank * size, (self.rank + 1) * size).clamp(max=count - 1)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
-        """The rows [count, D] of all, from each one's `padded_share`, with their gradient."""
+        """The rows [count, D] of all processes from their `padded_share`, with gradient."""
         if self.size == 1:
             return rows
         gathered: Tensor = _Gather.apply(rows, self)
@@ -116,7 +116,7 @@ class World:
         return total.tolist()
 
     def by_first(self, work: Callable[[], Result]) -> Result | None:
-        """`work` in the first process, while the others wait for it and get None."""
+        """`work` in the first process, while the others wait for it and return None."""
         if self.size == 1:
             return work()
         self._notes += 1
@@ -141,26 +141,27 @@ class World:
         return work() if result is None else result
 
     def collect(self, value: Item) -> list[Item]:
-        """Every process's value, by rank, in all of them, however far apart they come here."""
+        """The values of all processes, by rank, in all of them, however late some arrive."""
         if self.size == 1:
             return [value]
-        if self._patient is None:  # sums have no such patience
-            self._patient = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+        if self._patient_group is None:  # that of the sums does not wait so long
+            group = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+            self._patient_group = cast("dist.ProcessGroup", group)
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._patient)
+        dist.all_gather_object(values, value, group=self._patient_group)
         return values
 
     def check_same(self, what: str, digest: str) -> None:
-        """Refuse to go on where the processes do not agree, e.g. on the images they found."""
+        """Raises if the processes do not agree, e.g. on the list of images."""
         if self.size == 1:
             return
         self._store.set(f"{what} {self.rank}", digest)
         for rank in range(self.size):
             self._store.wait([f"{what} {rank}"], STEP_TIMEOUT)
-            found = self._store.get(f"{what} {rank}").decode()
-            if found != digest:
+            other = self._store.get(f"{what} {rank}").decode()
+            if other != digest:
                 raise PeerFailed(
-                    f"rank {self.rank} has {what} {digest[:12]}, rank {rank} has {found[:12]}"
+                    f"rank {self.rank} has {what} {digest[:12]}, rank {rank} has {other[:12]}"
                 )
 
     def stop_signal(self) -> StopSignal:
@@ -171,26 +172,26 @@ class _Gather(torch.autograd.Function):
     """Rows [n, D] of each process to [size * n, D] in all of them.
 
     Every process's loss depends on every row, so a row's gradient is the sum over the processes;
-    DistributedDataParallel then averages what follows from it, as from a loss of one process.
+    DistributedDataParallel then averages the gradients of the weights, as for one process's loss.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
         ctx.world = world
-        parts = [torch.empty_like(rows) for _ in range(world.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        shares = [torch.empty_like(rows) for _ in range(world.size)]
+        dist.all_gather(shares, rows.contiguous())
+        return torch.cat(shares)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        part = len(total) // ctx.world.size
-        return total[ctx.world.rank * part : (ctx.world.rank + 1) * part], None
+        size = len(total) // ctx.world.size
+        return total[ctx.world.rank * size : (ctx.world.rank + 1) * size], None
 
 
 class _PatientStop(StopSignal):
-    """Ctrl-C reaches each process twice, from the terminal and from torchrun: both only note it."""
+    """Ctrl-C reaches each process twice, from the terminal and from torchrun: only noted."""
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
         self.received = self.received or signum
@@ -213,7 +214,7 @@ def device_of_rank(device: torch.device, named: bool) -> torch.device:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The world of this process, left again at the end; errors of a peer become PeerFailed."""
+    """The world of this process, left at the end; errors of a peer become PeerFailed."""
     if num_processes() == 1:
         yield World()
         return

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that survive a kill and a full disk: atomic writes, digests, one writer per folder.
 
-A write goes to `NAME.new` in the same folder, is flushed to the disk, and then takes the place of
+A write goes to `NAME.new` in the same folder, is flushed to the disk, and then replaces
 `NAME` in one step, so that a reader finds either the old bytes or the new ones. A symbolic link is
 followed: the file it points to is replaced and the link stays. Permissions follow the umask.
 """
@@ -18,11 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from torch import Tensor
 
 try:
     import fcntl as _fcntl
@@ -30,6 +27,10 @@ try:
     fcntl: Any = _fcntl
 except ImportError:  # Windows has no flock; there the folder is not locked
     fcntl = None
+
+
+Json = dict[str, Any]
+"""A JSON object, such as the contents of `result.json`."""
 
 
 def printable(name: str) -> str:
@@ -40,10 +41,6 @@ def printable(name: str) -> str:
         else letter.encode("unicode_escape", "surrogatepass").decode()
         for letter in name
     )
-
-
-Json = dict[str, Any]
-"""A JSON object, such as the contents of `result.json`."""
 
 
 def default_cache() -> Path:
@@ -64,7 +61,7 @@ def is_below(path: Path, root: Path) -> bool:
 
 
 def write_new(path: Path, data: bytes) -> Path:
-    """Write `data` to `path` + ".new" and flush it to the disk; `path` itself is not touched."""
+    """Writes `data` to `path` + ".new" and flushes it to the disk; `path` itself is not touched."""
     path = Path(os.path.realpath(path))
     fresh = path.with_name(path.name + ".new")
     try:
@@ -80,7 +77,7 @@ def write_new(path: Path, data: bytes) -> Path:
 
 
 def move_new(path: Path) -> None:
-    """Let `path` + ".new" take the place of `path`, and flush the folder's entry."""
+    """Replaces `path` by `path` + ".new" and flushes the folder's entry."""
     path = Path(os.path.realpath(path))
     os.replace(path.with_name(path.name + ".new"), path)
     folder = os.open(path.parent, os.O_RDONLY)
@@ -91,18 +88,18 @@ def move_new(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the contents of `path` in one step."""
+    """Replaces the contents of `path` in one step."""
     write_new(path, data)
     move_new(path)
 
 
-def to_json(value: Any) -> bytes:
-    """JSON that every reader takes: NaN and infinities become null, keys keep their order."""
+def to_json(value: object) -> bytes:
+    """JSON that every reader accepts: NaN and infinities become null, keys keep their order."""
     text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, indent=1)
     return (text + "\n").encode("ascii")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -127,7 +124,7 @@ def read_json(path: Path, what: str) -> Json:
     return value
 
 
-def json_digest(value: Mapping[str, Any]) -> str:
+def json_digest(value: Mapping[str, object]) -> str:
     """SHA-256 of a JSON object, independent of key order and spacing."""
     text = json.dumps(_finite(value), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
@@ -151,7 +148,7 @@ def _byte() -> Any:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second writer; the hold ends with the process, however it ends."""
+    """Locks `folder` against a second writer; the lock ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -173,9 +170,12 @@ def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
         raise FileNotFoundError(f"not {what}: {path} does not exist")
     if not path.is_file():
         raise ValueError(f"not {what}: {path} is not a file")
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     data = path.read_bytes()
     try:
-        tensors = load_bytes(data)
+        tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata: dict[str, str] = header.get("__metadata__", {})
     except (SafetensorError, ValueError, KeyError, RecursionError) as error:

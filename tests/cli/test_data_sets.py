@@ -20,7 +20,7 @@ QUICK = ["--method", "vtclip", "--epochs", "2", "--threads", "1", "--device", "c
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs and the cache land in folders of their own."""
+    """Runs and the cache land in separate folders."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("VTCLIP_CACHE", str(tmp_path / "cache"))
@@ -109,9 +109,9 @@ def test_imagenet_and_a_test_set_over_some_of_its_classes(
     assert call("evaluate", "r", "imagenet_a", "--data", root, "--json") == 0
     capsys.readouterr()
     assert call("evaluate", "r", "imagenet_a", "--data", root, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["per_class"]) == ["tench", "missile (n04008634)"]
-    assert found["test"]["images"] == 4
+    evaluation = json.loads(capsys.readouterr().out)
+    assert list(evaluation["per_class"]) == ["tench", "missile (n04008634)"]
+    assert evaluation["test"]["images"] == 4
     message = refused(capsys, "fit", "imagenet_a", "--data", root, "--shots", "1")
     assert "a test set without training images; fit imagenet" in message
     assert trees.fingerprint(root) == before
@@ -216,5 +216,5 @@ def test_data_check_says_what_a_run_would_meet(
 def test_data_check_of_an_empty_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("data", "check", tmp_path) == 1
     out = capsys.readouterr().out
-    assert "no data set lies in" in out
+    assert "there is no data set in" in out
     assert all(spec.folder in out for spec in SETS.values())

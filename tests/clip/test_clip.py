@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen CLIP models: features against the model's own path, texts, transforms and loading."""
+"""Frozen CLIP models: features against those of the model itself, texts, transforms and loading."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def pixels_for(clip: Clip, count: int = 3) -> torch.Tensor:
         ("resnet", "value", 4, 48),
     ],
 )
-def test_global_features_are_the_models_own(
+def test_global_features_equal_those_of_the_model(
     clips: dict[str, Clip], kind: str, option: str, tokens: int, width: int
 ) -> None:
     clip = clips[kind]
@@ -106,10 +106,10 @@ def test_global_features_are_the_models_own(
     assert spatial.shape == (3, tokens, width)
     assert clip.spatial_options[option] == width
     with torch.no_grad():
-        own = clip.model.encode_image(pixels)  # type: ignore[operator]
+        expected = clip.model.encode_image(pixels)  # type: ignore[operator]
     # the same operations, in one batch of the same size
-    torch.testing.assert_close(image, own, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(clip.encode_image(pixels)[0], own, rtol=0, atol=0)
+    torch.testing.assert_close(image, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(clip.encode_image(pixels)[0], expected, rtol=0, atol=0)
     assert clip.encode_image(pixels)[1] is None
     assert not image.requires_grad
     assert not spatial.requires_grad
@@ -122,10 +122,10 @@ def test_pooled_token_0_is_the_global_feature(clips: dict[str, Clip]) -> None:
     with torch.no_grad():
         x4 = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels)))))
         every = attention_pool(visual.attnpool, x4)
-        own = visual(pixels)
+        expected = visual(pixels)
     assert every.shape == (3, 5, 48)
     # softmax and products of 256 numbers in two orders
-    torch.testing.assert_close(every[:, 0], own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(every[:, 0], expected, rtol=1e-4, atol=1e-5)
     pooled = clip.encode_image(pixels, "pooled")[1]
     torch.testing.assert_close(pooled, every[:, 1:], rtol=1e-5, atol=1e-6)
 
@@ -171,8 +171,8 @@ def test_class_token_through_the_spatial_path_is_the_global_feature(clips: dict[
         for block in visual.transformer.resblocks:
             x = block(x)
         every = visual.ln_post(x) @ visual.proj
-        own = visual(pixels)
-    torch.testing.assert_close(every[:, 0], own, rtol=1e-5, atol=1e-5)
+        expected = visual(pixels)
+    torch.testing.assert_close(every[:, 0], expected, rtol=1e-5, atol=1e-5)
     projected = clip.encode_image(pixels, "projected")[1]
     torch.testing.assert_close(projected, every[:, 1:], rtol=1e-5, atol=1e-5)
 
@@ -410,8 +410,8 @@ def test_named_architecture_with_a_file(
     clip = load_clip(f"ViT-B-32:{path}")
     pixels = pixels_for(clip)
     with torch.no_grad():
-        own = model.eval().encode_image(pixels)  # type: ignore[operator]
-    torch.testing.assert_close(clip.encode_image(pixels)[0], own, rtol=1e-6, atol=1e-6)
+        expected = model.eval().encode_image(pixels)  # type: ignore[operator]
+    torch.testing.assert_close(clip.encode_image(pixels)[0], expected, rtol=1e-6, atol=1e-6)
     assert clip.preprocess_cfg["mean"][0] == pytest.approx(0.48145466)
     (tmp_path / "open_clip_config.json").write_text(
         json.dumps({"preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}})

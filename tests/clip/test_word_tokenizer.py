@@ -52,7 +52,7 @@ def test_any_class_name_gets_ids(vocab, name):
     assert int(ids.max()) == vocab[END]
 
 
-def test_unknown_words_are_stable_and_mostly_apart(vocab):
+def test_unknown_words_are_stable_and_mostly_differ(vocab):
     tokenizer = WordTokenizer(vocab, 4)
     rows = tokenizer([f"word{i}" for i in range(64)])
     unknown = {vocab[name] for name in UNKNOWN}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features made by two processes of which one may misbehave; prints what came of each way.
+"""Features extracted by two processes of which one may misbehave; prints every outcome.
 
     python _ranks_child.py CONFTEST FOLDER
 
@@ -52,22 +52,22 @@ def rank(number: int, size: int, port: int, how: str, out: Path) -> NoReturn:
         return encode(pixels, spatial)
 
     clip.encode_image = misbehave
-    found: dict[str, Any] = {"error": None}
+    outcome: dict[str, Any] = {"error": None}
     try:
         with joined(torch.device("cpu")) as world:
-            made, report = extract_features(
+            features, report = extract_features(
                 source, out, model=clip, spatial="raw", batch_size=2, progress=False, world=world
             )
-        found |= {"rows": len(made), "reused": report.reused, "skipped": report.skipped}
+        outcome |= {"rows": len(features), "reused": report.reused, "skipped": report.skipped}
     except Exception as error:
-        found["error"] = f"{type(error).__name__}: {error}"
-    found["encoded"] = clip.images_encoded
-    (root / f"{out.name}-{how}.{number}").write_text(json.dumps(found))
-    os._exit(0 if found["error"] is None else 1)
+        outcome["error"] = f"{type(error).__name__}: {error}"
+    outcome["encoded"] = clip.images_encoded
+    (root / f"{out.name}-{how}.{number}").write_text(json.dumps(outcome))
+    os._exit(0 if outcome["error"] is None else 1)
 
 
 def together(how: str, out: Path, size: int = 2) -> dict[str, Any]:
-    """`size` processes at once, and what is in `out` when all have ended."""
+    """`size` processes at once, and what `out` holds when all have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,10 +88,10 @@ def together(how: str, out: Path, size: int = 2) -> dict[str, Any]:
             _, status = os.waitpid(child, 0)
         codes.append(os.waitstatus_to_exitcode(status))
     places = [root / f"{out.name}-{how}.{number}" for number in range(size)]
-    answers = [json.loads(one.read_text()) if one.exists() else None for one in places]
+    outcomes = [json.loads(path.read_text()) if path.exists() else None for path in places]
     return {
         "codes": codes,
-        "answers": answers,
+        "processes": outcomes,
         "files": sorted(path.name for path in out.glob("*")),
         "same": files(out) == whole,
     }
@@ -108,7 +108,7 @@ extract_features(
     pictures, root / "whole", model=helpers.FakeClip(), spatial="raw", batch_size=2, progress=False
 )
 whole = files(root / "whole")
-found = {
+outcomes = {
     "two": together("fine", root / "two"),
     "five": together("fine", root / "five", 5),
     "slow": together("slow", root / "slow"),
@@ -118,4 +118,4 @@ found = {
     "poison": together("poison", root / "poison"),
     "differ": together("differ", root / "differ"),
 }
-sys.stdout.write(json.dumps(found))
+sys.stdout.write(json.dumps(outcomes))

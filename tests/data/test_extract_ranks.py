@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes make one set of features: each image once, the bytes those of one process."""
+"""Several processes extract one set of features: each image once, the bytes as of one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vtclip.data.extract import extract_features
 from vtclip.data.featureset import FeatureSet
 from vtclip.data.shards import Work, shards_of
 
-READABLE, LOST = 20, 1  # 3 classes of 7 pictures, of which one is no picture
+READABLE, LOST = 20, 1  # 3 classes of 7 files, of which one is not a picture
 
 
 def environment(root: Path) -> dict[str, str]:
@@ -28,69 +28,69 @@ def environment(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]:
-    """What came of each way in which the processes behaved; see _ranks_child.py."""
+    """The outcome of each way in which the processes behaved; see _ranks_child.py."""
     here, place = Path(__file__).parent, tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
         [sys.executable, str(here / "_ranks_child.py"), str(here / "conftest.py"), str(place)],
         env=environment(root), capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    outcome: dict[str, Any] = json.loads(done.stdout)
+    return outcome
 
 
 @pytest.mark.parametrize(("way", "size"), [("two", 2), ("five", 5), ("slow", 2)])
 def test_bytes_are_those_of_one_process(ways: dict[str, Any], way: str, size: int) -> None:
-    found = ways[way]
-    assert found["codes"] == [0] * size
-    assert found["same"]
-    encoded = [answer["encoded"] for answer in found["answers"]]
+    outcome = ways[way]
+    assert outcome["codes"] == [0] * size
+    assert outcome["same"]
+    encoded = [process["encoded"] for process in outcome["processes"]]
     assert sum(encoded) == READABLE + size  # and a blank image in each, for the shape
     assert max(encoded) - min(encoded) <= 4  # a shard is 2 images
-    for answer in found["answers"]:
-        assert answer["rows"] == READABLE
-        assert [name for name, _ in answer["skipped"]] == ["dog/3.png"]
+    for process in outcome["processes"]:
+        assert process["rows"] == READABLE
+        assert [name for name, _ in process["skipped"]] == ["dog/3.png"]
 
 
 def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(
     ways: dict[str, Any],
 ) -> None:
-    found = ways["killed"]
-    assert found["codes"] == [1, -9]
-    assert "manifest.json" not in found["files"]
-    assert "partial.json" in found["files"]
-    assert "PeerFailed: rank 0: another process failed" in found["answers"][0]["error"]
-    notes = [name for name in found["files"] if name.endswith(".json") and "shard" in name]
+    outcome = ways["killed"]
+    assert outcome["codes"] == [1, -9]
+    assert "manifest.json" not in outcome["files"]
+    assert "partial.json" in outcome["files"]
+    assert "PeerFailed: rank 0: another process failed" in outcome["processes"][0]["error"]
+    notes = [name for name in outcome["files"] if name.endswith(".json") and "shard" in name]
     assert len(notes) >= 1
     again = ways["again"]
     assert again["codes"] == [0, 0]
     assert again["same"]
-    encoded = sum(answer["encoded"] for answer in again["answers"])
-    assert encoded < READABLE  # what was finished is not made again
+    encoded = sum(process["encoded"] for process in again["processes"])
+    assert encoded < READABLE  # what was finished is not encoded again
     assert again["files"] == ways["two"]["files"]
 
 
 def test_finished_features_are_reused_by_all(ways: dict[str, Any]) -> None:
     assert ways["reused"]["codes"] == [0, 0]
-    assert all(answer["reused"] for answer in ways["reused"]["answers"])
-    assert [answer["encoded"] for answer in ways["reused"]["answers"]] == [0, 0]
-    assert not any(answer["reused"] for answer in ways["two"]["answers"])
+    assert all(process["reused"] for process in ways["reused"]["processes"])
+    assert [process["encoded"] for process in ways["reused"]["processes"]] == [0, 0]
+    assert not any(process["reused"] for process in ways["two"]["processes"])
 
 
 def test_an_error_in_one_process_ends_all(ways: dict[str, Any]) -> None:
-    found = ways["poison"]
-    assert found["codes"] == [1, 1]
-    first, second = (answer["error"] for answer in found["answers"])
+    outcome = ways["poison"]
+    assert outcome["codes"] == [1, 1]
+    first, second = (process["error"] for process in outcome["processes"])
     assert "ValueError: features: image features of 1 images are not finite" in second
     assert "PeerFailed: rank 0: another process failed or stalled" in first
-    assert "manifest.json" not in found["files"]
+    assert "manifest.json" not in outcome["files"]
 
 
 def test_processes_that_see_other_images_refuse_to_begin(ways: dict[str, Any]) -> None:
-    found = ways["differ"]
-    assert found["codes"] == [1, 1]
-    assert any("has list of images" in answer["error"] for answer in found["answers"])
-    assert found["files"] == []
+    outcome = ways["differ"]
+    assert outcome["codes"] == [1, 1]
+    assert any("has list of images" in process["error"] for process in outcome["processes"])
+    assert outcome["files"] == []
 
 
 def test_torchrun_writes_what_one_process_writes(tmp_path: Path, root: Path) -> None:
@@ -142,15 +142,15 @@ def test_shards_follow_from_the_images_alone(
     work = Work(Hashed(), fake_clip(), fields, batch, False)  # type: ignore[arg-type]
     for size in (1, 2, 7):
         monkeypatch.setenv("WORLD_SIZE", str(size))
-        found = shards_of(work, None)
-        assert [shard.stop - shard.start for shard in found] == rows
-        assert [shard.start for shard in found] == [sum(rows[:n]) for n in range(len(rows))]
+        planned = shards_of(work, None)
+        assert [shard.stop - shard.start for shard in planned] == rows
+        assert [shard.start for shard in planned] == [sum(rows[:n]) for n in range(len(rows))]
 
 
 def test_another_batch_size_takes_over_no_shards(
     pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is left of a run that was cut off is used for the very same batches only."""
+    """The shards of an interrupted run are used for the very same batches only."""
     monkeypatch.setattr("vtclip.data.shards.SHARD_ROWS", 4)
     for batch, taken in ((2, 8), (4, 0)):
         clip = fake_clip()

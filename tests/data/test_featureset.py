@@ -244,7 +244,9 @@ def test_file_that_changes_while_features_are_made(
         return hashed
 
     monkeypatch.setattr(extract, "hash_all", then_change)
-    with pytest.raises(ValueError, match=r"cat/2.png: the file changed while features were made"):
+    with pytest.raises(
+        ValueError, match=r"cat/2.png: the file changed while features were extracted"
+    ):
         extract_features(pictures, tmp_path / "out", model=fake_clip())
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtclip.data.hashing import check_folder
+from vtclip.data.extract import extract_features
 from vtclip.data.images import ImageError, decode, natural_key, open_image, scan_folder
 from vtclip.files import printable
 
@@ -284,15 +284,15 @@ def test_links_out_of_the_folder_need_the_option(tmp_path: Path) -> None:
         scan_folder(root)
 
 
-def test_odd_file_names_work_and_print_on_one_line(tmp_path: Path) -> None:
+def test_odd_file_names_work_and_print_on_one_line(tmp_path: Path, fake_clip: Any) -> None:
     names = ["a\nb.png", "\U0001f408.png", "x\u202ey.png", "sp ace.png", "% {}.png"]
     for name in names:
-        put(tmp_path / "cat" / name)
-    raw = os.fsencode(tmp_path / "cat") + b"/\xff.png"
+        put(tmp_path / "pictures" / "cat" / name)
+    raw = os.fsencode(tmp_path / "pictures" / "cat") + b"/\xff.png"
     with open(raw, "wb") as file:
         file.write(b"no image")
-    folder, report = check_folder(tmp_path, progress=False)
-    assert len(folder.names) == 6
+    features, report = extract_features(tmp_path / "pictures", tmp_path / "out", model=fake_clip())
+    assert sorted(features.records().names) == sorted(f"cat/{name}" for name in names)
     assert report.rows == 5
     assert len(report.duplicates) == 4
     assert [name for name, _ in report.skipped] == ["cat/\udcff.png"]

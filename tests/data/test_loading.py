@@ -45,9 +45,9 @@ def test_pixels_are_those_of_torchvision(mean: tuple[float, ...], std: tuple[flo
     for pixels in every[None], drawn, drawn[:1, :1]:
         image = Image.fromarray(pixels.astype(np.uint8))
         wanted = vision.normalize(vision.to_tensor(image), list(mean), list(std))
-        found = normalized(image, mean, std)
-        assert torch.equal(found, wanted)
-        assert (found.dtype, found.is_contiguous()) == (torch.float32, True)
+        pixel_values = normalized(image, mean, std)
+        assert torch.equal(pixel_values, wanted)
+        assert (pixel_values.dtype, pixel_values.is_contiguous()) == (torch.float32, True)
 
 
 def test_decoding_starts_no_threads_of_torch() -> None:

@@ -51,7 +51,7 @@ def test_official_files_have_the_counts_digests_and_names_of_the_table(
 ) -> None:
     spec = SETS[name]
     listing = open_listing(spec, with_official_file(tmp_path, shared_data, name))
-    assert tuple(len(part) for _, part in listing.parts()) == spec.counts
+    assert tuple(len(images) for _, images in listing.image_lists()) == spec.counts
     assert len(listing.class_names) == spec.classes
     assert listing.list_sha256 == spec.list_sha256
     assert listing.digest() == spec.list_digest
@@ -127,11 +127,11 @@ def test_every_set_is_read_from_its_layout_and_left_as_it_was(
     assert report["usable"], check_lines(report)
     assert list(report["sets"]) == [name]
     row = report["sets"][name]
-    assert row["found"] == {role: len(part) for role, part in listing.parts()}
+    assert row["found"] == {role: len(images) for role, images in listing.image_lists()}
     assert not row["lists"]["official"]
     assert "counts differ from the official ones" in row["notes"][0]
     assert len(row["notes"]) == 1
-    assert not absent_images(listing.image_root, [n for _, p in listing.parts() for n in p.names])
+    assert not absent_images(listing.image_root, [name for _, name, _ in listing.rows()])
 
 
 def test_class_names_follow_the_lists(tmp_path: Path, trees: ModuleType) -> None:
@@ -147,7 +147,7 @@ def test_class_names_follow_the_lists(tmp_path: Path, trees: ModuleType) -> None
     assert aircraft.train.names[0] == "0034001.jpg"
 
 
-def test_classes_of_other_names_are_told(tmp_path: Path, trees: ModuleType) -> None:
+def test_classes_of_other_names_are_reported(tmp_path: Path, trees: ModuleType) -> None:
     trees.make_split(tmp_path, "eurosat")
     rows = trees.read_rows(tmp_path, "eurosat")
     for role in rows:
@@ -396,3 +396,9 @@ def test_faults_of_aircraft_and_imagenetv2_are_named(tmp_path: Path, trees: Modu
     shutil.rmtree(SETS["imagenetv2"].image_root(tmp_path) / "2")
     with pytest.raises(SetError, match="one per line of classnames.txt; it has no folder 2"):
         open_listing(SETS["imagenetv2"], tmp_path)
+    for name, file in (("fgvc_aircraft", "variants.txt"), ("imagenetv2", "classnames.txt")):
+        (SETS[name].place(tmp_path) / file).write_bytes(b"a b\n\xff\n")
+        with pytest.raises(
+            SetError, match=rf"{file} is not UTF-8 \(invalid start byte at byte 4\)"
+        ):
+            open_listing(SETS[name], tmp_path)

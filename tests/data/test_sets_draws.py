@@ -123,5 +123,5 @@ def test_published_picks_of_flowers_and_eurosat(shared_data: Path) -> None:
     got = coop_picks(labels(rows["train"]), labels(rows["val"]), shots=16, seed=3)
     names = [str(rows["train"][row][0]) for row in got.train]
     for start, numbers in EUROSAT.items():
-        found = [name.rpartition("_")[2] for name in names[start : start + len(numbers)]]
-        assert found == [f"{number}.jpg" for number in numbers]
+        files = [name.rpartition("_")[2] for name in names[start : start + len(numbers)]]
+        assert files == [f"{number}.jpg" for number in numbers]

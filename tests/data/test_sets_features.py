@@ -188,8 +188,8 @@ def test_images_that_are_absent_or_unreadable(
     assert [name for name, _ in records.info["skipped"]] == [rows["test"][0][0]]
     listing = open_listing(SETS["eurosat"], root)
     drawn = listing.train.names[coop_picks(listing.train.label, None, shots=2, seed=1).train[0]]
-    kept = (images / drawn).read_bytes()
-    (images / drawn).write_bytes(kept[: len(kept) // 2])
+    data = (images / drawn).read_bytes()
+    (images / drawn).write_bytes(data[: len(data) // 2])
     with pytest.raises(SetError, match=rf"the drawn image {drawn} cannot be read: damaged"):
         opened(root, cache, fake_clip())
     (images / drawn).unlink()
@@ -197,7 +197,7 @@ def test_images_that_are_absent_or_unreadable(
         opened(root, cache, fake_clip())
 
 
-def test_a_test_image_among_the_drawn_ones_is_told(
+def test_a_test_image_among_the_drawn_ones_is_reported(
     root: Path, cache: Path, fake_clip: Any, trees: ModuleType, caplog: Any
 ) -> None:
     rows, images = trees.read_rows(root, "eurosat"), SETS["eurosat"].image_root(root)
@@ -241,7 +241,7 @@ def test_another_template_and_other_lists_make_other_features(
     assert less.info["digests"]["test_images"] != first.info["digests"]["test_images"]
 
 
-def test_joined_stores_answer_by_row() -> None:
+def test_joined_stores_return_rows() -> None:
     first = MemoryStore(torch.arange(12.0).reshape(3, 1, 4).expand(3, 2, 4), None)
     second = MemoryStore(100 + torch.arange(8.0).reshape(2, 4), None)
     store = JoinedStore([first, second], [3, 2])

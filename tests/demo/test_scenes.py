@@ -79,15 +79,15 @@ def test_every_shape_fills_its_window(shape):
 def test_captions_are_true_of_their_scene():
     rng = np.random.default_rng(0)
     drawn = [scenes.training_scene(rng) for _ in range(64)]
-    told = [captions.caption(scene, rng) for scene in drawn]
+    captioned = [captions.caption(scene, rng) for scene in drawn]
     attributes = np.stack([captions.scene_attributes(scene) for scene in drawn])
-    true = captions.true_pairs(attributes, np.stack([claim for _, claim in told]))
+    true = captions.true_pairs(attributes, np.stack([claim for _, claim in captioned]))
     assert true.diagonal().all()
-    assert true.mean() < 0.2  # captions tell scenes apart
+    assert true.mean() < 0.2  # captions distinguish scenes
 
 
 def test_true_pairs_by_words():
-    """A caption of one full phrase holds exactly of the scenes with such an item."""
+    """A caption of one full phrase is true of exactly the scenes with such an item."""
     rng = np.random.default_rng(1)
     drawn = [scenes.training_scene(rng) for _ in range(200)]
     attributes = np.stack([captions.scene_attributes(scene) for scene in drawn])

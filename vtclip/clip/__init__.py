@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen CLIP models to image features, spatial features and class texts.
+"""Frozen CLIP models: images and class names to image features, spatial features and class texts.
 
 model.py      Clip: images and class names to features
-spatial.py    the kinds of spatial features, and how a vision tower gives them
-texts.py      templates, prompts that do not fit, unit rows
+spatial.py    the kinds of spatial features, and how a vision tower computes them
+texts.py      templates, prompts that are too long, unit rows
 loading.py    model names to models
 
 This is the only package that imports open_clip, and it does so inside functions, so that importing

@@ -58,7 +58,7 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random crop of at least `least_area` of the image.
 
-    After ten misses the largest central one.
+    Where ten draws do not fit into the image, the largest central crop.
     """
     low, high = math.log(3 / 4), math.log(4 / 3)
     for _ in range(10):

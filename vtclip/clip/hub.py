@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from the hub client's cache or the hub, and one clear line where neither has them."""
+"""Weights from the hub client's cache or the hub; one clear line if neither has them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TIMEOUT_S = 5.0
 
 
 class ClipNotFound(ValueError):
-    """A model that is not here and could not be fetched; the message says how to give a file."""
+    """A model that is not on this machine and could not be fetched; says how to give a file."""
 
 
 def fetch(name: str, repo: str, filenames: list[str]) -> Path:
-    """The first of `filenames` that the hub client has cached or can fetch; never a long hang."""
+    """The first of `filenames` that the hub client has cached or can fetch, without a long wait."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -33,7 +33,7 @@ def fetch(name: str, repo: str, filenames: list[str]) -> Path:
     for filename in filenames:
         try:
             return Path(huggingface_hub.hf_hub_download(repo, filename, etag_timeout=TIMEOUT_S))
-        except LocalEntryNotFoundError as error:  # no network: the other names would wait in vain
+        except LocalEntryNotFoundError as error:  # no network: the other names would fail as slowly
             raise not_fetched(name, f"{repo}/{filename}", error) from None
         except EntryNotFoundError as error:
             last = error
@@ -43,7 +43,7 @@ def fetch(name: str, repo: str, filenames: list[str]) -> Path:
 
 
 def _unreachable(endpoint: str) -> Exception | None:
-    """Why the hub cannot be reached directly; None where it can or where a proxy decides."""
+    """Why the hub cannot be reached directly; None if it can, or if a proxy decides."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -60,7 +60,7 @@ def _unreachable(endpoint: str) -> Exception | None:
 
 
 def not_fetched(name: str, what: str, error: Exception) -> ClipNotFound:
-    """The error for model `name`: what was looked for, why it is not there, what to give."""
+    """The error for model `name`: what was looked for, why it is missing, what to give."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     arch = name.partition(":")[0]
     give = (

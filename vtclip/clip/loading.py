@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model names (see vtclip.clip) to models: folders, the hub, open_clip's own names."""
+"""Model names (see vtclip.clip) to models: folders, the hub, open_clip's names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import logging
 import pickle
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 
 from vtclip.clip.hub import ClipNotFound, fetch, not_fetched
 from vtclip.clip.model import Clip
+from vtclip.clip.texts import Tokenizer
+from vtclip.files import Json
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ WEIGHT_NAMES = (
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def build_clip(config: dict[str, Any]) -> nn.Module:
+def build_clip(config: Json) -> nn.Module:
     """An open_clip model with random weights from `config`, a model_cfg or {"model_cfg": ...}."""
     import open_clip
 
@@ -52,7 +54,7 @@ def build_clip(config: dict[str, Any]) -> nn.Module:
 
 
 def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") -> Clip:
-    """The frozen model that `model` names (see the module's docstring), or ClipNotFound."""
+    """The frozen model that `model` names (see vtclip.clip), or ClipNotFound."""
     name = str(model)
     if name == "demo":
         if not (DEMO_ASSETS / CONFIG_NAME).is_file():
@@ -96,7 +98,7 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
 
         words = json.loads(vocab.read_text(encoding="utf-8"))
         context = config["model_cfg"]["text_cfg"].get("context_length", 77)
-        tokenizer: Any = WordTokenizer(words, context)
+        tokenizer: Tokenizer = WordTokenizer(words, context)
     else:
         tokenizer = _tokenizer(name, f"local-dir:{folder}")
     return _finish(name, config, weights, tokenizer, device)
@@ -107,13 +109,13 @@ def _load_hub(name: str, device: str | torch.device) -> Clip:
     path = fetch(name, repo, [CONFIG_NAME])
     config = _read_config(name, path)
     weights = fetch(name, repo, list(WEIGHT_NAMES))
-    # without a tokenizer of its own the repository is asked no more, so that a cached one is enough
-    own = config["model_cfg"].get("text_cfg", {}).get("hf_tokenizer_name")
-    tokenizer = _tokenizer(name, name if own else f"local-dir:{path.parent}")
+    # a repository without a tokenizer is not contacted again, so that the cached files are enough
+    has_tokenizer = config["model_cfg"].get("text_cfg", {}).get("hf_tokenizer_name")
+    tokenizer = _tokenizer(name, name if has_tokenizer else f"local-dir:{path.parent}")
     return _finish(name, config, weights, tokenizer, device)
 
 
-def _read_config(name: str, path: Path) -> dict[str, Any]:
+def _read_config(name: str, path: Path) -> Json:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -123,11 +125,11 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _tokenizer(name: str, identifier: str) -> Any:
+def _tokenizer(name: str, identifier: str) -> Tokenizer:
     import open_clip
 
     try:
-        return open_clip.get_tokenizer(identifier)
+        return cast("Tokenizer", open_clip.get_tokenizer(identifier))
     except Exception as error:
         raise not_fetched(name, "its tokenizer", error) from None
 
@@ -181,16 +183,16 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
     )
 
 
-def _file_preprocess(arch: str, path: Path, tags: list[str]) -> dict[str, Any]:
-    """Preprocessing for a bare weights file: a config beside it, else what all known tags share."""
+def _file_preprocess(arch: str, path: Path, tags: list[str]) -> Json:
+    """Preprocessing for a weights file: from a config next to it, else what all tags share."""
     from open_clip import pretrained
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    beside = path.parent / CONFIG_NAME
-    if beside.is_file():
-        found = json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg")
-        if found:
-            return dict(found)
+    config = path.parent / CONFIG_NAME
+    if config.is_file():
+        preprocess = json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg")
+        if preprocess:
+            return dict(preprocess)
     known = [
         merge_preprocess_dict(PreprocessCfg(), pretrained.get_pretrained_cfg(arch, tag))
         for tag in tags
@@ -200,7 +202,7 @@ def _file_preprocess(arch: str, path: Path, tags: list[str]) -> dict[str, Any]:
     if len(shared) > 1:
         logger.warning(
             "model %s: known weights of this architecture differ in preprocessing; "
-            "using that of %s. Put %s beside the weights to say otherwise",
+            "using that of %s. Put %s next to the weights to change it",
             arch,
             tags[0],
             CONFIG_NAME,
@@ -209,11 +211,11 @@ def _file_preprocess(arch: str, path: Path, tags: list[str]) -> dict[str, Any]:
 
 
 def _finish(
-    name: str, config: dict[str, Any], weights: Path, tokenizer: Any, device: str | torch.device
+    name: str, config: Json, weights: Path, tokenizer: Tokenizer, device: str | torch.device
 ) -> Clip:
     import open_clip
 
-    with torch.random.fork_rng(devices=[]):  # the random start is overwritten; leave no trace of it
+    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         model = build_clip(config)
     if weights.suffix != ".safetensors" and _is_torchscript(weights):
         raise ClipNotFound(

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vtclip.clip.augment import LEAST_AREA, random_view
 from vtclip.clip.pixels import normalized
 from vtclip.clip.spatial import attention_pool, spatial_widths, visual_kind
-from vtclip.clip.texts import cut_prompts, mean_text, resolve_templates, unit_text
+from vtclip.clip.texts import Tokenizer, cut_prompts, mean_text, resolve_templates, unit_text
+from vtclip.files import Json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,8 +27,19 @@ logger = logging.getLogger(__name__)
 TEXT_CHUNK = 256
 
 
+class _Encoders(Protocol):
+    """What this module calls of a model of open_clip."""
+
+    logit_scale: Tensor
+    visual: Any
+
+    def encode_image(self, image: Tensor) -> Tensor: ...
+
+    def encode_text(self, text: Tensor) -> Tensor: ...
+
+
 class Clip:
-    """A frozen model with its tokenizer and its own image transform, in float32 and eval mode.
+    """A frozen model with its tokenizer and its image transform, in float32 and eval mode.
 
     `config` is JSON-able and, with `weights_digest`, decides every feature: model_cfg (activation
     included), preprocess_cfg and tokenizer. It holds no path, so it is equal on all machines.
@@ -36,8 +48,8 @@ class Clip:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
-        config: dict[str, Any],
+        tokenizer: Tokenizer,
+        config: Json,
         *,
         name: str = "",
         device: str | torch.device = "cpu",
@@ -49,22 +61,23 @@ class Clip:
         self.device = torch.device(device)
         self.model = model.float().eval().requires_grad_(False).to(self.device)
         self.tokenizer = tokenizer
-        visual: Any = model.visual
+        visual = self._encoders.visual
         image_size = getattr(visual, "image_size", None) or 224
         overlay = {"size": image_size, **(config.get("preprocess_cfg") or {})}
         overlay["size"] = _size(image_size)
         cfg = merge_preprocess_dict(PreprocessCfg(), overlay)
-        self.preprocess_cfg: dict[str, Any] = json.loads(json.dumps(cfg))
+        self.preprocess_cfg: Json = json.loads(json.dumps(cfg))
         transform = image_transform_v2(PreprocessCfg(**cfg), is_train=False).transforms
         # the last two are ToTensor and Normalize, which `normalized` does
         self._geometry, self._normalize = transform[:-2], transform[-1]
-        self.config: dict[str, Any] = {
+        self.config: Json = {
             "model_cfg": deepcopy(config.get("model_cfg", config)),
             "preprocess_cfg": self.preprocess_cfg,
             "tokenizer": _tokenizer_config(tokenizer),
         }
         self.weights_digest = _digest(model)
-        self.logit_scale = float(model.logit_scale.detach().float().reshape(-1)[0].exp())  # type: ignore[operator]
+        log_scale = self._encoders.logit_scale.detach().float()
+        self.logit_scale = float(log_scale.reshape(-1)[0].exp())
         self.width = int(self.config["model_cfg"]["embed_dim"])
         self._visual = visual
         self._kind = visual_kind(visual, open_clip)
@@ -82,8 +95,12 @@ class Clip:
             f"spatial={list(self.spatial_options)}, weights={self.weights_digest[:12]})"
         )
 
+    @property
+    def _encoders(self) -> _Encoders:
+        return cast("_Encoders", self.model)
+
     def preprocess(self, image: Image) -> Tensor:
-        """The model's own evaluation transform, [3, H, W] float32."""
+        """The model's evaluation transform, [3, H, W] float32."""
         for step in self._geometry:
             image = step(image)
         return normalized(image, self._normalize.mean, self._normalize.std)
@@ -96,7 +113,7 @@ class Clip:
         return random_view(image, cfg["size"], cfg["mean"], cfg["std"], generator, least_area)
 
     def check_spatial(self, spatial: str | None) -> str | None:
-        """`spatial` with "default" resolved, or a ValueError that lists what this model offers."""
+        """`spatial` with "default" resolved, or a ValueError that lists this model's options."""
         if spatial is None:
             return None
         if not self.spatial_options:
@@ -118,7 +135,7 @@ class Clip:
         spatial = self.check_spatial(spatial)
         pixels = pixels.to(self.device, torch.float32)
         if spatial is None:
-            return self.model.encode_image(pixels), None  # type: ignore[operator]
+            return self._encoders.encode_image(pixels), None
         if self._kind == "vit":
             out = self._visual.forward_intermediates(
                 pixels, indices=1, normalize_intermediates=True, output_fmt="NLC"
@@ -148,7 +165,7 @@ class Clip:
     def encode_text_views(
         self, names: Sequence[str], templates: str | Sequence[str] | None = None
     ) -> Tensor:
-        """Class texts [K, M, C] of each of M templates apart, with unit rows."""
+        """Class texts [K, M, C] of each of M templates, with unit rows."""
         lines = resolve_templates(templates)
         for index, name in enumerate(names):
             if not name.strip():
@@ -162,7 +179,7 @@ class Clip:
                 prompts = [line.replace("{}", word) for word in words[start : start + TEXT_CHUNK]]
                 tokens = self.tokenizer(prompts).to(self.device)
                 truncated += cut_prompts(self.tokenizer, prompts)
-                rows = self.model.encode_text(tokens).float()  # type: ignore[operator]
+                rows = self._encoders.encode_text(tokens).float()
                 unit = unit_text(rows, names[start : start + TEXT_CHUNK])
                 views[start : start + TEXT_CHUNK, number] = unit
         if truncated:
@@ -185,7 +202,7 @@ class Clip:
 
 
 def _digest(model: nn.Module) -> str:
-    """sha256 over names, shapes and float32 values, so equal for every file format and dtype."""
+    """sha256 over names, shapes and float32 values: equal for every file format and dtype."""
     total = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         total.update(f"{key}{list(value.shape)}".encode())
@@ -193,8 +210,8 @@ def _digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
-    config: dict[str, Any] = {
+def _tokenizer_config(tokenizer: Tokenizer) -> Json:
+    config: Json = {
         "kind": type(tokenizer).__name__,
         "context_length": getattr(tokenizer, "context_length", None),
     }
@@ -205,9 +222,9 @@ def _tokenizer_config(tokenizer: Any) -> dict[str, Any]:
     return config
 
 
-def _size(image_size: Any) -> int | list[int]:
-    """One number for square inputs, so that the JSON form and its digest have one spelling."""
-    if isinstance(image_size, (tuple, list)):
-        sizes = [int(value) for value in image_size]
-        return sizes[0] if len(set(sizes)) == 1 else sizes
-    return int(image_size)
+def _size(image_size: int | Sequence[int]) -> int | list[int]:
+    """One number for square inputs, so that there is one JSON form and one digest."""
+    if isinstance(image_size, int):
+        return image_size
+    sizes = [int(value) for value in image_size]
+    return sizes[0] if len(set(sizes)) == 1 else sizes

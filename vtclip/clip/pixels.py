@@ -19,10 +19,10 @@ __all__ = ["normalized"]
 
 
 def normalized(image: Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(value / 255 - mean) / std of an RGB image, [3, H, W] float32, to the bit as torchvision's.
+    """(value / 255 - mean) / std of an RGB image, [3, H, W] float32, bit-equal to torchvision's.
 
-    One thread, whatever torch is set to: decoding threads that each start a team of their own
-    would take the cores from the encoder.
+    It runs in one thread, whatever torch is set to: decoding threads that each started a team of
+    threads would take the cores from the encoder.
     """
     pixels = np.asarray(image)
     table = _table(tuple(mean), tuple(std))
@@ -34,10 +34,9 @@ def normalized(image: Image, mean: Sequence[float], std: Sequence[float]) -> Ten
 
 @functools.cache
 def _table(mean: tuple[float, ...], std: tuple[float, ...]) -> NDArray[np.float32]:
-    """[3, 256], made by torchvision itself from an image that holds every value."""
+    """[3, 256], computed by torchvision itself from an image that holds every value."""
     from torchvision.transforms import functional as vision
 
     every = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
-    found: Tensor = vision.normalize(vision.to_tensor(every), list(mean), list(std))
-    table: NDArray[np.float32] = found[:, 0].numpy().copy()
-    return table
+    pixels: Tensor = vision.normalize(vision.to_tensor(every), list(mean), list(std))
+    return np.array(pixels[:, 0].numpy(), np.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of spatial features (see vtclip.clip) and the vision towers that give them."""
+"""Kinds of spatial features (see vtclip.clip) and the vision towers that compute them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn import functional
 
 
 def visual_kind(visual: Any, open_clip: Any) -> str:
+    """resnet, vit or timm; towers without spatial features: pooler, trunk or other."""
     if isinstance(visual, open_clip.modified_resnet.ModifiedResNet):
         return "resnet"
     if isinstance(visual, open_clip.transformer.VisionTransformer):
@@ -21,6 +22,7 @@ def visual_kind(visual: Any, open_clip: Any) -> str:
 
 
 def spatial_widths(kind: str, visual: Any, width: int) -> dict[str, int]:
+    """Spatial options of a tower of that kind and their widths Cs; `width` is the joint one."""
     if kind == "resnet":
         return {"raw": int(visual.attnpool.v_proj.in_features), "pooled": width, "value": width}
     if kind == "vit":

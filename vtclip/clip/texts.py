@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,16 +14,24 @@ from torch import Tensor
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
+class Tokenizer(Protocol):
+    """Texts to token ids [n, context_length]."""
+
+    context_length: int
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor: ...
+
+
 def resolve_templates(templates: str | Sequence[str] | None) -> list[str]:
-    """A list from None, one template, "imagenet7", "imagenet80", a .txt file or a list of them."""
+    """Templates from None, one template, "imagenet7", "imagenet80", a .txt file or their list."""
     if templates is None:
         return [DEFAULT_TEMPLATE]
     if isinstance(templates, str):
         return _named_templates(templates)
-    found = [line for item in templates for line in _named_templates(item)]
-    if not found:
+    lines = [line for item in templates for line in _named_templates(item)]
+    if not lines:
         raise ValueError("templates: at least one template is needed, got an empty list")
-    return found
+    return lines
 
 
 def _named_templates(name: str) -> list[str]:
@@ -58,13 +66,13 @@ def _checked_template(template: str) -> str:
 def mean_text(views: Tensor, names: Sequence[str]) -> Tensor:
     """The normalised mean [K, C] over the templates of views [K, M, C]."""
     total = torch.zeros_like(views[:, 0])
-    for number in range(views.shape[1]):  # one by one, so that cached texts keep their bits
+    for number in range(views.shape[1]):  # added in order, so that cached texts keep their bits
         total += views[:, number]
     return unit_text(total, names)
 
 
 def unit_text(rows: Tensor, names: Sequence[str]) -> Tensor:
-    """Rows [K, C] over their norms; a row without a direction is refused by its class name."""
+    """Rows [K, C] divided by their norms; an error names the class of a row without direction."""
     norm = rows.norm(dim=-1)
     for index, value in enumerate(norm.tolist()):
         if not (math.isfinite(value) and value > 0):
@@ -75,16 +83,17 @@ def unit_text(rows: Tensor, names: Sequence[str]) -> Tensor:
     return unit
 
 
-def cut_prompts(tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Prompts that do not fit the context, found by tokenising into twice its length."""
+def cut_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
+    """Prompts that do not fit into the context, by tokenising into twice its length."""
     context = tokenizer.context_length
     vocab = getattr(tokenizer, "vocab", None)
     try:
         if isinstance(vocab, dict):
-            long = type(tokenizer)(vocab, 2 * context)([*prompts, ""])
+            wide: Tokenizer = cast("Any", type(tokenizer))(vocab, 2 * context)
+            long = wide([*prompts, ""])
         else:
             long = tokenizer([*prompts, ""], context_length=2 * context)
-    except TypeError:  # a tokenizer without a free length cannot be asked
+    except TypeError:  # a tokenizer of fixed length cannot tell
         return []
     pad = long[-1, -1]
     cut = (long[:-1, context:] != pad).any(dim=1).tolist()

@@ -2,7 +2,7 @@
 """A word-level tokenizer for the demonstration's CLIP.
 
 Lower-case words without punctuation; a word outside the vocabulary falls into one of a few
-`<unk*>` buckets by its checksum, so that two unknown class names usually stay apart. `<end>` has
+`<unk*>` buckets by its checksum, so that two unknown class names usually differ. `<end>` has
 the largest id because CLIP text towers read the feature at the position of the largest id.
 """
 

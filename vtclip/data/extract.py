@@ -32,7 +32,7 @@ import torch
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
-from vtclip.data.hashing import Report, duplicates_of, hash_all
+from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all
 from vtclip.data.images import Folder, scan_folder
 from vtclip.data.options import FeatureOptions
 from vtclip.data.records import Records
@@ -51,7 +51,7 @@ from vtclip.files import (
 )
 from vtclip.machine import choose_device, set_threads
 
-__all__ = ["Report", "cached_features", "default_cache", "extract_features"]
+__all__ = ["ExtractionReport", "cached_features", "default_cache", "extract_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def extract_features(
     progress: bool = True,
     follow_links: bool = False,
     world: World | None = None,
-) -> tuple[FeatureSet, Report]:
+) -> tuple[FeatureSet, ExtractionReport]:
     """Features of an image folder in the folder `out`, reused where they are there already.
 
     `dtype` is that of the spatial features. Features of something else in `out` are an error that
@@ -101,7 +101,7 @@ def extract_features(
 
 def cached_features(
     source: str | Path | Folder, options: FeatureOptions
-) -> tuple[FeatureSet, Report]:
+) -> tuple[FeatureSet, ExtractionReport]:
     """Features of an image folder, or of listed files, from the cache.
 
     They are extracted first where they are missing or damaged.
@@ -154,12 +154,12 @@ class _Job(Work):
         stages = {"hashing": time.perf_counter() - start}
         return cls(hashed, model, fields, options.batch_size, options.progress, stages)
 
-    def reuse(self, features: FeatureSet) -> tuple[FeatureSet, Report]:
+    def reuse(self, features: FeatureSet) -> tuple[FeatureSet, ExtractionReport]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
         if features.key != self.key:
             raise ValueError(f"features: {features.folder} holds features of something else")
         features.verify()
-        return features, Report(
+        return features, ExtractionReport(
             len(features),
             features.skipped,
             duplicates_of(self.hashed),
@@ -169,9 +169,9 @@ class _Job(Work):
 
     def run(
         self, folder: Path, world: World, *, rebuild: bool = False
-    ) -> tuple[FeatureSet, Report]:
+    ) -> tuple[FeatureSet, ExtractionReport]:
         start = time.perf_counter()
-        report = Report(duplicates=duplicates_of(self.hashed), stages=self.stages)
+        report = ExtractionReport(duplicates=duplicates_of(self.hashed), stages=self.stages)
         if report.duplicates and world.first:
             first, second = report.duplicates[0]
             logger.warning(

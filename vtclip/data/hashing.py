@@ -4,20 +4,17 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from vtclip.data.images import Folder, ImageError, content_digest, decode, read_file, scan_folder
+from vtclip.data.images import Folder, ImageError, content_digest, read_file
 from vtclip.data.threads import ahead, decode_pool, progress_bar
 from vtclip.distributed import World
 from vtclip.files import printable
 
 __all__ = [
+    "ExtractionReport",
     "Hashed",
-    "Report",
     "ahead",
-    "check_folder",
     "decode_pool",
     "duplicates_of",
     "hash_all",
@@ -26,8 +23,8 @@ __all__ = [
 
 
 @dataclass
-class Report:
-    """What a look at a folder found; `lines()` is for people.
+class ExtractionReport:
+    """What was read, skipped and written for the features of a folder; `lines()` is for people.
 
     `stages`: seconds of hashing, of encoding, and of waiting for decoded images and for the disk.
     """
@@ -52,7 +49,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Hashed:
-    """A folder's files after hashing: those that could be opened, with size and content digest."""
+    """A folder's files after hashing: those that could be read, with size and content digest."""
 
     folder: Folder
     names: list[str]
@@ -69,34 +66,8 @@ class Hashed:
         return total.hexdigest()
 
 
-def check_folder(
-    source: str | Path, *, progress: bool = True, follow_links: bool = False
-) -> tuple[Folder, Report]:
-    """Decode every image of a folder and say which cannot be read or occur twice."""
-    start = time.perf_counter()
-    hashed = hash_all(scan_folder(source, follow_links=follow_links), progress)
-
-    def attempt(name: str) -> ImageError | None:
-        path = hashed.folder.path(name)
-        try:
-            decode(read_file(path), path)
-        except ImageError as error:
-            return error
-        return None
-
-    report = Report(skipped=list(hashed.skipped), duplicates=duplicates_of(hashed))
-    with decode_pool() as pool, progress_bar(len(hashed.names), "decoding", progress) as bar:
-        for name, error in zip(hashed.names, ahead(pool, attempt, hashed.names, 64), strict=True):
-            bar.update()
-            if error is not None:
-                report.skipped.append((name, error.reason))
-    report.rows = len(hashed.names) + len(hashed.skipped) - len(report.skipped)
-    report.num_bytes, report.seconds = sum(hashed.sizes), time.perf_counter() - start
-    return hashed.folder, report
-
-
 def hash_all(folder: Folder, progress: bool, world: World | None = None) -> Hashed:
-    """Size and digest of every file; of several processes each reads its part of them."""
+    """Size and digest of every file; of several processes each reads its share of them."""
     world = world or World()
     rows = range(world.rank, len(folder.names), world.size)
     names = [folder.names[row] for row in rows]
@@ -109,14 +80,14 @@ def hash_all(folder: Folder, progress: bool, world: World | None = None) -> Hash
         return len(data), content_digest(data)
 
     out = Hashed(folder, [], [], [], [], list(folder.skipped))
-    mine = []
+    results = []
     with decode_pool() as pool, progress_bar(len(names), "hashing", progress) as bar:
         for item in ahead(pool, attempt, names, 256):
             bar.update()
-            mine.append(item)
-    parts = world.collect(mine)
+            results.append(item)
+    shares = world.collect(results)
     for row, (name, k) in enumerate(zip(folder.names, folder.label, strict=True)):
-        item = parts[row % world.size][row // world.size]
+        item = shares[row % world.size][row // world.size]
         if isinstance(item, ImageError):
             out.skipped.append((name, item.reason))
             continue
@@ -128,6 +99,7 @@ def hash_all(folder: Folder, progress: bool, world: World | None = None) -> Hash
 
 
 def duplicates_of(hashed: Hashed) -> list[tuple[str, str]]:
+    """(first file, later file) for every file whose content an earlier one has."""
     first: dict[str, str] = {}
     return [(first[digest], name) for digest, name in zip(hashed.digests, hashed.names, strict=True)
             if first.setdefault(digest, name) != name]  # fmt: skip

@@ -3,10 +3,11 @@
 
 Decoding rules, the same for training, evaluation and prediction:
 
-- JPEG, PNG, WebP, BMP, GIF, TIFF and MPO, told by content and not by extension; nothing that can
-  start another program. The first frame of an animation or a page file.
-- EXIF orientation is applied. Transparency goes over white. CMYK, palette, grey and 1-bit become
-  RGB. 16-bit grey is scaled by 1/257. Floats and 32-bit integers have no known range: refused.
+- JPEG, PNG, WebP, BMP, GIF, TIFF and MPO, recognised by content and not by extension; nothing that
+  can start another program. The first frame of an animation or of a file of pages.
+- EXIF orientation is applied. Transparency is blended with white. CMYK, palette, grey and 1-bit
+  become RGB. 16-bit grey is scaled by 1/257. Floats and 32-bit integers have no known range and
+  are refused.
 - At most 89,478,485 pixels, 1 GiB and an aspect of 100:1 (a resize of the short edge to 224
   then stays below 6 million pixels). PNG and WebP files must be complete.
 
@@ -16,8 +17,8 @@ black pixels or by its neighbour.
 Folder rules: `root/class_name/**/image.ext`. Classes are the folders directly below `root`, in
 natural order (class_2 before class_10, case ignored); deeper folders belong to their class. Names
 that start with a dot, Thumbs.db, desktop.ini, __MACOSX and files without an image extension
-(.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .mpo, any case) are passed over. Links are
-followed inside `root`, outside only with follow_links=True.
+(.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .mpo, any case) are ignored. Links are
+followed inside `root`, and out of it only with follow_links=True.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ PNG_END = b"IEND\xaeB`\x82"
 
 
 class ImageError(ValueError):
-    """A file that is no readable image; `path` and `reason` say which and why."""
+    """A file that is not a readable image; `path` and `reason` say which and why."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         self.path = str(path)
@@ -131,7 +132,7 @@ def decode(data: bytes, path: str | Path) -> Image:
 
 
 def as_rgb(image: Image) -> Image:
-    """A PIL image as `decode` would give it: upright, over white, RGB; or ImageError."""
+    """A PIL image as `decode` would return it: upright, on white, RGB; or ImageError."""
     path = getattr(image, "filename", "") or "a PIL image"
     _check_size(image, path)
     return _to_rgb(_upright(image), path)
@@ -148,7 +149,7 @@ def _check_size(image: Image, path: str | Path) -> None:
 
 
 def _check_complete(data: bytes, kind: str | None, path: str | Path) -> None:
-    """PNG and WebP decoders take a file whose end is missing; JPEG, BMP and TIFF do not."""
+    """PNG and WebP decoders accept a file whose end is missing; JPEG, BMP and TIFF do not."""
     if kind == "PNG" and PNG_END not in data[-4096:] and PNG_END not in data:
         raise ImageError(path, "damaged: the end of the PNG file is missing")
     if kind == "WEBP" and struct.unpack_from("<I", data, 4)[0] + 8 > len(data):
@@ -177,16 +178,16 @@ def _to_rgb(image: Image, path: str | Path) -> Image:
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if mode in ("La", "RGBa"):
             image = image.convert("RGBA" if mode == "RGBa" else "LA")
-        over = pillow.new("RGBA", image.size, (255, 255, 255, 255))
-        return pillow.alpha_composite(over, image.convert("RGBA")).convert("RGB")
+        white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
+        return pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if mode == "RGB" else image.convert("RGB")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Image files of a folder of class folders: `names` are relative and use /, label in step.
+    """Image files of a folder of class folders: relative `names` with /, and a `label` for each.
 
-    `prompts`: the words that stand for the classes in templates, where those are not the names.
+    `prompts`: the words that stand for the classes in templates, if they are not the class names.
     """
 
     root: Path
@@ -237,27 +238,26 @@ def scan_folder(root: str | Path, *, follow_links: bool = False) -> Folder:
         shown = ", ".join(map(printable, empty[:8])) + (", ..." if len(empty) > 8 else "")
         raise ValueError(f"source: {len(empty)} class folders hold no images: {shown}")
     if loose:
-        logger.warning(
-            "%d images lie directly in %s, in no class, and are passed over", loose, root
-        )
+        logger.warning("%d images lie directly in %s, in no class, and are ignored", loose, root)
     return Folder(root, classes, names, label, skipped)
 
 
 def walk_images(root: str | Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """The image files below `root`, in natural order, by the rules for one class; and the skipped.
+    """Image files below `root`, by the rules for one class, and (path, reason) of skipped ones.
 
-    Files of a folder come before those of its subfolders; skipped are (path, reason).
+    Natural order, where the files of a folder come before those of its subfolders.
     """
-    root, skipped = Path(root), []  # type: ignore[var-annotated]
-    found = [root / name for name in _walk(root, ".", os.path.realpath(root), skipped)]
-    return found, [(str(root / name), reason) for name, reason in skipped]
+    root = Path(root)
+    skipped: list[tuple[str, str]] = []
+    paths = [root / name for name in _walk(root, ".", os.path.realpath(root), skipped)]
+    return paths, [(str(root / name), reason) for name, reason in skipped]
 
 
 def _check_classes(root: Path, classes: list[str], loose: int) -> list[str]:
     where = printable(str(root))
     if not classes:
-        found = f", only {loose} images without a class" if loose else ""
-        raise ValueError(f"source: {where} must hold one folder per class, got no folders{found}")
+        rest = f", only {loose} images without a class" if loose else ""
+        raise ValueError(f"source: {where} must hold one folder per class, got no folders{rest}")
     if all(name.lower() in SPLIT_NAMES for name in classes):
         raise ValueError(
             f"source: {where} holds {', '.join(classes)}, which are splits and not classes; "
@@ -269,7 +269,7 @@ def _check_classes(root: Path, classes: list[str], loose: int) -> list[str]:
 def _walk(
     root: Path, class_name: str, inside: str | None, skipped: list[tuple[str, str]]
 ) -> Iterator[str]:
-    """Relative names below one class folder in natural order; each real folder once."""
+    """Relative names below one class folder in natural order; every real folder is read once."""
     seen: set[tuple[int, int]] = set()
     pending = [class_name]
     while pending:
@@ -296,7 +296,7 @@ def _walk(
 
 
 def is_ignored(name: str) -> bool:
-    """Names of hidden files and of what file managers leave behind."""
+    """Whether it is the name of a hidden file or of what file managers leave behind."""
     return name.startswith(".") or name.lower() in IGNORED
 
 

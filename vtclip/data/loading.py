@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files to batches of pixels, decoded one batch ahead into buffers that are used again."""
+"""Files to batches of pixels, decoded one batch ahead into buffers that are reused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +19,13 @@ __all__ = ["Batches"]
 class Batches(AbstractContextManager["Batches"]):
     """Pixels of the rows of each of `pieces`, in order.
 
-    load: views [1 + P, 3, H, W] of one row, or the ImageError that says why there are none.
+    load: views [1 + P, 3, H, W] of one row, or the ImageError that says why it has none.
     shape: (1 + P, 3, H, W).
     computing: threads of the computation that takes the batches.
 
-    The first batch is on its way from the start. `next_batch` gives the pixels of those rows that
-    could be read, [n * (1 + P), 3, H, W], and for each row its error or None. The pixels hold until
-    the next call.
+    Decoding of the first batch starts at once. `next_batch` returns the pixels of the rows that
+    could be read, [n * (1 + P), 3, H, W], and for each row its error or None. The pixels are valid
+    until the next call.
     """
 
     def __init__(
@@ -36,10 +35,9 @@ class Batches(AbstractContextManager["Batches"]):
         shape: tuple[int, ...],
         computing: int,
     ) -> None:
-        self._load, self._pieces, self._passes = load, pieces, shape[0]
+        self._load, self._pieces = load, pieces
         rows = max((len(piece) for piece in pieces), default=0)
-        # a batch of decoded images is copied nowhere, and its memory is touched for the first time
-        # once only
+        # decoded images are never copied, and fresh memory is touched only once
         self._buffers = [torch.empty(rows, *shape).numpy() for _ in range(min(2, len(pieces)))]
         self._ahead: list[list[Future[ImageError | None]]] = []
         self._number = 0
@@ -74,8 +72,8 @@ class Batches(AbstractContextManager["Batches"]):
         piece = self._pieces[number]
         self._ahead.append([self._pool.submit(work, slot, row) for slot, row in enumerate(piece)])
 
-    def __exit__(self, *reason: Any) -> None:
-        for future in (one for batch in self._ahead for one in batch):
+    def __exit__(self, *reason: object) -> None:
+        for future in (future for batch in self._ahead for future in batch):
             future.cancel()
         self._cores.close()
         self._pool.shutdown()

@@ -8,8 +8,8 @@
     prompt         [M]               names of the prompts; "averageprompt" is left out of the mean
     fname          [N]               names of the rows (else their numbers)
     spatial        [n, L, Cs]        spatial features
-    spatial_index  [n]               the rows of image they belong to (else n = N)
-    projection     [Cs, C]           takes spatial features into the space of text
+    spatial_index  [n]               the rows of image to which they belong (else n = N)
+    projection     [Cs, C]           maps spatial features to the space of text
     temperature    []                log of the logit scale (else the scale is 100)
 
 With M prompts the class texts are the normalised mean of normalised rows, or those of one prompt.
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,9 +35,15 @@ from vtclip.data.records import MemoryStore, Records, check_finite, check_rows, 
 
 __all__ = ["class_texts", "open_npz"]
 
+Array = NDArray[Any]
+
 AVERAGE = "averageprompt"
-# above this size a member that shrinks a hundredfold holds no features but a trap
+# a larger member that shrinks a hundredfold does not hold features: it is a trap
 BOMB_BYTES, BOMB_RATIO = 64 * 2**20, 100
+KEYS = frozenset(
+    ("image", "label", "classname", "text", "prompt", "fname", "spatial", "spatial_index")
+    + ("projection", "temperature")
+)
 
 
 def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool = False) -> Records:
@@ -65,7 +72,7 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
     digests = {"images": digest_of(image), "text": digest_of(text)}
     if spatial is not None:
         digests["spatial"] = digest_of(spatial)
-    info: dict[str, Any] = {
+    info = {
         "kind": "npz",
         "path": path.name,
         "templates": templates,
@@ -74,15 +81,6 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
         "spatial": None if spatial is None else ("raw" if projection is None else "projected"),
         "digests": digests,
     }
-    scale = 100.0
-    if "temperature" in arrays:
-        log_scale = np.asarray(arrays["temperature"], dtype=np.float64).reshape(-1)
-        if len(log_scale) != 1 or not abs(log_scale[0]) < 100:
-            raise ValueError(
-                f"{path.name}: temperature must be one log of a scale, within -100..100, "
-                f"got {log_scale.tolist()[:3]}"
-            )
-        scale = math.exp(log_scale[0])
     everywhere = spatial is not None and index is None
     keep = torch.arange(len(image))
     if need_spatial and index is not None:
@@ -99,7 +97,7 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
         text_views=views,
         label=label[keep],
         names=[names[i] for i in keep.tolist()],
-        logit_scale=scale,
+        logit_scale=_logit_scale(path, arrays),
         info=info,
     )
     if need_spatial and index is not None:
@@ -107,21 +105,21 @@ def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool 
     return records
 
 
-def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def _logit_scale(path: Path, arrays: dict[str, Array]) -> float:
+    if "temperature" not in arrays:
+        return 100.0
+    log_scale = np.asarray(arrays["temperature"], dtype=np.float64).reshape(-1)
+    if len(log_scale) != 1 or not abs(log_scale[0]) < 100:
+        raise ValueError(
+            f"{path.name}: temperature must be one log of a scale, within -100..100, "
+            f"got {log_scale.tolist()[:3]}"
+        )
+    return math.exp(log_scale[0])
+
+
+def _read(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise ValueError(f"source: no such file: {path}")
-    wanted = {
-        "image",
-        "label",
-        "classname",
-        "text",
-        "prompt",
-        "fname",
-        "spatial",
-        "spatial_index",
-        "projection",
-        "temperature",
-    }
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
@@ -136,7 +134,7 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with np.load(path, allow_pickle=False) as arrays:
             if not isinstance(arrays, Mapping):
                 raise ValueError(f"{path.name}: not an .npz file")
-            return {key: arrays[key] for key in arrays if key in wanted}
+            return {key: arrays[key] for key in arrays if key in KEYS}
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -153,7 +151,7 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise ValueError(f"{path.name}: {str(error).removeprefix(path.name + ': ')}") from None
 
 
-def _floats(path: Path, key: str, array: np.ndarray[Any, Any], dims: tuple[int, ...]) -> Tensor:
+def _floats(path: Path, key: str, array: Array, dims: tuple[int, ...]) -> Tensor:
     if array.dtype.kind != "f":
         raise TypeError(f"{path.name}: {key} must hold floats, got {array.dtype}")
     if array.ndim not in dims or 0 in array.shape:
@@ -177,7 +175,7 @@ def _with_direction(path: Path, key: str, rows: Tensor) -> Tensor:
         raise ValueError(f"{path.name}: {error}") from None
 
 
-def _integers(path: Path, key: str, array: np.ndarray[Any, Any]) -> Tensor:
+def _integers(path: Path, key: str, array: Array) -> Tensor:
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise ValueError(
             f"{path.name}: {key} must be a row of integers, got {array.dtype} {list(array.shape)}"
@@ -185,7 +183,7 @@ def _integers(path: Path, key: str, array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def _strings(path: Path, key: str, array: np.ndarray[Any, Any]) -> list[str]:
+def _strings(path: Path, key: str, array: Array) -> list[str]:
     if array.dtype.kind not in "US" or array.ndim != 1:
         raise ValueError(
             f"{path.name}: {key} must be a row of strings, got {array.dtype} {list(array.shape)}"
@@ -196,9 +194,9 @@ def _strings(path: Path, key: str, array: np.ndarray[Any, Any]) -> list[str]:
 
 
 def class_texts(
-    path: Path, arrays: dict[str, np.ndarray[Any, Any]], prompt: str | None
+    path: Path, arrays: dict[str, Array], prompt: str | None
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Class texts [K, C], those of each prompt apart [K, M, C], and the names of the prompts.
+    """Mean class texts [K, C], class texts of each prompt [K, M, C], and the prompts' names.
 
     All rows have length 1.
     """
@@ -232,7 +230,7 @@ def class_texts(
 
 
 def _spatial(
-    path: Path, arrays: dict[str, np.ndarray[Any, Any]], num_rows: int
+    path: Path, arrays: dict[str, Array], num_rows: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     if "spatial" not in arrays:
         return None, None, None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One table of features: image [N, C], optional spatial [N, L, Cs], labels and class texts.
 
-`Records` knows rows, classes and names; where the numbers lie (in memory, in an .npz file, in
-memory-mapped shards) is the business of its `Store`. A selection shares the store.
+`Records` knows rows, classes and names; where the numbers are (in memory, in an .npz file, in
+memory-mapped shards) is known to its `Store` alone. A selection shares the store.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Batch:
 
 
 class Store(Protocol):
-    """Features by row of the whole source; pass 0 is the plain one, p >= 1 the augmented ones."""
+    """Features by row of the whole source; pass 0 is plain, passes p >= 1 are augmented."""
 
     width: int
     num_passes: int
@@ -63,8 +63,8 @@ class Store(Protocol):
 class MemoryStore:
     """Tensors in memory: image [N, C] or [N, 1 + P, C], spatial [N, L, Cs] or [N, 1 + P, L, Cs].
 
-    `projection` [Cs, C], where given, is applied to the spatial rows of each batch in float32, so
-    that the wide form never exists for the whole table.
+    A `projection` [Cs, C] is applied to the spatial rows of each batch in float32, so that the
+    projected form never exists for the whole table.
     """
 
     def __init__(
@@ -151,10 +151,9 @@ class Records:
     """Rows of features with their labels, names and class texts.
 
     `text` rows have norm 1. `info` is JSON-able and says where everything came from; its "digests"
-    name the content of images, texts and weights. `roles` [N], where the source itself says which
-    rows train (0), validate (1) and test (2), is what every split of these rows follows.
-    `text_views` [K, M, C] are the class texts of M templates apart, where the source has them; else
-    M is 1.
+    name the content of images, texts and weights. `roles` [N], if the source itself says which rows
+    train (0), validate (1) and test (2), decides every split of these rows. `text_views` [K, M, C]
+    are the class texts of each of M templates; M is 1 if the source has only their mean.
     """
 
     def __init__(
@@ -289,7 +288,7 @@ class Records:
         return Batch(self._store.image(row, augment_pass), self.label[index], spatial)
 
     def without_spatial(self) -> Records:
-        """The same rows, classes and texts; spatial features are neither shown nor read."""
+        """The same rows, classes and texts without the spatial features, which are never read."""
         if not self.has_spatial:
             return self
         view = copy.copy(self)
@@ -314,7 +313,7 @@ class Records:
         )
 
     def subset_classes(self, classes: Sequence[int]) -> Records:
-        """Only `classes`, in that order, relabelled from 0, with only their rows."""
+        """The rows of `classes`, relabelled from 0 in that order."""
         keep = [int(k) for k in classes]
         if len(set(keep)) != len(keep) or any(not 0 <= k < len(self.class_names) for k in keep):
             raise ValueError(
@@ -361,7 +360,7 @@ class Records:
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:
-    """Class names that differ even after case, spaces, underscores and Unicode form are ignored."""
+    """`class_names`, which must differ in more than case, spaces, underscores and Unicode form."""
     seen: dict[str, str] = {}
     for index, name in enumerate(class_names):
         if not isinstance(name, str):
@@ -387,9 +386,9 @@ def _check_labels(label: Tensor, num_classes: int) -> None:
         return
     low, high = int(label.min()), int(label.max())
     if low < 0 or high >= num_classes:
-        here = torch.zeros(num_classes, dtype=torch.bool)
-        here[label[(label >= 0) & (label < num_classes)]] = True
-        missing = (~here).nonzero().flatten().tolist()
+        present = torch.zeros(num_classes, dtype=torch.bool)
+        present[label[(label >= 0) & (label < num_classes)]] = True
+        missing = (~present).nonzero().flatten().tolist()
         raise ValueError(
             f"records: labels must lie in 0..{num_classes - 1} for {num_classes} "
             f"classes, got {low}..{high}, first class without images: "
@@ -410,7 +409,7 @@ def check_finite(rows: Tensor, what: str) -> Tensor:
 
 
 def check_rows(rows: Tensor, what: str) -> Tensor:
-    """Finite rows [N, ..., C] with a direction: length above 0 and not infinite in float32."""
+    """`rows` [N, ..., C], which must be finite, with lengths above 0 and finite in float32."""
     check_finite(rows, what)
     length = rows.float().norm(dim=-1).reshape(len(rows), -1) if len(rows) else rows.new_ones(0, 1)
     for fault, wrong in (("zero rows", length < MIN_LENGTH), ("overlong rows", length.isinf())):

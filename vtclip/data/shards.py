@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shards of one features folder: which images make which, encoded and written.
+"""The shards of one features folder: which images belong to which, encoded and written.
 
 A shard holds whole batches, and which images those are follows from the number of images and the
-batch size alone: so one process and several, a run and one that was cut off and went on, compute
-the very same batches and write the same bytes. A finished shard has a note beside it,
-shard-00000.json, which goes when the manifest is there.
+batch size alone: so one process or several, and a run that was interrupted and resumed, compute
+the very same batches and write the same bytes. A finished shard has a note next to it,
+shard-00000.json, which is removed once the manifest is written.
 
-While one batch is encoded the next is decoded on the cores that are free (vtclip.data.threads), and
-the last shard is written.
+While one batch is encoded, the next is decoded on the cores that are free (vtclip.data.threads) and
+the previous shard is written.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from vtclip.data.hashing import Hashed
 from vtclip.data.images import ImageError, content_digest, decode, read_file
 from vtclip.data.loading import Batches
 from vtclip.data.threads import progress_bar
-from vtclip.files import json_digest, printable, read_json, to_json, write_atomic
+from vtclip.files import Json, json_digest, printable, read_json, to_json, write_atomic
 
 __all__ = ["DTYPES", "Shard", "Work", "finished_shards", "make_shards", "shards_of", "write_text"]
 
 logger = logging.getLogger(__name__)
 
-# about SHARDS of them, so that several processes have equal shares; fewer where they would be
-# smaller than LEAST_ROWS, and more where they would be larger than SHARD_ROWS or SHARD_BYTES
+# about SHARDS shards, so that several processes have equal shares; fewer if they would be smaller
+# than LEAST_ROWS, and more if they would be larger than SHARD_ROWS or SHARD_BYTES
 SHARDS, LEAST_ROWS, SHARD_ROWS, SHARD_BYTES = 32, 64, 4096, 64 * 2**20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -53,7 +53,7 @@ class Work:
 
     hashed: Hashed
     clip: Clip
-    fields: dict[str, Any]
+    fields: Json
     batch_size: int
     progress: bool
     stages: dict[str, float] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Work:
 
     @property
     def per_batch(self) -> int:
-        """Images of one batch; their augmented passes go through the model with them."""
+        """Images of one batch; their augmented passes are encoded in the same batch."""
         return max(1, self.batch_size // self.passes)
 
     @contextmanager
@@ -78,11 +78,11 @@ class Work:
         self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
 
     def row_bytes(self, tokens: tuple[int, int] | None) -> int:
-        found = self.passes * 4 * self.clip.width
+        """Bytes of one image's features; `tokens`: (L, Cs) of its spatial ones."""
+        per_pass = 4 * self.clip.width
         if tokens is not None:
-            size = DTYPES[self.fields["dtype"]].itemsize
-            found += self.passes * tokens[0] * tokens[1] * size
-        return found
+            per_pass += tokens[0] * tokens[1] * DTYPES[self.fields["dtype"]].itemsize
+        return self.passes * per_pass
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Shard:
 
 
 def shards_of(work: Work, tokens: tuple[int, int] | None) -> list[Shard]:
-    """The shards of all images: whole batches, but for the last of all."""
+    """The shards of all images: whole batches, except for the very last one."""
     count, batch = len(work.hashed.names), work.per_batch
     most = max(1, min(SHARD_ROWS, SHARD_BYTES // work.row_bytes(tokens)))
     rows = -(-max(LEAST_ROWS, -(-count // SHARDS)) // batch) * batch
@@ -117,9 +117,9 @@ def shards_of(work: Work, tokens: tuple[int, int] | None) -> list[Shard]:
     ]
 
 
-def finished_shards(work: Work, shards: Sequence[Shard], folder: Path) -> dict[int, dict[str, Any]]:
-    """Entries of the shards that an earlier run finished and whose bytes are still right."""
-    good: dict[int, dict[str, Any]] = {}
+def finished_shards(work: Work, shards: Sequence[Shard], folder: Path) -> dict[int, Json]:
+    """Entries of the shards that an earlier run finished and whose bytes are unchanged."""
+    intact: dict[int, Json] = {}
     for shard in shards:
         try:
             note = read_json(shard.note(folder), "a note of a finished shard")
@@ -129,27 +129,28 @@ def finished_shards(work: Work, shards: Sequence[Shard], folder: Path) -> dict[i
         if note != _note(work, shard, entry) or not path.is_file():
             continue
         if file_digest(path) == entry["sha256"]:
-            good[shard.number] = entry
-    return good
+            intact[shard.number] = entry
+    return intact
 
 
-def _note(work: Work, shard: Shard, entry: dict[str, Any]) -> dict[str, Any]:
+def _note(work: Work, shard: Shard, entry: Json) -> Json:
     rows = [shard.start, shard.stop, work.per_batch]
     body = {"key": work.key, "rows": rows, "entry": entry}
     return {**body, "digest": json_digest(body)}
 
 
-def write_text(work: Work, folder: Path) -> dict[str, Any]:
-    """Encode and write the class texts; answers the manifest's entry of their file."""
-    words = work.fields.get("prompts", work.fields["class_names"])
-    views = work.clip.encode_text_views(words, work.fields["templates"]).cpu()
+def write_text(work: Work, folder: Path) -> Json:
+    """Encodes and writes the class texts; returns the manifest's entry for their file."""
+    fields = work.fields
+    words: list[str] = fields["prompts"] if "prompts" in fields else fields["class_names"]
+    views = work.clip.encode_text_views(words, fields["templates"]).cpu()
     texts = {"text": mean_text(views, words)}
     if views.shape[1] > 1:
         texts["text_views"] = views
     return write_tensors(folder / TEXT, texts)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Json:
     # cloned, because a view would take its whole storage to the disk
     data = safetensors.torch.save(
         {name: value.contiguous().clone() for name, value in tensors.items()}
@@ -166,13 +167,13 @@ def make_shards(
     *,
     finished: int = 0,
     meanwhile: Callable[[], None] = lambda: None,
-) -> dict[int, dict[str, Any]]:
-    """Encode and write `shards`; answers the entries of their files.
+) -> dict[int, Json]:
+    """Encodes and writes `shards`; returns the entries of their files by shard number.
 
-    finished: images that the progress bar counts from the start. meanwhile: done while the first
+    finished: images that the progress bar counts from the start. meanwhile: called while the first
     batch is decoded.
     """
-    done: dict[int, dict[str, Any]] = {}
+    done: dict[int, Json] = {}
     total = finished + sum(shard.stop - shard.start for shard in shards)
     pieces = [piece for shard in shards for piece in shard.batches(work.per_batch)]
     size = work.clip.preprocess_cfg["size"]
@@ -194,19 +195,24 @@ def make_shards(
         meanwhile()
         pending: Future[None] | None = None
 
-        def write(shard: Shard, tensors: dict[str, Tensor], kept: list[int], lost: Any) -> None:
-            _check(work, tensors, kept)
+        def write(
+            shard: Shard,
+            tensors: dict[str, Tensor],
+            rows: list[int],
+            skipped: list[tuple[str, str]],
+        ) -> None:
+            _check(work, tensors, rows)
             entry = write_tensors(folder / shard.file, tensors)
-            entry |= {"number": shard.number, "rows": len(kept), "kept": kept, "skipped": lost}
+            entry |= {"number": shard.number, "rows": len(rows), "kept": rows, "skipped": skipped}
             write_atomic(shard.note(folder), to_json(_note(work, shard, entry)))
             done[shard.number] = entry
 
         for shard in shards:
-            made = _encoded(work, shard, batches, tokens, bar)
+            encoded = _encode_shard(work, shard, batches, tokens, bar)
             with work.timed("waiting for the disk"):
                 if pending is not None:
                     pending.result()
-            pending = writer.submit(write, shard, *made)
+            pending = writer.submit(write, shard, *encoded)
         with work.timed("waiting for the disk"):
             if pending is not None:
                 pending.result()
@@ -214,12 +220,12 @@ def make_shards(
 
 
 def load_views(work: Work, row: int) -> Tensor | ImageError:
-    """Views [1 + P, 3, H, W] of one file: plain, then the augmented passes."""
+    """Views [1 + P, 3, H, W] of one file: the plain one, then the augmented passes."""
     path = work.hashed.folder.path(work.hashed.names[row])
     data = read_file(path)
     digest = content_digest(data)
     if digest != work.hashed.digests[row]:
-        raise ImageError(path, "the file changed while features were made")
+        raise ImageError(path, "the file changed while features were extracted")
     try:
         image = decode(data, path)
     except ImageError as error:
@@ -230,25 +236,25 @@ def load_views(work: Work, row: int) -> Tensor | ImageError:
     return torch.stack(views) if len(views) > 1 else views[0][None]
 
 
-def _encoded(
+def _encode_shard(
     work: Work,
     shard: Shard,
     batches: Batches,
     tokens: tuple[int, int] | None,
     bar: Any,
 ) -> tuple[dict[str, Tensor], list[int], list[tuple[str, str]]]:
-    """A shard's tensors, the rows that are in them, and the files that are not, with reasons."""
+    """A shard's tensors, the rows they hold, and (name, reason) of the files without a row."""
     dtype = DTYPES[work.fields["dtype"]] if tokens is not None else torch.float32
     images = [torch.empty(0, work.passes, work.clip.width)]
     spatials = [torch.empty(0, work.passes, *(tokens or ()), dtype=dtype)]
-    kept: list[int] = []
+    rows: list[int] = []
     skipped: list[tuple[str, str]] = []
     for piece in shard.batches(work.per_batch):
         with work.timed("waiting for images"):
             pixels, errors = batches.next_batch()
         for row, error in zip(piece, errors, strict=True):
             if error is None:
-                kept.append(row)
+                rows.append(row)
             else:
                 skipped.append((work.hashed.names[row], error.reason))
         if len(pixels):
@@ -261,10 +267,11 @@ def _encoded(
     tensors = {"image": torch.cat(images)}
     if tokens is not None:
         tensors["spatial"] = torch.cat(spatials)
-    return tensors, kept, skipped
+    return tensors, rows, skipped
 
 
-def _check(work: Work, tensors: dict[str, Tensor], kept: list[int]) -> None:
+def _check(work: Work, tensors: dict[str, Tensor], rows: list[int]) -> None:
+    """Every number is finite and no image feature is 0; `rows` name the images."""
     for what, tensor in tensors.items():
         flat = tensor.flatten(1) if len(tensor) else tensor.reshape(0, 1)
         bad = (~flat.isfinite()).any(dim=1).nonzero().flatten().tolist()
@@ -272,11 +279,11 @@ def _check(work: Work, tensors: dict[str, Tensor], kept: list[int]) -> None:
             hint = " (try dtype='float32')" if tensor.dtype == torch.float16 else ""
             raise ValueError(
                 f"features: {what} features of {len(bad)} images are not finite{hint}, "
-                f"e.g. of {printable(work.hashed.names[kept[bad[0]]])}"
+                f"e.g. of {printable(work.hashed.names[rows[bad[0]]])}"
             )
     zero = (tensors["image"] == 0).all(dim=-1).any(dim=-1).nonzero().flatten().tolist()
     if zero:
         raise ValueError(
             f"features: the image features of {len(zero)} images are all 0, e.g. "
-            f"of {printable(work.hashed.names[kept[zero[0]]])}"
+            f"of {printable(work.hashed.names[rows[zero[0]]])}"
         )

@@ -3,9 +3,9 @@
 
 Per class the images are ordered by sha256(name); the first floor(n * test_fraction) are test,
 whatever the seed, the shots or the order of rows. The others are ordered by sha256(seed, name):
-the first `shots` train, the next min(shots, 4) or what is left validate. No random generator is
-involved, so a split is the same on every machine, and the training images of a smaller one are
-among those of a larger one of the same seed.
+the first `shots` train, the next min(shots, 4), or as many as are left, validate. No random
+generator is involved, so a split is the same on every machine, and with the same seed the training
+images of fewer shots are among those of more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vtclip.names import MAX_SEED
 
-__all__ = ["MAX_SEED", "MAX_VAL", "Split", "few_shot_split", "split_by_roles"]
+__all__ = ["MAX_SEED", "MAX_VAL", "Split", "check_int", "few_shot_split", "split_by_roles"]
 
 MAX_VAL = 4
 
@@ -51,8 +51,8 @@ def few_shot_split(
 
     shots = 0 gives a test set only; test_fraction = 1.0 makes every image a test image.
     """
-    _check_int("shots", shots, 0, 2**31 - 1)
-    _check_int("seed", seed, 0, MAX_SEED)
+    check_int("few_shot_split", "shots", shots, 0, 2**31 - 1)
+    check_int("few_shot_split", "seed", seed, 0, MAX_SEED)
     if not (
         isinstance(test_fraction, (int, float))
         and math.isfinite(test_fraction)
@@ -68,32 +68,32 @@ def few_shot_split(
     for row, k in enumerate(label.tolist()):
         by_class.setdefault(int(k), []).append(row)
     roles: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    short: list[str] = []
+    too_small: list[str] = []
     for k in sorted(by_class):
         rows = sorted(by_class[k], key=lambda row: _digest("test", names[row]))
         num_test = int(len(rows) * test_fraction)
         pool = sorted(rows[num_test:], key=lambda row: _digest(f"seed {seed}", names[row]))
         if len(pool) < shots:
             name = repr(class_names[k]) if class_names is not None else str(k)
-            short.append(f"{name} has {len(pool)}")
+            too_small.append(f"{name} has {len(pool)}")
         roles["test"] += rows[:num_test]
         roles["train"] += pool[:shots]
         roles["val"] += pool[shots : shots + num_val]
-    if short:
-        more = f" and {len(short) - 3} more classes" if len(short) > 3 else ""
+    if too_small:
+        more = f" and {len(too_small) - 3} more classes" if len(too_small) > 3 else ""
         raise ValueError(
             f"few_shot_split: shots = {shots} needs {shots} images per class "
-            f"beside the test share of {test_fraction:g}, but class "
-            f"{', class '.join(short[:3])}{more}"
+            f"besides the test share of {test_fraction:g}, but class "
+            f"{', class '.join(too_small[:3])}{more}"
         )
     return _split(roles, label, names)
 
 
 def split_by_roles(label: Tensor, names: Sequence[str], roles: Tensor) -> Split:
-    """The split that a source brings: roles [N] hold 0 (train), 1 (validation) and 2 (test)."""
-    found = {role: (roles == number).nonzero().flatten().tolist()
-             for number, role in enumerate(("train", "val", "test"))}  # fmt: skip
-    return _split(found, label, names)
+    """The split that a source prescribes: roles [N] hold 0 (train), 1 (validation) and 2 (test)."""
+    rows = {role: (roles == number).nonzero().flatten().tolist()
+            for number, role in enumerate(("train", "val", "test"))}  # fmt: skip
+    return _split(rows, label, names)
 
 
 def _split(roles: dict[str, list[int]], label: Tensor, names: Sequence[str]) -> Split:
@@ -106,11 +106,12 @@ def _split(roles: dict[str, list[int]], label: Tensor, names: Sequence[str]) -> 
     return Split(**tensors, digest=total.hexdigest())
 
 
-def _check_int(what: str, value: int, low: int, high: int) -> None:
+def check_int(caller: str, argument: str, value: int, low: int, high: int) -> None:
+    """Raises unless `value` is an int, not a bool, in low..high."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"few_shot_split: {what} must be an int, got {type(value).__name__}")
+        raise TypeError(f"{caller}: {argument} must be an int, got {type(value).__name__}")
     if not low <= value <= high:
-        raise ValueError(f"few_shot_split: {what} must lie in {low}..{high}, got {value}")
+        raise ValueError(f"{caller}: {argument} must lie in {low}..{high}, got {value}")
 
 
 def _bytes(name: str) -> bytes:

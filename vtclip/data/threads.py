@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cores divided between decoding threads and the computation that they feed.
 
-While a batch is computed, decoding has the cores that the computation leaves free; while the
-computation waits for a batch, decoding has them all. With more running threads than cores, every
-decoded image would stop one thread of a parallel loop, and with it, at the loop's end, all others.
+While a batch is computed, decoding uses the cores that the computation leaves free; while the
+computation waits for a batch, decoding uses them all. If there were more running threads than
+cores, every decoded image would stop one thread of a parallel loop and so, at the loop's end, all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Cores", "num_cores"]
 
 
 def num_cores() -> int:
-    """The cores this process may use; of processes that torchrun started together, its share."""
+    """The cores this process may use: its share, where torchrun started several processes."""
     try:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
@@ -29,7 +29,7 @@ def num_cores() -> int:
 
 
 class Cores:
-    """At most `total` threads decode at once, and `total - computing` while there is computing."""
+    """At most `total` threads decode at once, and `total - computing` during a computation."""
 
     def __init__(self, total: int, computing: int) -> None:
         self.total, self.spare = max(1, total), max(0, total - computing)
@@ -38,7 +38,7 @@ class Cores:
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """One decoding thread's piece of work; it begins when there is a core for it."""
+        """One decoding thread's piece of work, which begins when a core is free for it."""
         with self._changed:
             self._changed.wait_for(lambda: self._running < self._limit)
             self._running += 1
@@ -51,18 +51,18 @@ class Cores:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """The computation waits: all cores decode, until the block ends and takes its own back."""
-        self._let(self.total)
+        """While the computation waits, all cores decode; the block's end returns its own."""
+        self._set_limit(self.total)
         yield
-        self._let(self.spare)
+        self._set_limit(self.spare)
         with self._changed:
             self._changed.wait_for(lambda: self._running <= self.spare)
 
     def close(self) -> None:
-        """Nothing is computed any more: let every waiting thread go on."""
-        self._let(self.total)
+        """Nothing more is computed: every waiting thread goes on."""
+        self._set_limit(self.total)
 
-    def _let(self, limit: int) -> None:
+    def _set_limit(self, limit: int) -> None:
         with self._changed:
             self._limit = limit
             self._changed.notify_all()

@@ -2,7 +2,7 @@
 """Many views of one image: the model's own crop, then random crops and flips.
 
 View 0 is the evaluation transform (resize, centre crop). View v >= 1 is a random resized crop
-(area 0.08-1, ratio 3/4-4/3) with a flip in half of the cases, drawn from a generator seeded by
+(area 0.08-1, ratio 3/4-4/3), flipped in half of the cases and drawn from a generator seeded by
 (seed, name, v) alone: neither the other images nor the number of views change it.
 """
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vtclip.data.images import open_image
-from vtclip.data.threads import ahead, decode_pool
+from vtclip.data.threads import ahead, decode_pool, num_cores
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vtclip.clip import Clip
 
 __all__ = ["folder_views", "image_views", "view_generator"]
+
+MAX_AHEAD = 16  # images whose views wait in memory
 
 
 def view_generator(seed: int, name: str, view: int) -> torch.Generator:
@@ -51,4 +53,4 @@ def folder_views(
         return image_views(clip, open_image(Path(root) / name), count, seed=seed, name=name)
 
     with decode_pool() as pool:
-        yield from ahead(pool, load, names, pool._max_workers)
+        yield from ahead(pool, load, names, min(MAX_AHEAD, num_cores()))

@@ -35,12 +35,12 @@ _PLACE_PHRASES = (
     ("on the right", "at the right side"),
     ("in the center", "in the middle"),
 )
-# Words a user is likely to put around a class name; they get an id but little training.
+# Words that a user is likely to put around a class name; they get an id but little training.
 _EXTRA = "the of in on with small big large object shape pattern texture colour color background"
 
 
 def caption_words() -> list[str]:
-    """Every word the grammar can say, and a few around it."""
+    """Every word of the grammar, and a few that users may add."""
     texts = [*_LEADS, *_PAIR_LEADS, *(phrase for pair in _PLACE_PHRASES for phrase in pair)]
     names = [*SHAPES, *TEXTURES, *COLOUR_NAMES, *SIZES, *PLACES]
     words = " ".join([*texts, *names, _EXTRA, "background"]).replace("{}", " ").split()
@@ -93,5 +93,5 @@ def true_pairs(attributes: Ints, claims: Ints) -> NDArray[np.bool_]:
     items = attributes[:, None, None]  # [B, 1, 1, MAX_ITEMS, A]
     named = claims[None, :, :, None]  # [1, n, MAX_NAMED, 1, A]
     matches = ((named < 0) | (named == items)).all(-1)  # [B, n, MAX_NAMED, MAX_ITEMS]
-    held: NDArray[np.bool_] = matches.any(-1).all(-1)
-    return held
+    true: NDArray[np.bool_] = matches.any(-1).all(-1)
+    return true

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vtclip.demo.scenes import SIDE, Box
+from vtclip.demo.scenes import SIDE, Box, Pixels
 from vtclip.runs.heat_map import heat_map, overlay
 
 ZOOM = 4  # printed pixels per pixel of a scene
@@ -19,7 +18,7 @@ LINE = 18
 INK, GREY, BLUE, BOX = (20, 20, 20), (140, 140, 140), (30, 90, 200), (60, 255, 60)
 
 
-def _font(size: int) -> Any:
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=size)
 
 
@@ -31,7 +30,7 @@ def _boxed(picture: Image.Image, box: Box) -> Image.Image:
 
 
 def heat_panel(pixels: Tensor, weights: Tensor, box: Box, lines: Sequence[str]) -> Image.Image:
-    """The scene and the attention [L] over it side by side, the box on both, `lines` below.
+    """The scene, and next to it the attention [L] over it; the box on both, `lines` below.
 
     pixels: uint8 [64, 64, 3].
     """
@@ -101,6 +100,6 @@ def shots_curve(zero_shot: float, adapted: Mapping[int, Sequence[float]]) -> Ima
     return canvas
 
 
-def from_pixels(pixels: Any) -> Tensor:
+def from_pixels(pixels: Pixels) -> Tensor:
     """A uint8 array [64, 64, 3] as a tensor that owns its memory."""
     return torch.from_numpy(pixels.copy())

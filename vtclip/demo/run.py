@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtclip demo`: the whole way, from pictures to heat maps, on what ships with the package.
+"""`vtclip demo`: all steps from pictures to heat maps, with what ships with the package.
 
 It draws the shifted scenes as an image folder, extracts features with the bundled CLIP, fits
 VT-CLIP with 1, 4 and 16 images per class, compares it with zero-shot on the same held-out images,
 and asks whether a class looks at its object: the token that the true class attends to most must
-fall into the object's box. Everything goes through the calls a user has: `vtclip.fit`, the
-feature cache, the adapter folder.
+fall into the object's box. Everything uses the public calls: `vtclip.fit`, the feature cache, the
+adapter folder.
 """
 
 from __future__ import annotations
@@ -28,12 +28,11 @@ from vtclip.data.sources import open_source
 from vtclip.data.splits import few_shot_split
 from vtclip.demo.pictures import from_pixels, heat_panel, sheet, shots_curve
 from vtclip.demo.scenes import SIDE, Box, demo_set
-from vtclip.files import to_json, write_atomic
+from vtclip.files import Json, to_json, write_atomic
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.fit import fit
 
 __all__ = ["run_demo"]
-
 
 SHOTS = (1, 4, 16)
 SPATIAL = "projected"
@@ -41,9 +40,9 @@ IMAGES_PER_CLASS = 48
 PANELS = 8
 # Settings were chosen on scenes of the seeds 1 and 1001; the demo draws others.
 FRESH_SCENES = 5000
-# Chosen on those scenes (README.md). The attention starts at token-text similarity; the
-# tokens keep their length, which tells objects from background.
-OVERRIDES: dict[str, Any] = {
+# Chosen on those scenes (README.md). The attention starts as token-text similarity; the tokens
+# keep their length, which distinguishes objects from background.
+OVERRIDES: Json = {
     "epochs": 20,
     "optimizer": "sgd",
     "lr": 2e-3,
@@ -55,7 +54,7 @@ OVERRIDES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoImages:
-    """The drawn folder: for each file name relative to it, its pixels and its target's box."""
+    """The drawn folder; pixels and target box of each image by its file name in the folder."""
 
     folder: Path
     pixels: dict[str, Tensor]
@@ -63,7 +62,7 @@ class DemoImages:
 
 
 def draw_images(out: Path, per_class: int, seed: int) -> DemoImages:
-    """Write out/images/CLASS/NNN.png and out/boxes.json, over the files of an earlier run."""
+    """Writes out/images/CLASS/NNN.png and out/boxes.json, replacing those of an earlier run."""
     folder = out / "images"
     images, labels, boxes, class_names = demo_set(per_class, seed)
     pixels: dict[str, Tensor] = {}
@@ -74,11 +73,11 @@ def draw_images(out: Path, per_class: int, seed: int) -> DemoImages:
         box_of[name] = (x0, y0, x1, y1)
         pixels[name] = from_pixels(images[row])
     if folder.exists():
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
-        strange = sorted(found - set(box_of))
-        if strange:
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
+        unknown = sorted(present - set(box_of))
+        if unknown:
             wish = "must hold only the images of this run"
-            raise ValueError(f"demo: {folder} {wish}, got {strange[0]!r}")
+            raise ValueError(f"demo: {folder} {wish}, got {unknown[0]!r}")
     for name, picture in pixels.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.numpy(), mode="RGB").save(folder / name)
@@ -110,7 +109,7 @@ def true_class(values: Tensor, label: Tensor) -> Tensor:
 
 def pointing(
     records: Records, test: Tensor, boxes: dict[str, Box], folders: dict[int, list[Path]]
-) -> dict[str, Any]:
+) -> Json:
     """How often the true class points into its box.
 
     "chance": a random token; "token_text" and "token_text_product": the token with the largest
@@ -119,27 +118,27 @@ def pointing(
     batch = records.batch(test)
     if batch.spatial is None:
         raise ValueError("pointing: records must hold spatial features, got none")
-    wanted = [boxes[records.names[row]] for row in test.tolist()]
+    targets = [boxes[records.names[row]] for row in test.tolist()]
     text = records.text[batch.label][:, :, None]  # [N, C, 1]
     product = (batch.spatial @ text)[:, :, 0]  # [N, L]
     cosine = (F.normalize(batch.spatial, dim=-1) @ text)[:, :, 0]
-    scores: dict[str, Any] = {
-        "chance": box_share(wanted),
-        "token_text": _share(points_inside(cosine, wanted)),
-        "token_text_product": _share(points_inside(product, wanted)),
+    scores: Json = {
+        "chance": box_share(targets),
+        "token_text": _share(points_inside(cosine, targets)),
+        "token_text_product": _share(points_inside(product, targets)),
         "vtclip": {},
     }
     for shots, runs in folders.items():
         heads: list[Any] = [load_adapter(folder, device="cpu").head for folder in runs]
         weights = [true_class(head.attention(batch.spatial), batch.label) for head in heads]
-        scores["vtclip"][shots] = _mean([_share(points_inside(w, wanted)) for w in weights])
+        scores["vtclip"][shots] = _mean([_share(points_inside(w, targets)) for w in weights])
     return scores
 
 
 def heat_maps(
     records: Records, test: Tensor, images: DemoImages, folder: Path, count: int
 ) -> Image.Image:
-    """The first test image of `count` classes, with what the true class attends to."""
+    """The first test image of each of `count` classes, with what the true class attends to."""
     head: Any = load_adapter(folder, device="cpu").head
     names = records.class_names
     step = max(1, len(names) // count)
@@ -161,7 +160,7 @@ def heat_maps(
     return sheet(panels, columns=2)
 
 
-def table(summary: dict[str, Any]) -> str:
+def table(summary: Json) -> str:
     """The result as lines of text."""
     point = summary["pointing"]
     lines = ["shots  zero-shot  VT-CLIP   gain   points into the box"]
@@ -192,14 +191,14 @@ def run_demo(
     images_per_class: int = IMAGES_PER_CLASS,
     shots: Sequence[int] = SHOTS,
     device: str | None = None,
-) -> dict[str, Any]:
-    """Run the demonstration into the folder `out` and return its numbers.
+) -> Json:
+    """Runs the demonstration in the folder `out` and returns its numbers.
 
-    The folder ends up with images/, boxes.json, features/, runs/, heat_maps.png, shots.png,
-    result.json and table.txt; "table" of the returned dict is the text to show. The accuracies are
-    means over the seeds seed .. seed + repeats - 1, which draw the training images; the test
-    images are the same for all. `threads` is 1 where none are given: the matrices are too small to
-    share, and threads that wait for each other are what makes a busy machine slow.
+    It writes images/, boxes.json, features/, runs/, heat_maps.png, shots.png, result.json and
+    table.txt; "table" of the returned dict is the text to show. The accuracies are means over the
+    seeds seed .. seed + repeats - 1, which draw the training images; the test images are the same
+    for all. `threads` is 1 by default: the matrices are too small to share, and threads that wait
+    for each other are what makes a busy machine slow.
     """
     if repeats < 1:
         raise ValueError(f"demo: repeats must be at least 1, got {repeats}")
@@ -221,26 +220,26 @@ def _run(
     images_per_class: int,
     shots: Sequence[int],
     device: str | None,
-) -> dict[str, Any]:
+) -> Json:
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     images = draw_images(out, images_per_class, FRESH_SCENES + seed)
     drawn = time.perf_counter()
-    common: dict[str, Any] = {"model": "demo", "spatial": SPATIAL, "cache_dir": out / "features"}
+    common: Json = {"model": "demo", "spatial": SPATIAL, "cache_dir": out / "features"}
     seeds = [seed + offset for offset in range(repeats)]
     folders: dict[int, list[Path]] = {}
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[int, Json] = {}
     bar = tqdm(total=len(shots) * repeats, desc="fits", disable=None)  # quiet without a terminal
     for count in shots:
         results = []
-        for one in seeds:
+        for fit_seed in seeds:
             run = fit(
                 images.folder,
                 method="vtclip",
                 shots=count,
-                seed=one,
+                seed=fit_seed,
                 overrides=OVERRIDES,
-                out=out / "runs" / f"vtclip-{count}shot-seed{one}",
+                out=out / "runs" / f"vtclip-{count}shot-seed{fit_seed}",
                 overwrite=True,
                 device=device,
                 threads=threads,
@@ -260,13 +259,13 @@ def _run(
     records = open_source(images.folder, need_spatial=True, progress=False, **common)
     test = few_shot_split(records.label, records.names, shots=max(shots), seed=seed).test
     scores = pointing(records, test, images.boxes, folders)
-    most = folders[max(shots)][0]
-    heat_maps(records, test, images, most, PANELS).save(out / "heat_maps.png")
+    run_folder = folders[max(shots)][0]
+    heat_maps(records, test, images, run_folder, PANELS).save(out / "heat_maps.png")
     zero_shot = rows[max(shots)]["zero_shot"]
     curve = shots_curve(zero_shot, {count: row["vtclip_seeds"] for count, row in rows.items()})
     curve.save(out / "shots.png")
     done = time.perf_counter()
-    summary: dict[str, Any] = {
+    summary: Json = {
         "shots": rows,
         "pointing": scores,
         "seeds": seeds,

@@ -76,7 +76,7 @@ class Item:
 
     @property
     def place(self) -> int:
-        """Index into PLACES, -1 where no single word says it."""
+        """Index into PLACES, -1 if no single word describes it."""
         x, y = (self.centre[0] - SIDE / 2) / SIDE, (self.centre[1] - SIDE / 2) / SIDE
         if max(abs(x), abs(y)) < 0.1:
             return 4
@@ -232,7 +232,7 @@ def _lines(image: Floats, count: int, rng: np.random.Generator) -> None:
 
 
 def render_scene(scene: Scene, rng: np.random.Generator) -> tuple[Pixels, Box]:
-    """Draw `scene`; the generator only decides clutter, lines and noise.
+    """Draws `scene`; the generator decides only clutter, lines and noise.
 
     Returns the pixels [64, 64, 3] and the half-open box (x0, y0, x1, y1) of item 0.
     """

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the demonstration's CLIP from nothing on scenes it draws itself.
+"""Trains the demonstration's CLIP from scratch on scenes that it draws itself.
 
     python -m vtclip.demo.train [--minutes M] [--out DIR] [--seed S]
 
 Two contrastive losses share one text tower: image against caption, and the mean of the image
 tokens under an item against a phrase for that item, which keeps local information in the tokens.
 In both, every true pair of the batch is a positive. The run ends after `--minutes`; the folder
-written is an open_clip "local-dir" folder with a word vocabulary beside it.
+written is an open_clip "local-dir" folder with a word vocabulary in it.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from vtclip.demo.scenes import (
     SHAPES,
     SIDE,
     TEXTURES,
+    Pixels,
     item_mask,
     render_scene,
     training_scene,
 )
-from vtclip.files import write_atomic
+from vtclip.files import Json, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ ATTRIBUTE_SIZES = (len(SHAPES), len(TEXTURES), len(COLOUR_NAMES))
 ASSETS = Path(__file__).parent / "assets"
 
 
-def model_config(vocab_size: int) -> dict[str, Any]:
+def model_config(vocab_size: int) -> Json:
     """The contents of open_clip_config.json."""
     return {
         "model_cfg": {
@@ -106,7 +107,7 @@ class TrainBatch:
     attributes: Tensor  # [R, 3], shape, texture and colour of a region
 
 
-def normalise(pixels: np.ndarray) -> Tensor:
+def normalise(pixels: Pixels) -> Tensor:
     """uint8 [B, 64, 64, 3] -> float32 [B, 3, 64, 64] with the model's mean and deviation."""
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -127,14 +128,14 @@ def draw_batch(rng: np.random.Generator, size: int, *, regions: int = 2) -> Trai
         for index in rng.permutation(len(scene.items))[:regions].tolist():
             cover = item_mask(scene.items[index])
             weight = cover.reshape(GRID, PATCH, GRID, PATCH).sum((1, 3)).ravel()
-            phrase, named = describe(scene.items[index], rng)
+            phrase, claimed = describe(scene.items[index], rng)
             rows.append(row)
             weights.append(weight / weight.sum())
             phrases.append("a " + phrase)
-            phrase_claims.append(named)
+            phrase_claims.append(claimed)
             region_attributes.append(attributes[-1][index])
-    named_items = np.asarray(phrase_claims).reshape(-1, 1, NUM_ATTRIBUTES)
-    held_items = np.asarray(region_attributes).reshape(-1, 1, NUM_ATTRIBUTES)
+    claimed_items = np.asarray(phrase_claims).reshape(-1, 1, NUM_ATTRIBUTES)
+    drawn_items = np.asarray(region_attributes).reshape(-1, 1, NUM_ATTRIBUTES)
     return TrainBatch(
         pixels=normalise(pixels),
         captions=texts,
@@ -142,13 +143,13 @@ def draw_batch(rng: np.random.Generator, size: int, *, regions: int = 2) -> Trai
         region_row=torch.tensor(rows),
         region_weight=torch.from_numpy(np.stack(weights)),
         phrases=phrases,
-        phrase_true=torch.from_numpy(true_pairs(held_items, named_items)),
-        attributes=torch.from_numpy(held_items[:, 0, : len(ATTRIBUTE_SIZES)].copy()),
+        phrase_true=torch.from_numpy(true_pairs(drawn_items, claimed_items)),
+        attributes=torch.from_numpy(drawn_items[:, 0, : len(ATTRIBUTE_SIZES)].copy()),
     )
 
 
 def contrastive_loss(logits: Tensor, true: Tensor) -> Tensor:
-    """Cross-entropy of rows and columns against the even share of each one's true pairs."""
+    """Cross-entropy of rows and of columns; the target is spread evenly over the true pairs."""
     target = true.to(logits.dtype)
     rows = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
     columns = F.cross_entropy(logits.T, (target / target.sum(0)).T)
@@ -160,8 +161,8 @@ def batch_loss(
 ) -> Tensor:
     """Image against caption, plus region against phrase, plus the region's attributes.
 
-    The last term classifies shape, texture and colour from a region's feature. It does not wait
-    for the text tower, so that the image tower learns from the first steps on; its head is dropped.
+    The last term classifies shape, texture and colour from a region's feature. It does not depend
+    on the text tower, so that the image tower learns from the first steps; its head is dropped.
     """
     pooled, tokens = model.visual(batch.pixels)  # [B, C], [B, L, width]
     unique = sorted({*batch.captions, *batch.phrases})
@@ -172,17 +173,17 @@ def batch_loss(
     scale = model.logit_scale.exp()
     logits = scale * F.normalize(pooled.float(), dim=-1) @ captions.T
     # [R, 1, L] @ [R, L, width] -> [R, width]
-    held = (batch.region_weight[:, None] @ tokens[batch.region_row].float())[:, 0]
-    regions = held @ model.visual.proj
+    region_tokens = (batch.region_weight[:, None] @ tokens[batch.region_row].float())[:, 0]
+    regions = region_tokens @ model.visual.proj
     region_logits = scale * F.normalize(regions, dim=-1) @ phrases.T
     guesses = attribute_head(regions).float().split(ATTRIBUTE_SIZES, dim=1)
-    known = [
+    attribute_losses = [
         F.cross_entropy(guess, batch.attributes[:, column]) for column, guess in enumerate(guesses)
     ]
     return (
         contrastive_loss(logits, batch.caption_true)
         + contrastive_loss(region_logits, batch.phrase_true)
-        + torch.stack(known).sum()
+        + torch.stack(attribute_losses).sum()
     )
 
 
@@ -193,8 +194,8 @@ def build_optimizers(model: nn.Module, head: nn.Module) -> list[torch.optim.Opti
     """
     named = list(model.named_parameters())
     matrices = [p for name, p in named if "resblocks" in name and p.ndim == 2]
-    taken = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in taken] + list(head.parameters())
+    in_muon = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in in_muon] + list(head.parameters())
     return [
         torch.optim.Muon(matrices, lr=MUON_PEAK, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=ADAMW_PEAK, betas=(0.9, 0.98), weight_decay=0.0),
@@ -209,8 +210,8 @@ def schedule(progress: float, warm_up: float = 0.03) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def save_assets(model: nn.Module, config: dict[str, Any], vocab: dict[str, int], out: Path) -> None:
-    """Write the local-dir folder, weights as float16."""
+def save_assets(model: nn.Module, config: Json, vocab: dict[str, int], out: Path) -> None:
+    """Writes the local-dir folder, weights as float16."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
     write_atomic(out / "open_clip_model.safetensors", save(state))
@@ -227,9 +228,9 @@ def train(
     bf16: bool = False,
     out: Path | None = None,
 ) -> tuple[nn.Module, list[float]]:
-    """Train for `minutes` of wall time, at most `max_steps`; returns the model and its losses.
+    """Trains for `minutes` of wall time, at most `max_steps`; returns the model and its losses.
 
-    With `out`, the folder is rewritten every five minutes and at the end.
+    The folder `out`, if any, is rewritten every five minutes and at the end.
     """
     if not minutes > 0 or (max_steps is not None and max_steps < 1):
         raise ValueError(f"train: minutes and max_steps must be > 0, got {minutes}, {max_steps}")
@@ -245,7 +246,7 @@ def train(
     optimizers = build_optimizers(model, head)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     losses: list[float] = []
-    start = saved = told = time.monotonic()
+    start = saved = logged = time.monotonic()
     while True:
         now = time.monotonic()
         progress = (now - start) / (60 * minutes)
@@ -259,15 +260,15 @@ def train(
         batch = draw_batch(rng, batch_size)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = batch_loss(model, tokenizer, head, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100.0))
         losses.append(loss.item())
-        if now - told > 20:
-            told = now
+        if now - logged > 20:
+            logged = now
             recent = sum(losses[-50:]) / len(losses[-50:])
             rate = len(losses) * batch_size / (now - start)
             log.info(

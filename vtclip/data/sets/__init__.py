@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The field's data sets in the folder layout of CoOp's DATASETS.md, only ever read.
+"""The usual few-shot data sets in the folder layout of CoOp's DATASETS.md, only ever read.
 
-`find_set(name)` describes one, `open_listing(spec, root)` reads its official lists, `check_sets`
-says what is there and what is missing. A set without its list files is refused: no split is made
-up. Nothing below the root is written, moved or locked.
+`find_set(name)` describes a set, `open_listing(spec, root)` reads its official lists, `check_sets`
+says what is there and what is missing. A set without its list files is refused: no split is
+invented. Nothing below the root is written, moved or locked.
 """
 
-from vtclip.data.sets.listing import Listing, Part, SetError, Spec
+from vtclip.data.sets.listing import ImageList, Listing, SetError, Spec
 from vtclip.data.sets.reading import SetSource, absent_images, as_source, open_listing
 from vtclip.data.sets.table import SETS, find_set
 
 __all__ = [
     "SETS",
+    "ImageList",
     "Listing",
-    "Part",
     "SetError",
     "SetSource",
     "Spec",

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FGVC Aircraft: variants.txt names the classes, images_variant_PART.txt has `id variant` lines."""
+"""FGVC Aircraft: variants.txt names the classes, images_variant_ROLE.txt has `id variant` lines."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-from vtclip.data.sets.listing import ROLES, Listing, Part, Spec
+from vtclip.data.sets.listing import ROLES, ImageList, Listing, Spec
 
 __all__ = ["FILES", "read_variants"]
 
@@ -18,18 +18,18 @@ def read_variants(spec: Spec, root: Path) -> Listing:
     total = hashlib.sha256()
     class_names = _lines(spec, root, FILES[0], total)
     number = {name: k for k, name in enumerate(class_names)}
-    parts = []
+    lists = []
     for file in FILES[1:]:
-        part = Part()
+        images = ImageList()
         for line in _lines(spec, root, file, total):
             image, _, variant = line.partition(" ")
             if variant.strip() not in number:
                 raise spec.error(f"{file}: line {line!a} names no variant of {FILES[0]}")
-            part.names.append(f"{image}.jpg")
-            part.label.append(number[variant.strip()])
-        parts.append(part)
-    train, val, test = parts
-    listing = Listing(
+            images.names.append(f"{image}.jpg")
+            images.label.append(number[variant.strip()])
+        lists.append(images)
+    train, val, test = lists
+    return Listing(
         spec,
         spec.image_root(root),
         class_names,
@@ -38,15 +38,10 @@ def read_variants(spec: Spec, root: Path) -> Listing:
         val,
         test,
         total.hexdigest(),
-    )
-    return listing.check()
+    ).check()
 
 
 def _lines(spec: Spec, root: Path, file: str, total: hashlib._Hash) -> list[str]:
     data = (spec.place(root) / file).read_bytes()
     total.update(data)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise spec.error(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [line.strip() for line in spec.decoded(file, data).splitlines() if line.strip()]

@@ -1,52 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies under a data root: per data set the files, counts, digests, and what is missing.
+"""What a data root holds: per data set the files, counts, digests, and what is missing.
 
-A set is usable where a run on it would work: its list files are there and consistent, and every
+A set is usable if a run on it would work: its list files are there and consistent, and every
 listed image is there and not empty (images are not decoded). Lists that differ from the official
-ones are told, and can be used.
+ones can be used, with a note.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from vtclip.data.sets.listing import ROLES, Listing, SetError, Spec
 from vtclip.data.sets.reading import absent_images, missing_files, open_listing
 from vtclip.data.sets.table import SETS, find_set
-from vtclip.files import printable
+from vtclip.files import Json, printable
 
 __all__ = ["check_lines", "check_sets"]
 
 SHOWN = 20
 
 
-def check_sets(root: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The state of the sets called `names`, or of those that are there; `usable`: all of them.
+def check_sets(root: str | Path, names: Sequence[str] = ()) -> Json:
+    """The state of the sets `names`, by default of those that are there; "usable": all of them.
 
-    The others are in "elsewhere" with the place where people get them. JSON-able.
+    By default "elsewhere" holds the other sets with the place where people get them. JSON-able.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ValueError(f"data: the root of the data sets must be a folder, got {root}")
-    asked = list(dict.fromkeys(find_set(name).name for name in names))
-    there = [name for name, spec in SETS.items() if spec.place(root).is_dir()]
-    found = {name: _check(SETS[name], root) for name in asked or there}
+    wanted = list(dict.fromkeys(find_set(name).name for name in names))
+    present = [name for name, spec in SETS.items() if spec.place(root).is_dir()]
+    states = {name: _check(SETS[name], root) for name in wanted or present}
     return {
         "root": str(root),
-        "usable": bool(found) and all(row["usable"] for row in found.values()),
-        "sets": found,
+        "usable": bool(states) and all(row["usable"] for row in states.values()),
+        "sets": states,
         "elsewhere": {
             name: {"folder": spec.folder, "images": spec.home, "lists": spec.lists}
             for name, spec in SETS.items()
-            if name not in found and not asked
+            if name not in states and not wanted
         },
     }
 
 
-def _check(spec: Spec, root: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {
+def _check(spec: Spec, root: Path) -> Json:
+    row: Json = {
         "title": spec.title,
         "folder": spec.folder,
         "usable": False,
@@ -79,9 +78,9 @@ def _check(spec: Spec, root: Path) -> dict[str, Any]:
         "digest": listing.digest(),
         "official": listing.official(),
     }
-    row["listed"] = {role: len(part) for role, part in listing.parts()}
+    row["listed"] = {role: len(images) for role, images in listing.image_lists()}
     row["listed"]["classes"] = len(listing.class_names)
-    _look_for_images(listing, row)
+    _count_images(listing, row)
     row["notes"] = list(_notes(listing, row))
     row["usable"] = not row["problems"]
     return row
@@ -92,14 +91,14 @@ def _expected(spec: Spec) -> dict[str, int]:
     return {**{role: n for role, n in counts.items() if n is not None}, "classes": spec.classes}
 
 
-def _look_for_images(listing: Listing, row: dict[str, Any]) -> None:
-    found: dict[str, int] = {}
-    for role, part in listing.parts():
-        absent = absent_images(listing.image_root, part.names)
-        found[role] = len(part) - len(absent)
+def _count_images(listing: Listing, row: Json) -> None:
+    """Fills in "found", "absent" and the problem that follows from absent images."""
+    row["found"] = {}
+    for role, images in listing.image_lists():
+        absent = absent_images(listing.image_root, images.names)
+        row["found"][role] = len(images) - len(absent)
         row["absent"]["count"] += len(absent)
         row["absent"]["first"] += absent[: SHOWN - len(row["absent"]["first"])]
-    row["found"] = found
     if row["absent"]["count"]:
         name, why = row["absent"]["first"][0]
         row["problems"].append(
@@ -108,26 +107,26 @@ def _look_for_images(listing: Listing, row: dict[str, Any]) -> None:
         )
 
 
-def _notes(listing: Listing, row: Mapping[str, Any]) -> Iterator[str]:
-    off = [
+def _notes(listing: Listing, row: Json) -> Iterator[str]:
+    differences = [
         f"{what} {row['listed'].get(what, 0)}, not {n}"
         for what, n in row["expected"].items()
         if row["listed"].get(what, 0) != n
     ]
-    if off:
-        yield f"counts differ from the official ones: {', '.join(off)}"
+    if differences:
+        yield f"counts differ from the official ones: {', '.join(differences)}"
     elif row["lists"]["official"] is False:
         yield "the lists differ from the official ones: results are not comparable"
     other = listing.other_names()
     if other:
-        here, wanted = other[0]
+        name, protocol_name = other[0]
         yield (
             f"{len(other)} class names are not those of the protocol, first "
-            f"{printable(here)!r} for {printable(wanted)!r}"
+            f"{printable(name)!r} for {printable(protocol_name)!r}"
         )
 
 
-def check_lines(report: Mapping[str, Any]) -> list[str]:
+def check_lines(report: Json) -> list[str]:
     """The report for people: one line per set, then its problems, notes and absent images."""
     lines = []
     for name, row in report["sets"].items():
@@ -142,7 +141,7 @@ def check_lines(report: Mapping[str, Any]) -> list[str]:
         if more > 0:
             lines.append(f"    absent: {more} more")
     if not report["sets"]:
-        lines.append(f"no data set lies in {printable(report['root'])}")
+        lines.append(f"there is no data set in {printable(report['root'])}")
     if report["elsewhere"]:
         lines.append("not there (folder: where people get it)")
         lines += [
@@ -152,7 +151,7 @@ def check_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _counts(row: Mapping[str, Any]) -> str:
+def _counts(row: Json) -> str:
     if row["listed"] is None:
         return ""
     counts = ", ".join(

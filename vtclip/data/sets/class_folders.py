@@ -26,13 +26,13 @@ LAND = {
 
 
 def folder(name: str) -> str | None:
-    """The path without its file; None for a file that lies in no folder."""
+    """The path without its file; None for a file that is not in a folder."""
     return name.rpartition("/")[0] or None
 
 
 def caltech_name(name: str) -> str | None:
-    found = folder(name)
-    return None if found is None else FACES.get(found, found)
+    class_folder = folder(name)
+    return None if class_folder is None else FACES.get(class_folder, class_folder)
 
 
 def eurosat_name(name: str) -> str | None:
@@ -40,14 +40,14 @@ def eurosat_name(name: str) -> str | None:
 
 
 def pets_folder(name: str) -> str | None:
-    """Pets lie in one folder: Abyssinian_12.jpg belongs to Abyssinian."""
-    found = re.fullmatch(r"(.+)_[0-9]+\.[A-Za-z]+", name.rpartition("/")[2])
-    return None if found is None else found[1]
+    """All pets are in one folder: Abyssinian_12.jpg belongs to Abyssinian."""
+    breed = re.fullmatch(r"(.+)_[0-9]+\.[A-Za-z]+", name.rpartition("/")[2])
+    return None if breed is None else breed[1]
 
 
 def pets_name(name: str) -> str | None:
-    found = pets_folder(name)
-    return None if found is None else found.lower()
+    breed = pets_folder(name)
+    return None if breed is None else breed.lower()
 
 
 def sun_name(name: str) -> str | None:
@@ -57,8 +57,8 @@ def sun_name(name: str) -> str | None:
 
 
 def ucf_name(name: str) -> str | None:
-    """The folder; one in CamelCase, as in the videos' own archive, is split with underscores."""
-    found = folder(name)
-    if found is None or "_" in found:
-        return found
-    return "_".join(re.findall("[A-Z][^A-Z]*", found)) or found
+    """The folder; a CamelCase name, as in the videos' archive, is split with underscores."""
+    action = folder(name)
+    if action is None or "_" in action:
+        return action
+    return "_".join(re.findall("[A-Z][^A-Z]*", action)) or action

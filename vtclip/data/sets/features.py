@@ -22,7 +22,7 @@ from vtclip.data.coop_sampling import Picks, coop_picks
 from vtclip.data.images import Folder
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import PartedStore, Records, Store
-from vtclip.data.sets.listing import Listing, Part
+from vtclip.data.sets.listing import ImageList, Listing
 from vtclip.data.sets.reading import SetSource, absent_images, open_listing
 from vtclip.files import Json, cache_folder, is_below, json_digest, printable
 
@@ -67,10 +67,10 @@ class SetDraws:
                 "one"
             )
         if draw.pool:
-            training, validation = self.listing.train, Part([], [])
+            training, validation = self.listing.train, ImageList([], [])
         else:
             training, validation = drawn(self.listing, shots=draw.shots, seed=draw.seed)
-        support = Part(training.names + validation.names, training.label + validation.label)
+        support = ImageList(training.names + validation.names, training.label + validation.label)
         known = self._test[1] if self._test is not None and self._test[0] == options else None
         self._check_there(support.names + (self.listing.test.names if known is None else []))
         images = _Images(self.listing, options)
@@ -105,7 +105,7 @@ class _Images:
             templates=listing.spec.template if templates is None else templates,
         )
 
-    def features(self, part: Part, augment_passes: int) -> FeatureSet:
+    def features(self, part: ImageList, augment_passes: int) -> FeatureSet:
         from vtclip.data.extract import cached_features
 
         folder = Folder(
@@ -180,7 +180,7 @@ def _info(
     }
 
 
-def drawn(listing: Listing, *, shots: int, seed: int) -> tuple[Part, Part]:
+def drawn(listing: Listing, *, shots: int, seed: int) -> tuple[ImageList, ImageList]:
     """The training and validation images of one draw."""
     val = listing.val
     try:
@@ -238,5 +238,5 @@ def _repeats(made: Sequence[FeatureSet]) -> int:
     return len(twice)
 
 
-def _take(part: Part, rows: Sequence[int]) -> Part:
-    return Part([part.names[row] for row in rows], [part.label[row] for row in rows])
+def _take(part: ImageList, rows: Sequence[int]) -> ImageList:
+    return ImageList([part.names[row] for row in rows], [part.label[row] for row in rows])

@@ -2,7 +2,7 @@
 """ImageNet and the test sets over its classes: folders of images, named by classnames.txt.
 
 A line of classnames.txt is `n01440764 tench`; two synsets may share a name ("missile",
-"sunglasses"): such classes are told apart by their synset, and their prompts stay the same.
+"sunglasses"): such classes are distinguished by their synset, and their prompts stay the same.
 
 Labels follow the sorted folders. Images follow their sorted file names; the original takes them in
 the order of the file system, which differs from machine to machine, so nobody can repeat its
@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from vtclip.data.images import EXTENSIONS
-from vtclip.data.sets.listing import Listing, Part, Spec, distinct_names
+from vtclip.data.sets.listing import ImageList, Listing, Spec, distinct_names
 from vtclip.files import printable
 
 __all__ = ["CLASSNAMES", "names_file", "read_imagenet", "read_numbered", "read_synsets"]
@@ -25,31 +25,31 @@ CLASSNAMES = "classnames.txt"
 
 
 def names_file(spec: Spec, root: Path) -> Path:
-    """classnames.txt in the set's folder, else the one of ImageNet beside it."""
-    own, shared = spec.place(root) / CLASSNAMES, root / "imagenet" / CLASSNAMES
-    return shared if shared.is_file() and not own.is_file() else own
+    """classnames.txt in the set's folder, else in that of ImageNet next to it."""
+    path, shared = spec.place(root) / CLASSNAMES, root / "imagenet" / CLASSNAMES
+    return shared if shared.is_file() and not path.is_file() else path
 
 
 def read_imagenet(spec: Spec, root: Path) -> Listing:
     """images/train and images/val, where val is the test set and there is no validation list."""
     names, prompts, digest = _class_names(spec, root)
     train, test = _folders(spec, root, "train"), _folders(spec, root, "val")
-    for here, there, what in ((train, test, "val"), (test, train, "train")):
-        lost = [synset for synset in here if synset not in there]
-        if lost:
+    for classes, others, folder in ((train, test, "val"), (test, train, "train")):
+        missing = [synset for synset in classes if synset not in others]
+        if missing:
             raise spec.error(
-                f"images/{what} lacks {len(lost)} of {len(here)} classes, first {lost[0]}"
+                f"images/{folder} lacks {len(missing)} of {len(classes)} classes, first "
+                f"{missing[0]}"
             )
     _check_known(spec, train, names)
-    parts = [_part(spec, root, role, train) for role in ("train", "val")]
     return Listing(
         spec,
         spec.image_root(root),
         [names[synset] for synset in train],
         [prompts[synset] for synset in train],
-        parts[0],
+        _image_list(spec, root, "train", train),
         None,
-        parts[1],
+        _image_list(spec, root, "val", train),
         digest,
     ).check()
 
@@ -59,43 +59,47 @@ def read_synsets(spec: Spec, root: Path) -> Listing:
     names, prompts, digest = _class_names(spec, root)
     folders = _folders(spec, root, "")
     _check_known(spec, folders, names)
-    test = _part(spec, root, "", folders)
     class_names, words = [names[s] for s in folders], [prompts[s] for s in folders]
-    return Listing(
-        spec, spec.image_root(root), class_names, words, Part(), Part(), test, digest
-    ).check()
+    return _test_only(spec, root, folders, class_names, words, digest)
 
 
 def read_numbered(spec: Spec, root: Path) -> Listing:
     """A test set whose folders are 0, 1, 2, ...: the lines of classnames.txt."""
     names, prompts, digest = _class_names(spec, root)
-    found = set(_folders(spec, root, ""))
-    wanted = [str(k) for k in range(len(names))]
-    lost = [name for name in wanted if name not in found]
-    extra = sorted(found - set(wanted))
-    if lost or extra:
-        what = f"no folder {lost[0]}" if lost else f"a folder {printable(extra[0])!r}"
+    folders = set(_folders(spec, root, ""))
+    numbers = [str(k) for k in range(len(names))]
+    missing = [name for name in numbers if name not in folders]
+    extra = sorted(folders - set(numbers))
+    if missing or extra:
+        what = f"no folder {missing[0]}" if missing else f"a folder {printable(extra[0])!r}"
         raise spec.error(
             f"{spec.images} must hold the folders 0..{len(names) - 1}, one per line of "
             f"{CLASSNAMES}; it has {what}"
         )
-    test = _part(spec, root, "", wanted)
-    words = list(prompts.values())
+    class_names, words = list(names.values()), list(prompts.values())
+    return _test_only(spec, root, numbers, class_names, words, digest)
+
+
+def _test_only(
+    spec: Spec,
+    root: Path,
+    folders: list[str],
+    class_names: list[str],
+    words: list[str],
+    digest: str,
+) -> Listing:
+    """A set without training and validation images; class k is in folders[k]."""
+    test = _image_list(spec, root, "", folders)
     return Listing(
-        spec, spec.image_root(root), list(names.values()), words, Part(), Part(), test, digest
+        spec, spec.image_root(root), class_names, words, ImageList(), ImageList(), test, digest
     ).check()
 
 
 def _class_names(spec: Spec, root: Path) -> tuple[dict[str, str], dict[str, str], str]:
     """Synset to distinct name, synset to prompt word, and the file's sha256."""
-    path = names_file(spec, root)
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise spec.error(f"{CLASSNAMES} is not UTF-8 ({error.reason})") from None
+    data = names_file(spec, root).read_bytes()
     prompts: dict[str, str] = {}
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(spec.decoded(CLASSNAMES, data).splitlines(), 1):
         synset, _, name = line.strip().partition(" ")
         if not synset:
             continue
@@ -118,28 +122,29 @@ def _check_known(spec: Spec, folders: list[str], names: dict[str, str]) -> None:
 
 
 def _folders(spec: Spec, root: Path, below: str) -> list[str]:
+    """The sorted folders in the folder `below` of the image folder."""
     place = spec.image_root(root) / below
-    shown = "/".join(part for part in (spec.images, below) if part)
+    shown = "/".join(folder for folder in (spec.images, below) if folder)
     if not place.is_dir():
         raise spec.error(f"the folder {shown} is missing")
     with os.scandir(place) as entries:
         seen = [entry for entry in entries if not entry.name.startswith(".")]
-    found = sorted(entry.name for entry in seen if entry.is_dir())
-    if not found:
+    folders = sorted(entry.name for entry in seen if entry.is_dir())
+    if not folders:
         loose = sum(os.path.splitext(entry.name)[1].lower() in EXTENSIONS for entry in seen)
         raise spec.error(f"{shown} must hold one folder per class, got {loose} loose images")
-    return found
+    return folders
 
 
-def _part(spec: Spec, root: Path, below: str, folders: list[str]) -> Part:
+def _image_list(spec: Spec, root: Path, below: str, folders: list[str]) -> ImageList:
     """The images of class folders, in the order of `folders` and then of their names."""
-    part, prefix = Part(), f"{below}/" if below else ""
+    images, prefix = ImageList(), f"{below}/" if below else ""
     for k, name in enumerate(folders):
         files = sorted(
             file
             for file in os.listdir(spec.image_root(root) / below / name)
             if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS
         )
-        part.names += [f"{prefix}{name}/{file}" for file in files]
-        part.label += [k] * len(files)
-    return part
+        images.names += [f"{prefix}{name}/{file}" for file in files]
+        images.label += [k] * len(files)
+    return images

@@ -13,23 +13,23 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from vtclip.data.records import check_class_names
 from vtclip.files import printable
 
-__all__ = ["ROLES", "Listing", "Part", "SetError", "Spec", "distinct_names"]
+__all__ = ["ROLES", "ImageList", "Listing", "SetError", "Spec", "distinct_names"]
 
 ROLES = ("train", "val", "test")
 
 
 class SetError(ValueError):
-    """A data set that cannot be used as it lies there; the message names the file and the fact."""
+    """A data set that cannot be used as it is on disk; the message names the file and the fact."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One data set of the protocol: where it lies under the root and what it should hold.
+    """One data set of the protocol: where it is under the root and what it should hold.
 
     counts: images of train, val and test; None: no such list. `list_sha256` and `list_digest` are
-    those of the official list, where known. `home` says where people get images, `lists` where they
-    get the files that split them. `folder_of` gives a path's class folder, `name_of` the class name
-    that the protocol makes of it; None: the path does not tell.
+    those of the official list, if known. `home` says where people get images, `lists` where they
+    get the files that split them. `folder_of` returns a path's class folder, `name_of` the class
+    name that the protocol derives from it; None: the path does not say.
     """
 
     name: str
@@ -63,10 +63,18 @@ class Spec:
     def error(self, message: str) -> SetError:
         return SetError(f"data: {self.name}: {message}")
 
+    def decoded(self, file: str, data: bytes) -> str:
+        """The text in `data` of the list file `file`."""
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            fact = f"{error.reason} at byte {error.start}"
+            raise self.error(f"{file} is not UTF-8 ({fact})") from None
+
 
 @dataclass
-class Part:
-    """One list in its own order: names relative to the image folder, with labels."""
+class ImageList:
+    """One list of a data set in its order: names relative to the image folder, and labels."""
 
     names: list[str] = field(default_factory=list)
     label: list[int] = field(default_factory=list)
@@ -79,22 +87,29 @@ class Part:
 class Listing:
     """The lists of one data set. `prompts` are the words that templates are filled with.
 
-    `val` is None where the set has no such list. `list_sha256` is that of the file that splits it.
+    `val` is None if the set has no such list. `list_sha256` is that of the file that splits it.
     """
 
     spec: Spec
     image_root: Path
     class_names: list[str]
     prompts: list[str]
-    train: Part
-    val: Part | None
-    test: Part
+    train: ImageList
+    val: ImageList | None
+    test: ImageList
     list_sha256: str | None = None
 
-    def parts(self) -> Iterator[tuple[str, Part]]:
-        for role, part in zip(ROLES, (self.train, self.val, self.test), strict=True):
-            if part is not None:
-                yield role, part
+    def image_lists(self) -> Iterator[tuple[str, ImageList]]:
+        """(role, list) of the lists that the set has."""
+        for role, images in zip(ROLES, (self.train, self.val, self.test), strict=True):
+            if images is not None:
+                yield role, images
+
+    def rows(self) -> Iterator[tuple[str, str, int]]:
+        """(role, name, label) of every image, in the order of the lists."""
+        for role, images in self.image_lists():
+            for name, k in zip(images.names, images.label, strict=True):
+                yield role, name, k
 
     def digest(self) -> str:
         """sha256 over role, name, label and class of every image, in their order.
@@ -102,18 +117,17 @@ class Listing:
         Equal digests mean equal draws, however the files are written.
         """
         total = hashlib.sha256()
-        for role, part in self.parts():
-            for name, k in zip(part.names, part.label, strict=True):
-                line = f"{role}\0{name}\0{k}\0{self.prompts[k]}\n"
-                total.update(line.encode("utf-8", "surrogatepass"))
+        for role, name, k in self.rows():
+            line = f"{role}\0{name}\0{k}\0{self.prompts[k]}\n"
+            total.update(line.encode("utf-8", "surrogatepass"))
         return total.hexdigest()
 
     def official(self) -> bool | None:
-        """Whether these are the official lists; None where no digest of those is known here."""
+        """Whether these are the official lists; None if the digest of those is not known."""
         return None if self.spec.list_digest is None else self.digest() == self.spec.list_digest
 
     def check(self) -> Listing:
-        """The same listing, or a SetError: names, labels, repeats, folders with two classes."""
+        """The same listing, or a SetError for names, labels, repeats, folders with two classes."""
         spec = self.spec
         if not len(self.test):
             raise spec.error("the test list is empty")
@@ -121,18 +135,17 @@ class Listing:
             check_class_names(self.class_names)
         except ValueError as error:
             raise spec.error(str(error)) from None
-        where: dict[str, str] = {}
-        for role, part in self.parts():
-            for name in part.names:
-                check_path(spec, name)
-                if name in where:
-                    raise spec.error(
-                        f"{printable(name)} is listed in {where[name]} and again in {role}"
-                    )
-                where[name] = role
-        for role, part in self.parts():
-            empty = sorted(set(range(len(self.class_names))) - set(part.label))
-            if empty and len(part) and role != "val":
+        role_of: dict[str, str] = {}
+        for role, name, _ in self.rows():
+            check_path(spec, name)
+            if name in role_of:
+                raise spec.error(
+                    f"{printable(name)} is listed in {role_of[name]} and again in {role}"
+                )
+            role_of[name] = role
+        for role, images in self.image_lists():
+            empty = sorted(set(range(len(self.class_names))) - set(images.label))
+            if empty and len(images) and role != "val":
                 shown = ", ".join(printable(self.class_names[k]) for k in empty[:3])
                 raise spec.error(f"the {role} list has no image of {len(empty)} classes: {shown}")
         if spec.folder_of is not None:
@@ -140,16 +153,14 @@ class Listing:
         return self
 
     def _check_folders(self, folder_of: Callable[[str], str | None]) -> None:
-        """Every class folder holds one class: a label that disagrees is named."""
+        """Every class folder must hold one class: a label that disagrees is named."""
         votes: dict[str, Counter[int]] = {}
-        rows = [(name, k) for _, part in self.parts() for name, k in zip(part.names, part.label,
-                                                                         strict=True)]  # fmt: skip
-        for name, k in rows:
+        for _, name, k in self.rows():
             folder = folder_of(name)
             if folder is not None:
                 votes.setdefault(folder, Counter())[k] += 1
         usual = {folder: count.most_common(1)[0][0] for folder, count in votes.items()}
-        odd = [(name, k) for name, k in rows if usual.get(folder_of(name) or "", k) != k]
+        odd = [(name, k) for _, name, k in self.rows() if usual.get(folder_of(name) or "", k) != k]
         if odd:
             name, k = odd[0]
             other = usual[folder_of(name) or ""]
@@ -162,17 +173,16 @@ class Listing:
         """(class name here, name in the protocol) of the classes whose names differ."""
         if self.spec.name_of is None:
             return []
-        found: dict[str, str] = {}
-        for _, part in self.parts():
-            for name, k in zip(part.names, part.label, strict=True):
-                wanted = self.spec.name_of(name)
-                if wanted is not None and wanted != self.prompts[k]:
-                    found.setdefault(self.prompts[k], wanted)
-        return list(found.items())
+        other: dict[str, str] = {}
+        for _, name, k in self.rows():
+            protocol_name = self.spec.name_of(name)
+            if protocol_name is not None and protocol_name != self.prompts[k]:
+                other.setdefault(self.prompts[k], protocol_name)
+        return list(other.items())
 
 
 def check_path(spec: Spec, name: str) -> None:
-    """A path that stays inside the image folder."""
+    """Raises unless `name` is a path that stays inside the image folder."""
     path = PurePosixPath(name)
     outside = path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts
     if outside or "\0" in name or path.name in ("", "."):
@@ -180,7 +190,7 @@ def check_path(spec: Spec, name: str) -> None:
 
 
 def distinct_names(names: Sequence[str], marks: Sequence[str]) -> list[str]:
-    """`names`, where those that occur twice get their mark: "missile (n04008634)"."""
+    """`names`, those that occur twice followed by their mark: "missile (n04008634)"."""
     keys = [
         " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
         for name in names

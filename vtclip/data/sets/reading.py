@@ -20,7 +20,7 @@ __all__ = ["SetSource", "absent_images", "as_source", "missing_files", "open_lis
 
 @dataclass(frozen=True)
 class SetSource:
-    """A data set by name under a data root: a source of images beside folders and tables."""
+    """A data set by name under a data root: a source of images like a folder or a table."""
 
     spec: Spec
     root: Path
@@ -33,12 +33,12 @@ class SetSource:
         return self.name
 
     def resolve(self) -> SetSource:
-        """Itself: what a data set is called does not depend on where it lies."""
+        """Itself: the name of a data set does not depend on where it is stored."""
         return self
 
-    def refuse(self, **given: object) -> None:
-        """Options that have no meaning here, by name; those that are false are not given."""
-        for name, value in given.items():
+    def refuse(self, **options: object) -> None:
+        """Raises if an option that has no meaning for a data set is set (is true)."""
+        for name, value in options.items():
             if value:
                 raise self.spec.error(f"{name} must be left out with a data set, got {value!r}")
 
@@ -57,7 +57,7 @@ def as_source(source: str | Path | SetSource, data: str | Path | None) -> Path |
 
 
 def missing_files(spec: Spec, root: Path) -> list[str]:
-    """What `spec` needs and `root` lacks, each with where to get it; nothing else is opened."""
+    """What `spec` needs and `root` lacks, and where to get it; no file is opened."""
     place = spec.place(root)
     if not place.is_dir():
         hint = ""
@@ -65,17 +65,17 @@ def missing_files(spec: Spec, root: Path) -> list[str]:
             hint = f"; give {printable(str(root.parent))}, the folder above"
         what = "a link to nothing" if place.is_symlink() else "missing"
         return [f"the folder {printable(str(place))} is {what}{hint}; images: {spec.home}"]
-    found = []
+    missing = []
     for file in spec.files:
         path = names_file(spec, root) if file == CLASSNAMES else place / file
         if not path.is_file():
-            found.append(f"{printable(str(path))} is missing; official copy: {spec.lists}")
+            missing.append(f"{printable(str(path))} is missing; official copy: {spec.lists}")
     if not spec.image_root(root).is_dir():
-        found.append(
+        missing.append(
             f"the image folder {printable(str(spec.image_root(root)))} is missing; "
             f"images: {spec.home}"
         )
-    return found
+    return missing
 
 
 def open_listing(spec: Spec, root: Path) -> Listing:
@@ -92,7 +92,7 @@ def open_listing(spec: Spec, root: Path) -> Listing:
 def absent_images(image_root: Path, names: Sequence[str]) -> list[tuple[str, str]]:
     """(name, reason) of the images that are not there or are empty; links are followed."""
 
-    def look(name: str) -> str | None:
+    def fault(name: str) -> str | None:
         try:
             status = os.stat(image_root / name)
         except (OSError, ValueError) as error:
@@ -104,9 +104,9 @@ def absent_images(image_root: Path, names: Sequence[str]) -> list[tuple[str, str
             return "not a regular file"
         return None if status.st_size else "the file is empty"
 
-    def look_at(part: Sequence[str]) -> list[tuple[str, str]]:
-        return [(name, why) for name in part if (why := look(name)) is not None]
+    def faults(chunk: Sequence[str]) -> list[tuple[str, str]]:
+        return [(name, why) for name in chunk if (why := fault(name)) is not None]
 
-    parts = [names[start : start + 1024] for start in range(0, len(names), 1024)]
+    chunks = [names[start : start + 1024] for start in range(0, len(names), 1024)]
     with ThreadPoolExecutor(8, thread_name_prefix="vtclip-stat") as pool:
-        return [row for rows in pool.map(look_at, parts) for row in rows]
+        return [row for rows in pool.map(faults, chunks) for row in rows]

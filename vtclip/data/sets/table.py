@@ -16,15 +16,17 @@ SPLITS = f"{GUIDE} and https://github.com/linzhiqiu/cross_modal_adaptation (spli
 PHOTO = "a photo of a {}."
 
 
-def _split(name: str, title: str, file: str, **rest: Any) -> Spec:
-    given = {"template": PHOTO, "lists": SPLITS, **rest}
-    return Spec(name, title, files=(f"split_zhou_{file}.json",), read=zhou.read_split, **given)
+def _split(name: str, title: str, file: str, **fields: Any) -> Spec:
+    """A set with a split file split_zhou_FILE.json."""
+    fields = {"template": PHOTO, "lists": SPLITS, **fields}
+    return Spec(name, title, files=(f"split_zhou_{file}.json",), read=zhou.read_split, **fields)
 
 
-def _variant(name: str, title: str, **rest: Any) -> Spec:
+def _variant(name: str, title: str, **fields: Any) -> Spec:
+    """A test set over ImageNet's classes."""
     lists = f"{GUIDE} (a copy of imagenet/classnames.txt)"
-    given = {"read": imagenet.read_synsets, "classes": 1000, **rest}
-    return Spec(name, title, template=PHOTO, files=(imagenet.CLASSNAMES,), lists=lists, **given)
+    fields = {"read": imagenet.read_synsets, "classes": 1000, **fields}
+    return Spec(name, title, template=PHOTO, files=(imagenet.CLASSNAMES,), lists=lists, **fields)
 
 
 _TABLE = (
@@ -246,8 +248,8 @@ _KNOWN = {
 
 
 def find_set(name: str) -> Spec:
-    """The data set called `name`, its title, its folder or a usual short name; case ignored."""
-    found = _KNOWN.get(_key(name))
-    if found is None:
+    """The data set of that name, title, folder or usual short name; case is ignored."""
+    spec = _KNOWN.get(_key(name))
+    if spec is None:
         raise ValueError(f"data: unknown data set {name!a}{nearest(name.casefold(), SETS)}")
-    return found
+    return spec

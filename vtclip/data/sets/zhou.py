@@ -6,9 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from vtclip.data.sets.listing import ROLES, Listing, Part, Spec
+from vtclip.data.sets.listing import ROLES, ImageList, Listing, Spec
 from vtclip.files import printable
 
 __all__ = ["read_split"]
@@ -25,7 +24,7 @@ def read_split(spec: Spec, root: Path) -> Listing:
     if not isinstance(value, dict) or not all(isinstance(value.get(r), list) for r in ROLES):
         raise spec.error(f"{path.name} must hold the lists train, val and test")
     names: dict[int, str] = {}
-    parts = {role: _part(spec, path.name, role, value[role], names) for role in ROLES}
+    lists = {role: _image_list(spec, path.name, role, value[role], names) for role in ROLES}
     if sorted(names) != list(range(len(names))):
         first = next(k for k in range(len(names) + 1) if k not in names)
         raise spec.error(
@@ -38,19 +37,23 @@ def read_split(spec: Spec, root: Path) -> Listing:
         spec.image_root(root),
         class_names,
         class_names,
-        parts["train"],
-        parts["val"],
-        parts["test"],
+        lists["train"],
+        lists["val"],
+        lists["test"],
         hashlib.sha256(data).hexdigest(),
     ).check()
 
 
-def _part(spec: Spec, file: str, role: str, rows: list[Any], names: dict[int, str]) -> Part:
-    part = Part()
+def _image_list(
+    spec: Spec, file: str, role: str, rows: list[object], names: dict[int, str]
+) -> ImageList:
+    """The images of one list; `names` collects the class name of each label."""
+    images = ImageList()
     for number, row in enumerate(rows):
-        good = isinstance(row, list) and len(row) == 3
-        if not good or not (
-            isinstance(row[0], str) and type(row[1]) is int and isinstance(row[2], str)
+        if (
+            not (isinstance(row, list) and len(row) == 3)
+            or not (isinstance(row[0], str) and isinstance(row[2], str))
+            or type(row[1]) is not int
         ):
             raise spec.error(
                 f"{file}: {role}[{number}] must be [path, label, class name], got {row!a:.80}"
@@ -61,6 +64,6 @@ def _part(spec: Spec, file: str, role: str, rows: list[Any], names: dict[int, st
                 f"{file}: label {label} is {printable(names[label])!r} and, for "
                 f"{printable(path)}, {printable(name)!r}"
             )
-        part.names.append(path)
-        part.label.append(label)
-    return part
+        images.names.append(path)
+        images.label.append(label)
+    return images
