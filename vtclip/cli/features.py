@@ -17,7 +17,6 @@ from vtclip.cli.parsing import (
     note_demo_model,
     on_terminal,
 )
-from vtclip.data.extract import write_features
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     source = existing("SOURCE", args.source)
     if args.model == "demo":
         note_demo_model()
+    from vtclip.data.extract import write_features
 
     records = write_features(
         source,

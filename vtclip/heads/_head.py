@@ -37,8 +37,10 @@ class TextModel(Protocol):
     """What a head needs of a `vtclip.clip.Clip`, whose text side it trains through."""
 
     model: nn.Module
-    tokenizer: Callable[[list[str]], Tensor]
     name: str
+
+    @property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]: ...
 
 
 @dataclass(frozen=True)
