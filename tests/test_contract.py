@@ -102,6 +102,11 @@ def test_the_clip_module_loads_no_model_library():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_command_line_loads_no_torch_before_it_knows_the_command():
+    done = fresh("import sys, vtclip.cli; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_specification_needs_torch_only_and_registers_nothing():
     for name in ("cosine_logits", "rational_head"):
         done = fresh(
