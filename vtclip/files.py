@@ -142,6 +142,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _byte() -> Any:
+    import torch  # late, so that the command line can use this module without torch
 
     return torch.uint8
 
