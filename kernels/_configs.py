@@ -36,11 +36,7 @@ def _cuda_target(index: int) -> Target:
 
 def _launch_options(tile: Any) -> dict[str, int | bool]:
     # the default of enable_fp_fusion differs between Triton versions
-    return {
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,
-    }
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
 
 # `launch` of every kind of tile: a NamedTuple takes no second base class that could define it

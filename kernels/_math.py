@@ -20,6 +20,14 @@ def head_program(H, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def row_program(K, BLOCK_K: tl.constexpr):
+    """(image or chunk of images, class tile) of a program; without a class one tile."""
+    pid = tl.program_id(0)
+    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
+    return (pid // num_tiles).to(tl.int64), (pid % num_tiles).to(tl.int64)
+
+
+@triton.jit
 def column_program(K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """(chunk of images, class tile, columns [BLOCK_D]) of a program; without a class one tile."""
     pid = tl.program_id(0)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from vtclip.kernels import _configs
 from vtclip.kernels._configs import Target, launch_options, multiprocessors, padded
 
 
@@ -294,6 +295,13 @@ def choose(
 ) -> AnyTile:
     """The tile of a launch; `sizes` in the order of `KINDS[kind].sizes`."""
     return _chooser(kind, dtype, precision, sizes, target)
+
+
+def plan(kind: str, tensor: torch.Tensor, sizes: tuple[int, ...]) -> tuple[AnyTile, str, Target]:
+    """(tile, `tl.dot`'s input precision, target) of a launch that multiplies `tensor`."""
+    target = _configs.target_of(tensor)
+    precision = _configs.input_precision(tensor.dtype, target)
+    return choose(kind, tensor.dtype, precision, sizes, target), precision, target
 
 
 def use_tuned(tables: Tables) -> None:

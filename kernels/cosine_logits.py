@@ -19,6 +19,7 @@ from vtclip.kernels._math import (
     load_rows,
     power_of_two,
     reciprocal_norm,
+    row_program,
     store_rows,
 )
 from vtclip.kernels.cosine_logits_bwd import cosine_logits_bwd
@@ -92,18 +93,14 @@ def cosine_logits_paired_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image, class tile); a program holds whole rows
-    pid = tl.program_id(0)
-    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
-    b = (pid // num_tiles).to(tl.int64)
-    tile = (pid % num_tiles).to(tl.int64)
+    b, tile = row_program(K, BLOCK_K)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
     x = load_row(image_ptr + b * stride_image_b, offs_d, stride_image_d, D)[None, :]
     rnorm_b = reciprocal_norm(x)  # [1]
-    t = load_rows(
-        text_ptr + b * stride_text_b, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D
-    ).to(tl.float32)
+    text_ptr += b * stride_text_b
+    t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
     rnorm_k = reciprocal_norm(t)  # [BLOCK_K]
     logits = scale * tl.sum((x * rnorm_b[:, None]) * (t * rnorm_k[:, None]), axis=1)
     tl.store(logits_ptr + b * K + offs_k, cast(logits, logits_ptr.dtype.element_ty), mask=in_k)
@@ -134,9 +131,7 @@ def cosine_logits_fwd(image, text, scale):
         if text.dim() == 2:
             image_rnorm, text_rnorm = reciprocal_norms(image), reciprocal_norms(text)
             if B * K:
-                target = _configs.target_of(image)
-                precision = _configs.input_precision(image.dtype, target)
-                tile = _tiles.choose("cosine_fwd", image.dtype, precision, (B, K, D), target)
+                tile, precision, _ = _tiles.plan("cosine_fwd", image, (B, K, D))
                 grid = (triton.cdiv(B, tile.block_n) * triton.cdiv(K, tile.block_j),)
                 cosine_logits_fwd_kernel[grid](
                     image, text, image_rnorm, text_rnorm, logits,

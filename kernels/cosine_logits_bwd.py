@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import cast, dot, load_row, load_rows, store_rows
+from vtclip.kernels._math import cast, dot, load_row, load_rows, row_program, store_rows
 
 
 @triton.jit(do_not_specialize=["N", "J", "rows_per_split"])
@@ -64,19 +64,14 @@ def cosine_logits_paired_bwd_kernel(
     scale, B, K, D,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image, class tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    b = (pid // num_tiles).to(tl.int64)
-    tile = (pid % num_tiles).to(tl.int64)
+    b, tile = row_program(K, BLOCK_K)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
     x = load_row(image_ptr + b * stride_image_b, offs_d, stride_image_d, D)
     x = x * tl.load(image_rnorm_ptr + b)
-    t = load_rows(
-        text_ptr + b * stride_text_b, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D
-    ).to(tl.float32)
+    text_ptr += b * stride_text_b
+    t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
     rnorm = tl.load(text_rnorm_ptr + b * K + offs_k, mask=in_k, other=0.0)
     t = t * rnorm[:, None]  # [BLOCK_K, BLOCK_D], unit rows
     g = tl.load(g_ptr + b * stride_g_b + offs_k * stride_g_k, mask=in_k, other=0.0).to(tl.float32)
@@ -132,9 +127,7 @@ def _gather(g, y, rnorm):
     splits = triton.cdiv(J, rows_per_split)
     partial = y.new_empty((splits, N, D), dtype=torch.float32)
     if partial.numel():
-        target = _configs.target_of(y)
-        precision = _configs.input_precision(y.dtype, target)
-        tile = _tiles.choose("cosine_gather", y.dtype, precision, (N, J, D), target)
+        tile, precision, _ = _tiles.plan("cosine_gather", y, (N, J, D))
         grid = (splits * triton.cdiv(N, tile.block_n) * triton.cdiv(D, tile.block_d),)
         cosine_logits_bwd_gather_kernel[grid](
             g, y, rnorm, partial, *g.stride(), *y.stride(), N, J, D, rows_per_split,

@@ -101,9 +101,8 @@ def cross_attn_fwd_kernel(
         total = tl.where(empty, 1.0, total)
         acc = acc / total[:, None]
         lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
-        store_rows(
-            out_ptr + b * stride_out_b, acc, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D
-        )
+        out_b = out_ptr + b * stride_out_b
+        store_rows(out_b, acc, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D)
         tl.store(lse_ptr + b * H * K + offs_k, lse, mask=in_k)
 
 
@@ -116,9 +115,7 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
     lse = query.new_empty((B, H, K), dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    target = _configs.target_of(query)
-    precision = _configs.input_precision(query.dtype, target)
-    tile = _tiles.choose("fwd", query.dtype, precision, (B, H, K, L, d), target)
+    tile, precision, target = _tiles.plan("fwd", query, (B, H, K, L, d))
     programs = H * triton.cdiv(K, tile.block_k)
     shared = query.shape[0] == 1
     images = _configs.images_per_program(B, programs, target) if shared else 1

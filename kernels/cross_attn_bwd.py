@@ -74,14 +74,10 @@ def cross_attn_bwd_query_kernel(
         value_b = value_ptr + b * stride_value_b + h * stride_value_h
         mask_b = mask_ptr + b * stride_mask_b
         rows = (b * H + h) * K + offs_k
-        d_o = load_rows(
-            d_out_ptr + b * stride_d_out_b + h * stride_d_out_h,
-            offs_k, offs_d, stride_d_out_k, stride_d_out_d, in_k, D,
-        )  # fmt: skip
-        o = load_rows(
-            out_ptr + b * stride_out_b + h * stride_out_h,
-            offs_k, offs_d, stride_out_k, stride_out_d, in_k, D,
-        )  # fmt: skip
+        d_out_b = d_out_ptr + b * stride_d_out_b + h * stride_d_out_h
+        d_o = load_rows(d_out_b, offs_k, offs_d, stride_d_out_k, stride_d_out_d, in_k, D)
+        out_b = out_ptr + b * stride_out_b + h * stride_out_h
+        o = load_rows(out_b, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D)
         delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), axis=1)  # [BLOCK_K]
         if HAS_D_LSE:
             d_lse_b = d_lse_ptr + b * stride_d_lse_b + h * stride_d_lse_h
@@ -102,10 +98,9 @@ def cross_attn_bwd_query_kernel(
             d_s = tl.where(keep[None, :], p * (d_p - delta[:, None]), 0.0)
             acc += dot(d_s.to(k.dtype), k, PRECISION)
 
-    store_rows(
-        d_query_ptr + chunk * stride_d_query_b + h * stride_d_query_h,
-        acc * scale, offs_k, offs_d, stride_d_query_k, stride_d_query_d, in_k, D,
-    )  # fmt: skip
+    d_query_ptr += chunk * stride_d_query_b + h * stride_d_query_h
+    acc = acc * scale
+    store_rows(d_query_ptr, acc, offs_k, offs_d, stride_d_query_k, stride_d_query_d, in_k, D)
 
 
 @triton.jit(do_not_specialize=["H", "K", "L"])
@@ -141,14 +136,10 @@ def cross_attn_bwd_key_kernel(
     lse_ptr += (b * H + h) * K
     delta_ptr += (b * H + h) * K
     keep = attended(mask_ptr + b * stride_mask_b, offs_l, stride_mask_l, L, HAS_MASK)
-    k = load_rows(
-        key_ptr + b * stride_key_b + h * stride_key_h,
-        offs_l, offs_d, stride_key_l, stride_key_d, keep, D,
-    )  # fmt: skip
-    v = load_rows(
-        value_ptr + b * stride_value_b + h * stride_value_h,
-        offs_l, offs_d, stride_value_l, stride_value_d, keep, D,
-    )  # fmt: skip
+    key_ptr += b * stride_key_b + h * stride_key_h
+    k = load_rows(key_ptr, offs_l, offs_d, stride_key_l, stride_key_d, keep, D)
+    value_ptr += b * stride_value_b + h * stride_value_h
+    v = load_rows(value_ptr, offs_l, offs_d, stride_value_l, stride_value_d, keep, D)
     scale_log2 = scale * LOG2E
     d_k = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
@@ -170,14 +161,10 @@ def cross_attn_bwd_key_kernel(
     # a masked column has gradient 0 even where a query or an incoming gradient is NaN
     d_k = tl.where(keep[:, None], d_k * scale, 0.0)
     d_v = tl.where(keep[:, None], d_v, 0.0)
-    store_rows(
-        d_key_ptr + b * stride_d_key_b + h * stride_d_key_h,
-        d_k, offs_l, offs_d, stride_d_key_l, stride_d_key_d, in_l, D,
-    )  # fmt: skip
-    store_rows(
-        d_value_ptr + b * stride_d_value_b + h * stride_d_value_h,
-        d_v, offs_l, offs_d, stride_d_value_l, stride_d_value_d, in_l, D,
-    )  # fmt: skip
+    d_key_ptr += b * stride_d_key_b + h * stride_d_key_h
+    store_rows(d_key_ptr, d_k, offs_l, offs_d, stride_d_key_l, stride_d_key_d, in_l, D)
+    d_value_ptr += b * stride_d_value_b + h * stride_d_value_h
+    store_rows(d_value_ptr, d_v, offs_l, offs_d, stride_d_value_l, stride_d_value_d, in_l, D)
 
 
 def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, scale):
@@ -189,20 +176,13 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     d_value = value.new_empty((B, L, H, d)).transpose(1, 2)
     delta = torch.empty_like(lse)
-    target = _configs.target_of(query)
-    precision = _configs.input_precision(query.dtype, target)
     mask, mask_strides = _configs.mask_argument(key_mask, lse)
-    settings = {
-        "HAS_MASK": key_mask is not None,
-        "PRECISION": precision,
-        "BLOCK_D": _configs.padded(d),
-    }
+    tile, precision, target = _tiles.plan("bwd_query", query, (B, H, K, L, d))
+    settings = {"HAS_MASK": key_mask is not None, "PRECISION": precision}
+    settings["BLOCK_D"] = _configs.padded(d)
 
-    shared = query.shape[0] == 1
-    sizes = (B, H, K, L, d)
-    tile = _tiles.choose("bwd_query", query.dtype, precision, sizes, target)
     programs = H * triton.cdiv(K, tile.block_k)
-    images = _configs.images_per_program(B, programs, target) if shared else 1
+    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
     chunks = triton.cdiv(B, images)
     partial = _configs.query_slices(d_query, chunks)
     d_lse, d_lse_strides = (lse, (0, 0, 0)) if grad_lse is None else (grad_lse, grad_lse.stride())
@@ -218,7 +198,7 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
             )  # fmt: skip
         sum_partials(partial, d_query)
         if B * H * L:
-            tile = _tiles.choose("bwd_key", query.dtype, precision, sizes, target)
+            tile, _, _ = _tiles.plan("bwd_key", query, (B, H, K, L, d))
             cross_attn_bwd_key_kernel[(B * H * triton.cdiv(L, tile.block_l),)](
                 grad_out, query, key, value, mask, lse, delta, d_key, d_value,
                 *grad_out.stride(), *_configs.query_strides(query), *key.stride(), *value.stride(),

@@ -66,10 +66,8 @@ def cross_attn_weights_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
 
-    q = load_rows(
-        query_ptr + first * stride_query_b + h * stride_query_h,
-        offs_k, offs_d, stride_query_k, stride_query_d, in_k, D,
-    )  # fmt: skip
+    query_ptr += first * stride_query_b + h * stride_query_h
+    q = load_rows(query_ptr, offs_k, offs_d, stride_query_k, stride_query_d, in_k, D)
     scale_log2 = scale * LOG2E
 
     for i in range(0, tl.minimum(images_per_program, B - first)):
@@ -129,7 +127,6 @@ def cross_attn_weights_bwd_query_kernel(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image chunk, head, query tile)
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -165,10 +162,9 @@ def cross_attn_weights_bwd_query_kernel(
             k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, used, D)
             acc += dot(d_s.to(k.dtype), k, PRECISION)
 
-    store_rows(
-        d_query_ptr + chunk * stride_d_query_b + h * stride_d_query_h,
-        acc * scale, offs_k, offs_d, stride_d_query_k, stride_d_query_d, in_k, D,
-    )  # fmt: skip
+    d_query_ptr += chunk * stride_d_query_b + h * stride_d_query_h
+    acc = acc * scale
+    store_rows(d_query_ptr, acc, offs_k, offs_d, stride_d_query_k, stride_d_query_d, in_k, D)
 
 
 @triton.jit(do_not_specialize=["H", "K", "L"])
@@ -186,7 +182,6 @@ def cross_attn_weights_bwd_key_kernel(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image, head, key tile)
     b, h, tile = head_program(H, L, BLOCK_L)
     offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -214,10 +209,8 @@ def cross_attn_weights_bwd_key_kernel(
         acc += dot(d_s.to(q.dtype), q, PRECISION)
 
     acc = tl.where((used != 0)[:, None], acc * scale, 0.0)
-    store_rows(
-        d_key_ptr + b * stride_d_key_b + h * stride_d_key_h,
-        acc, offs_l, offs_d, stride_d_key_l, stride_d_key_d, in_l, D,
-    )  # fmt: skip
+    d_key_ptr += b * stride_d_key_b + h * stride_d_key_h
+    store_rows(d_key_ptr, acc, offs_l, offs_d, stride_d_key_l, stride_d_key_d, in_l, D)
 
 
 def cross_attn_weights_fwd(query, key, key_mask, scale):
@@ -228,9 +221,7 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
     weights = query.new_empty((B, H, K, L))
     if weights.numel() == 0:
         return weights
-    target = _configs.target_of(query)
-    precision = _configs.input_precision(query.dtype, target)
-    tile = _tiles.choose("weights", query.dtype, precision, (B, H, K, L, d), target)
+    tile, precision, target = _tiles.plan("weights", query, (B, H, K, L, d))
     programs = H * triton.cdiv(K, tile.block_k)
     images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
     mask, mask_strides = _configs.mask_argument(key_mask, weights)
@@ -254,20 +245,12 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     d_query = query.new_empty((query.shape[0], K, H, d)).transpose(1, 2)
     d_key = key.new_empty((B, L, H, d)).transpose(1, 2)
     delta = query.new_empty((B, H, K), dtype=torch.float32)
-    target = _configs.target_of(query)
-    precision = _configs.input_precision(query.dtype, target)
-    tile = _tiles.choose("weights_bwd", query.dtype, precision, (B, H, K, L, d), target)
-    settings = {
-        "PRECISION": precision,
-        "BLOCK_K": tile.block_k,
-        "BLOCK_L": tile.block_l,
-        "BLOCK_D": _configs.padded(d),
-        **tile.launch,
-    }
+    tile, precision, target = _tiles.plan("weights_bwd", query, (B, H, K, L, d))
+    settings = {"PRECISION": precision, "BLOCK_D": _configs.padded(d), **tile.launch}
+    settings |= {"BLOCK_K": tile.block_k, "BLOCK_L": tile.block_l}
 
-    shared = query.shape[0] == 1
     programs = H * triton.cdiv(K, tile.block_k)
-    images = _configs.images_per_program(B, programs, target) if shared else 1
+    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
     chunks = triton.cdiv(B, images)
     partial = _configs.query_slices(d_query, chunks)
     with torch.cuda.device_of(query):

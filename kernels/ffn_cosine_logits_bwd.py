@@ -98,8 +98,7 @@ def ffn_cosine_logits_bwd_kernel(
         cosine = tl.load(stats + 4 * stride_stat, mask=in_k, other=0.0)
         mean_g = tl.load(stats + 5 * stride_stat, mask=in_k, other=0.0)
         mean_gz = tl.load(stats + 6 * stride_stat, mask=in_k, other=0.0)
-        g_ptrs = d_logits_ptr + b * stride_d_logits_b + offs_k * stride_d_logits_k
-        g = tl.load(g_ptrs, mask=in_k, other=0.0).to(tl.float32) * scale  # [BLOCK_K]
+        g = load_row(d_logits_ptr + b * stride_d_logits_b, offs_k, stride_d_logits_k, K) * scale
         step = g * rnorm
         state_b = state_ptr + b * stride_state_b
         x = load_rows(state_b, offs_k, cols, stride_state_k, stride_state_c, in_k, C)

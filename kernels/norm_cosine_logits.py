@@ -15,6 +15,7 @@ from vtclip.kernels._math import (
     load_row,
     load_rows,
     reciprocal_norm,
+    row_program,
     store_rows,
     sum_partials,
 )
@@ -42,11 +43,8 @@ def norm_cosine_logits_fwd_kernel(
     residual, scale, eps, B, K, C, images_per_program,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # program = (image chunk, class tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
-    first = (pid // num_tiles).to(tl.int64) * images_per_program
-    tile = (pid % num_tiles).to(tl.int64)
+    chunk, tile = row_program(K, BLOCK_K)
+    first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_c = tl.arange(0, BLOCK_C).to(tl.int64)
     in_k = offs_k < K
@@ -61,10 +59,9 @@ def norm_cosine_logits_fwd_kernel(
         b = first + i
         x = load_row(image_ptr + b * stride_image_b, offs_c, stride_image_c, C)[None, :]
         image_rnorm = reciprocal_norm(x)  # [1]
-        hidden = load_rows(
-            hidden_ptr + b * stride_hidden_b,
-            offs_k, offs_c, stride_hidden_k, stride_hidden_c, in_k, C,
-        ).to(tl.float32)  # fmt: skip
+        hidden_b = hidden_ptr + b * stride_hidden_b
+        hidden = load_rows(hidden_b, offs_k, offs_c, stride_hidden_k, stride_hidden_c, in_k, C)
+        hidden = hidden.to(tl.float32)
         mean = tl.sum(hidden, axis=1) / width
         centred = tl.where(in_c[None, :], hidden - mean[:, None], 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
@@ -109,11 +106,8 @@ def norm_cosine_logits_bwd_kernel(
     # d_y = scale d_logit / |y| (x - cosine y),  d_z = residual d_y,
     # d_hidden = rstd (d_n - mean(d_n) - n mean(d_n n)),  d_n = weight d_z,
     # n = (hidden - mean) rstd
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    chunk = (pid // num_tiles).to(tl.int64)
+    chunk, tile = row_program(K, BLOCK_K)
     first = chunk * images_per_program
-    tile = (pid % num_tiles).to(tl.int64)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_c = tl.arange(0, BLOCK_C).to(tl.int64)
     in_k = offs_k < K
@@ -131,16 +125,13 @@ def norm_cosine_logits_bwd_kernel(
         rows = b * K + offs_k
         x = load_row(image_ptr + b * stride_image_b, offs_c, stride_image_c, C)
         x = x * tl.load(image_rnorm_ptr + b)
-        hidden = load_rows(
-            hidden_ptr + b * stride_hidden_b,
-            offs_k, offs_c, stride_hidden_k, stride_hidden_c, in_k, C,
-        ).to(tl.float32)  # fmt: skip
+        hidden_b = hidden_ptr + b * stride_hidden_b
+        hidden = load_rows(hidden_b, offs_k, offs_c, stride_hidden_k, stride_hidden_c, in_k, C)
+        hidden = hidden.to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=in_k, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=in_k, other=0.0)
         row_rnorm = tl.load(row_rnorm_ptr + rows, mask=in_k, other=0.0)
-        d_logits_b = d_logits_ptr + b * stride_d_logits_b
-        g = tl.load(d_logits_b + offs_k * stride_d_logits_k, mask=in_k, other=0.0)
-        g = g.to(tl.float32) * scale  # [BLOCK_K]
+        g = load_row(d_logits_ptr + b * stride_d_logits_b, offs_k, stride_d_logits_k, K) * scale
 
         n = tl.where(in_c[None, :], (hidden - mean[:, None]) * rstd[:, None], 0.0)
         y = (text + residual * (n * weight[None, :] + bias[None, :])) * row_rnorm[:, None]
@@ -172,12 +163,8 @@ def _tiling(kind, hidden):
     rows, block_c, num_warps = _configs.row_tile(C, tile.elements)
     tiles = max(1, triton.cdiv(K, rows))
     images = _configs.images_per_program(B, tiles, target)
-    settings = {
-        "BLOCK_K": rows,
-        "BLOCK_C": block_c,
-        "num_warps": num_warps,
-        "enable_fp_fusion": True,
-    }
+    settings = {"BLOCK_K": rows, "BLOCK_C": block_c, "num_warps": num_warps}
+    settings["enable_fp_fusion"] = True
     return tiles, images, triton.cdiv(B, images), settings
 
 

@@ -175,10 +175,8 @@ def rational_attn_fwd_kernel(
             store_stats(stats_ptr, 2, maps, index, natural, total)
             part_c = acc_c * (ratio * (K / total))[:, None]
             if KEEP:
-                store_rows(
-                    parts_ptr + kind_size,
-                    part_c, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D,
-                )  # fmt: skip
+                parts_ptr += kind_size
+                store_rows(parts_ptr, part_c, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D)
             part += part_c
         else:
             store_stats(stats_ptr, 3 - FIRST, maps, index, 0.0, 0.0)
@@ -320,10 +318,8 @@ def rational_attn_fwd(image_query, text_query, pair_query, key, value, scale, ke
                 if list(has.values())[kind]:
                     stats[kind, 1] = count
         return out, parts, image_out, stats
-    target = _configs.target_of(key)
     rows = K * (matrices > 0) + has["HAS_IMAGE"]
-    precision = _configs.input_precision(key.dtype, target)
-    tile = _tiles.choose("rational_fwd", key.dtype, precision, (B, H, rows, K, d), target)
+    tile, precision, _ = _tiles.plan("rational_fwd", key, (B, H, rows, K, d))
     tiles = triton.cdiv(rows, tile.block_k)
     one = tiles == 1 and matrices > 0
     scratch = parts

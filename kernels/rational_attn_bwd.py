@@ -67,10 +67,8 @@ def rational_attn_bwd_sums_kernel(
             part = load_rows(parts_ptr, rows, offs_d, stride_parts_k, stride_parts_d, in_k, D)
             c_a += tl.sum(d_o * part.to(tl.float32), axis=0)
         if BOTH:
-            part = load_rows(
-                parts_ptr + tl.cast(stride_parts_x, tl.int64),
-                rows, offs_d, stride_parts_k, stride_parts_d, in_k, D,
-            )  # fmt: skip
+            pair_ptr = parts_ptr + tl.cast(stride_parts_x, tl.int64)
+            part = load_rows(pair_ptr, rows, offs_d, stride_parts_k, stride_parts_d, in_k, D)
             c_c += tl.sum(d_o * part.to(tl.float32), axis=0)
     tl.store(row_ptr + index * D + offs_d, row, mask=offs_d < D)
     if HAS_IMAGE:
@@ -108,7 +106,6 @@ def rational_attn_bwd_key_kernel(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image, head, key tile)
     b, h, tile = head_program(H, K, BLOCK_J)
     offs_j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -170,14 +167,11 @@ def rational_attn_bwd_key_kernel(
             d_v += dot(a.to(d_o.dtype), d_o, PRECISION)
 
     offset = b * stride_d_key_b + h * stride_d_key_h
-    store_rows(
-        d_key_ptr + offset,
-        d_k * (scale * share), offs_j, offs_d, stride_d_key_k, stride_d_key_d, keep, D,
-    )  # fmt: skip
-    store_rows(
-        d_value_ptr + offset,
-        d_v * share, offs_j, offs_d, stride_d_key_k, stride_d_key_d, keep, D,
-    )  # fmt: skip
+    d_key_ptr += offset
+    d_k = d_k * (scale * share)
+    store_rows(d_key_ptr, d_k, offs_j, offs_d, stride_d_key_k, stride_d_key_d, keep, D)
+    d_value_ptr += offset
+    store_rows(d_value_ptr, d_v * share, offs_j, offs_d, stride_d_key_k, stride_d_key_d, keep, D)
 
 
 @triton.jit(do_not_specialize=["B", "H", "K", "images_per_program"])
@@ -202,7 +196,6 @@ def rational_attn_bwd_query_kernel(
     HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image chunk, head, row tile)
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -253,16 +246,13 @@ def rational_attn_bwd_query_kernel(
                 acc_p += dot(d_s.to(k.dtype), k, PRECISION)
 
         if HAS_PAIR:
-            store_rows(
-                d_pair_ptr + b * stride_d_pair_b + h * stride_d_pair_h,
-                acc_p * (scale * share),
-                offs_k, offs_d, stride_d_pair_k, stride_d_pair_d, in_k, D,
-            )  # fmt: skip
+            d_pair_b = d_pair_ptr + b * stride_d_pair_b + h * stride_d_pair_h
+            acc_p = acc_p * (scale * share)
+            store_rows(d_pair_b, acc_p, offs_k, offs_d, stride_d_pair_k, stride_d_pair_d, in_k, D)
     if HAS_TEXT:
-        store_rows(
-            d_text_ptr + chunk * stride_d_text_b + h * stride_d_text_h,
-            acc_t * (scale * share), offs_k, offs_d, stride_d_text_k, stride_d_text_d, in_k, D,
-        )  # fmt: skip
+        d_text_ptr += chunk * stride_d_text_b + h * stride_d_text_h
+        acc_t = acc_t * (scale * share)
+        store_rows(d_text_ptr, acc_t, offs_k, offs_d, stride_d_text_k, stride_d_text_d, in_k, D)
 
 
 def rational_attn_bwd(
@@ -289,19 +279,12 @@ def rational_attn_bwd(
     *d_queries, d_key, d_value = d_pairs.permute(2, 0, 3, 1, 4).unbind()
     d_pair = d_queries[0] if d_queries else key  # without a pair query nothing is written to it
     has = _configs.kinds(image_query, text_query, pair_query)
-    target = _configs.target_of(key)
-    precision = _configs.input_precision(key.dtype, target)
+    tile, precision, _ = _tiles.plan("rational_one_bwd", key, (B, H, K, K, d))
     queries, strides = _configs.query_arguments(image_query, text_query, pair_query, key)
-    common = {
-        **has,
-        "PRECISION": precision,
-        "BLOCK_D": _configs.padded(d),
-    }
+    common = {**has, "PRECISION": precision, "BLOCK_D": _configs.padded(d)}
     tensors = (grad_out, *queries, key, value, stats)
     lengths = (*grad_out.stride(), *strides, *key.stride(), *value.stride())
     numbers = (scale, 1.0 / sum(has.values()), B, H, K, d)
-    sizes = (B, H, K, K, d)
-    tile = _tiles.choose("rational_one_bwd", key.dtype, precision, sizes, target)
     with torch.cuda.device_of(key):
         if tile.block_k >= K:
             slices, text_strides = d_text, (0, 0, 0, 0)
@@ -331,9 +314,7 @@ def rational_attn_bwd(
 
 def _key_gradients(tensors, lengths, numbers, common, c, row, d_key, d_value, d_image):
     B, H, K, d = d_key.shape
-    target = _configs.target_of(d_key)
-    sizes = (B, H, K, K, d)
-    tile = _tiles.choose("rational_bwd_key", d_key.dtype, common["PRECISION"], sizes, target)
+    tile, _, _ = _tiles.plan("rational_bwd_key", d_key, (B, H, K, K, d))
     tiles = triton.cdiv(K, tile.block_l)
     partial = d_image
     if tiles > 1 and common["HAS_IMAGE"]:
@@ -348,9 +329,7 @@ def _key_gradients(tensors, lengths, numbers, common, c, row, d_key, d_value, d_
 def _query_gradients(tensors, lengths, numbers, common, c, d_text, d_pair):
     grad_out, _, text_query, pair_query, key, value, stats = tensors
     B, H, K, d = key.shape
-    target = _configs.target_of(key)
-    sizes = (B, H, K, K, d)
-    tile = _tiles.choose("rational_bwd_query", key.dtype, common["PRECISION"], sizes, target)
+    tile, _, target = _tiles.plan("rational_bwd_query", key, (B, H, K, K, d))
     programs = H * triton.cdiv(K, tile.block_k)
     shared = common["HAS_TEXT"] and text_query.shape[0] == 1
     images = _configs.images_per_program(B, programs, target) if shared else 1

@@ -158,9 +158,7 @@ def rational_head_fwd(context, weight, bias, image, text, scale, penalty):
         for tensor in (logits, size, peak):
             tensor[:] = 0
         return logits, size, peak
-    target = _configs.target_of(context)
-    precision = _configs.input_precision(context.dtype, target)
-    tile = _tiles.choose("head_fwd", context.dtype, precision, (B, K, D), target)
+    tile, precision, target = _tiles.plan("head_fwd", context, (B, K, D))
     tiles = triton.cdiv(K, tile.block_k)
     columns, splits = _tiles.head_splits(B * tiles, D, tile, target)
     outputs = [logits, size, peak]

@@ -47,7 +47,6 @@ def rational_head_bwd_kernel(
     PENALTY: tl.constexpr, FEATURES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image chunk, class tile, column tile)
     chunk, tile, offs_n = column_program(K, D, BLOCK_K, BLOCK_N)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -72,8 +71,7 @@ def rational_head_bwd_kernel(
         x = load_row(image_ptr + b * stride_image_b, offs_n, stride_image_d, D)
         t = load_rows(text_ptr, offs_k, offs_n, stride_text_k, stride_text_d, in_k, D)
         t = t.to(tl.float32)
-        g_ptrs = d_logits_ptr + b * stride_d_logits_b + offs_k * stride_d_logits_k
-        g = tl.load(g_ptrs, mask=in_k, other=0.0).to(tl.float32) * scale  # [BLOCK_K]
+        g = load_row(d_logits_ptr + b * stride_d_logits_b, offs_k, stride_d_logits_k, K) * scale
         d_m = (g[:, None] * x[None, :]) * t
         if PENALTY != 0:
             rho = tl.load(d_penalty_ptr + b * stride_d_penalty_b).to(tl.float32)
@@ -115,9 +113,7 @@ def rational_head_bwd(
             grad[:] = 0
         return tuple(grads)
     d_context, d_weight, d_bias, d_image, d_text = grads
-    target = _configs.target_of(context)
-    precision = _configs.input_precision(context.dtype, target)
-    tile = _tiles.choose("head_bwd", context.dtype, precision, (B, K, D), target)
+    tile, precision, target = _tiles.plan("head_bwd", context, (B, K, D))
     tiles, columns = triton.cdiv(K, tile.block_k), triton.cdiv(D, tile.block_n)
     batch = _tiles.images_at_a_time(B, K)
     images = _configs.images_per_program(batch, tiles * columns, target)

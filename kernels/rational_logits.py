@@ -16,6 +16,7 @@ from vtclip.kernels._math import (
     load_row,
     load_rows,
     opened,
+    row_program,
     store_rows,
     sum_partials,
 )
@@ -33,11 +34,8 @@ def rational_logits_fwd_kernel(
     scale, K, D,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image, class tile)
-    pid = tl.program_id(0)
-    num_tiles = tl.cdiv(K, BLOCK_K)
-    b = (pid // num_tiles).to(tl.int64)
-    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b, tile = row_program(K, BLOCK_K)
+    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
     image_ptr += b * stride_image_b
@@ -69,7 +67,6 @@ def rational_logits_bwd_kernel(
     scale, B, K, D, images_per_program,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # program = (image chunk, class tile, column tile)
     chunk, tile, offs_d = column_program(K, D, BLOCK_K, BLOCK_D)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -80,12 +77,9 @@ def rational_logits_bwd_kernel(
     for i in range(0, tl.minimum(images_per_program, B - first)):
         b = first + i
         x = load_row(image_ptr + b * stride_image_b, offs_d, stride_image_d, D)
-        d_logits_b = d_logits_ptr + b * stride_d_logits_b
-        g = tl.load(d_logits_b + offs_k * stride_d_logits_k, mask=in_k, other=0.0)
-        g = g.to(tl.float32) * scale  # [BLOCK_K]
-        m = load_rows(
-            mask_ptr + b * stride_mask_b, offs_k, offs_d, stride_mask_k, stride_mask_d, in_k, D
-        ).to(tl.float32)
+        g = load_row(d_logits_ptr + b * stride_d_logits_b, offs_k, stride_d_logits_k, K) * scale
+        mask_b = mask_ptr + b * stride_mask_b
+        m = load_rows(mask_b, offs_k, offs_d, stride_mask_k, stride_mask_d, in_k, D).to(tl.float32)
         weighed = g[:, None] * opened(m)
         d_text += weighed * x[None, :]
         d_m = tl.where(m <= -1.0, 0.0, (g[:, None] * x[None, :]) * t)

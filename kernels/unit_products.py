@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import column_program, load_row, load_rows, store_rows, unit_rows
+from vtclip.kernels._math import (
+    column_program,
+    load_row,
+    load_rows,
+    row_program,
+    store_rows,
+    unit_rows,
+)
 from vtclip.kernels.cosine_logits import reciprocal_norms
 from vtclip.kernels.cosine_logits_bwd import project
 
@@ -31,10 +38,7 @@ def unit_products_fwd_kernel(
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image, class tile), at least one of either; it holds whole rows
-    pid = tl.program_id(0)
-    num_tiles = tl.maximum(1, tl.cdiv(K, BLOCK_K))
-    b = (pid // num_tiles).to(tl.int64)
-    tile = (pid % num_tiles).to(tl.int64)
+    b, tile = row_program(K, BLOCK_K)
     offs_b = b + tl.arange(0, 1)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)

@@ -41,33 +41,29 @@ inline void check_rank(const char* op, const char* name, const Tensor& tensor, i
   }
 }
 
-inline void check_shape(const char* op, const char* name, const Tensor& tensor,
-                        std::initializer_list<int64_t> wanted) {
-  bool same = tensor.dim() == static_cast<int64_t>(wanted.size());
-  int64_t axis = 0;
-  for (int64_t size : wanted) {
-    if (!same) break;
-    same = tensor.size(axis++) == size;
+// `first_may_be_one`: the first axis is 1 where it is shared over the batch
+inline bool has_shape(const Tensor& tensor, std::initializer_list<int64_t> wanted,
+                      bool first_may_be_one = false) {
+  if (tensor.dim() != static_cast<int64_t>(wanted.size())) return false;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    const bool shared = first_may_be_one && axis == 0 && tensor.size(0) == 1;
+    if (tensor.size(axis) != wanted.begin()[axis] && !shared) return false;
   }
-  if (!same) {
-    fail(op, name, " must be ", shape_text(wanted.begin(), wanted.size()), ", got ",
-         shape_text(tensor));
-  }
+  return true;
 }
 
-// As check_shape, but the first axis may also be 1 (shared over the batch).
+inline void check_shape(const char* op, const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> wanted) {
+  if (has_shape(tensor, wanted)) return;
+  fail(op, name, " must be ", shape_text(wanted.begin(), wanted.size()), ", got ",
+       shape_text(tensor));
+}
+
 inline void check_shape_or_shared(const char* op, const char* name, const Tensor& tensor,
                                   std::initializer_list<int64_t> wanted) {
-  const int64_t rank = static_cast<int64_t>(wanted.size());
-  bool same = tensor.dim() == rank;
-  for (int64_t axis = 0; same && axis < rank; ++axis) {
-    const int64_t size = tensor.size(axis);
-    same = size == wanted.begin()[axis] || (axis == 0 && size == 1);
-  }
-  if (!same) {
-    fail(op, name, " must be ", shape_text(wanted.begin(), wanted.size()),
-         " (first axis 1 if shared), got ", shape_text(tensor));
-  }
+  if (has_shape(tensor, wanted, true)) return;
+  fail(op, name, " must be ", shape_text(wanted.begin(), wanted.size()),
+       " (first axis 1 if shared), got ", shape_text(tensor));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType wanted) {

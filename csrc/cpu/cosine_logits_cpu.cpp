@@ -1,11 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 // cosine_logits_fwd and cosine_logits_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
-#include "cosine_logits_args.h"
+#include "common/register.h"
 #include "cpu/common/parallel.h"
+#include "cpu/common/row_args.h"
+
+namespace vtclip::cpu {
+
+struct Cosine {
+  int64_t B, K, D;
+  Dtype dtype;
+  double scale;
+  RowsView image, text;  // text.batch is 0 where the texts are shared by all images
+  void* image_rnorm;     // [B] acc
+  void* text_rnorm;      // [K] or [B, K] acc
+  void* image_unit;      // [B, D padded] acc: image / |image|
+  int64_t image_block;   // images per unit
+  int64_t text_block;    // texts per unit
+};
+
+struct CosineForward {
+  Cosine sizes;
+  char* logits;  // [B, K] contiguous
+};
+
+struct CosineBackward {
+  Cosine sizes;
+  RowsView grad_logits;
+  RowsView image_rnorm_in, text_rnorm_in;
+  RowsView d_image, d_text;
+  void* text_unit;  // shared texts: [K, D padded] acc
+  void* grads;      // shared texts: [B, K] acc, times scale
+  void* d_unit;     // [num_chunks, B, D padded] acc: gradient of image / |image|
+  int64_t num_chunks;
+};
+
+}  // namespace vtclip::cpu
 
 #define VTCLIP_KERNEL "cpu/cosine_logits_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -45,10 +76,10 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(Tensor image, Tensor text, 
   Tensor logits = new_empty(image, {s.B, s.K});
   Tensor image_rnorm = new_acc(image, {s.B});
   Tensor text_rnorm = shared ? new_acc(text, {s.K}) : new_acc(text, {s.B, s.K});
-  Tensor image_unit = new_acc(image, {s.B, row_width(s.D)});
+  Workspace workspace(image);
   s.image_rnorm = image_rnorm.data_ptr();
   s.text_rnorm = text_rnorm.data_ptr();
-  s.image_unit = image_unit.data_ptr();
+  s.image_unit = workspace.take({s.B, row_width(s.D)});
   p.logits = static_cast<char*>(logits.data_ptr());
   run(VTCLIP_PICK(cosine_images), s, s.B, 4 * s.D);
   if (!shared) {
@@ -95,16 +126,12 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(Tensor grad_logits, Tensor image, T
     p.num_chunks = ceil_div(s.K, s.text_block);
   }
   const int64_t width = row_width(s.D);
-  Tensor image_unit = new_acc(image, {s.B, width});
-  Tensor d_unit = new_acc(image, {p.num_chunks, s.B, width});
-  Tensor text_unit, grads;
-  s.image_unit = image_unit.data_ptr();
-  p.d_unit = d_unit.data_ptr();
+  Workspace workspace(image);
+  s.image_unit = workspace.take({s.B, width});
+  p.d_unit = workspace.take({p.num_chunks, s.B, width});
   if (shared) {
-    text_unit = new_acc(text, {s.K, width});
-    grads = new_acc(text, {s.B, s.K});
-    p.text_unit = text_unit.data_ptr();
-    p.grads = grads.data_ptr();
+    p.text_unit = workspace.take({s.K, width});
+    p.grads = workspace.take({s.B, s.K});
     run(VTCLIP_PICK(cosine_prepare), p, s.B + s.K, 4 * s.D);
     const int64_t slices = ceil_div(width, 128);
     run(VTCLIP_PICK(cosine_shared_image), p, ceil_div(s.B, s.image_block) * slices,
@@ -122,7 +149,4 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(Tensor grad_logits, Tensor image, T
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("cosine_logits_fwd", TORCH_BOX(&vtclip::cpu::cosine_logits_fwd));
-  m.impl("cosine_logits_bwd", TORCH_BOX(&vtclip::cpu::cosine_logits_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, cosine_logits)

@@ -10,13 +10,7 @@ constexpr int64_t kInner = 128;
 // image_unit[b] and image_rnorm[b] for b in [begin, end).
 template <class T>
 static void image_units(const Cosine& s, int64_t begin, int64_t end) {
-  const int64_t width = round_up(s.D, kLanes<T>);
-  const Scratch<T> buffer(s.D);
-  for (int64_t b = begin; b < end; ++b) {
-    const T* x = view_row<T>(buffer, s.D, s.image.at(0, b), s.image.column, s.dtype);
-    static_cast<T*>(s.image_rnorm)[b] =
-        unit_row(static_cast<T*>(s.image_unit) + b * width, x, s.D, width);
-  }
+  unit_matrix<T>(s.image, s.D, s.dtype, s.image_unit, s.image_rnorm, begin, end);
 }
 
 // C[m, n] = A B with the inner dimension in steps of kInner.
@@ -100,13 +94,6 @@ static void own_forward_units(const CosineForward& p, int64_t begin, int64_t end
   }
 }
 
-template <class T>
-VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j) {
-  T x;
-  __builtin_memcpy(&x, view.at(0, i) + j * view.column, sizeof(T));
-  return x;
-}
-
 // Rows of the unit images, the unit texts (shared only) and the scaled gradients; row r < B is
 // image r, any other text r - B.
 template <class T>
@@ -182,8 +169,7 @@ static void own_backward_units(const CosineBackward& p, int64_t begin, int64_t e
     const int64_t last = min_of(s.K, (chunk + 1) * s.text_block);
     for (int64_t k = chunk * s.text_block; k < last; ++k) {
       const T rnorm = element<T>(p.text_rnorm_in, b, k);
-      const char* grad_at = p.grad_logits.at(0, b) + k * p.grad_logits.column;
-      const T delta = load_one<T>(grad_at, s.dtype) * static_cast<T>(s.scale);
+      const T delta = element<T>(p.grad_logits, b, k, s.dtype) * static_cast<T>(s.scale);
       const T* t = view_row<T>(buffer, s.D, s.text.at(b, k), s.text.column, s.dtype);
       unit_row_known<T>(unit_text, t, s.D, s.D, rnorm);
       add_row<T>(d_unit, delta, unit_text, s.D);

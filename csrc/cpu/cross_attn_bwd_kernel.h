@@ -26,11 +26,10 @@ template <class T>
 static void pack_grad_lse(const AttnBackward& p, int64_t b, int64_t h, int64_t first,
                           int64_t queries, T* grad_lse) {
   for (int64_t q = 0; q < round_up(queries, kLanes<T>); ++q) grad_lse[q] = 0;
-  if (p.grad_lse == nullptr) return;
-  const char* row =
-      p.grad_lse + b * p.grad_lse_batch + h * p.grad_lse_head + first * p.grad_lse_row;
+  if (p.grad_lse.data == nullptr) return;
+  const char* row = p.grad_lse.at(b, h) + first * p.grad_lse.column;
   for (int64_t q = 0; q < queries; ++q) {
-    __builtin_memcpy(grad_lse + q, row + q * p.grad_lse_row, sizeof(T));
+    __builtin_memcpy(grad_lse + q, row + q * p.grad_lse.column, sizeof(T));
   }
 }
 
@@ -94,7 +93,7 @@ static void backward_units(const AttnBackward& p, int64_t begin, int64_t end) {
   const Scratch<T> weights(s.L * ldq), grads(s.L * ldq), state_memory(3 * ldq), grad_lse(ldq);
   const Scratch<T> out_rows(s.query_block * ldd), out_columns(block_size);
   const Scratch<T> own_columns(s.query_shared ? 0 : block_size);
-  QuerySide<T> query(p);
+  QuerySide<T> query{p};
   const SoftmaxState<T> state{state_memory, state_memory + ldq, state_memory + 2 * ldq};
 
   for (int64_t unit = begin; unit < end; ++unit) {

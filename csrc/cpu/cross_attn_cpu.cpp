@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // cross_attn_fwd and cross_attn_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <tuple>
 
-#include "cpu/common/attn_query.h"
+#include "common/register.h"
+#include "cpu/common/attn_host.h"
 
 #define VTCLIP_KERNEL "cpu/cross_attn_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -29,11 +28,7 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value
   p.value = heads_view(value);
   p.out = heads_view(out);
   p.lse = lse.data_ptr();
-  Tensor pack;
-  if (s.query_shared) {
-    pack = pack_shared_query(s, query);
-    p.query_pack = pack.data_ptr();
-  }
+  const Tensor pack = pack_shared_query(s, query, p.query_pack);
   run(VTCLIP_PICK(cross_attn_fwd_units), p, s.B * s.H * s.num_blocks(), 2 * block_work(s));
   return {out, lse};
 }
@@ -52,14 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
   check_same(op, "grad_out", grad_out, type, {s.B, s.H, s.K, s.d});
   check_same(op, "out", out, type, {s.B, s.H, s.K, s.d});
   check_same(op, "lse", lse, acc_type(type), {s.B, s.H, s.K});
-  const int64_t acc_bytes = item_bytes(dtype_of(acc_type(type)));
   if (grad_lse.has_value()) {
-    check_same(op, "grad_lse", *grad_lse, acc_type(type));
-    check_shape(op, "grad_lse", *grad_lse, {s.B, s.H, s.K});
-    p.grad_lse = static_cast<const char*>(grad_lse->data_ptr());
-    p.grad_lse_batch = grad_lse->stride(0) * acc_bytes;
-    p.grad_lse_head = grad_lse->stride(1) * acc_bytes;
-    p.grad_lse_row = grad_lse->stride(2) * acc_bytes;
+    p.grad_lse = checked_view(op, "grad_lse", *grad_lse, acc_type(type), {s.B, s.H, s.K});
   }
   Tensor d_query = new_heads(query, query.size(0), s.H, s.K, s.d);
   Tensor d_key = new_heads(key, s.B, s.H, s.L, s.d);
@@ -72,11 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
   p.grad_out = heads_view(grad_out);
   p.d_value = heads_view(d_value);
   const auto [query_rows, partials] = set_gradients(p, query, key, d_query, d_key);
-  Tensor pack;
-  if (s.query_shared) {
-    pack = pack_shared_query(s, query);
-    p.query_pack = pack.data_ptr();
-  }
+  const Tensor pack = pack_shared_query(s, query, p.query_pack);
   run(VTCLIP_PICK(cross_attn_bwd_units), p, s.H * p.num_chunks,
       5 * p.chunk_images * s.num_blocks() * block_work(s));
   if (s.query_shared) sum_partials(s, partials, p.num_chunks, d_query);
@@ -86,7 +71,4 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(Tensor grad_out, std::optional
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("cross_attn_fwd", TORCH_BOX(&vtclip::cpu::cross_attn_fwd));
-  m.impl("cross_attn_bwd", TORCH_BOX(&vtclip::cpu::cross_attn_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, cross_attn)

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // cross_attn_weights_fwd and cross_attn_weights_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <optional>
 #include <tuple>
 
-#include "cpu/common/attn_query.h"
+#include "common/register.h"
+#include "cpu/common/attn_host.h"
 
 #define VTCLIP_KERNEL "cpu/cross_attn_weights_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -23,11 +22,7 @@ Tensor cross_attn_weights_fwd(Tensor query, Tensor key, std::optional<Tensor> ke
   p.query = heads_view(query);
   p.key = heads_view(key);
   p.weights = static_cast<char*>(weights.data_ptr());
-  Tensor pack;
-  if (s.query_shared) {
-    pack = pack_shared_query(s, query);
-    p.query_pack = pack.data_ptr();
-  }
+  const Tensor pack = pack_shared_query(s, query, p.query_pack);
   run(VTCLIP_PICK(weights_fwd_units), p, s.B * s.H * s.num_blocks(), 2 * block_work(s));
   return weights;
 }
@@ -58,7 +53,4 @@ std::tuple<Tensor, Tensor> cross_attn_weights_bwd(Tensor grad_weights, Tensor we
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("cross_attn_weights_fwd", TORCH_BOX(&vtclip::cpu::cross_attn_weights_fwd));
-  m.impl("cross_attn_weights_bwd", TORCH_BOX(&vtclip::cpu::cross_attn_weights_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, cross_attn_weights)

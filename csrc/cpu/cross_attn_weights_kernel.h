@@ -116,7 +116,7 @@ static void weights_backward_units(const WeightsBackward& p, int64_t begin, int6
   const Scratch<int64_t> index(s.L + 1);
   const Scratch<bool> used(s.L);
   const Scratch<T> keys(s.L * ldd), d_keys(s.L * ldd), grads(s.query_block * ldl), weight(s.L);
-  QuerySide<T> query(p);
+  QuerySide<T> query{p};
 
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t h = unit / p.num_chunks, chunk = unit % p.num_chunks;

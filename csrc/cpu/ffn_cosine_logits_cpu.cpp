@@ -1,12 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
 // ffn_cosine_logits_fwd and ffn_cosine_logits_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
-#include "ffn_cosine_logits_args.h"
+#include "common/register.h"
 #include "cpu/common/norm_cosine_host.h"
 #include "cpu/common/parallel.h"
+
+namespace vtclip::cpu {
+
+// Numbers kept per row, in this order. kShift is what rounding left out of the mean.
+enum FfnStat { kMean, kShift, kRstd, kRnorm, kCosine, kMeanG, kMeanGz, kFfnStats };
+
+struct FfnCosine {
+  NormCosine tail;  // sizes, norm, text and image; its hidden is z = residual_input + hidden W^T +
+                    // bias, of which one block of rows exists at a time
+  int64_t F;
+  RowsView hidden, weight, bias, residual_input;
+  void* weight_t;     // packed weight^T: element (f, c), for z
+  void* weight_pack;  // backward only: packed weight: element (c, f), for d_hidden = d_z weight
+};
+
+struct FfnCosineForward {
+  FfnCosine sizes;
+  int64_t row_block;
+  char* logits;  // [B, K] contiguous
+  void* stats;   // [kFfnStats, B, K] acc
+};
+
+struct FfnCosineBackward {
+  FfnCosine sizes;
+  NormGradients grads;  // of the tail; of texts and images if feature_grads
+  bool feature_grads;
+  int64_t row_block;  // rows of a unit in one round
+  int64_t round;      // a unit's rows round * row_block .. are in the works
+  RowsView grad_logits;
+  RowsView stats;  // [kFfnStats, B, K]
+  RowsView d_hidden, d_weight, d_residual_input;
+  char* d_bias;
+  void* d_z;           // [units, row_block, C padded] acc: d_z of this round
+  void* hidden;        // [units, row_block, F padded] acc: the same rows of hidden
+  void* d_weight_sum;  // [C, F padded] acc
+  void* d_bias_sum;    // [C padded] acc
+};
+
+}  // namespace vtclip::cpu
 
 #define VTCLIP_KERNEL "cpu/ffn_cosine_logits_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -48,11 +85,10 @@ std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(Tensor hidden, Tensor w
     zero_all({&logits, &stats, &image_rnorm});
     return {logits, stats, image_rnorm};
   }
-  Tensor image_unit = new_acc(hidden, {t.B, row_width(t.C)});
-  Tensor weight_t = new_acc(hidden, {panels_of(t.C), s.F, kPanel});
-  t.image_unit = image_unit.data_ptr();
+  Workspace workspace(hidden);
+  t.image_unit = workspace.take({t.B, row_width(t.C)});
   t.image_rnorm = image_rnorm.data_ptr();
-  s.weight_t = weight_t.data_ptr();
+  s.weight_t = workspace.take({panels_of(t.C), s.F, kPanel});
   p.logits = static_cast<char*>(logits.data_ptr());
   p.stats = stats.data_ptr();
   p.row_block = even_block(rows, 96);
@@ -94,22 +130,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
   p.d_residual_input = rows_view(d_residual_input);
   p.d_bias = static_cast<char*>(d_bias.data_ptr());
   const RowChunks c = row_chunks(t.B, t.K, weight_units(rows));
-  const int64_t width = row_width(t.C), hidden_width = row_width(s.F);
   const int64_t unit_rows = c.image_chunk * c.text_chunk;
   p.row_block = even_block(unit_rows, 64);
-  const NormWorkspace workspace(out, feature_grads, c, t, p.grads);
-  Tensor d_z = new_acc(hidden, {c.units(), p.row_block, panel_width(t.C)});
-  Tensor packed_hidden = new_acc(hidden, {c.units(), p.row_block, panel_width(s.F)});
-  Tensor weight_t = new_acc(hidden, {panels_of(t.C), s.F, kPanel});
-  Tensor weight_pack = new_acc(hidden, {panels_of(s.F), t.C, kPanel});
-  Tensor d_weight_sum = new_acc(hidden, {t.C, hidden_width});
-  Tensor d_bias_sum = new_acc(hidden, {width});
-  s.weight_t = weight_t.data_ptr();
-  s.weight_pack = weight_pack.data_ptr();
-  p.d_z = d_z.data_ptr();
-  p.hidden = packed_hidden.data_ptr();
-  p.d_weight_sum = d_weight_sum.data_ptr();
-  p.d_bias_sum = d_bias_sum.data_ptr();
+  Workspace workspace(hidden);
+  set_gradients(p.grads, t, workspace, out, feature_grads, c);
+  s.weight_t = workspace.take({panels_of(t.C), s.F, kPanel});
+  s.weight_pack = workspace.take({panels_of(s.F), t.C, kPanel});
+  p.d_z = workspace.take({c.units(), p.row_block, panel_width(t.C)});
+  p.hidden = workspace.take({c.units(), p.row_block, panel_width(s.F)});
+  p.d_weight_sum = workspace.take({t.C, row_width(s.F)});
+  p.d_bias_sum = workspace.take({row_width(t.C)});
   run(VTCLIP_PICK(ffn_cosine_images), s, t.B, 4 * t.C);
   run(VTCLIP_PICK(ffn_cosine_pack), s, panels_of(t.C) + panels_of(s.F), kPanel * (s.F + t.C) / 2);
   const int64_t rounds = ceil_div(unit_rows, p.row_block);
@@ -126,7 +156,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("ffn_cosine_logits_fwd", TORCH_BOX(&vtclip::cpu::ffn_cosine_logits_fwd));
-  m.impl("ffn_cosine_logits_bwd", TORCH_BOX(&vtclip::cpu::ffn_cosine_logits_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, ffn_cosine_logits)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Second feed-forward matrix, layer norm, residual and cosine of one instruction set.
 //
-// z = residual_input + hidden weight^T + bias is made for a block of rows that stays in the
+// z = residual_input + hidden weight^T + bias is formed for a block of rows that stays in the
 // second-level cache, used there, and forgotten. Whole rows of z are at hand, so mean and variance
 // take a pass each and nothing has to be centred beforehand.
 #include "cpu/common/simd.h"
@@ -15,18 +15,9 @@ static void ffn_image_units(const FfnCosine& s, int64_t begin, int64_t end) {
   unit_images<T>(s.tail, begin, end);
 }
 
-// Unit u < panels of C: columns of weight^T; after them, of weight.
 template <class T>
 static void ffn_pack_units(const FfnCosine& s, int64_t begin, int64_t end) {
-  const int64_t panels = panels_of(s.tail.C);
-  for (int64_t u = begin; u < end; ++u) {
-    if (u < panels) {
-      pack_transposed<T>(static_cast<T*>(s.weight_t), s.weight, s.tail.C, s.F, s.tail.dtype, u);
-    } else {
-      pack_plain<T>(static_cast<T*>(s.weight_pack), s.weight, s.tail.C, s.F, s.tail.dtype,
-                    u - panels);
-    }
-  }
+  pack_weight<T>(s.weight, s.tail.C, s.F, s.tail.dtype, s.weight_t, s.weight_pack, begin, end);
 }
 
 // z[r, c] += sum over `inner` columns of a[r] times weight_t, from column `at` of F on.
@@ -183,12 +174,6 @@ VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit
   }
 }
 
-// Rows of a unit in this round.
-static int64_t ffn_rows(const FfnCosineBackward& p, const NormUnit& u) {
-  const int64_t rows = (u.b1 - u.b0) * (u.k1 - u.k0) - p.round * p.row_block;
-  return max_of(0, min_of(p.row_block, rows));
-}
-
 // One round of d_z and d_hidden. d_z and the packed hidden rows stay for d_weight, which is summed
 // over all units at once: partial sums of d_weight per unit would cost more memory than the rows.
 template <class T, bool kFeatures>
@@ -205,8 +190,8 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
   NormRow<T>& r = row.norm;
   r = norm_row<T>(t, norm_weight, norm_bias);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const NormUnit u = norm_unit(t, p.grads.chunks, unit);
-    const int64_t rows = ffn_rows(p, u), texts = u.k1 - u.k0;
+    const RowUnit u = row_unit(p.grads.chunks, t.B, t.K, unit);
+    const int64_t rows = u.rows_of_round(p.round, p.row_block), texts = u.k1 - u.k0;
     const NormSums<T> all = norm_sums<T, kFeatures>(t, p.grads, unit);
     NormSums<T> sums = all;
     if (p.round == 0) clear_sums<T, kFeatures>(all, u, width);
@@ -243,10 +228,9 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
         sums.d_text = all.d_text + k * width;
         sums.d_unit = all.d_unit + b * width;
       }
-      const char* grad = p.grad_logits.at(0, b) + k * p.grad_logits.column;
-      row_grad<T, kFeatures>(row, t.C, z + i * ldz, unit_y,
-                             load_one<T>(grad, t.dtype) * static_cast<T>(t.scale), stat(kMeanG),
-                             stat(kMeanGz), sums);
+      const T delta = element<T>(p.grad_logits, b, k, t.dtype) * static_cast<T>(t.scale);
+      row_grad<T, kFeatures>(row, t.C, z + i * ldz, unit_y, delta, stat(kMeanG), stat(kMeanGz),
+                             sums);
       store_row<T>(p.d_residual_input.at(b, k), t.C, t.dtype, z + i * ldz, 1);
     }
     for (int64_t j = 0; j < s.F; j += kPanel) {
@@ -266,10 +250,8 @@ static void ffn_backward(const FfnCosineBackward& p, int64_t begin, int64_t end)
 
 template <class T>
 static void ffn_weight_units(const FfnCosineBackward& p, int64_t begin, int64_t end) {
-  const FfnCosine& s = p.sizes;
-  const RowChunks& c = p.grads.chunks;
-  const auto rows_of = [&](int64_t unit) { return ffn_rows(p, norm_unit(s.tail, c, unit)); };
-  weight_grad_blocks<T>(p, p.d_z, s.tail.C, p.hidden, s.F, c.units(), rows_of, begin, end);
+  const NormCosine& t = p.sizes.tail;
+  weight_grad_blocks<T>(p, p.grads.chunks, t.B, t.K, p.d_z, t.C, p.hidden, p.sizes.F, begin, end);
 }
 
 // Row r: d_weight for r < C, d_bias, then those of the tail.

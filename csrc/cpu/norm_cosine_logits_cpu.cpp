@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // norm_cosine_logits_fwd and norm_cosine_logits_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/register.h"
 #include "cpu/common/norm_cosine_host.h"
 #include "cpu/common/parallel.h"
 
@@ -34,8 +33,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
   Tensor rstd = new_acc(hidden, {s.B, s.K});
   Tensor row_rnorm = new_acc(hidden, {s.B, s.K});
   Tensor image_rnorm = new_acc(hidden, {s.B});
-  Tensor image_unit = new_acc(hidden, {s.B, row_width(s.C)});
-  s.image_unit = image_unit.data_ptr();
+  Workspace workspace(hidden);
+  s.image_unit = workspace.take({s.B, row_width(s.C)});
   s.image_rnorm = image_rnorm.data_ptr();
   p.logits = static_cast<char*>(logits.data_ptr());
   p.mean = mean.data_ptr();
@@ -90,7 +89,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
   }
   p.d_hidden = rows_view(d_hidden);
   const RowChunks chunks = least_chunks(s.B, s.K);
-  const NormWorkspace workspace(out, true, chunks, s, p.grads);
+  Workspace workspace(hidden);
+  set_gradients(p.grads, s, workspace, out, true, chunks);
   run(VTCLIP_PICK(norm_cosine_images), s, s.B, 4 * s.C);
   run(VTCLIP_PICK(norm_cosine_bwd), p, chunks.units(),
       32 * chunks.text_chunk * chunks.image_chunk * s.C);
@@ -102,7 +102,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("norm_cosine_logits_fwd", TORCH_BOX(&vtclip::cpu::norm_cosine_logits_fwd));
-  m.impl("norm_cosine_logits_bwd", TORCH_BOX(&vtclip::cpu::norm_cosine_logits_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, norm_cosine_logits)

@@ -100,7 +100,7 @@ static void norm_backward_units(const NormCosineBackward& p, int64_t begin, int6
   const Scratch<T> hidden(s.C), text(s.C), weight(s.C), bias(s.C), y(s.C);
   NormRow<T> r = norm_row<T>(s, weight, bias);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const NormUnit u = norm_unit(s, p.grads.chunks, unit);
+    const RowUnit u = row_unit(p.grads.chunks, s.B, s.K, unit);
     const NormSums<T> all = norm_sums<T, true>(s, p.grads, unit);
     clear_sums<T, true>(all, u, width);
     for (int64_t b = u.b0; b < u.b1; ++b) {
@@ -112,8 +112,7 @@ static void norm_backward_units(const NormCosineBackward& p, int64_t begin, int6
         r.rstd = element<T>(p.rstd, b, k);
         r.offset = -row_spread(r.hidden, s.C, r.mean).shift * r.rstd;
         const T rnorm = element<T>(p.row_rnorm, b, k);
-        const char* grad = p.grad_logits.at(0, b) + k * p.grad_logits.column;
-        const T delta = load_one<T>(grad, s.dtype) * static_cast<T>(s.scale);
+        const T delta = element<T>(p.grad_logits, b, k, s.dtype) * static_cast<T>(s.scale);
         T square, dot, mean_g, mean_gz;
         mix_row<T>(r, s.C, y, &square, &dot);
         unit_row_known<T>(y, y, s.C, s.C, rnorm);

@@ -28,26 +28,19 @@ struct MapState {
 // What a thread keeps for one (image, head).
 template <class T>
 struct BackwardPanels {
-  explicit BackwardPanels(const AttnShape& s)
-      : key_rows(s.K * leading_dim<T>(s.d)),
-        key_columns(s.d * leading_dim<T>(s.K)),
-        value_columns(s.d * leading_dim<T>(s.K)),
-        out_rows(max_of(s.query_block, 64) * leading_dim<T>(s.d)),
-        text_rows(s.query_block * leading_dim<T>(s.d)),
-        pair_rows(s.query_block * leading_dim<T>(s.d)),
-        grads(s.query_block * leading_dim<T>(s.key_tile)),
-        text_weights(s.query_block * leading_dim<T>(s.key_tile)),
-        pair_weights(s.query_block * leading_dim<T>(s.key_tile)) {}
-  const Scratch<T> key_rows, key_columns, value_columns;
-  const Scratch<T> out_rows, text_rows, pair_rows;
-  const Scratch<T> grads, text_weights, pair_weights;
+  const AttnShape& s;
+  const int64_t ldd = leading_dim<T>(s.d), ldk = leading_dim<T>(s.K);
+  const int64_t rows = s.query_block * ldd, tile = s.query_block * leading_dim<T>(s.key_tile);
+  const Scratch<T> key_rows{s.K * ldd}, key_columns{s.d * ldk}, value_columns{s.d * ldk};
+  const Scratch<T> out_rows{max_of(s.query_block, 64) * ldd}, text_rows{rows}, pair_rows{rows};
+  const Scratch<T> grads{tile}, text_weights{tile}, pair_weights{tile};
 };
 
 template <class T>
 static T load_stat(const RationalBackward& p, int kind, int which, int64_t b, int64_t h) {
   T value;
-  const char* at = p.stats + kind * p.stats_kind + which * p.stats_which + b * p.stats_batch;
-  __builtin_memcpy(&value, at + h * p.stats_head, sizeof(T));
+  const char* at = p.stats.at(kind, which) + b * p.stats.row + h * p.stats.column;
+  __builtin_memcpy(&value, at, sizeof(T));
   return value;
 }
 
@@ -60,13 +53,8 @@ static int map_states(const RationalBackward& p, const BackwardPanels<T>& panels
     if (!p.in.has[x]) continue;
     const T top = load_stat<T>(p, 1 + x, 0, b, h), total = load_stat<T>(p, 1 + x, 1, b, h);
     const T norm = static_cast<T>(p.in.shape.K) / total;
-    maps[n++] = {x,
-                 top,
-                 total,
-                 norm,
-                 0,
-                 x == 0 ? panels.text_weights : panels.pair_weights,
-                 x == 0 ? panels.text_rows : panels.pair_rows};
+    T* weights = x == 0 ? panels.text_weights : panels.pair_weights;
+    maps[n++] = {x, top, total, norm, 0, weights, x == 0 ? panels.text_rows : panels.pair_rows};
   }
   return n;
 }
@@ -249,7 +237,7 @@ static void image_backward(const RationalBackward& p, const BackwardPanels<T>& p
 template <class T>
 static void matrix_backward(const RationalBackward& p, const BackwardPanels<T>& panels,
                             int64_t pair, int64_t first_block, int64_t last_block,
-                            const MapState<T>* given, int num_maps, T* d_keys, T* d_values,
+                            const MapState<T>* states, int num_maps, T* d_keys, T* d_values,
                             T* text_partial, bool add_text, T* d_rows) {
   const AttnShape& s = p.in.shape;
   const int64_t b = pair / s.H, h = pair % s.H;
@@ -257,7 +245,7 @@ static void matrix_backward(const RationalBackward& p, const BackwardPanels<T>& 
   const int64_t ldt = leading_dim<T>(s.key_tile), tiles = (s.K + s.key_tile - 1) / s.key_tile;
   const bool whole = s.num_blocks() == 1 && tiles == 1;
   MapState<T> maps[kMatrixKinds]{};
-  for (int i = 0; i < num_maps; ++i) maps[i] = given[i];
+  for (int i = 0; i < num_maps; ++i) maps[i] = states[i];
   for (int64_t block = first_block; block < last_block; ++block) {
     const int64_t first = block * s.query_block, count = min_of(s.query_block, s.K - first);
     pack_rows_of_block<T>(p, panels, b, h, block, maps, num_maps);
@@ -299,7 +287,7 @@ static void rational_backward_units(const RationalBackward& p, int64_t begin, in
   const AttnShape& s = p.in.shape;
   const int64_t blocks = s.num_blocks(), width = round_up(s.d, kLanes<T>);
   const int64_t pairs = s.B * s.H, own = p.key_partial == nullptr ? s.K * width : 0;
-  const BackwardPanels<T> panels(s);
+  const BackwardPanels<T> panels{s};
   const Scratch<T> own_keys(own), own_values(own), d_rows(kMatrixKinds * s.query_block * width);
   const bool whole = blocks == 1 && s.key_tile >= s.K;
 
@@ -354,7 +342,7 @@ template <class T>
 static void rational_mean_units(const RationalBackward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.in.shape;
   const int64_t blocks = s.num_blocks();
-  const BackwardPanels<T> panels(s);
+  const BackwardPanels<T> panels{s};
   MapState<T> maps[kMatrixKinds]{};
   int num_maps = 0;
   int64_t packed = -1;

@@ -1,13 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
 // rational_attn_fwd and rational_attn_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <optional>
 #include <tuple>
 
-#include "cpu/common/attn_query.h"
-#include "rational_attn_args.h"
+#include "common/register.h"
+#include "cpu/common/attn_host.h"
+
+namespace vtclip::cpu {
+
+constexpr int kMatrixKinds = 2;  // text, pair: queries with one row per class
+
+// Queries, keys and values; shape.L == shape.K, shape.query_shared is about the text.
+struct RationalInputs {
+  AttnShape shape;
+  bool has_image;
+  bool has[kMatrixKinds];
+  HeadsView image, query[kMatrixKinds], key, value;
+  int64_t num_kinds;  // how many queries there are, the image's included
+};
+
+// A task is one (image, head) or, where these are few, a range of its query blocks.
+struct RationalForward {
+  RationalInputs in;
+  HeadsView out;
+  bool keep_parts;
+  HeadsView parts[kMatrixKinds];
+  void* image_out;  // [B, H, D] acc
+  void* stats;      // [3, 2, B, H] acc
+  int64_t num_chunks, chunk_blocks;
+  void* block_stats;  // [B, H, kind, 2, blocks] acc: maximum and sum of every query block
+  void* rows;         // more than one chunk only: [B, H, kind, K, D padded] acc
+};
+
+// A task is (head, chunk of images, chunk of query blocks); at most one of the chunks is split.
+struct RationalBackward {
+  RationalInputs in;
+  HeadsView grad_out, parts[kMatrixKinds];
+  HeadsView d_image, d_query[kMatrixKinds], d_key, d_value;
+  HeadsView stats;  // [3, 2, B, H] acc
+  int64_t chunk_images, num_image_chunks;
+  int64_t num_chunks, chunk_blocks;
+  void* means;         // [B, H, kind, blocks] double: c of every query block
+  void* text_partial;  // shared text only: [image chunks, H, K, D padded] acc
+  void* key_partial;   // more than one chunk only: [chunks, B, H, 2, K, D padded] acc
+};
+
+}  // namespace vtclip::cpu
 
 #define VTCLIP_KERNEL "cpu/rational_attn_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -49,8 +88,7 @@ RationalInputs rational_inputs(const char* op, const Query& image, const Query& 
   in.key = heads_view(key);
   in.value = heads_view(value);
   if (image.has_value()) {
-    check_same(op, "image_query", *image, type);
-    check_shape(op, "image_query", *image, {s.B, s.H, 1, s.d});
+    check_same(op, "image_query", *image, type, {s.B, s.H, 1, s.d});
     in.has_image = true;
     in.image = heads_view(*image);
   }
@@ -62,8 +100,7 @@ RationalInputs rational_inputs(const char* op, const Query& image, const Query& 
     in.query[0] = heads_view(*text);
   }
   if (pair.has_value()) {
-    check_same(op, "pair_query", *pair, type);
-    check_shape(op, "pair_query", *pair, {s.B, s.H, s.K, s.d});
+    check_same(op, "pair_query", *pair, type, {s.B, s.H, s.K, s.d});
     in.has[1] = true;
     in.query[1] = heads_view(*pair);
   }
@@ -115,17 +152,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(Query image, Query 
   if (keep_parts) set_parts(p.in, parts, p.parts);
   p.image_out = image_out.data_ptr();
   p.stats = stats.data_ptr();
-  Tensor block_stats = new_acc(key, {pairs * kMatrixKinds * 2 * blocks});
-  p.block_stats = block_stats.data_ptr();
+  Workspace workspace(key);
+  p.block_stats = workspace.take({pairs * kMatrixKinds * 2 * blocks});
 
-  // Sums are made block by block, in whichever task: the split does not change them.
+  // Sums are formed block by block, in whichever task: the split does not change them.
   const int64_t wanted = kinds == 0 ? 1 : ceil_div(4 * torch::stable::get_num_threads(), pairs);
   p.chunk_blocks = ceil_div(blocks, std::min(wanted, blocks));
   p.num_chunks = ceil_div(blocks, p.chunk_blocks);
-  Tensor rows;
   if (p.num_chunks > 1) {
-    rows = new_acc(key, {pairs * kMatrixKinds * s.K * panel_width(s.d)});
-    p.rows = rows.data_ptr();
+    p.rows = workspace.take({pairs * kMatrixKinds * s.K * panel_width(s.d)});
   }
   run(VTCLIP_PICK(rational_attn_fwd_units), p, pairs * p.num_chunks,
       (2 * kinds + 1) * p.chunk_blocks * map_block_work(s));
@@ -185,12 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query imag
   if (pair.has_value()) p.d_query[1] = packed_view(d_pairs, next++);
   p.d_key = packed_view(d_pairs, next++);
   p.d_value = packed_view(d_pairs, next);
-  const int64_t item = item_bytes(dtype_of(acc));
-  p.stats = static_cast<const char*>(stats.data_ptr());
-  p.stats_kind = stats.stride(0) * item;
-  p.stats_which = stats.stride(1) * item;
-  p.stats_batch = stats.stride(2) * item;
-  p.stats_head = stats.stride(3) * item;
+  p.stats = heads_view(stats);
 
   Tensor means = new_empty(key, {pairs * kMatrixKinds * blocks}, ScalarType::Double);
   p.means = means.data_ptr();
@@ -198,14 +228,14 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query imag
   p.num_chunks = ceil_div(blocks, p.chunk_blocks);
   p.chunk_images = s.query_shared ? images_per_chunk(s) : 1;
   p.num_image_chunks = ceil_div(s.B, p.chunk_images);
-  Tensor text_partial, key_partial;
+  Workspace workspace(key);
+  Tensor text_partial;
   if (s.query_shared) {
     text_partial = new_partials(s, key, p.num_image_chunks);
     p.text_partial = text_partial.data_ptr();
   }
   if (p.num_chunks > 1) {
-    key_partial = new_acc(key, {p.num_chunks * pairs * 2 * s.K * panel_width(s.d)});
-    p.key_partial = key_partial.data_ptr();
+    p.key_partial = workspace.take({p.num_chunks * pairs * 2 * s.K * panel_width(s.d)});
     run(VTCLIP_PICK(rational_attn_mean_units), p, pairs * blocks, 4 * s.query_block * s.d);
   }
   run(VTCLIP_PICK(rational_attn_bwd_units), p, s.H * p.num_image_chunks * p.num_chunks,
@@ -220,7 +250,4 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(Tensor grad_out, Query imag
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("rational_attn_fwd", TORCH_BOX(&vtclip::cpu::rational_attn_fwd));
-  m.impl("rational_attn_bwd", TORCH_BOX(&vtclip::cpu::rational_attn_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, rational_attn)

@@ -1,11 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0
 // rational_head_fwd and rational_head_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/register.h"
 #include "cpu/common/parallel.h"
-#include "rational_head_args.h"
+#include "cpu/common/row_args.h"
+
+namespace vtclip::cpu {
+
+struct RationalHead {
+  int64_t B, K, D;
+  Dtype dtype;
+  double scale;
+  int penalty;  // 0 none, 1 L1, 2 MSE, 3 L-infinity
+  RowsView context, weight, bias, image, text;
+  void* weight_t;     // packed weight^T: element (in, out), for m = context weight^T + bias
+  void* weight_pack;  // backward only: packed weight: element (out, in), for d_context = d_m weight
+};
+
+struct RationalHeadForward {
+  RationalHead sizes;
+  int64_t row_block;
+  char* logits;       // [B, K] contiguous
+  void* row_penalty;  // [B, K] acc: sum over d, or largest; not read without a penalty
+  int64_t* row_peak;  // [B, K], L-infinity only: first d of the row's largest
+  void* penalty;      // [B] acc
+  int64_t* peak;      // [B], L-infinity only
+};
+
+struct RationalHeadBackward {
+  RationalHead sizes;
+  bool feature_grads;
+  RowChunks chunks;
+  int64_t row_block;  // rows of a unit in one round
+  int64_t round;      // a unit's rows round * row_block .. are in the works
+  RowsView grad_logits, grad_penalty, peak;
+  RowsView d_context, d_weight, d_image, d_text;
+  char* d_bias;
+  void* d_mask;           // [units, row_block, D padded] acc: d_m of this round
+  void* context;          // the same rows of the context, packed
+  void* d_weight_sum;     // [D, D padded] acc
+  void* d_bias_sum;       // [D padded] acc
+  void* d_image_partial;  // feature_grads: [text_chunks, B, D padded] acc
+  void* d_text_partial;   // feature_grads: [image_chunks, K, D padded] acc
+};
+
+}  // namespace vtclip::cpu
 
 #define VTCLIP_KERNEL "cpu/rational_head_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -51,12 +91,11 @@ std::tuple<Tensor, Tensor, Tensor> rational_head_fwd(Tensor context, Tensor weig
     return {logits, penalties, peak};
   }
   if (penalty == 0) torch::stable::zero_(penalties);
-  Tensor weight_t = new_acc(context, {panels_of(s.D), s.D, kPanel});
-  Tensor row_penalty = new_acc(context, {penalty == 0 ? 0 : s.B, s.K});
+  Workspace workspace(context);
   Tensor row_peak = new_empty(context, {linf ? s.B : 0, s.K}, ScalarType::Long);
-  s.weight_t = weight_t.data_ptr();
+  s.weight_t = workspace.take({panels_of(s.D), s.D, kPanel});
   p.logits = static_cast<char*>(logits.data_ptr());
-  p.row_penalty = row_penalty.data_ptr();
+  p.row_penalty = workspace.take({penalty == 0 ? 0 : s.B, s.K});
   p.row_peak = static_cast<int64_t*>(row_peak.data_ptr());
   p.penalty = penalties.data_ptr();
   p.peak = static_cast<int64_t*>(peak.data_ptr());
@@ -98,27 +137,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
   const RowChunks& c = p.chunks;
   const int64_t width = row_width(s.D), unit_rows = c.image_chunk * c.text_chunk;
   p.row_block = even_block(unit_rows, 128);
-  Tensor weight_t = new_acc(context, {panels_of(s.D), s.D, kPanel});
-  Tensor weight_pack = new_acc(context, {panels_of(s.D), s.D, kPanel});
-  const int64_t row = panel_width(s.D);
-  Tensor d_mask = new_acc(context, {c.units(), p.row_block, row});
-  Tensor packed_context = new_acc(context, {c.units(), p.row_block, row});
-  Tensor d_weight_sum = new_acc(context, {s.D, width});
-  Tensor d_bias_sum = new_acc(context, {width});
-  Tensor d_image_partial = new_acc(context, {feature_grads ? c.text_chunks : 0, s.B, width});
-  Tensor d_text_partial = new_acc(context, {feature_grads ? c.image_chunks : 0, s.K, width});
+  Workspace workspace(context);
+  s.weight_t = workspace.take({panels_of(s.D), s.D, kPanel});
+  s.weight_pack = workspace.take({panels_of(s.D), s.D, kPanel});
+  p.d_mask = workspace.take({c.units(), p.row_block, panel_width(s.D)});
+  p.context = workspace.take({c.units(), p.row_block, panel_width(s.D)});
+  p.d_weight_sum = workspace.take({s.D, width});
+  p.d_bias_sum = workspace.take({width});
   if (feature_grads) {
     p.d_image = rows_view(d_image);
     p.d_text = rows_view(d_text);
+    p.d_image_partial = workspace.take({c.text_chunks, s.B, width});
+    p.d_text_partial = workspace.take({c.image_chunks, s.K, width});
   }
-  s.weight_t = weight_t.data_ptr();
-  s.weight_pack = weight_pack.data_ptr();
-  p.d_mask = d_mask.data_ptr();
-  p.context = packed_context.data_ptr();
-  p.d_weight_sum = d_weight_sum.data_ptr();
-  p.d_bias_sum = d_bias_sum.data_ptr();
-  p.d_image_partial = d_image_partial.data_ptr();
-  p.d_text_partial = d_text_partial.data_ptr();
   run(VTCLIP_PICK(rational_head_pack), s, 2 * panels_of(s.D), kPanel * s.D);
   const int64_t rounds = ceil_div(unit_rows, p.row_block);
   for (p.round = 0; p.round < rounds; ++p.round) {
@@ -133,7 +164,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("rational_head_fwd", TORCH_BOX(&vtclip::cpu::rational_head_fwd));
-  m.impl("rational_head_bwd", TORCH_BOX(&vtclip::cpu::rational_head_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, rational_head)

@@ -1,23 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Out-projection and masked logits of one instruction set. m = context weight^T + bias is made for
-// a block of rows that stays in the second-level cache, used there, and forgotten.
+// Out-projection and masked logits of one instruction set. m = context weight^T + bias is formed
+// for a block of rows that stays in the second-level cache, used there, and forgotten.
 #include "cpu/common/simd.h"
 #include "cpu/common/rows.h"
 #include "cpu/common/unit_rows.h"
 #include "cpu/common/rational_logits_rows.h"
 #include "cpu/common/weight_panels.h"
 
-// Unit u < panels: columns of weight^T; after them, of weight.
 template <class T>
 static void pack_units(const RationalHead& s, int64_t begin, int64_t end) {
-  const int64_t panels = panels_of(s.D);
-  for (int64_t u = begin; u < end; ++u) {
-    if (u < panels) {
-      pack_transposed<T>(static_cast<T*>(s.weight_t), s.weight, s.D, s.D, s.dtype, u);
-    } else {
-      pack_plain<T>(static_cast<T*>(s.weight_pack), s.weight, s.D, s.D, s.dtype, u - panels);
-    }
-  }
+  pack_weight<T>(s.weight, s.D, s.D, s.dtype, s.weight_t, s.weight_pack, begin, end);
 }
 
 // c[rows, D padded] (+)= a[rows, D] times packed panels.
@@ -84,18 +76,24 @@ static void head_forward(const RationalHeadForward& p, int64_t begin, int64_t en
   }
 }
 
+// run<kPenalty>()
+template <class Run>
+static void with_penalty(int penalty, Run run) {
+  switch (penalty) {
+    case kL1:
+      return run.template operator()<kL1>();
+    case kMse:
+      return run.template operator()<kMse>();
+    case kLinf:
+      return run.template operator()<kLinf>();
+    default:
+      return run.template operator()<kNoPenalty>();
+  }
+}
+
 template <class T>
 static void head_forward_units(const RationalHeadForward& p, int64_t begin, int64_t end) {
-  switch (p.sizes.penalty) {
-    case kL1:
-      return head_forward<T, kL1>(p, begin, end);
-    case kMse:
-      return head_forward<T, kMse>(p, begin, end);
-    case kLinf:
-      return head_forward<T, kLinf>(p, begin, end);
-    default:
-      return head_forward<T, kNoPenalty>(p, begin, end);
-  }
+  with_penalty(p.sizes.penalty, [&]<int kPenalty>() { head_forward<T, kPenalty>(p, begin, end); });
 }
 
 // Penalty of one image from its rows, in ascending order.
@@ -128,19 +126,19 @@ struct HeadSums {
   T* block_sum;  // [D padded]
 };
 
-// m becomes d_m, one row per (b, k): the unit's rows are images b0.. times texts k0..k0 + texts.
+// m becomes d_m, one row per (b, k), for the `rows` rows of a unit in this round.
 template <class T, int kPenalty, bool kFeatures>
-static void mask_block_grad(const RationalHeadBackward& p, int64_t b0, int64_t k0, int64_t texts,
-                            int64_t first, int64_t rows, T* m, int64_t ld, T* image, T* text,
-                            const HeadSums<T>& sums) {
+static void mask_block_grad(const RationalHeadBackward& p, const RowUnit& u, int64_t rows, T* m,
+                            int64_t ld, T* image, T* text, const HeadSums<T>& sums) {
   const RationalHead& s = p.sizes;
+  const int64_t texts = u.k1 - u.k0, first = p.round * p.row_block;
   const int64_t width = round_up(s.D, kLanes<T>);
   const T* v = nullptr;
   T lambda = 0, slope = 0;
   int64_t peak = -1;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t b = b0 + (first + r) / texts, k = k0 + (first + r) % texts;
-    const bool begins = r == 0 || k == k0;
+    const int64_t b = u.b0 + (first + r) / texts, k = u.k0 + (first + r) % texts;
+    const bool begins = r == 0 || k == u.k0;
     if (begins) {
       v = view_row<T>(image, s.D, s.image.at(0, b), s.image.column, s.dtype);
       if constexpr (kPenalty != kNoPenalty) {
@@ -163,30 +161,11 @@ static void mask_block_grad(const RationalHeadBackward& p, int64_t b0, int64_t k
     }
     mask_row_grad<T, kPenalty, kFeatures>(row, row, v, t, s.D, step, slope, sums.block_sum,
                                           sums.d_text + k * width);
-    if (kFeatures && (r == rows - 1 || k == k0 + texts - 1 || r % kSumBlock == kSumBlock - 1)) {
+    if (kFeatures && (r == rows - 1 || k == u.k1 - 1 || r % kSumBlock == kSumBlock - 1)) {
       add_row<T>(sums.d_image + b * width, T{1}, sums.block_sum, s.D);
     }
     if (has_peak && !(at_peak <= -1)) row[peak - k * s.D] += lambda * sign_of(at_peak);
   }
-}
-
-// Images b0.. below b1 times texts k0.. of a unit, and its rows of this round.
-struct HeadUnit {
-  int64_t b0, b1, k0, texts, first, rows;
-};
-
-static HeadUnit head_unit(const RationalHeadBackward& p, int64_t unit) {
-  const RationalHead& s = p.sizes;
-  const RowChunks& c = p.chunks;
-  const int64_t ic = unit / c.text_chunks, tc = unit % c.text_chunks;
-  HeadUnit u{};
-  u.b0 = ic * c.image_chunk;
-  u.b1 = min_of(s.B, u.b0 + c.image_chunk);
-  u.k0 = tc * c.text_chunk;
-  u.texts = min_of(s.K, u.k0 + c.text_chunk) - u.k0;
-  u.first = p.round * p.row_block;
-  u.rows = max_of(0, min_of(p.row_block, (u.b1 - u.b0) * u.texts - u.first));
-  return u;
 }
 
 // One round of d_m and d_context. d_m and the packed context stay for d_weight, which is summed
@@ -196,12 +175,14 @@ static void head_backward(const RationalHeadBackward& p, int64_t begin, int64_t 
   const RationalHead& s = p.sizes;
   const RowChunks& c = p.chunks;
   const int64_t ld = leading_dim<T>(s.D), width = round_up(s.D, kLanes<T>);
+  const int64_t first = p.round * p.row_block;
   const size_t row_bytes = static_cast<size_t>(width) * sizeof(T);
   const Scratch<T> d_context(p.row_block * ld);
   const Scratch<T> bias(width), image(s.D), text(s.D), block_sum(width);
   load_row<T>(bias, s.D, width, s.bias.data, s.bias.column, s.dtype, T{1});
   for (int64_t unit = begin; unit < end; ++unit) {
-    const HeadUnit u = head_unit(p, unit);
+    const RowUnit u = row_unit(c, s.B, s.K, unit);
+    const int64_t texts = u.k1 - u.k0, rows = u.rows_of_round(p.round, p.row_block);
     HeadSums<T> sums{nullptr, nullptr, block_sum};
     if constexpr (kFeatures) {
       sums.d_image = static_cast<T*>(p.d_image_partial) + unit % c.text_chunks * s.B * width;
@@ -209,23 +190,22 @@ static void head_backward(const RationalHeadBackward& p, int64_t begin, int64_t 
       if (p.round == 0) {
         __builtin_memset(sums.d_image + u.b0 * width, 0,
                          static_cast<size_t>(u.b1 - u.b0) * row_bytes);
-        __builtin_memset(sums.d_text + u.k0 * width, 0, static_cast<size_t>(u.texts) * row_bytes);
+        __builtin_memset(sums.d_text + u.k0 * width, 0, static_cast<size_t>(texts) * row_bytes);
       }
     }
     T* context = static_cast<T*>(p.context) + unit * p.row_block * ld;
     T* m = static_cast<T*>(p.d_mask) + unit * p.row_block * ld;
-    for (int64_t r = 0; r < u.rows; ++r) {
-      const int64_t b = u.b0 + (u.first + r) / u.texts, k = u.k0 + (u.first + r) % u.texts;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = u.b0 + (first + r) / texts, k = u.k0 + (first + r) % texts;
       load_row<T>(context + r * ld, s.D, width, s.context.at(b, k), s.context.column, s.dtype,
                   T{1});
     }
-    project<T>(s, context, ld, u.rows, bias, m);
-    mask_block_grad<T, kPenalty, kFeatures>(p, u.b0, u.k0, u.texts, u.first, u.rows, m, ld, image,
-                                            text, sums);
-    multiply_panels<T>(m, ld, u.rows, static_cast<const T*>(s.weight_pack), s.D, d_context, ld,
+    project<T>(s, context, ld, rows, bias, m);
+    mask_block_grad<T, kPenalty, kFeatures>(p, u, rows, m, ld, image, text, sums);
+    multiply_panels<T>(m, ld, rows, static_cast<const T*>(s.weight_pack), s.D, d_context, ld,
                        false);
-    for (int64_t r = 0; r < u.rows; ++r) {
-      const int64_t b = u.b0 + (u.first + r) / u.texts, k = u.k0 + (u.first + r) % u.texts;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t b = u.b0 + (first + r) / texts, k = u.k0 + (first + r) % texts;
       store_row<T>(p.d_context.at(b, k), s.D, s.dtype, d_context + r * ld, 1);
     }
   }
@@ -233,23 +213,19 @@ static void head_backward(const RationalHeadBackward& p, int64_t begin, int64_t 
 
 template <class T>
 static void head_weight_units(const RationalHeadBackward& p, int64_t begin, int64_t end) {
-  const int64_t D = p.sizes.D;
-  const auto rows_of = [&](int64_t unit) { return head_unit(p, unit).rows; };
-  weight_grad_blocks<T>(p, p.d_mask, D, p.context, D, p.chunks.units(), rows_of, begin, end);
+  const RationalHead& s = p.sizes;
+  weight_grad_blocks<T>(p, p.chunks, s.B, s.K, p.d_mask, s.D, p.context, s.D, begin, end);
 }
 
-template <class T, bool kFeatures>
+template <class T>
 static void head_backward_units(const RationalHeadBackward& p, int64_t begin, int64_t end) {
-  switch (p.sizes.penalty) {
-    case kL1:
-      return head_backward<T, kL1, kFeatures>(p, begin, end);
-    case kMse:
-      return head_backward<T, kMse, kFeatures>(p, begin, end);
-    case kLinf:
-      return head_backward<T, kLinf, kFeatures>(p, begin, end);
-    default:
-      return head_backward<T, kNoPenalty, kFeatures>(p, begin, end);
-  }
+  with_penalty(p.sizes.penalty, [&]<int kPenalty>() {
+    if (p.feature_grads) {
+      head_backward<T, kPenalty, true>(p, begin, end);
+    } else {
+      head_backward<T, kPenalty, false>(p, begin, end);
+    }
+  });
 }
 
 // Row r: d_weight for r < D, d_bias for r = D, then d_image and d_text.
@@ -272,18 +248,9 @@ static void head_finish_units(const RationalHeadBackward& p, int64_t begin, int6
   }
 }
 
-template <class T>
-static void head_backward_any(const RationalHeadBackward& p, int64_t begin, int64_t end) {
-  if (p.feature_grads) {
-    head_backward_units<T, true>(p, begin, end);
-  } else {
-    head_backward_units<T, false>(p, begin, end);
-  }
-}
-
 VTCLIP_BY_DTYPE(rational_head_pack, pack_units, RationalHead, dtype)
 VTCLIP_BY_DTYPE(rational_head_fwd_units, head_forward_units, RationalHeadForward, sizes.dtype)
 VTCLIP_BY_DTYPE(rational_head_penalty, head_penalty_units, RationalHeadForward, sizes.dtype)
-VTCLIP_BY_DTYPE(rational_head_bwd_units, head_backward_any, RationalHeadBackward, sizes.dtype)
+VTCLIP_BY_DTYPE(rational_head_bwd_units, head_backward_units, RationalHeadBackward, sizes.dtype)
 VTCLIP_BY_DTYPE(rational_head_weight, head_weight_units, RationalHeadBackward, sizes.dtype)
 VTCLIP_BY_DTYPE(rational_head_finish, head_finish_units, RationalHeadBackward, sizes.dtype)

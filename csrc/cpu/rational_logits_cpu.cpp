@@ -1,11 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 // rational_logits_fwd and rational_logits_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
+#include "common/register.h"
 #include "cpu/common/parallel.h"
-#include "rational_logits_args.h"
+#include "cpu/common/row_args.h"
+
+namespace vtclip::cpu {
+
+struct RationalLogits {
+  int64_t B, K, D;
+  Dtype dtype;
+  double scale;
+  RowsView image, text, mask;
+};
+
+struct RationalLogitsForward {
+  RationalLogits sizes;
+  char* logits;  // [B, K] contiguous
+};
+
+struct RationalLogitsBackward {
+  RationalLogits sizes;
+  RowsView grad_logits, d_image, d_text, d_mask;
+  RowChunks chunks;
+  void* d_image_partial;  // [text_chunks, B, D padded] acc
+  void* d_text_partial;   // [image_chunks, K, D padded] acc
+};
+
+}  // namespace vtclip::cpu
 
 #define VTCLIP_KERNEL "cpu/rational_logits_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -59,10 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(Tensor grad_logits, Tenso
   p.chunks = row_chunks(s.B, s.K, 32);
   const RowChunks& c = p.chunks;
   const int64_t width = row_width(s.D);
-  Tensor d_image_partial = new_acc(image, {c.text_chunks, s.B, width});
-  Tensor d_text_partial = new_acc(image, {c.image_chunks, s.K, width});
-  p.d_image_partial = d_image_partial.data_ptr();
-  p.d_text_partial = d_text_partial.data_ptr();
+  Workspace workspace(image);
+  p.d_image_partial = workspace.take({c.text_chunks, s.B, width});
+  p.d_text_partial = workspace.take({c.image_chunks, s.K, width});
   run(VTCLIP_PICK(rational_logits_bwd_units), p, c.units(), 8 * c.image_chunk * c.text_chunk * s.D);
   run(VTCLIP_PICK(rational_logits_finish), p, s.B + s.K,
       4 * (c.image_chunks + c.text_chunks) * s.D);
@@ -72,7 +94,4 @@ std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(Tensor grad_logits, Tenso
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("rational_logits_fwd", TORCH_BOX(&vtclip::cpu::rational_logits_fwd));
-  m.impl("rational_logits_bwd", TORCH_BOX(&vtclip::cpu::rational_logits_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, rational_logits)

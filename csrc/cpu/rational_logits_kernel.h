@@ -32,11 +32,9 @@ static void logits_backward_units(const RationalLogitsBackward& p, int64_t begin
   const size_t row_bytes = static_cast<size_t>(width) * sizeof(T);
   const Scratch<T> image(s.D), text(s.D), mask(s.D), grad(s.D), block_sum(width);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t ic = unit / c.text_chunks, tc = unit % c.text_chunks;
-    const int64_t b0 = ic * c.image_chunk, b1 = min_of(s.B, b0 + c.image_chunk);
-    const int64_t k0 = tc * c.text_chunk, k1 = min_of(s.K, k0 + c.text_chunk);
-    T* d_image = static_cast<T*>(p.d_image_partial) + tc * s.B * width;
-    T* d_text = static_cast<T*>(p.d_text_partial) + ic * s.K * width;
+    const auto [b0, b1, k0, k1] = row_unit(c, s.B, s.K, unit);
+    T* d_image = static_cast<T*>(p.d_image_partial) + unit % c.text_chunks * s.B * width;
+    T* d_text = static_cast<T*>(p.d_text_partial) + unit / c.text_chunks * s.K * width;
     __builtin_memset(d_image + b0 * width, 0, static_cast<size_t>(b1 - b0) * row_bytes);
     __builtin_memset(d_text + k0 * width, 0, static_cast<size_t>(k1 - k0) * row_bytes);
     for (int64_t b = b0; b < b1; ++b) {

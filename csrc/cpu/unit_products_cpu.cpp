@@ -1,12 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0
 // unit_products_fwd and unit_products_bwd for CPU tensors.
-#include <torch/csrc/stable/library.h>
-
 #include <cmath>
 #include <tuple>
 
+#include "common/register.h"
 #include "cpu/common/parallel.h"
-#include "unit_products_args.h"
+#include "cpu/common/row_args.h"
+
+namespace vtclip::cpu {
+
+// Texts that stay in a second-level cache while images pass, and images per running sum of d_text.
+constexpr int64_t kUnitBlock = 32;
+
+struct UnitProducts {
+  int64_t B, K, D;
+  Dtype dtype;
+  double root;  // sqrt(scale)
+  RowsView image, text;
+};
+
+struct UnitProductsForward {
+  UnitProducts sizes;
+  RowsView image_out, text_out;
+  char* products;              // [B, K, D] contiguous
+  void *image_row, *text_row;  // [B, D], [K, D] acc: the outputs before rounding
+};
+
+struct UnitProductsBackward {
+  UnitProducts sizes;
+  RowsView grad_image, grad_text, grad_products, d_image, d_text;
+  void *image_unit, *text_unit;    // [B, D padded], [K, D padded] acc: rows divided by length
+  void *image_rnorm, *text_rnorm;  // [B], [K] acc
+  RowChunks chunks;
+  void* image_partial;  // [text_chunks, B, D padded] acc: sums of grad_products times text_unit
+  void* text_partial;   // [image_chunks, K, D padded] acc
+};
+
+// Chunks of 16 texts or more, and where these are fewer than 32 of 16 images or more. A function of
+// the shape, so the order of every sum is fixed.
+inline RowChunks unit_chunks(int64_t B, int64_t K) {
+  RowChunks c{};
+  c.text_chunk = ceil_div(K, std::min<int64_t>(32, ceil_div(K, 16)));
+  c.text_chunks = ceil_div(K, c.text_chunk);
+  c.image_chunk = ceil_div(B, std::min(ceil_div(32, c.text_chunks), ceil_div(B, 16)));
+  c.image_chunks = ceil_div(B, c.image_chunk);
+  return c;
+}
+
+}  // namespace vtclip::cpu
 
 #define VTCLIP_KERNEL "cpu/unit_products_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -41,10 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> unit_products_fwd(Tensor image, Tensor text, 
   p.products = static_cast<char*>(products.data_ptr());
   // outputs in the accumulation dtype are what the products are made of
   const bool wide = item_bytes(s.dtype) >= 4;
-  Tensor image_row = wide ? v : new_acc(image, {s.B, s.D});
-  Tensor text_row = wide ? t : new_acc(image, {s.K, s.D});
-  p.image_row = image_row.data_ptr();
-  p.text_row = text_row.data_ptr();
+  Workspace workspace(image);
+  p.image_row = wide ? v.data_ptr() : workspace.take({s.B, s.D});
+  p.text_row = wide ? t.data_ptr() : workspace.take({s.K, s.D});
   run(VTCLIP_PICK(unit_products_fwd_rows), p, s.B + s.K, 4 * s.D);
   run(VTCLIP_PICK(unit_products_fwd_units), p, ceil_div(s.K, kUnitBlock) * s.B,
       4 * std::min(s.K, kUnitBlock) * s.D);
@@ -69,16 +109,13 @@ std::tuple<Tensor, Tensor> unit_products_bwd(Tensor grad_image, Tensor grad_text
   if (s.B * s.K != 0) p.chunks = unit_chunks(s.B, s.K);
   const RowChunks& c = p.chunks;
   const int64_t width = row_width(s.D);
-  Tensor units = new_acc(image, {s.B + s.K, width}), rnorms = new_acc(image, {s.B + s.K});
-  Tensor image_partial = new_acc(image, {c.text_chunks, s.B, width});
-  Tensor text_partial = new_acc(image, {c.image_chunks, s.K, width});
-  const int64_t item = item_bytes(dtype_of(units.scalar_type()));
-  p.image_unit = units.data_ptr();
-  p.text_unit = static_cast<char*>(p.image_unit) + s.B * width * item;
-  p.image_rnorm = rnorms.data_ptr();
-  p.text_rnorm = static_cast<char*>(p.image_rnorm) + s.B * item;
-  p.image_partial = image_partial.data_ptr();
-  p.text_partial = text_partial.data_ptr();
+  Workspace workspace(image);
+  p.image_unit = workspace.take({s.B, width});
+  p.text_unit = workspace.take({s.K, width});
+  p.image_rnorm = workspace.take({s.B});
+  p.text_rnorm = workspace.take({s.K});
+  p.image_partial = workspace.take({c.text_chunks, s.B, width});
+  p.text_partial = workspace.take({c.image_chunks, s.K, width});
   run(VTCLIP_PICK(unit_products_bwd_rows), p, s.B + s.K, 4 * s.D);
   run(VTCLIP_PICK(unit_products_bwd_units), p, c.units(), 8 * c.image_chunk * c.text_chunk * s.D);
   run(VTCLIP_PICK(unit_products_finish), p, s.B + s.K,
@@ -89,7 +126,4 @@ std::tuple<Tensor, Tensor> unit_products_bwd(Tensor grad_image, Tensor grad_text
 }  // namespace
 }  // namespace vtclip::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CPU, m) {
-  m.impl("unit_products_fwd", TORCH_BOX(&vtclip::cpu::unit_products_fwd));
-  m.impl("unit_products_bwd", TORCH_BOX(&vtclip::cpu::unit_products_bwd));
-}
+VTCLIP_REGISTER(CPU, cpu, unit_products)

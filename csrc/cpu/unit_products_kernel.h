@@ -117,17 +117,9 @@ static void unit_forward_products(const UnitProductsForward& p, int64_t begin, i
 template <class T>
 static void unit_backward_rows(const UnitProductsBackward& p, int64_t begin, int64_t end) {
   const UnitProducts& s = p.sizes;
-  const int64_t width = round_up(s.D, kLanes<T>);
-  const Scratch<T> scratch(s.D);
-  for (int64_t r = begin; r < end; ++r) {
-    const bool of_image = r < s.B;
-    const int64_t i = of_image ? r : r - s.B;
-    const RowsView& source = of_image ? s.image : s.text;
-    T* unit = static_cast<T*>(of_image ? p.image_unit : p.text_unit) + i * width;
-    T* rnorm = static_cast<T*>(of_image ? p.image_rnorm : p.text_rnorm) + i;
-    const T* x = view_row<T>(scratch, s.D, source.at(0, i), source.column, s.dtype);
-    *rnorm = unit_row(unit, x, s.D, width);
-  }
+  unit_matrix<T>(s.image, s.D, s.dtype, p.image_unit, p.image_rnorm, begin, min_of(end, s.B));
+  unit_matrix<T>(s.text, s.D, s.dtype, p.text_unit, p.text_rnorm, max_of(begin - s.B, 0),
+                 end - s.B);
 }
 
 template <class T>

@@ -3,13 +3,13 @@
 //
 //   logits[b,k] = scale * <x_b, t_k> * rx_b * rt_k,   r = 1 / |.| or 0 for a zero vector
 //
-// Shared texts are a matrix product: a block makes a tile of images and classes, and reads its rows
-// once. Its operands are the rows as they are. Those whose products may leave the range of the type
-// are multiplied by the power of two next to their r first, which loses no bits, and the rest of r,
-// in [1, 2), multiplies the sum; float16 has sums in float, and needs neither.
+// Shared texts are a matrix product: a block computes a tile of images and classes and reads its
+// rows once. Its operands are the rows as they are. Those whose products may leave the range of the
+// type are multiplied by the power of two next to their r first, which loses no bits, and the rest
+// of r, in [1, 2), multiplies the sum; float16 has sums in float, and needs neither.
 //
 // A text per image is used once, by one row of logits: reading it is all the time there is, so a
-// warp reads rows, and makes their norms of the same pass.
+// warp reads rows, and computes their norms in the same pass.
 #pragma once
 
 #include <cmath>
@@ -42,7 +42,7 @@ template <class T>
 struct CosineNorms {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4;
-  using Tiles = ReductionTiles<kWarps>;
+  using Tiles = BlockTiles<kWarps>;
   struct Args {
     Rows<const T> image, text;      // [B, D], [K, D]
     Acc *image_rnorm, *text_rnorm;  // [B], [K]: written
@@ -88,17 +88,13 @@ struct CosineForward {
     VTCLIP_BOTH int64_t blocks() const { return ceil_div(B, kSide) * tiles(); }
   };
   struct Tiles {
-    Block<kWarps> block;
-    T *image, *text;     // [kSide, kLd]
-    Acc* m;              // [kSide, kLdM]
-    Acc *unit, *rest;    // [2, kSide]: of images, then of texts
-    VTCLIP_BOTH explicit Tiles(Shared& shared)
-        : block(shared),
-          image(shared.take<T>(kSide * kLd)),
-          text(shared.take<T>(kSide * kLd)),
-          m(shared.take<Acc>(kSide * kLdM)),
-          unit(shared.take<Acc>(2 * kSide)),
-          rest(shared.take<Acc>(2 * kSide)) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* image = shared.take<T>(kSide * kLd);   // [kSide, kLd]
+    T* text = shared.take<T>(kSide * kLd);    // [kSide, kLd]
+    Acc* m = shared.take<Acc>(kSide * kLdM);  // [kSide, kLdM]
+    Acc* unit = shared.take<Acc>(2 * kSide);  // [2, kSide]: of images, then of texts
+    Acc* rest = shared.take<Acc>(2 * kSide);  // the same
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -202,10 +198,9 @@ struct CosinePairedForward {
     VTCLIP_BOTH int64_t blocks() const { return B * tiles(); }
   };
   struct Tiles {
-    Block<kWarps> block;
-    Acc* slots;  // [kWarps, kSums, 32]
-    VTCLIP_BOTH explicit Tiles(Shared& shared)
-        : block(shared), slots(shared.take<Acc>(kWarps * kSums * kWarpSize)) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    Acc* slots = shared.take<Acc>(kWarps * kSums * kWarpSize);  // [kWarps, kSums, 32]
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {

@@ -4,7 +4,7 @@
 //   d_image_b = scale rx_b (u_b - <u_b, x_b> x_b),  u_b = sum_k d_logits[b,k] t_k
 //   d_text_k  = scale rt_k (u_k - <u_k, t_k> t_k),  u_k = sum_b d_logits[b,k] x_b
 //
-// CosineGather makes the sums u of both sides, of fixed ranges of what is summed over, and
+// CosineGather forms the sums u of both sides, of fixed ranges of what is summed over, and
 // CosineProject adds the ranges in order. The unit rows of a half type do not fit into it: a row
 // is the sum of two of its type, the second what the first leaves, and so are the products. Where
 // u is nearly along x, little of it is left, and the errors of one part would be large compared
@@ -69,16 +69,12 @@ struct CosineGather {
     VTCLIP_BOTH int64_t blocks() const { return image.blocks() + text.blocks(); }
   };
   struct Tiles {
-    Block<kWarps> block;
-    T* g;          // [kTile, kLdStep] or [kStep, kLd]
-    T *one, *two;  // [kStep, kLd]: unit rows; what `one` leaves of them, for half types
-    Acc* rnorm;    // [kStep]
-    VTCLIP_BOTH explicit Tiles(Shared& shared)
-        : block(shared),
-          g(shared.take<T>(larger(kTile * kLdStep, kStep * kLd))),
-          one(shared.take<T>(kStep * kLd)),
-          two(shared.take<T>(kTwo ? kStep * kLd : 0)),
-          rnorm(shared.take<Acc>(kStep)) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* g = shared.take<T>(larger(kTile * kLdStep, kStep * kLd));  // [kTile, kLdStep], [kStep, kLd]
+    T* one = shared.take<T>(kStep * kLd);             // [kStep, kLd]: unit rows
+    T* two = shared.take<T>(kTwo ? kStep * kLd : 0);  // what `one` leaves of them, for half types
+    Acc* rnorm = shared.take<Acc>(kStep);             // [kStep]
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -176,7 +172,7 @@ template <class T>
 struct CosineProject {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4, kColumns = kGroup<Acc>;
-  using Tiles = ReductionTiles<kWarps>;
+  using Tiles = BlockTiles<kWarps>;
   struct Side {
     Rows<const T> x;   // [N, D]
     const Acc* rnorm;  // [N]
@@ -251,17 +247,13 @@ struct CosinePairedGradient {
     VTCLIP_BOTH int64_t blocks() const { return B * tiles(); }
   };
   struct Tiles {
-    Block<kWarps> block;
-    Acc* slots;                  // [kWarps, kAtOnce, 32]
-    Acc *cosine, *rnorm, *grad;  // [kClasses]: of d_logits
-    Acc* sums;                   // [kWarps, kChunk]
-    VTCLIP_BOTH explicit Tiles(Shared& shared)
-        : block(shared),
-          slots(shared.take<Acc>(kWarps * kAtOnce * kWarpSize)),
-          cosine(shared.take<Acc>(kClasses)),
-          rnorm(shared.take<Acc>(kClasses)),
-          grad(shared.take<Acc>(kClasses)),
-          sums(shared.take<Acc>(kWarps * kChunk)) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    Acc* slots = shared.take<Acc>(kWarps * kAtOnce * kWarpSize);  // [kWarps, kAtOnce, 32]
+    Acc* cosine = shared.take<Acc>(kClasses);                     // [kClasses]
+    Acc* rnorm = shared.take<Acc>(kClasses);                      // [kClasses]
+    Acc* grad = shared.take<Acc>(kClasses);                       // [kClasses]: of d_logits
+    Acc* sums = shared.take<Acc>(kWarps * kChunk);                // [kWarps, kChunk]
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {

@@ -5,9 +5,7 @@
 // are scaled, and overflow; in float32 it may be told to round what it multiplies to TF32.
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+#include "common/register.h"
 #include "cosine_logits_block.h"
 #include "cosine_logits_bwd_block.h"
 #include "cuda/block/rows_launch.cuh"
@@ -60,8 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> cosine_logits_fwd(const Tensor& image, const 
   Tensor logits = new_empty(image, {n.B, n.K});
   Tensor image_rnorm = new_acc(image, {n.B});
   Tensor text_rnorm = n.paired ? new_acc(text, {n.B, n.K}) : new_acc(text, {n.K});
-  with_dtype(op, "image", image, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "image", image, [&]<class T>(T) {
     using Acc = AccOf<T>;
     if (n.paired) {
       const typename CosinePairedForward<T>::Args args{
@@ -105,8 +102,7 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(const Tensor& grad_logits, const Te
   }
   const Tensor rx = torch::stable::contiguous(image_rnorm);
   const Tensor rt = torch::stable::contiguous(text_rnorm);
-  with_dtype(op, "image", image, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "image", image, [&]<class T>(T) {
     using Acc = AccOf<T>;
     const Rows<const T> x = rows_of<T>(image), g = rows_of<T>(grad_logits);
     typename CosineProject<T>::Args project{
@@ -147,7 +143,4 @@ std::tuple<Tensor, Tensor> cosine_logits_bwd(const Tensor& grad_logits, const Te
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("cosine_logits_fwd", TORCH_BOX(&vtclip::cuda::cosine_logits_fwd));
-  m.impl("cosine_logits_bwd", TORCH_BOX(&vtclip::cuda::cosine_logits_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, cosine_logits)

@@ -31,19 +31,13 @@ struct CrossAttnForward : AttnTile<T, kD> {
   using Base::kRows, Base::kStep, Base::kWarps;
 
   struct Tiles {
-    Block<kWarps> block;
-    T* q;        // [kRows, kLd]
-    T* k;        // [kStep, kLd]
-    T* v;        // [kStep, kLd]
-    T* p;        // [kRows, kLdStep]
-    bool* keep;  // [kStep]
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      q = shared.take<T>(kRows * kLd);
-      k = shared.take<T>(kStep * kLd);
-      v = shared.take<T>(kStep * kLd);
-      p = shared.take<T>(kRows * kLdStep);
-      keep = shared.take<bool>(kStep);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* q = shared.take<T>(kRows * kLd);      // [kRows, kLd]
+    T* k = shared.take<T>(kStep * kLd);      // [kStep, kLd]
+    T* v = shared.take<T>(kStep * kLd);      // [kStep, kLd]
+    T* p = shared.take<T>(kRows * kLdStep);  // [kRows, kLdStep]
+    bool* keep = shared.take<bool>(kStep);   // [kStep]
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) { return Base::query_blocks(args); }

@@ -32,29 +32,19 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
   using Acc = AccOf<T>;
   using Args = CrossAttnBackwardArgs<T>;
   using Base::kC, Base::kChunks, Base::kLd, Base::kLdStep, Base::kOut, Base::kOutChunks;
-  using Base::kRows, Base::kWarps;
-  static constexpr int kStep = Base::kStep;
+  using Base::kRows, Base::kStep, Base::kWarps;
 
   struct Tiles {
-    Block<kWarps> block;
-    T* q;        // [kRows, kLd]
-    T* d_o;      // [kRows, kLd]
-    T* k;        // [kStep, kLd]
-    T* v;        // [kStep, kLd]
-    T* d_s;      // [kRows, kLdStep]
-    Acc* lse;    // [kRows], in powers of two
-    Acc* delta;  // [kRows]
-    bool* keep;  // [kStep]
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      q = shared.take<T>(kRows * kLd);
-      d_o = shared.take<T>(kRows * kLd);
-      k = shared.take<T>(kStep * kLd);
-      v = shared.take<T>(kStep * kLd);
-      d_s = shared.take<T>(kRows * kLdStep);
-      lse = shared.take<Acc>(kRows);
-      delta = shared.take<Acc>(kRows);
-      keep = shared.take<bool>(kStep);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* q = shared.take<T>(kRows * kLd);        // [kRows, kLd]
+    T* d_o = shared.take<T>(kRows * kLd);      // [kRows, kLd]
+    T* k = shared.take<T>(kStep * kLd);        // [kStep, kLd]
+    T* v = shared.take<T>(kStep * kLd);        // [kStep, kLd]
+    T* d_s = shared.take<T>(kRows * kLdStep);  // [kRows, kLdStep]
+    Acc* lse = shared.take<Acc>(kRows);        // [kRows], in powers of two
+    Acc* delta = shared.take<Acc>(kRows);      // [kRows]
+    bool* keep = shared.take<bool>(kStep);     // [kStep]
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) { return Base::query_blocks(args); }
@@ -161,25 +151,16 @@ struct CrossAttnKeyGradient : AttnTile<T, kD> {
   static constexpr int kLdStep = tile_stride<T>(kStep);
 
   struct Tiles {
-    Block<kWarps> block;
-    T* k;        // [kRows, kLd]
-    T* v;        // [kRows, kLd]
-    T* q;        // [kStep, kLd]
-    T* d_o;      // [kStep, kLd]
-    T* p;        // [kRows, kLdStep], then dS
-    Acc* lse;    // [kStep], in powers of two
-    Acc* delta;  // [kStep]
-    bool* keep;  // [kRows]
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      k = shared.take<T>(kRows * kLd);
-      v = shared.take<T>(kRows * kLd);
-      q = shared.take<T>(kStep * kLd);
-      d_o = shared.take<T>(kStep * kLd);
-      p = shared.take<T>(kRows * kLdStep);
-      lse = shared.take<Acc>(kStep);
-      delta = shared.take<Acc>(kStep);
-      keep = shared.take<bool>(kRows);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* k = shared.take<T>(kRows * kLd);      // [kRows, kLd]
+    T* v = shared.take<T>(kRows * kLd);      // [kRows, kLd]
+    T* q = shared.take<T>(kStep * kLd);      // [kStep, kLd]
+    T* d_o = shared.take<T>(kStep * kLd);    // [kStep, kLd]
+    T* p = shared.take<T>(kRows * kLdStep);  // [kRows, kLdStep], then dS
+    Acc* lse = shared.take<Acc>(kStep);      // [kStep], in powers of two
+    Acc* delta = shared.take<Acc>(kStep);    // [kStep]
+    bool* keep = shared.take<bool>(kRows);   // [kRows]
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {

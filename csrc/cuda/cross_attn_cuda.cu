@@ -3,11 +3,10 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
-#include "cuda/block/attn_host.cuh"
+#include "common/register.h"
 #include "cross_attn_block.h"
 #include "cross_attn_bwd_block.h"
+#include "cuda/block/attn_host.cuh"
 
 namespace vtclip::cuda {
 namespace {
@@ -23,17 +22,11 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(const Tensor& query, const Tensor& key
   Tensor lse = new_empty(query, {n.B, n.H, n.K}, acc_type(query.scalar_type()));
   const int64_t images =
       query.size(0) == 1 ? images_per_block(n.B, n.H * ceil_div(n.K, 64)) : 1;
-  with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
-    using T = decltype(t);
-    using Body = CrossAttnForward<T, decltype(width)::value>;
-    const CrossAttnArgs<T> args{n,
-                                heads_of<T>(query),
-                                heads_of<T>(key),
-                                heads_of<T>(value),
-                                heads_of<T>(out),
-                                data_of<AccOf<T>>(lse),
-                                static_cast<AccOf<T>>(scale),
-                                images};
+  with_dtype_and_width(op, query, n.d, [&]<class T, class Width>(T, Width) {
+    using Body = CrossAttnForward<T, Width::value>;
+    const CrossAttnArgs<T> args{
+        n, heads_of<T>(query), heads_of<T>(key), heads_of<T>(value), heads_of<T>(out),
+        data_of<AccOf<T>>(lse), static_cast<AccOf<T>>(scale), images};
     launch<Body>(op, Body::blocks(args), query, args);
   });
   return {out, lse};
@@ -62,19 +55,15 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(const Tensor& grad_out,
   Tensor d_value = new_heads(value, n.B, n.H, n.L, n.d);
   Tensor delta = new_empty(query, {n.B, n.H, n.K}, acc);
   QueryPartials partials(query, n);
-  with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
-    using T = decltype(t);
+  with_dtype_and_width(op, query, n.d, [&]<class T, class Width>(T, Width) {
     using Acc = AccOf<T>;
-    using Query = CrossAttnQueryGradient<T, decltype(width)::value>;
-    using Key = CrossAttnKeyGradient<T, decltype(width)::value>;
-    CrossAttnBackwardArgs<T> args{};
-    set_gradients(args, n, query, key, delta, d_query, partials, d_key, scale);
-    args.d_out = heads_of<T>(grad_out);
-    args.value = heads_of<T>(value);
-    args.out = heads_of<T>(out);
+    using Query = CrossAttnQueryGradient<T, Width::value>;
+    using Key = CrossAttnKeyGradient<T, Width::value>;
+    CrossAttnBackwardArgs<T> args{
+        gradient_args<T>(n, query, key, delta, d_query, partials, d_key, scale),
+        heads_of<T>(grad_out), heads_of<T>(value), heads_of<T>(out),
+        {}, statistics_of<Acc>(lse), heads_of<T>(d_value)};
     if (grad_lse.has_value()) args.d_lse = statistics_of<Acc>(*grad_lse);
-    args.lse = statistics_of<Acc>(lse);
-    args.d_value = heads_of<T>(d_value);
     launch<Query>(op, Query::blocks(args), query, args);
     partials.add<T>(op, d_query);
     launch<Key>(op, Key::blocks(args), query, args);
@@ -85,7 +74,4 @@ std::tuple<Tensor, Tensor, Tensor> cross_attn_bwd(const Tensor& grad_out,
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("cross_attn_fwd", TORCH_BOX(&vtclip::cuda::cross_attn_fwd));
-  m.impl("cross_attn_bwd", TORCH_BOX(&vtclip::cuda::cross_attn_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, cross_attn)

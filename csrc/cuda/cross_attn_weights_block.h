@@ -25,19 +25,14 @@ struct AttnWeightsForward : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = AttnWeightsArgs<T>;
-  using Base::kC, Base::kChunks, Base::kLd, Base::kRows, Base::kWarps;
-  static constexpr int kStep = Base::kStep;
+  using Base::kC, Base::kChunks, Base::kLd, Base::kRows, Base::kStep, Base::kWarps;
 
   struct Tiles {
-    Block<kWarps> block;
-    T* q;        // [kRows, kLd]
-    T* k;        // [kStep, kLd]
-    bool* keep;  // [kStep]
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      q = shared.take<T>(kRows * kLd);
-      k = shared.take<T>(kStep * kLd);
-      keep = shared.take<bool>(kStep);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* q = shared.take<T>(kRows * kLd);     // [kRows, kLd]
+    T* k = shared.take<T>(kStep * kLd);     // [kStep, kLd]
+    bool* keep = shared.take<bool>(kStep);  // [kStep]
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
@@ -160,21 +155,16 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = AttnWeightsBackwardArgs<T>;
-  using Base::kC, Base::kLd, Base::kLdStep, Base::kOut, Base::kOutChunks, Base::kRows, Base::kWarps;
-  static constexpr int kStep = Base::kStep;
+  using Base::kC, Base::kLd, Base::kLdStep, Base::kOutChunks, Base::kRows, Base::kStep;
+  using Base::kWarps;
 
   struct Tiles {
-    Block<kWarps> block;
-    T* k;        // [kStep, kLd]
-    T* d_s;      // [kRows, kLdStep]
-    Acc* delta;  // [kRows]
-    bool* used;  // [kStep]: some weight of the column counts
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      k = shared.take<T>(kStep * kLd);
-      d_s = shared.take<T>(kRows * kLdStep);
-      delta = shared.take<Acc>(kRows);
-      used = shared.take<bool>(kStep);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* k = shared.take<T>(kStep * kLd);        // [kStep, kLd]
+    T* d_s = shared.take<T>(kRows * kLdStep);  // [kRows, kLdStep]
+    Acc* delta = shared.take<Acc>(kRows);      // [kRows]
+    bool* used = shared.take<bool>(kStep);     // [kStep]: some weight of the column counts
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) { return Base::query_blocks(args); }
@@ -242,20 +232,15 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = AttnWeightsBackwardArgs<T>;
-  using Base::kC, Base::kLd, Base::kOut, Base::kOutChunks, Base::kRows, Base::kWarps;
-  static constexpr int kStep = Base::kStep;
+  using Base::kC, Base::kLd, Base::kOut, Base::kOutChunks, Base::kRows, Base::kStep, Base::kWarps;
   static constexpr int kLdRows = tile_stride<T>(kRows);
 
   struct Tiles {
-    Block<kWarps> block;
-    T* q;        // [kStep, kLd]
-    T* d_s;      // [kStep, kLdRows]: rows are queries, columns keys
-    bool* used;  // [kRows]: some weight of the key counts
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      q = shared.take<T>(kStep * kLd);
-      d_s = shared.take<T>(kStep * kLdRows);
-      used = shared.take<bool>(kRows);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* q = shared.take<T>(kStep * kLd);        // [kStep, kLd]
+    T* d_s = shared.take<T>(kStep * kLdRows);  // [kStep, kLdRows]: rows are queries, columns keys
+    bool* used = shared.take<bool>(kRows);     // [kRows]: some weight of the key counts
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {

@@ -3,10 +3,9 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
-#include "cuda/block/attn_host.cuh"
+#include "common/register.h"
 #include "cross_attn_weights_block.h"
+#include "cuda/block/attn_host.cuh"
 
 namespace vtclip::cuda {
 namespace {
@@ -17,9 +16,8 @@ Tensor cross_attn_weights_fwd(const Tensor& query, const Tensor& key,
   const AttnShape n = attn_shape(op, query, key, key_mask);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   Tensor weights = new_empty(query, {n.B, n.H, n.K, n.L});
-  with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
-    using T = decltype(t);
-    using Body = AttnWeightsForward<T, decltype(width)::value>;
+  with_dtype_and_width(op, query, n.d, [&]<class T, class Width>(T, Width) {
+    using Body = AttnWeightsForward<T, Width::value>;
     const AttnWeightsArgs<T> args{n, heads_of<T>(query), heads_of<T>(key), data_of<T>(weights),
                                   static_cast<AccOf<T>>(scale)};
     launch<Body>(op, Body::blocks(args), query, args);
@@ -39,14 +37,12 @@ std::tuple<Tensor, Tensor> cross_attn_weights_bwd(const Tensor& grad_weights,
   Tensor d_key = new_heads(key, n.B, n.H, n.L, n.d);
   Tensor delta = new_empty(query, {n.B, n.H, n.K}, acc_type(query.scalar_type()));
   QueryPartials partials(query, n);
-  with_dtype_and_width(op, query, n.d, [&](auto t, auto width) {
-    using T = decltype(t);
-    using Query = AttnWeightsQueryGradient<T, decltype(width)::value>;
-    using Key = AttnWeightsKeyGradient<T, decltype(width)::value>;
-    AttnWeightsBackwardArgs<T> args{};
-    set_gradients(args, n, query, key, delta, d_query, partials, d_key, scale);
-    args.d_weights = heads_of<T>(grad_weights);
-    args.weights = heads_of<T>(weights);
+  with_dtype_and_width(op, query, n.d, [&]<class T, class Width>(T, Width) {
+    using Query = AttnWeightsQueryGradient<T, Width::value>;
+    using Key = AttnWeightsKeyGradient<T, Width::value>;
+    const AttnWeightsBackwardArgs<T> args{
+        gradient_args<T>(n, query, key, delta, d_query, partials, d_key, scale),
+        heads_of<T>(grad_weights), heads_of<T>(weights)};
     launch<Query>(op, Query::blocks(args), query, args);
     partials.add<T>(op, d_query);
     launch<Key>(op, Key::blocks(args), query, args);
@@ -57,7 +53,4 @@ std::tuple<Tensor, Tensor> cross_attn_weights_bwd(const Tensor& grad_weights,
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("cross_attn_weights_fwd", TORCH_BOX(&vtclip::cuda::cross_attn_weights_fwd));
-  m.impl("cross_attn_weights_bwd", TORCH_BOX(&vtclip::cuda::cross_attn_weights_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, cross_attn_weights)

@@ -48,13 +48,10 @@ struct CentredColumns {
     VTCLIP_BOTH int64_t blocks() const { return ceil_div(F, kWarpSize); }
   };
   struct Tiles {
-    Block<kWarps> block;
-    Acc* part;  // [kWarps, 32]
-    Acc* mean;  // [32]
-    VTCLIP_BOTH explicit Tiles(Shared& shared)
-        : block(shared),
-          part(shared.take<Acc>(kWarps * kWarpSize)),
-          mean(shared.take<Acc>(kWarpSize)) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    Acc* part = shared.take<Acc>(kWarps * kWarpSize);  // [kWarps, 32]
+    Acc* mean = shared.take<Acc>(kWarpSize);           // [32]
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -94,7 +91,6 @@ struct FfnForward {
   using Tiles = NormTiles<T>;
   struct Args : NormArgs<T, FfnInput<T>> {
     T* logits;  // [B, K], contiguous: written, as all of stats
-    VTCLIP_BOTH int64_t tiles() const { return ceil_div(this->K, kNormClasses); }
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {

@@ -6,12 +6,11 @@
 // weight too: d_z sums to 0 over C, but what a half type keeps of it does not.
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "common/register.h"
 #include "cosine_logits_block.h"
-#include "ffn_cosine_logits_block.h"
 #include "cuda/block/products.cuh"
 #include "cuda/block/rows_launch.cuh"
+#include "ffn_cosine_logits_block.h"
 
 namespace vtclip::cuda {
 namespace {
@@ -32,17 +31,11 @@ struct Inputs {
     state.base += first * state.batch;
     const auto of_rows = [&](int64_t stat) { return stats + (stat * B + first) * K; };
     return {{product, state, data_of<T>(bias), bias.stride(0), K, C},
-            rows_of<T>(text),
-            rows_of<T>(image).from(first),
+            rows_of<T>(text), rows_of<T>(image).from(first),
             {data_of<T>(norm_weight), 0, norm_weight.stride(0)},
-            {data_of<T>(norm_bias), 0, norm_bias.stride(0)},
-            data_of<Acc>(image_rnorm) + first,
+            {data_of<T>(norm_bias), 0, norm_bias.stride(0)}, data_of<Acc>(image_rnorm) + first,
             {of_rows(0), of_rows(1), of_rows(2), of_rows(3), of_rows(4), of_rows(5), of_rows(6)},
-            static_cast<Acc>(residual),
-            static_cast<Acc>(scale),
-            static_cast<Acc>(eps),
-            K,
-            C};
+            static_cast<Acc>(residual), static_cast<Acc>(scale), static_cast<Acc>(eps), K, C};
   }
 };
 
@@ -112,8 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_cosine_logits_fwd(
     zero_all({&logits, &stats, &image_rnorm});
     return {logits, stats, image_rnorm};
   }
-  with_dtype(op, "hidden", hidden, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "hidden", hidden, [&]<class T>(T) {
     using Acc = AccOf<T>;
     launch<ReciprocalNorm<T>>(
         op, in.B, hidden,
@@ -159,8 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
   }
   Tensor kept = torch::stable::contiguous(stats);
   const Tensor image_rnorms = torch::stable::contiguous(image_rnorm);
-  with_dtype(op, "hidden", hidden, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "hidden", hidden, [&]<class T>(T) {
     using Acc = AccOf<T>;
     Product<T> product(op, in);
     const Walk<T> whole = walk_of<FfnGradient<T>, T>(product.images, in.K, in.C);
@@ -207,7 +198,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> ffn_c
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("ffn_cosine_logits_fwd", TORCH_BOX(&vtclip::cuda::ffn_cosine_logits_fwd));
-  m.impl("ffn_cosine_logits_bwd", TORCH_BOX(&vtclip::cuda::ffn_cosine_logits_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, ffn_cosine_logits)

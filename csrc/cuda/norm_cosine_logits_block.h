@@ -30,7 +30,6 @@ struct NormForward {
   using Tiles = NormTiles<T>;
   struct Args : NormArgs<T, NormInput<T>> {
     T* logits;  // [B, K], contiguous: written, as mean, rstd and rnorm
-    VTCLIP_BOTH int64_t tiles() const { return ceil_div(this->K, kNormClasses); }
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -53,9 +52,7 @@ struct NormScalars {
   using Acc = AccOf<T>;
   static constexpr int kWarps = kNormWarps;
   using Tiles = NormTiles<T>;
-  struct Args : NormArgs<T, NormInput<T>> {
-    VTCLIP_BOTH int64_t tiles() const { return ceil_div(this->K, kNormClasses); }
-  };
+  using Args = NormArgs<T, NormInput<T>>;
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     tiles.each_row(index, args.K, [&](const auto& lanes, int64_t b, int64_t k, Acc* slots) {

@@ -2,11 +2,10 @@
 // norm_cosine_logits_fwd and norm_cosine_logits_bwd for CUDA tensors.
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "common/register.h"
 #include "cosine_logits_block.h"
-#include "norm_cosine_logits_block.h"
 #include "cuda/block/rows_launch.cuh"
+#include "norm_cosine_logits_block.h"
 
 namespace vtclip::cuda {
 namespace {
@@ -20,18 +19,10 @@ struct Inputs {
   NormArgs<T, NormInput<T>> arguments(const Tensor& image_rnorm,
                                       const NormStats<AccOf<T>>& stats) const {
     using Acc = AccOf<T>;
-    return {{images_of<T>(hidden), C},
-            rows_of<T>(text),
-            rows_of<T>(image),
-            {data_of<T>(weight), 0, weight.stride(0)},
-            {data_of<T>(bias), 0, bias.stride(0)},
-            data_of<Acc>(image_rnorm),
-            stats,
-            static_cast<Acc>(residual),
-            static_cast<Acc>(scale),
-            static_cast<Acc>(eps),
-            K,
-            C};
+    return {{images_of<T>(hidden), C}, rows_of<T>(text), rows_of<T>(image),
+            {data_of<T>(weight), 0, weight.stride(0)}, {data_of<T>(bias), 0, bias.stride(0)},
+            data_of<Acc>(image_rnorm), stats, static_cast<Acc>(residual), static_cast<Acc>(scale),
+            static_cast<Acc>(eps), K, C};
   }
 };
 
@@ -59,8 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_fwd(
   Tensor logits = new_empty(hidden, {in.B, in.K});
   Tensor mean = new_acc(hidden, {in.B, in.K}), rstd = new_acc(hidden, {in.B, in.K});
   Tensor image_rnorm = new_acc(hidden, {in.B}), row_rnorm = new_acc(hidden, {in.B, in.K});
-  with_dtype(op, "hidden", hidden, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "hidden", hidden, [&]<class T>(T) {
     using Acc = AccOf<T>;
     launch<ReciprocalNorm<T>>(
         op, in.B, hidden,
@@ -103,8 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
   Tensor means = torch::stable::contiguous(mean), rstds = torch::stable::contiguous(rstd);
   Tensor row_rnorms = torch::stable::contiguous(row_rnorm);
   const Tensor image_rnorms = torch::stable::contiguous(image_rnorm);
-  with_dtype(op, "hidden", hidden, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "hidden", hidden, [&]<class T>(T) {
     using Acc = AccOf<T>;
     Tensor scalars = new_acc(hidden, {4, in.B, in.K});
     Acc* scalar = data_of<Acc>(scalars);
@@ -118,8 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
     Tensor part_unit = new_acc(hidden, {walk.tiles(), in.B, in.C});
     Tensor part_text = new_acc(hidden, {walk.chunks(), in.K, in.C});
     Tensor part_weight = new_acc(hidden, {slots, in.C}), part_bias = new_acc(hidden, {slots, in.C});
-    const typename NormScalars<T>::Args args{common};
-    launch<NormScalars<T>>(op, in.B * args.tiles(), hidden, args);
+    launch<NormScalars<T>>(op, in.B * common.tiles(), hidden, common);
     launch<NormGradient<T>>(
         op, walk.blocks(Block<NormGradient<T>::kWarps>::kThreads), hidden,
         {common, d_logits, data_of<T>(d_hidden), data_of<Acc>(part_unit), data_of<Acc>(part_text),
@@ -139,7 +127,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_cosine_logits_bwd(
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("norm_cosine_logits_fwd", TORCH_BOX(&vtclip::cuda::norm_cosine_logits_fwd));
-  m.impl("norm_cosine_logits_bwd", TORCH_BOX(&vtclip::cuda::norm_cosine_logits_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, norm_cosine_logits)

@@ -7,7 +7,7 @@
 // Exponentials are powers of two: base = max(S) log2(e) and total = sum 2^(S log2(e) - base) of a
 // map are all that the backward needs to recompute A.
 // A block has four warps and 64 rows, 16 to a warp, past which it streams `kStep` rows of the other
-// kind. A head is taken in chunks of kC columns; a block makes kC columns of its results. All
+// kind. A head is taken in chunks of kC columns; a block computes kC columns of its results. All
 // bodies fit into the 64 KiB of sm_75.
 #pragma once
 

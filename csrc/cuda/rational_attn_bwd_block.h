@@ -57,13 +57,11 @@ struct RationalSums {
   static constexpr int kGroups = 4;
 
   struct Tiles {
-    Block<kWarps> block;
-    Acc* partial;  // [kQueryKinds, kGroups, d]: of r, and of c for text and pair
-    Acc* r;        // [d]
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      partial = shared.take<Acc>(kQueryKinds * kGroups * kMaxHeadWidth);
-      r = shared.take<Acc>(kMaxHeadWidth);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    // [kQueryKinds, kGroups, d]: of r, and of c for text and pair
+    Acc* partial = shared.take<Acc>(kQueryKinds * kGroups * kMaxHeadWidth);
+    Acc* r = shared.take<Acc>(kMaxHeadWidth);  // [d]
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) { return args.B * args.H; }
@@ -148,19 +146,13 @@ struct RationalSums {
 // What a block of the next two keeps: two tiles of its own rows and two that pass.
 template <class T, class Tile>
 struct RationalBackwardTiles {
-  Block<Tile::kWarps> block;
-  T* own_a;   // [kRows, kLd]
-  T* own_b;   // [kRows, kLd]
-  T* step_a;  // [kStep, kLd]
-  T* step_b;  // [kStep, kLd]
-  T* p;       // [kRows, kLdStep]
-  VTCLIP_BOTH explicit RationalBackwardTiles(Shared& shared) : block(shared) {
-    own_a = shared.take<T>(Tile::kRows * Tile::kLd);
-    own_b = shared.take<T>(Tile::kRows * Tile::kLd);
-    step_a = shared.take<T>(Tile::kStep * Tile::kLd);
-    step_b = shared.take<T>(Tile::kStep * Tile::kLd);
-    p = shared.take<T>(Tile::kRows * Tile::kLdStep);
-  }
+  Shared& shared;
+  Block<Tile::kWarps> block{shared};
+  T* own_a = shared.take<T>(Tile::kRows * Tile::kLd);   // [kRows, kLd]
+  T* own_b = shared.take<T>(Tile::kRows * Tile::kLd);   // [kRows, kLd]
+  T* step_a = shared.take<T>(Tile::kStep * Tile::kLd);  // [kStep, kLd]
+  T* step_b = shared.take<T>(Tile::kStep * Tile::kLd);  // [kStep, kLd]
+  T* p = shared.take<T>(Tile::kRows * Tile::kLdStep);   // [kRows, kLdStep]
 };
 
 // own step^T over all columns into a tile of each warp: `pick(warp)`. A head of one chunk has its

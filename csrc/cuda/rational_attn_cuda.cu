@@ -4,21 +4,19 @@
 #include <tuple>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+#include "common/register.h"
 #include "cuda/block/launch.cuh"
+#include "cuda/block/sum_partials.h"
 #include "rational_attn_bwd_block.h"
 #include "rational_attn_fwd_block.h"
-#include "cuda/block/sum_partials.h"
 
 namespace vtclip::cuda {
 namespace {
 
 using Query = std::optional<Tensor>;
 
-// All five inputs; of absent queries no tensor.
-struct Given {
+// All five inputs; an absent query holds no tensor.
+struct Inputs {
   const Query* query[kQueryKinds];
   const Tensor* key;
   const Tensor* value;
@@ -29,15 +27,14 @@ struct Given {
   int64_t maps() const { return has(kText) + has(kPair); }
 };
 
-void check_inputs(const char* op, const Given& in) {
+void check_inputs(const char* op, const Inputs& in) {
   check_rank(op, "key", *in.key, 4);
   const ScalarType type = in.key->scalar_type();
   const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
   if (d > kMaxHeadWidth) {
     fail(op, "key must have a head width of at most ", kMaxHeadWidth, ", got ", d);
   }
-  check_same(op, "value", *in.value, *in.key, type);
-  check_shape(op, "value", *in.value, {B, H, K, d});
+  check_same(op, "value", *in.value, *in.key, type, {B, H, K, d});
   const char* names[] = {"image_query", "text_query", "pair_query"};
   for (int kind = 0; kind < kQueryKinds; ++kind) {
     if (!in.has(kind)) continue;
@@ -55,7 +52,7 @@ void check_inputs(const char* op, const Given& in) {
 }
 
 template <class T>
-void set_inputs(RationalInputs<T>& args, const Given& in) {
+void set_inputs(RationalInputs<T>& args, const Inputs& in) {
   args.B = in.size(0);
   args.H = in.size(1);
   args.K = in.size(2);
@@ -71,14 +68,14 @@ void set_inputs(RationalInputs<T>& args, const Given& in) {
 }
 
 // parts [maps, B, H, K, d], the heads inner in memory
-Tensor new_parts(const Given& in, int64_t maps) {
+Tensor new_parts(const Inputs& in, int64_t maps) {
   const std::vector<int64_t> sizes{maps, in.size(0), in.size(2), in.size(1), in.size(3)};
   return torch::stable::transpose(new_empty(*in.key, sizes), 2, 3);
 }
 
 // the parts of the maps there are, in their order
 template <class T, class Data>
-void set_parts(Heads<T>* views, const Given& in, const Tensor& parts, Data* data) {
+void set_parts(Heads<T>* views, const Inputs& in, const Tensor& parts, Data* data) {
   int64_t slot = 0;
   for (int kind = kText; kind <= kPair; ++kind) {
     if (!in.has(kind)) continue;
@@ -88,12 +85,11 @@ void set_parts(Heads<T>* views, const Given& in, const Tensor& parts, Data* data
 }
 
 template <class T>
-void forward(const char* op, const Given& in, RationalForwardArgs<T>& args, Tensor& parts,
+void forward(const char* op, const Inputs& in, RationalForwardArgs<T>& args, Tensor& parts,
              Tensor& row_stats) {
   const Tensor& like = *in.key;
   if (parts.size(0) > 0) set_parts(args.parts, in, parts, data_of<T>(parts));
-  with_columns<T>(args.d, [&](auto columns) {
-    constexpr int kC = decltype(columns)::value;
+  with_columns<T>(args.d, [&]<int kC>(std::integral_constant<int, kC>) {
     using One = RationalOne<T, kC>;
     if (args.K <= kRationalRows || in.maps() == 0) {
       return launch<One>(op, One::blocks(args), like, args);
@@ -118,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(const Query& image,
                                                              const Tensor& value, double scale,
                                                              bool keep_parts) {
   const char* op = "rational_attn_fwd";
-  const Given in{{&image, &text, &pair}, &key, &value, scale};
+  const Inputs in{{&image, &text, &pair}, &key, &value, scale};
   check_inputs(op, in);
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
@@ -135,8 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(const Query& image,
   const bool several = in.maps() > 0 && K > kRationalRows;
   Tensor rows = several && !keep_parts ? new_parts(in, in.maps()) : parts;
   Tensor row_stats = new_empty(key, {several ? in.maps() : 0, 2, B, H, K}, acc);
-  with_dtype(op, "key", key, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "key", key, [&]<class T>(T) {
     RationalForwardArgs<T> args{};
     set_inputs(args, in);
     args.out = heads_of<T>(out);
@@ -148,15 +143,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rational_attn_fwd(const Query& image,
   return {out, parts, image_out, stats};
 }
 
-void check_saved(const char* op, const Given& in, const Tensor& grad_out, const Tensor& parts,
+void check_saved(const char* op, const Inputs& in, const Tensor& grad_out, const Tensor& parts,
                  const Tensor& image_out, const Tensor& stats) {
   const ScalarType type = in.key->scalar_type(), acc = acc_type(type);
   const int64_t B = in.size(0), H = in.size(1), K = in.size(2), d = in.size(3);
   check_same(op, "grad_out", grad_out, *in.key, type, {B, H, K, d});
   check_same(op, "parts", parts, *in.key, type, {in.maps(), B, H, K, d});
   check_same(op, "image_out", image_out, *in.key, acc, {in.has(kImage) ? B : 0, H, d});
-  check_same(op, "stats", stats, *in.key, acc);
-  check_shape(op, "stats", stats, {3, 2, B, H});
+  check_same(op, "stats", stats, *in.key, acc, {3, 2, B, H});
 }
 
 // tensor `index` of those side by side in [B, K, count, H, d], seen as [B, H, K, d]
@@ -178,8 +172,7 @@ void backward(const char* op, const Tensor& like, RationalBackwardArgs<T>& args,
   args.p = args.r + pairs * args.d;
   args.ds = args.p + of_image;
   launch<RationalSums<T>>(op, RationalSums<T>::blocks(args), like, args);
-  with_columns<T>(args.d, [&](auto columns) {
-    constexpr int kC = decltype(columns)::value;
+  with_columns<T>(args.d, [&]<int kC>(std::integral_constant<int, kC>) {
     using Keys = RationalKeys<T, kC>;
     using Queries = RationalQueries<T, kC>;
     launch<Keys>(op, Keys::blocks(args), like, args);
@@ -202,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(
     const Tensor& key, const Tensor& value, const Tensor& parts, const Tensor& image_out,
     const Tensor& stats, double scale) {
   const char* op = "rational_attn_bwd";
-  const Given in{{&image, &text, &pair}, &key, &value, scale};
+  const Inputs in{{&image, &text, &pair}, &key, &value, scale};
   check_inputs(op, in);
   check_saved(op, in, grad_out, parts, image_out, stats);
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
@@ -217,8 +210,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(
     zero_all({&d_image, &d_text});
     return {d_image, d_text, d_pairs};
   }
-  with_dtype(op, "key", key, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "key", key, [&]<class T>(T) {
     using Acc = AccOf<T>;
     RationalBackwardArgs<T> args{};
     set_inputs(args, in);
@@ -241,7 +233,4 @@ std::tuple<Tensor, Tensor, Tensor> rational_attn_bwd(
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("rational_attn_fwd", TORCH_BOX(&vtclip::cuda::rational_attn_fwd));
-  m.impl("rational_attn_bwd", TORCH_BOX(&vtclip::cuda::rational_attn_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, rational_attn)

@@ -54,23 +54,15 @@ struct RationalStream : RationalTile<T, kColumns, rational_step<T>(kColumns, kRe
   using Tile::kC, Tile::kLd, Tile::kLdStep, Tile::kRows, Tile::kStep, Tile::kWarps;
 
   struct Tiles {
-    Block<kWarps> block;
-    T* q;            // [kRows, kLd]
-    T* k;            // [kStep, kLd]
-    T* v;            // [kStep, kLd]
-    T* p;            // [kRows, kLdStep]
-    Acc* row_base;   // [kRows]
-    Acc* row_total;  // [kRows]
-    Acc* image;      // [kC]
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      q = shared.take<T>(kRows * kLd);
-      k = shared.take<T>(kStep * kLd);
-      v = shared.take<T>(kStep * kLd);
-      p = shared.take<T>(kRows * kLdStep);
-      row_base = shared.take<Acc>(kRows);
-      row_total = shared.take<Acc>(kRows);
-      image = shared.take<Acc>(kC);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* q = shared.take<T>(kRows * kLd);        // [kRows, kLd]
+    T* k = shared.take<T>(kStep * kLd);        // [kStep, kLd]
+    T* v = shared.take<T>(kStep * kLd);        // [kStep, kLd]
+    T* p = shared.take<T>(kRows * kLdStep);    // [kRows, kLdStep]
+    Acc* row_base = shared.take<Acc>(kRows);   // [kRows]
+    Acc* row_total = shared.take<Acc>(kRows);  // [kRows]
+    Acc* image = shared.take<Acc>(kC);         // [kC]
   };
   struct State {
     WarpTile<T, 16, kStep> s;
@@ -327,11 +319,9 @@ struct RationalCombine {
   static constexpr int kRows = 64;
 
   struct Tiles {
-    Block<kWarps> block;
-    Acc* weight;  // [kQueryKinds, kRows]
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {
-      weight = shared.take<Acc>(kQueryKinds * kRows);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    Acc* weight = shared.take<Acc>(kQueryKinds * kRows);  // [kQueryKinds, kRows]
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {

@@ -42,25 +42,16 @@ struct HeadTiles {
   static constexpr int kWarps = 4;
   static constexpr int kLd = tile_stride<T>(kHeadInner), kLdM = tile_stride<Acc>(kHeadTile);
 
-  Block<kWarps> block;
-  T* a;                   // [64, kLd]: context, then text
-  T* b;                   // [64, kLd]: weight, then images
-  Acc* m;                 // [64, kLdM]
-  const T** contexts;     // [64]: where rows start, null beyond the last
-  const T** texts;        // [64]
-  const T** images;       // [64]
-  Acc* unit;              // [3, 128]
-  int64_t* where;         // [128]
-  VTCLIP_BOTH explicit HeadTiles(Shared& shared)
-      : block(shared),
-        a(shared.take<T>(kHeadTile * kLd)),
-        b(shared.take<T>(kHeadTile * kLd)),
-        m(shared.take<Acc>(kHeadTile * kLdM)),
-        contexts(shared.take<const T*>(kHeadTile)),
-        texts(shared.take<const T*>(kHeadTile)),
-        images(shared.take<const T*>(kHeadTile)),
-        unit(shared.take<Acc>(3 * 2 * kHeadTile)),
-        where(shared.take<int64_t>(2 * kHeadTile)) {}
+  Shared& shared;
+  Block<kWarps> block{shared};
+  T* a = shared.take<T>(kHeadTile * kLd);                 // [64, kLd]: context, then text
+  T* b = shared.take<T>(kHeadTile * kLd);                 // [64, kLd]: weight, then images
+  Acc* m = shared.take<Acc>(kHeadTile * kLdM);            // [64, kLdM]
+  const T** contexts = shared.take<const T*>(kHeadTile);  // [64]: starts of rows or null
+  const T** texts = shared.take<const T*>(kHeadTile);     // [64]
+  const T** images = shared.take<const T*>(kHeadTile);    // [64]
+  Acc* unit = shared.take<Acc>(3 * 2 * kHeadTile);        // [3, 128]
+  int64_t* where = shared.take<int64_t>(2 * kHeadTile);   // [128]
 
   VTCLIP_DEVICE void find_rows(const HeadArgs<T>& args, int64_t first) {
     block.each(kHeadTile, [&](int r) {
@@ -216,11 +207,10 @@ struct HeadFinish {
     int penalty;
   };
   struct Tiles {
-    Block<kWarps> block;
-    Acc* top;        // [kThreads]
-    int64_t* where;  // [kThreads]
-    VTCLIP_BOTH explicit Tiles(Shared& shared)
-        : block(shared), top(shared.take<Acc>(kThreads)), where(shared.take<int64_t>(kThreads)) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    Acc* top = shared.take<Acc>(kThreads);            // [kThreads]
+    int64_t* where = shared.take<int64_t>(kThreads);  // [kThreads]
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t b, Tiles& tiles) {
@@ -339,10 +329,7 @@ struct HeadFeatures {
     int64_t image_slice;
     Walk<T> walk;
   };
-  struct Tiles {
-    Block<kWarps> block;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {}
-  };
+  using Tiles = BlockTiles<kWarps>;
 
   struct Unit {
     const Args& args;

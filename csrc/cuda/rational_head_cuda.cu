@@ -6,11 +6,10 @@
 #include <array>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "common/register.h"
 #include "cuda/block/products.cuh"
-#include "rational_head_block.h"
 #include "cuda/block/rows_launch.cuh"
+#include "rational_head_block.h"
 
 namespace vtclip::cuda {
 namespace {
@@ -25,16 +24,8 @@ struct Inputs {
   HeadArgs<T> arguments(int64_t first, int64_t count) const {
     Images<const T> contexts = images_of<T>(context);
     contexts.base += first * contexts.batch;
-    return {contexts,
-            rows_of<T>(weight),
-            data_of<T>(bias),
-            rows_of<T>(image).from(first),
-            rows_of<T>(text),
-            bias.stride(0),
-            count,
-            K,
-            D,
-            static_cast<AccOf<T>>(scale),
+    return {contexts, rows_of<T>(weight), data_of<T>(bias), rows_of<T>(image).from(first),
+            rows_of<T>(text), bias.stride(0), count, K, D, static_cast<AccOf<T>>(scale),
             static_cast<int>(penalty)};
   }
 };
@@ -69,8 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_head_fwd(const Tensor& context, cons
     zero_all({&logits, &penalties, &peak});
     return {logits, penalties, peak};
   }
-  with_dtype(op, "context", context, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "context", context, [&]<class T>(T) {
     using Acc = AccOf<T>;
     typename HeadForward<T>::Args args{in.arguments<T>(0, in.B), nullptr, nullptr, nullptr};
     const int64_t tiles = args.column_tiles();
@@ -110,8 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
     return {d_context, d_weight, d_bias, d_image, d_text};
   }
   const Tensor right = detached(weight), contexts = detached(context);
-  with_dtype(op, "context", context, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "context", context, [&]<class T>(T) {
     using Acc = AccOf<T>;
     const int64_t batch = images_per_round(in.B, in.K);
     const int64_t rounds = ceil_div(in.B, batch);
@@ -168,7 +157,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rational_head_bwd(
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("rational_head_fwd", TORCH_BOX(&vtclip::cuda::rational_head_fwd));
-  m.impl("rational_head_bwd", TORCH_BOX(&vtclip::cuda::rational_head_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, rational_head)

@@ -35,10 +35,7 @@ struct RationalForward {
 
     VTCLIP_BOTH int64_t tiles() const { return ceil_div(K, kClasses); }
   };
-  struct Tiles {
-    Block<kWarps> block;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {}
-  };
+  using Tiles = BlockTiles<kWarps>;
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     constexpr int kColumns = kGroup<T>;
@@ -72,10 +69,7 @@ struct RationalGradient {
     Acc* d_text;             // [chunks, K, D], contiguous: written
     Walk<T> walk;
   };
-  struct Tiles {
-    Block<kWarps> block;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {}
-  };
+  using Tiles = BlockTiles<kWarps>;
 
   struct Unit {
     const Args& args;

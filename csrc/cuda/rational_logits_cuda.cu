@@ -2,10 +2,9 @@
 // rational_logits_fwd and rational_logits_bwd for CUDA tensors.
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
-#include "rational_logits_block.h"
+#include "common/register.h"
 #include "cuda/block/rows_launch.cuh"
+#include "rational_logits_block.h"
 
 namespace vtclip::cuda {
 namespace {
@@ -34,8 +33,7 @@ Tensor rational_logits_fwd(const Tensor& image, const Tensor& text, const Tensor
   const Sizes n = check_inputs(op, image, text, mask);
   const torch::stable::accelerator::DeviceGuard guard(mask.get_device_index());
   Tensor logits = new_empty(image, {n.B, n.K});
-  with_dtype(op, "mask", mask, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "mask", mask, [&]<class T>(T) {
     const typename RationalForward<T>::Args args{arguments<T>(image, text, mask, scale),
                                                  data_of<T>(logits), n.K, n.D};
     launch<RationalForward<T>>(op, n.B * args.tiles(), mask, args);
@@ -57,8 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(const Tensor& grad_logits
     zero_all({&d_image, &d_text, &d_mask});
     return {d_image, d_text, d_mask};
   }
-  with_dtype(op, "mask", mask, [&](auto t) {
-    using T = decltype(t);
+  with_dtype(op, "mask", mask, [&]<class T>(T) {
     using Acc = AccOf<T>;
     const Walk<T> walk = walk_of<RationalGradient<T>, T>(n.B, n.K, n.D);
     Tensor part_image = new_acc(image, {walk.tiles(), n.B, n.D});
@@ -78,7 +75,4 @@ std::tuple<Tensor, Tensor, Tensor> rational_logits_bwd(const Tensor& grad_logits
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("rational_logits_fwd", TORCH_BOX(&vtclip::cuda::rational_logits_fwd));
-  m.impl("rational_logits_bwd", TORCH_BOX(&vtclip::cuda::rational_logits_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, rational_logits)

@@ -66,10 +66,9 @@ VTCLIP_DEVICE UnitNorm<AccOf<T>> unit_norm(const Team& team, const Row<const T>&
 template <class T, int kImages, int kTexts>
 struct UnitNorms {
   using Acc = AccOf<T>;
-  Acc *shrink, *rnorm;  // [kImages + kTexts]
-
-  VTCLIP_BOTH explicit UnitNorms(Shared& shared)
-      : shrink(shared.take<Acc>(kImages + kTexts)), rnorm(shared.take<Acc>(kImages + kTexts)) {}
+  Shared& shared;
+  Acc* shrink = shared.take<Acc>(kImages + kTexts);
+  Acc* rnorm = shared.take<Acc>(kImages + kTexts);
 
   // of `images` rows from b0 and `texts` rows from k0: one warp per row
   template <class Block>
@@ -108,9 +107,9 @@ struct UnitForward {
     VTCLIP_BOTH int64_t blocks() const { return tiles() * chunks(); }
   };
   struct Tiles {
-    Block<kWarps> block;
-    UnitNorms<T, kImages, kClasses> norms;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared), norms(shared) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    UnitNorms<T, kImages, kClasses> norms{shared};
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
@@ -179,9 +178,9 @@ struct UnitGradient {
     Walk<T> walk;                // of at most kImages images
   };
   struct Tiles {
-    Block<kWarps> block;
-    UnitNorms<T, kImages, kTexts> norms;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared), norms(shared) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    UnitNorms<T, kImages, kTexts> norms{shared};
   };
 
   struct Unit {
@@ -246,10 +245,7 @@ struct UnitRows {
 
     VTCLIP_BOTH int64_t blocks() const { return image.N + text.N; }
   };
-  struct Tiles {
-    Block<kWarps> block;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {}
-  };
+  using Tiles = BlockTiles<kWarps>;
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     const bool of_image = index < args.image.N;

@@ -3,8 +3,7 @@
 #include <cmath>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-
+#include "common/register.h"
 #include "cuda/block/rows_launch.cuh"
 #include "unit_products_block.h"
 
@@ -37,18 +36,10 @@ std::tuple<Tensor, Tensor, Tensor> unit_products_fwd(const Tensor& image, const 
   Tensor t = new_empty(text, {n.K, n.D});
   Tensor products = new_empty(image, {n.B, n.K, n.D});
   if (n.empty()) return {v, t, products};
-  with_dtype(op, "image", image, [&](auto type) {
-    using T = decltype(type);
-    typename UnitForward<T>::Args args{};
-    args.image = rows_of<T>(image);
-    args.text = rows_of<T>(text);
-    args.v = data_of<T>(v);
-    args.t = data_of<T>(t);
-    args.products = data_of<T>(products);
-    args.root = root_of<T>(scale);
-    args.B = n.B;
-    args.K = n.K;
-    args.D = n.D;
+  with_dtype(op, "image", image, [&]<class T>(T) {
+    typename UnitForward<T>::Args args{
+        rows_of<T>(image), rows_of<T>(text), data_of<T>(v), data_of<T>(t), data_of<T>(products),
+        root_of<T>(scale), n.B,              n.K,           n.D,           0};
     args.images = std::min<int64_t>(UnitForward<T>::kImages, images_per_block(n.B, args.tiles()));
     launch<UnitForward<T>>(op, args.blocks(), image, args);
   });
@@ -88,8 +79,7 @@ std::tuple<Tensor, Tensor> unit_products_bwd(const Tensor& grad_image, const Ten
   Tensor d_image = new_empty(image, {n.B, n.D});
   Tensor d_text = new_empty(text, {n.K, n.D});
   if (n.empty()) return {d_image, d_text};
-  with_dtype(op, "image", image, [&](auto type) {
-    using T = decltype(type);
+  with_dtype(op, "image", image, [&]<class T>(T) {
     using Acc = AccOf<T>;
     using Gradient = UnitGradient<T>;
     Walk<T> walk = walk_of<Gradient, T>(n.B, n.K, n.D);
@@ -113,7 +103,4 @@ std::tuple<Tensor, Tensor> unit_products_bwd(const Tensor& grad_image, const Ten
 }  // namespace
 }  // namespace vtclip::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(vtclip, CUDA, m) {
-  m.impl("unit_products_fwd", TORCH_BOX(&vtclip::cuda::unit_products_fwd));
-  m.impl("unit_products_bwd", TORCH_BOX(&vtclip::cuda::unit_products_bwd));
-}
+VTCLIP_REGISTER(CUDA, cuda, unit_products)

@@ -28,15 +28,11 @@ struct Product {
     int64_t m, n, k, visible;
   };
   struct Tiles {
-    Block<kWarps> block;
-    T* a;
-    T* b;
-    Acc* out;
-    explicit Tiles(Shared& shared) : block(shared) {
-      a = shared.take<T>(kRowsA * kLdA);
-      b = shared.take<T>(kRowsB * kLdB);
-      out = shared.take<Acc>(kM * kLdOut);
-    }
+    Shared& shared;
+    Block<kWarps> block{shared};
+    T* a = shared.take<T>(kRowsA * kLdA);
+    T* b = shared.take<T>(kRowsB * kLdB);
+    Acc* out = shared.take<Acc>(kM * kLdOut);
   };
 
   static void run(const Args& args, int64_t, Tiles& tiles) {

@@ -169,7 +169,7 @@ template <class Body>
 void launch(int64_t blocks, const typename Body::Args& args) {
   vtclip::cuda::in_turn(blocks, [&](int64_t index) {
     vtclip::cuda::Shared shared;
-    typename Body::Tiles tiles(shared);
+    typename Body::Tiles tiles{shared};
     Body::run(args, index, tiles);
   });
 }

@@ -55,8 +55,7 @@ void run(const host::Input& in) {
   const auto part_weight = host::Tensor::empty<Acc>({slots, C});
   const auto part_bias = host::Tensor::empty<Acc>({slots, C});
   const Rows<const T> d_logits = host::rows_of<const T>(all.at(5));
-  const typename NormScalars<T>::Args rows{common};
-  host::launch<NormScalars<T>>(B * rows.tiles(), rows);
+  host::launch<NormScalars<T>>(B * common.tiles(), common);
   host::launch<Gradient>(
       walk.blocks(Block<Gradient::kWarps>::kThreads),
       {common, d_logits, d_hidden.template data<T>(), part_unit.template data<Acc>(),

@@ -3,6 +3,8 @@
 
 import contextlib
 import os
+import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -80,3 +82,13 @@ def noted_launches():
 def launches():
     """`with launches() as names:` collects the names of the kernels that are launched."""
     return noted_launches
+
+
+@pytest.fixture
+def mutant(tmp_path):
+    """A copy of the kernels as the package `mutant`, for a test to break; its files use its own."""
+    folder = tmp_path / "mutant"
+    shutil.copytree(Path(__file__).parents[2] / "kernels", folder)
+    for file in folder.glob("*.py"):
+        file.write_text(file.read_text().replace("vtclip.kernels", "mutant"))
+    return folder

@@ -9,7 +9,6 @@ as torch was told to, never by Triton's default.
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -119,18 +118,18 @@ def test_tiles_that_tune_would_time_fit(target):
     assert {"cross_attn_fwd_kernel", "rational_head_fwd_kernel"} <= kernels
 
 
-def test_a_lost_cast_and_a_lost_precision_are_seen(tmp_path):
+def test_a_lost_cast_and_a_lost_precision_are_seen(mutant):
     """The checks of offsets and of products fail for kernels without casts and precision."""
-    shutil.copytree(KERNELS, tmp_path / "mutant")
-    file = tmp_path / "mutant" / "cross_attn.py"
+    file = mutant / "cross_attn.py"
     text = file.read_text()
     assert ".to(tl.int64)" in text
     file.write_text(text.replace(".to(tl.int64)", ""))
-    file = tmp_path / "mutant" / "_math.py"
+    file = mutant / "_math.py"
     text = file.read_text()
     assert "input_precision=PRECISION, " in text
     file.write_text(text.replace("input_precision=PRECISION, ", ""))
-    rows = compile_all("mutant", "sm_80", "float32", "ieee", (64,), f"{tmp_path}{os.pathsep}{ROOT}")
+    path = f"{mutant.parent}{os.pathsep}{ROOT}"
+    rows = compile_all("mutant", "sm_80", "float32", "ieee", (64,), path)
     assert {tuple(row["dots"]) for row in rows} == {(), ("tf32",)}
     narrow = {row["kernel"] for row in rows if row["narrow"]}
     assert narrow == {"cross_attn_fwd_kernel"}

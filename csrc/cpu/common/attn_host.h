@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From tensors to the arguments of the attention kernels: checks, views, blocking, buffers.
+// Arguments of the attention kernels (addresses, byte strides, block sizes), and from tensors to
+// them: checks, views, blocking, buffers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,14 +8,79 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
-#include "attn_args.h"
 #include "common/check.h"
 #include "common/tensors.h"
 #include "parallel.h"
+#include "row_args.h"
 #include "scratch.h"
 
 namespace vtclip::cpu {
+
+// A [batch, H, rows, d] view; a shared batch has stride 0. Strides in bytes.
+struct HeadsView {
+  char* data;
+  int64_t batch, head, row, column;
+  char* at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
+
+// Sizes and blocking shared by every attention kernel. Blocks depend on the shape only, never on
+// the number of threads, so results do not either.
+struct AttnShape {
+  int64_t B, H, K, L, d;
+  Dtype dtype;
+  bool query_shared;   // one query set for all images
+  const char* mask;    // bool, or null: attend everywhere
+  int64_t mask_batch;  // byte strides of the mask
+  int64_t mask_column;
+  double scale;
+  int64_t query_block;  // queries per block, a multiple of 16
+  int64_t key_tile;     // keys per tile of scores
+  int64_t num_blocks() const { return ceil_div(K, query_block); }
+};
+
+struct AttnForward {
+  AttnShape shape;
+  HeadsView query, key, value, out;
+  void* lse;         // [B, H, K] acc
+  void* query_pack;  // shared query only: [H, num_blocks, d, query_block padded] acc
+};
+
+// Gradients of query and key. A task is (head, chunk of images).
+struct AttnGradients {
+  AttnShape shape;
+  HeadsView query, key, d_query, d_key;
+  void* query_rows;       // shared query only: [H, K, d padded] acc, times scale
+  void* d_query_partial;  // shared query only: [num_chunks, H, K, d padded] acc
+  int64_t chunk_images;   // images per task where the query is shared, else 1
+  int64_t num_chunks;
+};
+
+struct AttnBackward : AttnGradients {
+  HeadsView value, grad_out, d_value;
+  RowsView grad_lse;  // [B, H, K], data may be null
+  void* query_pack;
+};
+
+struct WeightsForward {
+  AttnShape shape;
+  HeadsView query, key;
+  char* weights;  // [B, H, K, L] contiguous
+  void* query_pack;
+};
+
+struct WeightsBackward : AttnGradients {
+  HeadsView weights, grad_weights;
+};
+
+// A query that all images share, or its gradient, on its way to or from packed rows.
+struct SharedQuery {
+  AttnShape shape;
+  HeadsView query;
+  void* rows;
+  int64_t num_chunks;  // of the gradient
+};
 
 inline HeadsView heads_view(const Tensor& tensor) {
   const int64_t item = item_bytes(dtype_of(tensor.scalar_type()));
@@ -75,5 +141,21 @@ inline int64_t images_per_chunk(const AttnShape& shape) {
   const int64_t chunks = std::max<int64_t>(1, std::min({wanted, affordable, shape.B}));
   return ceil_div(shape.B, chunks);
 }
+
+// A shared query as the right operand of the scores, [H, blocks, d, query_block], noted in
+// `query_pack`; nothing where the query is not shared.
+Tensor pack_shared_query(const AttnShape& shape, const Tensor& query, void*& query_pack);
+
+// Room for dQ of every chunk of images, [chunks, H, K, d].
+Tensor new_partials(const AttnShape& shape, const Tensor& query, int64_t num_chunks);
+
+// d_query = scale * sum over the chunks.
+void sum_partials(const AttnShape& shape, const Tensor& partials, int64_t num_chunks,
+                  const Tensor& d_query);
+
+// Notes in the arguments of a backward kernel: views of query and key and of their gradients, the
+// chunks of images and, for a shared query, scaled rows and partial sums. Returns these two.
+std::pair<Tensor, Tensor> set_gradients(AttnGradients& p, const Tensor& query, const Tensor& key,
+                                        const Tensor& d_query, const Tensor& d_key);
 
 }  // namespace vtclip::cpu

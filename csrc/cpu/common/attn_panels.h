@@ -172,30 +172,21 @@ static void store_rows(const AttnShape& s, const HeadsView& view, int64_t b, int
 template <class T>
 struct QuerySide {
   const AttnGradients& p;
-  const int64_t width, ldd;
-  const Scratch<T> own_rows, own_sum;  // of a block where the query is not shared
-  T* partial = nullptr;                // [K, width] of this task where it is
-  const T* rows = nullptr;             // of this block, times scale
-  T* d_query = nullptr;                // of this block, without the scale
-  int64_t ld_rows, ld_d_query;
-
-  explicit QuerySide(const AttnGradients& p)
-      : p(p),
-        width(round_up(p.shape.d, kLanes<T>)),
-        ldd(leading_dim<T>(p.shape.d)),
-        own_rows(p.shape.query_shared ? 0 : p.shape.query_block * ldd),
-        own_sum(p.shape.query_shared ? 0 : p.shape.query_block * ldd),
-        ld_rows(p.shape.query_shared ? width : ldd),
-        ld_d_query(ld_rows) {}
+  const AttnShape& s = p.shape;
+  const int64_t width = round_up(s.d, kLanes<T>), ldd = leading_dim<T>(s.d);
+  const int64_t own = s.query_shared ? 0 : s.query_block * ldd;
+  const Scratch<T> own_rows{own}, own_sum{own};  // of a block where the query is not shared
+  T* partial = nullptr;                          // [K, width] of this task where it is
+  const T* rows = nullptr;                       // of this block, times scale
+  T* d_query = nullptr;                          // of this block, without the scale
+  const int64_t ld_rows = s.query_shared ? width : ldd, ld_d_query = ld_rows;
 
   void start_task(int64_t h, int64_t chunk) {
-    const AttnShape& s = p.shape;
     if (!s.query_shared) return;
     partial = static_cast<T*>(p.d_query_partial) + (chunk * s.H + h) * s.K * width;
     __builtin_memset(partial, 0, static_cast<size_t>(s.K * width) * sizeof(T));
   }
   void start_block(int64_t b, int64_t h, int64_t first, int64_t queries) {
-    const AttnShape& s = p.shape;
     if (s.query_shared) {
       rows = static_cast<const T*>(p.query_rows) + (h * s.K + first) * width;
       d_query = partial + first * width;
@@ -206,7 +197,6 @@ struct QuerySide {
     }
   }
   void finish_block(int64_t b, int64_t h, int64_t first, int64_t queries) {
-    const AttnShape& s = p.shape;
     if (s.query_shared) return;
     store_rows<T>(s, p.d_query, b, h, first, queries, own_sum, ldd, static_cast<T>(s.scale));
   }

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "attn_query.h"
+#include "attn_host.h"
 
 #define VTCLIP_KERNEL "cpu/common/attn_query_kernel.h"
 #include "foreach_capability.h"
 
 namespace vtclip::cpu {
 
-Tensor pack_shared_query(const AttnShape& s, const Tensor& query) {
+Tensor pack_shared_query(const AttnShape& s, const Tensor& query, void*& query_pack) {
+  if (!s.query_shared) return {};
   const int64_t units = s.H * s.num_blocks();
   Tensor pack = new_acc(query, {units * s.d * panel_width(s.query_block)});
-  const SharedQuery args{s, heads_view(query), pack.data_ptr(), 1};
+  query_pack = pack.data_ptr();
+  const SharedQuery args{s, heads_view(query), query_pack, 1};
   run(VTCLIP_PICK(pack_query_units), args, units, 4 * s.query_block * s.d);
   return pack;
 }

@@ -9,7 +9,6 @@
 
 #include <torch/headeronly/util/Half.h>
 
-#include "by_dtype.h"
 #include "capability.h"
 #include "common/ceil_div.h"
 #include "common/dtype.h"
@@ -18,6 +17,17 @@
 #if VTCLIP_X86
 #include <immintrin.h>
 #endif
+
+// name(args, begin, end) of one instruction set: function<double> where args.dtype_of_args is
+// float64, else function<float>.
+#define VTCLIP_BY_DTYPE(name, function, Args, dtype_of_args) \
+  void name(const Args& args, int64_t begin, int64_t end) {  \
+    if (args.dtype_of_args == ::vtclip::Dtype::kFloat64) {   \
+      function<double>(args, begin, end);                    \
+    } else {                                                 \
+      function<float>(args, begin, end);                     \
+    }                                                        \
+  }
 
 #define VTCLIP_LEVEL 0
 #define VTCLIP_VECTOR_BYTES 16

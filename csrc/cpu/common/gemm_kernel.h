@@ -32,7 +32,7 @@ static void tile(const Gemm<T>& g, const T* a, const T* b, T* c) {
     a += kTransposed ? lda : 1;
     b += ldb;
   }
-  // The old value is added last: sums made in several calls are sums of partial sums, whose
+  // The old value is added last: sums formed in several calls are sums of partial sums, whose
   // rounding errors grow with the number of parts and not with the number of terms.
   if (g.accumulate) {
 #pragma GCC unroll 8

@@ -1,13 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0
-// From tensors to the arguments of the ops that end in a layer norm, a residual and a cosine.
+// Arguments of the ops that end in a layer norm, a residual and a cosine, and from tensors to them.
 #pragma once
 
 #include <array>
 #include <initializer_list>
 
-#include "norm_cosine_args.h"
+#include "row_args.h"
 
 namespace vtclip::cpu {
+
+struct NormCosine {
+  int64_t B, K, C;
+  Dtype dtype;
+  double residual, scale, eps;
+  RowsView hidden, weight, bias, text, image;
+  void* image_unit;   // [B, C padded] acc: image / |image|
+  void* image_rnorm;  // [B] acc
+};
+
+struct NormCosineForward {
+  NormCosine sizes;
+  char* logits;  // [B, K] contiguous
+  void* mean;    // [B, K] acc, as rstd and row_rnorm
+  void* rstd;
+  void* row_rnorm;
+};
+
+// What all rows add to. Sums over images (d_text), texts (d_image) and both (the norm's) are formed
+// per unit and added in ascending order afterwards.
+struct NormGradients {
+  RowChunks chunks;
+  RowsView d_text, d_image;
+  char* d_weight;
+  char* d_bias;
+  void* d_text_partial;    // [image_chunks, K, C padded] acc
+  void* d_unit_partial;    // [text_chunks, B, C padded] acc: gradient of image / |image|
+  void* d_weight_partial;  // [units, C padded] acc
+  void* d_bias_partial;    // [units, C padded] acc
+};
+
+struct NormCosineBackward {
+  NormCosine sizes;
+  NormGradients grads;
+  RowsView grad_logits, mean, rstd, row_rnorm;
+  RowsView d_hidden;
+};
+
 namespace {
 
 // What rows [B, K, C] meet: the norm's affine, the texts, the images.
@@ -45,35 +83,24 @@ struct NormOutputs {
         image(feature_grads ? new_empty(tail.image, {s.B, s.C}) : new_empty(tail.image, {0})) {}
 };
 
-// The memory it needs for that, noted in `s` and `g` with the outputs.
-class NormWorkspace {
- public:
-  NormWorkspace(NormOutputs& out, bool feature_grads, const RowChunks& chunks, NormCosine& s,
-                NormGradients& g)
-      : image_unit_(new_acc(out.image, {s.B, row_width(s.C)})),
-        image_rnorm_(new_acc(out.image, {s.B})),
-        text_(new_acc(out.text, {feature_grads ? chunks.image_chunks : 0, s.K, row_width(s.C)})),
-        unit_(new_acc(out.image, {feature_grads ? chunks.text_chunks : 0, s.B, row_width(s.C)})),
-        weight_(new_acc(out.weight, {chunks.units(), row_width(s.C)})),
-        bias_(new_acc(out.bias, {chunks.units(), row_width(s.C)})) {
-    s.image_unit = image_unit_.data_ptr();
-    s.image_rnorm = image_rnorm_.data_ptr();
-    g.chunks = chunks;
-    if (feature_grads) {
-      g.d_text = rows_view(out.text);
-      g.d_image = rows_view(out.image);
-    }
-    g.d_weight = static_cast<char*>(out.weight.data_ptr());
-    g.d_bias = static_cast<char*>(out.bias.data_ptr());
-    g.d_text_partial = text_.data_ptr();
-    g.d_unit_partial = unit_.data_ptr();
-    g.d_weight_partial = weight_.data_ptr();
-    g.d_bias_partial = bias_.data_ptr();
+// Notes them and the memory that they are summed in.
+inline void set_gradients(NormGradients& g, NormCosine& s, Workspace& workspace, NormOutputs& out,
+                          bool feature_grads, const RowChunks& chunks) {
+  const int64_t width = row_width(s.C);
+  s.image_unit = workspace.take({s.B, width});
+  s.image_rnorm = workspace.take({s.B});
+  g.chunks = chunks;
+  if (feature_grads) {
+    g.d_text = rows_view(out.text);
+    g.d_image = rows_view(out.image);
+    g.d_text_partial = workspace.take({chunks.image_chunks, s.K, width});
+    g.d_unit_partial = workspace.take({chunks.text_chunks, s.B, width});
   }
-
- private:
-  Tensor image_unit_, image_rnorm_, text_, unit_, weight_, bias_;
-};
+  g.d_weight = static_cast<char*>(out.weight.data_ptr());
+  g.d_bias = static_cast<char*>(out.bias.data_ptr());
+  g.d_weight_partial = workspace.take({chunks.units(), width});
+  g.d_bias_partial = workspace.take({chunks.units(), width});
+}
 
 }  // namespace
 }  // namespace vtclip::cpu

@@ -5,13 +5,7 @@
 // Rows of image / |image|.
 template <class T>
 static void unit_images(const NormCosine& s, int64_t begin, int64_t end) {
-  const int64_t width = round_up(s.C, kLanes<T>);
-  const Scratch<T> buffer(s.C);
-  for (int64_t b = begin; b < end; ++b) {
-    const T* x = view_row<T>(buffer, s.C, s.image.at(0, b), s.image.column, s.dtype);
-    static_cast<T*>(s.image_rnorm)[b] =
-        unit_row(static_cast<T*>(s.image_unit) + b * width, x, s.C, width);
-  }
+  unit_matrix<T>(s.image, s.C, s.dtype, s.image_unit, s.image_rnorm, begin, end);
 }
 
 template <class T>
@@ -110,27 +104,6 @@ VTCLIP_INLINE void mix_row(const NormRow<T>& r, int64_t n, T* y, T* square, T* d
   }
 }
 
-template <class T>
-VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j) {
-  T x;
-  __builtin_memcpy(&x, view.at(0, i) + j * view.column, sizeof(T));
-  return x;
-}
-
-// Images b0.. times texts k0.. of a unit.
-struct NormUnit {
-  int64_t b0, b1, k0, k1;
-};
-
-static NormUnit norm_unit(const NormCosine& s, const RowChunks& c, int64_t unit) {
-  NormUnit u{};
-  u.b0 = unit / c.text_chunks * c.image_chunk;
-  u.b1 = min_of(s.B, u.b0 + c.image_chunk);
-  u.k0 = unit % c.text_chunks * c.text_chunk;
-  u.k1 = min_of(s.K, u.k0 + c.text_chunk);
-  return u;
-}
-
 // What the rows of a unit add to.
 template <class T>
 struct NormSums {
@@ -154,7 +127,7 @@ static NormSums<T> norm_sums(const NormCosine& s, const NormGradients& g, int64_
 }
 
 template <class T, bool kFeatures>
-static void clear_sums(const NormSums<T>& sums, const NormUnit& u, int64_t width) {
+static void clear_sums(const NormSums<T>& sums, const RowUnit& u, int64_t width) {
   const size_t row_bytes = static_cast<size_t>(width) * sizeof(T);
   __builtin_memset(sums.d_weight, 0, row_bytes);
   __builtin_memset(sums.d_bias, 0, row_bytes);

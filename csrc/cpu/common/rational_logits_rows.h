@@ -115,11 +115,6 @@ VTCLIP_INLINE void mask_row_grad(T* d_m, const T* m, const T* image, const T* te
   }
 }
 
-template <class T>
-VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j, Dtype dtype) {
-  return load_one<T>(view.at(0, i) + j * view.column, dtype);
-}
-
 // Rows of d_image (r < B) and d_text (r - B < K) from their partial sums.
 template <class T>
 static void finish_features(const RowChunks& chunks, int64_t B, int64_t K, int64_t D, Dtype dtype,

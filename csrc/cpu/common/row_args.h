@@ -38,7 +38,7 @@ inline RowsView checked_view(const char* op, const char* name, const Tensor& ten
 }
 
 // Backward units: (chunk of images, chunk of texts). Sums over images (d_text) and over texts
-// (d_image) are made per unit and added in ascending order afterwards.
+// (d_image) are formed per unit and added in ascending order afterwards.
 struct RowChunks {
   int64_t image_chunk, image_chunks;
   int64_t text_chunk, text_chunks;

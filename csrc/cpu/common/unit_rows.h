@@ -2,6 +2,34 @@
 // Rows divided by their length. Included once per instruction set, after simd.h and rows.h.
 
 template <class T>
+VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j) {
+  T x;
+  __builtin_memcpy(&x, view.at(0, i) + j * view.column, sizeof(T));
+  return x;
+}
+
+template <class T>
+VTCLIP_INLINE T element(const RowsView& view, int64_t i, int64_t j, Dtype dtype) {
+  return load_one<T>(view.at(0, i) + j * view.column, dtype);
+}
+
+// Images b0 <= b < b1 times texts k0 <= k < k1 of a unit.
+struct RowUnit {
+  int64_t b0, b1, k0, k1;
+
+  // How many rows are in a round that takes `block` of them.
+  int64_t rows_of_round(int64_t round, int64_t block) const {
+    return max_of(0, min_of(block, (b1 - b0) * (k1 - k0) - round * block));
+  }
+};
+
+VTCLIP_INLINE RowUnit row_unit(const RowChunks& c, int64_t B, int64_t K, int64_t unit) {
+  const int64_t b0 = unit / c.text_chunks * c.image_chunk;
+  const int64_t k0 = unit % c.text_chunks * c.text_chunk;
+  return {b0, min_of(B, b0 + c.image_chunk), k0, min_of(K, k0 + c.text_chunk)};
+}
+
+template <class T>
 VTCLIP_INLINE bool in_safe_range(T x) {
   return x > T(1e-30) && x < T(1e30);
 }
@@ -51,6 +79,18 @@ inline T unit_row(T* out, const T* x, int64_t n, int64_t width) {
   }
   for (int64_t i = n; i < width; ++i) out[i] = 0;
   return rnorm;
+}
+
+// units[i] = x / |x|, padded with 0, and rnorms[i] = 1 / |x| of rows begin <= i < end of a matrix.
+template <class T>
+static void unit_matrix(const RowsView& matrix, int64_t n, Dtype dtype, void* units, void* rnorms,
+                        int64_t begin, int64_t end) {
+  const int64_t width = round_up(n, kLanes<T>);
+  const Scratch<T> buffer(n);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* x = view_row<T>(buffer, n, matrix.at(0, i), matrix.column, dtype);
+    static_cast<T*>(rnorms)[i] = unit_row(static_cast<T*>(units) + i * width, x, n, width);
+  }
 }
 
 // As unit_row with 1 / |x| known, which is trusted only where x * rnorm cannot lose range.

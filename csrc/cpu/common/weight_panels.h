@@ -36,13 +36,26 @@ static void pack_plain(T* pack, const RowsView& weight, int64_t out, int64_t in,
   }
 }
 
+// Units of packing: panels of weight^T, to `transposed`; after them, of weight, to `plain`.
+template <class T>
+static void pack_weight(const RowsView& weight, int64_t out, int64_t in, Dtype dtype,
+                        void* transposed, void* plain, int64_t begin, int64_t end) {
+  const int64_t panels = panels_of(out);
+  for (int64_t u = begin; u < min_of(end, panels); ++u) {
+    pack_transposed<T>(static_cast<T*>(transposed), weight, out, in, dtype, u);
+  }
+  for (int64_t u = max_of(begin, panels); u < end; ++u) {
+    pack_plain<T>(static_cast<T*>(plain), weight, out, in, dtype, u - panels);
+  }
+}
+
 // Blocks of kSumRows outputs of d_weight [out, in] and d_bias [out], over the rows of all units in
 // one round: d_weight (+)= d_out^T input, d_bias (+)= sum d_out. Rows lie in panels, row_block to a
 // unit.
-template <class T, class Args, class RowsOf>
-static void weight_grad_blocks(const Args& p, const void* d_out, int64_t out, const void* input,
-                               int64_t in, int64_t units, RowsOf rows_of, int64_t begin,
-                               int64_t end) {
+template <class T, class Args>
+static void weight_grad_blocks(const Args& p, const RowChunks& chunks, int64_t B, int64_t K,
+                               const void* d_out, int64_t out, const void* input, int64_t in,
+                               int64_t begin, int64_t end) {
   const int64_t ld_out = leading_dim<T>(out), ld_in = leading_dim<T>(in);
   const int64_t width = round_up(in, kLanes<T>);
   const Scratch<T> column_sum(kSumRows);
@@ -50,8 +63,8 @@ static void weight_grad_blocks(const Args& p, const void* d_out, int64_t out, co
     const int64_t first = block * kSumRows, count = min_of(kSumRows, out - first);
     T* d_weight = static_cast<T*>(p.d_weight_sum) + first * width;
     T* d_bias = static_cast<T*>(p.d_bias_sum) + first;
-    for (int64_t unit = 0; unit < units; ++unit) {
-      const int64_t rows = rows_of(unit);
+    for (int64_t unit = 0; unit < chunks.units(); ++unit) {
+      const int64_t rows = row_unit(chunks, B, K, unit).rows_of_round(p.round, p.row_block);
       if (rows == 0) continue;
       const bool more = p.round != 0 || unit != 0;
       const T* x = static_cast<const T*>(input) + unit * p.row_block * ld_in;

@@ -83,18 +83,12 @@ struct QueryPartials {
 
 // The arguments both gradients share; delta is their workspace.
 template <class T>
-void set_gradients(AttnGradientArgs<T>& args, const AttnShape& n, const Tensor& query,
-                   const Tensor& key, Tensor& delta, Tensor& d_query, QueryPartials& partials,
-                   Tensor& d_key, double scale) {
-  args.shape = n;
-  args.query = heads_of<T>(query);
-  args.key = heads_of<T>(key);
-  args.delta = data_of<AccOf<T>>(delta);
-  args.d_query = heads_of<T>(d_query);
-  args.partial = partials.heads<AccOf<T>>();
-  args.d_key = heads_of<T>(d_key);
-  args.scale = static_cast<AccOf<T>>(scale);
-  args.images = partials.images;
+AttnGradientArgs<T> gradient_args(const AttnShape& n, const Tensor& query, const Tensor& key,
+                                  Tensor& delta, Tensor& d_query, QueryPartials& partials,
+                                  Tensor& d_key, double scale) {
+  using Acc = AccOf<T>;
+  return {n, heads_of<T>(query), heads_of<T>(key), data_of<Acc>(delta), heads_of<T>(d_query),
+          partials.heads<Acc>(), heads_of<T>(d_key), static_cast<Acc>(scale), partials.images};
 }
 
 }  // namespace vtclip::cuda

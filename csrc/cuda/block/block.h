@@ -82,3 +82,14 @@ VTCLIP_DEVICE T infinity() { return static_cast<T>(INFINITY); }
 #else
 #include "block_host.h"
 #endif
+
+namespace vtclip::cuda {
+
+// The shared memory of a body that keeps nothing but what reductions need.
+template <int kWarps>
+struct BlockTiles {
+  Shared& shared;
+  Block<kWarps> block{shared};
+};
+
+}  // namespace vtclip::cuda

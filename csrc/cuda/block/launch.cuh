@@ -51,7 +51,7 @@ inline int64_t shared_limit(const char* op, const Tensor& like) {
 template <class Body>
 int64_t shared_bytes() {
   Shared counter(nullptr);
-  typename Body::Tiles tiles(counter);
+  typename Body::Tiles tiles{counter};
   (void)tiles;
   return counter.bytes();
 }
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(Body::kWarps* kWarpSize, 1)
     body_kernel(const __grid_constant__ typename Body::Args args) {
   extern __shared__ __align__(128) unsigned char raw[];
   Shared shared(raw);
-  typename Body::Tiles tiles(shared);
+  typename Body::Tiles tiles{shared};
   Body::run(args, static_cast<int64_t>(blockIdx.x), tiles);
 }
 

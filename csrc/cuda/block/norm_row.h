@@ -27,6 +27,8 @@ struct NormStats {
   Acc *mean, *shift, *rstd, *rnorm, *cosine, *mean_g, *mean_gn;
 };
 
+constexpr int kNormWarps = 4, kNormClasses = 8, kNormSums = 5;
+
 template <class T, class Input>
 struct NormArgs {
   Input input;
@@ -36,6 +38,8 @@ struct NormArgs {
   NormStats<AccOf<T>> stats;
   AccOf<T> residual, scale, eps;
   int64_t K, C;
+
+  VTCLIP_BOTH int64_t tiles() const { return ceil_div(K, kNormClasses); }
 };
 
 // mean, rstd and -shift rstd of a row
@@ -71,14 +75,12 @@ struct NormGroup {
   }
 };
 
-constexpr int kNormWarps = 4, kNormClasses = 8, kNormSums = 5;
-
 template <class T>
 struct NormTiles {
-  Block<kNormWarps> block;
-  AccOf<T>* slots;  // [kNormWarps, kNormSums, 32]
-  VTCLIP_BOTH explicit NormTiles(Shared& shared)
-      : block(shared), slots(shared.take<AccOf<T>>(kNormWarps * kNormSums * kWarpSize)) {}
+  Shared& shared;
+  Block<kNormWarps> block{shared};
+  // [kNormWarps, kNormSums, 32]
+  AccOf<T>* slots = shared.take<AccOf<T>>(kNormWarps * kNormSums * kWarpSize);
 
   // f(lanes, b, k, slots) for the classes of block `index`: one warp per row
   template <class F>
@@ -221,10 +223,7 @@ struct NormRowGradient {
     int64_t image_slice;
     Walk<T> walk;
   };
-  struct Tiles {
-    Block<kWarps> block;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {}
-  };
+  using Tiles = BlockTiles<kWarps>;
 
   struct Unit {
     const Args& args;
@@ -289,10 +288,7 @@ struct NormImageGradient {
     T* d_image;              // [B, C], contiguous: written
     int64_t tiles, B, C;
   };
-  struct Tiles {
-    Block<kWarps> block;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {}
-  };
+  using Tiles = BlockTiles<kWarps>;
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t b, Tiles& tiles) {
     const Acc rx = args.image_rnorm[b];

@@ -36,12 +36,6 @@ struct Vectors {
   VTCLIP_DEVICE Rows<T> rows(int64_t g) const { return {base + g * group, row, column}; }
 };
 
-template <int kWarpsOfBody>
-struct ReductionTiles {
-  Block<kWarpsOfBody> block;
-  VTCLIP_BOTH explicit ReductionTiles(Shared& shared) : block(shared) {}
-};
-
 // Of x[0], .., x[D - 1], by a block or the lanes of a row. Entries are divided by the largest of
 // them before they are squared. Of a vector shorter than the smallest normal number the result is
 // the largest finite one.
@@ -96,7 +90,7 @@ template <class T>
 struct ReciprocalNorm {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4;
-  using Tiles = ReductionTiles<kWarps>;
+  using Tiles = BlockTiles<kWarps>;
   struct Args {
     Vectors<const T> vectors;
     int64_t N, D;

@@ -29,10 +29,9 @@ struct SumColumns {
     }
   };
   struct Tiles {
-    Block<kWarps> block;
-    Acc* part;  // [kWarps, 32]
-    VTCLIP_BOTH explicit Tiles(Shared& shared)
-        : block(shared), part(shared.take<Acc>(kWarps * kWarpSize)) {}
+    Shared& shared;
+    Block<kWarps> block{shared};
+    Acc* part = shared.take<Acc>(kWarps * kWarpSize);  // [kWarps, 32]
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {

@@ -17,10 +17,7 @@ struct SumPartials {
     T* out;              // [N], contiguous: written
     int64_t P, N;
   };
-  struct Tiles {
-    Block<kWarps> block;
-    VTCLIP_BOTH explicit Tiles(Shared& shared) : block(shared) {}
-  };
+  using Tiles = BlockTiles<kWarps>;
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
     return ceil_div(args.N, Block<kWarps>::kThreads);
