@@ -5,19 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import (
-    Parser,
-    add_augment_passes,
-    add_cache_dir,
-    add_device,
-    add_model,
-    emit,
-    existing,
-    first_process,
-    note_demo_model,
-    on_terminal,
-)
-from vtclip.data.extract import write_features
+from vtclip.cli.parsing import Parser, emit, existing, first_process, note_demo_model, on_terminal
 
 
 def add_arguments(parser: Parser) -> None:
@@ -25,16 +13,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--spatial", metavar="OPT", default="default", help="or none: global only")
     parser.add_argument("--templates", metavar="NAME|FILE")
-    add_augment_passes(parser)
-    add_model(parser)
-    add_cache_dir(parser)
-    add_device(parser)
+    parser.add_shared("--augment-passes", "--model", "--cache-dir", "--device", "--threads")
 
 
 def run(args: argparse.Namespace) -> int:
     source = existing("SOURCE", args.source)
     if args.model == "demo":
         note_demo_model()
+    from vtclip.data.extract import write_features
 
     records = write_features(
         source,
