@@ -19,10 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from torch import Tensor
 
 try:
     import fcntl as _fcntl
@@ -145,6 +141,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _byte() -> Any:
+    import torch
 
     return torch.uint8
 
@@ -169,6 +166,9 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose metadata names the digest of its tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_bytes
+
     if not path.exists():
         raise FileNotFoundError(f"not {what}: {path} does not exist")
     if not path.is_file():
