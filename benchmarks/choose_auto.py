@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from choose_defaults import CPU, held_out
 from torch import Tensor
 
 from vtclip.data import few_shot_split, open_source
@@ -25,7 +26,6 @@ from vtclip.heads import HEADS
 from vtclip.train import auto, engine, metrics
 from vtclip.train.fit_head import choose_by, fit_head
 
-CPU = torch.device("cpu")
 Logits = dict[str, Tensor]
 
 
@@ -36,8 +36,8 @@ def average(log_p: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor
 
 
 def equal(names: Iterator[str] | list[str]) -> dict[str, float]:
-    kept = list(names)
-    return dict.fromkeys(kept, 1 / len(kept))
+    listed = list(names)
+    return dict.fromkeys(listed, 1 / len(listed))
 
 
 def ways(val: Logits, label: Tensor) -> dict[str, dict[str, float]]:
@@ -50,7 +50,7 @@ def ways(val: Logits, label: Tensor) -> dict[str, dict[str, float]]:
     pairs = [equal(list(pair)) for pair in itertools.combinations(val, 2)]
 
     def likeliest(choices: list[dict[str, float]]) -> dict[str, float]:
-        return min(choices, key=lambda one: metrics.nll(average(log_p, one), label))
+        return min(choices, key=lambda weights: metrics.nll(average(log_p, weights), label))
 
     return {
         "likeliest method": likeliest(singles),
@@ -65,9 +65,7 @@ def ways(val: Logits, label: Tensor) -> dict[str, dict[str, float]]:
 def measure(records: Records, shots: int, seed: int) -> dict[str, float]:
     """Accuracy on the rows that neither train nor validate nor test."""
     split = few_shot_split(records.label, records.names, shots=shots, seed=seed)
-    held = torch.ones(len(records), dtype=torch.bool)
-    held[split.train] = held[split.val] = held[split.test] = False
-    index = held.nonzero().flatten()
+    index = held_out(records, split.train, split.val, split.test)
     val, rest = {}, {}
     label, true = records.label[split.val], records.label[index]
     for name in auto.candidates(records):
@@ -79,10 +77,10 @@ def measure(records: Records, shots: int, seed: int) -> dict[str, float]:
         choose_by(head, records, split.val, CPU)
         logits, _ = engine.all_logits(head, records, index, device=CPU)
         rest[name] = (logits.double() / metrics.fit_temperature(val[name], label)).log_softmax(1)
-    found = {name: metrics.accuracy(rows, true) for name, rows in rest.items()}
+    shares = {name: metrics.accuracy(rows, true) for name, rows in rest.items()}
     for name, weights in ways(val, label).items():
-        found[name] = metrics.accuracy(average(rest, weights), true)
-    return found
+        shares[name] = metrics.accuracy(average(rest, weights), true)
+    return shares
 
 
 def main() -> None:

@@ -82,13 +82,20 @@ def changed(recipe: FitConfig, option: str, value: Any) -> FitConfig:
     return dataclasses.replace(recipe, **{option: value})
 
 
+def held_out(records: Records, *used: torch.Tensor) -> torch.Tensor:
+    """The numbers of the rows that are in none of `used`."""
+    held = torch.ones(len(records), dtype=torch.bool)
+    for rows in used:
+        held[rows] = False
+    return held.nonzero().flatten()
+
+
 def rows_of(records: Records, shots: int, seed: int) -> tuple[Split, torch.Tensor]:
     """A split without validation rows, and the rows that are neither training nor test."""
     split = few_shot_split(records.label, records.names, shots=shots, seed=seed)
-    held = torch.ones(len(records), dtype=torch.bool)
-    held[split.train] = held[split.test] = False
+    held = held_out(records, split.train, split.test)
     nothing = torch.tensor([], dtype=torch.long)
-    return dataclasses.replace(split, val=nothing, test=nothing), held.nonzero().flatten()
+    return dataclasses.replace(split, val=nothing, test=nothing), held
 
 
 def measure(
@@ -100,14 +107,25 @@ def measure(
     return metrics.report(*engine.all_logits(head, records, held, device=CPU))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(doc: str, seeds: list[int]) -> argparse.ArgumentParser:
+    """The options of every comparison over sources and shots."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("sources", nargs="+", metavar="SOURCE")
-    parser.add_argument("--method", choices=[m for m in HEADS if m != "auto"], default="rada")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102])
-    parser.add_argument("--only", nargs="+", choices=list(GRID))
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+def heading(cells: list[tuple[str, int]]) -> None:
+    """The names of the columns, source and shots."""
+    print(f"{'':26}" + "".join(f"{name[-9:]:>13}{shots:>3}" for name, shots in cells) + "     mean")
+
+
+def main() -> None:
+    parser = parser_of(__doc__, seeds=[101, 102])
+    parser.add_argument("--method", choices=[m for m in HEADS if m != "auto"], default="rada")
+    parser.add_argument("--only", nargs="+", choices=list(GRID))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
@@ -121,26 +139,26 @@ def main() -> None:
     for name, records in tables.items():
         print(f"{name}: {records!r}")
     print(f"{args.method}, held-out accuracy / NLL, seeds {args.seeds}; columns: source, shots")
-    print(f"{'':26}" + "".join(f"{name[-9:]:>13}{shots:>3}" for name, shots in cells) + "     mean")
+    heading(cells)
     line("zero-shot", [[measure("zeroshot", tables[name], FitConfig(epochs=0), shots, seed)
                         for seed in args.seeds] for name, shots in cells])  # fmt: skip
     per_shots = {shots: list(settings(args.method, shots, only)) for shots in args.shots}
     names = dict.fromkeys(name for rows in per_shots.values() for name, _ in rows)
     for label in names:
-        found = []
+        columns = []
         for name, shots in cells:
             # the recipe of some shots may have a value that is another's change
             config = dict(per_shots[shots]).get(label, HEADS[args.method].recipe(shots))
             rows = [measure(args.method, tables[name], config, shots, s) for s in args.seeds]
-            found.append(rows)
-        line(label, found)
+            columns.append(rows)
+        line(label, columns)
     print(f"{time.perf_counter() - start:.0f} s, {torch.get_num_threads()} threads")
 
 
-def line(label: str, found: list[list[dict[str, Any]]]) -> None:
+def line(label: str, columns: list[list[dict[str, Any]]]) -> None:
     """One row of the table: the mean over seeds per column, then over columns."""
-    accuracy = [100 * sum(one["accuracy"] for one in seeds) / len(seeds) for seeds in found]
-    nll = [sum(one["nll"] for one in seeds) / len(seeds) for seeds in found]
+    accuracy = [100 * sum(row["accuracy"] for row in seeds) / len(seeds) for seeds in columns]
+    nll = [sum(row["nll"] for row in seeds) / len(seeds) for seeds in columns]
     text = "".join(f"{a:>9.2f}/{n:.4f}" for a, n in zip(accuracy, nll, strict=True))
     mean = f"{sum(accuracy) / len(accuracy):>9.2f}/{sum(nll) / len(nll):.4f}"
     print(f"{label:26}{text}{mean}", flush=True)

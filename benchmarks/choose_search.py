@@ -10,12 +10,11 @@ temperature, on images that neither train nor validate nor test. The draws are t
     accuracy    validation accuracy, ties broken by likelihood, then by the prior
     likelihood  without a prior
     factor F    likelihood with the prior, PRIOR_FACTOR = F; 2 is the package's rule
-    val alone   factor 2, and tip-adapter and tip-x ask no support image about the others
+    val alone   factor 2, and tip-adapter and tip-x do not compare support images with each other
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from choose_defaults import CPU, line
+from choose_defaults import CPU, heading, held_out, line, parser_of
 from torch import Tensor
 
 from vtclip.data import Records, few_shot_split, open_source
@@ -33,26 +32,26 @@ from vtclip.train import engine, metrics
 from vtclip.train.methods import build_head
 from vtclip.train.rows import support_of
 
-METHODS = ("tip-adapter", "tip-x", "proker", "proto-clip", "tip-adapter-f")
+SUPPORT_METHODS = ("tip-adapter", "tip-x", "proker", "proto-clip", "tip-adapter-f")
 RULES = ("default", "accuracy", "likelihood", "factor 1.5", "factor 2", "factor 4", "val alone")
 NLL = _support.scaled_nll
 
 
 def hits_first(logits: Tensor, label: Tensor) -> float:
-    """A wrong answer costs more than any likelihood."""
+    """A wrong prediction costs more than any likelihood."""
     return 1e6 * int((logits.argmax(dim=1) != label).sum()) + NLL(logits, label)
 
 
 @contextmanager
 def searching_by(rule: str) -> Iterator[None]:
     factor = {"likelihood": math.inf, "factor 1.5": 1.5, "factor 4": 4.0}.get(rule, 2.0)
-    kept = _support.PRIOR_FACTOR
+    before = _support.PRIOR_FACTOR
     _support.PRIOR_FACTOR = factor
     _support.scaled_nll = hits_first if rule == "accuracy" else NLL
     try:
         yield
     finally:
-        _support.PRIOR_FACTOR, _support.scaled_nll = kept, NLL
+        _support.PRIOR_FACTOR, _support.scaled_nll = before, NLL
 
 
 def trained(method: str, records: Records, train: Tensor, shots: int, seed: int) -> Any:
@@ -71,14 +70,12 @@ def trained(method: str, records: Records, train: Tensor, shots: int, seed: int)
 def measure(method: str, records: Records, shots: int, seed: int) -> dict[str, dict[str, Any]]:
     """Metrics on the held-out rows, by rule."""
     split = few_shot_split(records.label, records.names, shots=shots, seed=seed)
-    held = torch.ones(len(records), dtype=torch.bool)
-    for used in (split.train, split.val, split.test):
-        held[used] = False
+    held = held_out(records, split.train, split.val, split.test)
     head = trained(method, records, split.train, shots, seed)
     start = {name: getattr(head, name) for name in ("alpha", "beta", "lam", "gamma")
              if hasattr(head, name)}  # fmt: skip
     val = support_of(records, split.val, CPU)
-    found = {}
+    results = {}
     for rule in RULES:
         for name, value in start.items():
             setattr(head, name, value)
@@ -86,36 +83,30 @@ def measure(method: str, records: Records, shots: int, seed: int) -> dict[str, d
         with searching_by(rule):
             if rule != "default":
                 head.choose(val)
-        logits, label = engine.all_logits(head, records, held.nonzero().flatten(), device=CPU)
+        logits, label = engine.all_logits(head, records, held, device=CPU)
         logits = logits / metrics.fit_temperature(logits, label)
-        found[rule] = {
-            "accuracy": metrics.accuracy(logits, label),
-            "nll": metrics.nll(logits, label),
-        }
-    return found
+        values = {"accuracy": metrics.accuracy(logits, label), "nll": metrics.nll(logits, label)}
+        results[rule] = values
+    return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sources", nargs="+", metavar="SOURCE")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(101, 107)))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = parser_of(__doc__, seeds=list(range(101, 107)))
+    parser.add_argument("--methods", nargs="+", default=SUPPORT_METHODS, choices=SUPPORT_METHODS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     start = time.perf_counter()
     tables = {Path(source).stem: open_source(source, progress=False) for source in args.sources}
     cells = [(name, shots) for name in tables for shots in args.shots]
     print(f"held-out accuracy / NLL at T, seeds {args.seeds}; columns: source, shots")
-    print(f"{'':26}" + "".join(f"{name[-9:]:>13}{shots:>3}" for name, shots in cells) + "     mean")
+    heading(cells)
     for method in args.methods:
-        found = [
+        columns = [
             [measure(method, tables[name], shots, seed) for seed in args.seeds]
             for name, shots in cells
         ]
         for rule in RULES:
-            line(f"{method} {rule}", [[one[rule] for one in seeds] for seeds in found])
+            line(f"{method} {rule}", [[by_rule[rule] for by_rule in seeds] for seeds in columns])
     print(f"{time.perf_counter() - start:.0f} s, {torch.get_num_threads()} threads")
 
 

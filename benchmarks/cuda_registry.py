@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases of `targets.py`, for a CUDA device only: providers that CPU tables do not show.
 
-In bfloat16, hidden width F = 4 C. Beside the baselines of `registry.py`: every backend of torch's
+In bfloat16, hidden width F = 4 C. Added to `registry.py`'s baselines: every backend of torch's
 scaled_dot_product_attention, FlexAttention with its log-sum-exp re-weighted, and what vtclip does
 without Triton.
 """
@@ -84,7 +84,7 @@ def uncompiled(module: nn.Module) -> Provider:
     return call
 
 
-def _beside(work: Work, providers: dict[str, Provider]) -> Work:
+def _sharing_parameters(work: Work, providers: dict[str, Provider]) -> Work:
     # providers that share the parameters of ours
     work.providers |= providers
     work.parameters |= dict.fromkeys(providers, work.parameters["vtclip"])
@@ -93,7 +93,9 @@ def _beside(work: Work, providers: dict[str, Provider]) -> Work:
 
 def vtclip_head(device: str, dtype: torch.dtype, **shape: int) -> Work:
     work = registry.vtclip_head(device, dtype, **shape)
-    return _beside(work, {"vtclip, without Triton": without_triton(work.providers["vtclip"])})
+    return _sharing_parameters(
+        work, {"vtclip, without Triton": without_triton(work.providers["vtclip"])}
+    )
 
 
 def rada_head(device: str, dtype: torch.dtype, **shape: int) -> Work:
@@ -102,7 +104,7 @@ def rada_head(device: str, dtype: torch.dtype, **shape: int) -> Work:
     flex = rada_baselines.FlexRAda(reduced.text, reduced.num_heads, reduced.scale)
     flex = flex.to(device=device, dtype=dtype)
     flex.load_state_dict(reduced.state_dict())
-    _beside(work, {"vtclip, without Triton": without_triton(work.providers["vtclip"])})
+    _sharing_parameters(work, {"vtclip, without Triton": without_triton(work.providers["vtclip"])})
     if device == "cuda":
         name = f"{FLEX}, compiled"
         work.providers[name] = torch.compile(flex)
@@ -110,7 +112,7 @@ def rada_head(device: str, dtype: torch.dtype, **shape: int) -> Work:
         name = FLEX
         work.providers[name] = uncompiled(flex)
         work.forward_only = (*work.forward_only, name)
-    work.parameters[name] = [p for p in flex.parameters() if p.requires_grad]
+    work.parameters[name] = registry.trained_parameters(flex)
     return work
 
 

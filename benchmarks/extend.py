@@ -23,7 +23,7 @@ import numpy as np
 
 import vtclip
 
-METHODS = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "auto")
+DEFAULT_METHODS = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "auto")
 PLACES = {"before": "old alone", "old_classes": "old", "new_classes": "new"}
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, required=True)
     parser.add_argument("--shots", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     K = len(np.load(args.table)["classname"])

@@ -61,11 +61,11 @@ def random_clip(arch: str) -> Clip:
 
 
 def timed(call: Callable[[], Any], images: int) -> tuple[float, float, Any]:
-    """Milliseconds per image of wall time and of processor time, and what the call answered."""
+    """Milliseconds per image of wall time and of processor time, and what the call returned."""
     start = time.perf_counter(), time.process_time()
-    found = call()
+    result = call()
     wall, busy = time.perf_counter() - start[0], time.process_time() - start[1]
-    return wall / images * 1e3, busy / images * 1e3, found
+    return wall / images * 1e3, busy / images * 1e3, result
 
 
 def main() -> None:
@@ -82,23 +82,25 @@ def main() -> None:
         draw_folder(root / "images", args.images)
         clip = random_clip(args.model)
         folder = scan_folder(root / "images")
-        pixels = [clip.preprocess(open_image(folder.path(one))) for one in folder.names]
+        pixels = [clip.preprocess(open_image(folder.path(name))) for name in folder.names]
         batches = torch.stack(pixels).split(args.batch_size)  # type: ignore[no-untyped-call]
         del pixels
-        compare(clip, batches, root, args)
+        compare_with_encoder(clip, batches, root, args)
 
 
-def compare(clip: Clip, batches: tuple[Tensor, ...], root: Path, args: argparse.Namespace) -> None:
+def compare_with_encoder(
+    clip: Clip, batches: tuple[Tensor, ...], root: Path, args: argparse.Namespace
+) -> None:
     def encoder() -> Tensor:
         clip.encode_text(sorted(CLASSES))
         return torch.cat([clip.encode_image(batch)[0] for batch in batches])
 
     def extraction() -> tuple[Tensor, ExtractionReport]:
         shutil.rmtree(root / "out", ignore_errors=True)
-        found, report = extract_features(
+        features, report = extract_features(
             root / "images", root / "out", model=clip, batch_size=args.batch_size, progress=False
         )
-        return found.records().batch(torch.arange(len(found))).image, report
+        return features.records().batch(torch.arange(len(features))).image, report
 
     wanted = encoder()
     rows: list[tuple[float, ...]] = []
@@ -125,7 +127,9 @@ def compare(clip: Clip, batches: tuple[Tensor, ...], root: Path, args: argparse.
     print(f"{'extraction':<14} {middle[2]:>9.2f} {middle[3]:>10.2f}")
     print(f"{'ratio':<14} {100 * median(wall):>8.1f}% {100 * median(busy):>9.1f}%", end="")
     print(f"   wall {100 * min(wall):.1f}..{100 * max(wall):.1f}% over the rounds")
-    named = {name: median(one[name] for one in stages) / args.images * 1e3 for name in stages[0]}
+    named = {
+        name: median(stage[name] for stage in stages) / args.images * 1e3 for name in stages[0]
+    }
     rest = middle[2] - sum(named.values())
     parts = ", ".join(f"{name} {value:.2f}" for name, value in named.items())
     print(f"wall time of extraction: {parts}, the rest {rest:.2f} ms per image")

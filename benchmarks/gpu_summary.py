@@ -17,8 +17,10 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import results
+import sanitize_ops
 import streamed
 import targets
+from table import markdown
 
 STATE = "state.json"
 SHOWN = 40  # failed tests named on the page; junit.xml has them all
@@ -39,8 +41,8 @@ def where(torch: ModuleType, device: str, root: Path) -> dict[str, str]:
         found["devices"] = str(torch.cuda.device_count())
         found["capability"] = f"{properties.major}.{properties.minor}"
         found["memory_gib"] = f"{properties.total_memory / 2**30:.0f}"
-        told = results.output("nvcc", "--version").strip().splitlines()
-        found["nvcc"] = told[-1] if told else "none"
+        printed = results.output("nvcc", "--version").strip().splitlines()
+        found["nvcc"] = printed[-1] if printed else "none"
     return found
 
 
@@ -79,11 +81,10 @@ def _tests_page(found: dict[str, dict[str, object]]) -> list[str]:
     files = list(dict.fromkeys(file for file, _ in counts))
     outcomes = ["passed", "failed", "skipped", "error", "crashed", "not collected", "stopped"]
     outcomes = [outcome for outcome in outcomes if any(counts[file, outcome] for file in files)]
-    lines = [f"| file | {' | '.join(outcomes)} |", "| --- " * (1 + len(outcomes)) + "|"]
-    for file in files:
-        lines.append(f"| {file} | {' | '.join(str(counts[file, o]) for o in outcomes)} |")
     totals = Counter(str(entry["outcome"]) for entry in found.values())
-    lines.append(f"| **all** | {' | '.join(str(totals[o]) for o in outcomes)} |")
+    rows = [[file, *(counts[file, outcome] for outcome in outcomes)] for file in files]
+    rows.append(["**all**", *(totals[outcome] for outcome in outcomes)])
+    lines = markdown(["file", *outcomes], rows)
     bad = [(name, e) for name, e in found.items() if e["outcome"] not in ("passed", "skipped")]
     if bad:
         lines += ["", "Not passed:", ""]
@@ -98,44 +99,36 @@ def _tests_page(found: dict[str, dict[str, object]]) -> list[str]:
 
 
 def _targets_page(lines: list[dict[str, str]]) -> list[str]:
-    page = [
-        "| case | mode | what | graph | at most | measured | reached |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for line in lines:
-        cells = (line[c] for c in ("case", "mode", "what", "graph", "at_most", "measured"))
-        page.append(f"| {' | '.join(cells)} | {line['reached'] or '-'} |")
-    return page
+    columns = ("case", "mode", "what", "graph", "at_most", "measured")
+    rows = [[*(line[column] for column in columns), line["reached"] or "-"] for line in lines]
+    return markdown(["case", "mode", "what", "graph", "at most", "measured", "reached"], rows)
 
 
 def _rows_page(rows: list[dict[str, str]]) -> list[str]:
     if not rows:
         return ["No benchmark was finished."]
     columns = ("median_ms", "p20_ms", "p80_ms", "times_ours", "kernels", "peak_mib")
-    page = [f"| case | mode | provider | {' | '.join(columns)} |", "| --- " * 9 + "|"]
+    lines = []
     for row in rows:
         texts = [row.get(column) or "" for column in columns]
         if row.get("note"):
             cells = [row["note"].replace("|", "/"), *[""] * (len(columns) - 1)]
         else:
             cells = [f"{float(t):.4g}" if t else "-" for t in texts]
-        page.append(f"| {row['case']} | {row['mode']} | {row['provider']} | {' | '.join(cells)} |")
-    return page
+        lines.append([row["case"], row["mode"], row["provider"], *cells])
+    return markdown(["case", "mode", "provider", *columns], lines)
 
 
 def _sanitizer_page(found: list[dict[str, object]]) -> list[str]:
     if not found:
         return ["Not reached."]
-    page = [
-        "| check | impl | calls made | errors | in kernels | exit code |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for entry in found:
-        told = {key: "-" if value is None else value for key, value in entry.items()}
         kernels = ", ".join(entry["kernels"]) or "-"  # type: ignore[arg-type]
-        cells = f"{told['calls']} | {told['errors']} | {kernels} | {told['exit_code']}"
-        page.append(f"| {told['check']} | {told['impl']} | {cells} |")
-    return page
+        shown = {**entry, "kernels": kernels}
+        rows.append(["-" if shown[c] is None else shown[c] for c in sanitize_ops.COLUMNS])
+    head = ["check", "impl", "calls made", "errors", "in kernels", "exit code"]
+    return markdown(head, rows)
 
 
 def page(out: Path, state: dict[str, object]) -> str:
@@ -150,11 +143,9 @@ def page(out: Path, state: dict[str, object]) -> str:
     targets.write(out / "targets.csv", table)
     lines = ["# vtclip on a device", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in environment.items()]
-    lines += ["", f"## Steps, of {state['minutes']:g} minutes", "", "| step | seconds | note |"]
-    lines += ["| --- | --- | --- |"]
-    lines += [
-        f"| {s['step']} | {s['seconds']} | {str(s['note']).replace('|', '/')} |" for s in steps
-    ]
+    notes = [[s["step"], s["seconds"], str(s["note"]).replace("|", "/")] for s in steps]
+    lines += ["", f"## Steps, of {state['minutes']:g} minutes", ""]
+    lines += markdown(["step", "seconds", "note"], notes)
     left: list[str] = state["not_reached"]  # type: ignore[assignment]
     lines += ["", f"Not reached in the time: {', '.join(left) or 'nothing'}."]
     lines += ["", "## Tests", "", *_tests_page(tests(out))]

@@ -8,6 +8,7 @@ Inputs of operators come from `vtclip.testing.problems`. Add one here by a funct
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,8 +37,9 @@ class Work:
 
     def wanted(self, provider: str) -> list[Tensor]:
         """What forward+backward differentiates for this provider."""
-        own = self.parameters.get(provider)
-        return own if own is not None else [leaf for leaf in self.leaves if leaf.requires_grad]
+        if provider in self.parameters:
+            return self.parameters[provider]
+        return [leaf for leaf in self.leaves if leaf.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ def _work(
     if wanted != slice(None):
         work.parameters = dict.fromkeys(work.providers, leaves[wanted])
     return work
+
+
+def trained_parameters(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _module_work(
+    leaves: list[Tensor], modules: dict[str, nn.Module], oracle: Callable[[], Tensor]
+) -> Work:
+    parameters = {name: trained_parameters(module) for name, module in modules.items()}
+    return Work(leaves, dict(modules), oracle, parameters)
 
 
 def cross_attn(device: str, dtype: torch.dtype, **shape: int) -> Work:
@@ -134,11 +147,7 @@ def vtclip_head(device: str, dtype: torch.dtype, B: int, K: int, C: int, L: int,
     shared = baselines.SharedVTCLIP(layer, text, 100.0)
 
     def oracle() -> Tensor:
-        wide = nn.TransformerDecoderLayer(
-            C, 8, F, dropout=0.0, batch_first=True, dtype=torch.float64
-        )
-        wide.load_state_dict(layer.state_dict())
-        module = baselines.NaiveVTCLIP(wide.to(device), text.double(), 100.0)
+        module = copy.deepcopy(naive).double()
         return module(image.double(), spatial.double())
 
     modules: dict[str, nn.Module] = {
@@ -146,11 +155,7 @@ def vtclip_head(device: str, dtype: torch.dtype, B: int, K: int, C: int, L: int,
         "nn.TransformerDecoderLayer": naive,
         "shared in plain torch": shared,
     }
-    parameters = {
-        name: [p for p in module.parameters() if p.requires_grad]
-        for name, module in modules.items()
-    }
-    return Work([image, spatial], dict(modules), oracle, parameters)
+    return _module_work([image, spatial], modules, oracle)
 
 
 def rational_attn(device: str, dtype: torch.dtype, **shape: int) -> Work:
@@ -205,9 +210,7 @@ def rada_head(device: str, dtype: torch.dtype, B: int, K: int, D: int, H: int) -
     reduced.load_state_dict(released.state_dict())
 
     def oracle() -> Tensor:
-        wide = rada_baselines.ReleasedRAda(text.double(), H, 100.0).to(device).double()
-        wide.load_state_dict(released.state_dict())
-        out: Tensor = wide(image.double())
+        out: Tensor = copy.deepcopy(released).double()(image.double())
         return out
 
     modules: dict[str, nn.Module] = {
@@ -215,11 +218,7 @@ def rada_head(device: str, dtype: torch.dtype, B: int, K: int, D: int, H: int) -
         "released layer": released,
         "shared and reduced in plain torch": reduced,
     }
-    parameters = {
-        name: [p for p in module.parameters() if p.requires_grad]
-        for name, module in modules.items()
-    }
-    return Work([image], dict(modules), oracle, parameters)
+    return _module_work([image], modules, oracle)
 
 
 RADA = {"B": 32, "K": 50}

@@ -18,6 +18,7 @@ from pathlib import Path
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # odd sizes; width 24 fills neither a tile nor a vector
 ODD = {"B": 3, "K": 19, "L": 35, "H": 2, "d": 24, "D": 37, "C": 37, "F": 4}
+COLUMNS = ("check", "impl", "calls", "errors", "kernels", "exit_code")  # of what `parse` returns
 FINISHED = "calls finished"
 FINDING = re.compile(
     r"=+\s+(Invalid __|Uninitialized |Misaligned |Barrier error|Error: Race|Error: Potential"
@@ -53,14 +54,10 @@ def parse(text: str, check: str, impl: str, code: int | None) -> dict[str, objec
         if seen and found:
             where.append(found[1])
             seen = False
-    return {
-        "check": check,
-        "impl": impl,
-        "calls": int(calls[-1]) if calls else None,
-        "errors": int(counted[-1]) if counted else None,
-        "kernels": sorted(set(where)),
-        "exit_code": "time over" if code is None else code,
-    }
+    errors = int(counted[-1]) if counted else None
+    exit_code = "time over" if code is None else code
+    values = check, impl, int(calls[-1]) if calls else None, errors, sorted(set(where)), exit_code
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def main() -> None:

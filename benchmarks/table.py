@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
@@ -20,17 +21,27 @@ def load(name: str) -> dict[tuple[str, str, str], Row]:
 
 def ratios(rows: dict[tuple[str, str, str], Row], case: str, provider: str) -> str:
     """Baseline over ours, forward / forward+backward."""
-    found = [rows.get((case, mode, provider)) for mode in MODES]
-    return " / ".join(f"{float(row['times_ours']):.2f}x" if row else "-" for row in found)
+    modes = [rows.get((case, mode, provider)) for mode in MODES]
+    return " / ".join(f"{float(row['times_ours']):.2f}x" if row else "-" for row in modes)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
 def table() -> str:
     """Markdown, one row for each case and baseline."""
     widest, avx2 = load("avx512.csv"), load("avx2.csv")
-    lines = [
-        "| case (float32 unless named) | ours, ms | baseline | baseline / ours, AVX-512 | AVX2 |",
-        "| --- | --- | --- | --- | --- |",
+    head = [
+        "case (float32 unless named)",
+        "ours, ms",
+        "baseline",
+        "baseline / ours, AVX-512",
+        "AVX2",
     ]
+    lines = []
     seen: set[str] = set()
     for case, mode, provider in widest:
         if mode != MODES[0] or provider == "vtclip":
@@ -42,9 +53,9 @@ def table() -> str:
             title = title.replace(",", ", ")
             times = (widest[case, m, "vtclip"]["median_ms"] for m in MODES)
             ours = " / ".join(f"{float(t):.1f}" for t in times)
-        both = ratios(widest, case, provider), ratios(avx2, case, provider)
-        lines.append(f"| {title} | {ours} | {provider} | {both[0]} | {both[1]} |")
-    return "\n".join(lines)
+        ratios_of = (ratios(rows, case, provider) for rows in (widest, avx2))
+        lines.append([title, ours, provider, *ratios_of])
+    return "\n".join(markdown(head, lines))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 CSV = Path(__file__).parent / "results" / "gpu" / "targets.csv"
 NOT_MEASURED = "not measured"
@@ -127,18 +127,19 @@ def write(path: Path, lines: list[dict[str, str]]) -> None:
     """The table as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+        _write_csv(file, lines)
+
+
+def _write_csv(file: TextIO, lines: list[dict[str, str]]) -> None:
+    writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
 
 
 def main(arguments: list[str]) -> None:
     if not arguments:
-        write(CSV, table([]))
-        return
-    writer = csv.DictWriter(sys.stdout, fieldnames=COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table(read(Path(arguments[0]))))
+        return write(CSV, table([]))
+    _write_csv(sys.stdout, table(read(Path(arguments[0]))))
 
 
 if __name__ == "__main__":

@@ -87,13 +87,13 @@ class Plain(torch.nn.Module):
         return self.head(image)
 
 
-def check(found: Tensor, wanted: Tensor) -> None:
-    error = float((found - wanted).abs().amax() / wanted.abs().amax())
+def check(batched: Tensor, single: Tensor) -> None:
+    error = float((batched - single).abs().amax() / single.abs().amax())
     if not error < 1e-3:  # signs of gradients at rounding may differ, one AdamW step keeps them
         raise SystemExit(f"the two ways differ by {error:.1e} of the largest logit")
 
 
-def compare(name: str, ways: tuple[Way, Way], N: int, repeats: int) -> None:
+def compare_ways(name: str, ways: tuple[Way, Way], N: int, repeats: int) -> None:
     check(ways[1](), ways[0]())
     wall: tuple[list[float], list[float]] = ([], [])
     busy: tuple[list[float], list[float]] = ([], [])
@@ -125,11 +125,11 @@ def main() -> None:
             head = head_of(K, D, trained=trained)
             kind = "trained" if trained else "at start"
             ways = step_ways(head, N, config)
-            compare(f"step, {name} K={K} D={D}, {kind}", ways, N, args.repeats)
+            compare_ways(f"step, {name} K={K} D={D}, {kind}", ways, N, args.repeats)
     for trained in (False, True):
         head = head_of(24, 128, trained=trained)
         kind = "trained" if trained else "at start"
-        compare(f"whole, demo, {kind}", whole_ways(head, N, config), N, min(args.repeats, 3))
+        compare_ways(f"whole, demo, {kind}", whole_ways(head, N, config), N, min(args.repeats, 3))
 
 
 if __name__ == "__main__":

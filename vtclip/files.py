@@ -167,6 +167,9 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose metadata names the digest of its tensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as load_bytes
+
     if not path.exists():
         raise FileNotFoundError(f"not {what}: {path} does not exist")
     if not path.is_file():

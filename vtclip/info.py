@@ -24,12 +24,6 @@ def _version(distribution: str) -> str:
         return "not installed"
 
 
-def _devices() -> list[str]:
-    if not torch.cuda.is_available():
-        return ["cpu"]
-    return ["cpu", "cuda"]
-
-
 def report() -> dict[str, object]:
     """Everything `main` prints, as data for JSON."""
     cuda = torch.cuda.is_available()
@@ -50,7 +44,7 @@ def report() -> dict[str, object]:
         },
         "choice": {
             device: {op: explain(Problem(op, device, torch.float32, 64)) for op in OPS}
-            for device in _devices()
+            for device in ("cpu", *["cuda"] * cuda)
         },
     }
 

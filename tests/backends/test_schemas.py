@@ -118,6 +118,14 @@ def test_only_the_reference_is_traced_where_it_was_asked_for():
         assert ("vtclip" in graphs[-1]) == fused
 
 
+@needs_extension
+@each_call
+def test_a_call_without_gradients_can_be_traced(op):
+    tensors = [tensor.detach() for tensor in op.draw(SIZES)]
+    traced = torch.compile(getattr(ops, op.name), fullgraph=True, backend="eager")
+    torch.testing.assert_close(traced(*tensors), getattr(ops, op.name)(*tensors))
+
+
 @each_call
 def test_autocast_casts_forward_and_returns_gradients_in_the_parameters_dtype(op):
     tensors = op.draw(SIZES)

@@ -14,11 +14,11 @@ import pytest
 from vtclip.bench import jobs as module
 from vtclip.bench.jobs import (
     BenchJob,
+    JobShard,
     Settings,
-    Shard,
     job_list,
-    own_sources,
     parse_shard,
+    path_sources,
     set_sources,
     spatial_rows_only,
 )
@@ -29,11 +29,11 @@ SETTINGS = Settings()
 
 def listed(path: Path, methods: list[str] | None = None, **changed: object) -> list[BenchJob]:
     settings = dataclasses.replace(SETTINGS, **changed)  # type: ignore[arg-type]
-    return job_list(own_sources([path], settings), methods, [2, 1], [3, 1], settings)
+    return job_list(path_sources([path], settings), methods, [2, 1], [3, 1], settings)
 
 
 def test_every_combination_once_and_draws_of_a_source_together(animals, insects):
-    sources = own_sources([animals, insects], SETTINGS)
+    sources = path_sources([animals, insects], SETTINGS)
     jobs = job_list(sources, ["rada", "zeroshot"], [4, 1], [2, 1], SETTINGS)
     places = [job.place() for job in jobs]
     wanted = itertools.product(("animals", "insects"), (1, 4), (2, 1), ("rada", "zeroshot"))
@@ -68,7 +68,7 @@ def test_a_key_changes_with_all_that_decides_the_result(animals, tmp_path, monke
 
 
 def test_the_order_of_shots_and_seeds_does_not_change_keys(animals):
-    source = own_sources([animals], SETTINGS)
+    source = path_sources([animals], SETTINGS)
     one = job_list(source, ["rada"], [1, 4], [1, 2], SETTINGS)
     two = job_list(source, ["zeroshot", "rada"], [4, 1], [2, 1], SETTINGS)
     assert {job.key for job in one} < {job.key for job in two}
@@ -76,19 +76,19 @@ def test_the_order_of_shots_and_seeds_does_not_change_keys(animals):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 30])
 def test_shards_share_the_list_without_loss(insects, animals, count):
-    jobs = job_list(own_sources([insects, animals], SETTINGS), None, [1, 2], [1, 2], SETTINGS)
-    parts = [Shard(index, count).of(jobs) for index in range(1, count + 1)]
+    jobs = job_list(path_sources([insects, animals], SETTINGS), None, [1, 2], [1, 2], SETTINGS)
+    parts = [JobShard(index, count).of(jobs) for index in range(1, count + 1)]
     assert sorted(job.key for part in parts for job in part) == sorted(job.key for job in jobs)
-    assert len({Shard(index, count).file for index in range(1, count + 1)}) == count
+    assert len({JobShard(index, count).file for index in range(1, count + 1)}) == count
 
 
 def test_each_method_goes_to_every_shard(animals):
     """A slow method must not be the work of one process."""
     jobs = job_list(
-        own_sources([animals], SETTINGS), ["rada", "zeroshot"], [1, 2], [1, 2], SETTINGS
+        path_sources([animals], SETTINGS), ["rada", "zeroshot"], [1, 2], [1, 2], SETTINGS
     )
     for index in (1, 2):
-        part = Shard(index, 2).of(jobs)
+        part = JobShard(index, 2).of(jobs)
         assert [sum(job.method == name for job in part) for name in ("rada", "zeroshot")] == [2, 2]
 
 
@@ -163,27 +163,27 @@ def test_a_set_is_named_by_its_lists(tmp_path, trees: ModuleType):
 def test_bad_lists(animals, given, message):
     wanted = {"methods": ["rada"], "shots": [1], "seeds": [1], **given}
     with pytest.raises(ValueError, match=message):
-        job_list(own_sources([animals], SETTINGS), settings=SETTINGS, **wanted)
+        job_list(path_sources([animals], SETTINGS), settings=SETTINGS, **wanted)
 
 
 def test_bad_sources(animals, tmp_path):
     other = tmp_path / "animals.npz"
     other.write_bytes(b"PK nothing")
     with pytest.raises(ValueError, match=r"animals\.npz: not a readable \.npz file"):
-        own_sources([other], SETTINGS)
+        path_sources([other], SETTINGS)
     other.write_bytes(animals.read_bytes())
     with pytest.raises(ValueError, match="sources must have different names, got .* and "):
-        own_sources([animals, other], SETTINGS)
+        path_sources([animals, other], SETTINGS)
     with pytest.raises(ValueError, match="an .npz file takes no augment_passes, got 2"):
-        own_sources([animals], Settings(augment_passes=2))
+        path_sources([animals], Settings(augment_passes=2))
 
 
 @pytest.mark.parametrize(
     ("text", "environ", "wanted"),
     [
-        (None, {}, Shard(1, 1)),
-        (None, {"RANK": "2", "WORLD_SIZE": "3"}, Shard(3, 3)),
-        ("2/4", {"RANK": "0", "WORLD_SIZE": "1"}, Shard(2, 4)),
+        (None, {}, JobShard(1, 1)),
+        (None, {"RANK": "2", "WORLD_SIZE": "3"}, JobShard(3, 3)),
+        ("2/4", {"RANK": "0", "WORLD_SIZE": "1"}, JobShard(2, 4)),
     ],
 )
 def test_shard_by_name_or_by_torchrun(text, environ, wanted):

@@ -24,7 +24,7 @@ from vtclip.bench.tables import (
     details_tables,
     facts_table,
     hardest_classes,
-    markdown,
+    markdown_table,
 )
 
 
@@ -175,7 +175,7 @@ def test_the_best_of_each_column_is_bold() -> None:
     assert best_of(table, 1) == ["rada"]
     assert best_of(table, 2) == ["proker", "rada"]  # equal in what is shown
     assert "<b>70.00</b> <small>± 5.00†</small>" in page_of(report)
-    assert "| rada     | **70.00** ± 5.00† | **80.00** ± 5.00† |" in markdown(table)
+    assert "| rada     | **70.00** ± 5.00† | **80.00** ± 5.00† |" in markdown_table(table)
 
 
 def test_the_lowest_calibration_error_is_bold() -> None:
@@ -300,7 +300,7 @@ def test_commands_quote_what_a_shell_would_take() -> None:
 @pytest.mark.parametrize("name", ["a|b", "<b>x</b>", "*x*", "[x](y)", "`x`", "x\ny", "&lt;"])
 def test_names_are_text_in_markdown(name: str) -> None:
     report = make_report([made.make_row(source="s", method=name)])
-    line = markdown(accuracy_table(report.groups[0])).splitlines()[-1]
+    line = markdown_table(accuracy_table(report.groups[0])).splitlines()[-1]
     bars = re.findall(r"(?<!\\)\|", line)
     assert len(bars) == 3
     assert "<" not in line

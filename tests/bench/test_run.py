@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import vtclip
-from vtclip.bench.jobs import Settings, Shard, job_list, own_sources, set_sources
+from vtclip.bench.jobs import JobShard, Settings, job_list, path_sources, set_sources
 from vtclip.bench.rows import OtherContent, RowFile, is_finished, read_rows
 from vtclip.bench.run import BenchOutcome, run_bench
 from vtclip.data.options import Draw, FeatureOptions
@@ -30,7 +30,7 @@ PLACE = ("source", "method", "shots", "seed")
 
 def bench(out: Path, *paths: Path, **options: Any) -> BenchOutcome:
     settings = options.pop("settings", Settings())
-    return run_bench(own_sources(paths, settings), out, settings=settings, **{**FIXED, **options})
+    return run_bench(path_sources(paths, settings), out, settings=settings, **{**FIXED, **options})
 
 
 def places(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -378,7 +378,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from vtclip.bench.jobs import Settings, Shard, own_sources
+from vtclip.bench.jobs import Settings, JobShard, path_sources
 from vtclip.bench.run import run_bench
 import torch._dynamo  # once, before the processes part
 
@@ -387,8 +387,8 @@ out, source = Path(sys.argv[1]), sys.argv[2]
 def start(index):
     child = os.fork()
     if child == 0:
-        run_bench(own_sources([source], Settings()), out, methods=["zeroshot"], shots=[1, 2],
-                  seeds=range(10), shard=Shard(index, 2), device="cpu")
+        run_bench(path_sources([source], Settings()), out, methods=["zeroshot"], shots=[1, 2],
+                  seeds=range(10), shard=JobShard(index, 2), device="cpu")
         os._exit(0)
     return child
 
@@ -411,13 +411,13 @@ assert ended(two) == 0
 
 
 def test_two_processes_and_a_kill_lose_and_repeat_nothing(animals, tmp_path):
-    """Shard 1 is killed with SIGKILL while both run, then called again."""
+    """JobShard 1 is killed with SIGKILL while both run, then called again."""
     out = tmp_path / "out"
     words = [sys.executable, "-c", TWO_PROCESSES, str(out), str(animals)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    sources = own_sources([animals], Settings())
+    sources = path_sources([animals], Settings())
     jobs = job_list(sources, ["zeroshot"], [1, 2], range(10), Settings())
     rows = lines_of(out)
     assert Counter(row["key"] for row in rows) == Counter(job.key for job in jobs)
@@ -427,7 +427,7 @@ def test_two_processes_and_a_kill_lose_and_repeat_nothing(animals, tmp_path):
     assert survived.count(b"\n") >= 3
     assert (out / "results-1-of-2.jsonl").read_bytes().startswith(survived)
     for index in (1, 2):
-        mine = {job.key for job in Shard(index, 2).of(jobs)}
+        mine = {job.key for job in JobShard(index, 2).of(jobs)}
         text = (out / f"results-{index}-of-2.jsonl").read_text()
         assert {json.loads(line)["key"] for line in text.splitlines()} == mine
     whole = bench(out, animals, shots=[1, 2], seeds=list(range(10)))
@@ -436,8 +436,8 @@ def test_two_processes_and_a_kill_lose_and_repeat_nothing(animals, tmp_path):
 
 
 def test_what_other_shards_have_left_is_told(animals, tmp_path):
-    first = bench(tmp_path / "out", animals, shard=Shard(1, 2))
+    first = bench(tmp_path / "out", animals, shard=JobShard(1, 2))
     assert (first.jobs, first.finished, first.left) == (2, 2, 2)
-    second = bench(tmp_path / "out", animals, shard=Shard(2, 2))
+    second = bench(tmp_path / "out", animals, shard=JobShard(2, 2))
     assert (second.finished, second.left) == (2, 0)
     assert first.line().endswith("2 finished, 2 left to other shards")

@@ -14,7 +14,7 @@ from vtclip.cli import main
 from vtclip.cli import tune as tune_command
 from vtclip.tune import jobs as tune_jobs
 from vtclip.tune import table as tuned
-from vtclip.tune.search import MARGIN, asked_by, fastest, tune, walk
+from vtclip.tune.search import MARGIN, fastest, tile_requests, tune, walk
 
 pytest.importorskip("triton", reason="triton is not installed")
 from vtclip.kernels import _candidates, _configs, _tiles
@@ -89,10 +89,10 @@ def test_numbers_that_are_no_tile(kind, numbers):
 
 def test_a_call_is_watched():
     call = one_job("rada", SMALL["rada"], "rational_attn_bwd").draw()
-    kinds = [asked.kind for asked in asked_by(call)]
+    kinds = [asked.kind for asked in tile_requests(call)]
     assert kinds[0] == "rational_one_bwd"
     call = one_job("vtclip", SMALL["vtclip"], "cross_attn_bwd").draw()
-    asked = asked_by(call)
+    asked = tile_requests(call)
     assert [one.kind for one in asked] == ["bwd_query", "bwd_key"]
     assert asked[0].key == "bwd_query float32 ieee B2 H2 K20 L9 d16"
 
@@ -100,7 +100,7 @@ def test_a_call_is_watched():
 def test_the_walk_ends_at_the_median_fastest():
     """Times are 100 + |log2(block_k / 16)|, with one wild outlier among the rounds of each."""
     call = one_job("vtclip", SMALL["vtclip"], "cross_attn_fwd").draw()
-    (asked,) = asked_by(call)
+    (asked,) = tile_requests(call)
     spoiled: dict[tuple[int, ...], int] = {}
 
     def timer(call):
@@ -138,7 +138,7 @@ def test_wrong_results_and_broken_compilers_are_passed_over():
             raise OutOfResources(300000, 232448, "shared memory")
         return [torch.full((3,), 1.0 if tile.block_k >= 32 else 1.1)]
 
-    (asked,) = asked_by(call)
+    (asked,) = tile_requests(call)
     found = walk(call, asked, {}, lambda call: float(_tiles.choose(*asked)[0]))
     assert found.tile[0] == 32
     assert found.dropped >= 2
@@ -152,7 +152,7 @@ def test_other_errors_are_not_hidden():
             raise ZeroDivisionError
         return [torch.ones(3)]
 
-    (asked,) = asked_by(call)
+    (asked,) = tile_requests(call)
     with pytest.raises(ZeroDivisionError):
         walk(call, asked, {}, lambda call: 1.0)
 
@@ -181,12 +181,12 @@ def test_every_launcher_has_a_job_that_runs(method):
 def pretended_gpu(monkeypatch):
     """The command on CPU tensors in the interpreter, with a clock that likes few rows."""
     monkeypatch.setattr(tune_command, "cuda_device", lambda named: "cpu")
-    monkeypatch.setattr(tune_command, "gpu_identity", lambda: ("Pretended", 90))
+    monkeypatch.setattr("vtclip.backends.triton.gpu_identity", lambda: ("Pretended", 90))
     monkeypatch.setattr("vtclip.backends.triton.interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
 
     def clock(call):
-        return float(sum(_tiles.choose(*asked)[0] for asked in asked_by(call)))
+        return float(sum(_tiles.choose(*asked)[0] for asked in tile_requests(call)))
 
     def with_clock(jobs, report):
         return tune(jobs, timer=clock, report=report)

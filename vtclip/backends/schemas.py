@@ -80,16 +80,9 @@ def cross_attn_fwd(
 
 @operator
 def cross_attn_bwd(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+    key_mask: Tensor | None, out: Tensor, lse: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     Bq, H, K, d = query.shape
     B, _, L, _ = key.shape
     d_query = _heads_inner(query, Bq, K, H, d)
@@ -123,27 +116,17 @@ def cosine_logits_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor
 
 @operator
 def cosine_logits_bwd(
-    grad_logits: Tensor,
-    image: Tensor,
-    text: Tensor,
-    image_rnorm: Tensor,
-    text_rnorm: Tensor,
+    grad_logits: Tensor, image: Tensor, text: Tensor, image_rnorm: Tensor, text_rnorm: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _like(image), _like(text)
 
 
 @operator
 def norm_cosine_logits_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    text: Tensor,
-    image: Tensor,
-    residual: float,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor, text: Tensor, image: Tensor, residual: float,
+    scale: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, K, _ = hidden.shape
     acc = acc_dtype(hidden.dtype)
     logits = hidden.new_empty((B, K))
@@ -153,38 +136,18 @@ def norm_cosine_logits_fwd(
 
 @operator
 def norm_cosine_logits_bwd(
-    grad_logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    text: Tensor,
-    image: Tensor,
-    logits: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    image_rnorm: Tensor,
-    row_rnorm: Tensor,
-    residual: float,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, text: Tensor, image: Tensor,
+    logits: Tensor, mean: Tensor, rstd: Tensor, image_rnorm: Tensor, row_rnorm: Tensor,
+    residual: float, scale: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _like(hidden), _like(weight), _like(bias), _like(text), _like(image)
 
 
 @operator
 def ffn_cosine_logits_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual_input: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    text: Tensor,
-    image: Tensor,
-    residual: float,
-    scale: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, bias: Tensor, residual_input: Tensor, norm_weight: Tensor,
+    norm_bias: Tensor, text: Tensor, image: Tensor, residual: float, scale: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     # logits, stats, image_rnorm
     # stats: mean and shift (both are subtracted), rstd, 1 / |y|, cosine, mean of g, mean of g zh;
     # g = residual norm_weight (image / |image| - cosine y / |y|). The mean is the implementation's:
@@ -197,43 +160,21 @@ def ffn_cosine_logits_fwd(
 
 @operator
 def ffn_cosine_logits_bwd(
-    grad_logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual_input: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    text: Tensor,
-    image: Tensor,
-    stats: Tensor,
-    image_rnorm: Tensor,
-    residual: float,
-    scale: float,
-    feature_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_logits: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, residual_input: Tensor,
+    norm_weight: Tensor, norm_bias: Tensor, text: Tensor, image: Tensor, stats: Tensor,
+    image_rnorm: Tensor, residual: float, scale: float, feature_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
-        _like(hidden),
-        _like(weight),
-        _like(bias),
-        _like(residual_input),
-        _like(norm_weight),
-        _like(norm_bias),
-        _like(text, feature_grads),
-        _like(image, feature_grads),
-    )
+        _like(hidden), _like(weight), _like(bias), _like(residual_input), _like(norm_weight),
+        _like(norm_bias), _like(text, feature_grads), _like(image, feature_grads),
+    )  # fmt: skip
 
 
 @operator
 def rational_attn_fwd(
-    image_query: Tensor | None,
-    text_query: Tensor | None,
-    pair_query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    keep_parts: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    image_query: Tensor | None, text_query: Tensor | None, pair_query: Tensor | None, key: Tensor,
+    value: Tensor, scale: float, keep_parts: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, H, K, d = key.shape
     acc = acc_dtype(key.dtype)
     kinds = [query for query in (text_query, pair_query) if query is not None] * keep_parts
@@ -245,17 +186,10 @@ def rational_attn_fwd(
 
 @operator
 def rational_attn_bwd(
-    grad_out: Tensor,
-    image_query: Tensor | None,
-    text_query: Tensor | None,
-    pair_query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    parts: Tensor,
-    image_out: Tensor,
-    stats: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, image_query: Tensor | None, text_query: Tensor | None,
+    pair_query: Tensor | None, key: Tensor, value: Tensor, parts: Tensor, image_out: Tensor,
+    stats: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     # the last: gradients of pair_query (where there is one), key and value
     def grad(like: Tensor | None) -> Tensor:
         if like is None:
@@ -288,26 +222,17 @@ def unit_products_fwd(image: Tensor, text: Tensor, scale: float) -> tuple[Tensor
 
 @operator
 def unit_products_bwd(
-    grad_image: Tensor,
-    grad_text: Tensor,
-    grad_products: Tensor,
-    image: Tensor,
-    text: Tensor,
+    grad_image: Tensor, grad_text: Tensor, grad_products: Tensor, image: Tensor, text: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _like(image), _like(text)
 
 
 @operator
 def rational_head_fwd(
-    context: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    image: Tensor,
-    text: Tensor,
-    scale: float,
+    context: Tensor, weight: Tensor, bias: Tensor, image: Tensor, text: Tensor, scale: float,
     penalty: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, K, _ = context.shape
     # logits, penalty, peak
     peaks = B if penalty == PENALTY_CODES["linf"] else 0
@@ -320,25 +245,11 @@ def rational_head_fwd(
 
 @operator
 def rational_head_bwd(
-    grad_logits: Tensor,
-    grad_penalty: Tensor,
-    context: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    image: Tensor,
-    text: Tensor,
-    peak: Tensor,
-    scale: float,
-    penalty: int,
-    feature_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (
-        _like(context),
-        _like(weight),
-        _like(bias),
-        _like(image, feature_grads),
-        _like(text, feature_grads),
-    )
+    grad_logits: Tensor, grad_penalty: Tensor, context: Tensor, weight: Tensor, bias: Tensor,
+    image: Tensor, text: Tensor, peak: Tensor, scale: float, penalty: int, feature_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    features = _like(image, feature_grads), _like(text, feature_grads)
+    return _like(context), _like(weight), _like(bias), *features
 
 
 @triton_operator  # a launch saved on a GPU; elsewhere three calls of torch are as good

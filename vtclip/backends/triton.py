@@ -58,24 +58,32 @@ class _Triton:
         return function
 
 
-@functools.cache
-def _load_launcher(name: str) -> Callable[..., Any]:
-    """The launcher of that name; before the first one a table that VTCLIP_TUNED names is read."""
-    _read_tuned()
+def launcher_of(name: str) -> Callable[..., Any]:
+    """The function of `vtclip.kernels` that launches X_fwd or X_bwd."""
     module = f"vtclip.kernels.{name.removesuffix('_fwd').removesuffix('_bwd')}"
     launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return launcher
 
 
 @functools.cache
+def _load_launcher(name: str) -> Callable[..., Any]:
+    """The launcher of that name; before the first one a table that VTCLIP_TUNED names is read."""
+    _read_tuned()
+    return launcher_of(name)
+
+
+def gpu_identity() -> tuple[str, int]:
+    """Name and compute capability (10 * major + minor) of the current CUDA device."""
+    major, minor = torch.cuda.get_device_capability()
+    return torch.cuda.get_device_name(), 10 * major + minor
+
+
+@functools.cache
 def _read_tuned() -> None:
     if not os.environ.get("VTCLIP_TUNED"):
         return
-    device = None
-    if torch.cuda.is_available() and not interpreted():
-        major, minor = torch.cuda.get_device_capability()
-        device = torch.cuda.get_device_name(), 10 * major + minor
-    importlib.import_module("vtclip.tune.table").activate(device)
+    on_gpu = torch.cuda.is_available() and not interpreted()
+    importlib.import_module("vtclip.tune.table").activate(gpu_identity() if on_gpu else None)
 
 
 def _launcher(name: str) -> Callable[..., Any]:

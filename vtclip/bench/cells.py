@@ -19,7 +19,7 @@ from vtclip.bench.published import read_published
 from vtclip.bench.rows import Row
 from vtclip.names import METHODS
 
-PARTS = ("base", "new", "harmonic mean")
+CLASS_PARTS = ("base", "new", "harmonic mean")
 METRICS = ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
 FEATURES = ("model", "prompt", "templates", "test_fraction", "base_to_new")
 SAME = 1e-9  # less than one image of any test set: accuracies that differ by rounding only
@@ -61,6 +61,13 @@ class Cell:
     def bounds(self) -> tuple[float, float] | None:
         """The 95 % interval, over seeds where they differ, else of the test set."""
         return seed_interval(list(self.accuracy.values())) if self.seeds_differ else self.interval
+
+    @property
+    def interval_kind(self) -> str | None:
+        """What `bounds` is an interval over, where there is one."""
+        if self.bounds is None:
+            return None
+        return "seeds" if self.seeds_differ else "test set"
 
     @property
     def half(self) -> float | None:
@@ -292,7 +299,9 @@ def groups_of(rows: Sequence[Row], missed: Sequence[Row] = ()) -> list[Group]:
                 [*(row["seed"] for row in group_rows), *(lost if len(keyed) == 1 else ())]
             )
             if "harmonic_mean" in group_rows[0]:
-                groups += [group_of(f"{title}: {part}", group_rows, part, seeds) for part in PARTS]
+                groups += [
+                    group_of(f"{title}: {part}", group_rows, part, seeds) for part in CLASS_PARTS
+                ]
             else:
                 groups.append(group_of(title, group_rows, None, seeds))
     order = list(titles)

@@ -11,7 +11,7 @@ from typing import Any
 from vtclip.bench.cells import Cell, Group, group_by, method_of
 from vtclip.bench.published import read_published
 from vtclip.bench.report import BenchReport, Comparison
-from vtclip.bench.rows import PLACE, Row
+from vtclip.bench.rows import PLACE, Row, reason_of
 from vtclip.bench.tables import METRIC_TITLES, mean_of
 
 CSV_HEAD = [
@@ -28,7 +28,7 @@ TABLE_HEAD = (
 MEAN = "mean of sources"
 
 
-def written(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -49,7 +49,7 @@ def report_csv(report: BenchReport) -> str:
                 number = 0 if method_of(line) == "zeroshot" else shots
                 compared = comparisons.get((id(group), line, number))
                 rows.append(_csv_row(group, line, shots, cell, compared))
-    return written(CSV_HEAD, rows)
+    return csv_text(CSV_HEAD, rows)
 
 
 def _csv_row(
@@ -65,7 +65,7 @@ def _csv_row(
         "seeds": " ".join(map(str, cell.accuracy)),
         "accuracy": f"{100 * cell.mean:.4f}",
         "half_interval": None if cell.half is None else f"{100 * cell.half:.4f}",
-        "interval": None if cell.half is None else "seeds" if cell.seeds_differ else "test set",
+        "interval": cell.interval_kind,
         **{name: cell.metrics.get(name) for name in METRIC_TITLES},
         "train_seconds": mean_of(cell.rows, "seconds", "train"),
         "total_seconds": mean_of(cell.rows, "seconds", "total"),
@@ -92,7 +92,7 @@ def summary_of(report: BenchReport) -> dict[str, Any]:
     for (source, method, shots), rows in lost.items():
         known = groups[source].lines.get(method, {}) if source in groups else {}
         if shots not in known:
-            cells.append(_cell(source, method, shots, None, False, _reasons(rows)))
+            cells.append(_summary_cell(source, method, shots, None, False, _reasons(rows)))
     means = [] if report.average is None else _group_cells(report.average, MEAN, {})
     return {"cells": cells, "means": means, "notes": list(report.notes)}
 
@@ -108,12 +108,12 @@ def _group_cells(
                 why = _reasons(lost.get((source, method_of(line), shots), ()))
                 if cells[shots].missing and not why:
                     why = [f"{cells[shots].shortfall}; the others have not run"]
-                row = _cell(source, line, shots, cells[shots], line in best, why)
+                row = _summary_cell(source, line, shots, cells[shots], line in best, why)
                 summary.append({**row, "test_images": group.test_images})
     return summary
 
 
-def _cell(
+def _summary_cell(
     source: str, method: str, shots: int, cell: Cell | None, best: bool, missing: Sequence[str]
 ) -> dict[str, Any]:
     row: dict[str, Any] = {**dict.fromkeys(TABLE_HEAD), "source": source, "method": method}
@@ -123,7 +123,7 @@ def _cell(
     row |= {"seeds": list(cell.accuracy), "accuracy": cell.mean}
     if (bounds := cell.bounds) is not None:
         row["low"], row["high"] = bounds
-        row["interval"] = "seeds" if cell.seeds_differ else "test set"
+        row["interval"] = cell.interval_kind
     row |= {name: cell.metrics.get(name) for name in METRIC_COLUMNS}
     return row | {name: mean_of(cell.rows, *path) for name, path in COST.items()}
 
@@ -132,32 +132,26 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
     """Why jobs have no numbers, each reason once with its seeds."""
     seeds: dict[str, list[int]] = {}
     for row in rows:
-        kind = "failed" if "failed" in row else "skipped"
-        seeds.setdefault(f"{kind}: {row[kind]}", []).append(int(row.get("seed", 0)))
+        seeds.setdefault(reason_of(row), []).append(int(row.get("seed", 0)))
     return [
-        f"seed{'s' * (len(own) > 1)} {', '.join(map(str, sorted(own)))} {reason}"
-        for reason, own in seeds.items()
+        f"seed{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))} {reason}"
+        for reason, numbers in seeds.items()
     ]
 
 
 def summary_csv(summary: Mapping[str, Any]) -> str:
     """table.csv: every cell and mean as a line."""
-    rows = [
-        {
-            **cell,
-            "seeds": " ".join(map(str, cell["seeds"])),
-            "best": int(cell["best"]),
-            "missing": "; ".join(cell["missing"]),
-        }
-        for cell in (*summary["cells"], *summary["means"])
-    ]
-    return written(TABLE_HEAD, rows)
+    rows = []
+    for cell in (*summary["cells"], *summary["means"]):
+        joined = {"seeds": " ".join(map(str, cell["seeds"])), "missing": "; ".join(cell["missing"])}
+        rows.append({**cell, **joined, "best": int(cell["best"])})
+    return csv_text(TABLE_HEAD, rows)
 
 
 def runs_csv(rows: Iterable[Row]) -> str:
     """results.csv: every run's scalars, in the columns that any run has."""
     flat = [flat_row(row) for row in rows]
-    return written(dict.fromkeys(name for row in flat for name in row), flat)
+    return csv_text(dict.fromkeys(name for row in flat for name in row), flat)
 
 
 def flat_row(row: Mapping[str, Any]) -> dict[str, Any]:

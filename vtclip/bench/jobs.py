@@ -90,25 +90,15 @@ class BenchJob:
         return self.source.name, self.method, self.shots, self.seed
 
 
-def needs_spatial(method: str) -> bool:
-    return HEADS[method].needs_spatial
-
-
-def needs_encoder(method: str) -> bool:
-    """Whether the method trains through the model's text encoder, which an .npz table lacks."""
-    return HEADS[method].needs_text_encoder
-
-
-def own_sources(paths: Sequence[str | Path], settings: Settings) -> list[Source]:
+def path_sources(paths: Sequence[str | Path], settings: Settings) -> list[Source]:
     """Image folders, features folders and .npz files, under different names."""
     sources: list[Source] = []
     for path in paths:
-        source = _look_at(Path(path).expanduser(), settings)
-        twin = next((known for known in sources if known.name == source.name), None)
-        if twin is not None:
-            raise ValueError(
-                f"sources must have different names, got {twin.where} and {source.where}"
-            )
+        source = _path_source(Path(path).expanduser(), settings)
+        for other in sources:
+            if other.name == source.name:
+                pair = f"{other.where} and {source.where}"
+                raise ValueError(f"sources must have different names, got {pair}")
         sources.append(source)
     return sources
 
@@ -141,14 +131,12 @@ def set_sources(root: str | Path, names: Sequence[str] | None, settings: Setting
     return sources
 
 
-def _look_at(path: Path, settings: Settings) -> Source:
+def _path_source(path: Path, settings: Settings) -> Source:
     kind = source_kind(path)
     if kind == "npz":
         for option in ("templates", "augment_passes"):
-            if getattr(settings, option):
-                raise ValueError(
-                    f"{path}: an .npz file takes no {option}, got {getattr(settings, option)}"
-                )
+            if value := getattr(settings, option):
+                raise ValueError(f"{path}: an .npz file takes no {option}, got {value}")
         try:
             with zipfile.ZipFile(path) as archive:
                 arrays = {Path(name).stem for name in archive.namelist()}
@@ -192,9 +180,9 @@ def job_list(
     """
     for method in methods or ():
         pick("method", method, METHODS)
-    _all_differ("methods", methods or ())
-    _all_differ("shots", shots)
-    _all_differ("seeds", seeds)
+    _check_distinct("methods", methods or ())
+    _check_distinct("shots", shots)
+    _check_distinct("seeds", seeds)
     for number in shots:
         if number < 1:
             raise ValueError(f"shots must be at least 1, got {number}")
@@ -219,9 +207,9 @@ def job_list(
 
 def not_applicable(method: str, source: Source) -> str | None:
     """Why `method` cannot be fitted to `source`, as far as is known without opening it."""
-    if needs_spatial(method) and source.spatial == "none":
+    if HEADS[method].needs_spatial and source.spatial == "none":
         return f"{method} needs spatial features, and {source.name} has none"
-    if needs_encoder(method) and not source.encoder:
+    if HEADS[method].needs_text_encoder and not source.encoder:
         return f"{method} needs the text encoder, and {source.name} names no model"
     if takes_images(method) and source.test_only:
         return f"{method} needs training images, and {source.name} is a test set"
@@ -238,7 +226,9 @@ def spatial_rows_only(source: Source, jobs: Sequence[BenchJob]) -> bool:
 def _spatial(source: Source, reasons: Mapping[str, str | None], settings: Settings) -> str | None:
     """The spatial option of the source's jobs, the same for all methods: they share their rows."""
     if source.spatial == "some":
-        wanted = settings.spatial is not None or any(needs_spatial(m) for m in reasons)
+        wanted = settings.spatial is not None or any(
+            HEADS[method].needs_spatial for method in reasons
+        )
         return "default" if wanted else None
     return settings.spatial if source.spatial == "all" else None
 
@@ -252,7 +242,7 @@ def _draws(source: Source, shots: Sequence[int], seeds: Sequence[int]) -> list[t
 def _key(
     source: Source, method: str, shots: int, seed: int, spatial: str | None, settings: Settings
 ) -> str:
-    decides = {
+    identity = {
         "format": KEY_FORMAT,
         "source": [source.name, source.identity],
         "method": method,
@@ -261,16 +251,16 @@ def _key(
         "settings": {**dataclasses.asdict(settings), "spatial": spatial},
         "fit": dataclasses.asdict(recipe_config(method, shots, None)),
     }
-    return json_digest(decides)[:32]
+    return json_digest(identity)[:32]
 
 
-def _all_differ(what: str, values: Sequence[Any]) -> None:
+def _check_distinct(what: str, values: Sequence[Any]) -> None:
     if len(set(values)) < len(values):
         raise ValueError(f"{what} must differ, got {','.join(map(str, values))}")
 
 
 @dataclass(frozen=True)
-class Shard:
+class JobShard:
     """Part `index` (1..count) of a job list."""
 
     index: int = 1
@@ -292,15 +282,15 @@ class Shard:
         return [job for job in jobs if (job.group + job.column) % self.count == self.index - 1]
 
 
-def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> Shard:
+def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> JobShard:
     """The shard "i/n"; without one, that of torchrun's RANK and WORLD_SIZE, or the whole list."""
     if text is None:
         try:
             rank, size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
         except ValueError:
             raise ValueError("RANK and WORLD_SIZE must be integers") from None
-        return Shard(rank + 1, size)
+        return JobShard(rank + 1, size)
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal()):
         raise ValueError(f"shard must be i/n with i in 1..n, got {text!r}")
-    return Shard(int(index), int(count))
+    return JobShard(int(index), int(count))

@@ -7,38 +7,15 @@ and scroll by themselves on a narrow screen. Every name is escaped.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from vtclip.bench import panels, tables
 from vtclip.bench.cells import Group
-from vtclip.bench.panels import (
-    DIAGRAM,
-    PANEL,
-    THEME,
-    escape,
-    pooled_bins,
-    published_of,
-    reliability,
-    sheet,
-    shots_panel,
-    styles_of,
-    swatch,
-)
+from vtclip.bench.panels import escape
 from vtclip.bench.report import BenchReport
-from vtclip.bench.tables import (
-    Entry,
-    Table,
-    accuracy_table,
-    commands,
-    comparison_tables,
-    details_tables,
-    facts_table,
-    hardest_classes,
-    markdown,
-    missed_table,
-    plain,
-    sources_table,
-)
+from vtclip.bench.tables import Entry, Table, plain, plural
 from vtclip.files import printable
 
 MARK = '<meta name="generator" content="vtclip report">'
@@ -120,41 +97,47 @@ class Pictures:
 
     def files(self) -> dict[str, str]:
         """Each kind of picture as an SVG file of its own."""
-        found = {"report-shots.svg": sheet(self.panels, 4, PANEL, self.legend)}
-        every = [one for several in self.diagrams.values() for one in several]
-        if every:
-            found["report-reliability.svg"] = sheet(every, 7, DIAGRAM, {})
-        return found
+        files = {"report-shots.svg": panels.sheet(self.panels, 4, panels.PANEL, self.legend)}
+        diagrams = list(itertools.chain.from_iterable(self.diagrams.values()))
+        if diagrams:
+            files["report-reliability.svg"] = panels.sheet(diagrams, 7, panels.DIAGRAM, {})
+        return files
 
 
 def draw(report: BenchReport) -> Pictures:
-    styles = styles_of(report.lines)
-    panels, dashed = [], False
+    styles = panels.styles_of(report.lines)
+    shots_panels, dashed = [], False
     for group in report.tables:
         printed = {}
         if report.comparisons is not None:
-            named = {line: published_of(group, line, report.groups) for line in styles}
-            printed = {line: found for line, found in named.items() if found}
+            named = {line: panels.published_of(group, line, report.groups) for line in styles}
+            printed = {line: values for line, values in named.items() if values}
         dashed = dashed or bool(printed)
         if group.part is None:
-            panels.append(shots_panel(group, styles, printed))
-    legend = {"zeroshot": swatch(None), **{line: swatch(style) for line, style in styles.items()}}
-    whole = [group for group in report.groups if group.part is None]
-    found = {f"{group.title}, {group.shots[-1]} shots": diagrams_of(group) for group in whole}
-    diagrams = {title: several for title, several in found.items() if several}
-    return Pictures(panels, legend, diagrams, dashed)
+            shots_panels.append(panels.shots_panel(group, styles, printed))
+    legend = {
+        "zeroshot": panels.swatch(None),
+        **{line: panels.swatch(style) for line, style in styles.items()},
+    }
+    diagrams = {
+        f"{group.title}, {group.shots[-1]} shots": drawn
+        for group in report.groups
+        if group.part is None and (drawn := diagrams_of(group))
+    }
+    return Pictures(shots_panels, legend, diagrams, dashed)
 
 
 def diagrams_of(group: Group) -> list[str]:
     """A diagram for each line at its most shots, where its rows hold bins."""
-    found = []
+    diagrams = []
     for line, cells in group.lines.items():
         shots = max(cells)
-        raw = pooled_bins(cells[shots], "raw")
+        raw = panels.pooled_bins(cells[shots], "raw")
         if raw is not None:
             title = line if shots == group.shots[-1] else f"{line}, {shots} shots"
-            found.append(reliability(title, raw, pooled_bins(cells[shots], "scaled")))
-    return found
+            scaled = panels.pooled_bins(cells[shots], "scaled")
+            diagrams.append(panels.reliability(title, raw, scaled))
+    return diagrams
 
 
 def html_page(report: BenchReport, title: str, command: str, pictures: Pictures) -> str:
@@ -166,24 +149,28 @@ def html_page(report: BenchReport, title: str, command: str, pictures: Pictures)
         parts += ["<h2>Accuracy against shots</h2>", _legend(pictures)]
         parts.append(f'<div class="grid-of">{"".join(pictures.panels)}</div>')
     parts += ["<h2>Accuracy</h2>", f'<p class="note">{escape(INTERVALS)}</p>']
-    parts.append(_tables(accuracy_table(group) for group in report.tables))
+    parts.append(_html_tables(tables.accuracy_table(group) for group in report.tables))
     if report.comparisons is not None:
         parts += ["<h2>Beside published numbers</h2>", *_published_section(report)]
     parts += ["<h2>Calibration and cost</h2>", f'<p class="note">{escape(CALIBRATION)}</p>']
     for group in report.groups:
-        parts.append(_fold(group.title, _tables(details_tables(group), "h4", "wide")))
+        parts.append(
+            _details(group.title, _html_tables(tables.details_tables(group), "h4", "wide"))
+        )
     if pictures.diagrams:
         parts += ["<h2>Reliability</h2>", f'<p class="note">{escape(RELIABILITY)}</p>']
         for name, several in pictures.diagrams.items():
             inner = f'<div class="small-of">{"".join(several)}</div>'
-            parts.append(_fold(name, inner, True))
-    weak = [table for group in report.groups if (table := hardest_classes(group)) is not None]
+            parts.append(_details(name, inner, True))
+    weak = [
+        table for group in report.groups if (table := tables.hardest_classes(group)) is not None
+    ]
     if weak:
         parts.append("<h2>Hardest classes of the best method</h2>")
-        parts += [_fold(table.title, _table(table)) for table in weak]
-    missed = missed_table(report.missed)
+        parts += [_details(table.title, _html_table(table)) for table in weak]
+    missed = tables.missed_table(report.missed)
     if missed is not None:
-        parts += [f"<h2>{missed.title}</h2>", _table(missed)]
+        parts += [f"<h2>{missed.title}</h2>", _html_table(missed)]
     parts += ["<h2>Provenance</h2>", *_provenance(report, command)]
     body = "\n".join(parts)
     return (
@@ -191,24 +178,20 @@ def html_page(report: BenchReport, title: str, command: str, pictures: Pictures)
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'\">\n"
-        f"<title>{escape(title)}</title>\n<style>{THEME}{STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{panels.THEME}{STYLE}</style>\n</head>\n"
         f"<body><main>\n{body}\n</main></body>\n</html>\n"
     )
 
 
 def summary(report: BenchReport) -> str:
     seeds = sorted({int(row["seed"]) for row in report.rows})
-    sources = len({row["source"] for row in report.rows})
-    methods = len({row["method"] for row in report.rows})
-    counted = [
+    counts = [
         f"{len(report.rows)} runs",
-        f"{sources} source{'' if sources == 1 else 's'}",
-        f"{methods} method{'' if methods == 1 else 's'}",
-        f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
-        if seeds
-        else "no seed",
+        plural(len({row["source"] for row in report.rows}), "source"),
+        plural(len({row["method"] for row in report.rows}), "method"),
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "no seed",
     ]
-    return ", ".join(counted) + "."
+    return ", ".join(counts) + "."
 
 
 def _list(lines: Iterable[str]) -> str:
@@ -221,28 +204,33 @@ def _legend(pictures: Pictures) -> str:
     return f'<div class="legend">{"".join(items)}</div>{note}'
 
 
-def _fold(title: str, inner: str, opened: bool = False) -> str:
+def _details(title: str, inner: str, opened: bool = False) -> str:
     return (
         f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{inner}</details>"
     )
 
 
-def _tables(tables: Iterable[Table], tag: str = "h3", layout: str = "tables") -> str:
+def _html_tables(content: Iterable[Table], tag: str = "h3", layout: str = "tables") -> str:
     """Tables under their titles, side by side where there is room ("tables"), or not ("wide")."""
-    parts = [f"<div><{tag}>{escape(one.title)}</{tag}>{_table(one)}</div>" for one in tables]
+    parts = [
+        f"<div><{tag}>{escape(table.title)}</{tag}>{_html_table(table)}</div>" for table in content
+    ]
     return f'<div class="{layout}">{"".join(parts)}</div>'
 
 
-def _table(table: Table) -> str:
+def _html_table(table: Table) -> str:
     head = "".join(
-        f'<th scope="col"{_words(table, n)}>{escape(name)}</th>'
+        f'<th scope="col"{_words_class(table, n)}>{escape(name)}</th>'
         for n, name in enumerate(table.head)
     )
     rows = []
     for row in table.rows:
         first, *others = row
-        cells = [f"<td{_words(table, n)}>{_cell(one)}</td>" for n, one in enumerate(others, 1)]
-        name = f"<span>{_cell(first)}</span>"
+        cells = [
+            f"<td{_words_class(table, n)}>{_html_cell(entry)}</td>"
+            for n, entry in enumerate(others, 1)
+        ]
+        name = f"<span>{_html_cell(first)}</span>"
         rows.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
     # a box that scrolls must be reachable by the keyboard
     return (
@@ -251,27 +239,27 @@ def _table(table: Table) -> str:
     )
 
 
-def _words(table: Table, column: int) -> str:
+def _words_class(table: Table, column: int) -> str:
     if column not in table.words:
         return ""
     long = any(len(row[column].text) > 24 for row in table.rows)
     return ' class="words long"' if long else ' class="words"'
 
 
-def _cell(one: Entry) -> str:
-    text = f"<b>{escape(one.text)}</b>" if one.best else escape(one.text)
-    return f"{text} <small>{escape(one.small)}</small>" if one.small else text
+def _html_cell(entry: Entry) -> str:
+    text = f"<b>{escape(entry.text)}</b>" if entry.best else escape(entry.text)
+    return f"{text} <small>{escape(entry.small)}</small>" if entry.small else text
 
 
 def _published_section(report: BenchReport) -> Iterable[str]:
-    tables, remarks = comparison_tables(report.comparisons or ())
-    if not tables:
+    compared, remarks = tables.comparison_tables(report.comparisons or ())
+    if not compared:
         yield f'<p class="note">{escape(_nothing_published())}</p>'
         return
     yield f'<p class="note">{escape(COMPARED)}</p>'
-    yield _tables(tables, layout="wide")
+    yield _html_tables(compared, layout="wide")
     if remarks:
-        yield f"<ol>{''.join(f'<li>{escape(one)}</li>' for one in remarks)}</ol>"
+        yield f"<ol>{''.join(f'<li>{escape(remark)}</li>' for remark in remarks)}</ol>"
 
 
 def _nothing_published() -> str:
@@ -282,12 +270,12 @@ def _nothing_published() -> str:
 
 
 def _provenance(report: BenchReport, command: str) -> Iterable[str]:
-    facts, tested = facts_table(report.rows), sources_table(report.rows)
-    yield _table(facts)
-    yield _fold(tested.title, _table(tested))
-    lines = "\n".join(escape(line) for line in commands(report.rows))
-    said = '<p class="note">With the first seed of each, by the recipes of that revision.</p>'
-    yield _fold("One run of each by itself", f"{said}<pre>{lines}</pre>")
+    facts, tested = tables.facts_table(report.rows), tables.sources_table(report.rows)
+    yield _html_table(facts)
+    yield _details(tested.title, _html_table(tested))
+    lines = "\n".join(escape(line) for line in tables.commands(report.rows))
+    hint = '<p class="note">With the first seed of each, by the recipes of that revision.</p>'
+    yield _details("One run of each by itself", f"{hint}<pre>{lines}</pre>")
     yield f"<p>This page:</p><pre>{escape(command)}</pre>"
 
 
@@ -305,22 +293,29 @@ def markdown_page(
     parts += [f"![{name}]({name})" for name in pictures]
     parts += ["## Accuracy", INTERVALS]
     for group in report.tables:
-        table = accuracy_table(group)
-        parts += [f"### {plain(table.title)}", markdown(table)]
+        table = tables.accuracy_table(group)
+        parts += [f"### {plain(table.title)}", tables.markdown_table(table)]
     if report.comparisons is not None:
-        tables, remarks = comparison_tables(report.comparisons)
-        parts += ["## Beside published numbers", COMPARED if tables else _nothing_published()]
-        for table in tables:
-            parts += [f"### {plain(table.title)}", markdown(table)]
-        parts += ["\n".join(f"{n}. {plain(one)}" for n, one in enumerate(remarks, 1))]
+        compared, remarks = tables.comparison_tables(report.comparisons)
+        parts += ["## Beside published numbers", COMPARED if compared else _nothing_published()]
+        for table in compared:
+            parts += [f"### {plain(table.title)}", tables.markdown_table(table)]
+        parts += ["\n".join(f"{n}. {plain(remark)}" for n, remark in enumerate(remarks, 1))]
     parts += ["## Calibration and cost", CALIBRATION]
     for group in report.groups:
-        for table in details_tables(group):
-            parts += [f"### {plain(group.title)}, {plain(table.title)}", markdown(table)]
-    missed = missed_table(report.missed)
+        for table in tables.details_tables(group):
+            parts += [
+                f"### {plain(group.title)}, {plain(table.title)}",
+                tables.markdown_table(table),
+            ]
+    missed = tables.missed_table(report.missed)
     if missed is not None:
-        parts += [f"## {missed.title}", markdown(missed)]
-    parts += ["## Provenance", markdown(facts_table(report.rows))]
+        parts += [f"## {missed.title}", tables.markdown_table(missed)]
+    parts += ["## Provenance", tables.markdown_table(tables.facts_table(report.rows))]
     if command is not None:
-        parts += [markdown(sources_table(report.rows)), "This page:", f"    {printable(command)}"]
+        parts += [
+            tables.markdown_table(tables.sources_table(report.rows)),
+            "This page:",
+            f"    {printable(command)}",
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from vtclip.bench.cells import Cell, Group, method_of
 from vtclip.bench.published import matching, mean_over, read_published
 from vtclip.files import printable
+from vtclip.names import SHOTS
 
 Bin = tuple[float, float, int]  # confidence, accuracy, count
 Style = tuple[str, str, bool]  # colour, mark, hollow
-SHOTS = (1, 2, 4, 8, 16)
 NUM_BINS = 15
 WIDTH, HEIGHT = PANEL = 330, 240
 DIAGRAM = 166, 192
@@ -108,10 +108,10 @@ def published_of(group: Group, line: str, members: Sequence[Group]) -> dict[int,
     Of an average those over the data sets of `members`, where every one has a number, or the
     printed mean of just these sets.
     """
-    found: dict[int, float] = {}
     if group.backbone is None or group.part is not None:
-        return found
-    names = [one.name for one in members if one.name is not None]
+        return {}
+    printed: dict[int, float] = {}
+    names = [member.name for member in members if member.name is not None]
     means = [name for name, sets in read_published().averages.items() if set(sets) == set(names)]
     method = method_of(line)
     for shots in SHOTS:
@@ -123,8 +123,8 @@ def published_of(group: Group, line: str, members: Sequence[Group]) -> dict[int,
             mean = mean_over(method, names, group.backbone, shots, templates=group.templates)
             value = value if mean is None else mean
         if value is not None:
-            found[shots] = value
-    return found
+            printed[shots] = value
+    return printed
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def shots_panel(
         half = cell.half or 0.0
         values += [100 * (cell.mean - half), 100 * (cell.mean + half)]
     axes = axes_of(columns, values)
-    parts = [f'<text class="title" x="{LEFT}" y="18">{escape(_short(group.title))}</text>']
+    parts = [f'<text class="title" x="{LEFT}" y="18">{escape(_shortened(group.title))}</text>']
     parts.append(_grid(axes))
     if zero:
         y = axes.y(sum(zero) / len(zero))
@@ -211,7 +211,7 @@ def _dashed(printed: Mapping[int, float], colour: str, axes: Axes) -> str:
     return f'<polyline class="published" stroke="{colour}" points="{text}"/>' if points else ""
 
 
-def _short(text: str, limit: int = 36) -> str:
+def _shortened(text: str, limit: int = 36) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -259,8 +259,8 @@ def pooled_bins(cell: Cell, key: str) -> list[Bin | None] | None:
 
 def bins_error(bins: Sequence[Bin | None]) -> float:
     """The expected calibration error of pooled bins."""
-    held = [one for one in bins if one is not None]
-    return sum(n * abs(a - c) for c, a, n in held) / sum(n for _, _, n in held)
+    filled = [bin_ for bin_ in bins if bin_ is not None]
+    return sum(n * abs(a - c) for c, a, n in filled) / sum(n for _, _, n in filled)
 
 
 def reliability(title: str, raw: Sequence[Bin | None], scaled: Sequence[Bin | None] | None) -> str:
@@ -270,19 +270,19 @@ def reliability(title: str, raw: Sequence[Bin | None], scaled: Sequence[Bin | No
     """
     side, left, top = 128, 30, 26
     foot, width = top + side, side / NUM_BINS
-    total = sum(one[2] for one in raw if one is not None)
-    parts = [f'<text class="title" x="4" y="15">{escape(_short(title, 22))}</text>']
+    total = sum(bin_[2] for bin_ in raw if bin_ is not None)
+    parts = [f'<text class="title" x="4" y="15">{escape(_shortened(title, 22))}</text>']
     for value in (0.0, 0.5, 1.0):
         y = foot - value * side
         parts.append(f'<line class="grid" x1="{left}" x2="{left + side}" y1="{y}" y2="{y}"/>')
         parts.append(_soft(left - 5, y + 4, f"{value:g}", "end"))
         parts.append(_soft(left + value * side, foot + 14, f"{value:g}"))
-    for number, (confidence, share, count) in ((i, one) for i, one in enumerate(raw) if one):
-        said = f"confidence {confidence:.3f}, accuracy {share:.3f}, {count} images"
+    for number, (confidence, share, count) in ((i, bin_) for i, bin_ in enumerate(raw) if bin_):
+        tooltip = f"confidence {confidence:.3f}, accuracy {share:.3f}, {count} images"
         parts.append(
             f'<rect x="{left + number * width + 0.5:.1f}" y="{foot - share * side:.1f}" '
             f'width="{width - 1:.1f}" height="{share * side:.1f}" fill="var(--s0)" '
-            f'opacity="{0.3 + 0.7 * math.sqrt(count / total):.2f}"><title>{said}</title></rect>'
+            f'opacity="{0.3 + 0.7 * math.sqrt(count / total):.2f}"><title>{tooltip}</title></rect>'
         )
     parts.append(
         f'<line class="zero" x1="{left}" y1="{foot}" x2="{left + side}" y2="{top}"/>'
@@ -291,7 +291,7 @@ def reliability(title: str, raw: Sequence[Bin | None], scaled: Sequence[Bin | No
     note = f"ECE {bins_error(raw):.3f}"
     if scaled is not None:
         note += f", at T {bins_error(scaled):.3f}"
-    for confidence, share, count in (one for one in scaled or () if one):
+    for confidence, share, count in filter(None, scaled or ()):
         parts.append(
             f'<circle cx="{left + confidence * side:.1f}" cy="{foot - share * side:.1f}" '
             f'r="{1.2 + 4.5 * math.sqrt(count / total):.1f}" fill="var(--s1)" '
@@ -318,7 +318,7 @@ def sheet(
     for number, (name, sample) in enumerate(legend.items()):
         x, y = number % per_row * 150 + 14, foot + number // per_row * 18
         parts.append(sample.replace("<svg ", f'<svg x="{x}" y="{y}" ', 1))
-        parts.append(f'<text x="{x + 34}" y="{y + 11}">{escape(_short(name, 20))}</text>')
+        parts.append(f'<text x="{x + 34}" y="{y + 11}">{escape(_shortened(name, 20))}</text>')
     total = foot + math.ceil(len(legend) / per_row) * 18 + 8
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {columns * width} {total}" '

@@ -77,15 +77,15 @@ def matching(
     settings = ("base-to-new",) if part else ("zero-shot",) if shots == 0 else ("few-shot",)
     if part and method == "zeroshot":
         shots = 16  # printed in the tables of 16 shots, which it does not use
-    found = [
+    records = [
         record
         for record in read_published().records
         if record.setting in settings
         and (record.method, record.set, record.backbone) == (method, name, backbone)
         and (record.shots, record.part) == (shots, part)
     ]
-    mine = "imagenet7" if templates == "imagenet7" else "one"
-    return sorted(found, key=lambda record: record.templates != mine)
+    preferred = "imagenet7" if templates == "imagenet7" else "one"
+    return sorted(records, key=lambda record: record.templates != preferred)
 
 
 def mean_over(

@@ -152,8 +152,8 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], int]:
         job = [row.get(name) for name in ("key", "job", "config", "revision")]
         by_job[json.dumps([place_of(row), is_finished(row), job], sort_keys=True)] = row
     done = {place_of(row) for row in by_job.values() if is_finished(row)}
-    kept = [row for row in by_job.values() if is_finished(row) or place_of(row) not in done]
-    return kept, len(ordered) - len(by_job)
+    rows_kept = [row for row in by_job.values() if is_finished(row) or place_of(row) not in done]
+    return rows_kept, len(ordered) - len(by_job)
 
 
 def mixture_notes(rows: Sequence[Row]) -> list[str]:
@@ -162,14 +162,14 @@ def mixture_notes(rows: Sequence[Row]) -> list[str]:
     def version(name: str) -> list[str]:
         return [as_text((row.get("versions") or {}).get(name)) for row in rows]
 
-    things = {
+    shared = {
         "revisions": [as_text(row.get("revision"))[:12] for row in rows],
         "kinds of device": [as_text(row.get("device")) for row in rows],
         "versions of vtclip": version("vtclip"),
         "versions of torch": version("torch"),
     }
     notes = []
-    for what, values in things.items():
+    for what, values in shared.items():
         counts = {value: values.count(value) for value in dict.fromkeys(values)}
         if len(counts) > 1:
             listed = ", ".join(f"{value} ({count} rows)" for value, count in counts.items())
@@ -227,15 +227,15 @@ def make_report(
 
     methods: keep only these and zero-shot. A method without rows is a ValueError.
     """
-    kept, replaced = latest(rows)
-    known = sorted({row["method"] for row in kept if "method" in row})
+    current, replaced = latest(rows)
+    known = sorted({row["method"] for row in current if "method" in row})
     for method in methods or ():
         if method not in (*known, "zeroshot"):
             raise ValueError(f"--method: no row is of {method!a}{nearest(method, known)}")
     if methods:
-        kept = [row for row in kept if row.get("method") in (*methods, "zeroshot")]
-    done = [row for row in kept if is_finished(row)]
-    lost = [row for row in kept if not is_finished(row)]
+        current = [row for row in current if row.get("method") in (*methods, "zeroshot")]
+    done = [row for row in current if is_finished(row)]
+    lost = [row for row in current if not is_finished(row)]
     groups = groups_of(done, lost)
     average, left_out = average_of(groups)
     remarks = [*notes]

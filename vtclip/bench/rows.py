@@ -47,9 +47,9 @@ def check_bench_folder(out: Path, sources: Iterable[Path]) -> None:
         return
     if not out.is_dir():
         raise FileExistsError(f"out {out} exists and is not a folder")
-    held = sorted(path.name for path in out.iterdir())
-    if held and BENCH not in held and held != [BENCH + ".new"]:
-        raise FileExistsError(f"out {out} exists and is not a benchmark (it holds {held[0]!r})")
+    names = sorted(path.name for path in out.iterdir())
+    if names and BENCH not in names and names != [BENCH + ".new"]:
+        raise FileExistsError(f"out {out} exists and is not a benchmark (it holds {names[0]!r})")
 
 
 @contextlib.contextmanager
@@ -74,29 +74,29 @@ def claim_folder(
     wanted = json.loads(to_json({"settings": settings, "sources": sources}))
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        have = {"settings": wanted["settings"], "sources": {}}
+        existing = {"settings": wanted["settings"], "sources": {}}
         if (out / BENCH).exists():
-            have = read_bench(out)
+            existing = read_bench(out)
         for name, value in wanted["settings"].items():
-            was = have["settings"].get(name)
+            was = existing["settings"].get(name)
             if was != value:
                 raise OtherContent(
                     f"out {out} holds results with {name} {was!r}, now it is {value!r}"
                 )
         for name, facts in wanted["sources"].items():
-            known = have["sources"].get(name, {})
+            known = existing["sources"].get(name, {})
             for fact in facts.keys() & known.keys():
                 if known[fact] != facts[fact]:
                     raise OtherContent(
                         f"out {out} holds results of {_other(name, fact, known[fact])}"
                     )
         merged = {
-            **have["sources"],
-            **{name: have["sources"].get(name, {}) | facts
+            **existing["sources"],
+            **{name: existing["sources"].get(name, {}) | facts
                for name, facts in wanted["sources"].items()},
         }  # fmt: skip
-        if merged != have["sources"]:
-            body = {"format": FORMAT, "version": VERSION, "settings": have["settings"]}
+        if merged != existing["sources"]:
+            body = {"format": FORMAT, "version": VERSION, "settings": existing["settings"]}
             write_atomic(out / BENCH, to_json({**body, "sources": merged}))
 
 
@@ -111,8 +111,8 @@ def _other(name: str, fact: str, was: Any) -> str:
 def read_bench(out: Path) -> dict[str, Any]:
     content = read_json(out / BENCH, "a folder of vtclip bench")
     if content.get("format") != FORMAT or content.get("version") != VERSION:
-        have = f"{content.get('format')} {content.get('version')}"
-        raise ValueError(f"{out / BENCH}: this vtclip reads {FORMAT} {VERSION}, got {have}")
+        fact = f"{content.get('format')} {content.get('version')}"
+        raise ValueError(f"{out / BENCH}: this vtclip reads {FORMAT} {VERSION}, got {fact}")
     return content
 
 
@@ -194,6 +194,12 @@ def read_rows(out: str | Path) -> list[Row]:
 
 def place_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in PLACE)
+
+
+def reason_of(row: Mapping[str, Any]) -> str:
+    """Why a job has no numbers."""
+    kind = "failed" if "failed" in row else "skipped"
+    return f"{kind}: {row[kind]}"
 
 
 def is_finished(row: Mapping[str, Any]) -> bool:

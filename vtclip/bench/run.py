@@ -21,15 +21,7 @@ import torch
 from tqdm import tqdm
 
 from vtclip.bench.csv_files import runs_csv, summary_csv, summary_of
-from vtclip.bench.jobs import (
-    BenchJob,
-    Settings,
-    Shard,
-    Source,
-    job_list,
-    needs_spatial,
-    spatial_rows_only,
-)
+from vtclip.bench.jobs import BenchJob, JobShard, Settings, Source, job_list, spatial_rows_only
 from vtclip.bench.page import markdown_page
 from vtclip.bench.report import make_report, read_benchmark
 from vtclip.bench.rows import (
@@ -45,6 +37,7 @@ from vtclip.bench.rows import (
 from vtclip.bench.sources import SourceOpener
 from vtclip.distributed import Interrupted
 from vtclip.files import write_atomic
+from vtclip.heads import HEADS
 from vtclip.machine import choose_device, reset_peak_memory, set_threads
 from vtclip.runs.fit import fit
 from vtclip.runs.folder import CHECKPOINT
@@ -89,7 +82,7 @@ def run_bench(
     shots: Sequence[int] = (1, 2, 4, 8, 16),
     seeds: Sequence[int] = (1, 2, 3),
     settings: Settings | None = None,
-    shard: Shard | None = None,
+    shard: JobShard | None = None,
     device: str | torch.device | None = None,
     threads: int | None = None,
     cache_dir: str | Path | None = None,
@@ -97,48 +90,50 @@ def run_bench(
 ) -> BenchOutcome:
     """Fit and evaluate every method on every source, draw by draw; rows and tables lie in `out`.
 
-    sources: from `jobs.own_sources` or `jobs.set_sources`, with the same settings.
+    sources: from `jobs.path_sources` or `jobs.set_sources`, with the same settings.
     methods: None takes those that apply to each source.
     shard: the part of the list that this process does; all of it by default.
     Jobs that have a row in `out` are not done again. Raises ValueError or FileExistsError before
     anything is written where `out` is something else or has other settings; OSError where a row
     cannot be written (then the rows so far remain).
     """
-    started, settings, shard = time.perf_counter(), settings or Settings(), shard or Shard()
-    where, out = _device(device), Path(out).expanduser()
+    started, settings, shard = time.perf_counter(), settings or Settings(), shard or JobShard()
+    where, out = _process_device(device), Path(out).expanduser()
     set_threads(threads)
     jobs = job_list(sources, methods, shots, seeds, settings)
     check_bench_folder(out, [source.folder for source in sources])
-    asked = dataclasses.asdict(settings)
-    claim_folder(out, asked, _facts(sources, jobs))
+    shared = dataclasses.asdict(settings)
+    claim_folder(out, shared, _facts(sources, jobs))
     opener = SourceOpener(
         settings,
         spatial={
             job.source.name
             for job in jobs
-            if job.spatial or (needs_spatial(job.method) and job.skip is None)
+            if job.spatial or (HEADS[job.method].needs_spatial and job.skip is None)
         },
         device=where,
         cache_dir=cache_dir,
         progress=progress,
-        note=lambda name, facts: claim_folder(out, asked, {name: facts}),
+        note=lambda name, facts: claim_folder(out, shared, {name: facts}),
     )
-    mine = shard.of(jobs)
-    report = BenchOutcome(out, jobs=len(mine))
+    shard_jobs = shard.of(jobs)
+    report = BenchOutcome(out, jobs=len(shard_jobs))
     rows = RowFile(out / shard.file)
     try:
         known = {row["key"]: row for row in read_rows(out)}
-        todo = [job for job in mine if job.key not in known or not is_finished(known[job.key])]
-        report.finished = report.resumed = len(mine) - len(todo)
+        todo = [
+            job for job in shard_jobs if job.key not in known or not is_finished(known[job.key])
+        ]
+        report.finished = report.resumed = len(shard_jobs) - len(todo)
         bar = tqdm(
-            total=len(mine),
+            total=len(shard_jobs),
             initial=report.resumed,
             desc="jobs",
             disable=None if progress else True,
         )
         with bar:
             for job in todo:
-                _do(job, opener, rows, report, known.get(job.key, {}))
+                _run_job(job, opener, rows, report, known.get(job.key, {}))
                 bar.update()
     finally:
         rows.close()
@@ -169,7 +164,7 @@ def write_tables(out: Path) -> dict[str, Any]:
     return summary
 
 
-def _device(named: str | torch.device | None) -> torch.device:
+def _process_device(named: str | torch.device | None) -> torch.device:
     """The named device; without a name each process that torchrun started takes its own GPU."""
     count, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
     if named is None and count > 1 and rank.isdecimal():
@@ -189,7 +184,7 @@ def _facts(sources: Iterable[Source], jobs: Sequence[BenchJob]) -> dict[str, dic
     }
 
 
-def _do(
+def _run_job(
     job: BenchJob, opener: SourceOpener, rows: RowFile, report: BenchOutcome, old: Mapping[str, Any]
 ) -> None:
     """Run one job and append its row; only what concerns all jobs is raised."""
@@ -220,32 +215,20 @@ def _do(
 
 
 def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
-    """The result of the job's run, which goes on where an earlier process was stopped."""
+    """The result of the job's run, which goes on where an earlier process stopped."""
     records, settings = opener.records(job), opener.settings
     reset_peak_memory(opener.device)
-    given: dict[str, Any] = {
-        "records": records,
-        "method": job.method,
-        "shots": job.shots,
-        "seed": job.seed,
-        "model": settings.model,
-        "spatial": job.spatial,
-        "prompt": settings.prompt,
-        "templates": settings.templates,
-        "test_fraction": settings.test_fraction,
-        "augment_passes": settings.augment_passes,
-        "out": folder,
-        "device": opener.device,
-        "cache_dir": opener.cache_dir,
-    }
-    begun = (folder / CHECKPOINT).is_file() or (folder / RESULT).is_file()
+    options = dataclasses.asdict(settings) | {"spatial": job.spatial, "records": records}
+    options |= {"method": job.method, "shots": job.shots, "seed": job.seed, "out": folder}
+    options |= {"device": opener.device, "cache_dir": opener.cache_dir}
+    started = (folder / CHECKPOINT).is_file() or (folder / RESULT).is_file()
     try:
-        return fit(job.source.where, resume=True, **given).result
+        return fit(job.source.where, resume=True, **options).result
     except ValueError as error:
-        if not begun:
+        if not started:
             raise
-        logger.info("%s: begun anew, %s", job.name, error)
-    return fit(job.source.where, overwrite=True, **given).result
+        logger.info("%s: started again from the beginning, %s", job.name, error)
+    return fit(job.source.where, overwrite=True, **options).result
 
 
 def _one_line(error: Exception) -> str:

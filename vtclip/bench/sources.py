@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vtclip.bench.jobs import BenchJob, Settings, Source, needs_spatial
+from vtclip.bench.jobs import BenchJob, Settings, Source
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import Listing, SetSource
 from vtclip.data.sets.features import SetDraws
 from vtclip.data.sources import open_records
 from vtclip.files import printable
+from vtclip.heads import HEADS
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
@@ -51,7 +52,7 @@ class SourceOpener:
 
     def records(self, job: BenchJob) -> Records:
         """The rows of the job's source; for a data set those of its draw."""
-        self._turn_to(job.source)
+        self._switch_to(job.source)
         draw = (job.shots, job.seed) if isinstance(job.source.where, SetSource) else None
         if self._open is None or self._open[0] != draw:
             self._open = None  # before the next is read
@@ -59,7 +60,7 @@ class SourceOpener:
             if place in self._failed:
                 raise ValueError(self._failed[place])
             try:
-                self._open = draw, self._opened(job)
+                self._open = draw, self._read_records(job)
             except (ValueError, TypeError) as error:
                 self._failed[place] = str(error)
                 raise
@@ -69,18 +70,18 @@ class SourceOpener:
 
     def why_not(self, job: BenchJob) -> str | None:
         """Why there are not enough images for the job; None where there are."""
-        self._turn_to(job.source)
+        self._switch_to(job.source)
         if self._draws is None:
             return too_few_images(self.records(job), job.shots, self.settings.test_fraction)
         return too_few_listed(self._draws.listing, job.shots)
 
-    def _turn_to(self, source: Source) -> None:
+    def _switch_to(self, source: Source) -> None:
         if self._source != source:
             self._source, self._open = source, None
             where = source.where
             self._draws = SetDraws(where) if isinstance(where, SetSource) else None
 
-    def _opened(self, job: BenchJob) -> Records:
+    def _read_records(self, job: BenchJob) -> Records:
         source, settings = job.source, self.settings
         options = FeatureOptions(
             model=self._model() if source.kind in ("folder", "set") else settings.model,
@@ -110,32 +111,32 @@ def _keeps_spatial(job: BenchJob) -> bool:
     """Whether `vtclip.fit` alone would have spatial features, and the method looks at them."""
     if job.method == "auto":  # takes what is there
         return job.spatial is not None or job.source.kind in ("npz", "features")
-    return needs_spatial(job.method)
+    return HEADS[job.method].needs_spatial
 
 
 def _content(records: Records) -> dict[str, str]:
     """Digests of what all draws of a source share."""
     digests = records.info.get("digests", {})
-    found = {"images": digests.get("test_images", digests.get("images"))}
-    found["weights"] = digests.get("weights")
-    return {name: digest for name, digest in found.items() if digest is not None}
+    images = digests.get("test_images", digests.get("images"))
+    content = {"images": images, "weights": digests.get("weights")}
+    return {name: digest for name, digest in content.items() if digest is not None}
 
 
 def too_few_images(records: Records, shots: int, test_fraction: float) -> str | None:
-    """Why `shots` images per class cannot be drawn beside the test share; None where they can."""
+    """Why `shots` images per class cannot be drawn next to the test share; None where they can."""
     counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
     left = [count - int(count * test_fraction) for count in counts]
-    return _short(left, records.class_names, shots, "images beside the test share")
+    return _shortage(left, records.class_names, shots, "images beside the test share")
 
 
 def too_few_listed(listing: Listing, shots: int) -> str | None:
     """Why `shots` images per class cannot be drawn from the train list; None where they can."""
     counts = Counter(listing.train.label)
     left = [counts[k] for k in range(len(listing.class_names))]
-    return _short(left, listing.class_names, shots, "training images")
+    return _shortage(left, listing.class_names, shots, "training images")
 
 
-def _short(left: Sequence[int], class_names: Sequence[str], shots: int, what: str) -> str | None:
+def _shortage(left: Sequence[int], class_names: Sequence[str], shots: int, what: str) -> str | None:
     least = min(left)
     if least >= shots:
         return None

@@ -13,7 +13,7 @@ from typing import Any
 from vtclip.bench.cells import Cell, Group, as_text, group_by, group_key, method_of
 from vtclip.bench.published import Published, read_published
 from vtclip.bench.report import Comparison
-from vtclip.bench.rows import Row
+from vtclip.bench.rows import Row, reason_of
 from vtclip.files import printable
 
 NO_NUMBER = ""  # where nothing is published
@@ -23,6 +23,12 @@ METRIC_TITLES = {
     "nll_scaled": "NLL at T",
     "ece_scaled": "ECE at T",
     "temperature": "T",
+}
+COSTS = {  # title -> where a row has it, decimals
+    "train s": (("seconds", "train"), 2),
+    "total s": (("seconds", "total"), 2),
+    "train MB": (("memory_mb", "train"), 0),
+    "peak MB": (("peak_memory_mb",), 0),
 }
 
 
@@ -43,6 +49,10 @@ class Table:
     words: frozenset[int] = field(default_factory=frozenset)  # columns of text other than the first
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def entry(cell: Cell | None, best: bool = False) -> Entry:
     if cell is None:
         return Entry("–")
@@ -61,7 +71,7 @@ def accuracy_table(group: Group) -> Table:
         [Entry(line), *(entry(cells.get(n), line in best[n]) for n in group.shots)]
         for line, cells in group.lines.items()
     ]
-    head = ["method", *(f"{n} shot{'' if n == 1 else 's'}" for n in group.shots)]
+    head = ["method", *(plural(n, "shot") for n in group.shots)]
     images = group.test_images
     return Table(group.title + (f", {images} test images" if images else ""), head, rows)
 
@@ -101,23 +111,10 @@ def details_tables(group: Group) -> list[Table]:
                 Entry(decimals(v), best=v is not None and v == lowest.get(name))
                 for name, v in values.items()
             ]
-            cost = [
-                Entry(decimals(mean_of(cell.rows, "seconds", "train"), 2)),
-                Entry(decimals(mean_of(cell.rows, "seconds", "total"), 2)),
-                Entry(decimals(mean_of(cell.rows, "memory_mb", "train"), 0)),
-                Entry(decimals(mean_of(cell.rows, "peak_memory_mb"), 0)),
-            ]
+            cost = [Entry(decimals(mean_of(cell.rows, *path), n)) for path, n in COSTS.values()]
             rows.append([Entry(line), entry(cell, line in group.best(shots)), *metrics, *cost])
-        head = [
-            "method",
-            "accuracy",
-            *METRIC_TITLES.values(),
-            "train s",
-            "total s",
-            "train MB",
-            "peak MB",
-        ]
-        tables.append(Table(f"{shots} shot{'' if shots == 1 else 's'}", head, rows))
+        head = ["method", "accuracy", *METRIC_TITLES.values(), *COSTS]
+        tables.append(Table(plural(shots, "shot"), head, rows))
     return tables
 
 
@@ -126,10 +123,10 @@ def comparison_tables(comparisons: Sequence[Comparison]) -> tuple[list[Table], l
     tables = []
     remarks: dict[str, int] = {}
     for group in dict.fromkeys(id(comparison.group) for comparison in comparisons):
-        own = [comparison for comparison in comparisons if id(comparison.group) == group]
-        title = f"{own[0].group.title}, {own[0].group.backbone}"
+        members = [comparison for comparison in comparisons if id(comparison.group) == group]
+        title = f"{members[0].group.title}, {members[0].group.backbone}"
         head = ["method", "shots", "ours", "published", "difference", "from", "also published"]
-        rows = [_comparison_row(comparison, remarks) for comparison in own]
+        rows = [_comparison_row(comparison, remarks) for comparison in members]
         tables.append(Table(title, head, rows, frozenset({5, 6})))
     return tables, list(remarks)
 
@@ -157,50 +154,48 @@ def signed(value: float, digits: int) -> str:
 def _place(record: Published, remarks: dict[str, int]) -> str:
     """Where a number was printed, with the number of each remark on it."""
     source = read_published().sources[record.source]
-    said = [f"{source['title']}: {source['where']}."]
+    statements = [f"{source['title']}: {source['where']}."]
     if record.templates is not None:
         count = "one template" if record.templates == "one" else "the mean of seven templates"
-        said.append(f"Class texts of {count}.")
+        statements.append(f"Class texts of {count}.")
     if record.caveat:
-        said.append(f"{record.caveat[:1].upper()}{record.caveat[1:]}.")
-    numbers = [remarks.setdefault(text, len(remarks) + 1) for text in said]
+        statements.append(f"{record.caveat[:1].upper()}{record.caveat[1:]}.")
+    numbers = [remarks.setdefault(text, len(remarks) + 1) for text in statements]
     return f"{source['title']} [{', '.join(map(str, numbers))}]"
 
 
 def hardest_classes(group: Group, count: int = 10) -> Table | None:
     """The classes on which the best method at most shots is weakest, compared with zero-shot."""
     shots = group.shots[-1]
-    able = {
+    candidates = {
         line: cells[shots]
         for line, cells in group.lines.items()
         if method_of(line) != "zeroshot" and shots in cells and group.part is None
     }
-    if not able:
+    if not candidates:
         return None
-    line = max(able, key=lambda name: able[name].mean)
-    rows = able[line].rows
+    line = max(candidates, key=lambda name: candidates[name].mean)
+    rows = candidates[line].rows
     ours, zero = (_per_class(rows, key) for key in ("adapted", "zero_shot"))
     worst = sorted(ours, key=lambda name: ours[name])[:count]
     if not worst:
         return None
     head = ["class", "zero-shot", line, "difference"]
-    lines = [
-        [
-            Entry(name),
-            Entry(decimals(100 * zero[name], 1) if name in zero else "–"),
-            Entry(decimals(100 * ours[name], 1)),
-            Entry(signed(100 * (ours[name] - zero[name]), 1) if name in zero else "–"),
-        ]
-        for name in worst
-    ]
+    lines = []
+    for name in worst:
+        before, change = "–", "–"
+        if name in zero:
+            before = decimals(100 * zero[name], 1)
+            change = signed(100 * (ours[name] - zero[name]), 1)
+        lines.append(list(map(Entry, (name, before, decimals(100 * ours[name], 1), change))))
     return Table(f"{group.title}, {shots} shots", head, lines)
 
 
 def _per_class(rows: Sequence[Row], key: str) -> dict[str, float]:
     by_class: dict[str, list[float]] = {}
     for row in rows:
-        named = row[key].get("per_class")
-        for name, value in named.items() if isinstance(named, Mapping) else ():
+        shares = row[key].get("per_class")
+        for name, value in shares.items() if isinstance(shares, Mapping) else ():
             if value is not None and math.isfinite(value):
                 by_class.setdefault(name, []).append(float(value))
     return {name: fmean(values) for name, values in by_class.items()}
@@ -211,17 +206,16 @@ def missed_table(rows: Sequence[Row]) -> Table | None:
     if not rows:
         return None
 
-    def reason(row: Row) -> tuple[str, str, str, str]:
-        kind = "failed" if "failed" in row else "skipped"
-        return str(row.get("source")), str(row.get("method")), kind, str(row[kind])
+    def key(row: Row) -> tuple[str, str, str]:
+        return str(row.get("source")), str(row.get("method")), reason_of(row)
 
     lines = []
-    for (source, method, kind, why), alike in group_by(rows, reason).items():
+    for (source, method, reason), alike in group_by(rows, key).items():
         places = [
             ", ".join(sorted({str(row.get(name, "–")) for row in alike}, key=lambda n: (len(n), n)))
             for name in ("shots", "seed")
         ]
-        cells = [source, method, *places, str(len(alike)), f"{kind}: {why}"]
+        cells = [source, method, *places, str(len(alike)), reason]
         lines.append([Entry(text) for text in cells])
     head = ["source", "method", "shots", "seeds", "jobs", "why"]
     return Table("Without a number", head, lines, frozenset({1, 2, 3, 5}))
@@ -271,15 +265,11 @@ def sources_table(rows: Sequence[Row]) -> Table:
         }
         images = digests.get("test_images") or digests.get("images")
         tested = mean_of(source_rows, "test", "images")
-        lines.append(
-            [
-                Entry(str(first["source"])),
-                Entry(str(len(first.get("classes") or [])) or "–"),
-                Entry(decimals(tested, 0)),
-                Entry("–" if images is None else str(images)),
-                Entry("; ".join(sorted(splits, key=lambda text: (len(text), text)))),
-            ]
-        )
+        classes = str(len(first.get("classes") or []))
+        digest = "–" if images is None else str(images)
+        split = "; ".join(sorted(splits, key=lambda text: (len(text), text)))
+        texts = str(first["source"]), classes, decimals(tested, 0), digest, split
+        lines.append(list(map(Entry, texts)))
     head = ["source", "classes", "test images", "images digest", "split digests"]
     return Table("What was tested on", head, lines, frozenset({3, 4}))
 
@@ -319,10 +309,10 @@ def plain(text: str) -> str:
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def markdown(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     """A table in Markdown, columns of numbers aligned to the right, the best of a column bold."""
     lines = [[plain(name) for name in table.head]]
-    lines += [[_markdown_cell(one) for one in row] for row in table.rows]
+    lines += [[_markdown_cell(cell) for cell in row] for row in table.rows]
     columns = [
         _aligned(column, n, table.words) for n, column in enumerate(zip(*lines, strict=True))
     ]
@@ -340,6 +330,6 @@ def _aligned(column: Sequence[str], number: int, words: frozenset[int]) -> list[
     return [text.rjust(width) for text in (head, "-" * (width - 1) + ":", *cells)]
 
 
-def _markdown_cell(entry_: Entry) -> str:
-    text = f"**{plain(entry_.text)}**" if entry_.best else plain(entry_.text)
-    return f"{text} {entry_.small}" if entry_.small else text
+def _markdown_cell(cell: Entry) -> str:
+    text = f"**{plain(cell.text)}**" if cell.best else plain(cell.text)
+    return f"{text} {cell.small}" if cell.small else text

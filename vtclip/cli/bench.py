@@ -8,12 +8,8 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 
 from vtclip.cli.parsing import (
+    FEATURES,
     Parser,
-    add_cache_dir,
-    add_device,
-    add_features,
-    add_json,
-    add_model,
     count,
     emit,
     emit_json,
@@ -21,6 +17,7 @@ from vtclip.cli.parsing import (
     note_demo_model,
     on_terminal,
     one_of,
+    options_of,
     seed,
     several,
 )
@@ -63,31 +60,23 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with --out, which is done anyway"
     )
-    add_features(parser)
-    add_model(parser)
-    add_cache_dir(parser)
-    add_device(parser)
-    add_json(parser)
+    parser.add_shared(*FEATURES, "--model", "--cache-dir", "--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
     check_sources(args)
-    from vtclip.bench.jobs import Settings, own_sources, parse_shard, set_sources
+    from vtclip.bench.jobs import Settings, parse_shard, path_sources, set_sources
     from vtclip.bench.run import run_bench
 
     shard = parse_shard(args.shard)
     settings = Settings(
-        model=args.model,
-        spatial=args.spatial,
-        prompt=args.prompt,
         templates=None if args.templates is None else (args.templates,),
-        test_fraction=args.test_fraction,
-        augment_passes=args.augment_passes,
+        **options_of(args, "model", "spatial", "prompt", "test_fraction", "augment_passes"),
     )
     if args.data is not None:
         sources = set_sources(args.data, args.sets, settings)
     else:
-        sources = own_sources(args.sources, settings)
+        sources = path_sources(args.sources, settings)
     if args.model == "demo" and any(source.encoder for source in sources):
         note_demo_model()
     progress = on_terminal()
@@ -96,14 +85,10 @@ def run(args: argparse.Namespace) -> int:
             sources,
             args.out,
             methods=list(METHODS) if args.methods == ["all"] else args.methods,
-            shots=args.shots,
-            seeds=args.seeds,
             settings=settings,
             shard=shard,
-            device=args.device,
-            threads=args.threads,
-            cache_dir=args.cache_dir,
             progress=progress,
+            **options_of(args, "shots", "seeds", "device", "threads", "cache_dir"),
         )
     if args.json:
         emit_json(report.as_json())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import Parser, add_json, emit, emit_json, existing, one_of
+from vtclip.cli.parsing import Parser, emit, emit_json, existing, one_of
 
 ACTIONS = ("check",)
 
@@ -16,7 +16,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "names", metavar="NAME", nargs="*", action="extend", help="default: those that are there"
     )
-    add_json(parser)
+    parser.add_shared("--json")
 
 
 def run(args: argparse.Namespace) -> int:

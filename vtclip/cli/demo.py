@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import Parser, add_device, emit
+from vtclip.cli.parsing import Parser, emit
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", default="vtclip-demo")
-    add_device(parser)
+    parser.add_shared("--device", "--threads")
 
 
 def run(args: argparse.Namespace) -> int:

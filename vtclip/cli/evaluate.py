@@ -8,14 +8,12 @@ from typing import Any
 
 from vtclip.cli.parsing import (
     Parser,
-    add_cache_dir,
-    add_device,
-    add_json,
     emit,
     emit_json,
     existing,
     number,
     on_terminal,
+    options_of,
     seed,
     source_path,
 )
@@ -55,15 +53,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="LR",
         help="step size of AdamW (default: 0.005)",
     )
-    ttt.add_argument(
-        "--ttt-seed",
-        type=seed,
-        metavar="SEED",
-        help="draws the views (default: 0)",
-    )
-    add_cache_dir(parser)
-    add_device(parser)
-    add_json(parser)
+    ttt.add_argument("--ttt-seed", type=seed, metavar="SEED", help="draws the views (default: 0)")
+    parser.add_shared("--cache-dir", "--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,12 +67,9 @@ def run(args: argparse.Namespace) -> int:
     values = vtclip.evaluate(
         folder,
         source,
-        data=args.data,
-        device=args.device,
-        threads=args.threads,
-        cache_dir=args.cache_dir,
         ttt=TTT(**settings) if args.ttt else None,
         progress=on_terminal(),
+        **options_of(args, "data", "device", "threads", "cache_dir"),
     )
     if args.json:
         emit_json(values)

@@ -7,14 +7,7 @@ import argparse
 import io
 from pathlib import Path
 
-from vtclip.cli.parsing import (
-    Parser,
-    add_device,
-    add_model_of_run,
-    emit,
-    existing,
-    open_classifier,
-)
+from vtclip.cli.parsing import Parser, emit, existing, open_classifier
 from vtclip.files import write_atomic
 
 
@@ -23,8 +16,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("image", metavar="IMAGE")
     parser.add_argument("--out", metavar="PNG", required=True)
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="default: the predicted")
-    add_model_of_run(parser)
-    add_device(parser)
+    parser.add_model_of_run()
+    parser.add_shared("--device", "--threads")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,17 +7,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from vtclip.cli.parsing import (
-    Parser,
-    add_cache_dir,
-    add_json,
-    add_model_of_run,
-    add_threads,
-    count,
-    emit,
-    emit_json,
-    existing,
-)
+from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, options_of
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,10 +27,8 @@ def add_arguments(parser: Parser) -> None:
         help="plain torch operators, which need no vtclip (default), or vtclip's own",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files")
-    add_model_of_run(parser)
-    add_cache_dir(parser)
-    add_threads(parser)
-    add_json(parser)
+    parser.add_model_of_run()
+    parser.add_shared("--cache-dir", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,13 +41,8 @@ def run(args: argparse.Namespace) -> int:
         folder,
         args.out,
         kind="features" if args.features else "image",
-        onnx=args.onnx,
-        portable=args.portable,
-        fixed_batch=args.fixed_batch,
-        overwrite=args.overwrite,
-        model=args.model,
-        threads=args.threads,
-        cache_dir=args.cache_dir,
+        **options_of(args, "onnx", "portable", "fixed_batch", "overwrite"),
+        **options_of(args, "model", "threads", "cache_dir"),
     )
     if args.json:
         emit_json(about)

@@ -6,18 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vtclip.cli.parsing import (
-    Parser,
-    add_cache_dir,
-    add_device,
-    add_json,
-    add_model_of_run,
-    count,
-    emit,
-    emit_json,
-    existing,
-    on_terminal,
-)
+from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, on_terminal, options_of
 
 
 def add_arguments(parser: Parser) -> None:
@@ -33,10 +22,8 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="images per new class, for methods that keep images (default: as the run)",
     )
-    add_model_of_run(parser)
-    add_cache_dir(parser)
-    add_device(parser)
-    add_json(parser)
+    parser.add_model_of_run()
+    parser.add_shared("--cache-dir", "--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,14 +33,8 @@ def run(args: argparse.Namespace) -> int:
     extended = extend(
         folder,
         source,
-        out=args.out,
-        name=args.name,
-        shots=args.shots,
-        model=args.model,
-        device=args.device,
-        threads=args.threads,
-        cache_dir=args.cache_dir,
         progress=on_terminal(),
+        **options_of(args, "out", "name", "shots", "model", "device", "threads", "cache_dir"),
     )
     if args.json:
         emit_json(extended.result)

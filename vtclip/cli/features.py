@@ -5,18 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import (
-    Parser,
-    add_augment_passes,
-    add_cache_dir,
-    add_device,
-    add_model,
-    emit,
-    existing,
-    first_process,
-    note_demo_model,
-    on_terminal,
-)
+from vtclip.cli.parsing import Parser, emit, existing, first_process, note_demo_model, on_terminal
 
 
 def add_arguments(parser: Parser) -> None:
@@ -24,10 +13,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--spatial", metavar="OPT", default="default", help="or none: global only")
     parser.add_argument("--templates", metavar="NAME|FILE")
-    add_augment_passes(parser)
-    add_model(parser)
-    add_cache_dir(parser)
-    add_device(parser)
+    parser.add_shared("--augment-passes", "--model", "--cache-dir", "--device", "--threads")
 
 
 def run(args: argparse.Namespace) -> int:

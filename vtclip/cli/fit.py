@@ -8,12 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.cli.parsing import (
+    FEATURES,
     Parser,
-    add_cache_dir,
-    add_device,
-    add_features,
-    add_json,
-    add_model,
     count,
     emit,
     emit_json,
@@ -22,6 +18,7 @@ from vtclip.cli.parsing import (
     number,
     on_terminal,
     one_of,
+    options_of,
     seed,
     several,
     source_path,
@@ -36,6 +33,11 @@ COOP_OPTIONS = {  # argument: option of the head
     "class_position": "class_position",
     "context_init": "init",
 }
+PASSED_ON = (  # to vtclip.fit as they are
+    *("data", "method", "shots", "seed", "model", "spatial", "prompt", "test_fraction"),
+    *("augment_passes", "train_encoders", "base_to_new", "pseudo_labels", "out", "overwrite"),
+    *("resume", "device", "threads", "cache_dir"),
+)
 HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
 
 
@@ -53,7 +55,7 @@ def add_arguments(parser: Parser) -> None:
         help="images per class (default: 16, or fewer where a class has fewer)",
     )
     parser.add_argument("--seed", type=seed, default=1, help="draws the shots")
-    add_features(parser)
+    parser.add_shared(*FEATURES)
     _add_training(parser)
     _add_methods(parser)
     parser.add_argument(
@@ -61,10 +63,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    add_model(parser)
-    add_cache_dir(parser)
-    add_device(parser)
-    add_json(parser)
+    parser.add_shared("--model", "--cache-dir", "--device", "--threads", "--json")
 
 
 def _add_training(parser: Parser) -> None:
@@ -126,27 +125,10 @@ def run(args: argparse.Namespace) -> int:
 
     fitted = vtclip.fit(
         source,
-        data=args.data,
-        method=args.method,
-        shots=args.shots,
-        seed=args.seed,
-        model=args.model,
-        spatial=args.spatial,
-        prompt=args.prompt,
         templates=None if args.templates is None else [args.templates],
-        test_fraction=args.test_fraction,
-        augment_passes=args.augment_passes,
-        train_encoders=args.train_encoders,
-        base_to_new=args.base_to_new,
-        pseudo_labels=args.pseudo_labels,
         overrides=overrides,
-        out=args.out,
-        overwrite=args.overwrite,
-        resume=args.resume,
-        device=args.device,
-        threads=args.threads,
-        cache_dir=args.cache_dir,
         progress=on_terminal(),
+        **options_of(args, *PASSED_ON),
     )
     if not first_process():
         return 0
@@ -166,8 +148,8 @@ def needs_model(source: str | Path) -> bool:
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     """What replaces the recipe's settings; None where an option is not given."""
-    overrides = {name: getattr(args, name) for name in OVERRIDES}
-    head = {name: getattr(args, name) for name in HEAD_OPTIONS}
+    overrides = options_of(args, *OVERRIDES)
+    head = options_of(args, *HEAD_OPTIONS)
     head |= {option: getattr(args, name) for name, option in COOP_OPTIONS.items()}
     head = {name: value for name, value in head.items() if value not in (None, False)}
     overrides["head"] = head or None

@@ -44,6 +44,14 @@ class Parser(argparse.ArgumentParser):
         group.add_argument = add_argument
         return group
 
+    def add_shared(self, *options: str) -> None:
+        """Options that several commands have, with one meaning and one help."""
+        for option in options:
+            self.add_argument(option, **SHARED[option])
+
+    def add_model_of_run(self) -> None:
+        self.add_argument("--model", help="another place of the weights the run was fitted on")
+
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
 
@@ -113,50 +121,24 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
 
 count = number(int, 1, 1_000_000)
 seed = number(int, 0, MAX_SEED)
-
-
-def add_model(parser: Parser) -> None:
-    parser.add_argument(
-        "--model", default="demo", help="demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
-    )
-
-
-def add_model_of_run(parser: Parser) -> None:
-    parser.add_argument("--model", help="another place of the weights the run was fitted on")
-
-
-def add_features(parser: Parser) -> None:
-    """Which features of a source are taken, and which of its rows are tested."""
-    parser.add_argument("--spatial", metavar="OPT", help="kind of spatial features (vtclip.clip)")
-    parser.add_argument("--prompt", metavar="NAME", help="one prompt of an .npz with several")
-    parser.add_argument(
-        "--templates", metavar="NAME|FILE", help="imagenet7, imagenet80, a .txt, or text with {}"
-    )
-    parser.add_argument("--test-fraction", type=number(float, 0, 1), default=0.5, metavar="F")
-    add_augment_passes(parser)
-
-
-def add_augment_passes(parser: Parser) -> None:
-    parser.add_argument("--augment-passes", type=number(int, 0, 1000), default=0, metavar="N")
-
-
-def add_cache_dir(parser: Parser) -> None:
-    parser.add_argument(
-        "--cache-dir", metavar="DIR", help="where features of image folders are kept"
-    )
-
-
-def add_device(parser: Parser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:N; default: a GPU where there is one")
-    add_threads(parser)
-
-
-def add_threads(parser: Parser) -> None:
-    parser.add_argument("--threads", type=number(int, 1, 4096), metavar="N", help="CPU threads")
-
-
-def add_json(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+SHARED: dict[str, dict[str, Any]] = {
+    "--spatial": {"metavar": "OPT", "help": "kind of spatial features (vtclip.clip)"},
+    "--prompt": {"metavar": "NAME", "help": "one prompt of an .npz with several"},
+    "--templates": {
+        "metavar": "NAME|FILE", "help": "imagenet7, imagenet80, a .txt, or text with {}"
+    },
+    "--test-fraction": {"type": number(float, 0, 1), "default": 0.5, "metavar": "F"},
+    "--augment-passes": {"type": number(int, 0, 1000), "default": 0, "metavar": "N"},
+    "--model": {
+        "default": "demo", "help": "demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
+    },
+    "--cache-dir": {"metavar": "DIR", "help": "where features of image folders are kept"},
+    "--device": {"help": "cpu, cuda, cuda:N; default: a GPU where there is one"},
+    "--threads": {"type": number(int, 1, 4096), "metavar": "N", "help": "CPU threads"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+}  # fmt: skip
+# which features of a source are taken, and which of its rows are tested
+FEATURES = ("--spatial", "--prompt", "--templates", "--test-fraction", "--augment-passes")
 
 
 def existing(name: str, path: str) -> Path:
@@ -182,6 +164,11 @@ def source_path(source: str, data: str | None) -> str | Path:
     except ValueError:
         return existing("SOURCE", source)
     raise ValueError(f"SOURCE {source!a} does not exist; data set {name} needs --data ROOT")
+
+
+def options_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options to pass on under the names that they have on the command line."""
+    return {name: getattr(args, name) for name in names}
 
 
 def open_classifier(args: argparse.Namespace, folder: Path) -> Any:

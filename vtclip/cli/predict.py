@@ -14,18 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import (
-    Parser,
-    add_device,
-    add_json,
-    add_model_of_run,
-    count,
-    emit,
-    emit_json,
-    existing,
-    note,
-    open_classifier,
-)
+from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, note, open_classifier
 
 CSV_COLUMNS = ("image", "rank", "label", "probability")
 
@@ -38,9 +27,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--topk", type=count, default=5)
     parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
-    add_model_of_run(parser)
-    add_device(parser)
-    add_json(parser)
+    parser.add_model_of_run()
+    parser.add_shared("--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,15 +7,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vtclip.cli.parsing import (
-    Parser,
-    add_cache_dir,
-    add_json,
-    emit,
-    emit_json,
-    existing,
-    on_terminal,
-)
+from vtclip.cli.parsing import Parser, emit, emit_json, existing, on_terminal
 
 MEANING = {
     "MATCH": "the adapter is equal byte for byte",
@@ -27,8 +19,7 @@ MEANING = {
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("folder", metavar="RUN")
     parser.add_argument("--out", metavar="RUN2", help="keep the second run there")
-    add_cache_dir(parser)
-    add_json(parser)
+    parser.add_shared("--cache-dir", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,12 +27,7 @@ def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     from vtclip.runs.repeat import DIFFERENT, repeat
 
-    comparison = repeat(
-        folder,
-        out=args.out,
-        cache_dir=args.cache_dir,
-        progress=on_terminal(),
-    )
+    comparison = repeat(folder, out=args.out, cache_dir=args.cache_dir, progress=on_terminal())
     if args.json:
         emit_json(comparison)
     else:

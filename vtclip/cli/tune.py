@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, add_json, emit, emit_json, note, one_of, several
+from vtclip.cli.parsing import Parser, emit, emit_json, note, one_of, several
 from vtclip.names import TUNED_METHODS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -32,7 +32,7 @@ def add_arguments(parser: Parser) -> None:
         help=f"of {', '.join(DTYPES)}; default: bfloat16",
     )
     parser.add_argument("--device", help="cuda or cuda:N; default: the first GPU")
-    add_json(parser)
+    parser.add_shared("--json")
 
 
 def parse_shape(text: str) -> tuple[str, dict[str, int]]:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = listed_shapes(args.method) if shape is None else [shape]
     tiles: dict[str, Any] = {}
     with torch.cuda.device(device), torch.no_grad():
-        name, capability = gpu_identity()
+        name, capability = triton.gpu_identity()
         for dtype in args.dtype:
             for method, sizes in shapes:
                 work = jobs(method, sizes, getattr(torch, dtype), str(device))
@@ -123,11 +123,3 @@ def cuda_device(named: str | None) -> str:
         count = torch.cuda.device_count()
         raise ValueError(f"--device must be cuda or cuda:N, N below {count}, got {named!a}")
     return f"cuda:{match[1] or 0}"
-
-
-def gpu_identity() -> tuple[str, int]:
-    """Name and compute capability (10 * major + minor) of the current device."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    return torch.cuda.get_device_name(), 10 * major + minor

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from vtclip.backends.schemas import FAKES
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 
@@ -45,8 +47,26 @@ def bound_once(forward: Forward) -> Forward:
     return forward
 
 
+def forward_of(op: str) -> Any:
+    """`forward` of an `autograd.Function`: `op`_fwd of all inputs but the last, the backend.
+
+    It has the parameters of the schema: where no gradient is wanted, Dynamo counts them to see
+    that a context is not among them. It does not trace a closure here.
+    """
+
+    def forward(*inputs: Any, name: str = f"{op}_fwd") -> Any:
+        *operands, backend = inputs
+        return backend.function(name)(*operands)
+
+    operands = inspect.signature(FAKES[f"{op}_fwd"]).parameters.values()
+    backend = inspect.Parameter("backend", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    signature = _Positional(inspect.Signature([*operands, backend]))
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    return staticmethod(forward)
+
+
 def only_needed(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a backward returns: `grads` of the first inputs where asked for, else None."""
     needs = ctx.needs_input_grad
-    asked = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
-    return (*asked, *(None,) * (len(needs) - len(grads)))
+    requested = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
+    return (*requested, *(None,) * (len(needs) - len(grads)))

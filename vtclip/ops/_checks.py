@@ -12,7 +12,7 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -31,8 +31,10 @@ def expect_floats(op: str, tensors: Mapping[str, Tensor]) -> None:
         if tensor.layout != torch.strided:
             raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
         if tensor.dtype not in FLOATS:
-            wanted = ", ".join(_short(dtype) for dtype in FLOATS)
-            raise TypeError(f"{op}: {name} must be one of {wanted}, got {_short(tensor.dtype)}")
+            wanted = ", ".join(_dtype_name(dtype) for dtype in FLOATS)
+            raise TypeError(
+                f"{op}: {name} must be one of {wanted}, got {_dtype_name(tensor.dtype)}"
+            )
         if tensor.device != first.device:
             raise ValueError(
                 f"{op}: {name} must be on {first.device} like {first_name}, got {tensor.device}"
@@ -44,7 +46,9 @@ def expect_mask(op: str, mask: Tensor, like: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{op}: key_mask must be a Tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: key_mask must be bool (True = attend), got {_short(mask.dtype)}")
+        raise TypeError(
+            f"{op}: key_mask must be bool (True = attend), got {_dtype_name(mask.dtype)}"
+        )
     if mask.device != like.device:
         raise ValueError(f"{op}: key_mask must be on {like.device}, got {mask.device}")
 

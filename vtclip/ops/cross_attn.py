@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._autograd import bound_once, only_needed
-from vtclip.ops._checks import (
-    common_dtype,
-    expect_floats,
-    expect_mask,
-    expect_number,
-    expect_shape,
-)
+from vtclip.ops._autograd import forward_of, only_needed
+from vtclip.ops._checks import common_dtype, expect_floats, expect_mask, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import cross_attn as reference
 
@@ -30,12 +24,7 @@ class AttnLSE(NamedTuple):
 
 
 class _CrossAttn(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *operands, backend = inputs
-        outputs: tuple[Tensor, ...] = backend.function("cross_attn_fwd")(*operands)
-        return outputs
+    forward = forward_of("cross_attn")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -62,11 +51,13 @@ def default_scale(query: Tensor) -> float:
     return 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
 
 
+def expanded(tensor: Tensor, B: int) -> Tensor:
+    """The tensor seen with B rows, which has B or one."""
+    return tensor if tensor.shape[0] == B else tensor.expand(B, *tensor.shape[1:])
+
+
 def validate(
-    op: str,
-    tensors: dict[str, Tensor],
-    key_mask: Tensor | None,
-    scale: float | None,
+    op: str, tensors: dict[str, Tensor], key_mask: Tensor | None, scale: float | None
 ) -> tuple[list[Tensor], float, int]:
     """Checked tensors in one dtype, the scale, and the batch size B."""
     expect_floats(op, tensors)
@@ -109,10 +100,7 @@ def _attend(
             out[0].unflatten(1, (B, K)).transpose(0, 1),
             lse[0].unflatten(1, (B, K)).transpose(0, 1),
         )
-    if key.shape[0] != B:
-        key = key.expand(B, *key.shape[1:])
-    if value.shape[0] != B:
-        value = value.expand(B, *value.shape[1:])
+    key, value = expanded(key, B), expanded(value, B)
     out, lse = _CrossAttn.apply(query, key, value, key_mask, scale, chosen)
     return out, lse
 

@@ -9,20 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._autograd import bound_once, only_needed
-from vtclip.ops._select import Backend, Impl, Problem, select
+from vtclip.ops._autograd import forward_of, only_needed
+from vtclip.ops._select import Impl, Problem, select
 from vtclip.ops.cross_attn import validate
 from vtclip.reference import cross_attn_weights as reference
 
 
 class _CrossAttnWeights(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(
-        query: Tensor, key: Tensor, key_mask: Tensor | None, scale: float, backend: Backend
-    ) -> Tensor:
-        weights: Tensor = backend.function("cross_attn_weights_fwd")(query, key, key_mask, scale)
-        return weights
+    forward = forward_of("cross_attn_weights")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import ffn_cosine_logits as reference
 
 
 class _FfnCosineLogits(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *operands, backend = inputs
-        outputs: tuple[Tensor, ...] = backend.function("ffn_cosine_logits_fwd")(*operands)
-        return outputs
+    forward = forward_of("ffn_cosine_logits")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,16 +83,10 @@ def ffn_cosine_logits(
     """
     op = "ffn_cosine_logits"
     expect_tensors(
-        op,
-        hidden=(hidden, "B K F"),
-        weight=(weight, "C F"),
-        bias=(bias, "C"),
-        residual_input=(residual_input, "B K C"),
-        norm_weight=(norm_weight, "C"),
-        norm_bias=(norm_bias, "C"),
-        text=(text, "K C"),
-        image=(image, "B C"),
-    )
+        op, hidden=(hidden, "B K F"), weight=(weight, "C F"), bias=(bias, "C"),
+        residual_input=(residual_input, "B K C"), norm_weight=(norm_weight, "C"),
+        norm_bias=(norm_bias, "C"), text=(text, "K C"), image=(image, "B C"),
+    )  # fmt: skip
     expect_number(op, residual=residual, scale=scale, eps=eps)
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import norm_cosine_logits as reference
 
 
 class _NormCosineLogits(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *operands, backend = inputs
-        outputs: tuple[Tensor, ...] = backend.function("norm_cosine_logits_fwd")(*operands)
-        return outputs
+    forward = forward_of("norm_cosine_logits")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -74,13 +69,9 @@ def norm_cosine_logits(
     """
     op = "norm_cosine_logits"
     expect_tensors(
-        op,
-        hidden=(hidden, "B K C"),
-        weight=(weight, "C"),
-        bias=(bias, "C"),
-        text=(text, "K C"),
+        op, hidden=(hidden, "B K C"), weight=(weight, "C"), bias=(bias, "C"), text=(text, "K C"),
         image=(image, "B C"),
-    )
+    )  # fmt: skip
     expect_number(op, residual=residual, scale=scale, eps=eps)
     if eps < 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")

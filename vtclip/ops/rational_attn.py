@@ -9,20 +9,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._autograd import bound_once, forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_tensors
-from vtclip.ops._select import Impl, Problem, select
-from vtclip.ops.cross_attn import default_scale
+from vtclip.ops._select import Backend, Impl, Problem, select
+from vtclip.ops.cross_attn import default_scale, expanded
 from vtclip.reference import rational_attn as reference
 
 
 class _RationalAttn(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *operands, backend = inputs
-        outputs: tuple[Tensor, ...] = backend.function("rational_attn_fwd")(*operands)
-        return outputs
+    forward = forward_of("rational_attn")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -44,11 +39,11 @@ class _RationalAttn(torch.autograd.Function):
 class _RationalAttnPacked(torch.autograd.Function):
     @staticmethod
     @bound_once
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        image, text, pairs, *options, backend = inputs
+    def forward(
+        image: Tensor, text: Tensor, pairs: Tensor, scale: float, keep_parts: bool, backend: Backend
+    ) -> Any:
         function = backend.function("rational_attn_fwd")
-        outputs: tuple[Tensor, ...] = function(image, text, *_unpacked(pairs), *options)
-        return outputs
+        return function(image, text, *_unpacked(pairs), scale, keep_parts)
 
     setup_context = staticmethod(_RationalAttn.setup_context)
 
@@ -108,23 +103,19 @@ def rational_attn(
     """
     op = "rational_attn"
     queries = {"image_query": image_query, "text_query": text_query, "pair_query": pair_query}
-    given = {name: query for name, query in queries.items() if query is not None}
-    if not given:
+    present = {name: query for name, query in queries.items() if query is not None}
+    if not present:
         raise ValueError(f"{op}: one of {', '.join(queries)} must be a Tensor, got None for all")
-    sizes = _expect_queries(op, given, {"key": (key, "B|1 H K d"), "value": (value, "B|1 H K d")})
+    sizes = _expect_queries(op, present, {"key": (key, "B|1 H K d"), "value": (value, "B|1 H K d")})
     factor = _factor(op, key, scale, temperature)
-    tensors = common_dtype(key, value, *given.values())
-    ready = dict(zip(("key", "value", *given), tensors, strict=True))
+    tensors = common_dtype(key, value, *present.values())
     chosen = select(Problem(op, key.device.type, tensors[0].dtype, key.shape[-1]), impl)
-
-    def whole(name: str) -> Tensor | None:
-        tensor = ready.get(name)
-        if tensor is None or tensor.shape[0] == sizes["B"]:
-            return tensor
-        return tensor.expand(sizes["B"], *tensor.shape[1:])
-
-    image, text, pair = whole("image_query"), ready.get("text_query"), whole("pair_query")
-    key, value = whole("key"), whole("value")  # type: ignore[assignment]
+    ready = {
+        name: tensor if name == "text_query" else expanded(tensor, sizes["B"])
+        for name, tensor in zip(("key", "value", *present), tensors, strict=True)
+    }
+    key, value = ready["key"], ready["value"]
+    image, text, pair = [ready.get(name) for name in queries]
     if chosen.name == "reference":
         return reference.rational_attn(image, text, pair, key, value, factor)
     keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -155,21 +146,21 @@ def rational_attn_packed(
     """
     op = "rational_attn_packed"
     queries = {"image_query": image_query, "text_query": text_query}
-    given = {name: query for name, query in queries.items() if query is not None}
+    present = {name: query for name, query in queries.items() if query is not None}
     expect_floats(op, {"pairs": pairs})
     if pairs.dim() != 5 or pairs.shape[2] not in (2, 3):
         raise ValueError(f"{op}: pairs must be [B, K, 2|3, H, d], got {list(pairs.shape)}")
-    if not given and pairs.shape[2] == 2:
+    if not present and pairs.shape[2] == 2:
         raise ValueError(f"{op}: one of image_query, text_query must be a Tensor, got None for all")
-    sizes = _expect_queries(op, given, {"pairs": (pairs, "B K parts H d")})
+    sizes = _expect_queries(op, present, {"pairs": (pairs, "B K parts H d")})
     factor = _factor(op, pairs, scale, temperature)
-    tensors = common_dtype(pairs, *given.values())
-    ready = dict(zip(("pairs", *given), tensors, strict=True))
+    tensors = common_dtype(pairs, *present.values())
+    ready = dict(zip(("pairs", *present), tensors, strict=True))
     problem = Problem("rational_attn", pairs.device.type, tensors[0].dtype, pairs.shape[-1])
     chosen = select(problem, impl)
     image, text, pairs = ready.get("image_query"), ready.get("text_query"), ready["pairs"]
-    if image is not None and image.shape[0] != sizes["B"]:
-        image = image.expand(sizes["B"], *image.shape[1:])
+    if image is not None:
+        image = expanded(image, sizes["B"])
     if chosen.name == "reference":
         return reference.rational_attn(image, text, *_unpacked(pairs), factor)
     keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vtclip.names import Penalty
-from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_head as reference
@@ -25,12 +25,7 @@ class RationalLogits(NamedTuple):
 
 
 class _RationalHead(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        *operands, backend = inputs
-        outputs: tuple[Tensor, ...] = backend.function("rational_head_fwd")(*operands)
-        return outputs
+    forward = forward_of("rational_head")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -97,13 +92,9 @@ def rational_head(
     """
     op = "rational_head"
     expect_tensors(
-        op,
-        context=(context, "B K D"),
-        weight=(weight, "D D"),
-        bias=(bias, "D"),
-        image=(image, "B D"),
-        text=(text, "K D"),
-    )
+        op, context=(context, "B K D"), weight=(weight, "D D"), bias=(bias, "D"),
+        image=(image, "B D"), text=(text, "K D"),
+    )  # fmt: skip
     expect_number(op, scale=scale)
     if penalty not in PENALTY_CODES:
         names = ", ".join(PENALTY_CODES)

@@ -9,20 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
-from vtclip.ops._select import Backend, Impl, Problem, select
+from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_logits as reference
 
 
 class _RationalLogits(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(
-        image: Tensor, text: Tensor, mask: Tensor, scale: float, backend: Backend
-    ) -> Tensor:
-        logits: Tensor = backend.function("rational_logits_fwd")(image, text, mask, scale)
-        return logits
+    forward = forward_of("rational_logits")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vtclip.ops._autograd import bound_once, only_needed
+from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
-from vtclip.ops._select import Backend, Impl, Problem, select
+from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import unit_products as reference
 
 
@@ -24,11 +24,7 @@ class UnitProducts(NamedTuple):
 
 
 class _UnitProducts(torch.autograd.Function):
-    @staticmethod
-    @bound_once
-    def forward(image: Tensor, text: Tensor, scale: float, backend: Backend) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = backend.function("unit_products_fwd")(image, text, scale)
-        return outputs
+    forward = forward_of("unit_products")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -45,19 +45,9 @@ from vtclip.reference.norm_cosine_logits import norm_cosine_logits
 
 
 def ffn_cosine_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual_input: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    text: Tensor,
-    image: Tensor,
-    *,
-    residual: float,
-    scale: float,
-    eps: float,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor, residual_input: Tensor, norm_weight: Tensor,
+    norm_bias: Tensor, text: Tensor, image: Tensor, *, residual: float, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
     """The logits of the module docstring."""
     acc = acc_dtype(hidden.dtype)
     z = residual_input.to(acc) + hidden.to(acc) @ weight.to(acc).T + bias.to(acc)  # [B, K, C]

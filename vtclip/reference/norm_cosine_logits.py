@@ -23,16 +23,9 @@ from vtclip.reference._dtypes import acc_dtype
 
 
 def norm_cosine_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    text: Tensor,
-    image: Tensor,
-    *,
-    residual: float,
-    scale: float,
-    eps: float,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, bias: Tensor, text: Tensor, image: Tensor, *, residual: float,
+    scale: float, eps: float,
+) -> Tensor:  # fmt: skip
     """scale * cos(image[b], text[k] + residual * LayerNorm(hidden[b, k])) -> [B, K]."""
     if hidden.shape[-1] == 0:
         return hidden.new_zeros(hidden.shape[:2])

@@ -32,15 +32,9 @@ def mask_penalty(mask: Tensor, penalty: int) -> Tensor:
 
 
 def rational_head(
-    context: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    image: Tensor,
-    text: Tensor,
-    *,
-    scale: float,
+    context: Tensor, weight: Tensor, bias: Tensor, image: Tensor, text: Tensor, *, scale: float,
     penalty: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(logits, penalty) of the module docstring."""
     acc = acc_dtype(context.dtype)
     mask = torch.relu(1 + (context.to(acc) @ weight.to(acc).T + bias.to(acc)))

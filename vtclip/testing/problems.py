@@ -229,14 +229,7 @@ _ENTRIES = (
     ),
     Op(
         "norm_cosine_logits",
-        {
-            "hidden": "B K C",
-            "weight": "C",
-            "bias": "C",
-            "text": "K C",
-            "image": "B C",
-            **_COSINE,
-        },
+        {"hidden": "B K C", "weight": "C", "bias": "C", "text": "K C", "image": "B C", **_COSINE},
         outputs=("logits", "mean", "rstd", "image_rnorm", "row_rnorm"),
     ),
     Op(
@@ -387,9 +380,7 @@ FUNCTIONS: dict[str, Function] = {name: _function(op) for name, op in OPS.items(
         result=lambda attended: attended.out.sum() + attended.lse.sum(),
     ),
     "rational_attn_packed": _function(
-        OPS["rational_attn"],
-        "rational_attn_packed",
-        tensors=("B H 1 d", "1 H K d", "B K 3 H d"),
+        OPS["rational_attn"], "rational_attn_packed", tensors=("B H 1 d", "1 H K d", "B K 3 H d")
     ),
     "unit_products": _function(OPS["unit_products"], result=lambda rows: rows.products),
 }

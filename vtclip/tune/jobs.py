@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from vtclip.backends.triton import launcher_of
 from vtclip.testing.problems import OPS, Op, tensors_of
-from vtclip.tune.search import Call, Job
+from vtclip.tune.search import Call, TileJob
 
 # sizes by the names a user gives: VT-CLIP over RN50's and ViT-B/16's tokens, RAda; B is a batch
 VTCLIP_SHAPES = (
@@ -32,15 +32,9 @@ SHAPES = {"vtclip": VTCLIP_SHAPES, "rada": RADA_SHAPES}
 NAMES = {method: tuple(shapes[0]) for method, shapes in SHAPES.items()}
 
 
-def _launcher(name: str) -> Callable[..., Any]:
-    module = f"vtclip.kernels.{name.removesuffix('_fwd').removesuffix('_bwd')}"
-    launcher: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return launcher
-
-
 def _jobs_of(
     op: Op, variant: str, sizes: dict[str, int], dtype: torch.dtype, device: str
-) -> Iterator[Job]:
+) -> Iterator[TileJob]:
     """Jobs of the forward launcher of an operator, and of its backward on what that returns."""
 
     def draw() -> dict[str, Any]:
@@ -48,16 +42,16 @@ def _jobs_of(
 
     def forward() -> Call:
         arguments = op.forward_arguments(draw())
-        return lambda: tensors_of(_launcher(f"{op.name}_fwd")(*arguments))
+        return lambda: tensors_of(launcher_of(f"{op.name}_fwd")(*arguments))
 
     def backward() -> Call:
         inputs = draw()
-        outputs = tensors_of(_launcher(f"{op.name}_fwd")(*op.forward_arguments(inputs)))
+        outputs = tensors_of(launcher_of(f"{op.name}_fwd")(*op.forward_arguments(inputs)))
         arguments = op.backward_arguments(inputs, outputs)
-        return lambda: tensors_of(_launcher(f"{op.name}_bwd")(*arguments))
+        return lambda: tensors_of(launcher_of(f"{op.name}_bwd")(*arguments))
 
-    yield Job(f"{op.name}_fwd", forward)
-    yield Job(f"{op.name}_bwd", backward)
+    yield TileJob(f"{op.name}_fwd", forward)
+    yield TileJob(f"{op.name}_bwd", backward)
 
 
 # Operators of a method's head, in the variant that training calls; matrix products are torch's.
@@ -79,7 +73,7 @@ OPERATORS = {
 HIDDEN_UNITS = 64  # few: tiles do not depend on them, torch.mm's time does
 
 
-def jobs(method: str, sizes: dict[str, int], dtype: torch.dtype, device: str) -> list[Job]:
+def jobs(method: str, sizes: dict[str, int], dtype: torch.dtype, device: str) -> list[TileJob]:
     """All jobs of one method at one list of sizes."""
     width = sizes["C" if method == "vtclip" else "D"]
     letters = {**sizes, "C": width, "D": width, "d": width // sizes["H"], "F": HIDDEN_UNITS}

@@ -28,7 +28,7 @@ Call = Callable[[], Sequence[Tensor]]
 Timer = Callable[[Call], float]
 
 
-class Asked(NamedTuple):
+class TileRequest(NamedTuple):
     """What a launcher asked `kernels._tiles.choose` for."""
 
     kind: str
@@ -57,7 +57,7 @@ class Tuned(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class TileJob:
     """One launcher call, drawn on first use."""
 
     name: str
@@ -80,26 +80,26 @@ def tiles_in_use(target: Any, entries: dict[str, tuple[int, ...]]) -> Iterator[N
         yield
 
 
-def asked_by(call: Call) -> list[Asked]:
+def tile_requests(call: Call) -> list[TileRequest]:
     """What a call with the built-in tiles asks for, in order, each once."""
     from vtclip.kernels import _tiles
 
-    asked: list[Asked] = []
+    requests: list[TileRequest] = []
     built_in = _tiles.from_tables({})
 
     def chooser(*arguments: Any) -> Any:
-        if arguments not in asked:
-            asked.append(Asked(*arguments))
+        if arguments not in requests:
+            requests.append(TileRequest(*arguments))
         return built_in(*arguments)
 
     with _tiles.choosing(chooser):
         call()
-    return asked
+    return requests
 
 
-def same(found: Sequence[Tensor], expected: Sequence[Tensor], precision: str) -> bool:
+def same(actual: Sequence[Tensor], expected: Sequence[Tensor], precision: str) -> bool:
     """Whether results differ by no more than another order of summation explains."""
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         if not b.is_floating_point():
             continue
         eps = 2.0**-11 if precision == "tf32" else 0.0
@@ -113,35 +113,32 @@ def same(found: Sequence[Tensor], expected: Sequence[Tensor], precision: str) ->
 
 
 def walk(
-    call: Call,
-    asked: Asked,
-    entries: dict[str, tuple[int, ...]],
-    timer: Timer,
+    call: Call, request: TileRequest, entries: dict[str, tuple[int, ...]], timer: Timer
 ) -> Tuned:
     """The fastest tile that is reached from the built-in one, with `entries` for other kernels."""
     from vtclip.kernels import _candidates, _tiles
 
-    dtype, sizes, target = asked.dtype, asked.sizes, asked.target
-    start = _tiles.built_in(asked.kind, dtype, asked.precision, sizes, target)
-    tile = _tiles.fitted(asked.kind, start, sizes)
+    dtype, sizes, target = request.dtype, request.sizes, request.target
+    start = _tiles.built_in(request.kind, dtype, request.precision, sizes, target)
+    tile = _tiles.fitted(request.kind, start, sizes)
     broken: set[Any] = set()
 
     def results(candidate: Any) -> list[Tensor]:
-        with tiles_in_use(target, {**entries, asked.key: tuple(candidate)}):
+        with tiles_in_use(target, {**entries, request.key: tuple(candidate)}):
             return [tensor.clone() for tensor in call()]
 
     def milliseconds(candidate: Any) -> float:
-        with tiles_in_use(target, {**entries, asked.key: tuple(candidate)}):
+        with tiles_in_use(target, {**entries, request.key: tuple(candidate)}):
             return timer(call)
 
     expected = results(tile)
     first = milliseconds(tile)
     times: dict[Any, float] = {}
     for _ in range(STEPS):
-        near = _candidates.neighbours(asked.kind, tile, dtype, sizes, target)
+        near = _candidates.neighbours(request.kind, tile, dtype, sizes, target)
         fresh = [candidate for candidate in near if candidate not in times.keys() | broken]
         for candidate in list(fresh):
-            if not works(results, candidate, expected, asked.precision):
+            if not works(results, candidate, expected, request.precision):
                 broken.add(candidate)
                 fresh.remove(candidate)
         if not fresh:
@@ -157,7 +154,7 @@ def walk(
             break
         tile = best
     after = times.get(tile, first)
-    return Tuned(asked.key, tuple(tile), first, after, len(times), len(broken))
+    return Tuned(request.key, tuple(tile), first, after, len(times), len(broken))
 
 
 def works(
@@ -180,7 +177,7 @@ def fastest(times: dict[Any, float], now: Any) -> Any:
 
 
 def tune(
-    jobs: Iterable[Job],
+    jobs: Iterable[TileJob],
     timer: Timer = gpu_timer,
     report: Callable[[str], object] = lambda line: None,
 ) -> dict[str, Tuned]:
@@ -189,15 +186,15 @@ def tune(
     done: set[str] = set()
     for job in jobs:
         call = job.draw()
-        for asked in asked_by(call):
-            if asked.key in done:
+        for request in tile_requests(call):
+            if request.key in done:
                 continue
-            done.add(asked.key)
+            done.add(request.key)
             entries = {key: tuned.tile for key, tuned in faster.items()}
-            tuned = walk(call, asked, entries, timer)
+            tuned = walk(call, request, entries, timer)
             tiles = f"{tuned.tried} tiles timed, {tuned.dropped} dropped"
-            line = f"{job.name}: {asked.key}: {tuned.before:.4f} ms built in"
+            line = f"{job.name}: {request.key}: {tuned.before:.4f} ms built in"
             report(f"{line}, {tuned.after:.4f} ms with {list(tuned.tile)} ({tiles})")
             if tuned.after < tuned.before * (1.0 - MARGIN):
-                faster[asked.key] = tuned
+                faster[request.key] = tuned
     return faster
