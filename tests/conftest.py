@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -111,13 +110,10 @@ def runnable(impl: str, device: str) -> object:
 
 @pytest.fixture(scope="session")
 def trees() -> ModuleType:
-    """Small data sets in the layout of the real ones (tests/data/trees.py)."""
-    spec = spec_from_file_location("trees", ROOT / "tests" / "data" / "trees.py")
-    if spec is None or spec.loader is None:
-        raise ImportError("trees.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Small data sets in the layout of the real ones (tests/helpers/trees.py)."""
+    import trees
+
+    return trees
 
 
 ANIMALS = ["ant", "bee", "cat", "dog"]

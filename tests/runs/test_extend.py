@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator
@@ -434,13 +433,7 @@ def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run3").exists()
 
 
-def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path) -> None:
-    place = Path(__file__).parent / "data" / "trees.py"
-    spec = importlib.util.spec_from_file_location("trees", place)
-    assert spec is not None
-    assert spec.loader is not None
-    trees: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trees)
+def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path, trees: Any) -> None:
     root = trees.make_split(tmp_path / "root", "caltech101")
     before = trees.fingerprint(root)
     options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "device": "cpu"}
