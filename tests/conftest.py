@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
+from tables import ANIMALS, animal_features
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
@@ -26,7 +25,15 @@ if TYPE_CHECKING:
     from vtclip.data.records import Records
 
 ROOT = Path(__file__).parents[1]
-ONE_THREAD = ("bench", "cli", "data", "runs", "train")  # folders of tests on tiny tensors
+ONE_THREAD = (
+    "bench",
+    "cli",
+    "clip",
+    "data",
+    "heads",
+    "runs",
+    "train",
+)  # folders of tests on tiny tensors
 IMPLS = ("cpu", "triton", "cuda", "reference")
 
 
@@ -111,36 +118,10 @@ def runnable(impl: str, device: str) -> object:
 
 @pytest.fixture(scope="session")
 def trees() -> ModuleType:
-    """Small data sets in the layout of the real ones (tests/data/trees.py)."""
-    spec = spec_from_file_location("trees", ROOT / "tests" / "data" / "trees.py")
-    if spec is None or spec.loader is None:
-        raise ImportError("trees.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Small data sets in the layout of the real ones (tests/helpers/trees.py)."""
+    import trees
 
-
-ANIMALS = ["ant", "bee", "cat", "dog"]
-
-
-def animal_features() -> dict[str, np.ndarray]:
-    """Global features halfway between two classes; one of the nine tokens tells which it is."""
-    K, C, L, per_class = 4, 16, 9, 24
-    generator = torch.Generator().manual_seed(7)
-    text = F.normalize(torch.randn(K, C, generator=generator), dim=-1)
-    label = torch.arange(K).repeat_interleave(per_class)
-    noise = torch.randn(len(label), C, generator=generator) * 0.15
-    image = text[label] + 0.9 * text[(label + 1) % K] + noise
-    spatial = torch.randn(len(label), L, C, generator=generator) * 0.2
-    spatial[torch.arange(len(label)), torch.arange(len(label)) % L] += 2 * text[label]
-    return {
-        "image": image.numpy(),
-        "label": label.numpy(),
-        "text": text.numpy(),
-        "classname": np.array(ANIMALS),
-        "spatial": spatial.numpy(),
-        "temperature": np.float32(np.log(20.0)),
-    }
+    return trees
 
 
 @pytest.fixture(scope="session")

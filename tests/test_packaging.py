@@ -30,14 +30,15 @@ def copy_of_the_tree(where: Path) -> Path:
     return tree
 
 
-def setup(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+def python(cwd: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    given = {**os.environ, **env}
     return subprocess.run(
-        [sys.executable, "setup.py", *command],
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=given
     )
+
+
+def setup(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return python(tree, "setup.py", *command, **env)
 
 
 def test_kernels_link_is_relative_and_not_a_package():
@@ -47,7 +48,7 @@ def test_kernels_link_is_relative_and_not_a_package():
 
 def test_a_root_level_import_of_kernels_is_not_ours():
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s and s.origin)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = python(ROOT, "-c", code)
     assert str(ROOT) not in done.stdout
 
 
@@ -70,13 +71,7 @@ def test_pure_python_wheel_holds_kernels_assets_and_no_binary(tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = "import vtclip, vtclip.info; print(vtclip.__file__); vtclip.info.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(site)},
-    )
+    done = python(tmp_path, "-c", code, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
     assert "is not built" in done.stdout
@@ -111,13 +106,7 @@ def test_cpu_mode_builds_no_cuda_and_says_so(tmp_path):
     assert list((tree / "vtclip").glob("_C.*.so"))
     assert not list((tree / "vtclip").glob("_C_cuda*.so"))
     code = "from vtclip.backends import native; print(native.load_cpu(), native.build_info())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tree)},
-    )
+    done = python(tree, "-c", code, PYTHONPATH=str(tree))
     assert "not built: VTCLIP_EXT=cpu" in done.stdout, done.stderr
 
 

@@ -7,10 +7,9 @@ import csv
 import io
 import re
 from html.parser import HTMLParser
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
+import bench_rows as made
 import pytest
 
 from vtclip.bench.cells import Group
@@ -26,19 +25,6 @@ from vtclip.bench.tables import (
     hardest_classes,
     markdown_table,
 )
-
-
-def loaded() -> Any:
-    """rows.py of this folder, which is not a package."""
-    spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = loaded()
 
 EMPTY = {"meta", "link", "br", "img", "input", "hr"}
 

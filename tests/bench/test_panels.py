@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 from typing import Any
 
+import bench_rows as made
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,19 +16,6 @@ from vtclip.bench import panels
 from vtclip.bench.cells import Cell, Group
 from vtclip.bench.published import mean_over, read_published
 from vtclip.bench.report import make_report
-
-
-def loaded() -> Any:
-    """rows.py of this folder, which is not a package."""
-    spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = loaded()
 
 
 def parsed(picture: str) -> ET.Element:

@@ -5,28 +5,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import bench_rows as made
 import pytest
 
 from vtclip.bench.cells import backbone_of
 from vtclip.bench.published import mean_over, read_published
 from vtclip.bench.report import BenchReport, make_report, read_benchmark
-
-
-def loaded() -> Any:
-    """rows.py of this folder, which is not a package."""
-    spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = loaded()
 
 
 def only(report: BenchReport, title: str) -> Any:

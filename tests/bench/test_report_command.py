@@ -5,42 +5,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
 
+import bench_rows as made
 import pytest
+from commands import call, refused
 
 from vtclip.cli import main
 
 
-def loaded() -> Any:
-    """rows.py of this folder, which is not a package."""
-    spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = loaded()
-
-
 def run(*words: object) -> int:
-    try:
-        return main(["report", *map(str, words)])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line of an error with status 2."""
-    assert run(*words) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    return err.rstrip("\n")
+    return call("report", *words)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -120,7 +95,7 @@ def test_folders_without_rows_are_refused(
         (tmp_path / "results.jsonl").write_text(content)
     before = files(tmp_path)
     page = tmp_path / "sub" / "page.html"
-    assert message in refused(capsys, tmp_path, "--html", page)
+    assert message in refused(capsys, "report", tmp_path, "--html", page)
     assert files(tmp_path) == before
     assert not page.parent.exists()
 
@@ -129,13 +104,15 @@ def test_a_wrong_argument_is_one_line(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(out)
-    assert "does not exist" in refused(capsys, tmp_path / "none")
-    assert "must be a folder" in refused(capsys, out / "results.jsonl")
-    assert "--html must end in .html, got" in refused(capsys, out, "--html", out / "results.jsonl")
-    assert "no row is of 'prok'" in refused(capsys, out, "--method", "prok")
-    assert "must differ" in refused(capsys, out, "--method", "rada,rada")
-    assert "not be empty" in refused(capsys, out, "--method", "")
-    assert "unknown argument" in refused(capsys, out, "--htm", "x.html")
+    assert "does not exist" in refused(capsys, "report", tmp_path / "none")
+    assert "must be a folder" in refused(capsys, "report", out / "results.jsonl")
+    assert "--html must end in .html, got" in refused(
+        capsys, "report", out, "--html", out / "results.jsonl"
+    )
+    assert "no row is of 'prok'" in refused(capsys, "report", out, "--method", "prok")
+    assert "must differ" in refused(capsys, "report", out, "--method", "rada,rada")
+    assert "not be empty" in refused(capsys, "report", out, "--method", "")
+    assert "unknown argument" in refused(capsys, "report", out, "--htm", "x.html")
     assert files(out) == before
 
 
@@ -145,7 +122,9 @@ def test_a_page_of_other_origin_stays(
     page = tmp_path / "index.html"
     page.write_text("<html>mine</html>")
     before = files(out)
-    assert "is not a report; --overwrite replaces it" in refused(capsys, out, "--html", page)
+    assert "is not a report; --overwrite replaces it" in refused(
+        capsys, "report", out, "--html", page
+    )
     assert page.read_text() == "<html>mine</html>"
     assert files(out) == before
     assert run(out, "--html", page, "--overwrite") == 0
@@ -159,14 +138,14 @@ def test_other_files_of_other_origin_stay(
 ) -> None:
     (out / name).write_text("mine")
     before = files(out)
-    assert repr(str(out / name)) in refused(capsys, out, "--html", out / "page.html")
+    assert repr(str(out / name)) in refused(capsys, "report", out, "--html", out / "page.html")
     assert files(out) == before
 
 
 def test_a_folder_is_never_replaced(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "page.html").mkdir()
     words = (out, "--html", out / "page.html", "--overwrite")
-    assert "is a folder" in refused(capsys, *words)
+    assert "is a folder" in refused(capsys, "report", *words)
     assert not (out / "report.md").exists()
 
 
@@ -193,6 +172,5 @@ def test_rows_of_a_real_benchmark_are_read(animals: Path, tmp_path: Path) -> Non
 
 
 def test_report_is_listed_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    assert call("--help") == 0
     assert "report" in capsys.readouterr().out.split()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import bench_rows as made
 import numpy as np
 import pytest
 
@@ -22,19 +22,6 @@ from vtclip.bench.page import markdown_page
 from vtclip.bench.report import make_report
 from vtclip.bench.run import write_tables
 from vtclip.cli import main
-
-
-def loaded() -> Any:
-    """rows.py of this folder, which is not a package."""
-    spec = spec_from_file_location("rows_of_reports", Path(__file__).with_name("rows.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-made = loaded()
 
 
 def runs(source: str, method: str, accuracy: list[float], **more: Any) -> list[dict[str, Any]]:

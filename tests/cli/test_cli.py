@@ -10,16 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import call, refused
 
 import vtclip
-from vtclip.cli import COMMANDS, main
+from vtclip.cli import COMMANDS
 from vtclip.data.records import Records
 from vtclip.data.splits import few_shot_split
 from vtclip.files import to_json
@@ -31,37 +31,9 @@ QUICK = [*VT, "--shots", "4", "--epochs", "3", "--threads", "1", "--device", "cp
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small tensors need one thread; runs land in a folder of their own."""
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs land in a folder of their own."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four classes of 24 rows; nine spatial tokens, one of which shows the class."""
-    draw = np.random.default_rng(3)
-    text = draw.standard_normal((4, 16)).astype(np.float32)
-    text /= np.linalg.norm(text, axis=1, keepdims=True)
-    label = np.repeat(np.arange(4), 24)
-    noise = draw.standard_normal((96, 16)).astype(np.float32)
-    image = text[label] + 0.9 * text[(label + 1) % 4] + 0.15 * noise
-    spatial = 0.2 * draw.standard_normal((96, 9, 16)).astype(np.float32)
-    spatial[np.arange(96), np.arange(96) % 9] += 2 * text[label]
-    path = tmp_path_factory.mktemp("source") / "animals.npz"
-    np.savez(
-        path,
-        image=image,
-        label=label,
-        text=text,
-        spatial=spatial,
-        classname=np.array(["ant", "bee", "cat", "dog"]),
-        temperature=np.float32(3.0),
-    )
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +44,6 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         npz, method="vtclip", shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1
     )
     return out
-
-
-def call(*words: Any) -> int:
-    """Exit status of one command."""
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as done:
-        return int(done.code or 0)
-
-
-def refused(capsys: pytest.CaptureFixture[str], status: int, *words: Any) -> str:
-    """The one line a refused command writes."""
-    assert call(*words) == status
-    seen = capsys.readouterr()
-    assert seen.out == ""
-    assert seen.err.count("\n") == 1, seen.err
-    assert "Traceback" not in seen.err
-    return seen.err
 
 
 def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -144,7 +98,7 @@ def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_bad_input_is_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
-    line = refused(capsys, 2, *words)
+    line = refused(capsys, *words)
     assert message in line
     known = any(words[0] == name for name, _, _ in COMMANDS)
     assert line.startswith(f"vtclip {words[0]}: " if known else "vtclip: ")
@@ -155,26 +109,26 @@ def test_bad_sources_and_values_are_named(
     capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.npz").write_text("hello")
-    assert "not a readable .npz" in refused(capsys, 2, "fit", "text.npz")
-    assert "prompt 'x' cannot be chosen" in refused(capsys, 2, "fit", npz, "--prompt", "x")
-    assert "device must be" in refused(capsys, 2, "fit", npz, "--device", "gpu")
-    assert "sees" in refused(capsys, 2, "fit", npz, "--device", "cuda:77")
-    assert "class 'ant' has 12" in refused(capsys, 2, "fit", npz, "--shots", "13")
-    assert "shots must be at least 1" in refused(capsys, 2, "fit", npz, "--shots", "0")
-    message = refused(capsys, 2, "fit", npz, "--method", "zeroshot", "--lr", "0.1")
+    assert "not a readable .npz" in refused(capsys, "fit", "text.npz")
+    assert "prompt 'x' cannot be chosen" in refused(capsys, "fit", npz, "--prompt", "x")
+    assert "device must be" in refused(capsys, "fit", npz, "--device", "gpu")
+    assert "sees" in refused(capsys, "fit", npz, "--device", "cuda:77")
+    assert "class 'ant' has 12" in refused(capsys, "fit", npz, "--shots", "13")
+    assert "shots must be at least 1" in refused(capsys, "fit", npz, "--shots", "0")
+    message = refused(capsys, "fit", npz, "--method", "zeroshot", "--lr", "0.1")
     assert "method zeroshot has no training, so lr cannot be set" in message
-    message = refused(capsys, 2, "fit", npz, *VT, "--penalty-weight", "1")
+    message = refused(capsys, "fit", npz, *VT, "--penalty-weight", "1")
     assert "method vtclip has no penalty, so penalty_weight cannot be set" in message
-    message = refused(capsys, 2, "fit", npz, *VT, "--temperature", "0.1")
+    message = refused(capsys, "fit", npz, *VT, "--temperature", "0.1")
     assert "method vtclip has no option temperature" in message
-    message = refused(capsys, 2, "fit", npz, "--lr", "0.1")
+    message = refused(capsys, "fit", npz, "--lr", "0.1")
     assert "each with its own settings; to set lr, name one method" in message
-    message = refused(capsys, 2, "fit", npz, "--method", "zeroshot", "--adapters")
+    message = refused(capsys, "fit", npz, "--method", "zeroshot", "--adapters")
     assert "method zeroshot has no training, so adapters cannot be set" in message
     words = ["--method", "rada", "--penalty", "none", "--penalty-weight", "1"]
-    message = refused(capsys, 2, "fit", npz, *words)
+    message = refused(capsys, "fit", npz, *words)
     assert "penalty_weight must be 0 where the penalty is none, got 1" in message
-    assert "leaves no test images" in refused(capsys, 2, "fit", npz, "--test-fraction", "0", *QUICK)
+    assert "leaves no test images" in refused(capsys, "fit", npz, "--test-fraction", "0", *QUICK)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["text.npz"]
 
 
@@ -212,25 +166,22 @@ def test_a_run_is_not_overwritten_unasked(
 ) -> None:
     assert call("fit", npz, "--out", "r", *QUICK) == 0
     first = (tmp_path / "r" / "adapter.safetensors").read_bytes()
-    capsys.readouterr()
-    assert "holds a run already" in refused(capsys, 2, "fit", npz, "--out", "r", *QUICK)
+    assert "holds a run already" in refused(capsys, "fit", npz, "--out", "r", *QUICK)
     both = ["--overwrite", "--resume"]
-    assert "exclude each other" in refused(capsys, 2, "fit", npz, "--out", "r", *both, *QUICK)
+    assert "exclude each other" in refused(capsys, "fit", npz, "--out", "r", *both, *QUICK)
     assert call("fit", npz, "--out", "r", "--resume", *QUICK) == 0
     other = ["--seed", "2", "--resume"]
-    capsys.readouterr()
-    assert "with another seed" in refused(capsys, 2, "fit", npz, "--out", "r", *other, *QUICK)
+    assert "with another seed" in refused(capsys, "fit", npz, "--out", "r", *other, *QUICK)
     assert (tmp_path / "r" / "adapter.safetensors").read_bytes() == first
     assert call("fit", npz, "--out", "r", "--overwrite", "--seed", "2", *QUICK) == 0
     assert (tmp_path / "r" / "adapter.safetensors").read_bytes() != first
-    capsys.readouterr()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     for word in ("--overwrite", "--resume"):
-        message = refused(capsys, 2, "fit", npz, "--out", "mine", word, *QUICK)
+        message = refused(capsys, "fit", npz, "--out", "mine", word, *QUICK)
         assert "is not a run (it holds 'thesis.txt')" in message
     (tmp_path / "file").write_text("")
-    assert "not a folder" in refused(capsys, 2, "fit", npz, "--out", "file", *QUICK)
+    assert "not a folder" in refused(capsys, "fit", npz, "--out", "file", *QUICK)
     (tmp_path / "photos" / "ant").mkdir(parents=True)
     inside = tmp_path / "photos" / "run"
     assert call("fit", tmp_path / "photos", "--out", inside) == 2
@@ -299,7 +250,7 @@ def test_evaluate_on_other_features_matches_classes_by_name(
     assert values["per_class"]["ant"] is None
     assert values["per_class"]["dog"] is not None
     np.savez(tmp_path / "other.npz", **{**two, "classname": np.array(["dgo", "bee"])})
-    message = refused(capsys, 2, "evaluate", run, tmp_path / "other.npz")
+    message = refused(capsys, "evaluate", run, tmp_path / "other.npz")
     assert "unknown class 'dgo'; did you mean 'dog'" in message
 
 
@@ -307,9 +258,9 @@ def test_images_for_a_run_on_features_are_refused_in_one_line(
     capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "x.jpg").write_bytes(b"")
-    message = refused(capsys, 2, "predict", run, "x.jpg")
+    message = refused(capsys, "predict", run, "x.jpg")
     assert "fitted on a table of features and has no image encoder" in message
-    message = refused(capsys, 2, "explain", run, "x.jpg", "--out", "heat.png")
+    message = refused(capsys, "explain", run, "x.jpg", "--out", "heat.png")
     assert "has no image encoder" in message
 
 
@@ -327,12 +278,11 @@ def test_a_damaged_run_is_one_line(
     capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
 ) -> None:
     assert call("fit", npz, "--out", "r", *QUICK) == 0
-    capsys.readouterr()
     path = tmp_path / "r" / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert "not a vtclip adapter" in refused(capsys, 2, "evaluate", "r")
+    assert "not a vtclip adapter" in refused(capsys, "evaluate", "r")
     (tmp_path / "r" / "result.json").write_text("{")
-    assert "not a vtclip run" in refused(capsys, 2, "evaluate", "r")
+    assert "not a vtclip run" in refused(capsys, "evaluate", "r")
 
 
 def test_zeroshot_needs_no_shots(

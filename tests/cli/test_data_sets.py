@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from commands import call
 
-from vtclip.cli import main
 from vtclip.data.sets import SETS
 
 QUICK = ["--method", "vtclip", "--epochs", "2", "--threads", "1", "--device", "cpu"]
@@ -30,13 +30,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def root(tmp_path: Path, trees: ModuleType) -> Path:
     made: Path = trees.make_split(tmp_path / "root", "caltech101")
     return made
-
-
-def call(*words: Any) -> int:
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as done:
-        return int(done.code or 0)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: Any) -> str:

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -53,14 +52,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 VOCAB = build_vocab(re.findall(r"\w+", "a photo of cat dog black white big small the drawing"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(kind: str) -> Clip:
@@ -516,6 +507,18 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
         load_clip(tmp_path)
 
 
+def without_network(code: str, cache: Path) -> str:
+    """What a program prints where no hub can be reached, which it does not try twice."""
+    # nothing listens on port 9 of this machine
+    env = {**os.environ, "HF_HOME": str(cache), "HF_ENDPOINT": "https://127.0.0.1:9"}
+    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
+                         timeout=300, check=False)  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Retrying" not in run.stderr
+    return run.stdout
+
+
 def test_offline_is_one_clear_line_at_once(tmp_path: Path) -> None:
     """No retries, no trace: what was looked for and how to give a local file."""
     code = (
@@ -529,14 +532,7 @@ def test_offline_is_one_clear_line_at_once(tmp_path: Path) -> None:
         "    except ClipNotFound as error:\n"
         "        print(time.perf_counter() - start, error)\n"
     )
-    # nothing listens on port 9 of this machine
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://127.0.0.1:9"}
-    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                         timeout=300, check=False)  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "Retrying" not in run.stderr
-    lines = run.stdout.splitlines()
+    lines = without_network(code, tmp_path).splitlines()
     assert len(lines) == 2
     for line in lines:
         seconds, message = line.split(" ", 1)
@@ -561,14 +557,9 @@ def test_cached_hub_model_needs_no_network(tmp_path: Path) -> None:
         "clip = load_clip('hf-hub:owner/name')\n"
         "print(clip.weights_digest, clip.tokenizer.context_length)\n"
     )
-    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "https://127.0.0.1:9"}
-    env = {key: value for key, value in env.items() if not key.lower().endswith("_proxy")}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True,
-                         timeout=300, check=False)  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    found = without_network(code, tmp_path)
     expected = Clip(model, WordTokenizer(VOCAB, 16), config).weights_digest
-    assert run.stdout.split() == [expected, "16"]
-    assert "Retrying" not in run.stderr
+    assert found.split() == [expected, "16"]
 
 
 def test_build_clip_names_what_is_missing() -> None:

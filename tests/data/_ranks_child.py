@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features extracted by two processes of which one may misbehave; prints every outcome.
 
-    python _ranks_child.py CONFTEST FOLDER
+    python _ranks_child.py FOLDER
 
 The processes are forked from this one, so that torch is imported once for all.
 """
@@ -14,23 +14,19 @@ import signal
 import socket
 import sys
 import time
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from fake_clip import FakeClip
+from pictures import noise
 
 from vtclip.data import shards
 from vtclip.data.extract import extract_features
 from vtclip.distributed import joined
 
 LIMIT_S = 60.0
-spec = spec_from_file_location("helpers", sys.argv[1])
-assert spec is not None
-assert spec.loader is not None
-helpers: Any = module_from_spec(spec)
-spec.loader.exec_module(helpers)
-root = Path(sys.argv[2])
+root = Path(sys.argv[1])
 shards.SHARD_ROWS = 3
 torch.set_num_threads(1)
 
@@ -41,7 +37,7 @@ def rank(number: int, size: int, port: int, how: str, out: Path) -> NoReturn:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["LOCAL_WORLD_SIZE"] = str(size)
     source = root / ("other" if how == "differ" and number else "pictures")
-    clip = helpers.FakeClip(poison=how == "poison" and number == 1)
+    clip = FakeClip(poison=how == "poison" and number == 1)
     encode, last = clip.encode_image, number == size - 1
 
     def misbehave(pixels: torch.Tensor, spatial: Any = None) -> Any:
@@ -101,11 +97,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*")}
 
 
-pictures = helpers.make_folder(root / "pictures", each=7)
-(pictures / "dog" / "3.png").write_bytes(b"no image")  # its row is in nobody's shard
-helpers.make_folder(root / "other", each=6)
+folder = noise(root / "pictures", each=7)
+(folder / "dog" / "3.png").write_bytes(b"no image")  # its row is in nobody's shard
+noise(root / "other", each=6)
 extract_features(
-    pictures, root / "whole", model=helpers.FakeClip(), spatial="raw", batch_size=2, progress=False
+    folder, root / "whole", model=FakeClip(), spatial="raw", batch_size=2, progress=False
 )
 whole = files(root / "whole")
 outcomes = {

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from pictures import noise
 
 from vtclip.cli import main
 from vtclip.data.extract import extract_features
@@ -23,7 +22,11 @@ READABLE, LOST = 20, 1  # 3 classes of 7 files, of which one is not a picture
 
 
 def environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests' / 'helpers'}",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]
     """The outcome of each way in which the processes behaved; see _ranks_child.py."""
     here, place = Path(__file__).parent, tmp_path_factory.mktemp("ranks")
     done = subprocess.run(
-        [sys.executable, str(here / "_ranks_child.py"), str(here / "conftest.py"), str(place)],
+        [sys.executable, str(here / "_ranks_child.py"), str(place)],
         env=environment(root), capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -95,11 +98,7 @@ def test_processes_that_see_other_images_refuse_to_begin(ways: dict[str, Any]) -
 
 def test_torchrun_writes_what_one_process_writes(tmp_path: Path, root: Path) -> None:
     """The command, with the bundled model: three shards for two processes."""
-    for k, name in enumerate(("red dot", "green dot")):
-        (tmp_path / "pictures" / name).mkdir(parents=True)
-        for number in range(66):
-            pixels = np.random.default_rng([k, number]).integers(0, 256, (12, 12, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{number}.png")
+    noise(tmp_path / "pictures", ("red dot", "green dot"), 66)
     words = ["features", str(tmp_path / "pictures"), "--device", "cpu", "--spatial", "none"]
     words += ["--threads", "1", "--out"]
     assert main([*words, str(tmp_path / "one")]) == 0

@@ -19,40 +19,28 @@ import torch
 
 import vtclip.data.extract as extract
 import vtclip.data.shards as shards
-from vtclip.data.extract import cached_features, extract_features
+from vtclip.data.extract import extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
-from vtclip.data.options import FeatureOptions
 
 FILES = ("manifest.json", "text.safetensors", "shard-00001.safetensors")
 
 
 @pytest.fixture
-def features(
-    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def features(cached: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished folder in a cache, of four shards."""
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
-    found, _ = cached_features(
-        pictures, FeatureOptions(model=fake_clip(), spatial="raw", cache_dir=tmp_path / "cache")
-    )
-    return found.folder
+    folder: Path = cached(spatial="raw")[0].folder
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def rebuilt(features: Path, pictures: Path, clip: Any) -> tuple[int, dict[str, bytes]]:
-    cached_features(
-        pictures, FeatureOptions(model=clip, spatial="raw", cache_dir=features.parents[1])
-    )
-    return clip.images_encoded, contents(features)
-
-
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0, 1, 8, 60, 0.5, -1])
 def test_cut_file_is_found_and_built_again(
-    features: Path, pictures: Path, fake_clip: Any, name: str, keep: float,
+    features: Path, cached: Any, fake_clip: Any, name: str, keep: float,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     good = contents(features)
@@ -61,9 +49,10 @@ def test_cut_file_is_found_and_built_again(
     (features / name).write_bytes(data[:size])
     with pytest.raises(FeaturesDamaged, match=r"^features: [^\n]*$"):
         FeatureSet.open(features).verify()
-    encoded, now = rebuilt(features, pictures, fake_clip())
-    assert encoded >= 15
-    assert now == good
+    clip = fake_clip()
+    cached(model=clip, spatial="raw")
+    assert clip.images_encoded >= 15
+    assert contents(features) == good
     assert "building it again" in caplog.text
 
 
@@ -159,41 +148,36 @@ def small_files_only() -> Iterator[None]:
 
 
 def test_full_disk_names_path_and_bytes_and_keeps_the_old(
-    features: Path, pictures: Path, fake_clip: Any
+    features: Path, cached: Any, fake_clip: Any
 ) -> None:
     good = contents(features)
-    cache = features.parents[1]
     message = r"cannot write \d+ bytes to .*: File too large"
     with small_files_only(), pytest.raises(OSError, match=message):
-        cached_features(
-            pictures, FeatureOptions(model=fake_clip(seed=1), spatial="raw", cache_dir=cache)
-        )
+        cached(model=fake_clip(seed=1), spatial="raw")
     assert contents(features) == good
-    other = next(path for path in (cache / "features").iterdir() if path != features)
+    other = next(path for path in features.parent.iterdir() if path != features)
     assert [path.name for path in other.iterdir() if path.name.endswith(".new")] == []
-    _, report = cached_features(
-        pictures, FeatureOptions(model=fake_clip(), spatial="raw", cache_dir=cache)
-    )
+    _, report = cached(spatial="raw")
     assert report.reused
 
 
 SERVER = """
-import importlib.util, json, os, random, signal, sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-spec = importlib.util.spec_from_file_location("helpers", sys.argv[1])
-helpers = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(helpers)
+sys.path.insert(0, sys.argv[1])
+from fake_clip import FakeClip
+from pictures import noise
 import vtclip.data.extract as extract
 import vtclip.data.shards as shards
 from vtclip.data.featureset import FeatureSet
 shards.SHARD_ROWS = 2
 root = Path(sys.argv[2])
-pictures = helpers.make_folder(root / "pictures", each=10)
+pictures = noise(root / "pictures", each=10)
 
 def build(out):
-    return extract.extract_features(pictures, out, model=helpers.FakeClip(), spatial="raw",
+    return extract.extract_features(pictures, out, model=FakeClip(), spatial="raw",
                                     progress=False)
 
 whole, _ = build(root / "whole")
@@ -255,7 +239,7 @@ print(json.dumps({"seen": seen, "same": same, "reused": reused,
 
 def test_kills_and_races_leave_good_features(tmp_path: Path, root: Path) -> None:
     """25 builds killed at random moments, then four processes at once, in one interpreter start."""
-    helpers = Path(__file__).with_name("conftest.py")
+    helpers = root / "tests" / "helpers"
     run = subprocess.run(
         [sys.executable, "-c", SERVER, str(helpers), str(tmp_path)],
         cwd=root, capture_output=True, text=True, timeout=300, check=False,

@@ -20,10 +20,9 @@ from safetensors.torch import load_file
 import vtclip.data.extract as extract
 import vtclip.data.shards as shards
 from vtclip.data import Records, few_shot_split, open_source
-from vtclip.data.extract import cached_features, default_cache, extract_features
+from vtclip.data.extract import default_cache, extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
 from vtclip.data.images import open_image
-from vtclip.data.options import FeatureOptions
 from vtclip.files import json_digest, to_json
 
 
@@ -39,13 +38,23 @@ def same(one: Records, two: Records) -> bool:
 
 
 @pytest.fixture
+def features(pictures: Path, tmp_path: Path, fake_clip: Any) -> Any:
+    """`extract_features` of the pictures into a folder of tmp_path, with a FakeClip of its own."""
+
+    def extracted(out: str | Path, **options: Any) -> Any:
+        return extract_features(pictures, tmp_path / out, **{"model": fake_clip(), **options})
+
+    return extracted
+
+
+@pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
 
 
-def test_rows_are_those_of_the_model(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_rows_are_those_of_the_model(features: Any, pictures: Path, fake_clip: Any) -> None:
     clip = fake_clip()
-    found, report = extract_features(pictures, tmp_path / "out", model=clip, spatial="default")
+    found, report = features("out", model=clip, spatial="default")
     records = found.records()
     assert records.class_names == ["cat", "dog", "eel"]
     assert records.names[5] == "dog/0.png"
@@ -61,13 +70,11 @@ def test_rows_are_those_of_the_model(pictures: Path, tmp_path: Path, fake_clip: 
     assert batch.label.tolist() == [1, 0]
 
 
-def test_shards_do_not_change_rows(
-    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {"model": fake_clip(), "spatial": "raw", "augment_passes": 2, "batch_size": 3}
-    one, _ = extract_features(pictures, tmp_path / "one", **options)
+def test_shards_do_not_change_rows(features: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"spatial": "raw", "augment_passes": 2, "batch_size": 3}
+    one, _ = features("one", **options)
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
-    two, _ = extract_features(pictures, tmp_path / "two", **options)
+    two, _ = features("two", **options)
     assert [entry["rows"] for entry in two.manifest["shards"]] == [4, 4, 4, 3]
     assert one.key == two.key
     assert same(one.records(), two.records())
@@ -77,37 +84,31 @@ def test_shards_do_not_change_rows(
     )
 
 
-def test_augmented_passes_differ_and_are_reproducible(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
-    options = {"model": fake_clip(), "augment_passes": 2}
-    one, _ = extract_features(pictures, tmp_path / "one", **options)
-    two, _ = extract_features(pictures, tmp_path / "two", **options)
+def test_augmented_passes_differ_and_are_reproducible(features: Any) -> None:
+    options = {"augment_passes": 2}
+    one, _ = features("one", **options)
+    two, _ = features("two", **options)
     assert same(one.records(), two.records())
     plain, first, second = (one.records().batch(torch.arange(15), p).image for p in range(3))
     assert not torch.equal(plain, first)
     assert not torch.equal(first, second)
 
 
-def test_finished_features_are_reused(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_finished_features_are_reused(cached: Any, fake_clip: Any) -> None:
     clip = fake_clip()
-    cached_features(pictures, FeatureOptions(model=clip, cache_dir=tmp_path / "cache"))
+    cached(model=clip)
     before = clip.images_encoded
-    _, report = cached_features(pictures, FeatureOptions(model=clip, cache_dir=tmp_path / "cache"))
+    _, report = cached(model=clip)
     assert report.reused
     assert report.rows == 15
     assert clip.images_encoded == before
 
 
 def test_key_depends_on_everything_that_decides_a_number(
-    pictures: Path, tmp_path: Path, fake_clip: Any
+    cached: Any, pictures: Path, fake_clip: Any
 ) -> None:
-    cache = {"cache_dir": tmp_path / "cache"}
-
     def key(**options: Any) -> str:
-        return cached_features(
-            pictures, FeatureOptions(**{"model": fake_clip(), **cache, **options})
-        )[0].key
+        return cached(**options)[0].key
 
     keys = {
         "plain": key(),
@@ -133,63 +134,57 @@ def test_key_depends_on_everything_that_decides_a_number(
 
 
 def test_touching_or_moving_files_changes_nothing(
-    pictures: Path, tmp_path: Path, fake_clip: Any
+    cached: Any, pictures: Path, tmp_path: Path
 ) -> None:
-    options = {"model": fake_clip(), "cache_dir": tmp_path / "cache"}
-    one, _ = cached_features(pictures, FeatureOptions(**options))
+    one, _ = cached()
     os.utime(pictures / "cat" / "0.png", (1, 1))
     moved = tmp_path / "elsewhere"
     pictures.rename(moved)
-    two, report = cached_features(moved, FeatureOptions(**options))
+    two, report = cached(source=moved)
     assert report.reused
     assert one.key == two.key
 
 
-def test_changed_content_of_the_same_size_is_another_key(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
-    options = {"model": fake_clip(), "cache_dir": tmp_path / "cache"}
+def test_changed_content_of_the_same_size_is_another_key(cached: Any, pictures: Path) -> None:
     path = pictures / "dog" / "2.png"
     status = path.stat()
-    one, _ = cached_features(pictures, FeatureOptions(**options))
+    one, _ = cached()
     data = bytearray(path.read_bytes())
     data[-20] ^= 1  # within a checksum or the pixels; the size stays
     path.write_bytes(bytes(data))
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    two, report = cached_features(pictures, FeatureOptions(**options))
+    two, report = cached()
     assert not report.reused
     assert one.key != two.key
 
 
 def test_other_features_in_out_are_named_and_kept(
-    pictures: Path, tmp_path: Path, fake_clip: Any
+    features: Any, tmp_path: Path, fake_clip: Any
 ) -> None:
     out = tmp_path / "out"
-    extract_features(pictures, out, model=fake_clip())
+    features(out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ValueError, match="differ in weights; give another folder"):
-        extract_features(pictures, out, model=fake_clip(seed=1))
+        features(out, model=fake_clip(seed=1))
     with pytest.raises(ValueError, match="differ in templates, spatial, dtype;"):
-        extract_features(
-            pictures, out, model=fake_clip(), spatial="raw", templates="a drawing of a {}."
-        )
+        features(out, spatial="raw", templates="a drawing of a {}.")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_out_must_be_new_and_outside(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_out_must_be_new_and_outside(features: Any, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="holds other files; give a new or an empty folder"):
-        extract_features(pictures, tmp_path / "full", model=fake_clip())
+        features("full")
     for out in (pictures, pictures / "features"):
         with pytest.raises(ValueError, match="must lie outside the image folder"):
-            extract_features(pictures, out, model=fake_clip())
+            features(out)
     assert sorted(path.name for path in pictures.iterdir()) == ["cat", "dog", "eel"]
 
 
 def test_unreadable_files_have_no_row_and_are_reported(
+    features: Any,
     pictures: Path,
-    tmp_path: Path,
     fake_clip: Any,
     caplog: pytest.LogCaptureFixture,
     small_shards: None,
@@ -198,7 +193,7 @@ def test_unreadable_files_have_no_row_and_are_reported(
     whole = (pictures / "dog" / "3.png").read_bytes()
     (pictures / "dog" / "3.png").write_bytes(whole[:-20])
     os.mkfifo(pictures / "eel" / "pipe.jpg")
-    found, report = extract_features(pictures, tmp_path / "out", model=fake_clip())
+    found, report = features("out")
     assert len(found) == report.rows == 13
     assert dict(report.skipped) == {
         "cat/0.png": "the file is empty",
@@ -216,25 +211,25 @@ def test_unreadable_files_have_no_row_and_are_reported(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_class_with_unreadable_images_only(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_class_with_unreadable_images_only(features: Any, pictures: Path, tmp_path: Path) -> None:
     for path in (pictures / "eel").iterdir():
         path.write_text("<html>404</html>")
     with pytest.raises(ValueError, match="no image of these classes could be read: eel"):
-        extract_features(pictures, tmp_path / "out", model=fake_clip())
+        features("out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_repeated_content_is_counted(
-    pictures: Path, tmp_path: Path, fake_clip: Any, caplog: pytest.LogCaptureFixture
+    features: Any, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(pictures / "cat" / "0.png", pictures / "dog" / "copy.png")
-    _, report = extract_features(pictures, tmp_path / "out", model=fake_clip())
+    _, report = features("out")
     assert report.duplicates == [("cat/0.png", "dog/copy.png")]
     assert "1 images have the same content as another one, e.g. cat/0.png" in caplog.text
 
 
 def test_file_that_changes_while_features_are_made(
-    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
+    features: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = extract.hash_all
 
@@ -244,34 +239,27 @@ def test_file_that_changes_while_features_are_made(
         return hashed
 
     monkeypatch.setattr(extract, "hash_all", then_change)
-    with pytest.raises(
-        ValueError, match=r"cat/2.png: the file changed while features were extracted"
-    ):
-        extract_features(pictures, tmp_path / "out", model=fake_clip())
+    match = r"cat/2.png: the file changed while features were extracted"
+    with pytest.raises(ValueError, match=match):
+        features("out")
 
 
-def test_non_finite_features_name_the_image(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_non_finite_features_name_the_image(features: Any, tmp_path: Path, fake_clip: Any) -> None:
     with pytest.raises(ValueError, match=r"image features of 1 images are not finite.*cat/0.png"):
-        extract_features(pictures, tmp_path / "out", model=fake_clip(poison=True))
+        features("out", model=fake_clip(poison=True))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_overflow_of_float16_says_what_to_do(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
+def test_overflow_of_float16_says_what_to_do(features: Any, fake_clip: Any) -> None:
     clip = fake_clip()
     plain = clip.preprocess
     clip.preprocess = lambda image: plain(image) * 1e6
     with pytest.raises(ValueError, match=r"spatial features .* not finite \(try dtype='float32'\)"):
-        extract_features(pictures, tmp_path / "out", model=clip, spatial="raw")
+        features("out", model=clip, spatial="raw")
 
 
-def test_text_is_encoded_from_names_and_templates(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
-    found, _ = extract_features(
-        pictures, tmp_path / "out", model=fake_clip(), templates="imagenet7"
-    )
+def test_text_is_encoded_from_names_and_templates(features: Any, fake_clip: Any) -> None:
+    found, _ = features("out", templates="imagenet7")
     records = found.records()
     assert len(records.info["templates"]) == 7
     torch.testing.assert_close(records.text.norm(dim=1), torch.ones(3))
@@ -283,25 +271,23 @@ def test_text_is_encoded_from_names_and_templates(
     assert torch.equal(chosen.text_views, records.text_views[[2, 0]])
 
 
-def test_one_template_is_kept_once(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
-    found, _ = extract_features(pictures, tmp_path / "out", model=fake_clip())
+def test_one_template_is_kept_once(features: Any, tmp_path: Path) -> None:
+    found, _ = features("out")
     assert list(load_file(tmp_path / "out" / "text.safetensors")) == ["text"]
     records = found.records()
     torch.testing.assert_close(records.text_views[:, 0], records.text, rtol=0, atol=1e-6)
     assert records.text_views.shape == (3, 1, 16)
 
 
-def test_features_without_texts_of_each_template_still_load(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
+def test_features_without_texts_of_each_template_still_load(features: Any, tmp_path: Path) -> None:
     """As they were written before each template's own texts were kept."""
     out = tmp_path / "out"
-    found, _ = extract_features(pictures, out, model=fake_clip(), templates="imagenet7")
+    found, _ = features(out, templates="imagenet7")
     text, manifest = found.records().text, dict(found.manifest)
     manifest["text"] = shards.write_tensors(out / "text.safetensors", {"text": text})
     body = {name: value for name, value in manifest.items() if name != "digest"}
     (out / "manifest.json").write_bytes(to_json({**body, "digest": json_digest(body)}))
-    again, report = extract_features(pictures, out, model=fake_clip(), templates="imagenet7")
+    again, report = features(out, templates="imagenet7")
     assert report.reused
     records = again.records()
     assert torch.equal(records.text, text)
@@ -309,17 +295,15 @@ def test_features_without_texts_of_each_template_still_load(
 
 
 @pytest.mark.parametrize("option", [{"dtype": "int8"}, {"batch_size": 0}, {"augment_passes": -1}])
-def test_bad_options(
-    pictures: Path, tmp_path: Path, fake_clip: Any, option: dict[str, Any]
-) -> None:
+def test_bad_options(features: Any, option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"features: {next(iter(option))} must be"):
-        extract_features(pictures, tmp_path / "out", model=fake_clip(), **option)
+        features("out", **option)
 
 
 def test_interrupted_run_goes_on_after_its_last_shard(
-    pictures: Path, tmp_path: Path, fake_clip: Any, small_shards: None
+    features: Any, tmp_path: Path, fake_clip: Any, small_shards: None
 ) -> None:
-    whole, _ = extract_features(pictures, tmp_path / "whole", model=fake_clip(), spatial="raw")
+    whole, _ = features("whole", spatial="raw")
     clip = fake_clip()
     encode = clip.encode_image
 
@@ -331,12 +315,12 @@ def test_interrupted_run_goes_on_after_its_last_shard(
     clip.encode_image = stop
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        extract_features(pictures, out, model=clip, spatial="raw")
+        features(out, model=clip, spatial="raw")
     assert not (out / "manifest.json").exists()
     with pytest.raises(ValueError, match="is unfinished; run the same command again"):
         FeatureSet.open(out)
     again = fake_clip()
-    found, _ = extract_features(pictures, out, model=again, spatial="raw")
+    found, _ = features(out, model=again, spatial="raw")
     assert again.images_encoded == 7 + 1  # the last two shards, and a blank image for the shape
     assert same(found.records(), whole.records())
     for path in (tmp_path / "whole").iterdir():
@@ -348,10 +332,10 @@ def test_interrupted_run_goes_on_after_its_last_shard(
 
 
 def test_damaged_shard_of_an_unfinished_run_is_made_again(
-    pictures: Path, tmp_path: Path, fake_clip: Any, small_shards: None
+    features: Any, tmp_path: Path, fake_clip: Any, small_shards: None
 ) -> None:
     out = tmp_path / "out"
-    found, _ = extract_features(pictures, out, model=fake_clip())
+    found, _ = features(out)
     good = {path.name: path.read_bytes() for path in out.iterdir()}
     manifest = json.loads(good["manifest.json"])
     for n, rows in {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}.items():
@@ -365,16 +349,16 @@ def test_damaged_shard_of_an_unfinished_run_is_made_again(
     broken[-1] ^= 1
     (out / "shard-00001.safetensors").write_bytes(bytes(broken))
     clip = fake_clip()
-    extract_features(pictures, out, model=clip)
+    features(out, model=clip)
     assert clip.images_encoded == 15 - 4
     assert {path.name: path.read_bytes() for path in out.iterdir()} == good
 
 
 def test_moved_features_open_and_hold_no_absolute_path(
-    pictures: Path, tmp_path: Path, fake_clip: Any
+    features: Any, pictures: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    extract_features(pictures, out, model=fake_clip())
+    features(out)
     moved = tmp_path / "moved"
     out.rename(moved)
     pictures.rename(tmp_path / "gone")
@@ -383,9 +367,9 @@ def test_moved_features_open_and_hold_no_absolute_path(
     assert str(tmp_path) not in (moved / "manifest.json").read_text()
 
 
-def test_replacing_features_that_are_mapped(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_replacing_features_that_are_mapped(features: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found, _ = extract_features(pictures, out, model=fake_clip())
+    found, _ = features(out)
     records = found.records()
     before = everything(records)
     for path in list(out.iterdir()):
@@ -395,13 +379,9 @@ def test_replacing_features_that_are_mapped(pictures: Path, tmp_path: Path, fake
 
 
 def test_batches_read_their_rows_only(
-    pictures: Path,
-    tmp_path: Path,
-    fake_clip: Any,
-    small_shards: None,
-    monkeypatch: pytest.MonkeyPatch,
+    features: Any, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract_features(pictures, tmp_path / "out", model=fake_clip())
+    features("out")
     opened: list[str] = []
     real = extract.FeatureSet.open.__func__.__globals__["file_digest"]  # type: ignore[attr-defined]
 
@@ -416,9 +396,9 @@ def test_batches_read_their_rows_only(
     assert opened == ["text.safetensors", "shard-00001.safetensors"]
 
 
-def test_wishes_that_features_cannot_meet(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_wishes_that_features_cannot_meet(features: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    extract_features(pictures, out, model=fake_clip(), augment_passes=1)
+    features(out, augment_passes=1)
     for wish, message in (
         ({"need_spatial": True}, "holds no spatial features"),
         ({"spatial": "pooled"}, "holds spatial None, asked for 'pooled'"),
@@ -444,16 +424,14 @@ def test_open_source_of_a_folder_takes_the_default_spatial_option(
         open_source(pictures, model=fake_clip(), spatial="pooled", cache_dir=cache)
 
 
-def test_two_writers_give_one_set(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_two_writers_give_one_set(cached: Any, fake_clip: Any) -> None:
     clips = [fake_clip() for _ in range(4)]
     out: list[Any] = [None] * 4
     gate = threading.Barrier(4)
 
     def build(number: int) -> None:
         gate.wait()
-        out[number] = cached_features(
-            pictures, FeatureOptions(model=clips[number], cache_dir=tmp_path / "cache")
-        )
+        out[number] = cached(model=clips[number])
 
     threads = [threading.Thread(target=build, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -474,54 +452,48 @@ def test_cache_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_cache_that_cannot_be_written_costs_a_warning_only(
-    pictures: Path, tmp_path: Path, fake_clip: Any, caplog: pytest.LogCaptureFixture
+    cached: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    found, report = cached_features(
-        pictures, FeatureOptions(model=fake_clip(), cache_dir=tmp_path / "file")
-    )
+    found, report = cached(cache_dir=tmp_path / "file")
     assert len(found) == 15
     assert not report.reused
     assert caplog.text.count("the cache cannot be written") == 1
 
 
 def test_finished_cache_that_cannot_be_written_is_read(
-    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
+    cached: Any, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"cache_dir": tmp_path / "cache"}
-    one, _ = cached_features(pictures, FeatureOptions(model=fake_clip(), **options))
+    one, _ = cached()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(extract, "only_writer", None)
     clip = fake_clip()
-    two, report = cached_features(pictures, FeatureOptions(model=clip, **options))
+    two, report = cached(model=clip)
     assert report.reused
     assert clip.images_encoded == 0
     assert two.folder == one.folder
 
 
 def test_size_is_told_before_writing(
-    pictures: Path, tmp_path: Path, fake_clip: Any, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    features: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO)
-    extract_features(pictures, tmp_path / "out", model=fake_clip())
+    features("out")
     assert "features: 15 images, about 0.0 MB in" in caplog.text
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="needs about 960 bytes, 100 are free"):
-        extract_features(pictures, tmp_path / "other", model=fake_clip())
+        features("other")
 
 
-def test_nothing_is_printed(
-    pictures: Path, tmp_path: Path, fake_clip: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
-    extract_features(pictures, tmp_path / "out", model=fake_clip(), progress=True)
+def test_nothing_is_printed(features: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    features("out", progress=True)
     assert capfd.readouterr() == ("", "")
 
 
-def test_newer_and_foreign_manifests(pictures: Path, tmp_path: Path, fake_clip: Any) -> None:
+def test_newer_and_foreign_manifests(features: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    extract_features(pictures, out, model=fake_clip())
+    features(out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "version": 9}))
     with pytest.raises(ValueError, match="has format version 9, this vtclip reads version 1"):
@@ -534,13 +506,9 @@ def test_newer_and_foreign_manifests(pictures: Path, tmp_path: Path, fake_clip: 
         FeatureSet.open(out)
 
 
-def test_float16_spatial_error_is_one_rounding(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
+def test_float16_spatial_error_is_one_rounding(features: Any) -> None:
     rows = [
-        extract_features(pictures, tmp_path / d, model=fake_clip(), spatial="raw", dtype=d)[0]
-        .records()
-        .batch(torch.arange(15))
+        features(d, spatial="raw", dtype=d)[0].records().batch(torch.arange(15))
         for d in ("float16", "float32")
     ]
     assert torch.equal(rows[0].image, rows[1].image)

@@ -121,21 +121,6 @@ def test_choose_needs_spatial_features(record):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"beta2": -1.0}, "beta2 must be finite and at least 0, got -1.0"),
-        ({"beta3": float("nan")}, "beta3 must be finite and at least 0, got nan"),
-        ({"spatial_dim": 2048}, "of width 32, got 2048 .try spatial projected or pooled.$"),
-    ],
-)
-def test_bad_options(record, options, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        CALIP(record()[0], **options)
-    assert str(caught.value).startswith("CALIP: ")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda i, s: (i, s[..., 1:]), ValueError, r"spatial must be \[B, L, 32\], got"),

@@ -6,14 +6,13 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from commands import refused
+from pictures import noise
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,14 +30,6 @@ from vtclip.runs.classifier import Classifier
 from vtclip.train.methods import text_encoder
 
 NAMES = ["red circle", "blue_square", "tree"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -303,29 +294,9 @@ def test_a_shared_context_serves_other_names_and_a_specific_one_does_not(clip: C
         started(clip, num_context=2, class_specific=True).with_names(clip, ["dog"])
 
 
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"class_position": "left"}, "class_position must be end, middle, front, got 'left'"),
-        ({"num_context": 0}, "num_context must be at least 1, got 0"),
-        ({"init": " "}, "init must hold words"),
-    ],
-)
-def test_wrong_options_are_said(options: dict[str, object], what: str) -> None:
-    with pytest.raises(ValueError, match=what):
-        CoOp(torch.randn(2, 4), **options)  # type: ignore[arg-type]
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pictures") / "shapes"
-    generator = np.random.default_rng(1)
-    for name in [*NAMES, "zebra"]:
-        (root / name).mkdir(parents=True)
-        for i in range(6):
-            pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i}.png")
-    return root
+    return noise(tmp_path_factory.mktemp("pictures") / "shapes", [*NAMES, "zebra"], 6)
 
 
 def test_command_trains_saves_and_predicts_without_the_text_side(
@@ -389,19 +360,11 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
 
 
 def test_a_table_without_a_model_is_refused_and_nothing_is_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32)
-    np.savez(
-        tmp_path / "table.npz", image=rows, label=np.arange(12) % 3, text=rows[:3],
-        classname=np.array(["a", "b", "c"]),
-    )  # fmt: skip
     out = tmp_path / "out"
-    args = ["fit", str(tmp_path / "table.npz"), "--method", "coop", "--shots", "1"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*args, "--out", str(out)])
-    assert stopped.value.code == 2
-    assert "method coop needs the text encoder, which an .npz table" in capsys.readouterr().err
+    message = refused(capsys, "fit", npz, "--method", "coop", "--shots", "1", "--out", out)
+    assert "method coop needs the text encoder, which an .npz table" in message
     assert not out.exists()
 
 

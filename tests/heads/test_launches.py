@@ -6,8 +6,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,17 +17,10 @@ from vtclip.testing.problems import FUNCTIONS
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
     pytest.skip("launches are noted in Triton's interpreter", allow_module_level=True)
 
-
-@pytest.fixture(scope="module")
-def launches() -> ModuleType:
-    path = Path(__file__).parents[1] / "launch_counting.py"
-    spec = importlib.util.spec_from_file_location("launch_counting", path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return module
+import launch_counting as launches
 
 
-def kernels(launches, call, parameters) -> tuple[list[str], list[str]]:
+def kernels(call, parameters) -> tuple[list[str], list[str]]:
     """Names of the kernels of a call, and of the backward of what it returns."""
     with launches.counting() as forward:
         outputs = call()
@@ -45,30 +36,28 @@ def unit(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("penalty", ["none", "mse"])
-def test_rada_of_fifty_classes(launches, penalty):
+def test_rada_of_fifty_classes(penalty):
     """Products, 3 projections, attention, head; backward 4 of the head, 2 of the attention, 4."""
     head = heads.RAda(unit(50, 512), penalty=penalty)
     image = unit(32, 512)
-    forward, backward = kernels(
-        launches, lambda: head.forward_with_penalty(image), list(head.parameters())
-    )
+    forward, backward = kernels(lambda: head.forward_with_penalty(image), list(head.parameters()))
     assert len(forward) == 6, forward
     assert len(backward) == 10, backward
     assert forward[-2:] == ["rational_attn_fwd_kernel", "rational_head_fwd_kernel"]
 
 
-def test_an_unused_penalty_costs_nothing(launches):
+def test_an_unused_penalty_costs_nothing():
     head = heads.RAda(unit(50, 512), penalty="linf")
     image = unit(32, 512)
     call = lambda: head.forward_with_penalty(image)[:1]  # noqa: E731
-    _, backward = kernels(launches, call, list(head.parameters()))
+    _, backward = kernels(call, list(head.parameters()))
     assert len(backward) == 10, backward
 
 
-def test_vtclip_of_a_hundred_classes(launches):
+def test_vtclip_of_a_hundred_classes():
     head = heads.VTCLIP(unit(100, 1024), num_heads=8, init="torch")
     inputs = unit(32, 1024), unit(32, 49, 1024)
-    forward, backward = kernels(launches, lambda: (head(*inputs),), list(head.parameters()))
+    forward, backward = kernels(lambda: (head(*inputs),), list(head.parameters()))
     assert len(forward) == 18, forward
     assert len(backward) <= 60, backward
     copies = [name for name in backward if name in ("clone", "copy_", "new_zeros", "zeros")]
@@ -89,13 +78,13 @@ def test_vtclip_of_a_hundred_classes(launches):
         lambda x: torch.cuda.synchronize(),
     ],
 )
-def test_waiting_for_the_device_is_seen(launches, wait):
+def test_waiting_for_the_device_is_seen(wait):
     x = torch.ones(3)
     with pytest.raises(launches.Synchronises), launches.counting():
         wait(x)
 
 
-def test_every_op_without_a_fill_or_a_copy(launches):
+def test_every_op_without_a_fill_or_a_copy():
     """Each op launches Triton's kernels and torch's matrix products, and never waits."""
     sizes = {"B": 4, "K": 50, "H": 2, "L": 49, "d": 64, "D": 128, "C": 128, "F": 128}
     leaves = {name: op.draw(sizes, dtype=torch.bfloat16) for name, op in FUNCTIONS.items()}
@@ -103,7 +92,7 @@ def test_every_op_without_a_fill_or_a_copy(launches):
     visible = torch.rand(4, 49) > 0.5
     calls["cross_attn, masked"] = partial(calls["cross_attn"], key_mask=visible)
     for name, call in calls.items():
-        forward, backward = kernels(launches, call, leaves[name.partition(",")[0]])
+        forward, backward = kernels(call, leaves[name.partition(",")[0]])
         assert forward, name
         products = [kernel for kernel in forward if not kernel.endswith("_kernel")]
         assert products == ["mm"] * (name == "ffn_cosine_logits"), (name, forward)

@@ -121,20 +121,6 @@ def test_gradcheck(record):
     assert torch.autograd.gradcheck(logits, (image.requires_grad_(), *head.parameters()))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"ratio": 2.0}, r"ratio must lie in 0\.\.1, got 2.0"),
-        ({"num_heads": 5}, "num_heads must divide hidden = 128, got 5"),
-        ({"num_heads": 0}, "num_heads must divide hidden = 128, got 0"),
-        ({"hidden": 0}, "num_heads must divide hidden = 0, got 4"),
-    ],
-)
-def test_bad_options(record, options, message):
-    with pytest.raises(ValueError, match=f"^MMAdapter: {message}$"):
-        MMAdapter(record()[0], **options)
-
-
 def test_no_tensor_of_images_times_classes_times_width(record, monkeypatch):
     """The largest of a forward pass are [rows, C] and [B, K], of each head without kernels."""
     text, image, _ = record(B=20, K=30, C=16)

@@ -374,30 +374,6 @@ def test_refuses_what_is_no_layer(record):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"num_heads": 5}, ValueError, "num_heads must divide C = 32, got 5"),
-        ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
-        ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
-        ({"ffn_dim": 0}, ValueError, "ffn_dim must be at least 1, got 0"),
-        ({"spatial_dim": -2}, ValueError, "spatial_dim must be at least 1, got -2"),
-        ({"residual": float("nan")}, ValueError, "residual must be finite, got nan"),
-        ({"logit_scale": float("inf")}, ValueError, "logit_scale must be finite, got inf"),
-        (
-            {"init": "aligned", "spatial_dim": 8},
-            ValueError,
-            "spatial_dim must be C = 32 where init is aligned, got 8",
-        ),
-        ({"init": "ones"}, ValueError, "init must be .*, got 'ones'"),
-    ],
-)
-def test_bad_options(record, options, error, message):
-    with pytest.raises(error, match=message) as caught:
-        VTCLIP(record()[0], **options)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda i, s: (i[:, :5], s), ValueError, r"image must be \[B, 32\], got \[3, 5\]"),

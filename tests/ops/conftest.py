@@ -43,6 +43,57 @@ def _run(
     return [out.detach() for out in outputs], dict(zip(leaves, grads, strict=True)), seeds
 
 
+@pytest.fixture
+def inputs(request: pytest.FixtureRequest, device: str, runnable: Callable) -> dict[str, Tensor]:
+    """The ordinary case in float32 of the operator that the file is about, where `impl` runs."""
+    drawn = request.module.draw("ordinary")
+    width = drawn["image" if "image" in drawn else "query"].shape[-1]
+    runnable(request.module.__name__.rpartition("test_")[2], torch.float32, width)
+    return {name: tensor.to(device) for name, tensor in drawn.items()}
+
+
+LAYOUTS = {
+    "gaps": testing.spread,
+    "misaligned": testing.misaligned,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+ATTENTION_LAYOUTS = {
+    "gaps": testing.spread,
+    "misaligned": testing.misaligned,
+    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "heads-inner": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded": lambda t: t[:, :1].expand_as(t),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
+    """A function that lays the elements of a tensor out in another way."""
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(params=ATTENTION_LAYOUTS)
+def attention_layout(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
+    """The same for tensors [B, H, L, d]."""
+    return ATTENTION_LAYOUTS[request.param]
+
+
+@pytest.fixture
+def refuses() -> Callable[..., None]:
+    """A function that holds a call to an error of one line, which begins with the operator."""
+
+    def check(
+        error: type[Exception], message: str, op: Op, *args: object, **kwargs: object
+    ) -> None:
+        with pytest.raises(error, match=message) as caught:
+            op(*args, **kwargs)
+        assert str(caught.value).startswith(f"{op.__name__}: ")
+        assert "\n" not in str(caught.value)
+
+    return check
+
+
 def _tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 

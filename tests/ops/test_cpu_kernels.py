@@ -251,70 +251,24 @@ def test_cosine_of_rows_at_the_ends_of_the_range():
         assert float((logits.double() - oracle).abs().amax()) < 1e-6, size
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"value": torch.zeros(2, 3, 7, 4)}, r"cross_attn_fwd: value must be \[2, 3, 7, 8\], got"),
-        ({"query": torch.zeros(3, 3, 5, 8)}, r"query must be \[2, 3, 5, 8\] \(first axis 1"),
-        ({"key": torch.zeros(2, 3, 7, 8).half()}, "key must have dtype Float, got Half"),
-        ({"key_mask": torch.zeros(2, 6).bool()}, r"key_mask must be \[2, 7\]"),
-        ({"query": torch.zeros(3, 5, 8)}, "query must have 4 dimensions"),
-    ],
-)
-def test_memory_is_protected_below_the_public_checks(change, message):
-    arguments = {
+# kernel -> arguments that it takes
+ARGUMENTS: dict[str, dict[str, object]] = {
+    "cross_attn_fwd": {
         "query": torch.zeros(1, 3, 5, 8),
         "key": torch.zeros(2, 3, 7, 8),
         "value": torch.zeros(2, 3, 7, 8),
         "key_mask": None,
-    } | change
-    with pytest.raises(RuntimeError, match=message):
-        KERNELS.cross_attn_fwd(*arguments.values(), 1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"grad_products": torch.zeros(2, 4, 8)},
-            r"unit_products_bwd: grad_products must be \[2, 5, 8\], got \[2, 4, 8\]",
-        ),
-        ({"grad_image": torch.zeros(5, 8)}, r"grad_image must be \[2, 8\], got"),
-        ({"grad_text": torch.zeros(5)}, r"grad_text must be \[5, 8\], got \[5\]"),
-        ({"image": torch.zeros(2)}, r"image must have 2 dimensions, got \[2\]"),
-        ({"text": torch.zeros(5, 7)}, r"text must be \[5, 8\], got \[5, 7\]"),
-        ({"text": torch.zeros(5, 8).double()}, "text must have dtype Float, got Double"),
-    ],
-)
-def test_memory_of_unit_products_is_protected(change, message):
-    arguments = {
+        "scale": 1.0,
+    },
+    "unit_products_bwd": {
         "grad_image": torch.zeros(2, 8),
         "grad_text": torch.zeros(5, 8),
         "grad_products": torch.zeros(2, 5, 8),
         "image": torch.zeros(2, 8),
         "text": torch.zeros(5, 8),
         "scale": 1.0,
-    } | change
-    with pytest.raises(RuntimeError, match=message):
-        KERNELS.unit_products_bwd(*arguments.values())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"weight": torch.zeros(8, 7)},
-            r"rational_head_bwd: weight must be \[8, 8\], got \[8, 7\]",
-        ),
-        ({"text": torch.zeros(4, 8)}, r"text must be \[5, 8\], got"),
-        ({"grad_logits": torch.zeros(5, 2)}, r"grad_logits must be \[2, 5\], got"),
-        ({"peak": torch.zeros(0, dtype=torch.int64)}, r"peak must be \[2\], got \[0\]"),
-        ({"peak": torch.zeros(2)}, "peak must have dtype Long, got Float"),
-        ({"penalty": 4}, "penalty must be 0, 1, 2 or 3, got 4"),
-    ],
-)
-def test_memory_of_the_rational_head_is_protected(change, message):
-    arguments = {
+    },
+    "rational_head_bwd": {
         "grad_logits": torch.zeros(2, 5),
         "grad_penalty": torch.zeros(2),
         "context": torch.zeros(2, 5, 8),
@@ -326,27 +280,8 @@ def test_memory_of_the_rational_head_is_protected(change, message):
         "scale": 1.0,
         "penalty": 3,
         "feature_grads": True,
-    } | change
-    with pytest.raises(RuntimeError, match=message):
-        KERNELS.rational_head_bwd(*arguments.values())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"weight": torch.zeros(8, 7)},
-            r"ffn_cosine_logits_bwd: weight must be \[8, 6\], got \[8, 7\]",
-        ),
-        ({"hidden": torch.zeros(2, 6)}, "hidden must have 3 dimensions"),
-        ({"residual_input": torch.zeros(2, 5, 7)}, r"residual_input must be \[2, 5, 8\], got"),
-        ({"stats": torch.zeros(5, 2, 5)}, r"stats must be \[7, 2, 5\], got \[5, 2, 5\]"),
-        ({"stats": torch.zeros(7, 2, 5).double()}, "stats must have dtype Float, got Double"),
-        ({"image": torch.zeros(2, 8).half()}, "image must have dtype Float, got Half"),
-    ],
-)
-def test_memory_of_the_feed_forward_tail_is_protected(change, message):
-    arguments = {
+    },
+    "ffn_cosine_logits_bwd": {
         "grad_logits": torch.zeros(2, 5),
         "hidden": torch.zeros(2, 5, 6),
         "weight": torch.zeros(8, 6),
@@ -361,9 +296,64 @@ def test_memory_of_the_feed_forward_tail_is_protected(change, message):
         "residual": 1.0,
         "scale": 1.0,
         "feature_grads": True,
-    } | change
+    },
+}
+# kernel -> (argument, a tensor of that shape or a value, what is said); the first names the kernel
+REFUSED = {
+    "cross_attn_fwd": [
+        ("value", torch.zeros(2, 3, 7, 4), r"cross_attn_fwd: value must be \[2, 3, 7, 8\], got"),
+        ("query", torch.zeros(3, 3, 5, 8), r"query must be \[2, 3, 5, 8\] \(first axis 1"),
+        ("key", torch.zeros(2, 3, 7, 8).half(), "key must have dtype Float, got Half"),
+        ("key_mask", torch.zeros(2, 6).bool(), r"key_mask must be \[2, 7\]"),
+        ("query", torch.zeros(3, 5, 8), "query must have 4 dimensions"),
+    ],
+    "unit_products_bwd": [
+        (
+            "grad_products",
+            torch.zeros(2, 4, 8),
+            r"unit_products_bwd: grad_products must be \[2, 5, 8\], got \[2, 4, 8\]",
+        ),
+        ("grad_image", torch.zeros(5, 8), r"grad_image must be \[2, 8\], got"),
+        ("grad_text", torch.zeros(5), r"grad_text must be \[5, 8\], got \[5\]"),
+        ("image", torch.zeros(2), r"image must have 2 dimensions, got \[2\]"),
+        ("text", torch.zeros(5, 7), r"text must be \[5, 8\], got \[5, 7\]"),
+        ("text", torch.zeros(5, 8).double(), "text must have dtype Float, got Double"),
+    ],
+    "rational_head_bwd": [
+        (
+            "weight",
+            torch.zeros(8, 7),
+            r"rational_head_bwd: weight must be \[8, 8\], got \[8, 7\]",
+        ),
+        ("text", torch.zeros(4, 8), r"text must be \[5, 8\], got"),
+        ("grad_logits", torch.zeros(5, 2), r"grad_logits must be \[2, 5\], got"),
+        ("peak", torch.zeros(0, dtype=torch.int64), r"peak must be \[2\], got \[0\]"),
+        ("peak", torch.zeros(2), "peak must have dtype Long, got Float"),
+        ("penalty", 4, "penalty must be 0, 1, 2 or 3, got 4"),
+    ],
+    "ffn_cosine_logits_bwd": [
+        (
+            "weight",
+            torch.zeros(8, 7),
+            r"ffn_cosine_logits_bwd: weight must be \[8, 6\], got \[8, 7\]",
+        ),
+        ("hidden", torch.zeros(2, 6), "hidden must have 3 dimensions"),
+        ("residual_input", torch.zeros(2, 5, 7), r"residual_input must be \[2, 5, 8\], got"),
+        ("stats", torch.zeros(5, 2, 5), r"stats must be \[7, 2, 5\], got \[5, 2, 5\]"),
+        ("stats", torch.zeros(7, 2, 5).double(), "stats must have dtype Float, got Double"),
+        ("image", torch.zeros(2, 8).half(), "image must have dtype Float, got Half"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name", "value", "message"),
+    [(kernel, *case) for kernel, cases in REFUSED.items() for case in cases],
+)
+def test_memory_is_protected_below_the_public_checks(kernel, name, value, message):
+    arguments = {**ARGUMENTS[kernel], name: value}
     with pytest.raises(RuntimeError, match=message):
-        KERNELS.ffn_cosine_logits_bwd(*arguments.values())
+        getattr(KERNELS, kernel)(*arguments.values())
 
 
 def test_a_peak_outside_the_mask_touches_nothing():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtclip import ops, testing
+from vtclip import ops
 
 # name -> (Bq, B, H, K, L, d); Bq = 1 is the shared query
 CASES = {
@@ -113,9 +113,7 @@ def test_fully_masked_image_is_zero_with_zero_gradients(impl, device, runnable):
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_what_masked_columns_hold_does_not_matter(poison, impl, device, runnable):
-    runnable("cross_attn", torch.float32, 32)
-    tensors = {k: v.to(device) for k, v in draw("ordinary").items()}
+def test_what_masked_columns_hold_does_not_matter(poison, impl, device, inputs):
     mask = some_mask(3, 49).to(device)
     results = []
     for fill in (0.0, poison):
@@ -123,7 +121,7 @@ def test_what_masked_columns_hold_does_not_matter(poison, impl, device, runnable
             k: (v if k == "query" else v.masked_fill(~mask[:, None, :, None], fill))
             .clone()
             .requires_grad_()
-            for k, v in tensors.items()
+            for k, v in inputs.items()
         }
         out = ops.cross_attn(**leaves, key_mask=mask, impl=impl)
         results.append([out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))])
@@ -131,29 +129,17 @@ def test_what_masked_columns_hold_does_not_matter(poison, impl, device, runnable
         assert torch.equal(clean, poisoned)
 
 
-def test_nan_stays_in_its_row(impl, device, runnable):
-    runnable("cross_attn", torch.float32, 32)
-    tensors = {k: v.to(device) for k, v in draw("ordinary").items()}
-    tensors["query"][0, 0, 3, 5] = float("nan")
-    out = ops.cross_attn(**tensors, impl=impl)
-    expected = ops.cross_attn(**tensors, impl="reference")
+def test_nan_stays_in_its_row(inputs, impl):
+    inputs["query"][0, 0, 3, 5] = float("nan")
+    out = ops.cross_attn(**inputs, impl=impl)
+    expected = ops.cross_attn(**inputs, impl="reference")
     assert torch.equal(out.isnan(), expected.isnan())
     assert expected.isnan().any()
 
 
-LAYOUTS = {
-    "gaps": testing.spread,
-    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "heads-inner": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "misaligned": testing.misaligned,
-    "expanded": lambda t: t[:, :1].expand_as(t),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout, impl, runnable, compare):
+def test_any_strides(attention_layout, impl, runnable, compare):
     runnable("cross_attn", torch.float32, 20)
-    compare(ops.cross_attn, {k: LAYOUTS[layout](v) for k, v in draw("odd").items()})
+    compare(ops.cross_attn, {k: attention_layout(v) for k, v in draw("odd").items()})
 
 
 def test_expanded_output_gradient(impl, device, runnable):

@@ -46,9 +46,8 @@ def test_key_mask_and_layout(impl, runnable, compare):
     compare(ops.cross_attn_weights, inputs, key_mask=mask)
 
 
-def test_masked_columns_may_hold_nan(impl, device, runnable):
-    runnable("cross_attn_weights", torch.float32, 32)
-    query, key = (v.to(device) for v in draw("ordinary").values())
+def test_masked_columns_may_hold_nan(impl, device, inputs):
+    query, key = inputs.values()
     mask = (torch.rand(3, 49) > 0.4).to(device)
     grads = []
     for fill in (0.0, float("nan")):
@@ -60,9 +59,8 @@ def test_masked_columns_may_hold_nan(impl, device, runnable):
         assert torch.equal(clean, poisoned)
 
 
-def test_rows_sum_to_one_and_give_cross_attn(impl, device, runnable):
-    runnable("cross_attn_weights", torch.float32, 32)
-    query, key = (v.to(device) for v in draw("ordinary").values())
+def test_rows_sum_to_one_and_give_cross_attn(inputs, impl):
+    query, key = inputs.values()
     value = torch.randn_like(key)
     weights = ops.cross_attn_weights(query, key, impl=impl)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import dots
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -253,20 +252,6 @@ def test_the_guard_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert files(runs[0])["adapter.safetensors"] != files(runs[1])["adapter.safetensors"]
 
 
-def photos(folder: Path, noise: set[str]) -> Path:
-    """Three classes of eight pictures; those named in `noise` have no colour of their class."""
-    for k, name in enumerate(("red dot", "green dot", "blue dot")):
-        (folder / name).mkdir(parents=True)
-        for number in range(8):
-            spoil = f"{name}/{number}.png" in noise
-            draw = np.random.default_rng([k, number, spoil])
-            pixels = draw.integers(0, 256 if spoil else 200, (16, 16, 3))
-            if not spoil:
-                pixels[4:12, 4:12, k] = 255
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
-
-
 FOLDER_CASES: dict[str, dict[str, Any]] = {
     "encoders": {"method": "rada", "train_encoders": True, "overrides": {"epochs": 1}},
     **{name: {"method": name, "overrides": {"epochs": 1}} for name in NEEDS_ENCODER & set(HEADS)},
@@ -275,7 +260,7 @@ FOLDER_CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
 def test_nothing_of_the_test_pictures_reaches_an_adapter(case: str, tmp_path: Path) -> None:
-    source = photos(tmp_path / "photos", set())
+    source = dots(tmp_path / "photos")
     records = open_source(source, cache_dir=tmp_path / "cache", progress=False)
     options = {**FOLDER_CASES[case], "shots": 2, "cache_dir": tmp_path / "cache"}
     first = vtclip.fit(source, out=tmp_path / "one", **options)
@@ -283,7 +268,7 @@ def test_nothing_of_the_test_pictures_reaches_an_adapter(case: str, tmp_path: Pa
     assert split.digest == first.result["split"]
     test = {records.names[row] for row in split.test.tolist()}
     assert len(test) == 12
-    second = vtclip.fit(photos(tmp_path / "other", test), out=tmp_path / "two", **options)
+    second = vtclip.fit(dots(tmp_path / "other", test), out=tmp_path / "two", **options)
     assert files(first) == files(second)
     assert first.result["adapted"]["nll"] != second.result["adapted"]["nll"]
     assert first.result["adapted"]["temperature"] == second.result["adapted"]["temperature"]

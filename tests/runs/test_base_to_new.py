@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import refused
 
 import vtclip
 from vtclip.cli import main
@@ -157,32 +158,6 @@ def test_numbers_of_either_half_agree_with_a_count_by_hand(
     assert found.accuracy == found.result["base"]["adapted"]["accuracy"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_other_texts_keep_the_parameters_and_leave_the_head_alone(method: str) -> None:
-    options = {"init": "torch"} if method == "vtclip" else {}
-    head = HEADS[method](torch.randn(5, 16), logit_scale=20.0, **options)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    before = {name: value.clone() for name, value in head.state_dict().items()}
-    text, image, spatial = torch.randn(3, 16), torch.randn(4, 16), torch.randn(4, 6, 16)
-    other = head.with_text(text)
-    assert other.num_classes == 3
-    assert other.options() == head.options()
-    assert torch.equal(other.text, text)
-    for name, value in other.state_dict().items():
-        assert name == "text" or torch.equal(value, before[name])
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.zero_()
-    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
-    # the classes in another order give the same logits in that order
-    order = torch.tensor([3, 0, 4, 1, 2])
-    with torch.no_grad():
-        wanted = head(image, spatial)[:, order]
-        torch.testing.assert_close(head.with_text(head.text[order])(image, spatial), wanted)
-
-
 def test_the_harmonic_mean_of_nothing_is_nothing() -> None:
     assert harmonic_mean(0.0, 0.0) == 0
     assert harmonic_mean(0.0, 0.9) == 0
@@ -266,19 +241,11 @@ def test_bad_base_to_new_is_one_line_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     files = sorted(tmp_path.rglob("*"))
 
-    def refused(*words: Any) -> str:
-        with pytest.raises(SystemExit) as done:
-            main([str(word) for word in words])
-        assert done.value.code == 2
-        seen = capsys.readouterr()
-        assert (seen.out, seen.err.count("\n")) == ("", 1)
-        return seen.err
-
     fit = ["fit", one, "--method", "rada", "--base-to-new"]
     for shots in ([], ["--shots", "2"]):
-        assert "must have at least 2 classes, got 1" in refused(*fit, *shots)
+        assert "must have at least 2 classes, got 1" in refused(capsys, *fit, *shots)
     assert "must have all new classes or none, 'eel' is missing" in refused(
-        "evaluate", run.folder, half
+        capsys, "evaluate", run.folder, half
     )
     with pytest.raises(ValueError, match="method must be one of .*rada.* got 'proker'"):
         vtclip.fit(source, method="proker", base_to_new=True)

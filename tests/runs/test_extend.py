@@ -3,23 +3,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 import torch
-from PIL import Image
+from commands import refused
 from torch.nn import functional as F
 
 import vtclip
 from vtclip.cli import main
 from vtclip.data.splits import few_shot_split
-from vtclip.demo.scenes import CLASS_NAMES, render_scene, shifted_scene
+from vtclip.demo.scenes import CLASS_NAMES
 from vtclip.heads import HEADS, Support
 from vtclip.heads.auto import Auto
 from vtclip.runs.adapter import load_adapter
@@ -30,14 +29,6 @@ from vtclip.runs.result import Run
 C, PER_CLASS, OLD, ALL = 16, 12, 3, 5
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 OVERRIDES = {"vtclip": {"epochs": 2}, "rada": {"epochs": 2}, "tip-adapter-f": {"epochs": 2}}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def world() -> dict[str, np.ndarray]:
@@ -249,23 +240,12 @@ def test_a_second_extension_and_evaluation_count_every_source(
         vtclip.evaluate(last.folder, device="cpu")
 
 
-def draw(folder: Path, label: int, count: int) -> Path:
-    rng = np.random.default_rng(label)
-    folder.mkdir(parents=True)
-    for number in range(count):
-        pixels = render_scene(shifted_scene(label, rng), rng)[0]
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes and a run on them, and two more classes in another place."""
     root = tmp_path_factory.mktemp("scenes")
-    for label in (0, 4, 8):
-        draw(root / "old" / CLASS_NAMES[label], label, 8)
-    for label in (12, 16):
-        draw(root / "new" / CLASS_NAMES[label], label, 8)
+    pictures.scenes_of(root / "old", (0, 4, 8))
+    pictures.scenes_of(root / "new", (12, 16))
     (root / "new" / CLASS_NAMES[12] / "broken.png").write_bytes(b"no picture")
     vtclip.fit(root / "old", method="proker", shots=2, out=root / "run", device="cpu",
             cache_dir=root / "cache")  # fmt: skip
@@ -357,12 +337,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
         places["OLDCLASS"] = scenes / "old" / CLASS_NAMES[4]
     if "SHOUT" in words:
         name = CLASS_NAMES[0].upper().replace(" ", "_")
-        places["SHOUT"] = draw(tmp_path / "shout" / name, 1, 4)
+        places["SHOUT"] = pictures.scenes(tmp_path / "shout" / name, 1, 4)
     if "FEW" in words:
-        places["FEW"] = draw(tmp_path / "few" / "dotted heart", 19, 1)
+        places["FEW"] = pictures.scenes(tmp_path / "few" / "dotted heart", 19, 1)
     if "MIXED" in words:
-        places["MIXED"] = draw(tmp_path / "mixed", 19, 2)
-        draw(tmp_path / "mixed" / "inner", 19, 2)
+        places["MIXED"] = pictures.scenes(tmp_path / "mixed", 19, 2)
+        pictures.scenes(tmp_path / "mixed" / "inner", 19, 2)
     if "WIDE" in words:
         places["WIDE"] = table(tmp_path / "wide.npz", [3], image=world()["image"][36:48, :8],
                                text=world()["text"][3:4, :8])  # fmt: skip
@@ -374,12 +354,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     before = sorted(tmp_path.rglob("*"))
     given = [str(places.get(w, w)) if "/" not in w else
              str(places[w.split("/")[0]] / w.split("/")[1]) for w in words]  # fmt: skip
-    with pytest.raises(SystemExit) as done:
-        main(["extend", *given])
-    seen = capsys.readouterr()
-    assert done.value.code == 2
-    assert message in seen.err
-    assert seen.err.count("\n") == 1
+    assert message in refused(capsys, "extend", *given)
     assert sorted(tmp_path.rglob("*")) == before
     for folder in (scenes / "run", scenes / "new"):
         assert not (folder / "inner").exists()
@@ -434,19 +409,13 @@ def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run3").exists()
 
 
-def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path) -> None:
-    place = Path(__file__).parent / "data" / "trees.py"
-    spec = importlib.util.spec_from_file_location("trees", place)
-    assert spec is not None
-    assert spec.loader is not None
-    trees: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(trees)
+def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path, trees: Any) -> None:
     root = trees.make_split(tmp_path / "root", "caltech101")
     before = trees.fingerprint(root)
     options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "device": "cpu"}
     run = vtclip.fit("caltech101", data=root, method="tip-adapter", shots=1, out=tmp_path / "run",
                   **options)  # fmt: skip
-    new = draw(tmp_path / "striped circle", 0, 6)
+    new = pictures.scenes(tmp_path / "striped circle", 0, 6)
     larger = vtclip.extend(run, new, out=tmp_path / "run2", **options)
     assert larger.result["before"]["adapted"]["accuracy"] == run.accuracy
     assert larger.result["images"]["test"] == run.result["images"]["test"] + 3

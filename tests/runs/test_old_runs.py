@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,10 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def old(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def old(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that the runs' sources are relative to, as the working directory."""
     monkeypatch.chdir(copied)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield copied
-    torch.set_num_threads(threads)
+    return copied
 
 
 def close(now: Any, then: Any) -> None:

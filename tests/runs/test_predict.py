@@ -14,41 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import refused
+from pictures import scenes_of
 from PIL import Image
 
 import vtclip
 from vtclip.cli import main
 from vtclip.data.images import ImageError
-from vtclip.demo.scenes import CLASS_NAMES, render_scene, shifted_scene
+from vtclip.demo.scenes import CLASS_NAMES
 from vtclip.runs import classifier
 from vtclip.runs.classifier import Classifier, Prediction
 
 CLASSES = (0, 4, 8)  # striped circle, dotted square, checked triangle
 
 
-def draw(root: Path, label: int, count: int) -> None:
-    rng = np.random.default_rng(label)
-    folder = root / CLASS_NAMES[label]
-    folder.mkdir(parents=True)
-    for number in range(count):
-        pixels = render_scene(shifted_scene(label, rng), rng)[0]
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("scenes") / "images"
-    for label in CLASSES:
-        draw(root, label, 8)
-    return root
+    return scenes_of(tmp_path_factory.mktemp("scenes") / "images", CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +236,4 @@ def test_bad_input_is_one_line(
     message: str,
 ) -> None:
     places = {"RUN": str(run), "IMAGES": str(images), "EMPTY": str(tmp_path)}
-    with pytest.raises(SystemExit) as done:
-        main(["predict", *(places.get(word, word) for word in words)])
-    seen = capsys.readouterr()
-    assert done.value.code == 2
-    assert message in seen.err
-    assert (seen.err.count("\n"), seen.out) == (1, "")
+    assert message in refused(capsys, "predict", *(places.get(word, word) for word in words))

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from commands import refused
+from pictures import dots
 from PIL import Image
 
 import vtclip
@@ -27,14 +28,7 @@ TEXTS_ARE_ENOUGH = sorted(set(HEADS) - {"coop"})  # coop learns words: it needs 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of eight pictures of 16 x 16 pixels."""
-    folder = tmp_path_factory.mktemp("photos")
-    for k, name in enumerate(("red dot", "green dot", "blue dot")):
-        (folder / name).mkdir()
-        for number in range(8):
-            pixels = np.random.default_rng([k, number]).integers(0, 200, (16, 16, 3))
-            pixels[4:12, 4:12, k] = 255
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{number}.png")
-    return folder
+    return dots(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +179,7 @@ def test_verdicts(
         changes["adapted.accuracy"] = values["accuracy"] - images / values["count"]
     folder = altered(run, tmp_path, **changes)
     if verdict is None:
-        with pytest.raises(SystemExit) as stopped:
-            main(["repeat", str(folder)])
-        assert stopped.value.code == 2
-        assert "have changed" in capsys.readouterr().err
+        assert "have changed" in refused(capsys, "repeat", folder)
         return
     assert main(["repeat", str(folder), "--json"]) == (verdict == "DIFFERENT")
     found = json.loads(capsys.readouterr().out)

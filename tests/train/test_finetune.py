@@ -18,12 +18,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
+from commands import call, refused
+from pictures import save, write_model
 
 import vtclip
-from vtclip.cli import main
-from vtclip.clip import build_clip, load_clip
-from vtclip.clip.word_tokenizer import build_vocab
+from vtclip.clip import load_clip
 from vtclip.data.extract import extract_features
 from vtclip.distributed import Interrupted, World, device_of_rank
 from vtclip.runs.classifier import Classifier
@@ -48,33 +47,24 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     draw = np.random.default_rng(5)
     for name, colour in COLOURS.items():
-        (folder / name).mkdir()
         for number in range(16):
-            pixels = draw.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+            pixels = draw.integers(0, 256, (32, 32, 3))
             top, left = draw.integers(0, 16, 2)
             pixels[top : top + 16, left : left + 16] = colour
-            Image.fromarray(pixels).save(folder / name / f"{number:02d}.png")
-    return folder
-
-
-def write_model(folder: Path, vision: dict[str, Any]) -> Path:
-    """A local-dir model with random weights."""
-    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
-    torch.manual_seed(3)
-    state = build_clip(config).state_dict()
-    folder.mkdir()
-    safetensors.torch.save_file(state, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    words = re.findall(r"\w+", "a photo of drawing red green blue dot")
-    (folder / "vocab.json").write_text(json.dumps(build_vocab(words)))
+            save(pixels, folder / name / f"{number:02d}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
-    kinds = {"vit": VIT, "resnet": RESNET}
-    return {name: str(write_model(folder / name, vision)) for name, vision in kinds.items()}
+    words = re.findall(r"\w+", "a photo of drawing red green blue dot")
+    found = {}
+    for name, vision in {"vit": VIT, "resnet": RESNET}.items():
+        config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT}
+        model = write_model(folder / name, {"model_cfg": config}, words, seed=3)
+        found[name] = str(model)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -283,13 +273,6 @@ def test_save_pretrained_takes_the_encoders_along(fitted: Run, tmp_path: Path) -
     assert torch.equal(one.probabilities(pixels), two.probabilities(pixels))
 
 
-def call(*words: Any) -> int:
-    try:
-        return main([str(word) for word in words])
-    except SystemExit as done:
-        return int(done.code or 0)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -315,10 +298,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
 ) -> None:
     words = words if "--method" in words else ["--method", "rada", *words]
     fixed = ["--model", models["vit"], "--out", tmp_path / "run", "--cache-dir", cache]
-    assert call("fit", photos, *words, *fixed, "--device", "cpu") == 2
-    seen = capsys.readouterr()
-    assert message in seen.err
-    assert seen.err.count("\n") == 1
+    assert message in refused(capsys, "fit", photos, *words, *fixed, "--device", "cpu")
     assert not (tmp_path / "run").exists()
 
 
@@ -454,9 +434,8 @@ def test_a_launch_that_cannot_work_is_one_line(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["--method", "rada", "--train-encoders", "--model", models["vit"], "--device", "cpu"]
-    assert call("fit", photos, *words, "--out", tmp_path / "run") == 2
     wanted = "WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; start"
-    assert wanted in capsys.readouterr().err
+    assert wanted in refused(capsys, "fit", photos, *words, "--out", tmp_path / "run")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="LOCAL_RANK is 1, this torch sees 1 GPUs"):

@@ -179,27 +179,10 @@ def test_bad_head_options_leave_no_folder(
 def test_options_reach_the_adapter_and_come_back(
     npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "fit",
-        str(npz),
-        "--method",
-        "rada",
-        "--shots",
-        "4",
-        "--epochs",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    words = ["fit", str(npz), "--method", "rada", "--shots", "4", "--epochs", "2"]
     words += ["--temperature", "0.5", "--queries", "image,pair", "--penalty", "linf"]
-    words += [
-        "--penalty-weight",
-        "0.5",
-        "--label-smoothing",
-        "0.1",
-        "--adapters",
-    ]
-    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    words += ["--penalty-weight", "0.5", "--label-smoothing", "0.1", "--adapters"]
+    assert main([*words, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "\nrada " in out
     assert "ECE at T" in out
