@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 try:
@@ -168,13 +167,11 @@ def only_writer(folder: Path) -> Iterator[None]:
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file whose metadata names the digest of its tensors."""
     from safetensors import SafetensorError
-    from safetensors.torch import load as load_bytes
 
     if not path.exists():
         raise FileNotFoundError(f"not {what}: {path} does not exist")
     if not path.is_file():
         raise ValueError(f"not {what}: {path} is not a file")
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     data = path.read_bytes()

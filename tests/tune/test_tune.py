@@ -13,6 +13,7 @@ from commands import refused
 
 from vtclip.cli import main
 from vtclip.cli import tune as tune_command
+from vtclip.testing.problems import OPS
 from vtclip.tune import jobs as tune_jobs
 from vtclip.tune import table as tuned
 from vtclip.tune.search import MARGIN, fastest, tile_requests, tune, walk
@@ -21,7 +22,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from vtclip.kernels import _candidates, _configs, _tiles
 
 SM_90 = _configs.Target("cuda", 90, 227 * 1024)
-SIZES = {5: [(32, 8, 100, 49, 128), (128, 8, 1000, 196, 64), (2, 2, 9, 7, 5)], 3: [(32, 500, 512)]}
+ATTENTION = [(32, 8, 100, 49, 128), (128, 8, 1000, 196, 64), (2, 2, 9, 7, 5)]
+ROWS = {"B": 32, "K": 500, "D": 512, "N": 32, "J": 500}  # sizes of the kernels without heads
+WAYS = ("fwd", "bwd")
 SMALL = {
     "vtclip": {"B": 2, "K": 20, "C": 32, "L": 9, "H": 2},
     "rada": {"B": 2, "K": 20, "D": 32, "H": 2},
@@ -40,10 +43,9 @@ def one_job(name, sizes, launcher, dtype=torch.float32):
 
 @pytest.mark.parametrize("kind", _tiles.KINDS)
 def test_neighbours_differ_in_one_number_and_fit(kind):
-    count = 0
-    for dtype, sizes in itertools.product(
-        (torch.bfloat16, torch.float32), SIZES[len(_tiles.KINDS[kind].sizes)]
-    ):
+    count, names = 0, _tiles.KINDS[kind].sizes
+    problems = ATTENTION if "H" in names else [tuple(ROWS[name] for name in names)]
+    for dtype, sizes in itertools.product((torch.bfloat16, torch.float32), problems):
         tile = _tiles.choose(kind, dtype, "tf32", sizes, SM_90)
         if tile[0] == 0:
             continue
@@ -165,17 +167,12 @@ def test_every_launcher_has_a_job_that_runs(method):
         results = job.draw()()
         assert all(result.isfinite().all() for result in results if result.is_floating_point())
         names.append(job.name)
-    expected = {
-        "vtclip": (
-            "cross_attn",
-            "cross_attn_weights",
-            "norm_cosine_logits",
-            "ffn_cosine_logits",
-            "cosine_logits",
-        ),
-        "rada": ("rational_attn", "rational_head", "unit_products", "rational_logits"),
-    }[method]
-    assert names == [f"{op}_{way}" for op in expected for way in ("fwd", "bwd")]
+    assert names == [f"{op}_{way}" for op in tune_jobs.OPERATORS[method] for way in WAYS]
+
+
+def test_every_operator_is_timed_for_one_method():
+    timed = [name for operators in tune_jobs.OPERATORS.values() for name in operators]
+    assert sorted(timed) == sorted(OPS)
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads: parameters plus calls to ops; one image record and the class texts in, logits out.
 
-A new method is a file like the others, its import here and its place in `_ALL`.
+A new method is a file like the others, its import here and its place in `_ALL`; docs/adding.md has
+the few lines elsewhere.
 """
 
 from vtclip.heads._head import HEADS as HEADS
