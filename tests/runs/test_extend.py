@@ -24,7 +24,7 @@ from vtclip.heads import HEADS, Support
 from vtclip.heads.auto import Auto
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.classifier import Classifier
-from vtclip.runs.extend_head import NewClasses, check_can, extended, is_exact
+from vtclip.runs.extend_head import NewClasses, check_extendable, extended, is_exact
 from vtclip.runs.result import Run
 
 C, PER_CLASS, OLD, ALL = 16, 12, 3, 5
@@ -208,9 +208,9 @@ def test_every_head_is_extended_or_refused(method: str) -> None:
     new = NewClasses(NAMES[:OLD], text, text[:, None], support, lambda: pytest.fail("no encoder"))
     if method == "linear-probe":
         with pytest.raises(ValueError, match=r"be extended: .*proker"):
-            check_can(head)
+            check_extendable(head)
         return
-    check_can(head)
+    check_extendable(head)
     larger = extended(head, new)
     given = [torch.randn(2, C), torch.randn(2, 4, C)][: 2 if larger.needs_spatial else 1]
     assert larger(*given).shape == (2, 2 * OLD)

@@ -23,7 +23,7 @@ from vtclip.heads._head import TextModel
 
 # What autograd keeps of the text tower, next to the token embeddings of all classes, is at most
 # this: above it classes are taken in chunks, each recomputed in the backward pass.
-BYTE_BUDGET = 2**30
+TOWER_BYTES = 2**30
 
 
 class Prompts(NamedTuple):
@@ -121,12 +121,12 @@ class TextTower:
     def class_texts(self, context: Tensor, prompts: Prompts) -> Tensor:
         """context [M, W] or [K, M, W] in the places of `prompts` -> unit rows [K, C].
 
-        Differentiable in `context`; memory as BYTE_BUDGET says.
+        Differentiable in `context`; memory as TOWER_BYTES says.
         """
         R, c = prompts.read.shape
         first, rest = context[..., : prompts.lead, :], context[..., prompts.lead :, :]
         vectors = torch.cat([first, *[rest] * c], dim=-2).expand(R, -1, -1)
-        step = max(1, BYTE_BUDGET // self.bytes_kept(prompts.ids.shape[1]))
+        step = max(1, TOWER_BYTES // self.bytes_kept(prompts.ids.shape[1]))
         chunks = range(0, R, step)
         recompute = torch.is_grad_enabled() and len(chunks) > 1
         parts = []

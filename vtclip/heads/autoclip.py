@@ -27,7 +27,7 @@ from vtclip.heads._head import Head, NewClasses
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-BYTE_BUDGET = 2**26  # of e[b,k,m] at a time; images are taken in chunks below it
+TEMPLATE_BYTES = 2**26  # of e[b,k,m] at a time; images are taken in chunks below it
 LOG2_TAU, STEPS = (-30.0, 60.0), 64
 
 
@@ -100,7 +100,7 @@ class AutoCLIP(Head):
         K, M, _ = self.views.shape
         if M == 1:
             return ops.cosine_logits(image, self.text, scale=self.logit_scale)
-        step = max(1, BYTE_BUDGET // (K * M * image.element_size()))
+        step = max(1, TEMPLATE_BYTES // (K * M * image.element_size()))
         t = F.normalize(self.views, dim=-1).flatten(0, 1)  # [K * M, C]
         v = F.normalize(image, dim=-1)
         if torch.compiler.is_compiling():  # a traced batch may have any size

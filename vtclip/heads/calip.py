@@ -22,7 +22,7 @@ from vtclip.heads._check import check_image, check_spatial
 from vtclip.heads._head import Head, Support
 from vtclip.heads._support import scaled_nll
 
-BYTE_BUDGET = 2**27  # of tensors [b, L, C] and [b, L, K] at a time
+ATTENTION_BYTES = 2**27  # of tensors [b, L, C] and [b, L, K] at a time
 BETA2 = tuple(0.1 * step for step in range(21))
 BETA3 = tuple(0.01 * step for step in range(11))
 
@@ -92,7 +92,7 @@ class CALIP(Head):
             raise ValueError(f"CALIP: image and spatial must have the same B, got {fact}")
         v, t = F.normalize(image, dim=-1), F.normalize(self.text, dim=-1)
         row = spatial.shape[1] * (3 * t.shape[1] + 3 * t.shape[0]) * image.element_size()
-        step = max(1, BYTE_BUDGET // max(1, row))
+        step = max(1, ATTENTION_BYTES // max(1, row))
         parts = []
         # a traced batch may have any size, and is taken at once
         traced = torch.compiler.is_compiling()

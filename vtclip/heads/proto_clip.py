@@ -77,7 +77,7 @@ class ProtoCLIP(Head):
     ) -> Tensor:
         """image [B, C] -> log p [B, K]; spatial features are accepted and ignored."""
         check_image("ProtoCLIP", image, self.text)
-        return mixed(*self.cosines(image), self.alpha, self.beta)
+        return mixture_log_prob(*self.cosines(image), self.alpha, self.beta)
 
     def cosines(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, C] -> cosine to the image and to the text prototypes [B, K]."""
@@ -96,7 +96,7 @@ class ProtoCLIP(Head):
         to_image, to_text = self.cosines(image)
 
         def logits(at: Mapping[str, float]) -> Tensor:
-            return mixed(to_image, to_text, at["odds"] / (1 + at["odds"]), at["beta"])
+            return mixture_log_prob(to_image, to_text, at["odds"] / (1 + at["odds"]), at["beta"])
 
         alpha = min(max(self.alpha, 0.01), 0.99)
         centre = {"odds": alpha / (1 - alpha), "beta": self.beta}
@@ -123,7 +123,7 @@ def prototypes(image: Tensor, label: Tensor, text: Tensor) -> Tensor:
     return torch.where(Y.any(dim=0)[:, None], mean, F.normalize(text, dim=-1))
 
 
-def mixed(to_image: Tensor, to_text: Tensor, alpha: float, beta: float) -> Tensor:
+def mixture_log_prob(to_image: Tensor, to_text: Tensor, alpha: float, beta: float) -> Tensor:
     """log p [B, K] of cosines [B, K]."""
     image, text = ((2 * beta * rows).log_softmax(dim=-1) for rows in (to_image, to_text))
     if alpha in (0, 1):

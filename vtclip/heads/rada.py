@@ -40,7 +40,7 @@ RELEASED = {
 OF_PAIRS = ("pair_query", "key", "value")  # projections of X: one matrix, one below the other
 # Intermediate results of all images are kept for the backward up to this many bytes; above it
 # images are taken in chunks below it, and each chunk's results are recomputed in its backward.
-BYTE_BUDGET = 2**30
+MASK_BYTES = 2**30
 # tensors of [B, K, D] kept: products, pair queries, keys, values, two parts of the context, context
 ROWS_KEPT = 7
 
@@ -175,9 +175,9 @@ class RAda(Head):
         return RationalLogits(logits + self.logit_bias if self.logit_bias else logits, penalty)
 
     def _chunked(self, image: Tensor, text: Tensor, logit_scale: Tensor | None) -> RationalLogits:
-        """`_logits` of all images at once, or in chunks by BYTE_BUDGET."""
+        """`_logits` of all images at once, or in chunks by MASK_BYTES."""
         B, (K, D) = image.shape[0], text.shape
-        step = max(1, BYTE_BUDGET // max(1, ROWS_KEPT * K * D * image.element_size()))
+        step = max(1, MASK_BYTES // max(1, ROWS_KEPT * K * D * image.element_size()))
         if torch.compiler.is_compiling() or step >= B:  # in this order: a free B is not compared
             return self._logits(image, text, logit_scale)
         parts = []

@@ -43,7 +43,7 @@ EPS = 1e-5
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 50, 16: 50}  # by shots
 INITS = ("zero", "aligned", "torch")
 # without gradients, work on as many rows at a time as keep the intermediate results below this
-CHUNK_BYTES = 256 * 2**20
+DECODER_BYTES = 256 * 2**20
 
 
 class VTCLIP(Head):
@@ -258,12 +258,12 @@ class VTCLIP(Head):
         return tokens
 
     def _chunk(self, B: int) -> tuple[int, int]:
-        """Images and classes at a time: all of them with gradients, else by CHUNK_BYTES."""
+        """Images and classes at a time: all of them with gradients, else by DECODER_BYTES."""
         K, C = self.text.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return B, K
         row_bytes = (4 * C + self.ffn_dim) * self.text.element_size()
-        rows = max(CHUNK_BYTES // row_bytes, 1)
+        rows = max(DECODER_BYTES // row_bytes, 1)
         # classes meet only in the self-attention, which the first layer has done for all of them
         return max(rows // K, 1), K if self.num_layers > 1 else min(rows, K)
 

@@ -19,19 +19,25 @@ import torch
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import Split, few_shot_split
-from vtclip.files import Json, json_digest, only_writer
+from vtclip.files import Json, json_digest
 from vtclip.heads import Head
 from vtclip.heads.zeroshot import ZeroShot
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import result
 from vtclip.runs.adapter import Adapter, load_adapter, save_adapter
 from vtclip.runs.encoders import saved_encoders
-from vtclip.runs.extend_head import NewClasses, check_can, extended, is_exact, keeps_images, note_of
-from vtclip.runs.folder import removed_if_empty
+from vtclip.runs.extend_head import (
+    NewClasses,
+    check_extendable,
+    extended,
+    is_exact,
+    keeps_images,
+    note_of,
+)
+from vtclip.runs.folder import claimed
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
-from vtclip.train import engine
-from vtclip.train.rows import support_of, usual_shots
+from vtclip.train.rows import TrainingRows, support_of, usual_shots
 
 
 def extend(
@@ -71,7 +77,7 @@ def extend(
     if shots is not None and shots < 1:
         raise ValueError(f"shots must be at least 1, got {shots}")
     adapter = load_adapter(run.folder, device=where)
-    check_can(adapter.head)
+    check_extendable(adapter.head)
     _check_names(adapter.class_names, path, name)
     watch = Stopwatch(where)
     sources = RunSources(run, adapter, where, model, cache_dir, progress)
@@ -108,7 +114,7 @@ def extend(
 def _extended_head(sources: RunSources, added: Records, split: Split) -> Head:
     support, adapter = None, sources.adapter
     if len(split.train):
-        rows = engine.TrainingRows(added, split.train)
+        rows = TrainingRows(added, split.train)
         support = support_of(rows, split.train, sources.device)
         support = support._replace(label=support.label + len(adapter.class_names))
     new = NewClasses(added.class_names, added.text, added.text_views, support, sources.clip)
@@ -152,7 +158,7 @@ def _contents(
 ) -> Json:
     """The result of the extended run; what it has in common with `run` is taken from there."""
     held_out = {**split.counts(), "val": 0}  # nothing is chosen again
-    return result.make(
+    return result.make_result(
         values,
         watch,
         **{name: run.result[name] for name in ("method", "source", "shots", "seed")},
@@ -230,8 +236,7 @@ def _check_names(known: list[str], path: Path, name: str | None) -> None:
 
 def _save_adapter(out: Path, sources: RunSources, adapter: Adapter) -> str:
     with ExitStack() as held:
-        held.enter_context(removed_if_empty(out))
-        held.enter_context(only_writer(out))
+        held.enter_context(claimed(out))
         if adapter.features.get("encoders") is not None:
             held.enter_context(saved_encoders(out, sources.clip()))
         return save_adapter(out, adapter)

@@ -14,10 +14,10 @@ from vtclip.heads import HEADS, Head
 from vtclip.heads._head import NewClasses
 from vtclip.heads.auto import Auto
 
-__all__ = ["NewClasses", "check_can", "extended", "is_exact", "keeps_images", "note_of"]
+__all__ = ["NewClasses", "check_extendable", "extended", "is_exact", "keeps_images", "note_of"]
 
 
-def check_can(head: Head) -> None:
+def check_extendable(head: Head) -> None:
     """Refuse a head whose parameters belong to its classes, naming the methods that can."""
     for member in _members(head):
         if member.class_specific:

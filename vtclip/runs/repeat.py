@@ -35,7 +35,7 @@ from vtclip.runs.result import Run
 MATCH, CLOSE, DIFFERENT = "MATCH", "CLOSE", "DIFFERENT"
 TOLERANCE = 1e-6
 METRICS = ("accuracy", "nll", "ece")
-PARTS = (("zero_shot",), ("adapted",), ("new", "zero_shot"), ("new", "adapted"))
+DECISIONS = (("zero_shot",), ("adapted",), ("new", "zero_shot"), ("new", "adapted"))
 OUTPUTS = ("split", "adapter", "encoders")  # digests of what a run makes of its inputs
 
 
@@ -165,8 +165,8 @@ def differing(old: Json, new: Json) -> dict[str, list[object]]:
 
 
 def _metrics(old: Json, new: Json) -> dict[str, Json]:
-    compared = {}
-    for part in PARTS:
+    metrics = {}
+    for part in DECISIONS:
         rows: list[Any] = [old, new]
         for step in part:
             rows = [row.get(step) if row else None for row in rows]
@@ -178,8 +178,8 @@ def _metrics(old: Json, new: Json) -> dict[str, Json]:
             if then is not None and now is not None:
                 gap = now - then
             row = {"then": then, "now": now, "difference": gap, "images": rows[0]["count"]}
-            compared[" ".join((*part, name))] = row
-    return compared
+            metrics[" ".join((*part, name))] = row
+    return metrics
 
 
 def _adapter(then: Run, now: Run) -> Json:

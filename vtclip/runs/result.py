@@ -56,10 +56,10 @@ class Run:
         write_atomic(self.folder / RESULT, to_json(self.result))
 
     def table(self) -> str:
-        return table(self.result)
+        return result_table(self.result)
 
 
-def make(
+def make_result(
     values: Json,
     watch: Stopwatch,
     *,
@@ -190,7 +190,7 @@ COLUMNS = {"accuracy": 9, "95 % interval": 14, "macro-F1": 9, "NLL": 8, "ECE": 8
 COLUMNS |= {"NLL at T": 9, "ECE at T": 9, "T": 7}
 
 
-def table(result: Json) -> str:
+def result_table(result: Json) -> str:
     """Zero-shot against adapted, one line each; T is the temperature fitted on validation.
 
     A base-to-new run has these lines for either half of the classes.
@@ -199,8 +199,8 @@ def table(result: Json) -> str:
     if result["method"] != "zeroshot":
         names["adapted"] = result["method"]
     if "harmonic_mean" not in result:
-        lines = rows_table({name: result[key] for key, name in names.items()})
-        return f"{compared(result['candidates'])}\n{lines}" if "candidates" in result else lines
+        tables = [candidates_table(result["candidates"])] if "candidates" in result else []
+        return "\n".join([*tables, metrics_table({names[key]: result[key] for key in names})])
     rows = {
         f"{part} {name}": result[part][key]
         for part in ("base", "new")
@@ -208,10 +208,10 @@ def table(result: Json) -> str:
     }
     mean = result["harmonic_mean"]
     shares = ", ".join(f"{name} {100 * mean[key]:.2f} %" for key, name in names.items())
-    return f"{rows_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
+    return f"{metrics_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
 
 
-def compared(candidates: Sequence[Json]) -> str:
+def candidates_table(candidates: Sequence[Json]) -> str:
     """What validation images said of each candidate, one line each, and which were kept."""
     count = max((row.get("count", 0) for row in candidates), default=0)
     where = f"{count} validation images" if count else "no validation images"
@@ -225,7 +225,7 @@ def compared(candidates: Sequence[Json]) -> str:
     return "\n".join(lines)
 
 
-def rows_table(rows: Mapping[str, Json]) -> str:
+def metrics_table(rows: Mapping[str, Json]) -> str:
     first = max(len(name) for name in rows) + 1
     lines = [" " * first + "".join(f" {name:>{width}}" for name, width in COLUMNS.items())]
     for name, row in rows.items():

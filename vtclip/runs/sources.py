@@ -218,7 +218,7 @@ def metrics_over(
         some, own_label = engine.all_logits(head, rows.records, rows.test, device=device)
         logits.append(some)
         label.append(rows.to_run[own_label])
-    values = metrics.report(torch.cat(logits), torch.cat(label), temperature)
+    values = metrics.all_metrics(torch.cat(logits), torch.cat(label), temperature)
     return named_classes(values, list(class_names))
 
 

@@ -14,7 +14,7 @@ from vtclip.data.sources import source_kind
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json
 from vtclip.runs.adapter import Adapter, check_weights
-from vtclip.runs.result import rows_table
+from vtclip.runs.result import metrics_table
 from vtclip.train import metrics
 from vtclip.train.ttt import TTT, adapt, trainable
 
@@ -64,7 +64,8 @@ def ttt_report(
 
     logits = adapt(adapter.head, counted(), encode, config)
     rows = {
-        name: metrics.report(getattr(logits, name), label, adapter.temperature) for name in ROWS
+        name: metrics.all_metrics(getattr(logits, name), label, adapter.temperature)
+        for name in ROWS
     }
     total = sum(logits.seconds.values())
     return {
@@ -78,7 +79,7 @@ def ttt_table(values: Json) -> str:
     """The run's head alone, the views averaged without training, and with training."""
     ttt, method = values["ttt"], values["method"]
     options, seconds = ttt["options"], ttt["seconds"]
-    lines = [rows_table({method: values, **{title: ttt[name] for name, title in ROWS.items()}})]
+    lines = [metrics_table({method: values, **{title: ttt[name] for name, title in ROWS.items()}})]
     lines.append(
         f"{options['views']} views, {options['kept']} kept, {options['steps']} step"
         f"{'' if options['steps'] == 1 else 's'} at lr {options['lr']:g}, seed {options['seed']}; "

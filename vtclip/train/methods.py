@@ -71,6 +71,10 @@ def build_head(method: str, records: Records, config: FitConfig, device: torch.d
     return head
 
 
+def zero_shot_head(records: Records, device: torch.device) -> Head:
+    return build_head("zeroshot", records, FitConfig(epochs=0), device)
+
+
 def text_encoder(records: Records, device: torch.device) -> Clip:
     """The model that made the class texts of `records`, by name and by digest of its weights."""
     clip = load_clip(records.info["model_name"], device)

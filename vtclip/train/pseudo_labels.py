@@ -19,9 +19,8 @@ from torch import Tensor
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
 from vtclip.files import Json
-from vtclip.heads import HEADS
 from vtclip.train import engine
-from vtclip.train.methods import build_head, takes_images
+from vtclip.train.methods import takes_images, zero_shot_head
 from vtclip.train.rows import split_rows
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def pseudo_labelled(
     split: as `unlabelled_split` gives it. Rows that are not kept get the label 0, so that the
     result holds no true label. A class named fewer than `shots` times keeps what it has.
     """
-    zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), device)
+    zero_shot = zero_shot_head(records, device)
     logits, _ = engine.all_logits(zero_shot, records, split.train, device=device)
     kept, label = surest(logits, shots)
     counts = torch.bincount(label, minlength=len(records.class_names)).tolist()

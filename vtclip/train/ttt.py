@@ -168,7 +168,7 @@ def adapt_stack(stacked: StackedRAda, kept: Tensor, first: Tensor, config: TTT) 
 
 
 @dataclass(frozen=True)
-class Chosen:
+class KeptViews:
     """What is left of n images after selection; the other views are let go."""
 
     kept: Tensor  # [n, m, C]
@@ -198,7 +198,7 @@ def adapt(
     rows: dict[str, list[Tensor]] = {"plain": [], "kept_mean": [], "all_mean": [], "adapted": []}
     per_encode = max(1, min(batch, ENCODE_VIEWS // config.views))
     source, more = iter(views), True
-    waiting: list[Chosen] = []
+    waiting: list[KeptViews] = []
     watch = Stopwatch()
     while more:
         with watch.stage("views"):
@@ -213,13 +213,13 @@ def adapt(
                 rows["plain"].append(logits[:, 0])
                 rows["kept_mean"].append(mean_log_prob(take(logits, best)))
                 rows["all_mean"].append(mean_log_prob(logits))
-                waiting.append(choose(image, spatial, best, config.views))
-                settle(logits)
+                waiting.append(keep_views(image, spatial, best, config.views))
+                synchronize(logits)
         # the next images would not fit
         if waiting and (not more or sum(len(one.first) for one in waiting) + per_encode > batch):
             with watch.stage("adapt"):
                 rows["adapted"].append(adapt_waiting(head, waiting, config))
-                settle(rows["adapted"][-1])
+                synchronize(rows["adapted"][-1])
             waiting = []
     if not rows["plain"]:
         raise ValueError("ttt: there are no images")
@@ -234,14 +234,14 @@ def images_per_step(head: Head, config: TTT) -> int:
     return max(1, min(MAX_IMAGES, STEP_BYTES // bytes_per_image(head, config.kept)))
 
 
-def choose(image: Tensor, spatial: Tensor | None, best: Tensor, views: int) -> Chosen:
+def keep_views(image: Tensor, spatial: Tensor | None, best: Tensor, views: int) -> KeptViews:
     """image [n * V, C], spatial [n * V, L, Cs], best [n, m]."""
     image = image.reshape(-1, views, *image.shape[1:])
     if spatial is None:
-        return Chosen(take(image, best), image[:, 0].clone(), None, None)
+        return KeptViews(take(image, best), image[:, 0].clone(), None, None)
     spatial = spatial.reshape(-1, views, *spatial.shape[1:])
     first = image[:, 0].clone(), spatial[:, 0].clone()
-    return Chosen(take(image, best), first[0], take(spatial, best), first[1])
+    return KeptViews(take(image, best), first[0], take(spatial, best), first[1])
 
 
 def take(values: Tensor, best: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def take(values: Tensor, best: Tensor) -> Tensor:
     return values[torch.arange(len(best), device=best.device)[:, None], best]
 
 
-def adapt_waiting(head: Head, waiting: Sequence[Chosen], config: TTT) -> Tensor:
+def adapt_waiting(head: Head, waiting: Sequence[KeptViews], config: TTT) -> Tensor:
     """Logits [N, K] of view 0 after the steps, in one stack or image by image."""
     kept = torch.cat([one.kept for one in waiting])
     first = torch.cat([one.first for one in waiting])
@@ -274,7 +274,7 @@ def adapt_waiting(head: Head, waiting: Sequence[Chosen], config: TTT) -> Tensor:
     return logits
 
 
-def settle(values: Tensor) -> None:
+def synchronize(values: Tensor) -> None:
     """Wait for the device, so that a stage is charged with its own work."""
     if values.is_cuda:
         torch.cuda.synchronize(values.device)
