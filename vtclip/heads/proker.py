@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtclip.heads._check import check_positive
 from vtclip.heads._head import Support
-from vtclip.heads._support import SupportHead, check_positive, most_likely, steps
+from vtclip.heads._support import SupportHead, most_likely, steps
 
 ALPHAS = steps(0.025, 0.8, 2)  # times logit_scale
 BETAS = (0.25, 1.0, 4.0)
@@ -67,10 +68,7 @@ class ProKeR(SupportHead):
         self.alpha, self.beta, self.lam = float(alpha), float(beta), float(lam)
         self.register_buffer("coefficients", text.new_zeros(num_support, text.shape[0]))
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+    def image_logits(self, image: Tensor) -> Tensor:
         x = F.normalize(image, dim=-1)
         return self.zero_shot(image) + kernel(x, self.keys, self.beta) @ self.coefficients
 

@@ -12,7 +12,6 @@ at 0, which makes the logits those of zero-shot. The logits of one class depend 
 classes shown next to it. arXiv 2507.15480.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtclip import ops
-from vtclip.heads._check import check_image
+from vtclip.heads._check import check_choice, check_finite, check_image, check_positive
 from vtclip.heads._head import Head
 from vtclip.heads.config import FitConfig
 from vtclip.names import PENALTIES, QUERIES, Penalty
@@ -93,14 +92,9 @@ class RAda(Head):
         if unknown or not self.queries or len(set(self.queries)) < len(self.queries):
             names, got = ", ".join(QUERIES), ", ".join(self.queries) or "none"
             raise ValueError(f"RAda: queries must be some of {names}, each once, got {got}")
-        if penalty not in PENALTIES:
-            names = ", ".join(PENALTIES)
-            raise ValueError(f"RAda: penalty must be one of {names}, got {penalty!r}")
-        for name, above in (("temperature", 0.0), ("logit_scale", 0.0), ("logit_bias", -math.inf)):
-            number = getattr(self, name)
-            if not (math.isfinite(number) and number > above):
-                wish = "finite" if above < 0 else "finite and above 0"
-                raise ValueError(f"RAda: {name} must be {wish}, got {number}")
+        check_choice("RAda", "penalty", penalty, PENALTIES)
+        check_positive("RAda", temperature=self.temperature, logit_scale=self.logit_scale)
+        check_finite("RAda", logit_bias=self.logit_bias)
         norms = text.detach().float().norm(dim=-1)
         bad = ~(norms.isfinite() & (norms > 0))
         if bool(bad.any()):

@@ -100,8 +100,7 @@ def load_exported(path: str | Path) -> nn.Module:
 
 def load_bytes(data: bytes, portable: bool) -> nn.Module:
     if not portable:
-        from vtclip import _library  # noqa: F401
-        from vtclip.backends import native
+        from vtclip.backends import native, schemas  # noqa: F401, which registers the operators
 
         native.load_cpu()
         native.load_cuda()
