@@ -96,9 +96,9 @@ class World:
         return rows[self.rank * count // self.size : (self.rank + 1) * count // self.size]
 
     def padded_share(self, count: int) -> Tensor:
-        """This process's part of `count` indices; the last index fills the parts up to one size."""
-        part = -(-count // self.size)
-        return torch.arange(self.rank * part, (self.rank + 1) * part).clamp(max=count - 1)
+        """This process's share of `count` indices, filled up to equal size by the last index."""
+        share = -(-count // self.size)
+        return torch.arange(self.rank * share, (self.rank + 1) * share).clamp(max=count - 1)
 
     def gather(self, rows: Tensor, count: int) -> Tensor:
         """The rows [count, D] of all, from each one's `padded_share`, with their gradient."""
@@ -157,10 +157,10 @@ class World:
         self._store.set(f"{what} {self.rank}", digest)
         for rank in range(self.size):
             self._store.wait([f"{what} {rank}"], STEP_TIMEOUT)
-            found = self._store.get(f"{what} {rank}").decode()
-            if found != digest:
+            other = self._store.get(f"{what} {rank}").decode()
+            if other != digest:
                 raise PeerFailed(
-                    f"rank {self.rank} has {what} {digest[:12]}, rank {rank} has {found[:12]}"
+                    f"rank {self.rank} has {what} {digest[:12]}, rank {rank} has {other[:12]}"
                 )
 
     def stop_signal(self) -> StopSignal:
@@ -177,16 +177,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
         ctx.world = world
-        parts = [torch.empty_like(rows) for _ in range(world.size)]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+        gathered = [torch.empty_like(rows) for _ in range(world.size)]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
-        part = len(total) // ctx.world.size
-        return total[ctx.world.rank * part : (ctx.world.rank + 1) * part], None
+        share = len(total) // ctx.world.size
+        return total[ctx.world.rank * share : (ctx.world.rank + 1) * share], None
 
 
 class _PatientStop(StopSignal):

@@ -95,11 +95,11 @@ class SupportHead(ImageHead):
     def _every(self, step: int) -> SupportHead:
         """The head over classes 0, step, 2 step, ... alone, without what a solve made."""
         rows = self.label % step == 0
-        part = type(self)(self.text[::step], **{**self.options(), "num_support": 0})
-        part.label = self.label[rows] // step
+        thinned = type(self)(self.text[::step], **{**self.options(), "num_support": 0})
+        thinned.label = self.label[rows] // step
         keys = self.keys[rows]
-        part.keys = nn.Parameter(keys) if self.trains_keys else keys
-        return part
+        thinned.keys = nn.Parameter(keys) if self.trains_keys else keys
+        return thinned
 
     def zero_shot(self, image: Tensor) -> Tensor:
         """image [B, C] -> logits [B, K] of the class texts alone."""

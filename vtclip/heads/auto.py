@@ -94,9 +94,9 @@ class Auto(Head):
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Tensor:
         """image [B, C], spatial [B, L, Cs] where a member needs it -> logits [B, K]."""
-        parts = []
+        log_probs = []
         every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
         for head, temperature, weight in every:
             logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
-            parts.append((logits.float() / temperature).log_softmax(dim=-1) + math.log(weight))
-        return torch.stack(parts).logsumexp(dim=0)
+            log_probs.append((logits.float() / temperature).log_softmax(dim=-1) + math.log(weight))
+        return torch.stack(log_probs).logsumexp(dim=0)

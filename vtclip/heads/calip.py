@@ -89,15 +89,15 @@ class CALIP(Head):
         v, t = F.normalize(image, dim=-1), F.normalize(self.text, dim=-1)
         row = spatial.shape[1] * (3 * t.shape[1] + 3 * t.shape[0]) * image.element_size()
         step = max(1, ATTENTION_BYTES // max(1, row))
-        parts = []
+        chunks = []
         # a traced batch may have any size, and is taken at once
         traced = torch.compiler.is_compiling()
         for start in (0,) if traced else range(0, max(1, len(v)), step):
             here = slice(start, None if traced else start + step)
             mask = None if spatial_mask is None else spatial_mask[here]
-            parts.append(_attended(v[here], spatial[here], mask, t))
+            chunks.append(_attended(v[here], spatial[here], mask, t))
         by_text, by_image = (
-            self.logit_scale * torch.cat(part) for part in zip(*parts, strict=True)
+            self.logit_scale * torch.cat(column) for column in zip(*chunks, strict=True)
         )
         zero_shot = ops.cosine_logits(image, self.text, scale=self.logit_scale)
         return zero_shot, by_text, by_image

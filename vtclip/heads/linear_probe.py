@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vtclip.heads._check import check_positive
 from vtclip.heads._head import ImageHead, Support
-from vtclip.heads._support import scaled_nll
+from vtclip.heads._support import check_support, scaled_nll
 
 # one column of the search; strongest first, each starts from the one before
 STRENGTHS = tuple(10 ** (step / 2) for step in range(2, -11, -1))  # 10 .. 1e-5
@@ -59,17 +59,11 @@ class LinearProbe(ImageHead):
 
         They are kept, outside the state, until `choose` has fitted every strength to them.
         """
-        C, label = self.text.shape[1], support.label
-        if support.image.ndim != 2 or support.image.shape[1] != C or not len(label):
-            raise ValueError(
-                f"LinearProbe: support must be image [N, {C}] with N >= 1, "
-                f"got {list(support.image.shape)}"
-            )
-        if not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
-            raise ValueError(
-                f"LinearProbe: support labels must lie in 0..{self.num_classes - 1}, "
-                f"got {int(label.min())}..{int(label.max())}"
-            )
+        shape = list(support.image.shape)
+        if len(shape) != 2 or shape[1] != self.text.shape[1] or not len(support.label):
+            wish = f"[N, {self.text.shape[1]}] with N >= 1"
+            raise ValueError(f"LinearProbe: support must be image {wish}, got {shape}")
+        check_support("LinearProbe", support, self.text)
         self._support = support
         self._take(*logistic_regression(support, self.num_classes, [self.l2])[0])
 

@@ -95,17 +95,17 @@ class ProKeR(SupportHead):
         base, (Y, z) = self.zero_shot(image).to(wide), self._targets()
         both = torch.cat([Y, z], dim=1).to(wide)
         image, keys = image.to(wide), self.keys.to(wide)
-        parts: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
+        solutions: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
         for beta in BETAS:
             values, vectors = torch.linalg.eigh(kernel(keys, keys, beta))
             to_val, right = kernel(image, keys, beta) @ vectors, vectors.mT @ both
             for lam in LAMBDAS:
                 shrunk = to_val / (values.clamp(min=0) + lam)
                 Y_part, z_part = (shrunk @ right).tensor_split(2, dim=1)
-                parts[beta, lam] = Y_part, base - z_part
+                solutions[beta, lam] = Y_part, base - z_part
 
         def logits(at: Mapping[str, float]) -> Tensor:
-            Y_part, rest = parts[at["beta"], at["lam"]]
+            Y_part, rest = solutions[at["beta"], at["lam"]]
             return at["alpha"] * Y_part + rest
 
         alphas = [self.logit_scale * value for value in ALPHAS]

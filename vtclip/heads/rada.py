@@ -174,14 +174,14 @@ class RAda(Head):
         step = max(1, MASK_BYTES // max(1, ROWS_KEPT * K * D * image.element_size()))
         if torch.compiler.is_compiling() or step >= B:  # in this order: a free B is not compared
             return self._logits(image, text, logit_scale)
-        parts = []
+        chunks = []
         for images in torch.split(image, step):
             if torch.is_grad_enabled():
                 inputs = images, text, logit_scale
-                parts.append(checkpoint(self._logits, *inputs, use_reentrant=False))
+                chunks.append(checkpoint(self._logits, *inputs, use_reentrant=False))
             else:
-                parts.append(self._logits(images, text, logit_scale))
-        logits, penalty = zip(*parts, strict=True)
+                chunks.append(self._logits(images, text, logit_scale))
+        logits, penalty = zip(*chunks, strict=True)
         return RationalLogits(torch.cat(logits), torch.cat(penalty))
 
     def _logits(self, image: Tensor, text: Tensor, logit_scale: Tensor | None) -> RationalLogits:
@@ -260,7 +260,7 @@ class RAda(Head):
         for kind in ("weight", "bias"):
             keys = [f"{prefix}{name}.{kind}" for name in names]
             rows = [state[key] for key in keys if key in state]
-            alike = {(part.dtype, part.shape) for part in rows}
+            alike = {(row.dtype, row.shape) for row in rows}
             if len(rows) == len(keys) and len(alike) == 1:
                 stacked[f"{prefix}pairs.{kind}"] = torch.cat(rows)
                 for key in keys:

@@ -89,7 +89,7 @@ class TipX(TipAdapter):
     def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
         z, label, votes_of = self.evidence(image, label)
         rows = self.similarity(image), self.similarity(self.keys)
-        votes = {beta: votes_of(*(self.affinity(part, beta) for part in rows)) for beta in BETAS}
+        votes = {beta: votes_of(*(self.affinity(x, beta) for x in rows)) for beta in BETAS}
         alike = votes_of(self.likeness(image), self.likeness(self.keys))
 
         def logits(at: Mapping[str, float]) -> Tensor:

@@ -24,7 +24,7 @@ from vtclip.names import pick
 from vtclip.runs.adapter import Adapter
 from vtclip.runs.result import named_classes, unreadable
 from vtclip.train import engine, metrics
-from vtclip.train.methods import takes_images, text_encoder
+from vtclip.train.methods import text_encoder
 from vtclip.train.rows import split_rows, test_rows
 
 HALVES = ("base", "new")
@@ -117,24 +117,24 @@ def evaluate_base_to_new(
         raise ValueError(f"{source}: its images have changed since the run was fitted")
     known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
     every = known["base"] + known["new"]
-    have = [pick("class", name, every) for name in records.class_names]
+    names = [pick("class", name, every) for name in records.class_names]
     report: Json = {"method": result["method"], "source": source.name}
     images = 0
-    for part in HALVES:
-        keep = [i for i, name in enumerate(have) if name in known[part]]
-        if not keep:
+    for half in HALVES:
+        classes = [i for i, name in enumerate(names) if name in known[half]]
+        if not classes:
             continue
-        own, head = records.subset_classes(keep), adapter.head
-        if part == "new":
-            head = with_classes(head, own, known[part], device)
-        index = run_test_rows(own, part, result, source) if same else test_rows(own)
-        to_run = torch.tensor([known[part].index(name) for name in own.class_names])
-        logits, label = engine.all_logits(head, own, index, device=device)
+        rows, head = records.subset_classes(classes), adapter.head
+        if half == "new":
+            head = with_classes(head, rows, known[half], device)
+        index = run_test_rows(rows, half, result, source) if same else test_rows(rows)
+        to_run = torch.tensor([known[half].index(name) for name in rows.class_names])
+        logits, label = engine.all_logits(head, rows, index, device=device)
         values = metrics.all_metrics(logits, to_run[label], adapter.temperature)
-        report[part] = named_classes(values, known[part])
+        report[half] = named_classes(values, known[half])
         images += len(index)
-    if all(part in report for part in HALVES):
-        report["harmonic_mean"] = harmonic_mean(*(report[part]["accuracy"] for part in HALVES))
+    if all(half in report for half in HALVES):
+        report["harmonic_mean"] = harmonic_mean(*(report[half]["accuracy"] for half in HALVES))
     return {**report, "test": {"images": images, "unreadable": unreadable(records)}}
 
 
@@ -148,14 +148,14 @@ def class_texts(records: Records, class_names: list[str]) -> Tensor:
     return records.text[[records.class_names.index(name) for name in class_names]]
 
 
-def run_test_rows(records: Records, part: str, result: Json, source: Path | SetSource) -> Tensor:
+def run_test_rows(records: Records, half: str, result: Json, source: Path | SetSource) -> Tensor:
     """The test rows of the base or of the new classes, as the run had them."""
     seed, fraction = result["seed"], result["config"]["test_fraction"]
-    if part == "new":
+    if half == "new":
         index, digest = new_test_rows(records, seed, fraction)
         wanted = result["new"]["split"]
     else:
-        learns = takes_images(result["method"])
+        learns = HEADS[result["method"]].learns
         split = split_rows(records, learns, result["shots"], seed, fraction)
         index, digest, wanted = split.test, split.digest, result["split"]
     if digest != wanted:

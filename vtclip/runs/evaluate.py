@@ -58,7 +58,7 @@ def evaluate(
     else:
         target = as_source(source, data)
     if ttt is not None:
-        _check_ttt(run, adapter, target)
+        check_ttt(adapter, target, base_to_new=bool(config.get("base_to_new")))
     if config.get("base_to_new"):
         records = sources.opened(target)
         return evaluate_base_to_new(adapter, run.result, records, target, device=where)
@@ -78,14 +78,6 @@ def evaluate(
         **report,
         "ttt": ttt_report(adapter, clip, target, names, label, ttt, progress=progress),
     }
-
-
-def _check_ttt(run: Run, adapter: Adapter, target: Path | SetSource) -> None:
-    if isinstance(target, SetSource):
-        raise ValueError(f"ttt: source must be a folder of images, got data set {target}")
-    check_ttt(adapter, target)
-    if run.result["config"].get("base_to_new"):
-        raise ValueError("ttt: a base-to-new run is evaluated without it")
 
 
 def _metrics(

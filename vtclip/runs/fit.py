@@ -17,7 +17,7 @@ from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
 from vtclip.data.sources import open_records
 from vtclip.files import Json
-from vtclip.heads import Head
+from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
@@ -39,7 +39,7 @@ from vtclip.runs.result import Run
 from vtclip.train.auto import fit_auto
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.fit_head import fit_head
-from vtclip.train.methods import check_text_encoder, takes_images, zero_shot_head
+from vtclip.train.methods import check_text_encoder, zero_shot_head
 from vtclip.train.pseudo_labels import pseudo_labelled, pseudo_report, unlabelled_split
 from vtclip.train.rows import split_rows, usual_shots
 
@@ -82,7 +82,7 @@ def fit(
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
     shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
-        besides the test share. A named number is never lowered.
+        beyond its test share. A named number is never lowered.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
     base_to_new: train on the first half of the classes, test on either half
@@ -164,7 +164,7 @@ def draw_rows(request: FitRequest, records: Records, shots: int) -> RunRows:
         pool = unlabelled_split(records, seed, fraction)
         training, split = pseudo_labelled(records, pool, shots, request.device)
         return RunRows(records, split, shots, training)
-    split = split_rows(records, takes_images(request.method), shots, seed, fraction)
+    split = split_rows(records, HEADS[request.method].learns, shots, seed, fraction)
     return RunRows(records, split, shots, records, new)
 
 

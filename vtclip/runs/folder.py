@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 from vtclip.data.sets import SetSource
 from vtclip.files import Json, only_writer, to_json
+from vtclip.heads import HEADS
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.encoders import ENCODERS
 from vtclip.runs.result import RESULT, Run
 from vtclip.train.checkpoint import Checkpoint
-from vtclip.train.methods import takes_images
 from vtclip.train.steps import TrainingRun
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def finished_run(folder: Path, request: FitRequest, shots: int, config: Json) ->
     requested = {"method": request.method, "shots": shots, "seed": request.seed, **config}
     recorded = {**run.result, **run.result["config"]}
     for name, value in json.loads(to_json(requested)).items():
-        if name == "shots" and not takes_images(recorded["method"]):
+        if name == "shots" and not HEADS[recorded["method"]].learns:
             continue
         if recorded.get(name) != value:
             raise ValueError(f"out {folder} holds a finished run with another {name}")
@@ -129,7 +129,7 @@ def write_run(
     digests: of what the run wrote; those of its source and split are added.
     """
     records, split = rows.records, rows.split
-    learns = takes_images(request.method)
+    learns = HEADS[request.method].learns
     contents = result.make_result(
         values,
         watch,

@@ -33,15 +33,8 @@ from vtclip.train.pseudo_labels import check_pseudo_labels
 TRAINS_ENCODERS = "rada"
 # options that a record holds under their own names
 RECORDED = (
-    "model",
-    "spatial",
-    "prompt",
-    "templates",
-    "augment_passes",
-    "test_fraction",
-    "base_to_new",
-    "pseudo_labels",
-    "train_encoders",
+    *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
+    *("train_encoders", "base_to_new", "pseudo_labels"),
 )
 
 
@@ -171,15 +164,9 @@ class FitRequest:
             "source": str(source.resolve()),
             "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
             "shots": shots,
+            **{name: getattr(self, name) for name in RECORDED},
             "model": str(self.model),
-            "spatial": self.spatial,
-            "prompt": self.prompt,
             "templates": None if self.templates is None else list(self.templates),
-            "augment_passes": self.augment_passes,
-            "test_fraction": self.test_fraction,
-            "train_encoders": self.train_encoders,
-            "base_to_new": self.base_to_new,
-            "pseudo_labels": self.pseudo_labels,
             "fit": dataclasses.asdict(settings),
         }
         absent = ["train_encoders"]
@@ -227,11 +214,10 @@ def _overrides(settings: Json, method: str, shots: int, encoders: bool) -> Json:
     recipe = dataclasses.asdict(HEADS[method].recipe(shots))
     # a setting that was added after the run has the value that means what was done then
     settings = {**dataclasses.asdict(FitConfig(settings["epochs"])), **settings}
-    other = {name: value for name, value in settings.items() if recipe.get(name) != value}
-    if "head" in other:
-        other["head"] = {
-            name: value
-            for name, value in settings["head"].items()
-            if recipe["head"].get(name) != value
+    changed = {name: value for name, value in settings.items() if recipe.get(name) != value}
+    if "head" in changed:
+        usual = recipe["head"]
+        changed["head"] = {
+            k: value for k, value in changed["head"].items() if usual.get(k) != value
         }
-    return other
+    return changed

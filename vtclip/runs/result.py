@@ -19,11 +19,10 @@ import torch
 from vtclip import __version__
 from vtclip.backends import native
 from vtclip.files import Json, read_json, to_json, write_atomic
-from vtclip.machine import peak_memory_mb
+from vtclip.machine import Stopwatch, peak_memory_mb
 
 if TYPE_CHECKING:
     from vtclip.data.records import Records
-from vtclip.machine import Stopwatch
 
 RESULT = "result.json"
 
@@ -37,7 +36,7 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers on the test images, 0..1."""
+        """Share of correct predictions on the test images, 0..1."""
         return float(self.result["accuracy"])
 
     @classmethod
@@ -108,12 +107,8 @@ def make_result(
     }
 
 
-def versions() -> dict[str, str | None]:
-    return dict(_versions())
-
-
 @functools.cache
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     installed: dict[str, str | None] = {"vtclip": __version__, "python": platform.python_version()}
     for name in ("torch", "open_clip_torch", "triton", "numpy", "pillow", "safetensors"):
         try:

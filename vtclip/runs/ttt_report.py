@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from vtclip.data.sets import SetSource
 from vtclip.data.sources import source_kind
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
 ROWS = {"kept_mean": "mean of kept views", "all_mean": "mean of all views", "adapted": "with TTT"}
 
 
-def check_ttt(adapter: Adapter, source: Path) -> None:
+def check_ttt(adapter: Adapter, source: Path | SetSource, *, base_to_new: bool) -> None:
     """Refuse a source without images and a head without parameters, before any work."""
+    if isinstance(source, SetSource):
+        raise ValueError(f"ttt: source must be a folder of images, got data set {source}")
     kind = source_kind(source)
     if kind != "folder":
         what = {"npz": "an .npz table", "features": "a features folder"}[kind]
         raise ValueError(f"ttt: source must be a folder of images, got {what}: {source}")
     trainable(adapter.head)
+    if base_to_new:
+        raise ValueError("ttt: a base-to-new run is evaluated without it")
 
 
 def ttt_report(

@@ -127,12 +127,12 @@ def unseen_logits(
     if not head.chooses or len(val) < 2:
         return logits, label
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
-    for part in order.chunk(VAL_FOLDS):
+    for fold in order.chunk(VAL_FOLDS):
         others = torch.ones(len(val), dtype=torch.bool)
-        others[part] = False
+        others[fold] = False
         chosen = copy.deepcopy(head)
         choose_by(chosen, records, val[others], device)
-        logits[part] = engine.all_logits(chosen, rows, val[part], device=device)[0]
+        logits[fold] = engine.all_logits(chosen, rows, val[fold], device=device)[0]
     return logits, label
 
 

@@ -133,8 +133,8 @@ def make_trainable(
 def build_optimizer(module: Encoders, config: FinetuneConfig) -> torch.optim.AdamW:
     """AdamW in four groups: encoders and head, each with decayed matrices and the rest."""
     groups = []
-    for part, peak in (module.model, config.lr), (module.head, config.head_lr):
-        parameters = [p for p in part.parameters() if p.requires_grad]
+    for trained, peak in (module.model, config.lr), (module.head, config.head_lr):
+        parameters = [p for p in trained.parameters() if p.requires_grad]
         for decay, chosen in (
             (config.weight_decay, [p for p in parameters if p.ndim >= 2]),
             (0.0, [p for p in parameters if p.ndim < 2]),

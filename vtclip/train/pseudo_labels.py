@@ -19,8 +19,9 @@ from torch import Tensor
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
 from vtclip.files import Json
+from vtclip.heads import HEADS
 from vtclip.train import engine
-from vtclip.train.methods import takes_images, zero_shot_head
+from vtclip.train.methods import zero_shot_head
 from vtclip.train.rows import split_rows
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def check_pseudo_labels(method: str, shots: int | None, **others: bool) -> None:
     """Refuse what pseudo-labels cannot be combined with."""
-    if not takes_images(method):
+    if not HEADS[method].learns:
         raise ValueError(f"method {method} learns nothing from images: pseudo_labels cannot be set")
     if shots is not None and shots < 1:
         raise ValueError(f"shots must be at least 1 with pseudo_labels, got {shots}")
@@ -83,8 +84,8 @@ def surest(logits: Tensor, shots: int) -> tuple[Tensor, Tensor]:
     """
     probability, label = logits.double().softmax(dim=1).max(dim=1)
     order = probability.argsort(descending=True, stable=True)
-    parts = [order[label[order] == k][:shots] for k in range(logits.shape[1])]
-    kept = torch.cat(parts).sort().values
+    per_class = [order[label[order] == k][:shots] for k in range(logits.shape[1])]
+    kept = torch.cat(per_class).sort().values
     return kept, label[kept]
 
 

@@ -8,8 +8,8 @@ For every image by itself, with V views of which view 0 is the model's own crop:
     loss = H(mean over S of p_v), the entropy of the mean
     `steps` steps of AdamW on `loss`, then the prediction is head(view 0)
 
-Parameters and optimiser state start anew for every image, so its result depends on nothing but
-the image, its name and the seed. The objective asks nothing of the head but parameters.
+Parameters and optimiser state start afresh for every image, so its result depends on nothing but
+the image, its name and the seed. The objective needs nothing of the head but parameters.
 
 Batched: the parameters of N images are stacked, [N, ...], and adapted by one forward, backward
 and step (`heads._each`). AdamW works element by element, so a step on the stack is the step of
@@ -48,7 +48,7 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class TTT:
-    """Settings of test-time training, checked when they are made."""
+    """Settings of test-time training, checked on construction."""
 
     views: int = 64
     keep: float = 0.1
@@ -119,11 +119,10 @@ def confident(logits: Tensor, count: int) -> Tensor:
 
 def trainable(head: Head) -> dict[str, Tensor]:
     """The parameters that are adapted, by name; a ValueError where there are none."""
-    found: dict[str, Tensor] = {name: p for name, p in head.named_parameters() if p.requires_grad}
-    if not found:
-        method = head.method
-        raise ValueError(f"ttt: the head must have parameters to train, {method} has none")
-    return found
+    named: dict[str, Tensor] = {name: p for name, p in head.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(f"ttt: the head must have parameters to train, {head.method} has none")
+    return named
 
 
 @torch.enable_grad()
@@ -137,17 +136,16 @@ def adapt_one(
     config: TTT,
 ) -> Tensor:
     """One image: kept views [m, C] with [m, L, Cs], view 0 [C] with [L, Cs] -> logits [K]."""
-    own = {name: p.detach().clone().requires_grad_() for name, p in trainable(head).items()}
-    optimizer = torch.optim.AdamW(own.values(), config.lr, weight_decay=config.weight_decay)
-    seen = (kept,) if kept_spatial is None else (kept, kept_spatial)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in trainable(head).items()}
+    optimizer = torch.optim.AdamW(copies.values(), config.lr, weight_decay=config.weight_decay)
     for _ in range(config.steps):
-        loss = entropy(mean_log_prob(functional_call(head, own, seen)))
+        loss = entropy(mean_log_prob(functional_call(head, copies, (kept, kept_spatial))))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    plain = (first,) if first_spatial is None else (first, first_spatial)
+    plain = first[None], None if first_spatial is None else first_spatial[None]
     with torch.no_grad():
-        logits: Tensor = functional_call(head, own, tuple(x[None] for x in plain))
+        logits: Tensor = functional_call(head, copies, plain)
     return logits[0]
 
 
@@ -207,8 +205,7 @@ def adapt(
         if pixels:
             with watch.stage("encode and select"), torch.no_grad():
                 image, spatial = encode(torch.cat(pixels))
-                logits = _logits(head, image, spatial)
-                logits = logits.reshape(len(pixels), config.views, -1)  # [n, V, K]
+                logits = head(image, spatial).reshape(len(pixels), config.views, -1)  # [n, V, K]
                 best = confident(logits, config.kept)  # [n, m]
                 rows["plain"].append(logits[:, 0])
                 rows["kept_mean"].append(mean_log_prob(take(logits, best)))
@@ -216,15 +213,17 @@ def adapt(
                 waiting.append(keep_views(image, spatial, best, config.views))
                 synchronize(logits)
         # the next images would not fit
-        if waiting and (not more or sum(len(one.first) for one in waiting) + per_encode > batch):
+        if waiting and (
+            not more or sum(len(views.first) for views in waiting) + per_encode > batch
+        ):
             with watch.stage("adapt"):
                 rows["adapted"].append(adapt_waiting(head, waiting, config))
                 synchronize(rows["adapted"][-1])
             waiting = []
     if not rows["plain"]:
         raise ValueError("ttt: there are no images")
-    found = {name: torch.cat(parts).float().cpu() for name, parts in rows.items()}
-    return Outcome(**found, seconds=watch.seconds)
+    tables = {name: torch.cat(chunks).float().cpu() for name, chunks in rows.items()}
+    return Outcome(**tables, seconds=watch.seconds)
 
 
 def images_per_step(head: Head, config: TTT) -> int:
@@ -251,19 +250,17 @@ def take(values: Tensor, best: Tensor) -> Tensor:
 
 def adapt_waiting(head: Head, waiting: Sequence[KeptViews], config: TTT) -> Tensor:
     """Logits [N, K] of view 0 after the steps, in one stack or image by image."""
-    kept = torch.cat([one.kept for one in waiting])
-    first = torch.cat([one.first for one in waiting])
+    kept = torch.cat([views.kept for views in waiting])
+    first = torch.cat([views.first for views in waiting])
     if can_stack(head):
         stacked = StackedRAda(head, len(kept), first_step_only=config.steps == 1)
         logits = adapt_stack(stacked, kept, first, config)
     else:
         rows = []
-        for one in waiting:
-            for i in range(len(one.kept)):
-                whole = [one.kept[i], one.first[i]]
-                if one.kept_spatial is not None and one.first_spatial is not None:
-                    whole += [one.kept_spatial[i], one.first_spatial[i]]
-                rows.append(adapt_one(head, *whole, config=config))
+        for views in waiting:
+            features = [views.kept, views.first, views.kept_spatial, views.first_spatial]
+            for image in zip(*(x for x in features if x is not None), strict=True):
+                rows.append(adapt_one(head, *image, config=config))
         logits = torch.stack(rows)
     broken = (~logits.isfinite()).any(dim=1)
     if bool(broken.any()):
@@ -278,8 +275,3 @@ def synchronize(values: Tensor) -> None:
     """Wait for the device, so that a stage is charged with its own work."""
     if values.is_cuda:
         torch.cuda.synchronize(values.device)
-
-
-def _logits(head: Head, image: Tensor, spatial: Tensor | None) -> Tensor:
-    logits: Tensor = head(image) if spatial is None else head(image, spatial)
-    return logits
