@@ -25,6 +25,7 @@ from vtclip.data.records import Records
 from vtclip.heads import HEADS
 from vtclip.train import auto, engine, metrics
 from vtclip.train.fit_head import choose_by, fit_head
+from vtclip.train.steps import TrainingRun
 
 Logits = dict[str, Tensor]
 
@@ -70,9 +71,7 @@ def measure(records: Records, shots: int, seed: int) -> dict[str, float]:
     label, true = records.label[split.val], records.label[index]
     for name in auto.candidates(records):
         config = HEADS[name].recipe(shots)
-        head = fit_head(
-            name, records, split, config, device=CPU, seed=seed, log=lambda row: None, choose=False
-        )
+        head = fit_head(name, records, split, config, TrainingRun(CPU, seed), choose=False)
         val[name], _ = auto.unseen_logits(head, records, split.val, CPU)
         choose_by(head, records, split.val, CPU)
         logits, _ = engine.all_logits(head, records, index, device=CPU)

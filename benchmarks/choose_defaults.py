@@ -28,6 +28,7 @@ from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
 from vtclip.train import engine, metrics
 from vtclip.train.fit_head import fit_head
+from vtclip.train.steps import TrainingRun
 
 CPU = torch.device("cpu")
 # option -> the values tried for it, each with the recipe's value of every other option; "a b" sets
@@ -103,8 +104,14 @@ def measure(
 ) -> dict[str, Any]:
     """Metrics on the held-out rows."""
     split, held = rows_of(records, shots, seed)
-    head = fit_head(method, records, split, config, device=CPU, seed=seed, log=lambda row: None)
-    return metrics.report(*engine.all_logits(head, records, held, device=CPU))
+    head = fit_head(
+        method,
+        records,
+        split,
+        config,
+        TrainingRun(CPU, seed),
+    )
+    return metrics.all_metrics(*engine.all_logits(head, records, held, device=CPU))
 
 
 def parser_of(doc: str, seeds: list[int]) -> argparse.ArgumentParser:

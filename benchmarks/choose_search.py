@@ -31,6 +31,7 @@ from vtclip.heads import HEADS, _support
 from vtclip.train import engine, metrics
 from vtclip.train.methods import build_head
 from vtclip.train.rows import support_of
+from vtclip.train.steps import TrainingRun
 
 SUPPORT_METHODS = ("tip-adapter", "tip-x", "proker", "proto-clip", "tip-adapter-f")
 RULES = ("default", "accuracy", "likelihood", "factor 1.5", "factor 2", "factor 4", "val alone")
@@ -63,7 +64,14 @@ def trained(method: str, records: Records, train: Tensor, shots: int, seed: int)
     head.fit_support(support_of(rows, train, CPU))
     if config.epochs:
         nothing = torch.tensor([], dtype=torch.long)
-        engine.fit(head, rows, train, nothing, config, device=CPU, seed=seed, log=lambda row: None)
+        engine.train_head(
+            head,
+            rows,
+            train,
+            nothing,
+            config,
+            TrainingRun(CPU, seed),
+        )
     return head
 
 

@@ -92,8 +92,22 @@ def write_atomic(path: Path, data: bytes) -> None:
     move_new(path)
 
 
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write every file under a new name, then rename all; where a write fails none is replaced."""
+    written = []
+    try:
+        for path, data in files.items():
+            written.append(write_new(path, data))
+    except OSError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    for path in files:
+        move_new(path)
+
+
 def to_json(value: object) -> bytes:
-    """JSON that every reader accepts: NaN and infinities become null, keys keep their order."""
+    """JSON that every reader takes: NaN and infinities become null, keys keep their order."""
     text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, indent=1)
     return (text + "\n").encode("ascii")
 

@@ -4,8 +4,8 @@
 Memory is the most that the process, or one stage of its work, held at a time.
 
 On a GPU it is what torch's allocator gave out, on a CPU the resident memory of the whole process,
-its libraries included. Linux keeps the high-water mark and lets it be set back; where it does not,
-a thread looks at the resident memory while the stage runs, and elsewhere a stage has no number.
+its libraries included. Linux keeps the high-water mark and lets it be reset; where it does not, a
+thread looks at the resident memory while the stage runs, and elsewhere a stage has no number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 STATM = Path("/proc/self/statm")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 SAMPLE_S = 0.02
-_before: dict[str, float] = {}  # by device, the most before the counter was last set back
+_before: dict[str, float] = {}  # by device, the most before the counter was last reset
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
@@ -35,15 +35,15 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 def reset_peak_memory(device: torch.device) -> None:
     """Let `peak_memory_mb` count from now on, where the system can (a GPU, Linux)."""
-    if _set_back(device):
+    if _reset_counter(device):
         _before.pop(str(device), None)
 
 
 @contextmanager
-def stage_peak(name: str, found: dict[str, float], device: torch.device) -> Iterator[None]:
-    """Note in found[name] the most memory held while the block ran, in MB."""
+def stage_peak(name: str, peaks: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Note in peaks[name] the most memory held while the block ran, in MB."""
     earlier = peak_memory_mb(device)
-    if _set_back(device):
+    if _reset_counter(device):
         if earlier is not None:
             _before[str(device)] = earlier
         try:
@@ -51,9 +51,9 @@ def stage_peak(name: str, found: dict[str, float], device: torch.device) -> Iter
         finally:
             peak = _counter(device)
             if peak is not None:
-                found[name] = max(peak, found.get(name, 0.0))
+                peaks[name] = max(peak, peaks.get(name, 0.0))
     elif STATM.exists():
-        with _sampled(name, found):
+        with _sampled(name, peaks):
             yield
     else:
         yield
@@ -70,8 +70,8 @@ def _counter(device: torch.device) -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _set_back(device: torch.device) -> bool:
-    """Set the counter to what is held now; whether that could be done."""
+def _reset_counter(device: torch.device) -> bool:
+    """Set the counter to what is held now; returns whether that was possible."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -83,19 +83,19 @@ def _set_back(device: torch.device) -> bool:
 
 
 @contextmanager
-def _sampled(name: str, found: dict[str, float]) -> Iterator[None]:
+def _sampled(name: str, peaks: dict[str, float]) -> Iterator[None]:
     page = os.sysconf("SC_PAGE_SIZE")
     done = threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         held = int(STATM.read_text().split()[1]) * page / 2**20
-        found[name] = max(held, found.get(name, 0.0))
+        peaks[name] = max(held, peaks.get(name, 0.0))
 
     def watch() -> None:
         while not done.wait(SAMPLE_S):
-            look()
+            sample()
 
-    look()
+    sample()
     thread = threading.Thread(target=watch, name="vtclip-memory", daemon=True)
     thread.start()
     try:
@@ -103,7 +103,7 @@ def _sampled(name: str, found: dict[str, float]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        look()
+        sample()
 
 
 def check_threads(threads: int | None) -> None:

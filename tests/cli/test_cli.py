@@ -193,7 +193,7 @@ def test_training_never_touches_a_test_row(
 ) -> None:
     """Every row asked of the real table, in order: none of the test's before its one evaluation."""
     asked: list[int] = []
-    real, training = Records.batch, engine.fit
+    real, training = Records.batch, engine.train_head
     trained_with: list[int] = []
 
     def batch(self: Records, index: torch.Tensor, augment_pass: int = 0) -> Any:
@@ -206,7 +206,7 @@ def test_training_never_touches_a_test_row(
         trained_with.extend(asked)
 
     monkeypatch.setattr(Records, "batch", batch)
-    monkeypatch.setattr(engine, "fit", fit)
+    monkeypatch.setattr(engine, "train_head", fit)
     run = vtclip.fit(
         npz, method="vtclip", shots=4, overrides={"epochs": 2}, out=tmp_path / "r", device="cpu"
     )

@@ -109,7 +109,7 @@ def test_entropy_out_of_reach_ends_at_the_largest_entries():
 def test_chunks_change_nothing(record, monkeypatch, budget):
     head, _, image, _ = make(record)
     whole = head(image)
-    monkeypatch.setattr(autoclip, "BYTE_BUDGET", budget)
+    monkeypatch.setattr(autoclip, "TEMPLATE_BYTES", budget)
     torch.testing.assert_close(head(image), whole, rtol=0, atol=EXACT)
 
 

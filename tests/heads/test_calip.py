@@ -70,7 +70,7 @@ def test_chunks_change_nothing(record, monkeypatch, budget, masked):
     head = CALIP(text, beta2=1.0)
     mask = torch.rand(5, 5) < 0.6 if masked else None
     whole = head(image, spatial, mask)
-    monkeypatch.setattr(calip, "BYTE_BUDGET", budget)
+    monkeypatch.setattr(calip, "ATTENTION_BYTES", budget)
     torch.testing.assert_close(head(image, spatial, mask), whole, rtol=0, atol=EXACT)
 
 

@@ -248,7 +248,7 @@ def test_chunks_change_memory_and_nothing_else(
     assert whole <= R * one  # the estimate is a bound
     assert whole > 0.3 * R * one  # and not an idle one
     assert R > 6
-    monkeypatch.setattr(_prompts, "BYTE_BUDGET", R // 5 * one)
+    monkeypatch.setattr(_prompts, "TOWER_BYTES", R // 5 * one)
     found = gradient()
     assert kept_bytes(head) < whole / 4
     torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=1e-6)

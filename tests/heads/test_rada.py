@@ -205,7 +205,7 @@ def test_chunks_of_images_do_not_change_the_result(grad, monkeypatch):
     monkeypatch.setattr(
         RAda, "_logits", lambda self, v, *a: (calls.append(len(v)), inner(self, v, *a))[1]
     )
-    monkeypatch.setattr(rada, "BYTE_BUDGET", 2 * rada.ROWS_KEPT * 7 * 24 * 8)
+    monkeypatch.setattr(rada, "MASK_BYTES", 2 * rada.ROWS_KEPT * 7 * 24 * 8)
     chunked = run()
     assert sorted(calls) == sorted([2, 2, 1] * (1 + grad))  # the backward makes each again
     for one, other in zip(chunked, whole, strict=True):

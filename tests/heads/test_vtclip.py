@@ -304,7 +304,7 @@ def test_chunks_change_nothing(record, monkeypatch, budget, count, masked):
     head, _ = head_and_layers(text, count)
     mask = torch.rand(5, 5) < 0.6 if masked else None
     whole = head(image, spatial, mask).detach()
-    monkeypatch.setattr(vtclip, "CHUNK_BYTES", budget)
+    monkeypatch.setattr(vtclip, "DECODER_BYTES", budget)
     with torch.no_grad():
         chunked = head(image, spatial, mask)
     torch.testing.assert_close(chunked, whole, rtol=0, atol=EXACT)

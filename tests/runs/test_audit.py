@@ -121,18 +121,18 @@ def spoiled(one: Table, rows: Tensor, labels: Tensor) -> Table:
 
 @contextlib.contextmanager
 def guarded(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let the forbidden rows be read while `engine.evaluate` runs, which `fit` calls last."""
-    evaluate = engine.evaluate
+    """Let the forbidden rows be read while `engine.head_metrics` runs, which `fit` calls last."""
+    evaluate = engine.head_metrics
 
     def opening(*args: Any, **options: Any) -> Any:
         guard.open = True
         try:
-            return iter(list(evaluate(*args, **options)))  # it is lazy
+            return evaluate(*args, **options)
         finally:
             guard.open = False
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "evaluate", opening)
+        patch.setattr(engine, "head_metrics", opening)
         yield
 
 
@@ -233,7 +233,7 @@ def test_base_to_new_reads_nothing_of_new_classes_before_its_end(
         runs.append(made)
     assert files(runs[0]) == files(runs[1])
     assert runs[0].result["new"]["adapted"]["nll"] != runs[1].result["new"]["adapted"]["nll"]
-    assert base_to_new.PARTS == ("base", "new")
+    assert base_to_new.HALVES == ("base", "new")
 
 
 def test_the_guard_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_no_image_of_a_new_class_and_no_test_image_is_trained_on(
 
     asked: list[int] = []
     trained_on: list[int] = []
-    real, training = MemoryStore.image, engine.fit
+    real, training = MemoryStore.image, engine.train_head
 
     def image(self: MemoryStore, row: torch.Tensor, augment_pass: int) -> Any:
         asked.extend(row.tolist())
@@ -105,7 +105,7 @@ def test_no_image_of_a_new_class_and_no_test_image_is_trained_on(
         trained_on.extend(asked)
 
     monkeypatch.setattr(MemoryStore, "image", image)
-    monkeypatch.setattr(engine, "fit", fit)
+    monkeypatch.setattr(engine, "train_head", fit)
     result = vtclip.fit(
         source, method="rada", shots=4, base_to_new=True, overrides={"epochs": 2},
         out=tmp_path / "r", device="cpu",

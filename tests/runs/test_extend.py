@@ -20,10 +20,11 @@ from vtclip.cli import main
 from vtclip.data.splits import few_shot_split
 from vtclip.demo.scenes import CLASS_NAMES
 from vtclip.heads import HEADS, Support
+from vtclip.heads._head import NewClasses
 from vtclip.heads.auto import Auto
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.classifier import Classifier
-from vtclip.runs.extend_head import NewClasses, check_can, extended, is_exact
+from vtclip.runs.extend import check_extendable, extended_head, is_exact
 from vtclip.runs.result import Run
 
 C, PER_CLASS, OLD, ALL = 16, 12, 3, 5
@@ -182,8 +183,8 @@ def test_an_average_of_heads_is_extended_member_by_member(fitted: Any) -> None:
     text = F.normalize(torch.from_numpy(world()["text"][OLD:]), dim=1)
     support = Support(text, torch.arange(OLD, ALL))
     new = NewClasses(NAMES[OLD:], text, text[:, None], support, lambda: pytest.fail("no encoder"))
-    both, image = extended(auto, new), torch.randn(6, C)
-    parts = [extended(head, new)(image).softmax(1) for head in heads]
+    both, image = extended_head(auto, new), torch.randn(6, C)
+    parts = [extended_head(head, new)(image).softmax(1) for head in heads]
     shares = [(part.log() / T).softmax(1) for part, T in zip(parts, (0.7, 1.6), strict=True)]
     wanted = 0.25 * shares[0] + 0.75 * shares[1]
     assert torch.allclose(both(image).softmax(1), wanted, atol=1e-5)
@@ -199,10 +200,10 @@ def test_every_head_is_extended_or_refused(method: str) -> None:
     new = NewClasses(NAMES[:OLD], text, text[:, None], support, lambda: pytest.fail("no encoder"))
     if method == "linear-probe":
         with pytest.raises(ValueError, match=r"be extended: .*proker"):
-            check_can(head)
+            check_extendable(head)
         return
-    check_can(head)
-    larger = extended(head, new)
+    check_extendable(head)
+    larger = extended_head(head, new)
     given = [torch.randn(2, C), torch.randn(2, 4, C)][: 2 if larger.needs_spatial else 1]
     assert larger(*given).shape == (2, 2 * OLD)
     assert torch.equal(larger.text[:OLD], head.text)

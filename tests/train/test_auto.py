@@ -20,6 +20,7 @@ from vtclip.runs.adapter import load_adapter
 from vtclip.train import auto, engine
 from vtclip.train.auto import choose_weights, folds
 from vtclip.train.rows import support_of
+from vtclip.train.steps import TrainingRun
 
 
 def logits_of(label: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
@@ -117,7 +118,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fitted(records: Records, split: Split) -> tuple[auto.Auto, list[dict[str, object]]]:
     return auto.fit_auto(
-        records, split, 2, device=torch.device("cpu"), seed=1, log=lambda row: None
+        records,
+        split,
+        2,
+        TrainingRun(torch.device("cpu"), 1),
     )
 
 

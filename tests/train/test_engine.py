@@ -22,6 +22,7 @@ from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
 from vtclip.train import engine
 from vtclip.train.checkpoint import Checkpoint
+from vtclip.train.steps import TrainingRun
 
 CPU = torch.device("cpu")
 CONFIG = FitConfig(epochs=6, lr=0.05, weight_decay=0.0, batch_size=8, checkpoint_every=2)
@@ -59,10 +60,8 @@ def run(
     split = few_shot_split(real.label, real.names, shots=8, seed=1)
     head = new_head(real) if head is None else head
     rows = engine.TrainingRows(records, split.train, split.val)
-    log = options.pop("log", lambda row: None)
-    engine.fit(
-        head, rows, split.train, split.val, config, device=CPU, seed=seed, log=log, **options
-    )
+    training = TrainingRun(CPU, seed, **options)
+    engine.train_head(head, rows, split.train, split.val, config, training)
     return head
 
 
@@ -274,26 +273,22 @@ def test_a_test_row_in_training_raises(records: Records) -> None:
         rows.batch(split.test[:1])
     for stolen in (torch.cat([split.train, split.test[:1]]), split.test):
         with pytest.raises(IndexError, match="neither a training nor a validation row"):
-            engine.fit(
+            engine.train_head(
                 new_head(records),
                 rows,
                 stolen,
                 split.val,
                 CONFIG,
-                device=CPU,
-                seed=1,
-                log=lambda row: None,
+                TrainingRun(CPU, 1),
             )
     with pytest.raises(IndexError, match="neither a training nor a validation row"):
-        engine.fit(
+        engine.train_head(
             new_head(records),
             rows,
             split.train,
             split.test,
             CONFIG,
-            device=CPU,
-            seed=1,
-            log=lambda row: None,
+            TrainingRun(CPU, 1),
         )
 
 
@@ -359,19 +354,19 @@ def test_augmented_passes_are_used_in_turn_and_never_for_validation(records: Rec
 def test_evaluation_counts_each_row_once_and_refuses_nan(records: Records) -> None:
     head = HEADS["zeroshot"](records.text, logit_scale=20.0)
     index = torch.arange(len(records))
-    values = dict(engine.evaluate(head, records, index, device=CPU))
+    values = engine.head_metrics(head, records, index, device=CPU)
     batch = records.batch(index)
     right = head(batch.image).argmax(1) == batch.label
     assert values["accuracy"] == int(right.sum()) / len(records)
     assert values["count"] == len(records)
     with pytest.raises(ValueError, match="2 rows, of which 1 differ"):
-        dict(engine.evaluate(head, records, torch.tensor([3, 3]), device=CPU))
+        engine.head_metrics(head, records, torch.tensor([3, 3]), device=CPU)
 
     def poison(_: Tensor, batch: Batch) -> Batch:
         return dataclasses.replace(batch, image=batch.image * math.nan)
 
     with pytest.raises(FloatingPointError, match="logits must be finite"):
-        dict(engine.evaluate(head, Spied(records, poison), index, device=CPU))
+        engine.head_metrics(head, Spied(records, poison), index, device=CPU)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from vtclip.heads import CALIP, HEADS, AutoCLIP, LinearProbe, ZeroShot
 from vtclip.runs.adapter import load_adapter
 from vtclip.train import engine
 from vtclip.train.fit_head import fit_head
+from vtclip.train.steps import TrainingRun
 
 LEARN = ["clip-adapter", "linear-probe", "mm-adapter"]
 METHODS = [*LEARN, "autoclip", "calip"]
@@ -46,7 +47,13 @@ def split_of(records: Records, shots: int) -> Split:
 
 def fitted(records: Records, method: str, split: Split) -> Any:
     config = HEADS[method].recipe(4)
-    return fit_head(method, records, split, config, device=CPU, seed=1, log=lambda row: None)
+    return fit_head(
+        method,
+        records,
+        split,
+        config,
+        TrainingRun(CPU, 1),
+    )
 
 
 @pytest.mark.parametrize("method", LEARN)

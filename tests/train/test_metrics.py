@@ -86,7 +86,7 @@ def test_report_holds_the_bins_of_its_calibration_errors(temperature: float | No
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(200, 6, generator=generator) * 8
     label = torch.randint(0, 6, (200,), generator=generator)
-    values = metrics.report(logits, label, temperature)
+    values = metrics.all_metrics(logits, label, temperature)
     found = values["reliability"]
     parts = {"raw": "ece"} if temperature is None else {"raw": "ece", "scaled": "ece_scaled"}
     assert (found["scaled"] is None) == (temperature is None)
@@ -122,8 +122,8 @@ def test_temperature_is_recovered_from_overconfident_logits() -> None:
     # the standard error of log T with 4,000 labels is about 0.02; 0.1 is five of them
     assert math.log(temperature / 3) == pytest.approx(0, abs=0.1)
     before, after = (
-        metrics.report(honest * 3, label),
-        metrics.report(honest * 3, label, temperature),
+        metrics.all_metrics(honest * 3, label),
+        metrics.all_metrics(honest * 3, label, temperature),
     )
     assert after["nll_scaled"] < before["nll"]
     assert after["ece_scaled"] < before["ece"] / 2
@@ -155,7 +155,7 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     logits = LOGITS.clone()
     logits[3, 1] = bad
     with pytest.raises(FloatingPointError, match=r"1 of 5 rows are not \(first: row 3\)"):
-        metrics.report(logits, LABEL)
+        metrics.all_metrics(logits, LABEL)
 
 
 @pytest.mark.parametrize(
@@ -169,19 +169,19 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
 )
 def test_wrong_tables_are_refused(logits: torch.Tensor, label: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        metrics.report(logits, label)
+        metrics.all_metrics(logits, label)
 
 
 def test_a_class_without_images_is_nan_and_outside_the_mean() -> None:
     logits = torch.tensor([[5.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
-    values = metrics.report(logits, torch.tensor([0, 1]))
+    values = metrics.all_metrics(logits, torch.tensor([0, 1]))
     assert math.isnan(values["per_class"][2])
     assert values["macro_f1"] == 1.0
     assert values["accuracy"] == 1.0
 
 
 def test_a_single_class_is_allowed() -> None:
-    values = metrics.report(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), 1.0)
+    values = metrics.all_metrics(torch.zeros(3, 1), torch.zeros(3, dtype=torch.long), 1.0)
     assert values["accuracy"] == 1.0
     assert values["nll"] == 0.0
     assert values["ece"] == 0.0

@@ -22,7 +22,7 @@ from vtclip.heads.config import FitConfig
 from vtclip.runs.adapter import load_adapter
 from vtclip.train import engine, metrics
 from vtclip.train.methods import recipe_config
-from vtclip.train.steps import training_loss
+from vtclip.train.steps import TrainingRun, training_loss
 
 CPU = torch.device("cpu")
 CONFIG = FitConfig(epochs=12, optimizer="adamw", lr=0.01, batch_size=16, warmup="linear")
@@ -42,7 +42,14 @@ def trained(records: Records, config: FitConfig, **options: Any) -> tuple[RAda, 
     head = RAda(records.text, logit_scale=20.0, num_heads=4, **options)
     split = few_shot_split(records.label, records.names, shots=8, seed=1)
     rows = engine.TrainingRows(records, split.train, split.val)
-    engine.fit(head, rows, split.train, split.val, config, device=CPU, seed=1, log=lambda row: None)
+    engine.train_head(
+        head,
+        rows,
+        split.train,
+        split.val,
+        config,
+        TrainingRun(CPU, 1),
+    )
     return head, split
 
 

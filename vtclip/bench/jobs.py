@@ -26,7 +26,7 @@ from vtclip.files import json_digest
 from vtclip.heads import HEADS
 from vtclip.heads.config import check_seed
 from vtclip.names import METHODS, pick
-from vtclip.train.methods import recipe_config, takes_images
+from vtclip.train.methods import recipe_config
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes
 
@@ -211,7 +211,7 @@ def not_applicable(method: str, source: Source) -> str | None:
         return f"{method} needs spatial features, and {source.name} has none"
     if HEADS[method].needs_text_encoder and not source.encoder:
         return f"{method} needs the text encoder, and {source.name} names no model"
-    if takes_images(method) and source.test_only:
+    if HEADS[method].learns and source.test_only:
         return f"{method} needs training images, and {source.name} is a test set"
     return None
 

@@ -90,7 +90,7 @@ def ttt_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_metrics(values: dict[str, Any], ttt: bool) -> None:
-    from vtclip.runs.result import rows_table
+    from vtclip.runs.result import metrics_table
     from vtclip.runs.ttt_report import ttt_table
 
     emit(f"{values['method']} on {values['source']}: {values['test']['images']} images")
@@ -98,6 +98,6 @@ def print_metrics(values: dict[str, Any], ttt: bool) -> None:
         emit(ttt_table(values))
         return
     halves = {str(half): values[half] for half in ("base", "new") if half in values}
-    emit(rows_table(halves or {values["method"]: values}))
+    emit(metrics_table(halves or {values["method"]: values}))
     if "harmonic_mean" in values:
         emit(f"harmonic mean of base and new accuracy: {100 * values['harmonic_mean']:.2f} %")

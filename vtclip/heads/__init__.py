@@ -25,20 +25,7 @@ from vtclip.heads.vtclip import VTCLIP as VTCLIP
 from vtclip.heads.zeroshot import ZeroShot as ZeroShot
 
 _ALL: tuple[type[Head], ...] = (
-    VTCLIP,
-    RAda,
-    TipAdapter,
-    TipAdapterF,
-    ProKeR,
-    TipX,
-    ProtoCLIP,
-    CoOp,
-    ClipAdapter,
-    LinearProbe,
-    MMAdapter,
-    AutoCLIP,
-    CALIP,
-    ZeroShot,
-    Auto,
+    *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TipX, ProtoCLIP, CoOp, ClipAdapter),
+    *(LinearProbe, MMAdapter, AutoCLIP, CALIP, ZeroShot, Auto),
 )
 HEADS.update({head.method: head for head in _ALL})

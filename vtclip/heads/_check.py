@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Input checks the heads share: argument, wish and fact in one line, no device synchronisation."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,42 @@ def check_spatial(
 def check_share(head: str, name: str, value: float) -> None:
     if not 0 <= value <= 1:  # also refuses NaN
         raise ValueError(f"{head}: {name} must lie in 0..1, got {value}")
+
+
+def check_positive(head: str, **values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{head}: {name} must be finite and above 0, got {value}")
+
+
+def check_not_negative(head: str, **values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{head}: {name} must be finite and at least 0, got {value}")
+
+
+def check_finite(head: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{head}: {name} must be finite, got {value}")
+
+
+def check_least(head: str, least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{head}: {name} must be at least {least}, got {value}")
+
+
+def check_choice(head: str, name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        wish = ", ".join(choices)
+        raise ValueError(f"{head}: {name} must be one of {wish}, got {value!r}")
+
+
+def check_same_batch(head: str, image: Tensor, spatial: Tensor) -> None:
+    if image.shape[0] != spatial.shape[0]:
+        fact = f"{image.shape[0]} and {spatial.shape[0]}"
+        raise ValueError(f"{head}: image and spatial must have the same B, got {fact}")
 
 
 def check_dtype(head: str, name: str, x: Tensor, dtype: torch.dtype) -> None:

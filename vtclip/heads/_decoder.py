@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of one `nn.TransformerDecoderLayer` (post-norm, ReLU), shared where texts are equal.
+"""The stages of one `nn.TransformerDecoderLayer` (post-norm, ReLU), shared where texts are equal.
 
 Every function takes the layer for its parameters only. The target is [1, K, C] where all images
 share it, else [B, K, C]; what follows from a shared target stays shared.
@@ -24,6 +24,7 @@ from vtclip.heads._cost import plan
 
 # scores of the aligned start for tokens of norm sqrt(C): this many times the cosine
 SHARPNESS = 4.0
+Attention = tuple[Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, key_mask
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def queries(layer: nn.TransformerDecoderLayer, target: Tensor) -> tuple[Tensor, 
     """target [1|B, K, C] -> x1 [1|B, K, C] and the cross-attention's query [1|B, H, K, d]."""
     attn, H = layer.self_attn, layer.self_attn.num_heads
     packed = F.linear(target, attn.in_proj_weight, attn.in_proj_bias)
-    query, key, value = (_heads(part, H) for part in packed.chunk(3, dim=-1))
+    query, key, value = (_heads(x, H) for x in packed.chunk(3, dim=-1))
     attended = _merge(ops.cross_attn(query, key, value))
     attended = attn.out_proj(attended)
     x1 = _norm(layer.norm1, _add(attended, target))
@@ -83,8 +84,8 @@ def hidden_units(
     """x1 [1|B, K, C], query [1|B, H, K, d], key, value [B, H, L, d] -> h [B, K, F], x2 [B, K, C].
 
     absorb: how many of the matrices after the attention are pushed through the values: 0 none, 1
-    the output projection, 2 the first feed-forward matrix too; None asks `cost.plan`, which
-        never says 2 to a traced graph.
+    the output projection, 2 the first feed-forward matrix too; None asks `plan`, which never says 2
+    to a traced graph.
     """
     if absorb is None:
         (B, H, L, _), C = key.shape, x1.shape[-1]
@@ -93,9 +94,9 @@ def hidden_units(
         sizes = B, x1.shape[1], C, L, H, layer.linear1.out_features
         absorb = plan(*sizes, device=x1.device.type).absorb
     if absorb == 2:
-        return _absorbed_twice(layer, x1, query, key, value, key_mask)
+        return _absorbed_twice(layer, x1, (query, key, value, key_mask))
     # u is held by no name here: without gradients it is freed before h is computed
-    x2 = _norm(layer.norm2, _attended(layer, x1, query, key, value, key_mask, absorb == 1))
+    x2 = _norm(layer.norm2, _attended(layer, x1, (query, key, value, key_mask), absorb == 1))
     # the product of a matrix is not a view: changing a view in place costs its backward four copies
     hidden = F.relu(layer.linear1(x2.flatten(0, 1)), inplace=True)  # [B K, F]
     return hidden.view(*x2.shape[:2], hidden.shape[1]), x2
@@ -121,43 +122,25 @@ def last_norm(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
 def _out_bias(layer: nn.TransformerDecoderLayer) -> Tensor:
     """bo + Wo bv [C]."""
     cross = layer.multihead_attn
-    weight: Tensor = cross.out_proj.weight
-    bias: Tensor = cross.out_proj.bias + weight @ cross.in_proj_bias[2 * weight.shape[0] :]
-    return bias
+    weight = cross.out_proj.weight
+    return cross.out_proj.bias + weight @ cross.in_proj_bias[2 * weight.shape[0] :]
 
 
 def _attended(
-    layer: nn.TransformerDecoderLayer,
-    x1: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    absorbed: bool,
+    layer: nn.TransformerDecoderLayer, x1: Tensor, attention: Attention, absorbed: bool
 ) -> Tensor:
-    """u [B, K, C]."""
+    """u [B, K, C]; absorbed: sum_h P_h (V_h W[:, h]^T), one product of inner size H L per image."""
+    query, key, value, key_mask = attention
     weight, bias = layer.multihead_attn.out_proj.weight, _out_bias(layer)
     if absorbed:
-        return _add(_absorbed(query, key, value, weight, key_mask), x1 + bias)
+        projected = _projected(value, _per_head(weight, value.shape[1]))
+        return _add(_flat_weights(query, key, key_mask) @ projected, x1 + bias)
     attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
     return _add(F.linear(attended, weight, bias), x1)
 
 
-def _absorbed(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, key_mask: Tensor | None
-) -> Tensor:
-    """sum_h P_h (V_h W[:, h]^T): one product of inner size H L per image -> [B, K, C]."""
-    per_head = _per_head(weight, value.shape[1])
-    return _flat_weights(query, key, key_mask) @ _projected(value, per_head)
-
-
 def _absorbed_twice(
-    layer: nn.TransformerDecoderLayer,
-    x1: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
+    layer: nn.TransformerDecoderLayer, x1: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor]:
     """h and x2 from one product of inner size H L per image; start = x1 + bias of u.
 
@@ -165,6 +148,7 @@ def _absorbed_twice(
     [u|t] = [start | start W~^T] + sum_h P_h (V_h [Wo_h^T | Wo_h^T W~^T])
     x2    = LN2(u)      h = relu(t / std(u) + W1 b2 + c1)      as W1 x2 + c1 = W~ u / std + ..
     """
+    query, key, value, key_mask = attention
     norm, linear = layer.norm2, layer.linear1
     C, width = x1.shape[-1], linear.out_features
     scaled = linear.weight * norm.weight

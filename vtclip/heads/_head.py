@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vtclip.heads._check import check_text
+from vtclip.heads._check import check_image, check_text
 from vtclip.heads.config import FitConfig
 from vtclip.ops.rational_head import RationalLogits
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
 class Support(NamedTuple):
@@ -110,6 +107,11 @@ class Head(nn.Module):
         return FitConfig(epochs=0)
 
     @property
+    def member_heads(self) -> list[Head]:
+        """The heads that this one averages; of any other, itself."""
+        return [self]
+
+    @property
     def num_classes(self) -> int:
         return self.text.shape[0]
 
@@ -134,7 +136,7 @@ class Head(nn.Module):
     def choose(self, val: Support) -> None:
         """Set what validation images decide, after training; without any the defaults stay."""
 
-    def with_text(self, text: Tensor) -> Self:
+    def with_text(self, text: Tensor) -> Head:
         """A head of the same parameters, copied, over other classes [K', C]."""
         if self.needs_text_encoder or not self.any_classes:
             fact = "the head belongs to its own classes"
@@ -145,15 +147,15 @@ class Head(nn.Module):
         head.load_state_dict({**self.state_dict(), "text": head.text})
         return head
 
-    def with_names(self, clip: TextModel, class_names: Sequence[str]) -> Self:
+    def with_names(self, clip: TextModel, class_names: Sequence[str]) -> Head:
         """The same where `needs_text_encoder` is true: `clip` makes the texts of other classes."""
         raise NotImplementedError(f"{type(self).__name__}: with_names: it has no learned prompt")
 
-    def extend(self, text_new: Tensor, support: Support) -> Self:
+    def extend(self, text_new: Tensor, support: Support) -> Head:
         """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1."""
         raise NotImplementedError(f"{type(self).__name__}: extend: the head keeps no images")
 
-    def with_new_classes(self, new: NewClasses) -> Self:
+    def with_new_classes(self, new: NewClasses) -> Head:
         """A head over the K classes and the K' of `new` behind them.
 
         Without parameters to train it is the head that a fit of all classes would give with the
@@ -164,6 +166,21 @@ class Head(nn.Module):
         if new.support is None:
             raise ValueError(f"{type(self).__name__}: support of the new classes must be given")
         return self.extend(new.text.to(self.text), new.support)
+
+
+class ImageHead(Head):
+    """A head of image features alone: `forward` accepts spatial features and ignores them."""
+
+    def forward(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Tensor:
+        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+        check_image(type(self).__name__, image, self.text)
+        return self.image_logits(image)
+
+    def image_logits(self, image: Tensor) -> Tensor:
+        """Checked image features [B, C] -> logits [B, K]."""
+        raise NotImplementedError
 
 
 # method -> class, filled by heads/__init__.py, which alone knows every head

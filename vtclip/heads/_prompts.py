@@ -23,7 +23,7 @@ from vtclip.heads._head import TextModel
 
 # What autograd keeps of the text tower, next to the token embeddings of all classes, is at most
 # this: above it classes are taken in chunks, each recomputed in the backward pass.
-BYTE_BUDGET = 2**30
+TOWER_BYTES = 2**30
 
 
 class Prompts(NamedTuple):
@@ -52,9 +52,9 @@ class TextTower:
 
     def __init__(self, clip: TextModel) -> None:
         tower: Any = getattr(clip.model, "text", clip.model)
-        parts = ("token_embedding", "positional_embedding", "transformer", "ln_final")
+        needed = ("token_embedding", "positional_embedding", "transformer", "ln_final")
         self.pool = str(getattr(tower, "pool_type", getattr(tower, "text_pool_type", "none")))
-        plain = all(hasattr(tower, part) for part in parts)
+        plain = all(hasattr(tower, name) for name in needed)
         plain = plain and getattr(tower, "cls_emb", None) is None
         plain = plain and not getattr(tower, "use_pad_mask", False)
         if not plain or self.pool not in ("argmax", "eos", "first", "last"):
@@ -121,25 +121,25 @@ class TextTower:
     def class_texts(self, context: Tensor, prompts: Prompts) -> Tensor:
         """context [M, W] or [K, M, W] in the places of `prompts` -> unit rows [K, C].
 
-        Differentiable in `context`; memory as BYTE_BUDGET says.
+        Differentiable in `context`; memory as TOWER_BYTES says.
         """
         R, c = prompts.read.shape
         first, rest = context[..., : prompts.lead, :], context[..., prompts.lead :, :]
         vectors = torch.cat([first, *[rest] * c], dim=-2).expand(R, -1, -1)
-        step = max(1, BYTE_BUDGET // self.bytes_kept(prompts.ids.shape[1]))
+        step = max(1, TOWER_BYTES // self.bytes_kept(prompts.ids.shape[1]))
         chunks = range(0, R, step)
         recompute = torch.is_grad_enabled() and len(chunks) > 1
-        parts = []
+        texts = []
         for start in chunks:
             rows = slice(start, start + step)
-            part = prompts._replace(
+            chunk = prompts._replace(
                 ids=prompts.ids[rows], slots=prompts.slots[rows], read=prompts.read[rows]
             )
             if recompute:
-                parts.append(checkpoint(self._texts, vectors[rows], part, use_reentrant=False))
+                texts.append(checkpoint(self._texts, vectors[rows], chunk, use_reentrant=False))
             else:
-                parts.append(self._texts(vectors[rows], part))
-        return torch.cat(parts)[: prompts.num_classes]
+                texts.append(self._texts(vectors[rows], chunk))
+        return torch.cat(texts)[: prompts.num_classes]
 
     def bytes_kept(self, L: int) -> int:
         """What autograd keeps of one row of L places: 22 rows of W and two score maps per block."""
@@ -184,9 +184,9 @@ class TextTower:
         mask = self._tower.attn_mask
         if mask is not None:
             block = torch.cat([torch.zeros(P), torch.arange(1, c + 1).repeat_interleave(S)])
-            seen = (block == 0) | (block[:, None] == block)
+            visible = (block == 0) | (block[:, None] == block)
             mask = mask[: P + S, : P + S][place][:, place]
-            mask = mask.masked_fill(~seen.to(mask.device), -math.inf)
+            mask = mask.masked_fill(~visible.to(mask.device), -math.inf)
         at = torch.tensor(slots, dtype=torch.long).view(R, -1)
         ids, at, read, place = (x.to(self.device) for x in (ids, at, read, place))
         return Prompts(ids, at, read, place, mask, lead, K)

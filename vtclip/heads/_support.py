@@ -6,18 +6,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtclip import ops
-from vtclip.heads._check import check_image
-from vtclip.heads._head import Head, Support
-
-if TYPE_CHECKING:
-    from typing_extensions import Self  # typing has it from Python 3.11 on
+from vtclip.heads._check import check_least, check_positive
+from vtclip.heads._head import ImageHead, Support
 
 # Support rows up to which hyper-parameters are searched over all classes. Beyond it every j-th
 # class is searched over, so that the time and memory of a search stop growing with the support.
@@ -25,7 +22,7 @@ SEARCH_ROWS = 2048
 PRIOR_FACTOR = 2.0  # a hyper-parameter off its centre by this factor costs half a nat
 
 
-class SupportHead(Head):
+class SupportHead(ImageHead):
     """text [K, C], and the support: `keys` [N, C] of length 1 with their classes `label` [N].
 
     num_support: N. The rows are zeros until `fit_support` or a loaded state brings them. Without
@@ -43,8 +40,7 @@ class SupportHead(Head):
     def __init__(self, text: Tensor, *, num_support: int = 0, logit_scale: float = 100.0) -> None:
         super().__init__(text, logit_scale=logit_scale)
         name = type(self).__name__
-        if num_support < 0:
-            raise ValueError(f"{name}: num_support must be at least 0, got {num_support}")
+        check_least(name, 0, num_support=num_support)
         check_positive(name, logit_scale=logit_scale)
         keys = text.new_zeros(num_support, text.shape[1])
         if self.trains_keys:
@@ -84,11 +80,8 @@ class SupportHead(Head):
         """The best hyper-parameters for image [n, C] of length 1 with label [n]."""
         raise NotImplementedError
 
-    def extend(self, text_new: Tensor, support: Support) -> Self:
-        """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1.
-
-        It equals the head of the same hyper-parameters fitted to both supports at once.
-        """
+    def extend(self, text_new: Tensor, support: Support) -> SupportHead:
+        """As `Head.extend`: the head of the same hyper-parameters fitted to both supports."""
         text = extended_text(type(self).__name__, self.text, text_new, support)
         head = type(self)(text, **{**self.options(), "num_support": 0})
         image, label = check_support(type(self).__name__, support, text)
@@ -99,18 +92,17 @@ class SupportHead(Head):
                 head.keys[: len(self.keys)] = self.keys
         return head.train(self.training)
 
-    def _every(self, step: int) -> Self:
+    def _every(self, step: int) -> SupportHead:
         """The head over classes 0, step, 2 step, ... alone, without what a solve made."""
         rows = self.label % step == 0
-        part = type(self)(self.text[::step], **{**self.options(), "num_support": 0})
-        part.label = self.label[rows] // step
+        thinned = type(self)(self.text[::step], **{**self.options(), "num_support": 0})
+        thinned.label = self.label[rows] // step
         keys = self.keys[rows]
-        part.keys = nn.Parameter(keys) if self.trains_keys else keys
-        return part
+        thinned.keys = nn.Parameter(keys) if self.trains_keys else keys
+        return thinned
 
     def zero_shot(self, image: Tensor) -> Tensor:
         """image [B, C] -> logits [B, K] of the class texts alone."""
-        check_image(type(self).__name__, image, self.text)
         return ops.cosine_logits(image, self.text, scale=self.logit_scale)
 
     def one_hot(self) -> Tensor:
@@ -145,12 +137,6 @@ def extended_text(head: str, text: Tensor, text_new: Tensor, support: Support) -
         fact = int(support.label.min())
         raise ValueError(f"{head}: support labels of new classes must be {K} or more, got {fact}")
     return torch.cat([text, text_new.to(text)])
-
-
-def check_positive(head: str, **values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{head}: {name} must be finite and above 0, got {value}")
 
 
 def steps(low: float, high: float, factor: float) -> tuple[float, ...]:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtclip.heads._head import HEADS, Head, NewClasses
 from vtclip.heads.zeroshot import ZeroShot
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class Auto(Head):
@@ -46,16 +43,14 @@ class Auto(Head):
             if name not in HEADS or name == self.method:
                 raise ValueError(f"Auto: member {number} must be another method, got {name!r}")
             self.heads.append(HEADS[name](text, **member["options"]))
-            for value, values in (
-                (member["temperature"], self.temperatures),
-                (member.get("weight", 1.0), self.weights),
-            ):
+            self.temperatures.append(float(member["temperature"]))
+            self.weights.append(float(member.get("weight", 1.0)))
+            for value in (self.temperatures[-1], self.weights[-1]):
                 if not (math.isfinite(value) and value > 0):
                     raise ValueError(
                         f"Auto: temperature and weight of member {number} must be finite and above "
                         f"0, got {value}"
                     )
-                values.append(float(value))
         if not self.heads:
             self.heads.append(ZeroShot(text, logit_scale=logit_scale))
             self.temperatures, self.weights = [1.0], [1.0]
@@ -84,7 +79,7 @@ class Auto(Head):
         ]
         return {"members": members, "logit_scale": self.logit_scale}
 
-    def with_new_classes(self, new: NewClasses) -> Self:
+    def with_new_classes(self, new: NewClasses) -> Auto:
         text = torch.cat([self.text, new.text.to(self.text)])
         heads = [head.with_new_classes(new) for head in self.member_heads]
         options = self.options()
@@ -99,9 +94,9 @@ class Auto(Head):
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Tensor:
         """image [B, C], spatial [B, L, Cs] where a member needs it -> logits [B, K]."""
-        parts = []
+        log_probs = []
         every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
         for head, temperature, weight in every:
             logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
-            parts.append((logits.float() / temperature).log_softmax(dim=-1) + math.log(weight))
-        return torch.stack(parts).logsumexp(dim=0)
+            log_probs.append((logits.float() / temperature).log_softmax(dim=-1) + math.log(weight))
+        return torch.stack(log_probs).logsumexp(dim=0)

@@ -14,24 +14,19 @@ are zero-shot's.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_share
-from vtclip.heads._head import Head, NewClasses
+from vtclip.heads._check import check_least, check_positive, check_share
+from vtclip.heads._head import ImageHead, NewClasses
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-BYTE_BUDGET = 2**26  # of e[b,k,m] at a time; images are taken in chunks below it
+TEMPLATE_BYTES = 2**26  # of e[b,k,m] at a time; images are taken in chunks below it
 LOG2_TAU, STEPS = (-30.0, 60.0), 64
 
 
-class AutoCLIP(Head):
+class AutoCLIP(ImageHead):
     """Class texts of M templates [K, M, C] against image [B, C]; nothing to learn.
 
     num_views: M; the texts are ones of `text` until `set_text_views` or a loaded state brings them.
@@ -63,10 +58,8 @@ class AutoCLIP(Head):
     ) -> None:
         super().__init__(text, logit_scale=logit_scale)
         check_share("AutoCLIP", "entropy", entropy)
-        if num_views < 1:
-            raise ValueError(f"AutoCLIP: num_views must be at least 1, got {num_views}")
-        if not 0 < inner_scale < float("inf"):
-            raise ValueError(f"AutoCLIP: inner_scale must be finite and above 0, got {inner_scale}")
+        check_least("AutoCLIP", 1, num_views=num_views)
+        check_positive("AutoCLIP", inner_scale=inner_scale)
         self.entropy = float(entropy)
         self.inner_scale = float(inner_scale)
         self.register_buffer("views", text.detach()[:, None].repeat(1, num_views, 1))
@@ -82,7 +75,7 @@ class AutoCLIP(Head):
             raise ValueError(f"AutoCLIP: views must be [{K}, M, {C}], got {list(views.shape)}")
         self.views = views.detach().to(self.text).contiguous()
 
-    def with_new_classes(self, new: NewClasses) -> Self:
+    def with_new_classes(self, new: NewClasses) -> AutoCLIP:
         if new.text_views.shape[1] != self.num_views:
             raise ValueError(
                 f"extend: the new classes must have texts of {self.num_views} templates, as the "
@@ -92,15 +85,11 @@ class AutoCLIP(Head):
         head.set_text_views(torch.cat([self.views, new.text_views.to(self.views)]))
         return head
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
-        check_image("AutoCLIP", image, self.text)
+    def image_logits(self, image: Tensor) -> Tensor:
         K, M, _ = self.views.shape
         if M == 1:
             return ops.cosine_logits(image, self.text, scale=self.logit_scale)
-        step = max(1, BYTE_BUDGET // (K * M * image.element_size()))
+        step = max(1, TEMPLATE_BYTES // (K * M * image.element_size()))
         t = F.normalize(self.views, dim=-1).flatten(0, 1)  # [K * M, C]
         v = F.normalize(image, dim=-1)
         if torch.compiler.is_compiling():  # a traced batch may have any size
@@ -112,8 +101,7 @@ class AutoCLIP(Head):
         p = (self.inner_scale * e.mean(dim=2)).softmax(dim=1)
         g = (p[:, None] @ e).squeeze(1)  # [b, M]
         weights = entropy_softmax(g, self.entropy)
-        mixed: Tensor = (e @ weights[:, :, None]).squeeze(2)
-        return self.logit_scale * mixed
+        return self.logit_scale * (e @ weights[:, :, None]).squeeze(2)
 
 
 def entropy_softmax(g: Tensor, share: float) -> Tensor:

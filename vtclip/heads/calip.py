@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_spatial
+from vtclip.heads._check import check_image, check_not_negative, check_same_batch, check_spatial
 from vtclip.heads._head import Head, Support
 from vtclip.heads._support import scaled_nll
 
-BYTE_BUDGET = 2**27  # of tensors [b, L, C] and [b, L, K] at a time
+ATTENTION_BYTES = 2**27  # of tensors [b, L, C] and [b, L, K] at a time
 BETA2 = tuple(0.1 * step for step in range(21))
 BETA3 = tuple(0.01 * step for step in range(11))
 
@@ -64,9 +64,7 @@ class CALIP(Head):
                 f"CALIP: spatial features must lie in the space of the texts, of width "
                 f"{text.shape[1]}, got {spatial_dim} (try spatial projected or pooled)"
             )
-        for name, value in (("beta2", beta2), ("beta3", beta3)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"CALIP: {name} must be finite and at least 0, got {value}")
+        check_not_negative("CALIP", beta2=beta2, beta3=beta3)
         self.beta2 = float(beta2)
         self.beta3 = float(beta3)
 
@@ -78,30 +76,28 @@ class CALIP(Head):
 
         spatial_mask [B, L] bool, True = there; an image without any position has zero-shot's.
         """
-        zero_shot, by_text, by_image = self.parts(image, spatial, spatial_mask)
+        zero_shot, by_text, by_image = self.terms(image, spatial, spatial_mask)
         return zero_shot + self.beta2 * by_text + self.beta3 * by_image
 
-    def parts(
+    def terms(
         self, image: Tensor, spatial: Tensor, spatial_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The three terms of the logits, [B, K] each, before their weights."""
         check_image("CALIP", image, self.text)
         check_spatial("CALIP", spatial, spatial_mask, self.text.shape[1], self.text.dtype)
-        if image.shape[0] != spatial.shape[0]:
-            fact = f"{image.shape[0]} and {spatial.shape[0]}"
-            raise ValueError(f"CALIP: image and spatial must have the same B, got {fact}")
+        check_same_batch("CALIP", image, spatial)
         v, t = F.normalize(image, dim=-1), F.normalize(self.text, dim=-1)
         row = spatial.shape[1] * (3 * t.shape[1] + 3 * t.shape[0]) * image.element_size()
-        step = max(1, BYTE_BUDGET // max(1, row))
-        parts = []
+        step = max(1, ATTENTION_BYTES // max(1, row))
+        chunks = []
         # a traced batch may have any size, and is taken at once
         traced = torch.compiler.is_compiling()
         for start in (0,) if traced else range(0, max(1, len(v)), step):
             here = slice(start, None if traced else start + step)
             mask = None if spatial_mask is None else spatial_mask[here]
-            parts.append(_attended(v[here], spatial[here], mask, t))
+            chunks.append(_attended(v[here], spatial[here], mask, t))
         by_text, by_image = (
-            self.logit_scale * torch.cat(part) for part in zip(*parts, strict=True)
+            self.logit_scale * torch.cat(column) for column in zip(*chunks, strict=True)
         )
         zero_shot = ops.cosine_logits(image, self.text, scale=self.logit_scale)
         return zero_shot, by_text, by_image
@@ -115,7 +111,7 @@ class CALIP(Head):
             raise ValueError("CALIP: validation images must have spatial features")
         with torch.no_grad():
             dtype = self.text.dtype
-            terms = self.parts(val.image.to(dtype), val.spatial.to(dtype))
+            terms = self.terms(val.image.to(dtype), val.spatial.to(dtype))
         zero_shot, by_text, by_image = (term.double() for term in terms)
 
         def cost(at: tuple[float, float]) -> float:
@@ -136,10 +132,10 @@ def _attended(v: Tensor, spatial: Tensor, mask: Tensor | None, t: Tensor) -> tup
         by_position = a.softmax(dim=1)
         mean, largest = u.mean(dim=1), u.amax(dim=1)
     else:
-        gone, some = ~mask[:, :, None], mask.any(dim=1, keepdim=True)
+        gone, any_left = ~mask[:, :, None], mask.any(dim=1, keepdim=True)
         by_position = a.masked_fill(gone, -torch.inf).softmax(dim=1).masked_fill(gone, 0.0)
         count = mask.sum(dim=1, keepdim=True).clamp_min(1)
         mean = u.masked_fill(gone, 0.0).sum(dim=1) / count
-        largest = u.masked_fill(gone, -torch.inf).amax(dim=1).masked_fill(~some, 0.0)
+        largest = u.masked_fill(gone, -torch.inf).amax(dim=1).masked_fill(~any_left, 0.0)
     cosine = s @ v[:, :, None]  # [B, L, 1]
     return (by_position * cosine).sum(dim=1), (mean + largest) @ t.T

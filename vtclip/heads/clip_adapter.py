@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP-Adapter: a bottleneck after the image encoder, blended with what it was given.
+"""CLIP-Adapter: a bottleneck after the image encoder, blended with that encoder's output.
 
     v'     = ratio * relu(W2 relu(W1 v)) + (1 - ratio) * v     no biases, v as the encoder gave it
     logits = s * cos(v', T)
@@ -12,12 +12,12 @@ is what its authors released.
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_share
-from vtclip.heads._head import Head
+from vtclip.heads._check import check_least, check_share
+from vtclip.heads._head import ImageHead
 from vtclip.heads.config import FitConfig
 
 
-class ClipAdapter(Head):
+class ClipAdapter(ImageHead):
     """Two matrices C -> C / reduction -> C between image [B, C] and class texts [K, C].
 
     ratio: share of the adapted feature, in 0..1; at 0 the logits are zero-shot's to the last bit.
@@ -31,8 +31,7 @@ class ClipAdapter(Head):
     ) -> None:
         super().__init__(text, logit_scale=logit_scale)
         check_share("ClipAdapter", "ratio", ratio)
-        if reduction < 1:
-            raise ValueError(f"ClipAdapter: reduction must be at least 1, got {reduction}")
+        check_least("ClipAdapter", 1, reduction=reduction)
         self.ratio = float(ratio)
         self.reduction = int(reduction)
         C = text.shape[1]
@@ -59,11 +58,7 @@ class ClipAdapter(Head):
         del shots
         return FitConfig(epochs=100, optimizer="adamw", lr=1e-3, warmup="linear")
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
-        check_image("ClipAdapter", image, self.text)
+    def image_logits(self, image: Tensor) -> Tensor:
         adapted = self.up(self.down(image).relu()).relu()
         blended = self.ratio * adapted + (1 - self.ratio) * image
         return ops.cosine_logits(blended, self.text, scale=self.logit_scale)

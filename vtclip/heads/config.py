@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of one fit, checked when they are made; a head's `recipe` returns them."""
+"""The settings of one fit, checked on construction; a head's `recipe` returns them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vtclip.names import LOSSES, MAX_SEED, OPTIMIZERS
 class FitConfig:
     """How a head is built (`head`: its options) and trained; epochs = 0 means there is no training.
 
-    enough_pairs: fewer epochs are trained where fewer bring so many pairs of an image and a class
-        through the head, but at least `least_epochs`; 0 for all epochs.
+    enough_pairs: training ends with the epoch after so many pairs of an image and a class, but not
+        before `least_epochs`; 0 for all epochs.
     loss: "ce", cross-entropy, or "gce", (1 - p^q) / q of the true class's probability p with q =
         gce_q, which wrong labels pull less (arXiv 1805.07836, eq. 6).
     penalty_weight: what the head's penalty, averaged over the batch, counts next to cross-entropy.
@@ -57,27 +57,11 @@ class FitConfig:
             raise ValueError("label_smoothing must be 0 with the loss gce")
         if self.warmup not in ("constant", "linear"):
             raise ValueError(f"warmup must be constant or linear, got {self.warmup!r}")
-        for name, least in (
-            ("epochs", 0),
-            ("enough_pairs", 0),
-            ("least_epochs", 1),
-            ("batch_size", 1),
-            ("warmup_epochs", 0),
-            ("checkpoint_every", 1),
-        ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(
-                    f"{name} must be an integer >= {least}, got {getattr(self, name)!r}"
-                )
-        for name in ("lr", "warmup_lr", "eps"):
-            if not 0 < getattr(self, name) <= 1e3:
-                raise ValueError(
-                    f"{name} must be above 0 and at most 1000, got {getattr(self, name)!r}"
-                )
-        if not 0 <= self.weight_decay <= 1e3:
-            raise ValueError(f"weight_decay must be in 0..1000, got {self.weight_decay!r}")
-        if not 0 <= self.penalty_weight <= 1e6:
-            raise ValueError(f"penalty_weight must be in 0..1e+06, got {self.penalty_weight!r}")
+        check_integers(self, 0, "epochs", "enough_pairs", "warmup_epochs")
+        check_integers(self, 1, "least_epochs", "batch_size", "checkpoint_every")
+        check_rates(self, "lr", "warmup_lr", "eps")
+        check_weight(self, "weight_decay", 1e3)
+        check_weight(self, "penalty_weight", 1e6)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"label_smoothing must be at least 0 and below 1, got {self.label_smoothing!r}"
@@ -104,6 +88,26 @@ class FitConfig:
         if number < warm:
             return self.warmup_lr
         return self.lr * (1 + math.cos(math.pi * (epoch - self.warmup_epochs) / self.epochs)) / 2
+
+
+def check_integers(config: object, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_rates(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value <= 1e3:
+            raise ValueError(f"{name} must be above 0 and at most 1000, got {value!r}")
+
+
+def check_weight(config: object, name: str, highest: float) -> None:
+    value = getattr(config, name)
+    if not 0 <= value <= highest:
+        raise ValueError(f"{name} must be in 0..{highest:g}, got {value!r}")
 
 
 def check_seed(seed: int) -> int:

@@ -12,27 +12,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import check_image
-from vtclip.heads._head import Head, NewClasses, TextModel
+from vtclip.heads._check import check_least
+from vtclip.heads._head import ImageHead, NewClasses, TextModel
 from vtclip.heads._prompts import TextTower
 from vtclip.heads.config import FitConfig
 from vtclip.names import POSITIONS
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 NUM_CONTEXT = 16
 SPREAD = 0.02  # standard deviation of random vectors
 
 
-class CoOp(Head):
+class CoOp(ImageHead):
     """text [K, C]: the class texts to start from, and after training those that were learned.
 
     num_context: M learned vectors; None takes 16, fewer where the text encoder has no room
@@ -67,12 +63,11 @@ class CoOp(Head):
             raise ValueError(
                 f"CoOp: class_position must be {', '.join(POSITIONS)}, got {class_position!r}"
             )
-        if num_context is not None and num_context < 1:
-            raise ValueError(f"CoOp: num_context must be at least 1, got {num_context}")
+        if num_context is not None:
+            check_least("CoOp", 1, num_context=num_context)
         if init is not None and not init.strip():
             raise ValueError("CoOp: init must hold words, got none")
-        if context_width < 0:
-            raise ValueError(f"CoOp: context_width must be at least 0, got {context_width}")
+        check_least("CoOp", 0, context_width=context_width)
         self.num_context = num_context
         self.class_specific = bool(class_specific)
         self.class_position = class_position
@@ -133,16 +128,12 @@ class CoOp(Head):
         rows = self._tower.class_texts(self.context.to(self._tower.device), self._prompts)
         return rows.to(self.text)
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
-        check_image("CoOp", image, self.text)
+    def image_logits(self, image: Tensor) -> Tensor:
         live = self.training and self._tower is not None
         text = self.class_texts() if live else self.text
         return ops.cosine_logits(image, text, scale=self.logit_scale)
 
-    def with_names(self, clip: TextModel, class_names: Sequence[str]) -> Self:
+    def with_names(self, clip: TextModel, class_names: Sequence[str]) -> CoOp:
         """The same shared context before other class names, encoded by `clip`."""
         if self.class_specific:
             raise ValueError("CoOp: class_specific context belongs to its classes, not to others")
@@ -152,7 +143,7 @@ class CoOp(Head):
         head.set_text_encoder(clip, class_names)
         return head.eval()
 
-    def with_new_classes(self, new: NewClasses) -> Self:
+    def with_new_classes(self, new: NewClasses) -> CoOp:
         texts_new = self.with_names(new.clip(), new.class_names).text
         head = type(self)(torch.cat([self.text, texts_new]), **self.options())
         head.load_state_dict({**self.state_dict(), "text": head.text})

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtclip.heads._check import check_image
-from vtclip.heads._head import Head, Support
-from vtclip.heads._support import scaled_nll
+from vtclip.heads._check import check_positive
+from vtclip.heads._head import ImageHead, Support
+from vtclip.heads._support import check_support, scaled_nll
 
 # one column of the search; strongest first, each starts from the one before
 STRENGTHS = tuple(10 ** (step / 2) for step in range(2, -11, -1))  # 10 .. 1e-5
 MAX_STEPS = 500
 
 
-class LinearProbe(Head):
+class LinearProbe(ImageHead):
     """Weights [K, C] and biases [K], 0 until `fit_support`: all classes are then equally likely.
 
     l2: strength of the penalty, per sum over the images; `choose` sets it by validation images and
@@ -45,18 +45,13 @@ class LinearProbe(Head):
 
     def __init__(self, text: Tensor, *, l2: float = 1e-3, logit_scale: float = 100.0) -> None:
         super().__init__(text, logit_scale=logit_scale)
-        if not 0 < l2 < float("inf"):
-            raise ValueError(f"LinearProbe: l2 must be finite and above 0, got {l2}")
+        check_positive("LinearProbe", l2=l2)
         self.l2 = float(l2)
         self.weight = nn.Parameter(torch.zeros_like(self.text))
         self.bias = nn.Parameter(torch.zeros_like(self.text[:, 0]))
         self._support: Support | None = None
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
-        check_image("LinearProbe", image, self.text)
+    def image_logits(self, image: Tensor) -> Tensor:
         return F.linear(F.normalize(image, dim=-1), self.weight, self.bias)
 
     def fit_support(self, support: Support) -> None:
@@ -64,17 +59,11 @@ class LinearProbe(Head):
 
         They are kept, outside the state, until `choose` has fitted every strength to them.
         """
-        C, label = self.text.shape[1], support.label
-        if support.image.ndim != 2 or support.image.shape[1] != C or not len(label):
-            raise ValueError(
-                f"LinearProbe: support must be image [N, {C}] with N >= 1, "
-                f"got {list(support.image.shape)}"
-            )
-        if not 0 <= int(label.min()) <= int(label.max()) < self.num_classes:
-            raise ValueError(
-                f"LinearProbe: support labels must lie in 0..{self.num_classes - 1}, "
-                f"got {int(label.min())}..{int(label.max())}"
-            )
+        shape = list(support.image.shape)
+        if len(shape) != 2 or shape[1] != self.text.shape[1] or not len(support.label):
+            wish = f"[N, {self.text.shape[1]}] with N >= 1"
+            raise ValueError(f"LinearProbe: support must be image {wish}, got {shape}")
+        check_support("LinearProbe", support, self.text)
         self._support = support
         self._take(*logistic_regression(support, self.num_classes, [self.l2])[0])
 

@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_share
-from vtclip.heads._head import Head
+from vtclip.heads._check import check_share
+from vtclip.heads._head import ImageHead
 from vtclip.heads.config import FitConfig
 
 LEAST_LENGTH = 1e-6  # of a blended text; below it both of its parts cancel
 
 
-class MMAdapter(Head):
+class MMAdapter(ImageHead):
     """One masked attention layer of width `hidden` over class texts [K, C] and image [B, C].
 
     ratio: share of what attention adds, in 0..1, on both sides.
@@ -78,11 +78,7 @@ class MMAdapter(Head):
         epochs = 100 if shots < 16 else 50
         return FitConfig(epochs, optimizer="adamw", lr=1e-3, warmup="linear")
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
-        check_image("MMAdapter", image, self.text)
+    def image_logits(self, image: Tensor) -> Tensor:
         r = self.ratio
         v, t = F.normalize(image, dim=-1), F.normalize(self.text, dim=-1)
         out_v, out_t = self._attend(self.down(v), self.down(t))

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtclip.heads._check import check_positive
 from vtclip.heads._head import Support
-from vtclip.heads._support import SupportHead, check_positive, most_likely, steps
+from vtclip.heads._support import SupportHead, most_likely, steps
 
 ALPHAS = steps(0.025, 0.8, 2)  # times logit_scale
 BETAS = (0.25, 1.0, 4.0)
@@ -67,10 +68,7 @@ class ProKeR(SupportHead):
         self.alpha, self.beta, self.lam = float(alpha), float(beta), float(lam)
         self.register_buffer("coefficients", text.new_zeros(num_support, text.shape[0]))
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+    def image_logits(self, image: Tensor) -> Tensor:
         x = F.normalize(image, dim=-1)
         return self.zero_shot(image) + kernel(x, self.keys, self.beta) @ self.coefficients
 
@@ -97,17 +95,17 @@ class ProKeR(SupportHead):
         base, (Y, z) = self.zero_shot(image).to(wide), self._targets()
         both = torch.cat([Y, z], dim=1).to(wide)
         image, keys = image.to(wide), self.keys.to(wide)
-        parts: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
+        solutions: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
         for beta in BETAS:
             values, vectors = torch.linalg.eigh(kernel(keys, keys, beta))
             to_val, right = kernel(image, keys, beta) @ vectors, vectors.mT @ both
             for lam in LAMBDAS:
                 shrunk = to_val / (values.clamp(min=0) + lam)
                 Y_part, z_part = (shrunk @ right).tensor_split(2, dim=1)
-                parts[beta, lam] = Y_part, base - z_part
+                solutions[beta, lam] = Y_part, base - z_part
 
         def logits(at: Mapping[str, float]) -> Tensor:
-            Y_part, rest = parts[at["beta"], at["lam"]]
+            Y_part, rest = solutions[at["beta"], at["lam"]]
             return at["alpha"] * Y_part + rest
 
         alphas = [self.logit_scale * value for value in ALPHAS]

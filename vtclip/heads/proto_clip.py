@@ -13,31 +13,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_share
-from vtclip.heads._head import Head, Support
+from vtclip.heads._check import check_positive, check_share
+from vtclip.heads._head import ImageHead, Support
 from vtclip.heads._support import (
-    check_positive,
     check_support,
     extended_text,
     most_likely,
     steps,
 )
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 ODDS = steps(1 / 16, 16, 2)  # alpha / (1 - alpha)
 BETAS = steps(0.01, 1.28, 2**0.5)  # times logit_scale
 
 
-class ProtoCLIP(Head):
+class ProtoCLIP(ImageHead):
     """Prototypes [K, C] in place of the support images themselves.
 
     alpha: share of the image prototypes, 0 to 1; 0 ranks as zero-shot.
@@ -72,12 +67,8 @@ class ProtoCLIP(Head):
         self.alpha, self.beta = float(alpha), float(beta)
         self.register_buffer("prototypes", F.normalize(self.text, dim=-1))
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> log p [B, K]; spatial features are accepted and ignored."""
-        check_image("ProtoCLIP", image, self.text)
-        return mixed(*self.cosines(image), self.alpha, self.beta)
+    def image_logits(self, image: Tensor) -> Tensor:
+        return mixture_log_prob(*self.cosines(image), self.alpha, self.beta)
 
     def cosines(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, C] -> cosine to the image and to the text prototypes [B, K]."""
@@ -96,7 +87,7 @@ class ProtoCLIP(Head):
         to_image, to_text = self.cosines(image)
 
         def logits(at: Mapping[str, float]) -> Tensor:
-            return mixed(to_image, to_text, at["odds"] / (1 + at["odds"]), at["beta"])
+            return mixture_log_prob(to_image, to_text, at["odds"] / (1 + at["odds"]), at["beta"])
 
         alpha = min(max(self.alpha, 0.01), 0.99)
         centre = {"odds": alpha / (1 - alpha), "beta": self.beta}
@@ -104,11 +95,8 @@ class ProtoCLIP(Head):
         best = most_likely({"odds": ODDS, "beta": betas}, centre, logits, label)
         self.alpha, self.beta = best["odds"] / (1 + best["odds"]), best["beta"]
 
-    def extend(self, text_new: Tensor, support: Support) -> Self:
-        """A head over K old and K' new classes: text_new [K', C], support.label in K..K+K'-1.
-
-        It equals the head of the same hyper-parameters fitted to both supports at once.
-        """
+    def extend(self, text_new: Tensor, support: Support) -> ProtoCLIP:
+        """As `Head.extend`: the head of the same hyper-parameters fitted to both supports."""
         text = extended_text("ProtoCLIP", self.text, text_new, support)
         head = type(self)(text, **self.options())
         head.fit_support(support)
@@ -123,7 +111,7 @@ def prototypes(image: Tensor, label: Tensor, text: Tensor) -> Tensor:
     return torch.where(Y.any(dim=0)[:, None], mean, F.normalize(text, dim=-1))
 
 
-def mixed(to_image: Tensor, to_text: Tensor, alpha: float, beta: float) -> Tensor:
+def mixture_log_prob(to_image: Tensor, to_text: Tensor, alpha: float, beta: float) -> Tensor:
     """log p [B, K] of cosines [B, K]."""
     image, text = ((2 * beta * rows).log_softmax(dim=-1) for rows in (to_image, to_text))
     if alpha in (0, 1):

@@ -12,7 +12,6 @@ at 0, which makes the logits those of zero-shot. The logits of one class depend 
 classes shown next to it. arXiv 2507.15480.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtclip import ops
-from vtclip.heads._check import check_image
+from vtclip.heads._check import check_choice, check_finite, check_image, check_positive
 from vtclip.heads._head import Head
 from vtclip.heads.config import FitConfig
 from vtclip.names import PENALTIES, QUERIES, Penalty
@@ -40,7 +39,7 @@ RELEASED = {
 OF_PAIRS = ("pair_query", "key", "value")  # projections of X: one matrix, one below the other
 # Intermediate results of all images are kept for the backward up to this many bytes; above it
 # images are taken in chunks below it, and each chunk's results are recomputed in its backward.
-BYTE_BUDGET = 2**30
+MASK_BYTES = 2**30
 # tensors of [B, K, D] kept: products, pair queries, keys, values, two parts of the context, context
 ROWS_KEPT = 7
 
@@ -93,14 +92,9 @@ class RAda(Head):
         if unknown or not self.queries or len(set(self.queries)) < len(self.queries):
             names, got = ", ".join(QUERIES), ", ".join(self.queries) or "none"
             raise ValueError(f"RAda: queries must be some of {names}, each once, got {got}")
-        if penalty not in PENALTIES:
-            names = ", ".join(PENALTIES)
-            raise ValueError(f"RAda: penalty must be one of {names}, got {penalty!r}")
-        for name, above in (("temperature", 0.0), ("logit_scale", 0.0), ("logit_bias", -math.inf)):
-            number = getattr(self, name)
-            if not (math.isfinite(number) and number > above):
-                wish = "finite" if above < 0 else "finite and above 0"
-                raise ValueError(f"RAda: {name} must be {wish}, got {number}")
+        check_choice("RAda", "penalty", penalty, PENALTIES)
+        check_positive("RAda", temperature=self.temperature, logit_scale=self.logit_scale)
+        check_finite("RAda", logit_bias=self.logit_bias)
         norms = text.detach().float().norm(dim=-1)
         bad = ~(norms.isfinite() & (norms > 0))
         if bool(bad.any()):
@@ -175,19 +169,19 @@ class RAda(Head):
         return RationalLogits(logits + self.logit_bias if self.logit_bias else logits, penalty)
 
     def _chunked(self, image: Tensor, text: Tensor, logit_scale: Tensor | None) -> RationalLogits:
-        """`_logits` of all images at once, or in chunks by BYTE_BUDGET."""
+        """`_logits` of all images at once, or in chunks by MASK_BYTES."""
         B, (K, D) = image.shape[0], text.shape
-        step = max(1, BYTE_BUDGET // max(1, ROWS_KEPT * K * D * image.element_size()))
+        step = max(1, MASK_BYTES // max(1, ROWS_KEPT * K * D * image.element_size()))
         if torch.compiler.is_compiling() or step >= B:  # in this order: a free B is not compared
             return self._logits(image, text, logit_scale)
-        parts = []
+        chunks = []
         for images in torch.split(image, step):
             if torch.is_grad_enabled():
                 inputs = images, text, logit_scale
-                parts.append(checkpoint(self._logits, *inputs, use_reentrant=False))
+                chunks.append(checkpoint(self._logits, *inputs, use_reentrant=False))
             else:
-                parts.append(self._logits(images, text, logit_scale))
-        logits, penalty = zip(*parts, strict=True)
+                chunks.append(self._logits(images, text, logit_scale))
+        logits, penalty = zip(*chunks, strict=True)
         return RationalLogits(torch.cat(logits), torch.cat(penalty))
 
     def _logits(self, image: Tensor, text: Tensor, logit_scale: Tensor | None) -> RationalLogits:
@@ -266,7 +260,7 @@ class RAda(Head):
         for kind in ("weight", "bias"):
             keys = [f"{prefix}{name}.{kind}" for name in names]
             rows = [state[key] for key in keys if key in state]
-            alike = {(part.dtype, part.shape) for part in rows}
+            alike = {(row.dtype, row.shape) for row in rows}
             if len(rows) == len(keys) and len(alike) == 1:
                 stacked[f"{prefix}pairs.{kind}"] = torch.cat(rows)
                 for key in keys:

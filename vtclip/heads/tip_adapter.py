@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._support import SupportHead, check_positive, most_likely, steps
+from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._support import SupportHead, most_likely, steps
 from vtclip.heads.config import FitConfig
 
 ALPHAS = steps(0.005, 1.28, 2)  # times logit_scale
@@ -59,16 +60,10 @@ class TipAdapter(SupportHead):
         alpha = self.default_alpha * logit_scale if alpha is None else alpha
         beta = self.default_beta if beta is None else beta
         check_positive(type(self).__name__, beta=beta)
-        if not 0 <= alpha < float("inf"):
-            raise ValueError(
-                f"{type(self).__name__}: alpha must be finite and at least 0, got {alpha}"
-            )
+        check_not_negative(type(self).__name__, alpha=alpha)
         self.alpha, self.beta = float(alpha), float(beta)
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+    def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
         return z + self.alpha * (self.affinity(self.similarity(image), self.beta) @ self.one_hot())
 

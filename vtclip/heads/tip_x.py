@@ -9,12 +9,12 @@ of v S^T. The released code takes both ranges over all evaluation images at once
 logits depend on the others of its batch; here they are fixed on pairs of support images.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from vtclip.heads._check import check_finite, check_not_negative
 from vtclip.heads._head import Support
 from vtclip.heads._support import most_likely, steps
 from vtclip.heads.tip_adapter import TipAdapter
@@ -59,17 +59,11 @@ class TipX(TipAdapter):
             text, num_support=num_support, alpha=alpha, beta=beta, logit_scale=logit_scale
         )
         gamma = 0.08 * logit_scale if gamma is None else gamma
-        if not 0 <= gamma < float("inf"):
-            raise ValueError(f"TipX: gamma must be finite and at least 0, got {gamma}")
-        for name, value in (("slope", slope), ("offset", offset)):
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"TipX: {name} must be finite, got {value}")
+        check_not_negative("TipX", gamma=gamma)
+        check_finite("TipX", slope=slope, offset=offset)
         self.gamma, self.slope, self.offset = float(gamma), slope, offset
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]; spatial features are accepted and ignored."""
+    def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
         votes = self.alpha * self.affinity(self.similarity(image), self.beta)
         return z + (votes + self.gamma * self.likeness(image)) @ self.one_hot()
@@ -95,7 +89,7 @@ class TipX(TipAdapter):
     def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
         z, label, votes_of = self.evidence(image, label)
         rows = self.similarity(image), self.similarity(self.keys)
-        votes = {beta: votes_of(*(self.affinity(part, beta) for part in rows)) for beta in BETAS}
+        votes = {beta: votes_of(*(self.affinity(x, beta) for x in rows)) for beta in BETAS}
         alike = votes_of(self.likeness(image), self.likeness(self.keys))
 
         def logits(at: Mapping[str, float]) -> Tensor:

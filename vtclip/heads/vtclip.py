@@ -15,7 +15,6 @@ Dropout: `nn.TransformerDecoderLayer` defaults to 0.1 and would draw another mas
 self-attention. Sharing is exact without dropout and in evaluation, hence there is none here.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -25,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_spatial
+from vtclip.heads._check import (
+    check_choice,
+    check_finite,
+    check_image,
+    check_least,
+    check_same_batch,
+    check_spatial,
+)
 from vtclip.heads._cost import fuse_tail
 from vtclip.heads._decoder import (
     align,
@@ -43,7 +49,7 @@ EPS = 1e-5
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 50, 16: 50}  # by shots
 INITS = ("zero", "aligned", "torch")
 # without gradients, work on as many rows at a time as keep the intermediate results below this
-CHUNK_BYTES = 256 * 2**20
+DECODER_BYTES = 256 * 2**20
 
 
 class VTCLIP(Head):
@@ -91,16 +97,12 @@ class VTCLIP(Head):
         self.unit_spatial = bool(unit_spatial)
         self.residual = float(residual)
         self.init = init
-        for name in ("spatial_dim", "num_heads", "num_layers", "ffn_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VTCLIP: {name} must be at least 1, got {getattr(self, name)}")
+        counts = ("spatial_dim", "num_heads", "num_layers", "ffn_dim")
+        check_least("VTCLIP", 1, **{name: getattr(self, name) for name in counts})
         if C % self.num_heads:
             raise ValueError(f"VTCLIP: num_heads must divide C = {C}, got {self.num_heads}")
-        for name in ("residual", "logit_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"VTCLIP: {name} must be finite, got {getattr(self, name)}")
-        if init not in INITS:
-            raise ValueError(f"VTCLIP: init must be one of {', '.join(INITS)}, got {init!r}")
+        check_finite("VTCLIP", residual=self.residual, logit_scale=self.logit_scale)
+        check_choice("VTCLIP", "init", init, INITS)
         if init == "aligned" and self.spatial_dim != C:
             fact = f"got {self.spatial_dim}"
             raise ValueError(f"VTCLIP: spatial_dim must be C = {C} where init is aligned, {fact}")
@@ -158,9 +160,7 @@ class VTCLIP(Head):
         check_image("VTCLIP", image, self.text)
         tokens = self._tokens(spatial, spatial_mask)
         B, K = image.shape[0], self.num_classes
-        if tokens.shape[0] != B:
-            fact = f"{B} and {tokens.shape[0]}"
-            raise ValueError(f"VTCLIP: image and spatial must have the same B, got {fact}")
+        check_same_batch("VTCLIP", image, tokens)
         first = self._decoder()[0]
         x1, query = queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
         key, value = keys_values(first, tokens)  # [B, H, L, d]
@@ -258,12 +258,12 @@ class VTCLIP(Head):
         return tokens
 
     def _chunk(self, B: int) -> tuple[int, int]:
-        """Images and classes at a time: all of them with gradients, else by CHUNK_BYTES."""
+        """Images and classes at a time: all of them with gradients, else by DECODER_BYTES."""
         K, C = self.text.shape
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return B, K
         row_bytes = (4 * C + self.ffn_dim) * self.text.element_size()
-        rows = max(CHUNK_BYTES // row_bytes, 1)
+        rows = max(DECODER_BYTES // row_bytes, 1)
         # classes meet only in the self-attention, which the first layer has done for all of them
         return max(rows // K, 1), K if self.num_layers > 1 else min(rows, K)
 

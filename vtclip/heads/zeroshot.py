@@ -4,11 +4,10 @@
 from torch import Tensor
 
 from vtclip import ops
-from vtclip.heads._check import check_image
-from vtclip.heads._head import Head
+from vtclip.heads._head import ImageHead
 
 
-class ZeroShot(Head):
+class ZeroShot(ImageHead):
     """Class texts [K, C] against image features [B, C]; nothing to learn.
 
     `spatial` and `spatial_mask` are accepted and ignored, so that a loop can call any head alike.
@@ -22,9 +21,5 @@ class ZeroShot(Head):
     learns = False
     any_classes = True
 
-    def forward(
-        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
-    ) -> Tensor:
-        """image [B, C] -> logits [B, K]."""
-        check_image("ZeroShot", image, self.text)
+    def image_logits(self, image: Tensor) -> Tensor:
         return ops.cosine_logits(image, self.text, scale=self.logit_scale)

@@ -26,7 +26,7 @@ from vtclip.files import (
     read_safetensors,
     tensors_digest,
     to_json,
-    write_new,
+    write_together,
 )
 from vtclip.heads import HEADS, Head, RAda
 
@@ -76,36 +76,25 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
     }
     config["config_digest"] = json_digest(config)
     _finish_killed_save(folder)
-    written = []
-    try:
-        for name, data in (
-            # one entry only: safetensors writes several in random order, and runs shall compare
-            (TENSORS, save_bytes(tensors, {"digest": digest})),
-            (CONFIG, to_json(config)),
-        ):
-            written.append(write_new(folder / name, data))
-    except OSError:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    move_new(folder / TENSORS)
-    move_new(folder / CONFIG)
+    # one entry of metadata: safetensors writes several in random order, and runs are compared
+    data = save_bytes(tensors, {"digest": digest})
+    write_together({folder / TENSORS: data, folder / CONFIG: to_json(config)})
     return digest
 
 
-def read_config(folder: Path, tensors_have: str) -> dict[str, Any]:
+def read_config(folder: Path, digest: str) -> dict[str, Any]:
     """The checked config that belongs to tensors of this digest."""
     path, fresh = folder / CONFIG, folder / (CONFIG + ".new")
     config = _checked_config(path) if path.exists() or not fresh.is_file() else None
-    if config is not None and config["tensors_digest"] == tensors_have:
+    if config is not None and config["tensors_digest"] == digest:
         return config
     if fresh.is_file():
         fresh_config = _checked_config(fresh)
-        if fresh_config["tensors_digest"] == tensors_have:
+        if fresh_config["tensors_digest"] == digest:
             return fresh_config
     wanted = "nothing" if config is None else str(config["tensors_digest"])[:12]
     raise ValueError(
-        f"not {WHAT}: {folder / TENSORS} has digest {tensors_have[:12]}, {CONFIG} wants {wanted}"
+        f"not {WHAT}: {folder / TENSORS} has digest {digest[:12]}, {CONFIG} wants {wanted}"
     )
 
 
@@ -163,29 +152,28 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
     except TypeError as error:
         raise ValueError(f"{folder}: options do not fit method {method!r}: {error}") from None
     state = {name.removeprefix("head."): value for name, value in tensors.items()}
-    for place, part in head.named_modules():  # names of an older version
-        if isinstance(part, RAda):
-            state = part.packed(state, f"{place}." if place else "")
+    for prefix, module in head.named_modules():  # names of an older version
+        if isinstance(module, RAda):
+            state = module.packed(state, f"{prefix}." if prefix else "")
     wanted = head.state_dict()
     _same_names(folder, f"weights of method {method!r}", list(wanted), list(state))
     for name, value in wanted.items():
-        have = (state[name].dtype, state[name].shape)
-        if have != (value.dtype, value.shape):
+        saved = state[name]
+        if (saved.dtype, saved.shape) != (value.dtype, value.shape):
             raise ValueError(
                 f"{folder}: weight {name} must be {value.dtype} {list(value.shape)}, "
-                f"got {have[0]} {list(have[1])}"
+                f"got {saved.dtype} {list(saved.shape)}"
             )
     head.load_state_dict(state)
     head.to(device).eval()
     return Adapter(head, class_names, config["temperature"], config["features"])
 
 
-def _same_names(folder: Path, what: str, wanted: list[str], have: list[str]) -> None:
-    missing, extra = sorted(set(wanted) - set(have)), sorted(set(have) - set(wanted))
+def _same_names(folder: Path, what: str, wanted: list[str], actual: list[str]) -> None:
+    missing, extra = sorted(set(wanted) - set(actual)), sorted(set(actual) - set(wanted))
     if missing or extra:
-        shown = [f"missing {name}" for name in missing[:3]] + [
-            f"extra {name}" for name in extra[:3]
-        ]
+        shown = [f"missing {name}" for name in missing[:3]]
+        shown += [f"extra {name}" for name in extra[:3]]
         raise ValueError(f"{folder}: {what} do not match: {', '.join(shown)}")
 
 
@@ -218,14 +206,14 @@ def features_of(records: Records, model: str) -> dict[str, Any]:
 def check_features(adapter: Adapter, records: Records) -> None:
     """Refuse features that are not of the kind the adapter was fitted on, naming what differs."""
     model = adapter.features.get("model") or "unused"
-    have = features_of(records, model)
+    actual = features_of(records, model)
     names = ["weights_digest", "model_config", "spatial", "width", "spatial_width"]
     if not adapter.head.needs_spatial:
         names = [name for name in names if not name.startswith("spatial")]
     for name in names:
-        if adapter.features.get(name) != have[name]:
+        if adapter.features.get(name) != actual[name]:
             raise ValueError(
-                f"the source has {name} {_brief(have[name])}, the adapter was fitted on "
+                f"the source has {name} {_brief(actual[name])}, the adapter was fitted on "
                 f"{_brief(adapter.features.get(name))}"
             )
 

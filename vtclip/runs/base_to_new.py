@@ -24,13 +24,13 @@ from vtclip.names import pick
 from vtclip.runs.adapter import Adapter
 from vtclip.runs.result import named_classes, unreadable
 from vtclip.train import engine, metrics
-from vtclip.train.methods import takes_images, text_encoder
+from vtclip.train.methods import text_encoder
 from vtclip.train.rows import split_rows, test_rows
 
-PARTS = ("base", "new")
+HALVES = ("base", "new")
 
 
-def check_method(method: str, overrides: Mapping[str, Any] | None = None) -> None:
+def check_any_classes(method: str, overrides: Mapping[str, Any] | None = None) -> None:
     """Refuse a method, or an option of it, whose parameters belong to its classes."""
     able = [name for name, head in HEADS.items() if head.any_classes]
     if method not in able:
@@ -46,7 +46,7 @@ def with_classes(
     head: Head, records: Records, class_names: list[str], device: torch.device
 ) -> Head:
     """The head's parameters over `class_names`, of which the records must have each."""
-    text = texts_of(records, class_names)
+    text = class_texts(records, class_names)
     if head.needs_text_encoder:
         return head.with_names(text_encoder(records, device), class_names).to(device)
     return head.with_text(text).to(device)
@@ -61,13 +61,13 @@ def base_and_new(records: Records) -> tuple[Records, Records]:
     return records.subset_classes(range(middle)), records.subset_classes(range(middle, K))
 
 
-def held_out(records: Records, seed: int, test_fraction: float) -> tuple[Tensor, str]:
+def new_test_rows(records: Records, seed: int, test_fraction: float) -> tuple[Tensor, str]:
     """The test rows of classes that are never trained on, and the digest of that split."""
     split = split_rows(records, False, 0, seed, test_fraction)
     return split.test, split.digest
 
 
-def with_new(
+def new_class_metrics(
     base: Json,
     heads: Mapping[str, Head],
     records: Records,
@@ -80,17 +80,17 @@ def with_new(
     records: those of the new classes; each of `heads` names their test images by their texts. The
     temperature is the one fitted on base images: there are no others to fit it on.
     """
-    index, digest = held_out(records, seed, test_fraction)
+    index, digest = new_test_rows(records, seed, test_fraction)
     new: Json = {}
     for name, head in heads.items():
-        values = engine.evaluate(
+        values = engine.head_metrics(
             with_classes(head, records, records.class_names, device),
             records,
             index,
             device=device,
             temperature=base[name]["temperature"],
         )
-        new[name] = named_classes(dict(values), records.class_names)
+        new[name] = named_classes(values, records.class_names)
     mean = {name: harmonic_mean(base[name]["accuracy"], new[name]["accuracy"]) for name in heads}
     new |= {"classes": records.class_names, "split": digest}
     return {"base": dict(base), "new": new, "harmonic_mean": mean}
@@ -100,7 +100,7 @@ def harmonic_mean(base: float, new: float) -> float:
     return 2 * base * new / (base + new) if base + new else 0.0
 
 
-def evaluate_again(
+def evaluate_base_to_new(
     adapter: Adapter,
     result: Json,
     records: Records,
@@ -117,28 +117,28 @@ def evaluate_again(
         raise ValueError(f"{source}: its images have changed since the run was fitted")
     known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
     every = known["base"] + known["new"]
-    have = [pick("class", name, every) for name in records.class_names]
+    names = [pick("class", name, every) for name in records.class_names]
     report: Json = {"method": result["method"], "source": source.name}
     images = 0
-    for part in PARTS:
-        keep = [i for i, name in enumerate(have) if name in known[part]]
-        if not keep:
+    for half in HALVES:
+        classes = [i for i, name in enumerate(names) if name in known[half]]
+        if not classes:
             continue
-        own, head = records.subset_classes(keep), adapter.head
-        if part == "new":
-            head = with_classes(head, own, known[part], device)
-        index = rows_of_run(own, part, result, source) if same else test_rows(own)
-        to_run = torch.tensor([known[part].index(name) for name in own.class_names])
-        logits, label = engine.all_logits(head, own, index, device=device)
-        values = metrics.report(logits, to_run[label], adapter.temperature)
-        report[part] = named_classes(values, known[part])
+        rows, head = records.subset_classes(classes), adapter.head
+        if half == "new":
+            head = with_classes(head, rows, known[half], device)
+        index = run_test_rows(rows, half, result, source) if same else test_rows(rows)
+        to_run = torch.tensor([known[half].index(name) for name in rows.class_names])
+        logits, label = engine.all_logits(head, rows, index, device=device)
+        values = metrics.all_metrics(logits, to_run[label], adapter.temperature)
+        report[half] = named_classes(values, known[half])
         images += len(index)
-    if all(part in report for part in PARTS):
-        report["harmonic_mean"] = harmonic_mean(*(report[part]["accuracy"] for part in PARTS))
+    if all(half in report for half in HALVES):
+        report["harmonic_mean"] = harmonic_mean(*(report[half]["accuracy"] for half in HALVES))
     return {**report, "test": {"images": images, "unreadable": unreadable(records)}}
 
 
-def texts_of(records: Records, class_names: list[str]) -> Tensor:
+def class_texts(records: Records, class_names: list[str]) -> Tensor:
     """The records' class texts in the order of `class_names`."""
     missing = [name for name in class_names if name not in records.class_names]
     if missing:
@@ -148,14 +148,14 @@ def texts_of(records: Records, class_names: list[str]) -> Tensor:
     return records.text[[records.class_names.index(name) for name in class_names]]
 
 
-def rows_of_run(records: Records, part: str, result: Json, source: Path | SetSource) -> Tensor:
+def run_test_rows(records: Records, half: str, result: Json, source: Path | SetSource) -> Tensor:
     """The test rows of the base or of the new classes, as the run had them."""
     seed, fraction = result["seed"], result["config"]["test_fraction"]
-    if part == "new":
-        index, digest = held_out(records, seed, fraction)
+    if half == "new":
+        index, digest = new_test_rows(records, seed, fraction)
         wanted = result["new"]["split"]
     else:
-        learns = takes_images(result["method"])
+        learns = HEADS[result["method"]].learns
         split = split_rows(records, learns, result["shots"], seed, fraction)
         index, digest, wanted = split.test, split.digest, result["split"]
     if digest != wanted:

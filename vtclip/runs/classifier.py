@@ -17,8 +17,8 @@ from vtclip.data.threads import ahead, decode_pool
 from vtclip.heads import VTCLIP
 from vtclip.machine import choose_device
 from vtclip.names import index_of
-from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter, save_adapter
-from vtclip.runs.encoders import ENCODERS, load_encoders, saved_encoders
+from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter
+from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
 from vtclip.runs.heat_map import side_by_side, to_image
 
 if TYPE_CHECKING:
@@ -76,17 +76,8 @@ class Classifier:
         return cls.load(folder, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write all that `from_pretrained` needs.
-
-        That is adapter.safetensors and adapter_config.json, and encoders.safetensors where the
-        encoders were trained too.
-        """
-        folder = Path(folder).expanduser()
-        if self.adapter.features.get("encoders") is None:
-            save_adapter(folder, self.adapter)
-            return
-        with saved_encoders(folder, self.clip):
-            save_adapter(folder, self.adapter)
+        """Write the adapter's two files, and encoders.safetensors if the encoders were trained."""
+        save_with_encoders(Path(folder).expanduser(), self.adapter, lambda: self.clip)
 
     @property
     def class_names(self) -> list[str]:
@@ -110,15 +101,15 @@ class Classifier:
             images, an iterable without any gives []. The first unreadable one is an ImageError.
         batch_size: images at a time through the model; files are decoded meanwhile, in threads.
         """
-        one = isinstance(images, (str, Path, Image.Image))
-        one = one or (isinstance(images, Tensor) and images.ndim == 3)
-        given: Any = [images] if one else images
-        found = []
-        for best in self.predict_each(given, topk, batch_size=batch_size):
+        single = isinstance(images, (str, Path, Image.Image))
+        single = single or (isinstance(images, Tensor) and images.ndim == 3)
+        pictures: Any = [images] if single else images
+        predictions = []
+        for best in self.predict_each(pictures, topk, batch_size=batch_size):
             if isinstance(best, ImageError):
                 raise best
-            found.append(best)
-        return found[0] if one else found
+            predictions.append(best)
+        return predictions[0] if single else predictions
 
     def predict_each(
         self, images: Iterable[Picture], topk: int = 5, *, batch_size: int = 64
@@ -142,9 +133,9 @@ class Classifier:
         with decode_pool() as pool:
             loaded = ahead(pool, self._pixels, map(_in_memory, images), 2 * batch_size)
             while batch := list(islice(loaded, batch_size)):
-                pixels = [one for one in batch if isinstance(one, Tensor)]
+                pixels = [item for item in batch if isinstance(item, Tensor)]
                 best = iter(self._best(torch.stack(pixels), topk) if pixels else [])
-                yield from (one if isinstance(one, ImageError) else next(best) for one in batch)
+                yield from (item if isinstance(item, ImageError) else next(best) for item in batch)
 
     def _best(self, pixels: Tensor, topk: int) -> list[list[Prediction]]:
         """pixels [B, 3, H, W] -> the topk classes of each."""
@@ -158,8 +149,7 @@ class Classifier:
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels [B, 3, H, W] -> probabilities [B, K] on the CPU."""
         image, spatial = self.encode(pixels)
-        head = self.adapter.head
-        logits: Tensor = head(image, spatial) if head.needs_spatial else head(image)
+        logits = self.adapter.head(image, spatial)
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("predict: logits must be finite, got NaN or infinity")
         return (logits.double() / (self.adapter.temperature or 1.0)).softmax(dim=1).cpu()
@@ -167,7 +157,7 @@ class Classifier:
     def explain(
         self, image: str | Path | Image.Image, class_name: str | None = None
     ) -> Image.Image:
-        """The image beside what the model saw, under the attention of one class (the predicted)."""
+        """The image next to the model's view of it, under the attention of one class."""
         head = self.adapter.head
         if not isinstance(head, VTCLIP):
             raise ValueError(f"method {head.method} has no attention to show; fit with vtclip")
@@ -179,9 +169,9 @@ class Classifier:
         _, spatial = self.encode(pixels[None])
         weights = head.attention(cast("Tensor", spatial))[0, k].cpu()
         cfg = self.clip.preprocess_cfg
-        seen = to_image(pixels, cfg["mean"], cfg["std"])
+        model_view = to_image(pixels, cfg["mean"], cfg["std"])
         caption = f"{self.class_names[k]}  {100 * float(probability[k]):.1f} %"
-        return side_by_side(picture, seen, weights, caption)
+        return side_by_side(picture, model_view, weights, caption)
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Preprocessed pixels [B, 3, H, W] -> image [B, C], and spatial if the head reads it."""

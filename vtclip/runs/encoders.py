@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuned encoders on disk: `encoders.safetensors` beside the adapter that was trained with them.
+"""Tuned encoders on disk: `encoders.safetensors` next to the adapter that was trained with them.
 
 The adapter's config names the digest of the file and of the weights it holds, so that a missing,
 cut, changed or foreign file is refused by name. Architecture, transform and tokenizer come from the
@@ -11,7 +11,7 @@ the adapter names the digest of the `.new` file, and loading takes that one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from vtclip.files import move_new, read_json, read_safetensors, tensors_digest, write_new
-from vtclip.runs.adapter import CONFIG, Adapter
+from vtclip.runs.adapter import CONFIG, Adapter, save_adapter
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
@@ -31,7 +31,7 @@ WHAT = "the tuned encoders of a vtclip run"
 
 
 def with_weights(clip: Clip, state: dict[str, Tensor] | None = None) -> Clip:
-    """`clip` with the weights `state` (by default as they now are), frozen, digest made anew."""
+    """`clip` with the weights `state` (by default as they now are), frozen, with a new digest."""
     from vtclip.clip import Clip
 
     if state is not None:
@@ -69,15 +69,15 @@ def load_encoders(
 
 def _read(folder: Path, digest: str) -> dict[str, Tensor]:
     path, fresh = folder / ENCODERS, folder / (ENCODERS + ".new")
-    have = "nothing"
-    for one in (path, fresh):
-        if not one.is_file() and (one is fresh or fresh.is_file()):
+    saved = "nothing"
+    for file in (path, fresh):
+        if not file.is_file() and (file is fresh or fresh.is_file()):
             continue
-        tensors, metadata = read_safetensors(one, WHAT)
+        tensors, metadata = read_safetensors(file, WHAT)
         if metadata["digest"] == digest:
             return tensors
-        have = metadata["digest"][:12]
-    raise ValueError(f"not {WHAT}: {path} has digest {have}, {CONFIG} wants {digest[:12]}")
+        saved = metadata["digest"][:12]
+    raise ValueError(f"not {WHAT}: {path} has digest {saved}, {CONFIG} wants {digest[:12]}")
 
 
 @contextmanager
@@ -101,6 +101,14 @@ def saved_encoders(folder: Path, clip: Clip) -> Iterator[str]:
         written.unlink(missing_ok=True)
         raise
     move_new(folder / ENCODERS)
+
+
+def save_with_encoders(folder: Path, adapter: Adapter, clip: Callable[[], Clip]) -> str:
+    """`save_adapter`, with the weights of `clip` where the adapter belongs to tuned encoders."""
+    if adapter.features.get("encoders") is None:
+        return save_adapter(folder, adapter)
+    with saved_encoders(folder, clip()):
+        return save_adapter(folder, adapter)
 
 
 def _finish_killed_save(folder: Path) -> None:

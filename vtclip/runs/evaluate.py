@@ -12,16 +12,15 @@ from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
 from vtclip.data.splits import Split
 from vtclip.files import Json
-from vtclip.heads import HEADS, Head
+from vtclip.heads import Head
 from vtclip.machine import choose_device, set_threads
 from vtclip.runs.adapter import Adapter, load_adapter
-from vtclip.runs.base_to_new import evaluate_again
+from vtclip.runs.base_to_new import evaluate_base_to_new
 from vtclip.runs.result import Run, named_classes, unreadable
 from vtclip.runs.sources import RunSources, SourceRows, evaluate_sources, metrics_over
 from vtclip.runs.ttt_report import check_ttt, ttt_report
 from vtclip.train import engine, metrics
 from vtclip.train.fit_head import calibrate
-from vtclip.train.methods import build_head
 from vtclip.train.ttt import TTT
 
 
@@ -59,10 +58,10 @@ def evaluate(
     else:
         target = as_source(source, data)
     if ttt is not None:
-        _check_ttt(run, adapter, target)
+        check_ttt(adapter, target, base_to_new=bool(config.get("base_to_new")))
     if config.get("base_to_new"):
         records = sources.opened(target)
-        return evaluate_again(adapter, run.result, records, target, device=where)
+        return evaluate_base_to_new(adapter, run.result, records, target, device=where)
     rows = sources.rows(data)[0] if source is None else sources.other(target)
     report = {
         "method": run.result["method"],
@@ -81,14 +80,6 @@ def evaluate(
     }
 
 
-def _check_ttt(run: Run, adapter: Adapter, target: Path | SetSource) -> None:
-    if isinstance(target, SetSource):
-        raise ValueError(f"ttt: source must be a folder of images, got data set {target}")
-    check_ttt(adapter, target)
-    if run.result["config"].get("base_to_new"):
-        raise ValueError("ttt: a base-to-new run is evaluated without it")
-
-
 def _metrics(
     adapter: Adapter, rows: SourceRows, device: torch.device, *, all_classes: bool
 ) -> Json:
@@ -97,12 +88,8 @@ def _metrics(
     if all_classes:
         return metrics_over(adapter.head, [rows], names, adapter.temperature, device)
     logits, label = engine.all_logits(adapter.head, rows.records, rows.test, device=device)
-    values = metrics.report(logits[:, rows.to_run], label, adapter.temperature)
+    values = metrics.all_metrics(logits[:, rows.to_run], label, adapter.temperature)
     return named_classes(values, rows.records.class_names)
-
-
-def zero_shot_head(records: Records, device: torch.device) -> Head:
-    return build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), device)
 
 
 def evaluate_both(
@@ -111,8 +98,7 @@ def evaluate_both(
     """Each head on the test images of its records, at the temperature that validation gives it."""
     values = {}
     for name, (head, records) in decisions.items():
-        rows = engine.TrainingRows(records, split.train, split.val)
-        temperature = calibrate(head, rows, split.val, device)
-        found = engine.evaluate(head, records, split.test, device=device, temperature=temperature)
-        values[name] = named_classes(dict(found), records.class_names)
+        T = calibrate(head, records, split.val, device)
+        row = engine.head_metrics(head, records, split.test, device=device, temperature=T)
+        values[name] = named_classes(row, records.class_names)
     return values

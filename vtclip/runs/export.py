@@ -23,6 +23,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from vtclip.files import Json, json_digest, move_new, to_json, write_new
+from vtclip.files import Json, json_digest, to_json, write_together
 from vtclip.machine import set_threads
 from vtclip.ops._select import only_reference
 from vtclip.runs.export_program import BATCHES, ExportJob, feature_job, image_job, of_batches
@@ -86,7 +87,7 @@ def export(
     about = _about(job, kind, portable, fixed_batch, parity, files)
     for target in targets:
         files[target.with_suffix(".json")] = to_json(about)
-    _write_all(files)
+    write_together(files)
     return about
 
 
@@ -100,7 +101,7 @@ def load_exported(path: str | Path) -> nn.Module:
 
 def load_bytes(data: bytes, portable: bool) -> nn.Module:
     if not portable:
-        from vtclip.backends import native, schemas  # noqa: F401  (schemas registers the operators)
+        from vtclip.backends import native, schemas  # noqa: F401, which registers the operators
 
         native.load_cpu()
         native.load_cuda()
@@ -113,12 +114,12 @@ def traced(job: ExportJob, portable: bool, fixed_batch: int | None) -> ExportedP
     example = next(inputs for inputs in job.cases.values() if len(inputs[0]) != 1 or fixed_batch)
     free = None
     if fixed_batch is None:
-        free = tuple({0: torch.export.Dim.DYNAMIC} for _ in example)
+        free = {name: {0: torch.export.Dim.DYNAMIC} for name in job.program.inputs}
     operators = only_reference() if portable else nullcontext()
     try:
         with torch.no_grad(), operators, _quiet():
             program: ExportedProgram = torch.export.export(
-                job.program, example, dynamic_shapes=None if free is None else _named(job, free)
+                job.program, example, dynamic_shapes=free
             )
             program = program.run_decompositions({})
     except (RuntimeError, torch._dynamo.exc.UserError) as error:
@@ -131,10 +132,6 @@ def traced(job: ExportJob, portable: bool, fixed_batch: int | None) -> ExportedP
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             node.meta.pop(key, None)  # they name this machine's files
     return program
-
-
-def _named(job: ExportJob, free: tuple[object, ...]) -> dict[str, object]:
-    return dict(zip(job.program.inputs, free, strict=True))
 
 
 def _as_pt2(program: ExportedProgram) -> bytes:
@@ -180,11 +177,11 @@ def _parity(job: ExportJob, path: Path, exported: Callable[..., Tensor]) -> Json
     """Largest error of each case; logits count relative to the largest where that is above 1."""
     errors = {}
     for name, inputs in job.cases.items():
-        wanted, have = job.expected(*inputs).double(), exported(*inputs).double()
-        if have.shape != wanted.shape:
-            shapes = f"{list(wanted.shape)}, got {list(have.shape)}"
+        wanted, actual = job.expected(*inputs).double(), exported(*inputs).double()
+        if actual.shape != wanted.shape:
+            shapes = f"{list(wanted.shape)}, got {list(actual.shape)}"
             raise FloatingPointError(f"export: {path.name} must give {shapes}; nothing is written")
-        error = (have - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+        error = (actual - wanted).abs().max() / wanted.abs().max().clamp(min=1)
         errors[name] = float(error)
         if not float(error) <= TOLERANCE:
             raise FloatingPointError(
@@ -234,12 +231,13 @@ def _about(
     batch = "batch" if fixed_batch is None else fixed_batch
     shapes = zip(job.program.inputs, inputs, strict=True)
     digests = {name: value for name, value in result["digests"].items() if value is not None}
+    onnx = any(path.suffix == ".onnx" for path in files)
     return {
         "format": "vtclip-export",
         "kind": kind,
         "method": adapter.head.method,
-        "inputs": {name: {"dtype": "float32", "shape": [batch, *one.shape[1:]]}
-                   for name, one in shapes},
+        "inputs": {name: {"dtype": "float32", "shape": [batch, *example.shape[1:]]}
+                   for name, example in shapes},
         "output": {"name": job.program.output, "dtype": "float32",
                    "shape": [batch, len(adapter.class_names)]},
         "preprocess": job.preprocess,
@@ -251,30 +249,9 @@ def _about(
         "files": {path.name: hashlib.sha256(data).hexdigest() for path, data in files.items()},
         "digests": {**digests, "result": json_digest(result)},
         "parity": parity,
-        "versions": {**versions(), **_onnx_versions(files)},
+        "versions": {**versions(), **{name: version(name) for name in ONNX_PACKAGES if onnx}},
         "revision": revision(),
     }  # fmt: skip
-
-
-def _onnx_versions(files: dict[Path, bytes]) -> dict[str, str]:
-    if not any(path.suffix == ".onnx" for path in files):
-        return {}
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ONNX_PACKAGES}
-
-
-def _write_all(files: dict[Path, bytes]) -> None:
-    written = []
-    try:
-        for path, data in files.items():
-            written.append(write_new(path, data))
-    except OSError:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    for path in files:
-        move_new(path)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class ImageProgram(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         image, spatial = self.classifier.encode(pixels)
-        logits: Tensor = self.head(image) if spatial is None else self.head(image, spatial)
+        logits = self.head(image, spatial)
         return (logits / (self.classifier.adapter.temperature or 1.0)).softmax(dim=1)
 
 
@@ -54,8 +54,7 @@ class FeatureProgram(nn.Module):
         self.inputs = ("image", "spatial") if head.needs_spatial else ("image",)
 
     def forward(self, image: Tensor, spatial: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.head(image) if spatial is None else self.head(image, spatial)
-        return logits
+        return self.head(image, spatial)
 
 
 @dataclass
@@ -90,7 +89,7 @@ def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None
         adapter, preprocess = images.adapter, images.preprocess
         encode = images.program.classifier.encode
         cases: Case = {
-            name: tuple(part for part in encode(*inputs) if part is not None)
+            name: tuple(feature for feature in encode(*inputs) if feature is not None)
             for name, inputs in images.cases.items()
         }
     else:
@@ -99,7 +98,7 @@ def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None
         rows = records.batch(torch.arange(min(max(BATCHES), len(records))))
         tokens = [rows.spatial] if adapter.head.needs_spatial and rows.spatial is not None else []
         cases, preprocess = {"real": (rows.image, *tokens)}, None
-    shapes = [part.shape[1:] for part in next(iter(cases.values()))]
+    shapes = [feature.shape[1:] for feature in next(iter(cases.values()))]
     cases["random"] = tuple(random_input(max(BATCHES), *shape) for shape in shapes)
     return ExportJob(run, adapter, FeatureProgram(adapter.head), cases, adapter.head, preprocess)
 
@@ -143,5 +142,5 @@ def of_batches(cases: Case, sizes: tuple[int, ...]) -> Case:
     for size in sizes:
         for name, inputs in cases.items():
             rows = torch.arange(size) % len(inputs[0])
-            batches[f"{name}, batch {size}"] = tuple(part[rows].contiguous() for part in inputs)
+            batches[f"{name}, batch {size}"] = tuple(x[rows].contiguous() for x in inputs)
     return batches

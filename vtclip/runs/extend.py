@@ -3,14 +3,14 @@
 
 The encoder, its templates, the head's parameters, its hyper-parameters and its temperature stay as
 the run has them; what the new classes bring are their texts and, for heads that keep labelled
-images, a few of those. vtclip/runs/extend_head.py says which heads can be extended and what their
-logits then are.
+images, a few of those. Without parameters to train the result is exact, the head that a fit of all
+classes would give with the same hyper-parameters. With them it is a warm start: its parameters have
+not seen the new classes. `Head.class_specific` says which heads cannot be extended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,19 +19,18 @@ import torch
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import Split, few_shot_split
-from vtclip.files import Json, json_digest, only_writer
-from vtclip.heads import Head
+from vtclip.files import Json, json_digest
+from vtclip.heads import HEADS, Head
+from vtclip.heads._head import NewClasses
 from vtclip.heads.zeroshot import ZeroShot
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import result
-from vtclip.runs.adapter import Adapter, load_adapter, save_adapter
-from vtclip.runs.encoders import saved_encoders
-from vtclip.runs.extend_head import NewClasses, check_can, extended, is_exact, keeps_images, note_of
-from vtclip.runs.folder import removed_if_empty
+from vtclip.runs.adapter import Adapter, load_adapter
+from vtclip.runs.encoders import save_with_encoders
+from vtclip.runs.folder import claimed
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
-from vtclip.train import engine
-from vtclip.train.rows import support_of, usual_shots
+from vtclip.train.rows import TrainingRows, support_of, usual_shots
 
 
 def extend(
@@ -71,7 +70,7 @@ def extend(
     if shots is not None and shots < 1:
         raise ValueError(f"shots must be at least 1, got {shots}")
     adapter = load_adapter(run.folder, device=where)
-    check_can(adapter.head)
+    check_extendable(adapter.head)
     _check_names(adapter.class_names, path, name)
     watch = Stopwatch(where)
     sources = RunSources(run, adapter, where, model, cache_dir, progress)
@@ -82,13 +81,13 @@ def extend(
     class_names = check_class_names([*adapter.class_names, *added.class_names])
     split, shots = _split(run, adapter.head, added, shots)
     with watch.stage("extend"):
-        larger = replace(
+        wider = replace(
             adapter, head=_extended_head(sources, added, split), class_names=class_names
         )
     labels = torch.arange(len(adapter.class_names), len(class_names))
     new = SourceRows(added, split.test, labels)
     with watch.stage("evaluate"):
-        values = _evaluated(adapter, larger, old, new, run.result["zero_shot"]["temperature"])
+        values = _evaluated(adapter, wider, old, new, run.result["zero_shot"]["temperature"])
     entry = {
         "source": str(path.resolve()),
         "name": name,
@@ -98,7 +97,8 @@ def extend(
         "images": added.info["digests"]["images"],
         "split": split.digest,
     }
-    digest = _save_adapter(target, sources, larger)
+    with claimed(target):
+        digest = save_with_encoders(target, wider, sources.clip)
     contents = _contents(run, adapter.head, class_names, values, [*old, new], split, watch)
     contents["digests"]["adapter"] = digest
     contents["sources"] = [*sources_of(run), entry]
@@ -108,12 +108,11 @@ def extend(
 def _extended_head(sources: RunSources, added: Records, split: Split) -> Head:
     support, adapter = None, sources.adapter
     if len(split.train):
-        rows = engine.TrainingRows(added, split.train)
+        rows = TrainingRows(added, split.train)
         support = support_of(rows, split.train, sources.device)
         support = support._replace(label=support.label + len(adapter.class_names))
     new = NewClasses(added.class_names, added.text, added.text_views, support, sources.clip)
-    larger: Head = extended(adapter.head, new)
-    return larger
+    return extended_head(adapter.head, new)
 
 
 def _evaluated(
@@ -152,7 +151,7 @@ def _contents(
 ) -> Json:
     """The result of the extended run; what it has in common with `run` is taken from there."""
     held_out = {**split.counts(), "val": 0}  # nothing is chosen again
-    return result.make(
+    return result.make_result(
         values,
         watch,
         **{name: run.result[name] for name in ("method", "source", "shots", "seed")},
@@ -198,7 +197,7 @@ def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Spl
 
 
 def _usual(wanted: int, added: Records, fraction: float) -> int:
-    """The run's shots where every new class has them besides its test share, else fewer."""
+    """The run's shots where every new class has them beyond its test share, else fewer."""
     counts = torch.bincount(added.label, minlength=len(added.class_names)).tolist()
     enough = min(count - int(count * fraction) for count in counts) >= wanted
     return wanted if enough else min(wanted, usual_shots(added, fraction))
@@ -228,10 +227,40 @@ def _check_names(known: list[str], path: Path, name: str | None) -> None:
         check_class_names([*known, *new_classes(path, name).class_names])
 
 
-def _save_adapter(out: Path, sources: RunSources, adapter: Adapter) -> str:
-    with ExitStack() as held:
-        held.enter_context(removed_if_empty(out))
-        held.enter_context(only_writer(out))
-        if adapter.features.get("encoders") is not None:
-            held.enter_context(saved_encoders(out, sources.clip()))
-        return save_adapter(out, adapter)
+def check_extendable(head: Head) -> None:
+    """Refuse a head whose parameters belong to its classes, naming the methods that can."""
+    for member in head.member_heads:
+        if member.class_specific:
+            able = ", ".join(name for name, kind in HEADS.items() if not kind.class_specific)
+            holder = "this run of auto averages" if member is not head else "this run is of method"
+            raise ValueError(
+                f"extend: {holder} {member.method}, whose parameters belong to its classes; "
+                f"methods that can be extended: {able}"
+            )
+
+
+def keeps_images(head: Head) -> bool:
+    """Whether an extended head takes in labelled images of the new classes."""
+    return any(member.keeps_images for member in head.member_heads)
+
+
+def is_exact(head: Head) -> bool:
+    """Whether extending gives what fitting all classes with the same hyper-parameters would."""
+    return not any(True for _ in head.parameters())
+
+
+def note_of(head: Head) -> str:
+    """One sentence on what the logits of an extended head are."""
+    if is_exact(head):
+        return "exact: the same head as fitted to all classes with the same hyper-parameters"
+    names = [member.method for member in head.member_heads if member.mixes_classes]
+    note = "warm start: parameters as trained on the old classes, no training followed"
+    if names:
+        note += f"; the logits of a class under {' and '.join(names)} depend on the others shown"
+    return note
+
+
+@torch.no_grad()
+def extended_head(head: Head, new: NewClasses) -> Head:
+    """The head over its K classes and the K' of `new` after them, in evaluation mode."""
+    return head.with_new_classes(new).to(head.text.device).eval()

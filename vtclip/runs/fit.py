@@ -8,7 +8,6 @@ decisions are evaluated; the run is written. Each step takes what the one before
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,30 @@ import torch
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
 from vtclip.data.sources import open_records
-from vtclip.data.splits import Split
-from vtclip.files import Json, only_writer
-from vtclip.heads import Head
+from vtclip.files import Json
+from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
 from vtclip.machine import Stopwatch, choose_device, set_threads
-from vtclip.runs import result
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
-from vtclip.runs.base_to_new import base_and_new, with_new
-from vtclip.runs.evaluate import evaluate_both, zero_shot_head
+from vtclip.runs.base_to_new import base_and_new, new_class_metrics
+from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import (
     CHECKPOINT,
-    LOG,
+    RunRows,
     can_return_finished,
     check_run_folder,
+    claimed,
     finished_run,
-    line_log,
-    removed_if_empty,
     run_folder,
+    training_run,
+    write_run,
 )
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train.auto import fit_auto
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.fit_head import fit_head
-from vtclip.train.methods import check_text_encoder, takes_images
+from vtclip.train.methods import check_text_encoder, zero_shot_head
 from vtclip.train.pseudo_labels import pseudo_labelled, pseudo_report, unlabelled_split
 from vtclip.train.rows import split_rows, usual_shots
 
@@ -84,7 +82,7 @@ def fit(
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
     shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
-        besides the test share. A named number is never lowered.
+        beyond its test share. A named number is never lowered.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
     base_to_new: train on the first half of the classes, test on either half
@@ -129,37 +127,27 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
     if shots is None:  # the images decide it, and it names the run
         if request.out is not None:
             check_run_folder(run_folder(request, 0), request)
-        records = opened(request, records, watch)
+        records = open_or_take(request, records, watch)
         base = base_and_new(records)[0] if request.base_to_new else records
         shots = usual_shots(base, request.test_fraction)
     folder, settings = run_folder(request, shots), request.settings(shots)
     check_run_folder(folder, request)
     config = request.as_config(shots, settings)
-    with removed_if_empty(folder), only_writer(folder):
+    with claimed(folder):
         if can_return_finished(folder, request):
             return finished_run(folder, request, shots, config)
-        rows = draw_rows(request, opened(request, records, watch), shots)
+        rows = draw_rows(request, open_or_take(request, records, watch), shots)
         head, candidates = train(request, rows, settings, folder, watch)
-        values = evaluate_all(request, rows, head, watch)
-        return write_run(request, rows, config, head, {**values, **candidates}, folder, watch)
+        values = {**evaluate_all(request, rows, head, watch), **candidates}
+        if request.pseudo_labels:
+            values |= pseudo_report(rows.training, rows.records, rows.split)
+        names, temperature = rows.records.class_names, values["adapted"]["temperature"]
+        features = features_of(rows.records, request.model)
+        digest = save_adapter(folder, Adapter(head, names, temperature, features))
+        return write_run(folder, request, rows, config, values, watch, {"adapter": digest})
 
 
-@dataclass(frozen=True)
-class RunRows:
-    """What one run trains and tests on.
-
-    training: the records with the labels that training sees, which pseudo-labels replace.
-    new: records of the classes that are never trained on, of a base-to-new run.
-    """
-
-    records: Records
-    training: Records
-    split: Split
-    shots: int
-    new: Records | None = None
-
-
-def opened(request: FitRequest, records: Records | None, watch: Stopwatch) -> Records:
+def open_or_take(request: FitRequest, records: Records | None, watch: Stopwatch) -> Records:
     """The records of the request's source, unless they are open already."""
     with watch.stage("features"):
         if records is not None:
@@ -175,42 +163,23 @@ def draw_rows(request: FitRequest, records: Records, shots: int) -> RunRows:
     if request.pseudo_labels:
         pool = unlabelled_split(records, seed, fraction)
         training, split = pseudo_labelled(records, pool, shots, request.device)
-        return RunRows(records, training, split, shots)
-    split = split_rows(records, takes_images(request.method), shots, seed, fraction)
-    return RunRows(records, records, split, shots, new)
+        return RunRows(records, split, shots, training)
+    split = split_rows(records, HEADS[request.method].learns, shots, seed, fraction)
+    return RunRows(records, split, shots, records, new)
 
 
 def train(
     request: FitRequest, rows: RunRows, settings: FitConfig, folder: Path, watch: Stopwatch
 ) -> tuple[Head, Json]:
     """The fitted head and, where several methods were fitted, what was said of each."""
-    identity = {
-        "method": request.method,
-        "shots": rows.shots,
-        "seed": request.seed,
-        "config": request.as_config(rows.shots, settings)["fit"],
-        "split": rows.split.digest,
-        "pseudo_labels": request.pseudo_labels,
-        "digests": rows.records.info.get("digests", {}),
-        "classes": rows.records.class_names,
-    }
-    checkpoint = Checkpoint(folder / CHECKPOINT, identity)
-    resume = request.resume and checkpoint.path.is_file()
-    with watch.stage("train"), line_log(folder / LOG, append=resume) as log:
-        common: Json = {"device": request.device, "seed": request.seed, "log": log}
-        common["progress"] = request.progress
+    config = request.as_config(rows.shots, settings)
+    identity = request.identity(rows.records, rows.split, rows.shots, config)
+    with watch.stage("train"):
+        run = training_run(request, Checkpoint(folder / CHECKPOINT, identity))
         if request.method == "auto":
-            head, candidates = fit_auto(rows.training, rows.split, rows.shots, **common)
+            head, candidates = fit_auto(rows.training, rows.split, rows.shots, run)
             return head, {"candidates": candidates}
-        return fit_head(
-            request.method,
-            rows.training,
-            rows.split,
-            settings,
-            checkpoint=checkpoint,
-            resume=resume,
-            **common,
-        ), {}
+        return fit_head(request.method, rows.training, rows.split, settings, run), {}
 
 
 def evaluate_all(request: FitRequest, rows: RunRows, head: Head, watch: Stopwatch) -> Json:
@@ -218,43 +187,9 @@ def evaluate_all(request: FitRequest, rows: RunRows, head: Head, watch: Stopwatc
     device = request.device
     heads = {"zero_shot": zero_shot_head(rows.records, device), "adapted": head}
     with watch.stage("evaluate"):
-        tables = {name: (one, rows.records) for name, one in heads.items()}
-        values: Json = evaluate_both(tables, rows.split, device)
-        if rows.new is not None:
-            fraction = request.test_fraction
-            values |= with_new(values, heads, rows.new, request.seed, fraction, device)
-    return values
-
-
-def write_run(
-    request: FitRequest,
-    rows: RunRows,
-    config: Json,
-    head: Head,
-    values: Json,
-    folder: Path,
-    watch: Stopwatch,
-) -> Run:
-    records, split = rows.records, rows.split
-    temperature = values["adapted"]["temperature"]
-    features = features_of(records, request.model)
-    digest = save_adapter(folder, Adapter(head, records.class_names, temperature, features))
-    pseudo = pseudo_report(rows.training, records, split) if request.pseudo_labels else {}
-    learns = takes_images(request.method)
-    contents = result.make(
-        {**values, **pseudo},
-        watch,
-        method=request.method,
-        source=request.source.name,
-        shots=rows.shots if learns or len(split.val) else 0,
-        seed=request.seed,
-        config=config,
-        digests={**records.info.get("digests", {}), "split": split.digest, "adapter": digest},
-        split=split.digest,
-        classes=records.class_names,
-        images=split.counts(),
-        unreadable=result.unreadable(records),
-    )
-    run = Run.write(folder, contents)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return run
+        decisions = {name: (decision, rows.records) for name, decision in heads.items()}
+        values: Json = evaluate_both(decisions, rows.split, device)
+        if rows.new is None:
+            return values
+        seed, fraction = request.seed, request.test_fraction
+        return values | new_class_metrics(values, heads, rows.new, seed, fraction, device)

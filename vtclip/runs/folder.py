@@ -7,23 +7,45 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtclip.data.sets import SetSource
-from vtclip.files import Json, to_json
+from vtclip.files import Json, only_writer, to_json
+from vtclip.heads import HEADS
+from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.encoders import ENCODERS
 from vtclip.runs.result import RESULT, Run
-from vtclip.train.methods import takes_images
+from vtclip.train.checkpoint import Checkpoint
+from vtclip.train.steps import TrainingRun
 
 if TYPE_CHECKING:
+    from vtclip.data.records import Records
+    from vtclip.data.splits import Split
+    from vtclip.machine import Stopwatch
     from vtclip.runs.request import FitRequest
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The records that one run evaluates on, which of their rows it draws, and for how many shots.
+
+    training: the records with the labels that training sees, where pseudo-labels replace them.
+    new: records of the classes that are never trained on, of a base-to-new run.
+    """
+
+    records: Records
+    split: Split
+    shots: int
+    training: Records
+    new: Records | None = None
 
 
 def run_folder(request: FitRequest, shots: int) -> Path:
@@ -62,10 +84,12 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
 def finished_run(folder: Path, request: FitRequest, shots: int, config: Json) -> Run:
     """The finished run in `folder`, where it is the requested one."""
     run = Run.load(folder)
-    asked = {"method": request.method, "shots": shots, "seed": request.seed, **config}
-    have = {**run.result, **run.result["config"]}
-    for name, value in json.loads(to_json(asked)).items():
-        if have.get(name) != value and not (name == "shots" and not takes_images(have["method"])):
+    requested = {"method": request.method, "shots": shots, "seed": request.seed, **config}
+    recorded = {**run.result, **run.result["config"]}
+    for name, value in json.loads(to_json(requested)).items():
+        if name == "shots" and not HEADS[recorded["method"]].learns:
+            continue
+        if recorded.get(name) != value:
             raise ValueError(f"out {folder} holds a finished run with another {name}")
     logger.info("%s is finished, nothing to resume", folder)
     return run
@@ -77,27 +101,78 @@ def can_return_finished(folder: Path, request: FitRequest) -> bool:
 
 
 @contextlib.contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove the folders made for a run again where the work fails before it wrote a file."""
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other writers out of `folder`; remove what was created where no file gets written."""
+    created = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
-        yield
+        with only_writer(folder):
+            yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for place in made:
+            for place in created:
                 place.rmdir()
         raise
 
 
-class _LineLog:
+def write_run(
+    folder: Path,
+    request: FitRequest,
+    rows: RunRows,
+    config: Json,
+    values: Json,
+    watch: Stopwatch,
+    digests: Mapping[str, str],
+    **others: object,
+) -> Run:
+    """Write the result of a finished fit, which needs its checkpoint no more.
+
+    digests: of what the run wrote; those of its source and split are added.
+    """
+    records, split = rows.records, rows.split
+    learns = HEADS[request.method].learns
+    contents = result.make_result(
+        values,
+        watch,
+        method=request.method,
+        source=request.source.name,
+        shots=rows.shots if learns or len(split.val) else 0,
+        seed=request.seed,
+        config=config,
+        digests={**records.info.get("digests", {}), "split": split.digest, **digests},
+        split=split.digest,
+        classes=records.class_names,
+        images=split.counts(),
+        unreadable=result.unreadable(records),
+        **others,
+    )
+    run = Run.write(folder, contents)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return run
+
+
+def training_run(request: FitRequest, checkpoint: Checkpoint, *, logs: bool = True) -> TrainingRun:
+    """Where and how the request trains, with its log next to the checkpoint if `logs`."""
+    resume = request.resume and checkpoint.path.is_file()
+    run = TrainingRun(
+        request.device,
+        request.seed,
+        checkpoint=checkpoint,
+        resume=resume,
+        progress=request.progress,
+    )
+    log = LineLog(checkpoint.path.parent / LOG, append=resume) if logs else run.log
+    return replace(run, log=log)
+
+
+class LineLog:
     """Appends JSON lines; a full disk costs the log, not the run."""
 
-    def __init__(self, path: Path, append: bool) -> None:
+    def __init__(self, path: Path, *, append: bool) -> None:
         self.path, self.broken = path, False
         if not append:
             path.unlink(missing_ok=True)
 
-    def __call__(self, row: Json) -> None:
+    def __call__(self, row: Mapping[str, object]) -> None:
         if self.broken:
             return
         line = json.dumps(json.loads(to_json({**row, "time": time.time()}))) + "\n"
@@ -107,8 +182,3 @@ class _LineLog:
         except OSError as error:
             self.broken = True
             logger.warning("cannot write %s (%s); the run goes on without it", self.path, error)
-
-
-@contextlib.contextmanager
-def line_log(path: Path, *, append: bool) -> Iterator[_LineLog]:
-    yield _LineLog(path, append)

@@ -35,7 +35,7 @@ from vtclip.runs.result import Run
 MATCH, CLOSE, DIFFERENT = "MATCH", "CLOSE", "DIFFERENT"
 TOLERANCE = 1e-6
 METRICS = ("accuracy", "nll", "ece")
-PARTS = (("zero_shot",), ("adapted",), ("new", "zero_shot"), ("new", "adapted"))
+DECISIONS = (("zero_shot",), ("adapted",), ("new", "zero_shot"), ("new", "adapted"))
 OUTPUTS = ("split", "adapter", "encoders")  # digests of what a run makes of its inputs
 
 
@@ -132,15 +132,15 @@ def compare(then: Run, now: Run) -> Json:
 def verdict(comparison: Json) -> str:
     """MATCH, CLOSE or DIFFERENT; see the module."""
     splits = [comparison[name] for name in ("split", "split_new") if name in comparison]
-    if not all(one["equal"] for one in (*comparison["inputs"].values(), *splits)):
+    if not all(pair["equal"] for pair in (*comparison["inputs"].values(), *splits)):
         return DIFFERENT
     rows = comparison["metrics"]
     near = all(
         row["difference"] is not None and abs(row["difference"]) <= TOLERANCE
         for row in rows.values()
     )
-    made = [comparison[name] for name in ("adapter", "encoders") if name in comparison]
-    if near and all(one["equal"] for one in made):
+    written = [comparison[name] for name in ("adapter", "encoders") if name in comparison]
+    if near and all(pair["equal"] for pair in written):
         return MATCH
     one_image = all(
         row["difference"] is not None and abs(row["difference"]) * row["images"] <= 1 + TOLERANCE
@@ -156,8 +156,8 @@ def differing(old: Json, new: Json) -> dict[str, list[object]]:
     for result in (old, new):
         flat = {"revision": result.get("revision"), **dict(result.get("versions", {}))}
         for name, value in environment_of(result).items():
-            parts = value if isinstance(value, Mapping) else {"": value}
-            flat |= {f"{name} {part}".strip(): one for part, one in parts.items()}
+            items = value if isinstance(value, Mapping) else {"": value}
+            flat |= {f"{name} {key}".strip(): item for key, item in items.items()}
         sides.append(flat)
     then, now = sides
     # what an older result does not name at all is not known to differ
@@ -165,10 +165,10 @@ def differing(old: Json, new: Json) -> dict[str, list[object]]:
 
 
 def _metrics(old: Json, new: Json) -> dict[str, Json]:
-    compared = {}
-    for part in PARTS:
+    metrics = {}
+    for path in DECISIONS:
         rows: list[Any] = [old, new]
-        for step in part:
+        for step in path:
             rows = [row.get(step) if row else None for row in rows]
         if rows[0] is None:
             continue
@@ -178,8 +178,8 @@ def _metrics(old: Json, new: Json) -> dict[str, Json]:
             if then is not None and now is not None:
                 gap = now - then
             row = {"then": then, "now": now, "difference": gap, "images": rows[0]["count"]}
-            compared[" ".join((*part, name))] = row
-    return compared
+            metrics[" ".join((*path, name))] = row
+    return metrics
 
 
 def _adapter(then: Run, now: Run) -> Json:
@@ -188,7 +188,7 @@ def _adapter(then: Run, now: Run) -> Json:
     if row["equal"] or not all(path.is_file() for path in paths):
         return row
     old, new = (read_safetensors(path, "an adapter")[0] for path in paths)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in one.items()} for one in (old, new)]
+    shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (old, new)]
     row["same_shapes"] = shapes[0] == shapes[1]
     if row["same_shapes"]:
         gaps = [(old[name].double() - new[name].double()).abs().flatten() for name in old]
@@ -264,9 +264,9 @@ def _changed(now: Mapping[str, str], key: str | None, cache_dir: str | Path | No
         "new": [name for name in now if name not in then],
         "gone": [name for name in then if name not in now],
     }
-    parts = [
+    changes = [
         f"{len(names)} {kind} ({', '.join(map(printable, names[:3]))})"
         for kind, names in kinds.items()
         if names
     ]
-    return ": " + ", ".join(parts) if parts else ": same files, other classes or skipped ones"
+    return ": " + ", ".join(changes) if changes else ": same files, other classes or skipped ones"

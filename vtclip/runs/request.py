@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from vtclip.data.options import Draw, FeatureOptions
+from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
 from vtclip.data.sources import source_kind
+from vtclip.data.splits import Split
 from vtclip.files import Json
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig, check_seed
 from vtclip.machine import check_threads
 from vtclip.names import SHOTS, pick
-from vtclip.runs.base_to_new import check_method
+from vtclip.runs.base_to_new import check_any_classes
 from vtclip.train.finetune_config import FinetuneConfig, get_config
 from vtclip.train.methods import recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
@@ -31,15 +33,8 @@ from vtclip.train.pseudo_labels import check_pseudo_labels
 TRAINS_ENCODERS = "rada"
 # options that a record holds under their own names
 RECORDED = (
-    "model",
-    "spatial",
-    "prompt",
-    "templates",
-    "augment_passes",
-    "test_fraction",
-    "base_to_new",
-    "pseudo_labels",
-    "train_encoders",
+    *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
+    *("train_encoders", "base_to_new", "pseudo_labels"),
 )
 
 
@@ -94,7 +89,7 @@ class FitRequest:
             self._check_encoders(self.source)
             return
         if self.base_to_new:
-            check_method(self.method, self.overrides)
+            check_any_classes(self.method, self.overrides)
         shots = self.known_shots
         self.settings(max(SHOTS) if shots is None else shots)
 
@@ -169,21 +164,30 @@ class FitRequest:
             "source": str(source.resolve()),
             "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
             "shots": shots,
+            **{name: getattr(self, name) for name in RECORDED},
             "model": str(self.model),
-            "spatial": self.spatial,
-            "prompt": self.prompt,
             "templates": None if self.templates is None else list(self.templates),
-            "augment_passes": self.augment_passes,
-            "test_fraction": self.test_fraction,
-            "train_encoders": self.train_encoders,
-            "base_to_new": self.base_to_new,
-            "pseudo_labels": self.pseudo_labels,
             "fit": dataclasses.asdict(settings),
         }
         absent = ["train_encoders"]
         if self.train_encoders:
             absent = ["data", "shots", "base_to_new", "pseudo_labels"]
         return {name: value for name, value in record.items() if name not in absent}
+
+    def identity(self, records: Records, split: Split, shots: int, config: Json) -> Json:
+        """What a checkpoint must agree in to be resumed, and all processes with each other."""
+        kind = {"pseudo_labels": self.pseudo_labels}
+        return {
+            "method": self.method,
+            "shots": shots,
+            "seed": self.seed,
+            "config": config["fit"],
+            "split": split.digest,
+            "digests": records.info.get("digests", {}),
+            "classes": records.class_names,
+            **({"train_encoders": True, "templates": self.templates}
+               if self.train_encoders else kind),
+        }  # fmt: skip
 
     @classmethod
     def from_config(cls, config: Json, *, method: str, shots: int, **others: Any) -> FitRequest:
@@ -210,11 +214,10 @@ def _overrides(settings: Json, method: str, shots: int, encoders: bool) -> Json:
     recipe = dataclasses.asdict(HEADS[method].recipe(shots))
     # a setting that was added after the run has the value that means what was done then
     settings = {**dataclasses.asdict(FitConfig(settings["epochs"])), **settings}
-    other = {name: value for name, value in settings.items() if recipe.get(name) != value}
-    if "head" in other:
-        other["head"] = {
-            name: value
-            for name, value in settings["head"].items()
-            if recipe["head"].get(name) != value
+    changed = {name: value for name, value in settings.items() if recipe.get(name) != value}
+    if "head" in changed:
+        usual = recipe["head"]
+        changed["head"] = {
+            k: value for k, value in changed["head"].items() if usual.get(k) != value
         }
-    return other
+    return changed

@@ -19,11 +19,10 @@ import torch
 from vtclip import __version__
 from vtclip.backends import native
 from vtclip.files import Json, read_json, to_json, write_atomic
-from vtclip.machine import peak_memory_mb
+from vtclip.machine import Stopwatch, peak_memory_mb
 
 if TYPE_CHECKING:
     from vtclip.data.records import Records
-from vtclip.machine import Stopwatch
 
 RESULT = "result.json"
 
@@ -37,7 +36,7 @@ class Run:
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers on the test images, 0..1."""
+        """Share of correct predictions on the test images, 0..1."""
         return float(self.result["accuracy"])
 
     @classmethod
@@ -56,10 +55,10 @@ class Run:
         write_atomic(self.folder / RESULT, to_json(self.result))
 
     def table(self) -> str:
-        return table(self.result)
+        return result_table(self.result)
 
 
-def make(
+def make_result(
     values: Json,
     watch: Stopwatch,
     *,
@@ -108,12 +107,8 @@ def make(
     }
 
 
-def versions() -> dict[str, str | None]:
-    return dict(_versions())
-
-
 @functools.cache
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     installed: dict[str, str | None] = {"vtclip": __version__, "python": platform.python_version()}
     for name in ("torch", "open_clip_torch", "triton", "numpy", "pillow", "safetensors"):
         try:
@@ -190,7 +185,7 @@ COLUMNS = {"accuracy": 9, "95 % interval": 14, "macro-F1": 9, "NLL": 8, "ECE": 8
 COLUMNS |= {"NLL at T": 9, "ECE at T": 9, "T": 7}
 
 
-def table(result: Json) -> str:
+def result_table(result: Json) -> str:
     """Zero-shot against adapted, one line each; T is the temperature fitted on validation.
 
     A base-to-new run has these lines for either half of the classes.
@@ -199,8 +194,8 @@ def table(result: Json) -> str:
     if result["method"] != "zeroshot":
         names["adapted"] = result["method"]
     if "harmonic_mean" not in result:
-        lines = rows_table({name: result[key] for key, name in names.items()})
-        return f"{compared(result['candidates'])}\n{lines}" if "candidates" in result else lines
+        tables = [candidates_table(result["candidates"])] if "candidates" in result else []
+        return "\n".join([*tables, metrics_table({names[key]: result[key] for key in names})])
     rows = {
         f"{part} {name}": result[part][key]
         for part in ("base", "new")
@@ -208,10 +203,10 @@ def table(result: Json) -> str:
     }
     mean = result["harmonic_mean"]
     shares = ", ".join(f"{name} {100 * mean[key]:.2f} %" for key, name in names.items())
-    return f"{rows_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
+    return f"{metrics_table(rows)}\nharmonic mean of base and new accuracy: {shares}"
 
 
-def compared(candidates: Sequence[Json]) -> str:
+def candidates_table(candidates: Sequence[Json]) -> str:
     """What validation images said of each candidate, one line each, and which were kept."""
     count = max((row.get("count", 0) for row in candidates), default=0)
     where = f"{count} validation images" if count else "no validation images"
@@ -225,7 +220,7 @@ def compared(candidates: Sequence[Json]) -> str:
     return "\n".join(lines)
 
 
-def rows_table(rows: Mapping[str, Json]) -> str:
+def metrics_table(rows: Mapping[str, Json]) -> str:
     first = max(len(name) for name in rows) + 1
     lines = [" " * first + "".join(f" {name:>{width}}" for name, width in COLUMNS.items())]
     for name, row in rows.items():

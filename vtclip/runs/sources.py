@@ -22,13 +22,12 @@ from vtclip.data.records import Records, check_class_names
 from vtclip.data.sets import SetSource, as_source
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json
-from vtclip.heads import Head
+from vtclip.heads import HEADS, Head
 from vtclip.names import index_of
 from vtclip.runs.adapter import Adapter, check_features
 from vtclip.runs.encoders import load_encoders
 from vtclip.runs.result import Run, named_classes, unreadable
 from vtclip.train import engine, metrics
-from vtclip.train.methods import takes_images
 from vtclip.train.rows import split_rows, test_rows
 
 if TYPE_CHECKING:
@@ -59,10 +58,6 @@ class RunSources:
     @property
     def options(self) -> Json:
         return dict(self.run.result["config"])
-
-    @property
-    def needs_spatial(self) -> bool:
-        return bool(self.adapter.head.needs_spatial)
 
     def clip(self) -> Clip:
         if self.loaded is None:
@@ -96,7 +91,7 @@ class RunSources:
         options = FeatureOptions(
             model=self.clip() if images else "demo",
             **{name: self.options[name] for name in ("spatial", "prompt", "templates")},
-            need_spatial=self.needs_spatial,
+            need_spatial=self.adapter.head.needs_spatial,
             cache_dir=self.cache_dir,
             device=str(self.device),
             progress=self.progress,
@@ -123,7 +118,7 @@ class RunSources:
 
         options = FeatureOptions(
             model=self.clip(),
-            spatial=features["spatial"] if self.needs_spatial else None,
+            spatial=features["spatial"] if self.adapter.head.needs_spatial else None,
             templates=features["templates"],
             augment_passes=augment_passes,
             cache_dir=self.cache_dir,
@@ -172,7 +167,7 @@ def sources_of(run: Run) -> list[Json]:
             "name": None,
             "classes": result["classes"],
             "shots": result["shots"] if labelled else 0,
-            "learns": labelled and takes_images(result["method"]),
+            "learns": labelled and HEADS[result["method"]].learns,
             "images": digests.get("images"),
             "split": result["split"],
         }
@@ -215,10 +210,10 @@ def metrics_over(
     """Metrics of one head over the test rows of all `sources` together."""
     logits, label = [], []
     for rows in sources:
-        some, own_label = engine.all_logits(head, rows.records, rows.test, device=device)
-        logits.append(some)
-        label.append(rows.to_run[own_label])
-    values = metrics.report(torch.cat(logits), torch.cat(label), temperature)
+        row_logits, row_label = engine.all_logits(head, rows.records, rows.test, device=device)
+        logits.append(row_logits)
+        label.append(rows.to_run[row_label])
+    values = metrics.all_metrics(torch.cat(logits), torch.cat(label), temperature)
     return named_classes(values, list(class_names))
 
 
@@ -253,7 +248,7 @@ def evaluate_sources(
         "source": name,
         **values,
         "test": {
-            "images": sum(len(one.test) for one in rows),
-            "unreadable": [line for one in rows for line in unreadable(one.records)],
+            "images": sum(len(group.test) for group in rows),
+            "unreadable": [line for group in rows for line in unreadable(group.records)],
         },
     }

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from vtclip.data.sets import SetSource
 from vtclip.data.sources import source_kind
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json
 from vtclip.runs.adapter import Adapter, check_weights
-from vtclip.runs.result import rows_table
+from vtclip.runs.result import metrics_table
 from vtclip.train import metrics
 from vtclip.train.ttt import TTT, adapt, trainable
 
@@ -24,13 +25,17 @@ if TYPE_CHECKING:
 ROWS = {"kept_mean": "mean of kept views", "all_mean": "mean of all views", "adapted": "with TTT"}
 
 
-def check_ttt(adapter: Adapter, source: Path) -> None:
+def check_ttt(adapter: Adapter, source: Path | SetSource, *, base_to_new: bool) -> None:
     """Refuse a source without images and a head without parameters, before any work."""
+    if isinstance(source, SetSource):
+        raise ValueError(f"ttt: source must be a folder of images, got data set {source}")
     kind = source_kind(source)
     if kind != "folder":
         what = {"npz": "an .npz table", "features": "a features folder"}[kind]
         raise ValueError(f"ttt: source must be a folder of images, got {what}: {source}")
     trainable(adapter.head)
+    if base_to_new:
+        raise ValueError("ttt: a base-to-new run is evaluated without it")
 
 
 def ttt_report(
@@ -64,7 +69,8 @@ def ttt_report(
 
     logits = adapt(adapter.head, counted(), encode, config)
     rows = {
-        name: metrics.report(getattr(logits, name), label, adapter.temperature) for name in ROWS
+        name: metrics.all_metrics(getattr(logits, name), label, adapter.temperature)
+        for name in ROWS
     }
     total = sum(logits.seconds.values())
     return {
@@ -78,7 +84,7 @@ def ttt_table(values: Json) -> str:
     """The run's head alone, the views averaged without training, and with training."""
     ttt, method = values["ttt"], values["method"]
     options, seconds = ttt["options"], ttt["seconds"]
-    lines = [rows_table({method: values, **{title: ttt[name] for name, title in ROWS.items()}})]
+    lines = [metrics_table({method: values, **{title: ttt[name] for name, title in ROWS.items()}})]
     lines.append(
         f"{options['views']} views, {options['kept']} kept, {options['steps']} step"
         f"{'' if options['steps'] == 1 else 's'} at lr {options['lr']:g}, seed {options['seed']}; "

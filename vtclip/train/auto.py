@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
 from vtclip.train import engine, metrics
 from vtclip.train.fit_head import choose_by, fit_head
+from vtclip.train.rows import TrainingRows
+from vtclip.train.steps import TrainingRun
 
 CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
 # Chosen by benchmarks/choose_auto.py on images that neither train nor test.
 TRUSTED = ("proker", "rada", "vtclip")  # share the weight equally before validation speaks
-DOUBTED = 0.5  # of a trusted one's prior weight, for each of the others
+DOUBTED = 0.5  # of a trusted method's prior weight, for each of the others
 STRENGTH = 20.0  # images that the prior weighs as much as
 MAX_MEMBERS = 4
 MAX_FOLDS = 4
@@ -37,14 +39,7 @@ def candidates(records: Records) -> list[str]:
 
 
 def fit_auto(
-    records: Records,
-    split: Split,
-    shots: int,
-    *,
-    device: torch.device,
-    seed: int,
-    log: Callable[[dict[str, object]], None],
-    progress: bool = False,
+    records: Records, split: Split, shots: int, run: TrainingRun
 ) -> tuple[Auto, list[dict[str, Any]]]:
     """The average, and for each candidate what validation images say of it and what it cost.
 
@@ -53,18 +48,12 @@ def fit_auto(
     on all of them.
     """
 
-    def fitted(name: str, part: Split) -> Head:
-        return fit_head(
-            name,
-            records,
-            part,
-            HEADS[name].recipe(shots),
-            device=device,
-            seed=seed,
-            log=lambda row: log({"candidate": name, **row}),
-            progress=progress,
-            choose=False,
-        )
+    def fit_candidate(name: str, rows: Split) -> Head:
+        def log(row: Mapping[str, object]) -> None:
+            run.log({"candidate": name, **row})
+
+        named = dataclasses.replace(run, log=log, checkpoint=None)
+        return fit_head(name, records, rows, HEADS[name].recipe(shots), named, choose=False)
 
     heads: dict[str, Head] = {}
     logits: dict[str, Tensor] = {}
@@ -72,19 +61,18 @@ def fit_auto(
     rows: dict[str, dict[str, Any]] = {}
     for name in candidates(records):
         started = time.perf_counter()
-        heads[name] = fitted(name, split)
-        parts = folds(records, split) if len(split.val) == 0 else [split]
-        seen = []
-        for part in parts:
-            head = heads[name] if part is split else fitted(name, part)
-            seen.append(unseen_logits(head, records, part.val, device))
+        heads[name] = fit_candidate(name, split)
+        judged = []
+        for fold in folds(records, split) if len(split.val) == 0 else [split]:
+            head = heads[name] if fold is split else fit_candidate(name, fold)
+            judged.append(unseen_logits(head, records, fold.val, run.device))
         rows[name] = {"method": name}
-        if seen:
-            logits[name], label = (torch.cat(column) for column in zip(*seen, strict=True))
+        if judged:
+            logits[name], label = (torch.cat(column) for column in zip(*judged, strict=True))
             temperature = metrics.fit_temperature(logits[name], label)
-            values = metrics.report(logits[name], label, temperature)
+            values = metrics.all_metrics(logits[name], label, temperature)
             rows[name] |= {key: values[key] for key in REPORTED}
-        choose_by(heads[name], records, split.val, device)
+        choose_by(heads[name], records, split.val, run.device)
         rows[name]["seconds"] = time.perf_counter() - started
     chosen = choose_weights(logits or {name: torch.empty(0, 1) for name in heads}, label)
     for name, row in rows.items():
@@ -98,10 +86,10 @@ def fit_auto(
         }
         for name, weight in chosen.items()
     ]
-    average = Auto(records.text.to(device), members=members, logit_scale=records.logit_scale)
+    average = Auto(records.text.to(run.device), members=members, logit_scale=records.logit_scale)
     for member, name in zip(average.heads, chosen, strict=True):
         member.load_state_dict(heads[name].state_dict())
-    return average.to(device).eval(), list(rows.values())
+    return average.to(run.device).eval(), list(rows.values())
 
 
 def folds(records: Records, split: Split) -> list[Split]:
@@ -118,10 +106,10 @@ def folds(records: Records, split: Split) -> list[Split]:
     number = min(MAX_FOLDS, smallest)
     if number < 2:
         return []
-    parts = [(order % number) == i for i in range(number)]
+    masks = [(order % number) == i for i in range(number)]
     return [
-        dataclasses.replace(split, train=split.train[~part], val=split.train[part])
-        for part in parts
+        dataclasses.replace(split, train=split.train[~mask], val=split.train[mask])
+        for mask in masks
     ]
 
 
@@ -134,17 +122,17 @@ def unseen_logits(
     others: judged by the rows that it chose by, it would look better than it is. `head` has not
     chosen yet, and does not here.
     """
-    rows = engine.TrainingRows(records, val)
+    rows = TrainingRows(records, val)
     logits, label = engine.all_logits(head, rows, val, device=device)
     if not head.chooses or len(val) < 2:
         return logits, label
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
-    for part in order.chunk(VAL_FOLDS):
+    for fold in order.chunk(VAL_FOLDS):
         others = torch.ones(len(val), dtype=torch.bool)
-        others[part] = False
+        others[fold] = False
         chosen = copy.deepcopy(head)
         choose_by(chosen, records, val[others], device)
-        logits[part] = engine.all_logits(chosen, rows, val[part], device=device)[0]
+        logits[fold] = engine.all_logits(chosen, rows, val[fold], device=device)[0]
     return logits, label
 
 

@@ -44,39 +44,39 @@ class Checkpoint:
         write_atomic(self.path, save_bytes(tensors, metadata))
 
     def load(self, head: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-        """Put the saved state back; answers the steps done and the epoch's sum of losses so far."""
+        """Restore the saved state; returns the steps done and the epoch's sum of losses so far."""
         tensors, metadata = read_safetensors(self.path, "a vtclip checkpoint")
         state_json = json.loads(metadata["state"])
         for name, wanted in self.identity.items():
             if state_json["identity"].get(name) != wanted:
                 raise ValueError(
                     f"cannot resume from {self.path}: {name} was "
-                    f"{_short(state_json['identity'].get(name))}, now it is {_short(wanted)}"
+                    f"{shortened(state_json['identity'].get(name))}, now it is {shortened(wanted)}"
                 )
-        parts: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}, "random": {}}
+        groups: dict[str, dict[str, Tensor]] = {"head": {}, "optimizer": {}, "random": {}}
         for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        own = {name: value.shape for name, value in head.state_dict().items()}
-        for name in sorted(own.keys() | parts["head"].keys()):
-            saved = parts["head"].get(name)
-            if saved is None or saved.shape != own.get(name):
+            group, _, rest = name.partition(".")
+            groups[group][rest] = value
+        shapes = {name: value.shape for name, value in head.state_dict().items()}
+        for name in sorted(shapes.keys() | groups["head"].keys()):
+            saved = groups["head"].get(name)
+            if saved is None or saved.shape != shapes.get(name):
                 fact = f"{name} differs between the checkpoint and the head of this version"
                 raise ValueError(f"cannot resume from {self.path}: {fact}")
-        head.load_state_dict(parts["head"])
+        head.load_state_dict(groups["head"])
         state: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
+        for name, value in groups["optimizer"].items():
             number, _, rest = name.partition(".")
             state.setdefault(int(number), {})[rest] = value
         optimizer.load_state_dict(
             {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
         )
-        torch.set_rng_state(parts["random"]["cpu"])
-        if "cuda" in parts["random"]:
-            torch.cuda.set_rng_state(parts["random"]["cuda"])
+        torch.set_rng_state(groups["random"]["cpu"])
+        if "cuda" in groups["random"]:
+            torch.cuda.set_rng_state(groups["random"]["cuda"])
         return int(state_json["step"]), float.fromhex(state_json["loss_sum"])
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -27,20 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from vtclip.clip import Clip
 from vtclip.clip.augment import pass_generator
 from vtclip.data.images import ImageError, content_digest, decode, read_file
 from vtclip.data.threads import ahead, decode_pool
-from vtclip.distributed import Interrupted, World
+from vtclip.distributed import World
 from vtclip.files import Json
-from vtclip.heads import Head
+from vtclip.heads import RAda
 from vtclip.train import metrics
-from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.finetune_config import FinetuneConfig
 from vtclip.train.rows import shuffled
-from vtclip.train.steps import backward, not_finite
+from vtclip.train.steps import TrainingRun, backward, check_weights_finite, not_finite
 
 MAX_SCALE = 100.0  # CLIP's own bound on the logit scale
 VALIDATION_BATCH = 256
@@ -90,32 +88,35 @@ class TrainingImages:
 class Encoders(nn.Module):
     """Both towers of a CLIP and a head over them, as one module to train."""
 
-    def __init__(self, clip: Clip, head: Head, world: World | None = None) -> None:
+    def __init__(self, clip: Clip, head: RAda, world: World | None = None) -> None:
         super().__init__()
         self.model, self.head = clip.model, head
         self.world = world or World()
         self.device_type = clip.device.type
+
+    @property
+    def log_scale(self) -> nn.Parameter:
+        """The logarithm of the logit scale."""
+        return self.model.get_parameter("logit_scale")
 
     def forward(self, pixels: Tensor, tokens: Tensor, bf16: bool) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W], tokens [K, context] -> logits [B, K], penalty [B], float32.
 
         B are this process's images, K all classes; the tokens are the same in all processes.
         """
-        mine = self.world.padded_share(len(tokens)).to(tokens.device)
+        own_classes = self.world.padded_share(len(tokens)).to(tokens.device)
         model: Any = self.model
-        head: Any = self.head
         with torch.autocast(self.device_type, torch.bfloat16, enabled=bf16):
-            image, text = model.encode_image(pixels), model.encode_text(tokens[mine])
+            image, text = model.encode_image(pixels), model.encode_text(tokens[own_classes])
         classes = self.world.gather(text.float(), len(tokens))
-        scale = model.logit_scale.float().exp().reshape(())
-        logits, penalty = head.forward_with_penalty(image.float(), classes, scale)
-        return logits, penalty
+        scale = self.log_scale.float().exp().reshape(())
+        return self.head.forward_with_penalty(image.float(), classes, scale)
 
 
 def make_trainable(
     module: Encoders, size: int | list[int], tokens: Tensor, device: torch.device
 ) -> None:
-    """Switch on what the loss depends on; what it does not (e.g. a caption decoder) stays frozen.
+    """Switch on what the loss depends on; the rest (e.g. a caption decoder) stays frozen.
 
     Found by one backward pass over a blank image.
     """
@@ -132,8 +133,8 @@ def make_trainable(
 def build_optimizer(module: Encoders, config: FinetuneConfig) -> torch.optim.AdamW:
     """AdamW in four groups: encoders and head, each with decayed matrices and the rest."""
     groups = []
-    for part, peak in (module.model, config.lr), (module.head, config.head_lr):
-        parameters = [p for p in part.parameters() if p.requires_grad]
+    for trained, peak in (module.model, config.lr), (module.head, config.head_lr):
+        parameters = [p for p in trained.parameters() if p.requires_grad]
         for decay, chosen in (
             (config.weight_decay, [p for p in parameters if p.ndim >= 2]),
             (0.0, [p for p in parameters if p.ndim < 2]),
@@ -156,21 +157,14 @@ def check_batch(config: FinetuneConfig, world: World) -> None:
         )
 
 
-def fit(
+def train_encoders(
     module: Encoders,
     images: TrainingImages,
     tokens: Tensor,
     train_index: Tensor,
     config: FinetuneConfig,
-    *,
-    world: World,
-    device: torch.device,
-    seed: int,
+    run: TrainingRun,
     validate: Callable[[], dict[str, float]],
-    log: Callable[[Json], None] | None,
-    checkpoint: Checkpoint | None = None,
-    resume: bool = False,
-    progress: bool = False,
 ) -> None:
     """Train `module` in place; the weights of the last step stay in it.
 
@@ -179,46 +173,44 @@ def fit(
     FloatingPointError before its step; SIGINT or SIGTERM in any process saves a checkpoint after
     the running step and raises `Interrupted` in all.
     """
+    world, device, checkpoint = module.world, run.device, run.checkpoint
     check_batch(config, world)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = build_optimizer(module, config)
     steps = max(1, len(train_index) // config.batch_size)  # per epoch
     total, tokens = config.epochs * steps, tokens.to(device)
     classes = torch.arange(tokens.shape[1], device=device)
-    scale: Any = module.model.logit_scale
-    bound = max(math.log(MAX_SCALE), float(scale.detach().max()))
-    torch.manual_seed(seed)
-    first, loss_sum = checkpoint.load(module, optimizer) if resume and checkpoint else (0, 0.0)
-    parallel = in_parallel(module, world, device)
+    bound = max(math.log(MAX_SCALE), float(module.log_scale.detach().max()))
+    first, loss_sum = run.start(module, optimizer)
+    parallel = in_parallel(module, device)
     feed: Iterator[Tensor] = iter(())
     order, started = train_index, time.perf_counter()
 
-    quiet = None if progress and world.first else True  # None: quiet without a terminal
     with world.stop_signal() as stop:
-        for number in tqdm(range(first, total), "train", disable=quiet, initial=first, total=total):
+        for number in run.steps(first, total):
             epoch, step = divmod(number, steps)
             if step == 0 or number == first:
-                order = shuffled(train_index, seed, epoch)
-                left = [world.share(rows) for rows in _batches(order, config.batch_size, steps)]
-                feed = images.stream(torch.cat(left[step:]), epoch)
+                order = shuffled(train_index, run.seed, epoch)
+                batches = torch.split(order[: steps * config.batch_size], config.batch_size)
+                feed = images.stream(torch.cat([world.share(b) for b in batches[step:]]), epoch)
             rate = set_rate(optimizer, config, number, total)
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
-            mine = world.share(rows)
-            pixels = torch.stack([next(feed) for _ in mine.tolist()]).to(device)
-            template = drawn_templates(len(tokens), len(classes), seed, number).to(device)
+            own_rows = world.share(rows)
+            pixels = torch.stack([next(feed) for _ in own_rows.tolist()]).to(device)
+            template = drawn_templates(len(tokens), len(classes), run.seed, number).to(device)
             logits, penalty = parallel(
                 pixels, tokens[template, classes], config.precision == "bf16"
             )
-            loss = F.cross_entropy(logits, images.label[mine].to(device), reduction="sum")
+            loss = F.cross_entropy(logits, images.label[own_rows].to(device), reduction="sum")
             loss = loss + config.penalty_weight * penalty.sum()
             norm = backward(loss * (world.size / len(rows)), optimizer, parameters).item()
-            here = [loss.item() / len(rows), norm, float(stop.received)]
-            value, norms, stopped = world.sum(here, device)
+            sums = [loss.item() / len(rows), norm, float(stop.received)]
+            value, norms, stopped = world.sum(sums, device)
             if not math.isfinite(value + norms):
                 raise not_finite(value, number, epoch, rate, rows)
             optimizer.step()
             with torch.no_grad():
-                scale.clamp_(max=bound)
+                module.log_scale.clamp_(max=bound)
             loss_sum += value
 
             row = {"epoch": epoch, "step": number + 1, "lr": rate, "loss": value}
@@ -229,31 +221,18 @@ def fit(
                 row |= world.by_first(validate) or {}
             if checkpoint is not None and (due or stopped):
                 world.by_first(partial(checkpoint.save, module, optimizer, number + 1, loss_sum))
-            if log is not None:
-                log(row | {"seconds": time.perf_counter() - started})
+            run.log(row | {"seconds": time.perf_counter() - started})
             if stopped:
-                saved_in = checkpoint.path if checkpoint else None
-                raise Interrupted(stop.received or signal.SIGTERM, number + 1, saved_in)
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise FloatingPointError("fit: the last step left weights that are not finite")
+                raise run.interrupted(stop.received or signal.SIGTERM, number + 1)
+    check_weights_finite(parameters)
 
 
-def in_parallel(module: Encoders, world: World, device: torch.device) -> nn.Module:
+def in_parallel(module: Encoders, device: torch.device) -> nn.Module:
     """The module whose backward averages gradients over all processes; alone, itself."""
-    if world.size == 1:
+    if module.world.size == 1:
         return module
     place = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(module, device_ids=place)
-
-
-def summed_loss(
-    module: nn.Module, pixels: Tensor, tokens: Tensor, label: Tensor, config: FinetuneConfig
-) -> Tensor:
-    """Cross-entropy plus the weighted penalty, summed over the images of this process."""
-    logits, penalty = module(pixels, tokens, config.precision == "bf16")
-    loss: Tensor = F.cross_entropy(logits, label, reduction="sum")
-    loss = loss + config.penalty_weight * penalty.sum()
-    return loss
 
 
 def set_rate(
@@ -266,10 +245,6 @@ def set_rate(
     return config.lr * rate
 
 
-def _batches(order: Tensor, size: int, steps: int) -> list[Tensor]:
-    return [order[step * size : (step + 1) * size] for step in range(steps)]
-
-
 @torch.no_grad()
 def validation(
     module: Encoders, clip: Clip, images: TrainingImages, index: Tensor, text: Callable[[], Tensor]
@@ -277,11 +252,9 @@ def validation(
     """Accuracy and NLL of the rows `index`, the texts being the ensemble of all templates."""
     if len(index) == 0:
         return {}
-    head: Any = module.head
-    ensemble, scale = text(), module.model.logit_scale.float().exp().reshape(())  # type: ignore[operator]
+    ensemble, scale = text(), module.log_scale.float().exp().reshape(())
     logits, feed = [], images.stream(index, None)
-    for rows in index.split(VALIDATION_BATCH):  # type: ignore[no-untyped-call]
+    for rows in torch.split(index, VALIDATION_BATCH):
         image, _ = clip.encode_image(torch.stack([next(feed) for _ in rows.tolist()]))
-        logits.append(head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
-    seen = metrics.report(torch.cat(logits), images.label[index])
-    return {"val_accuracy": seen["accuracy"], "val_nll": seen["nll"]}
+        logits.append(module.head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
+    return metrics.validation_metrics(torch.cat(logits), images.label[index])

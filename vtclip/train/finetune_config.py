@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vtclip.heads.config import check_integers, check_rates, check_weight
 from vtclip.names import PRECISIONS
 
 TEMPLATES = "imagenet80"
@@ -49,25 +50,13 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
-        for name, least in (
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("warmup_steps", 0),
-            ("checkpoint_every", 1),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-        for name in ("lr", "head_lr"):
-            if not 0 < getattr(self, name) <= 1e3:
-                raise ValueError(
-                    f"{name} must be above 0 and at most 1000, got {getattr(self, name)!r}"
-                )
+        check_integers(self, 1, "epochs", "batch_size", "checkpoint_every")
+        check_integers(self, 0, "warmup_steps")
+        check_rates(self, "lr", "head_lr")
         if not 0 < self.least_area <= 1:
             raise ValueError(f"least_area must be above 0 and at most 1, got {self.least_area!r}")
-        for name in ("weight_decay", "penalty_weight"):
-            if not 0 <= getattr(self, name) <= 1e3:
-                raise ValueError(f"{name} must be in 0..1000, got {getattr(self, name)!r}")
+        check_weight(self, "weight_decay", 1e3)
+        check_weight(self, "penalty_weight", 1e3)
 
     def is_due(self, epoch: int) -> bool:
         """Whether a checkpoint and a look at the validation rows follow this epoch."""
@@ -95,13 +84,8 @@ def get_config(
 
     Command: vtclip fit SOURCE --method rada --train-encoders --model ViT-B-16:openai
     """
-    values: dict[str, Any] = {
-        "recipe": "flyp",
-        "epochs": 10,
-        "lr": 1e-5,
-        "head_lr": 1e-4,
-        "weight_decay": 0.1,
-    }
+    values: dict[str, Any] = {"recipe": "flyp", "epochs": 10, "weight_decay": 0.1}
+    values |= {"lr": 1e-5, "head_lr": 1e-4}
     if model == "demo":
         values |= {"recipe": "demo", "lr": 3e-4, "head_lr": 1e-3, "least_area": 0.5}
     values |= overrides or {}

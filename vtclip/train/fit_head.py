@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -13,9 +11,9 @@ from vtclip.data.splits import Split
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
 from vtclip.train import engine, metrics
-from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.methods import build_head, text_encoder
-from vtclip.train.rows import support_of
+from vtclip.train.rows import TrainingRows, support_of
+from vtclip.train.steps import TrainingRun
 
 
 def fit_head(
@@ -23,56 +21,38 @@ def fit_head(
     records: Records,
     split: Split,
     config: FitConfig,
+    run: TrainingRun,
     *,
-    device: torch.device,
-    seed: int,
-    log: Callable[[dict[str, object]], None],
-    checkpoint: Checkpoint | None = None,
-    resume: bool = False,
-    progress: bool = False,
     choose: bool = True,
 ) -> Head:
     """The head of `method`, fitted to the rows split.train and chosen by split.val.
 
     choose=False leaves it with its hyper-parameters as they were, for `choose_by`.
     """
-    torch.manual_seed(seed)
-    head = build_head(method, records, config, device)
+    torch.manual_seed(run.seed)
+    head = build_head(method, records, config, run.device)
     if head.needs_text_encoder:
-        head.set_text_encoder(text_encoder(records, device), records.class_names)
-    rows = engine.TrainingRows(records, split.train, split.val)
+        head.set_text_encoder(text_encoder(records, run.device), records.class_names)
+    rows = TrainingRows(records, split.train, split.val)
     if head.takes_support:
-        head.fit_support(support_of(rows, split.train, device))
+        head.fit_support(support_of(rows, split.train, run.device))
     if config.epochs:
-        engine.fit(
-            head,
-            rows,
-            split.train,
-            split.val,
-            config,
-            device=device,
-            seed=seed,
-            log=log,
-            checkpoint=checkpoint,
-            resume=resume,
-            progress=progress,
-        )
+        engine.train_head(head, rows, split.train, split.val, config, run)
     if choose:
-        choose_by(head, records, split.val, device)
+        choose_by(head, records, split.val, run.device)
     return head.eval()
 
 
 def choose_by(head: Head, records: Records, val: Tensor, device: torch.device) -> None:
     """Let the head choose by the rows `val`, where it has a choice and there are any."""
     if head.chooses and len(val):
-        rows = engine.TrainingRows(records, val)
+        rows = TrainingRows(records, val)
         head.choose(support_of(rows, val, device, spatial=head.needs_spatial))
 
 
-def calibrate(
-    head: Head, rows: engine.TrainingRows, val: Tensor, device: torch.device
-) -> float | None:
+def calibrate(head: Head, records: Records, val: Tensor, device: torch.device) -> float | None:
     """The temperature fitted on the validation images; None where there are none."""
     if len(val) == 0:
         return None
+    rows = TrainingRows(records, val)
     return metrics.fit_temperature(*engine.all_logits(head, rows, val, device=device))

@@ -17,11 +17,6 @@ from vtclip.heads.config import FitConfig
 from vtclip.names import pick
 
 
-def takes_images(method: str) -> bool:
-    """Whether the method learns from labelled images, by training or by keeping them."""
-    return HEADS[method].learns
-
-
 def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
     """The recipe's settings with `overrides` in place of some; `head` adds to the recipe's.
 
@@ -38,7 +33,7 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) 
         )
     if changes and not config.epochs:
         raise ValueError(f"method {method} has no training, so {', '.join(changes)} cannot be set")
-    if options and not config.epochs and not takes_images(method):
+    if options and not config.epochs and not HEADS[method].learns:
         raise ValueError(f"method {method} has no training, so {', '.join(options)} cannot be set")
     takes = inspect.signature(HEADS[method]).parameters
     for name in options:
@@ -69,6 +64,10 @@ def build_head(method: str, records: Records, config: FitConfig, device: torch.d
     head = HEADS[method](records.text, **options).to(device)
     head.set_text_views(records.text_views)
     return head
+
+
+def zero_shot_head(records: Records, device: torch.device) -> Head:
+    return build_head("zeroshot", records, FitConfig(epochs=0), device)
 
 
 def text_encoder(records: Records, device: torch.device) -> Clip:

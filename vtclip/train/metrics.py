@@ -105,7 +105,7 @@ def ece(logits: Tensor, label: Tensor, num_bins: int = NUM_BINS) -> float:
 
 
 def ece_of(bins: Sequence[tuple[float | None, float | None, int]]) -> float:
-    """The expected calibration error of the bins that `reliability` answers."""
+    """The expected calibration error of the bins that `reliability` returns."""
     gaps = [
         count * abs(hit - confidence)
         for confidence, hit, count in bins
@@ -143,7 +143,12 @@ def fit_temperature(logits: Tensor, label: Tensor) -> float:
     return math.exp(float(log_t.detach()))
 
 
-def report(logits: Tensor, label: Tensor, temperature: float | None = None) -> dict[str, Any]:
+def validation_metrics(logits: Tensor, label: Tensor) -> dict[str, float]:
+    """What a training logs of the validation images."""
+    return {"val_accuracy": accuracy(logits, label), "val_nll": nll(logits, label)}
+
+
+def all_metrics(logits: Tensor, label: Tensor, temperature: float | None = None) -> dict[str, Any]:
     """All numbers of one evaluation; `*_scaled` are those of logits / temperature, if given.
 
     "reliability" holds the bins behind "ece" ("raw") and "ece_scaled" ("scaled", else None).
@@ -165,7 +170,7 @@ def report(logits: Tensor, label: Tensor, temperature: float | None = None) -> d
         "count": len(label),
         "per_class": per_class_accuracy(logits, label),
         "reliability": {
-            "raw": [list(one) for one in bins],
-            "scaled": None if scaled_bins is None else [list(one) for one in scaled_bins],
+            "raw": [list(row) for row in bins],
+            "scaled": None if scaled_bins is None else [list(row) for row in scaled_bins],
         },
     }

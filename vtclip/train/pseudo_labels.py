@@ -21,7 +21,7 @@ from vtclip.data.splits import Split
 from vtclip.files import Json
 from vtclip.heads import HEADS
 from vtclip.train import engine
-from vtclip.train.methods import build_head, takes_images
+from vtclip.train.methods import zero_shot_head
 from vtclip.train.rows import split_rows
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def check_pseudo_labels(method: str, shots: int | None, **others: bool) -> None:
     """Refuse what pseudo-labels cannot be combined with."""
-    if not takes_images(method):
+    if not HEADS[method].learns:
         raise ValueError(f"method {method} learns nothing from images: pseudo_labels cannot be set")
     if shots is not None and shots < 1:
         raise ValueError(f"shots must be at least 1 with pseudo_labels, got {shots}")
@@ -59,7 +59,7 @@ def pseudo_labelled(
     split: as `unlabelled_split` gives it. Rows that are not kept get the label 0, so that the
     result holds no true label. A class named fewer than `shots` times keeps what it has.
     """
-    zero_shot = build_head("zeroshot", records, HEADS["zeroshot"].recipe(0), device)
+    zero_shot = zero_shot_head(records, device)
     logits, _ = engine.all_logits(zero_shot, records, split.train, device=device)
     kept, label = surest(logits, shots)
     counts = torch.bincount(label, minlength=len(records.class_names)).tolist()
@@ -84,8 +84,8 @@ def surest(logits: Tensor, shots: int) -> tuple[Tensor, Tensor]:
     """
     probability, label = logits.double().softmax(dim=1).max(dim=1)
     order = probability.argsort(descending=True, stable=True)
-    parts = [order[label[order] == k][:shots] for k in range(logits.shape[1])]
-    kept = torch.cat(parts).sort().values
+    per_class = [order[label[order] == k][:shots] for k in range(logits.shape[1])]
+    kept = torch.cat(per_class).sort().values
     return kept, label[kept]
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def usual_shots(records: Records, test_fraction: float) -> int:
-    """16, or the largest of 8, 4, 2, 1 that every class has besides its test share."""
+    """16, or the largest of 8, 4, 2, 1 that every class has beyond its test share."""
     counts = torch.bincount(records.label, minlength=len(records.class_names)).tolist()
     smallest = min((count - int(count * test_fraction) for count in counts), default=0)
     shots = next((known for known in reversed(SHOTS) if known <= smallest), min(SHOTS))

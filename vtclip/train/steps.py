@@ -1,20 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces of one training step: its rows, its order, its loss, its optimizer."""
+"""The pieces of a training: where it runs, the loss of one step, its optimizer and its errors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
+from vtclip.distributed import Interrupted
 from vtclip.heads import Head
-from vtclip.heads.config import FitConfig
+from vtclip.heads.config import FitConfig, check_seed
+from vtclip.train.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from vtclip.data.records import Batch
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Where and how a training runs, whatever it trains.
+
+    log: called with each row of numbers. checkpoint: where the state is saved, if anywhere, and,
+    with `resume`, where the training goes on from.
+    """
+
+    device: torch.device
+    seed: int
+    log: Callable[[Mapping[str, object]], None] = lambda row: None
+    checkpoint: Checkpoint | None = None
+    resume: bool = False
+    progress: bool = False
+
+    def start(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+        """Seed torch, or restore the saved state; returns the steps done and the epoch's losses."""
+        torch.manual_seed(check_seed(self.seed))
+        if self.checkpoint is None or not self.resume:
+            return 0, 0.0
+        return self.checkpoint.load(module, optimizer)
+
+    def steps(self, first: int, total: int) -> tqdm[int]:
+        """The numbers of the steps to do, behind a progress bar where stderr is a terminal."""
+        hidden = None if self.progress else True
+        return tqdm(range(first, total), "train", disable=hidden, initial=first, total=total)
+
+    def interrupted(self, signum: int, step: int) -> Interrupted:
+        return Interrupted(signum, step, None if self.checkpoint is None else self.checkpoint.path)
 
 
 def compute_logits(head: Head, batch: Batch, device: torch.device) -> Tensor:
@@ -45,9 +81,8 @@ def training_loss(head: Head, batch: Batch, config: FitConfig, device: torch.dev
     if not config.penalty_weight:
         logits = compute_logits(head, batch, device).float()
         return class_loss(logits, label, config)
-    seen = head.forward_with_penalty(batch.image.to(device))
-    loss = class_loss(seen.logits.float(), label, config)
-    return loss + config.penalty_weight * seen.penalty.mean()
+    logits, penalty = head.forward_with_penalty(batch.image.to(device))
+    return class_loss(logits.float(), label, config) + config.penalty_weight * penalty.mean()
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
@@ -60,10 +95,20 @@ def make_optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.o
     )
 
 
-def put_back(parameters: list[nn.Parameter], good: list[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, kept in zip(parameters, good, strict=True):
-            parameter.copy_(kept)
+@torch.no_grad()
+def copy_into(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+def check_weights_finite(
+    parameters: list[nn.Parameter], good: Iterable[Tensor] | None = None
+) -> None:
+    """Refuse weights that are not finite, with those of `good` back in their place, if given."""
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        if good is not None:
+            copy_into(parameters, good)
+        raise FloatingPointError("fit: the last step left weights that are not finite")
 
 
 def backward(

@@ -8,8 +8,8 @@ For every image by itself, with V views of which view 0 is the model's own crop:
     loss = H(mean over S of p_v), the entropy of the mean
     `steps` steps of AdamW on `loss`, then the prediction is head(view 0)
 
-Parameters and optimiser state start anew for every image, so its result depends on nothing but
-the image, its name and the seed. The objective asks nothing of the head but parameters.
+Parameters and optimiser state start afresh for every image, so its result depends on nothing but
+the image, its name and the seed. The objective needs nothing of the head but parameters.
 
 Batched: the parameters of N images are stacked, [N, ...], and adapted by one forward, backward
 and step (`heads._each`). AdamW works element by element, so a step on the stack is the step of
@@ -48,7 +48,7 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class TTT:
-    """Settings of test-time training, checked when they are made."""
+    """Settings of test-time training, checked on construction."""
 
     views: int = 64
     keep: float = 0.1
@@ -119,11 +119,10 @@ def confident(logits: Tensor, count: int) -> Tensor:
 
 def trainable(head: Head) -> dict[str, Tensor]:
     """The parameters that are adapted, by name; a ValueError where there are none."""
-    found: dict[str, Tensor] = {name: p for name, p in head.named_parameters() if p.requires_grad}
-    if not found:
-        method = head.method
-        raise ValueError(f"ttt: the head must have parameters to train, {method} has none")
-    return found
+    named: dict[str, Tensor] = {name: p for name, p in head.named_parameters() if p.requires_grad}
+    if not named:
+        raise ValueError(f"ttt: the head must have parameters to train, {head.method} has none")
+    return named
 
 
 @torch.enable_grad()
@@ -137,17 +136,16 @@ def adapt_one(
     config: TTT,
 ) -> Tensor:
     """One image: kept views [m, C] with [m, L, Cs], view 0 [C] with [L, Cs] -> logits [K]."""
-    own = {name: p.detach().clone().requires_grad_() for name, p in trainable(head).items()}
-    optimizer = torch.optim.AdamW(own.values(), config.lr, weight_decay=config.weight_decay)
-    seen = (kept,) if kept_spatial is None else (kept, kept_spatial)
+    copies = {name: p.detach().clone().requires_grad_() for name, p in trainable(head).items()}
+    optimizer = torch.optim.AdamW(copies.values(), config.lr, weight_decay=config.weight_decay)
     for _ in range(config.steps):
-        loss = entropy(mean_log_prob(functional_call(head, own, seen)))
+        loss = entropy(mean_log_prob(functional_call(head, copies, (kept, kept_spatial))))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    plain = (first,) if first_spatial is None else (first, first_spatial)
+    plain = first[None], None if first_spatial is None else first_spatial[None]
     with torch.no_grad():
-        logits: Tensor = functional_call(head, own, tuple(x[None] for x in plain))
+        logits: Tensor = functional_call(head, copies, plain)
     return logits[0]
 
 
@@ -168,7 +166,7 @@ def adapt_stack(stacked: StackedRAda, kept: Tensor, first: Tensor, config: TTT) 
 
 
 @dataclass(frozen=True)
-class Chosen:
+class KeptViews:
     """What is left of n images after selection; the other views are let go."""
 
     kept: Tensor  # [n, m, C]
@@ -198,7 +196,7 @@ def adapt(
     rows: dict[str, list[Tensor]] = {"plain": [], "kept_mean": [], "all_mean": [], "adapted": []}
     per_encode = max(1, min(batch, ENCODE_VIEWS // config.views))
     source, more = iter(views), True
-    waiting: list[Chosen] = []
+    waiting: list[KeptViews] = []
     watch = Stopwatch()
     while more:
         with watch.stage("views"):
@@ -207,24 +205,25 @@ def adapt(
         if pixels:
             with watch.stage("encode and select"), torch.no_grad():
                 image, spatial = encode(torch.cat(pixels))
-                logits = _logits(head, image, spatial)
-                logits = logits.reshape(len(pixels), config.views, -1)  # [n, V, K]
+                logits = head(image, spatial).reshape(len(pixels), config.views, -1)  # [n, V, K]
                 best = confident(logits, config.kept)  # [n, m]
                 rows["plain"].append(logits[:, 0])
                 rows["kept_mean"].append(mean_log_prob(take(logits, best)))
                 rows["all_mean"].append(mean_log_prob(logits))
-                waiting.append(choose(image, spatial, best, config.views))
-                settle(logits)
+                waiting.append(keep_views(image, spatial, best, config.views))
+                synchronize(logits)
         # the next images would not fit
-        if waiting and (not more or sum(len(one.first) for one in waiting) + per_encode > batch):
+        if waiting and (
+            not more or sum(len(views.first) for views in waiting) + per_encode > batch
+        ):
             with watch.stage("adapt"):
                 rows["adapted"].append(adapt_waiting(head, waiting, config))
-                settle(rows["adapted"][-1])
+                synchronize(rows["adapted"][-1])
             waiting = []
     if not rows["plain"]:
         raise ValueError("ttt: there are no images")
-    found = {name: torch.cat(parts).float().cpu() for name, parts in rows.items()}
-    return Outcome(**found, seconds=watch.seconds)
+    tables = {name: torch.cat(chunks).float().cpu() for name, chunks in rows.items()}
+    return Outcome(**tables, seconds=watch.seconds)
 
 
 def images_per_step(head: Head, config: TTT) -> int:
@@ -234,14 +233,14 @@ def images_per_step(head: Head, config: TTT) -> int:
     return max(1, min(MAX_IMAGES, STEP_BYTES // bytes_per_image(head, config.kept)))
 
 
-def choose(image: Tensor, spatial: Tensor | None, best: Tensor, views: int) -> Chosen:
+def keep_views(image: Tensor, spatial: Tensor | None, best: Tensor, views: int) -> KeptViews:
     """image [n * V, C], spatial [n * V, L, Cs], best [n, m]."""
     image = image.reshape(-1, views, *image.shape[1:])
     if spatial is None:
-        return Chosen(take(image, best), image[:, 0].clone(), None, None)
+        return KeptViews(take(image, best), image[:, 0].clone(), None, None)
     spatial = spatial.reshape(-1, views, *spatial.shape[1:])
     first = image[:, 0].clone(), spatial[:, 0].clone()
-    return Chosen(take(image, best), first[0], take(spatial, best), first[1])
+    return KeptViews(take(image, best), first[0], take(spatial, best), first[1])
 
 
 def take(values: Tensor, best: Tensor) -> Tensor:
@@ -249,21 +248,19 @@ def take(values: Tensor, best: Tensor) -> Tensor:
     return values[torch.arange(len(best), device=best.device)[:, None], best]
 
 
-def adapt_waiting(head: Head, waiting: Sequence[Chosen], config: TTT) -> Tensor:
+def adapt_waiting(head: Head, waiting: Sequence[KeptViews], config: TTT) -> Tensor:
     """Logits [N, K] of view 0 after the steps, in one stack or image by image."""
-    kept = torch.cat([one.kept for one in waiting])
-    first = torch.cat([one.first for one in waiting])
+    kept = torch.cat([views.kept for views in waiting])
+    first = torch.cat([views.first for views in waiting])
     if can_stack(head):
         stacked = StackedRAda(head, len(kept), first_step_only=config.steps == 1)
         logits = adapt_stack(stacked, kept, first, config)
     else:
         rows = []
-        for one in waiting:
-            for i in range(len(one.kept)):
-                whole = [one.kept[i], one.first[i]]
-                if one.kept_spatial is not None and one.first_spatial is not None:
-                    whole += [one.kept_spatial[i], one.first_spatial[i]]
-                rows.append(adapt_one(head, *whole, config=config))
+        for views in waiting:
+            features = [views.kept, views.first, views.kept_spatial, views.first_spatial]
+            for image in zip(*(x for x in features if x is not None), strict=True):
+                rows.append(adapt_one(head, *image, config=config))
         logits = torch.stack(rows)
     broken = (~logits.isfinite()).any(dim=1)
     if bool(broken.any()):
@@ -274,12 +271,7 @@ def adapt_waiting(head: Head, waiting: Sequence[Chosen], config: TTT) -> Tensor:
     return logits
 
 
-def settle(values: Tensor) -> None:
+def synchronize(values: Tensor) -> None:
     """Wait for the device, so that a stage is charged with its own work."""
     if values.is_cuda:
         torch.cuda.synchronize(values.device)
-
-
-def _logits(head: Head, image: Tensor, spatial: Tensor | None) -> Tensor:
-    logits: Tensor = head(image) if spatial is None else head(image, spatial)
-    return logits
