@@ -74,7 +74,7 @@ BASE = {"names", "files", "machine", "distributed"}  # import nothing of the pac
 ARROWS = {
     **{room: set() for room in BASE},
     "kernels": set(),
-    "clip": set(),
+    "clip": {"files"},
     "reference": {"names"},
     "backends": {"kernels", "reference"},
     "ops": {"backends", "reference", "names"},
@@ -84,7 +84,7 @@ ARROWS = {
     "data": {"clip", *BASE},
     "train": {"heads", "data", "clip", *BASE},
     "runs": {"train", "heads", "data", "clip", "ops", "backends", *BASE},
-    "tune": {"kernels", "testing", "files"},
+    "tune": {"kernels", "backends", "testing", "files"},
     "bench": {"runs", "train", "heads", "data", "clip", *BASE},
     "demo": {"runs", "data", "clip", "files"},
     "cli": {
