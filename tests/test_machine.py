@@ -42,7 +42,7 @@ def stages() -> dict[str, float]:
 def test_a_stage_counts_its_own_peak(counter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if counter == "sampled":
         monkeypatch.setattr(machine, "CLEAR_REFS", Path("/nowhere/clear_refs"))
-    elif not machine._set_back(torch.device("cpu")):
+    elif not machine._reset_counter(torch.device("cpu")):
         pytest.skip("this system does not let the high-water mark be set back")
     found = stages()
     assert found["large"] - found["small"] == pytest.approx(MB - 1, abs=16)

@@ -94,7 +94,7 @@ METHOD: Edits = {
             "from vtclip.heads.vtclip import",
             "from vtclip.heads.toy_scale import ToyScale as ToyScale\n",
         ),
-        ("    Auto,\n)", "    ToyScale,\n"),
+        ("ZeroShot, Auto),", "ToyScale, "),
     ),
     "vtclip/names.py": (('"rada", "auto"),', '"toy-scale", '),),
     "tests/heads/test_common.py": (
@@ -126,7 +126,7 @@ DATA_SET: Edits = {
 """,
         ),
     ),
-    "tests/data/trees.py": (
+    "tests/helpers/trees.py": (
         (
             '    "dtd": [("banded", ',
             '    "toy_shapes": [("dot", "dot"), ("line", "line"), ("ring", "ring")],\n',

@@ -86,7 +86,7 @@ def test_the_page_lists_what_the_toy_touches(kind):
         # users: callers of the operator, and pages that show what was measured
         ("An operator", "unit_products", (".",), r"docs/|vtclip/heads/|vtclip/ops/_projections"),
         ("A method", "proker", ("vtclip", "tests/heads", "*.md"), "docs/"),
-        ("A data set", "food101", ("vtclip", "tests/data"), "docs/"),
+        ("A data set", "food101", ("vtclip", "tests/data", "tests/helpers"), "docs/"),
     ],
 )
 def test_the_page_lists_where_a_real_one_appears(kind, name, where, users):
