@@ -27,13 +27,13 @@ def hold(megabytes: int, seconds: float = 0.0) -> None:
 def stages() -> dict[str, float]:
     watch = Stopwatch(torch.device("cpu"))
     with watch.stage("large"):
-        hold(MB, 0.1)
+        hold(MB, 0.4)
     with watch.stage("small"):
-        hold(1, 0.1)
+        hold(1, 0.4)
     with watch.stage("both"):
         hold(1)
     with watch.stage("both"):
-        hold(MB // 2, 0.1)
+        hold(MB // 2, 0.4)
     assert set(watch.memory_mb) == set(watch.seconds)
     return watch.memory_mb
 
