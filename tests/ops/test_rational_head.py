@@ -157,28 +157,3 @@ def test_only_some_gradients_are_asked_for(inputs, impl):
         some[wanted].requires_grad_()
         (grad,) = torch.autograd.grad(sum(t.sum() for t in loss(**some)), [some[wanted]])
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
-
-
-@each_penalty
-def test_gradcheck(exact_impl, penalty):
-    shapes = (2, 3, 4), (4, 4), (4,), (2, 4), (3, 4)
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-
-    def both(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(ops.rational_head(*tensors, scale=0.7, penalty=penalty, impl=exact_impl))
-
-    assert torch.autograd.gradcheck(both, leaves)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"penalty": "l2"}, ValueError, "penalty must be one of none, l1, mse, linf, got 'l2'"),
-        ({"weight": torch.zeros(64, 63)}, ValueError, r"weight must be \[D, D\] = \[64, 64\]"),
-        ({"text": torch.zeros(6, 64)}, ValueError, r"text must be \[K, D\] = \[7, 64\]"),
-        ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
-        ({"bias": [0.0]}, TypeError, "bias must be a Tensor, got list"),
-    ],
-)
-def test_bad_input_is_refused_by_name(change, error, message, refuses):
-    refuses(error, message, ops.rational_head, **{**draw("ordinary"), **change})

@@ -60,24 +60,3 @@ def test_nan_stays_in_its_logit(inputs, impl):
     nan = ops.rational_logits(image, text, mask, impl=impl).isnan()
     assert nan[2, 5]
     assert nan.sum() == 1
-
-
-def test_gradcheck(exact_impl):
-    shapes = (2, 5), (3, 5), (2, 3, 5)
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: ops.rational_logits(*tensors, scale=0.7, impl=exact_impl), leaves
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"mask": torch.zeros(4, 7, 63)}, ValueError, r"mask must be \[B, K, D\] = \[4, 7, 64\]"),
-        ({"text": torch.zeros(7, 63)}, ValueError, r"text must be \[K, D\] = \[7, 64\]"),
-        ({"image": torch.zeros(4, 64, dtype=torch.int8)}, TypeError, "image must be one of"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-    ],
-)
-def test_bad_input_is_refused_by_name(change, error, message, refuses):
-    refuses(error, message, ops.rational_logits, **{**draw("ordinary"), **change})

@@ -143,24 +143,3 @@ def test_unused_outputs_cost_no_gradient(impl, device, runnable):
     d_image, d_text = torch.autograd.grad(v.square().sum(), (image, text))
     torch.testing.assert_close(d_image, torch.zeros_like(d_image), rtol=0, atol=1e-5)
     assert (d_text == 0).all()
-
-
-def test_gradcheck(exact_impl):
-    leaves = [torch.randn(s, 5, dtype=torch.float64, requires_grad=True) for s in (2, 3)]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: ops.unit_products(*tensors, scale=0.7, impl=exact_impl), leaves
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"text": torch.zeros(7, 63)}, ValueError, r"text must be \[K, D\] = \[7, 64\]"),
-        ({"image": torch.zeros(4, 64, dtype=torch.int8)}, TypeError, "image must be one of"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-        ({"scale": 0.0}, ValueError, r"scale must be above 0, got 0\.0"),
-        ({"scale": -1.0}, ValueError, r"scale must be above 0, got -1\.0"),
-    ],
-)
-def test_bad_input_is_refused_by_name(change, error, message, refuses):
-    refuses(error, message, ops.unit_products, **{**draw("ordinary"), **change})
