@@ -7,6 +7,7 @@ import functools
 from typing import get_args
 
 import pytest
+import row_cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,18 +16,7 @@ from vtclip import ops
 from vtclip.names import PENALTIES
 from vtclip.ops.rational_head import Penalty
 
-# name -> (B, K, D)
-CASES = {
-    "ordinary": (4, 7, 64),
-    "odd": (3, 17, 59),
-    "wide": (2, 3, 261),
-    "many-rows": (3, 131, 24),
-    "one-class": (3, 1, 8),
-    "one-of-each": (1, 1, 1),
-    "no-images": (0, 3, 8),
-    "no-classes": (3, 0, 8),
-    "no-width": (2, 3, 0),
-}
+CASES = row_cases.CASES | {"wide": (2, 3, 261), "many-classes": (3, 131, 24)}
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 
 

@@ -5,22 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from row_cases import CASES
 from torch import Tensor
 
 from vtclip import ops
-
-# name -> (B, K, D)
-CASES = {
-    "ordinary": (4, 7, 64),
-    "odd": (3, 17, 59),
-    "wide": (2, 3, 1025),
-    "many-classes": (2, 131, 16),
-    "one-class": (3, 1, 8),
-    "one-of-each": (1, 1, 1),
-    "no-images": (0, 3, 8),
-    "no-classes": (3, 0, 8),
-    "no-width": (2, 3, 0),
-}
 
 
 def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
