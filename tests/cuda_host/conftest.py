@@ -17,9 +17,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from layouts import LAYOUTS
 from torch import Tensor
-
-from vtclip import testing
 
 ROOT = Path(__file__).parents[2]
 CODES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.int64)
@@ -118,15 +117,19 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Program]:
     return compiled
 
 
-@pytest.fixture(
-    params=[
-        testing.spread,
-        testing.misaligned,
-        lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-        lambda t: t[:1].expand_as(t),
-    ],
-    ids=["gaps", "misaligned", "transposed", "expanded"],
-)
+@pytest.fixture(scope="module")
+def program(request: pytest.FixtureRequest, build: Callable[[str], Program]) -> Program:
+    """The program of the file that asks for it."""
+    return build(request.module.__name__.rpartition("test_")[2])
+
+
+@pytest.fixture(params=CODES[:4], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Every dtype of the kernels."""
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS)
 def layout(request: pytest.FixtureRequest) -> Callable[[Tensor], Tensor]:
     """Returns a tensor with the same values in other memory; the last repeats the first row."""
-    return request.param
+    return LAYOUTS[request.param]

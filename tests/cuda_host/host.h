@@ -156,6 +156,14 @@ void with_dtype(const Tensor& like, Run run) {
   }
 }
 
+// A whole program: run(T{}, input) with the element type of the first tensor.
+template <class Run>
+int program(Run run) {
+  const Input in;
+  with_dtype(in.tensors.at(0), [&](auto t) { run(t, in); });
+  return 0;
+}
+
 // the last two axes of a tensor as a matrix
 template <class T>
 vtclip::cuda::Rows<T> rows_of(const Tensor& tensor) {

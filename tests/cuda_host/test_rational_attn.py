@@ -7,10 +7,11 @@ import itertools
 
 import pytest
 import torch
+from block_results import compare
+from layouts import ATTENTION_LAYOUTS
 
 from vtclip import ops, testing
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 KINDS = ("image", "text", "pair")
 NAMES = (*KINDS, "key", "value")
 SUBSETS = [kinds for n in (1, 2, 3) for kinds in itertools.combinations(KINDS, n)]
@@ -100,42 +101,19 @@ def cancelling(tensors, d_out, scale):
 
 
 def check(program, tensors, d_out, scale=0.4, images=1):
-    given = [tensor for tensor in tensors if tensor is not None]
-    leaves = [tensor.detach().requires_grad_() for tensor in given]
-    wide = [tensor.detach().double().requires_grad_() for tensor in given]
-
-    def reference(inputs):
-        left = iter(inputs)
-        asked = [None if tensor is None else next(left) for tensor in tensors]
-        out = ops.rational_attn(*asked, scale=scale, impl="reference")
-        grads = torch.autograd.grad(out, inputs, d_out.to(out.dtype))
-        left = iter(grads)
-        return out, [None if tensor is None else next(left) for tensor in tensors]
-
-    (oracle, oracles), (peer, peers) = reference(wide), reference(leaves)
     out, _, *grads = program((*tensors, d_out), (1, images), (scale,))
-    sizes, of_out = (0.0,) * 5, 0.0
-    if oracle.numel():
+    names = ("out", *(f"d_{name}" for name in NAMES))
+    rows = (t if t is None else rows_inside(t) for t in (out, *grads))
+    floors = {}
+    if out.numel():
         sizes, of_out = cancelling(tensors, d_out, scale)
-    eps = torch.finfo(d_out.dtype).eps
-    testing.assert_within_budget(
-        rows_inside(out), oracle.detach(), peer.detach(), name="out", floor=eps * of_out
-    )
-    for name, grad, size, want, other in zip(NAMES, grads, sizes, oracles, peers, strict=True):
-        if want is None:
-            continue
-        testing.assert_within_budget(
-            rows_inside(grad),
-            want,
-            other,
-            factor=testing.GRADIENT_FACTOR,
-            name=f"d_{name}",
-            floor=eps * size,
-        )
+        eps = torch.finfo(d_out.dtype).eps
+        floors = {n: eps * size for n, size in zip(names, (of_out, *sizes), strict=True)}
+    results = dict(zip(names, rows, strict=True))
+    compare(results, ops.rational_attn, tensors, (d_out,), floors, scale=scale)
     return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_block_code_matches_the_reference(program, case, dtype):
     tensors = drawn(case, dtype)
@@ -151,31 +129,20 @@ def test_some_of_the_queries(program, case, kinds):
 
 @pytest.mark.parametrize("case", ["ordinary", "two tiles"])
 @pytest.mark.parametrize("images", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_text_gradient_is_summed_over_images(program, case, images, dtype):
     tensors = drawn(case, dtype, ("text",))
     check(program, tensors, torch.randn(tensors[3].shape).to(dtype), images=images)
 
 
-LAYOUTS = {
-    "gaps": testing.spread,
-    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "heads inside": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "misaligned": testing.misaligned,
-    "expanded": lambda t: t[:, :1].expand_as(t),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ATTENTION_LAYOUTS)
 @pytest.mark.parametrize("case", ["odd", "two tiles"])
 def test_any_strides(program, case, layout):
-    tensors = [LAYOUTS[layout](tensor) for tensor in drawn(case, torch.float16)]
-    check(program, tensors, LAYOUTS[layout](torch.randn(tensors[3].shape).half()))
+    tensors = [ATTENTION_LAYOUTS[layout](tensor) for tensor in drawn(case, torch.float16)]
+    check(program, tensors, ATTENTION_LAYOUTS[layout](torch.randn(tensors[3].shape).half()))
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 40.0, -40.0])
 @pytest.mark.parametrize("case", ["odd", "two tiles"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scales(program, case, dtype, scale):
     tensors = drawn(case, dtype)
     check(program, tensors, torch.randn(tensors[3].shape).to(dtype), scale)
@@ -200,7 +167,6 @@ def test_saved_statistics(program, case, kinds):
         torch.testing.assert_close(total, wanted, rtol=8 * eps, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["odd", "two tiles", "three tiles"])
 def test_out_is_the_same_without_parts(program, case, dtype):
     tensors = drawn(case, dtype)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_results import compare
 
-from vtclip import ops, testing
+from vtclip import ops
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # name -> (B, K, D, images per chunk)
 CASES = {
     "odd": (5, 11, 37, 2),
@@ -21,11 +21,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def program(build):
-    return build("rational_logits")
-
-
 def draw(case, dtype):
     B, K, D, _ = CASES[case]
     shapes = (B, D), (K, D), (B, K, D), (B, K)
@@ -33,23 +28,12 @@ def draw(case, dtype):
 
 
 def check(program, tensors, images):
-    inputs = [t.detach().requires_grad_() for t in tensors[:3]]
-    wide = [t.detach().double().requires_grad_() for t in tensors[:3]]
-    oracle = ops.rational_logits(*wide, scale=3.0, impl="reference")
-    peer = ops.rational_logits(*inputs, scale=3.0, impl="reference")
-    oracles = [oracle, *torch.autograd.grad(oracle, wide, tensors[3].double())]
-    peers = [peer, *torch.autograd.grad(peer, inputs, tensors[3])]
     results = program(tensors, ints=(images,), numbers=(3.0,))
     assert len(results) == (4 if tensors[2].numel() else 1)  # the launcher zeroes what is empty
-    names = ("logits", "d_image", "d_text", "d_mask")
-    for name, actual, oracle64, peer in zip(names, results, oracles, peers, strict=False):
-        factor = testing.FORWARD_FACTOR if name == "logits" else testing.GRADIENT_FACTOR
-        testing.assert_within_budget(
-            actual, oracle64.detach(), peer.detach(), factor=factor, name=name
-        )
+    named = dict(zip(("logits", "d_image", "d_text", "d_mask"), results, strict=False))
+    compare(named, ops.rational_logits, tensors[:3], tensors[3:], scale=3.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_block_code_matches_the_reference(program, case, dtype):
     check(program, draw(case, dtype), CASES[case][3])

@@ -80,8 +80,4 @@ void run(const host::Input& in) {
 
 }  // namespace
 
-int main() {
-  const host::Input in;
-  host::with_dtype(in.tensors.at(0), [&](auto t) { run<decltype(t)>(in); });
-  return 0;
-}
+int main() { return host::program([](auto t, auto& in) { run<decltype(t)>(in); }); }

@@ -56,18 +56,6 @@ def test_the_length_of_the_rows_does_not_matter(record):
     assert all(float(grad.abs().max()) > 0 for grad in found[0][1:])
 
 
-def test_gradcheck(record):
-    text, image, _ = record(B=2, K=3, C=8)
-    head = ClipAdapter(text, ratio=0.5, logit_scale=2.0)
-    names = [name for name, _ in head.named_parameters()]
-
-    def logits(image: Tensor, *weights: Tensor) -> Tensor:
-        return torch.func.functional_call(head, dict(zip(names, weights, strict=True)), (image,))
-
-    inputs = image.requires_grad_(), *head.parameters()
-    assert torch.autograd.gradcheck(logits, inputs)
-
-
 @pytest.mark.parametrize("sizes", [{"C": 1}, {"C": 3}])
 def test_narrow_features(record, sizes):
     text, image, _ = record(**sizes)

@@ -281,6 +281,27 @@ def test_what_a_head_does_not_do_is_left_out_or_refused(method):
     assert all(torch.equal(head.state_dict()[n], value) for n, value in before.items())
 
 
+@pytest.mark.parametrize(
+    ("method", "C", "options"),
+    [
+        ("clip-adapter", 8, {"ratio": 0.5}),
+        ("linear-probe", 5, {}),
+        ("mm-adapter", 6, {"hidden": 4, "num_heads": 2}),
+    ],
+)
+def test_gradcheck(record, method, C, options):
+    text, image, _ = record(B=2, K=3, C=C)
+    head = HEADS[method](text, logit_scale=2.0, **options)
+    if method == "linear-probe":  # which starts at 0
+        torch.nn.init.normal_(head.weight)
+    names, parameters = zip(*head.named_parameters(), strict=True)
+
+    def logits(image: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(head, dict(zip(names, weights, strict=True)), (image,))
+
+    assert torch.autograd.gradcheck(logits, (image.requires_grad_(), *parameters))
+
+
 def test_the_flags_are_those_of_the_methods():
     def those(flag: str) -> set[str]:
         return {name for name in HEADS if getattr(HEADS[name], flag)}

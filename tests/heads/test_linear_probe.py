@@ -157,19 +157,6 @@ def test_a_class_without_images_is_the_least_likely():
     assert bool(head.weight.isfinite().all())
 
 
-def test_gradcheck(record):
-    text, image, _ = record(B=2, K=3, C=5)
-    head = LinearProbe(text)
-    with torch.no_grad():
-        head.weight.normal_()
-
-    def logits(image: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        state = {"weight": weight, "bias": bias}
-        return torch.func.functional_call(head, state, (image,))
-
-    assert torch.autograd.gradcheck(logits, (image.requires_grad_(), head.weight, head.bias))
-
-
 @pytest.mark.parametrize(
     ("support", "message"),
     [

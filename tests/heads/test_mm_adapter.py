@@ -110,17 +110,6 @@ def test_parts_that_cancel_give_no_nan():
     assert bool(logits.isfinite().all())
 
 
-def test_gradcheck(record):
-    text, image, _ = record(B=2, K=3, C=6)
-    head = MMAdapter(text, hidden=4, num_heads=2, logit_scale=2.0)
-    names = [name for name, _ in head.named_parameters()]
-
-    def logits(image: Tensor, *weights: Tensor) -> Tensor:
-        return torch.func.functional_call(head, dict(zip(names, weights, strict=True)), (image,))
-
-    assert torch.autograd.gradcheck(logits, (image.requires_grad_(), *head.parameters()))
-
-
 def test_no_tensor_of_images_times_classes_times_width(record, monkeypatch):
     """The largest of a forward pass are [rows, C] and [B, K], of each head without kernels."""
     text, image, _ = record(B=20, K=30, C=16)

@@ -5,25 +5,16 @@ import math
 
 import pytest
 import torch
+from kernel_checks import assert_same, drawing, rnorm, unit
 
 NAMES = ("logits", "image_rnorm", "text_rnorm", "d_image", "d_text")
-
-
-def unit(x):
-    """Rows of length 1; zero rows stay 0 with gradient 0."""
-    square = (x * x).sum(-1, keepdim=True)
-    zero = square == 0
-    return torch.where(zero, 0.0, x / torch.where(zero, 1.0, square).sqrt())
 
 
 def expected(image, text, scale, grad_logits):
     image, text = (t.detach().cpu().double().requires_grad_() for t in (image, text))
     logits = scale * torch.einsum("bd,bkd->bk", unit(image), unit(text).expand(len(image), -1, -1))
     grads = torch.autograd.grad(logits, (image, text), grad_logits.cpu().double())
-    rnorms = []
-    for t in (image.detach(), text.detach()):
-        norm = t.norm(dim=-1)
-        rnorms.append(torch.where(norm == 0, 0.0, 1 / norm))
+    rnorms = rnorm(image.detach()), rnorm(text.detach())
     return dict(zip(NAMES, (logits.detach(), *rnorms, *grads), strict=True))
 
 
@@ -54,11 +45,7 @@ def assert_close(actual, wanted, scale, *, steps=32):
 
 
 def problem(B, K, D, *, paired, dtype=torch.float32, device="cpu"):
-    gen = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=gen).to(device, dtype)
-
+    draw = drawing(device, dtype)
     return draw(B, D), draw(*((B, K, D) if paired else (K, D))), draw(B, K)
 
 
@@ -146,22 +133,10 @@ def test_strides(paired, device):
     odd_text.copy_(text)
     plain = run(image, text, 2.0, grad)
     odd = run(wide[::2, 1::2].T, odd_text, 2.0, grad.T.contiguous().T)
-    for name in NAMES:
-        assert torch.equal(odd[name], plain[name]), name
+    assert_same(odd, plain)
     ones = torch.ones((), device=device).expand(4, 5)
     same = image[:1].expand(4, 12)
     actual = run(same, text[..., :1, :].expand(text.shape), 2.0, ones)
     assert_close(
         actual, expected(same, text[..., :1, :].expand(text.shape), 2.0, ones), 2.0, steps=64
     )
-
-
-def test_refuses(device):
-    from vtclip.kernels.cosine_logits import cosine_logits_fwd
-
-    x = torch.zeros(1, 1, dtype=torch.float64, device=device)
-    with pytest.raises(NotImplementedError, match="has no float64 kernel"):
-        cosine_logits_fwd(x, x, 1.0)
-    x = torch.zeros(1, 16385, device=device)
-    with pytest.raises(NotImplementedError, match="width 16385 is above 16384"):
-        cosine_logits_fwd(x, x, 1.0)

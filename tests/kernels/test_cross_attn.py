@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from kernel_checks import assert_close, assert_same, drawing, strided
 
 NAMES = ("out", "lse", "d_query", "d_key", "d_value")
 
@@ -55,28 +56,12 @@ def run(inputs, key_mask, scale, grad_out, grad_lse):
     return dict(zip(NAMES, (out, lse, *grads), strict=True))
 
 
-def assert_close(actual, wanted, *, steps):
-    """The largest error may be `steps` roundings of the largest entry, in the result's dtype."""
-    for name, want in wanted.items():
-        got = actual[name].cpu()
-        assert got.shape == want.shape, name
-        if want.numel() == 0:
-            continue
-        finite = want.isfinite()
-        assert torch.equal(got.isfinite(), finite), f"{name}: finite in other places"
-        assert torch.equal(got[~finite].double(), want[~finite]), name
-        eps = torch.finfo(got.dtype).eps if name != "lse" else torch.finfo(actual["out"].dtype).eps
-        top = want[finite].abs().max().item() if finite.any() else 0.0
-        worst = (got.double() - want)[finite].abs().max().item() if finite.any() else 0.0
-        assert worst <= steps * eps * max(top, 0.1), f"{name}: {worst:.2e}, largest {top:.2e}"
+def check(*arguments, steps=32):
+    assert_close(run(*arguments), expected(*arguments), steps=steps)
 
 
 def problem(B, H, K, L, d, *, shared=True, dtype=torch.float32, device="cpu", seed=0):
-    gen = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=gen).to(device, dtype)
-
+    draw = drawing(device, dtype, seed)
     inputs = (draw(1 if shared else B, H, K, d), draw(B, H, L, d), draw(B, H, L, d))
     return inputs, draw(B, H, K, d), draw(B, H, K)
 
@@ -104,8 +89,7 @@ STEPS = {torch.float32: 32, torch.float16: 4, torch.bfloat16: 4}
 def test_shapes(B, H, K, L, d, shared, device):
     inputs, grad_out, grad_lse = problem(B, H, K, L, d, shared=shared, device=device)
     scale = 1 / math.sqrt(d)
-    actual = run(inputs, None, scale, grad_out, grad_lse)
-    assert_close(actual, expected(inputs, None, scale, grad_out, grad_lse), steps=32)
+    check(inputs, None, scale, grad_out, grad_lse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -123,8 +107,7 @@ def test_half_precision(dtype, L, device):
 def test_empty(axis, shared, device):
     sizes = {"B": 2, "H": 2, "K": 3, "L": 4, "d": 5} | dict.fromkeys(axis, 0)
     inputs, grad_out, grad_lse = problem(**sizes, shared=shared, device=device)
-    actual = run(inputs, None, 0.5, grad_out, grad_lse)
-    assert_close(actual, expected(inputs, None, 0.5, grad_out, grad_lse), steps=32)
+    check(inputs, None, 0.5, grad_out, grad_lse)
 
 
 @pytest.mark.parametrize("L", [12, 70])
@@ -136,8 +119,7 @@ def test_mask(L, mask_batch, device):
     if mask_batch > 1:
         key_mask[1] = False  # an image without a single column
     key_mask = key_mask.to(device)
-    actual = run(inputs, key_mask, 0.4, grad_out, grad_lse)
-    assert_close(actual, expected(inputs, key_mask, 0.4, grad_out, grad_lse), steps=32)
+    check(inputs, key_mask, 0.4, grad_out, grad_lse)
 
 
 @pytest.mark.parametrize("L", [12, 70])
@@ -153,8 +135,7 @@ def test_masked_columns_do_not_exist(L, poison, device):
     dirty = (query, key.masked_fill(hidden, poison), value.masked_fill(hidden, -poison))
     grad_lse[1] = math.nan  # of rows whose lse is -inf
     actual = run(dirty, key_mask, 0.4, grad_out, grad_lse)
-    for name in NAMES:
-        assert torch.equal(actual[name], clean[name]), name
+    assert_same(actual, clean)
 
 
 def test_nan_stays_in_its_row(device):
@@ -170,8 +151,7 @@ def test_nan_stays_in_its_row(device):
 
 def test_without_lse_gradient(device):
     inputs, grad_out, _ = problem(2, 2, 6, 9, 8, device=device)
-    actual = run(inputs, None, 0.4, grad_out, None)
-    assert_close(actual, expected(inputs, None, 0.4, grad_out, None), steps=32)
+    check(inputs, None, 0.4, grad_out, None)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.5, 60.0])
@@ -181,17 +161,6 @@ def test_scales(scale, device):
     # an error of eps |S| in the exponent is a factor of that size in P; |S| is up to 10 |scale|
     steps = 32 * max(1.0, 10 * abs(scale))
     assert_close(actual, expected(inputs, None, scale, grad_out, grad_lse), steps=steps)
-
-
-def strided(t):
-    """The same numbers as every second row and column of a NaN-filled, transposed storage."""
-    *batch, rows, cols = t.shape
-    wide = torch.full(
-        (*batch, 2 * cols + 1, 2 * rows + 1), math.nan, dtype=t.dtype, device=t.device
-    )
-    view = wide[..., 1::2, 1::2].transpose(-1, -2)
-    view.copy_(t)
-    return view
 
 
 def test_non_contiguous(device):
@@ -205,8 +174,7 @@ def test_non_contiguous(device):
         tuple(strided(t) for t in inputs), wide_mask[::2, ::2], 0.4,
         strided(grad_out), strided(grad_lse),
     )  # fmt: skip
-    for name in NAMES:
-        assert torch.equal(odd[name], plain[name]), name
+    assert_same(odd, plain)
 
 
 def test_stride_zero(device):
@@ -214,8 +182,7 @@ def test_stride_zero(device):
     query, key, value = inputs
     wide = (query.expand(3, 2, 5, 6), key.expand(3, 2, 9, 6), value.expand(3, 2, 9, 6))
     grad_out, grad_lse = grad_out.expand(3, 2, 5, 6), grad_lse.expand(3, 2, 5)
-    actual = run(wide, None, 0.4, grad_out, grad_lse)
-    assert_close(actual, expected(wide, None, 0.4, grad_out, grad_lse), steps=32)
+    check(wide, None, 0.4, grad_out, grad_lse)
 
 
 def test_memory_layout(device):
@@ -225,28 +192,3 @@ def test_memory_layout(device):
         assert actual[name].transpose(1, 2).is_contiguous(), name
     assert actual["lse"].is_contiguous()
     assert actual["d_query"].shape[0] == 1
-
-
-def test_runs_are_bitwise_equal(device):
-    inputs, grad_out, grad_lse = problem(7, 2, 33, 49, 16, device=device)
-    first = run(inputs, None, 0.25, grad_out, grad_lse)
-    for _ in range(2):
-        again = run(inputs, None, 0.25, grad_out, grad_lse)
-        for name in NAMES:
-            assert torch.equal(first[name], again[name]), name
-
-
-def test_refuses_float64(device):
-    from vtclip.kernels.cross_attn import cross_attn_fwd
-
-    q = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=device)
-    with pytest.raises(NotImplementedError, match="cross_attn: .*has no float64 kernel"):
-        cross_attn_fwd(q, q, q, None, 1.0)
-
-
-def test_refuses_wide_heads(device):
-    from vtclip.kernels.cross_attn import cross_attn_fwd
-
-    q = torch.zeros(1, 1, 1, 257, device=device)
-    with pytest.raises(NotImplementedError, match="head width 257 is above 256"):
-        cross_attn_fwd(q, q, q, None, 1.0)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from kernel_checks import assert_close, assert_same, drawing, strided
 
 NAMES = ("weights", "d_query", "d_key")
 
@@ -30,27 +31,8 @@ def run(query, key, key_mask, scale, grad_weights):
     return dict(zip(NAMES, (weights, *grads), strict=True))
 
 
-def assert_close(actual, wanted, *, steps=32):
-    """The largest error may be `steps` roundings of the largest entry."""
-    for name, want in wanted.items():
-        got = actual[name].cpu()
-        assert got.shape == want.shape, name
-        assert got.isfinite().all(), name
-        if want.numel() == 0:
-            continue
-        worst = (got.double() - want).abs().max().item()
-        top = max(want.abs().max().item(), 0.1)
-        assert worst <= steps * torch.finfo(got.dtype).eps * top, (
-            f"{name}: {worst:.2e} of {top:.2e}"
-        )
-
-
 def problem(B, H, K, L, d, *, shared=True, dtype=torch.float32, device="cpu"):
-    gen = torch.Generator().manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=gen).to(device, dtype)
-
+    draw = drawing(device, dtype)
     return draw(1 if shared else B, H, K, d), draw(B, H, L, d), draw(B, H, K, L)
 
 
@@ -68,9 +50,8 @@ def test_shapes(B, H, K, L, d, shared, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype, device):
     query, key, grad = problem(3, 2, 17, 70, 20, dtype=dtype, device=device)
-    actual = run(query, key, None, 0.3, grad)
     # weights and dS are rounded to 16 bits before they are used
-    assert_close(actual, expected(query, key, None, 0.3, grad), steps=4)
+    assert_close(run(query, key, None, 0.3, grad), expected(query, key, None, 0.3, grad), steps=4)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per_image"])
@@ -94,31 +75,21 @@ def test_masked_columns_do_not_exist(L, device):
         dirty_key = key.masked_fill(~key_mask[:, None, :, None], bad)
         dirty_grad = grad.masked_fill(~key_mask[:, None, None, :], bad)
         actual = run(query, dirty_key, key_mask, 0.4, dirty_grad)
-        for name in NAMES:
-            assert torch.equal(actual[name], clean[name]), name
+        assert_same(actual, clean)
 
 
 def test_one_mask_for_all_images(device):
     query, key, grad = problem(3, 2, 5, 12, 6, device=device)
     key_mask = torch.arange(12, device=device)[None] % 3 != 0
-    actual = run(query, key, key_mask, 0.4, grad)
-    assert_close(actual, expected(query, key, key_mask, 0.4, grad))
+    assert_close(run(query, key, key_mask, 0.4, grad), expected(query, key, key_mask, 0.4, grad))
 
 
 def test_strides(device):
     query, key, grad = problem(2, 2, 5, 9, 6, device=device)
 
-    def strided(t):
-        wide = torch.full((*t.shape[:-2], t.shape[-1], 2 * t.shape[-2]), math.nan, device=device)
-        view = wide[..., ::2].transpose(-1, -2)
-        view.copy_(t)
-        return view
-
     plain = run(query, key, None, 0.4, grad)
     odd = run(strided(query), strided(key), None, 0.4, strided(grad))
-    for name in NAMES:
-        assert torch.equal(odd[name], plain[name]), name
+    assert_same(odd, plain)
     ones = torch.ones((), device=device).expand(2, 2, 5, 9)
     wide_key = key[:, :, :1].expand(2, 2, 9, 6)
-    actual = run(query, wide_key, None, 0.4, ones)
-    assert_close(actual, expected(query, wide_key, None, 0.4, ones))
+    assert_close(run(query, wide_key, None, 0.4, ones), expected(query, wide_key, None, 0.4, ones))

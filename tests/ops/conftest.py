@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from layouts import ATTENTION_LAYOUTS, LAYOUTS
 from torch import Tensor
 
 from vtclip import testing
@@ -50,21 +51,6 @@ def inputs(request: pytest.FixtureRequest, device: str, runnable: Callable) -> d
     width = drawn["image" if "image" in drawn else "query"].shape[-1]
     runnable(request.module.__name__.rpartition("test_")[2], torch.float32, width)
     return {name: tensor.to(device) for name, tensor in drawn.items()}
-
-
-LAYOUTS = {
-    "gaps": testing.spread,
-    "misaligned": testing.misaligned,
-    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
-    "expanded": lambda t: t[:1].expand_as(t),
-}
-ATTENTION_LAYOUTS = {
-    "gaps": testing.spread,
-    "misaligned": testing.misaligned,
-    "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "heads-inner": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
-    "expanded": lambda t: t[:, :1].expand_as(t),
-}
 
 
 @pytest.fixture(params=LAYOUTS)

@@ -87,13 +87,3 @@ def test_reference_is_cosine_similarity():
     expected = 7 * F.cosine_similarity(inputs["image"][:, None], inputs["text"], dim=-1)
     actual = ops.cosine_logits(**inputs, scale=7.0, impl="reference")
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
-
-
-@per_image
-def test_gradcheck(exact_impl, per_image):
-    shape = (3, 4, 5) if per_image else (4, 5)
-    image = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    text = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, t: ops.cosine_logits(x, t, scale=2.0, impl=exact_impl), (image, text)
-    )

@@ -21,6 +21,7 @@ from torch import Tensor
 from vtclip import reference
 from vtclip.backends import native
 from vtclip.reference.cross_attn import cross_attn as cross_attn_reference
+from vtclip.testing.problems import OPS, tensors_of
 
 CHILD = Path(__file__).with_name("_cpu_child.py")
 _spec = importlib.util.spec_from_file_location("_cpu_child", CHILD)
@@ -251,53 +252,21 @@ def test_cosine_of_rows_at_the_ends_of_the_range():
         assert float((logits.double() - oracle).abs().amax()) < 1e-6, size
 
 
-# kernel -> arguments that it takes
-ARGUMENTS: dict[str, dict[str, object]] = {
-    "cross_attn_fwd": {
-        "query": torch.zeros(1, 3, 5, 8),
-        "key": torch.zeros(2, 3, 7, 8),
-        "value": torch.zeros(2, 3, 7, 8),
-        "key_mask": None,
-        "scale": 1.0,
-    },
-    "unit_products_bwd": {
-        "grad_image": torch.zeros(2, 8),
-        "grad_text": torch.zeros(5, 8),
-        "grad_products": torch.zeros(2, 5, 8),
-        "image": torch.zeros(2, 8),
-        "text": torch.zeros(5, 8),
-        "scale": 1.0,
-    },
-    "rational_head_bwd": {
-        "grad_logits": torch.zeros(2, 5),
-        "grad_penalty": torch.zeros(2),
-        "context": torch.zeros(2, 5, 8),
-        "weight": torch.zeros(8, 8),
-        "bias": torch.zeros(8),
-        "image": torch.zeros(2, 8),
-        "text": torch.zeros(5, 8),
-        "peak": torch.zeros(2, dtype=torch.int64),
-        "scale": 1.0,
-        "penalty": 3,
-        "feature_grads": True,
-    },
-    "ffn_cosine_logits_bwd": {
-        "grad_logits": torch.zeros(2, 5),
-        "hidden": torch.zeros(2, 5, 6),
-        "weight": torch.zeros(8, 6),
-        "bias": torch.zeros(8),
-        "residual_input": torch.zeros(2, 5, 8),
-        "norm_weight": torch.zeros(8),
-        "norm_bias": torch.zeros(8),
-        "text": torch.zeros(5, 8),
-        "image": torch.zeros(2, 8),
-        "stats": torch.zeros(7, 2, 5),
-        "image_rnorm": torch.zeros(2),
-        "residual": 1.0,
-        "scale": 1.0,
-        "feature_grads": True,
-    },
-}
+SIZES = {"B": 2, "H": 3, "K": 5, "L": 7, "d": 8, "D": 8, "C": 8, "F": 6}
+
+
+def arguments(kernel: str) -> dict[str, object]:
+    """What a kernel takes, by name; of a backward with the outputs of its forward."""
+    op = OPS[kernel[:-4]]
+    inputs = op.draw(SIZES, **({"penalty": "linf"} if "penalty" in op.arguments else {}))
+    values = op.forward_arguments(inputs)
+    if kernel.endswith("_bwd"):
+        outputs = tensors_of(getattr(KERNELS, f"{op.name}_fwd")(*values))
+        values = op.backward_arguments(inputs, outputs)
+    schema = getattr(KERNELS, kernel).default._schema
+    return dict(zip((argument.name for argument in schema.arguments), values, strict=True))
+
+
 # kernel -> (argument, a tensor of that shape or a value, what is said); the first names the kernel
 REFUSED = {
     "cross_attn_fwd": [
@@ -351,9 +320,9 @@ REFUSED = {
     [(kernel, *case) for kernel, cases in REFUSED.items() for case in cases],
 )
 def test_memory_is_protected_below_the_public_checks(kernel, name, value, message):
-    arguments = {**ARGUMENTS[kernel], name: value}
+    given = {**arguments(kernel), name: value}
     with pytest.raises(RuntimeError, match=message):
-        getattr(KERNELS, kernel)(*arguments.values())
+        getattr(KERNELS, kernel)(*given.values())
 
 
 def test_a_peak_outside_the_mask_touches_nothing():

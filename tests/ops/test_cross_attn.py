@@ -142,15 +142,6 @@ def test_any_strides(attention_layout, impl, runnable, compare):
     compare(ops.cross_attn, {k: attention_layout(v) for k, v in draw("odd").items()})
 
 
-def test_expanded_output_gradient(impl, device, runnable):
-    runnable("cross_attn", torch.float32, 20)
-    tensors = [v.to(device).requires_grad_() for v in draw("odd").values()]
-    actual = torch.autograd.grad(ops.cross_attn(*tensors, impl=impl).sum(), tensors)
-    expected = torch.autograd.grad(ops.cross_attn(*tensors, impl="reference").sum(), tensors)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
 def recomputing(
     inputs: dict[str, Tensor], seeds: list[Tensor], fixed: dict[str, object]
 ) -> dict[str, float]:
@@ -212,20 +203,6 @@ def test_reference_is_scaled_dot_product_attention(case):
     expected = F.scaled_dot_product_attention(expanded, key, value, mask[:, None, None])
     actual = ops.cross_attn(query, key, value, key_mask=mask, impl="reference")
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_gradcheck(exact_impl, shared):
-    tensors = [
-        torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((1 if shared else 2, 2, 3, 5), (2, 2, 4, 5), (2, 2, 4, 5))
-    ]
-    mask = torch.tensor([[True, True, False, True], [True, False, True, True]])
-
-    def attend(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(ops.cross_attn_lse(*inputs, key_mask=mask, scale=0.3, impl=exact_impl))
-
-    assert torch.autograd.gradcheck(attend, tensors, check_undefined_grad=True)
 
 
 def test_ordinary_calls_take_the_head_width_scale():

@@ -198,15 +198,6 @@ def test_bad_packed_input_is_refused_by_name(change, error, message, refuses):
     refuses(error, message, ops.rational_attn_packed, *given.values())
 
 
-def test_expanded_output_gradient(impl, device, runnable):
-    runnable("rational_attn", torch.float32, 20)
-    leaves = [tensor.to(device).requires_grad_() for tensor in draw("odd").values()]
-    actual = torch.autograd.grad(ops.rational_attn(*leaves, impl=impl).sum(), leaves)
-    expected = torch.autograd.grad(ops.rational_attn(*leaves, impl="reference").sum(), leaves)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("batches", [(1, 1, 1, 4, 4), (4, 4, 1, 1, 1), (1, 1, 4, 1, 1)])
 def test_size_one_batches_broadcast(batches, impl, runnable, compare):
     runnable("rational_attn", torch.float32, 8)
@@ -268,16 +259,6 @@ def test_reference_is_the_released_layer():
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("kinds", [KINDS, *SUBSETS[:3]], ids="-".join)
-def test_gradcheck(exact_impl, kinds):
-    rows = {"image": (2, 2, 1, 3), "text": (1, 2, 4, 3), "pair": (2, 2, 4, 3)}
-    shapes = [*(rows[name] for name in kinds), (2, 2, 4, 3), (2, 2, 4, 3)]
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: asked(kinds, *tensors, scale=0.8, impl=exact_impl), leaves
-    )
 
 
 def test_scale_and_temperature_default_to_those_of_the_released_layer():

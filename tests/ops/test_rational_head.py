@@ -7,6 +7,7 @@ import functools
 from typing import get_args
 
 import pytest
+import row_cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,18 +16,7 @@ from vtclip import ops
 from vtclip.names import PENALTIES
 from vtclip.ops.rational_head import Penalty
 
-# name -> (B, K, D)
-CASES = {
-    "ordinary": (4, 7, 64),
-    "odd": (3, 17, 59),
-    "wide": (2, 3, 261),
-    "many-rows": (3, 131, 24),
-    "one-class": (3, 1, 8),
-    "one-of-each": (1, 1, 1),
-    "no-images": (0, 3, 8),
-    "no-classes": (3, 0, 8),
-    "no-width": (2, 3, 0),
-}
+CASES = row_cases.CASES | {"wide": (2, 3, 261), "many-classes": (3, 131, 24)}
 each_penalty = pytest.mark.parametrize("penalty", PENALTIES)
 
 
@@ -157,28 +147,3 @@ def test_only_some_gradients_are_asked_for(inputs, impl):
         some[wanted].requires_grad_()
         (grad,) = torch.autograd.grad(sum(t.sum() for t in loss(**some)), [some[wanted]])
         torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
-
-
-@each_penalty
-def test_gradcheck(exact_impl, penalty):
-    shapes = (2, 3, 4), (4, 4), (4,), (2, 4), (3, 4)
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-
-    def both(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(ops.rational_head(*tensors, scale=0.7, penalty=penalty, impl=exact_impl))
-
-    assert torch.autograd.gradcheck(both, leaves)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"penalty": "l2"}, ValueError, "penalty must be one of none, l1, mse, linf, got 'l2'"),
-        ({"weight": torch.zeros(64, 63)}, ValueError, r"weight must be \[D, D\] = \[64, 64\]"),
-        ({"text": torch.zeros(6, 64)}, ValueError, r"text must be \[K, D\] = \[7, 64\]"),
-        ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
-        ({"bias": [0.0]}, TypeError, "bias must be a Tensor, got list"),
-    ],
-)
-def test_bad_input_is_refused_by_name(change, error, message, refuses):
-    refuses(error, message, ops.rational_head, **{**draw("ordinary"), **change})

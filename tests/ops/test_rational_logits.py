@@ -5,22 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from row_cases import CASES
 from torch import Tensor
 
 from vtclip import ops
-
-# name -> (B, K, D)
-CASES = {
-    "ordinary": (4, 7, 64),
-    "odd": (3, 17, 59),
-    "wide": (2, 3, 1025),
-    "many-classes": (2, 131, 16),
-    "one-class": (3, 1, 8),
-    "one-of-each": (1, 1, 1),
-    "no-images": (0, 3, 8),
-    "no-classes": (3, 0, 8),
-    "no-width": (2, 3, 0),
-}
 
 
 def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -60,24 +48,3 @@ def test_nan_stays_in_its_logit(inputs, impl):
     nan = ops.rational_logits(image, text, mask, impl=impl).isnan()
     assert nan[2, 5]
     assert nan.sum() == 1
-
-
-def test_gradcheck(exact_impl):
-    shapes = (2, 5), (3, 5), (2, 3, 5)
-    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: ops.rational_logits(*tensors, scale=0.7, impl=exact_impl), leaves
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"mask": torch.zeros(4, 7, 63)}, ValueError, r"mask must be \[B, K, D\] = \[4, 7, 64\]"),
-        ({"text": torch.zeros(7, 63)}, ValueError, r"text must be \[K, D\] = \[7, 64\]"),
-        ({"image": torch.zeros(4, 64, dtype=torch.int8)}, TypeError, "image must be one of"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-    ],
-)
-def test_bad_input_is_refused_by_name(change, error, message, refuses):
-    refuses(error, message, ops.rational_logits, **{**draw("ordinary"), **change})

@@ -4,25 +4,14 @@
 from __future__ import annotations
 
 import pytest
+import row_cases
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vtclip import ops
 
-# name -> (B, K, D)
-CASES = {
-    "ordinary": (4, 7, 64),
-    "odd": (3, 17, 59),
-    "wide": (2, 3, 1025),
-    "many-classes": (2, 131, 16),
-    "many-images": (131, 2, 24),
-    "one-class": (3, 1, 8),
-    "one-of-each": (1, 1, 1),
-    "no-images": (0, 3, 8),
-    "no-classes": (3, 0, 8),
-    "no-width": (2, 3, 0),
-}
+CASES = row_cases.CASES | {"many-images": (131, 2, 24)}
 
 
 def draw(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -143,24 +132,3 @@ def test_unused_outputs_cost_no_gradient(impl, device, runnable):
     d_image, d_text = torch.autograd.grad(v.square().sum(), (image, text))
     torch.testing.assert_close(d_image, torch.zeros_like(d_image), rtol=0, atol=1e-5)
     assert (d_text == 0).all()
-
-
-def test_gradcheck(exact_impl):
-    leaves = [torch.randn(s, 5, dtype=torch.float64, requires_grad=True) for s in (2, 3)]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: ops.unit_products(*tensors, scale=0.7, impl=exact_impl), leaves
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"text": torch.zeros(7, 63)}, ValueError, r"text must be \[K, D\] = \[7, 64\]"),
-        ({"image": torch.zeros(4, 64, dtype=torch.int8)}, TypeError, "image must be one of"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
-        ({"scale": 0.0}, ValueError, r"scale must be above 0, got 0\.0"),
-        ({"scale": -1.0}, ValueError, r"scale must be above 0, got -1\.0"),
-    ],
-)
-def test_bad_input_is_refused_by_name(change, error, message, refuses):
-    refuses(error, message, ops.unit_products, **{**draw("ordinary"), **change})
