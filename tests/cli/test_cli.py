@@ -95,9 +95,7 @@ def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         (["info", "extra"], "unknown argument 'extra'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
+def test_bad_input_is_one_line_and_exit_2(capsys, words, message):
     line = refused(capsys, *words)
     assert message in line
     known = any(words[0] == name for name, _, _ in COMMANDS)
@@ -105,9 +103,7 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not list(Path.cwd().iterdir())
 
 
-def test_bad_sources_and_values_are_named(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_bad_sources_and_values_are_named(capsys, npz, tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     assert "not a readable .npz" in refused(capsys, "fit", "text.npz")
     assert "prompt 'x' cannot be chosen" in refused(capsys, "fit", npz, "--prompt", "x")
@@ -132,9 +128,7 @@ def test_bad_sources_and_values_are_named(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["text.npz"]
 
 
-def test_fit_prints_a_table_and_writes_a_run(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_fit_prints_a_table_and_writes_a_run(capsys, npz, tmp_path):
     assert call("fit", npz, *QUICK) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "runs" / "animals-vtclip-4shot-seed1"
@@ -161,9 +155,7 @@ def test_fit_prints_a_table_and_writes_a_run(
     assert len((folder / "log.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_run_is_not_overwritten_unasked(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_not_overwritten_unasked(capsys, npz, tmp_path):
     assert call("fit", npz, "--out", "r", *QUICK) == 0
     first = (tmp_path / "r" / "adapter.safetensors").read_bytes()
     assert "holds a run already" in refused(capsys, "fit", npz, "--out", "r", *QUICK)
@@ -188,9 +180,7 @@ def test_a_run_is_not_overwritten_unasked(
     assert "lies inside the source" in capsys.readouterr().err
 
 
-def test_training_never_touches_a_test_row(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_never_touches_a_test_row(npz, tmp_path, monkeypatch):
     """Every row asked of the real table, in order: none of the test's before its one evaluation."""
     asked: list[int] = []
     real, training = Records.batch, engine.train_head
@@ -222,9 +212,7 @@ def test_training_never_touches_a_test_row(
     assert all(asked.count(row) == 2 for row in test)
 
 
-def test_evaluate_repeats_the_numbers_of_the_run(
-    capsys: pytest.CaptureFixture[str], run: Path, npz: Path
-) -> None:
+def test_evaluate_repeats_the_numbers_of_the_run(capsys, run, npz):
     wanted = json.loads((run / "result.json").read_text())["adapted"]
     for words in (["evaluate", run], ["evaluate", run, npz]):
         assert call(*words, "--json", "--threads", "1") == 0
@@ -235,9 +223,7 @@ def test_evaluate_repeats_the_numbers_of_the_run(
     assert re.search(r"^vtclip +\d", capsys.readouterr().out, re.M)
 
 
-def test_evaluate_on_other_features_matches_classes_by_name(
-    capsys: pytest.CaptureFixture[str], run: Path, npz: Path, tmp_path: Path
-) -> None:
+def test_evaluate_on_other_features_matches_classes_by_name(capsys, run, npz, tmp_path):
     data = dict(np.load(npz))
     keep = np.isin(data["label"], [1, 3])
     two = {**data, "classname": np.array(["dog", "bee"]), "text": data["text"][[3, 1]]}
@@ -254,9 +240,7 @@ def test_evaluate_on_other_features_matches_classes_by_name(
     assert "unknown class 'dgo'; did you mean 'dog'" in message
 
 
-def test_images_for_a_run_on_features_are_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
-) -> None:
+def test_images_for_a_run_on_features_are_refused_in_one_line(capsys, run, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
     message = refused(capsys, "predict", run, "x.jpg")
     assert "fitted on a table of features and has no image encoder" in message
@@ -264,7 +248,7 @@ def test_images_for_a_run_on_features_are_refused_in_one_line(
     assert "has no image encoder" in message
 
 
-def test_json_output_is_strict(capsys: pytest.CaptureFixture[str], npz: Path) -> None:
+def test_json_output_is_strict(capsys, npz):
     assert call("fit", npz, "--json", *QUICK) == 0
     result = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
     assert result["classes"] == ["ant", "bee", "cat", "dog"]
@@ -274,9 +258,7 @@ def test_json_output_is_strict(capsys: pytest.CaptureFixture[str], npz: Path) ->
     }
 
 
-def test_a_damaged_run_is_one_line(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_run_is_one_line(capsys, npz, tmp_path):
     assert call("fit", npz, "--out", "r", *QUICK) == 0
     path = tmp_path / "r" / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -285,9 +267,7 @@ def test_a_damaged_run_is_one_line(
     assert "not a vtclip run" in refused(capsys, "evaluate", "r")
 
 
-def test_zeroshot_needs_no_shots(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_zeroshot_needs_no_shots(capsys, npz, tmp_path):
     words = ["--method", "zeroshot", "--test-fraction", "1", "--out", "z"]
     assert call("fit", npz, *words) == 0
     result = json.loads((tmp_path / "z" / "result.json").read_text())
@@ -297,7 +277,7 @@ def test_zeroshot_needs_no_shots(
     assert call("evaluate", "z", "--json") == 0
 
 
-def test_the_package_does_not_import_its_command_line() -> None:
+def test_the_package_does_not_import_its_command_line():
     importing = re.compile(r"^\s*(from|import)\s.*\bcli\b", re.M)
     package = ROOT / "vtclip"
     users = {path for path in package.rglob("*.py") if importing.search(path.read_text())}
@@ -305,7 +285,7 @@ def test_the_package_does_not_import_its_command_line() -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["fit", "--help"]])
-def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
+def test_help_is_quick_and_needs_no_torch(words):
     started = time.perf_counter()
     done = child(*words, python=["-X", "importtime"])
     seconds = time.perf_counter() - started
@@ -316,12 +296,12 @@ def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
     assert seconds < 2
 
 
-def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_shows_the_help(capsys):
     assert call() == 2
     assert "COMMAND" in capsys.readouterr().out
 
 
-def test_a_closed_pipe_is_quiet_and_the_run_is_complete(npz: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_quiet_and_the_run_is_complete(npz, tmp_path):
     read, write = os.pipe()
     os.close(read)
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -332,7 +312,7 @@ def test_a_closed_pipe_is_quiet_and_the_run_is_complete(npz: Path, tmp_path: Pat
     assert json.loads((tmp_path / "r" / "result.json").read_text())["accuracy"] > 0
 
 
-def test_plain_locale_and_optimised_python_behave_the_same(npz: Path, tmp_path: Path) -> None:
+def test_plain_locale_and_optimised_python_behave_the_same(npz, tmp_path):
     data = dict(np.load(npz))
     data["classname"] = np.array(["ant", "b\u00e9e", "\u732b", "dog"])
     np.savez(tmp_path / "names.npz", **data)
@@ -352,9 +332,7 @@ def test_plain_locale_and_optimised_python_behave_the_same(npz: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_resuming_gives_the_same_adapter(
-    npz: Path, tmp_path: Path, signum: signal.Signals
-) -> None:
+def test_a_signal_saves_and_resuming_gives_the_same_adapter(npz, tmp_path, signum):
     words = ["fit", str(npz), *VT, "--shots", "4", "--epochs", "100", "--threads", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vtclip", *words, "--out", "r"]

@@ -47,9 +47,7 @@ def lock(root: Path) -> None:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
 
-def test_fit_and_evaluate_leave_a_read_only_root_as_it_is(
-    root: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fit_and_evaluate_leave_a_read_only_root_as_it_is(root, trees, capsys):
     lock(root)
     before = trees.fingerprint(root)
     assert call("data", "check", root) == 0
@@ -75,9 +73,7 @@ def test_fit_and_evaluate_leave_a_read_only_root_as_it_is(
     assert trees.fingerprint(root) == before
 
 
-def test_a_run_moves_with_its_root(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_moves_with_its_root(root, tmp_path, capsys):
     assert call("fit", "caltech101", "--data", root, "--shots", "1", "--out", "r", *QUICK) == 0
     shutil.move(root, tmp_path / "other")
     assert "root of the data sets must be a folder" in refused(capsys, "evaluate", "r")
@@ -87,9 +83,7 @@ def test_a_run_moves_with_its_root(
 
 
 @pytest.mark.parametrize("method", ["zeroshot", "rada"])
-def test_imagenet_and_a_test_set_over_some_of_its_classes(
-    method: str, tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imagenet_and_a_test_set_over_some_of_its_classes(method, tmp_path, trees, capsys):
     root = trees.make_imagenet(tmp_path / "root")
     trees.make_variant(root, "imagenet_a", (0, 2))
     before = trees.fingerprint(root)
@@ -110,9 +104,7 @@ def test_imagenet_and_a_test_set_over_some_of_its_classes(
     assert trees.fingerprint(root) == before
 
 
-def test_zero_shot_on_a_test_set(
-    tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_zero_shot_on_a_test_set(tmp_path, trees, capsys):
     root = trees.make_set(tmp_path / "root", "imagenetv2")
     assert call("fit", "imagenetv2", "--data", root, "--method", "zeroshot", "--out", "r") == 0
     result = result_of("r")
@@ -120,9 +112,7 @@ def test_zero_shot_on_a_test_set(
     assert result["shots"] == 0
 
 
-def test_base_to_new_on_a_data_set(
-    tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_base_to_new_on_a_data_set(tmp_path, trees, capsys):
     root = trees.make_imagenet(tmp_path / "root")
     words = ["--method", "rada", "--base-to-new", "--shots", "2", "--out", "r", *QUICK[2:]]
     assert call("fit", "imagenet", "--data", root, *words) == 0
@@ -136,9 +126,7 @@ def test_base_to_new_on_a_data_set(
     )
 
 
-def test_what_is_refused(
-    root: Path, tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_refused(root, tmp_path, trees, capsys):
     before = trees.fingerprint(root)
     fit = ["fit", "caltech101", "--data", root]
     assert "did you mean 'caltech101'" in refused(capsys, "fit", "caltech11", "--data", root)
@@ -179,9 +167,7 @@ def test_what_is_refused(
     assert trees.fingerprint(root) != before
 
 
-def test_data_check_says_what_a_run_would_meet(
-    root: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_says_what_a_run_would_meet(root, trees, capsys):
     assert call("data", "check", root) == 0
     lines = capsys.readouterr().out.splitlines()
     counts = "train 18, val 9, test 12; 3 classes; lists"
@@ -206,7 +192,7 @@ def test_data_check_says_what_a_run_would_meet(
     assert "val 8 of 9" in capsys.readouterr().out
 
 
-def test_data_check_of_an_empty_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_of_an_empty_root(tmp_path, capsys):
     assert call("data", "check", tmp_path) == 1
     out = capsys.readouterr().out
     assert "there is no data set in" in out

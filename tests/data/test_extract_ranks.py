@@ -43,7 +43,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]
 
 
 @pytest.mark.parametrize(("way", "size"), [("two", 2), ("five", 5), ("slow", 2)])
-def test_bytes_are_those_of_one_process(ways: dict[str, Any], way: str, size: int) -> None:
+def test_bytes_are_those_of_one_process(ways, way, size):
     outcome = ways[way]
     assert outcome["codes"] == [0] * size
     assert outcome["same"]
@@ -55,9 +55,7 @@ def test_bytes_are_those_of_one_process(ways: dict[str, Any], way: str, size: in
         assert [name for name, _ in process["skipped"]] == ["dog/3.png"]
 
 
-def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(
-    ways: dict[str, Any],
-) -> None:
+def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(ways):
     outcome = ways["killed"]
     assert outcome["codes"] == [1, -9]
     assert "manifest.json" not in outcome["files"]
@@ -73,14 +71,14 @@ def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(
     assert again["files"] == ways["two"]["files"]
 
 
-def test_finished_features_are_reused_by_all(ways: dict[str, Any]) -> None:
+def test_finished_features_are_reused_by_all(ways):
     assert ways["reused"]["codes"] == [0, 0]
     assert all(process["reused"] for process in ways["reused"]["processes"])
     assert [process["encoded"] for process in ways["reused"]["processes"]] == [0, 0]
     assert not any(process["reused"] for process in ways["two"]["processes"])
 
 
-def test_an_error_in_one_process_ends_all(ways: dict[str, Any]) -> None:
+def test_an_error_in_one_process_ends_all(ways):
     outcome = ways["poison"]
     assert outcome["codes"] == [1, 1]
     first, second = (process["error"] for process in outcome["processes"])
@@ -89,14 +87,14 @@ def test_an_error_in_one_process_ends_all(ways: dict[str, Any]) -> None:
     assert "manifest.json" not in outcome["files"]
 
 
-def test_processes_that_see_other_images_refuse_to_begin(ways: dict[str, Any]) -> None:
+def test_processes_that_see_other_images_refuse_to_begin(ways):
     outcome = ways["differ"]
     assert outcome["codes"] == [1, 1]
     assert any("has list of images" in process["error"] for process in outcome["processes"])
     assert outcome["files"] == []
 
 
-def test_torchrun_writes_what_one_process_writes(tmp_path: Path, root: Path) -> None:
+def test_torchrun_writes_what_one_process_writes(tmp_path, root):
     """The command, with the bundled model: three shards for two processes."""
     noise(tmp_path / "pictures", ("red dot", "green dot"), 66)
     words = ["features", str(tmp_path / "pictures"), "--device", "cpu", "--spatial", "none"]
@@ -146,9 +144,7 @@ def test_shards_follow_from_the_images_alone(
         assert [shard.start for shard in planned] == [sum(rows[:n]) for n in range(len(rows))]
 
 
-def test_another_batch_size_takes_over_no_shards(
-    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_batch_size_takes_over_no_shards(pictures, tmp_path, fake_clip, monkeypatch):
     """The shards of an interrupted run are used for the very same batches only."""
     monkeypatch.setattr("vtclip.data.shards.SHARD_ROWS", 4)
     for batch, taken in ((2, 8), (4, 0)):

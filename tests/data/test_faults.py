@@ -56,7 +56,7 @@ def test_cut_file_is_found_and_built_again(
     assert "building it again" in caplog.text
 
 
-def test_missing_files_are_found(features: Path) -> None:
+def test_missing_files_are_found(features):
     for name in FILES[1:]:
         data = (features / name).read_bytes()
         (features / name).unlink()
@@ -68,7 +68,7 @@ def test_missing_files_are_found(features: Path) -> None:
         FeatureSet.open(features)
 
 
-def test_every_flipped_bit_is_found(features: Path) -> None:
+def test_every_flipped_bit_is_found(features):
     draw = random.Random(0)
     for name, data in contents(features).items():
         positions = {0, 1, 7, 8, len(data) - 1, *(draw.randrange(len(data)) for _ in range(40))}
@@ -82,7 +82,7 @@ def test_every_flipped_bit_is_found(features: Path) -> None:
     FeatureSet.open(features).verify()
 
 
-def test_flipped_bit_is_found_before_the_first_row_is_read(features: Path) -> None:
+def test_flipped_bit_is_found_before_the_first_row_is_read(features):
     path = features / "shard-00002.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 16
@@ -93,7 +93,7 @@ def test_flipped_bit_is_found_before_the_first_row_is_read(features: Path) -> No
         records.batch(torch.tensor([8]))
 
 
-def test_shards_swapped_for_each_other_are_found(features: Path) -> None:
+def test_shards_swapped_for_each_other_are_found(features):
     one, two = (features / f"shard-0000{n}.safetensors" for n in (0, 1))
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
@@ -102,7 +102,7 @@ def test_shards_swapped_for_each_other_are_found(features: Path) -> None:
         FeatureSet.open(features).verify()
 
 
-def test_planted_pickle_is_never_loaded(features: Path, tmp_path: Path) -> None:
+def test_planted_pickle_is_never_loaded(features, tmp_path):
     class Trap:
         def __reduce__(self) -> Any:
             return os.system, (f"touch {tmp_path / 'trapped'}",)
@@ -113,7 +113,7 @@ def test_planted_pickle_is_never_loaded(features: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
-def test_manifest_cannot_point_outside_of_its_folder(features: Path, tmp_path: Path) -> None:
+def test_manifest_cannot_point_outside_of_its_folder(features, tmp_path):
     manifest = json.loads((features / "manifest.json").read_text())
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes((features / "shard-00000.safetensors").read_bytes())
@@ -125,9 +125,7 @@ def test_manifest_cannot_point_outside_of_its_folder(features: Path, tmp_path: P
         FeatureSet.open(features)
 
 
-def test_damaged_explicit_folder_is_not_removed_unasked(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
+def test_damaged_explicit_folder_is_not_removed_unasked(pictures, tmp_path, fake_clip):
     out = tmp_path / "out"
     extract_features(pictures, out, model=fake_clip())
     (out / "text.safetensors").write_bytes(b"x")
@@ -147,9 +145,7 @@ def small_files_only() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_names_path_and_bytes_and_keeps_the_old(
-    features: Path, cached: Any, fake_clip: Any
-) -> None:
+def test_full_disk_names_path_and_bytes_and_keeps_the_old(features, cached, fake_clip):
     good = contents(features)
     message = r"cannot write \d+ bytes to .*: File too large"
     with small_files_only(), pytest.raises(OSError, match=message):
@@ -237,7 +233,7 @@ print(json.dumps({"seen": seen, "same": same, "reused": reused,
 """
 
 
-def test_kills_and_races_leave_good_features(tmp_path: Path, root: Path) -> None:
+def test_kills_and_races_leave_good_features(tmp_path, root):
     """25 builds killed at random moments, then four processes at once, in one interpreter start."""
     helpers = root / "tests" / "helpers"
     run = subprocess.run(

@@ -32,9 +32,7 @@ def published(shared_data: Path, architecture: str, prompt: str) -> float:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("architecture", ["ViT-B-32", "RN50"])
-def test_zeroshot_agrees_with_the_published_accuracy(
-    shared_data: Path, tmp_path: Path, architecture: str, prompt: str
-) -> None:
+def test_zeroshot_agrees_with_the_published_accuracy(shared_data, tmp_path, architecture, prompt):
     source = shared_data / f"whurs19_CLIP_{architecture}.npz"
     words = ["--method", "zeroshot", "--prompt", prompt, "--test-fraction", "1", "--device", "cpu"]
     assert main(["fit", str(source), *words, "--out", str(tmp_path / "run")]) == 0
@@ -45,14 +43,14 @@ def test_zeroshot_agrees_with_the_published_accuracy(
     assert 100 * result["accuracy"] == pytest.approx(wanted, abs=0.3)
 
 
-def test_zeroshot_with_the_mean_of_all_prompts(shared_data: Path, tmp_path: Path) -> None:
+def test_zeroshot_with_the_mean_of_all_prompts(shared_data, tmp_path):
     source = shared_data / "whurs19_CLIP_ViT-B-32.npz"
     run = vtclip.fit(source, method="zeroshot", test_fraction=1, out=tmp_path / "run", device="cpu")
     assert 100 * run.accuracy == pytest.approx(81.29, abs=0.3)
 
 
 @pytest.mark.slow
-def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data: Path, tmp_path: Path) -> None:
+def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data, tmp_path):
     """18 classes of product photos, 16 shots, mean of seeds 1-3, the recipe as it is."""
     gains = []
     for seed in (1, 2, 3):
@@ -69,9 +67,7 @@ def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_real_folder_of_photos_from_fit_to_heat_map(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_real_folder_of_photos_from_fit_to_heat_map(shared_data, tmp_path, capsys):
     """The bundled model was trained on drawings: the numbers are poor, every step has to work."""
     run, photos = str(tmp_path / "run"), shared_data / "photos"
     words = ["--method", "vtclip", "--shots", "1", "--epochs", "2", "--device", "cpu", "--out", run]
@@ -91,9 +87,7 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(
 
 
 @pytest.mark.slow
-def test_rada_on_a_real_folder_of_photos(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rada_on_a_real_folder_of_photos(shared_data, tmp_path, capsys):
     run, photos = str(tmp_path / "run"), shared_data / "photos"
     cache = ["--cache-dir", str(tmp_path / "cache")]
     words = ["--method", "rada", "--shots", "8", "--device", "cpu", "--out", run]
@@ -125,13 +119,8 @@ def test_rada_on_a_real_folder_of_photos(
     ],
 )
 def test_rada_beats_zeroshot_on_satellite_photos(
-    shared_data: Path,
-    tmp_path: Path,
-    architecture: str,
-    shots: int,
-    seeds: tuple[int, ...],
-    points: float,
-) -> None:
+    shared_data, tmp_path, architecture, shots, seeds, points
+):
     """19 classes, mean over seeds, the recipe as it is."""
     gains = []
     for seed in seeds:
@@ -144,8 +133,8 @@ def test_rada_beats_zeroshot_on_satellite_photos(
 
 
 def test_without_named_shots_a_small_folder_takes_what_every_class_has(
-    shared_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    shared_data, tmp_path, caplog
+):
     run = vtclip.fit(shared_data / "photos", out=tmp_path / "run", cache_dir=tmp_path / "cache")
     assert run.result["shots"] == 8  # 20 photos a class, half of them test
     assert run.result["images"] == {"train": 152, "val": 38, "test": 190}
