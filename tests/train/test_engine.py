@@ -268,21 +268,11 @@ def test_a_test_row_in_training_raises(records):
     for stolen in (torch.cat([split.train, split.test[:1]]), split.test):
         with pytest.raises(IndexError, match="neither a training nor a validation row"):
             engine.train_head(
-                new_head(records),
-                rows,
-                stolen,
-                split.val,
-                CONFIG,
-                TrainingRun(CPU, 1),
+                new_head(records), rows, stolen, split.val, CONFIG, TrainingRun(CPU, 1)
             )
     with pytest.raises(IndexError, match="neither a training nor a validation row"):
         engine.train_head(
-            new_head(records),
-            rows,
-            split.train,
-            split.test,
-            CONFIG,
-            TrainingRun(CPU, 1),
+            new_head(records), rows, split.train, split.test, CONFIG, TrainingRun(CPU, 1)
         )
 
 

@@ -47,13 +47,7 @@ def split_of(records: Records, shots: int) -> Split:
 
 def fitted(records: Records, method: str, split: Split) -> Any:
     config = HEADS[method].recipe(4)
-    return fit_head(
-        method,
-        records,
-        split,
-        config,
-        TrainingRun(CPU, 1),
-    )
+    return fit_head(method, records, split, config, TrainingRun(CPU, 1))
 
 
 @pytest.mark.parametrize("method", LEARN)

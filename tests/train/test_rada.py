@@ -41,14 +41,7 @@ def trained(records: Records, config: FitConfig, **options: Any) -> tuple[RAda, 
     head = RAda(records.text, logit_scale=20.0, num_heads=4, **options)
     split = few_shot_split(records.label, records.names, shots=8, seed=1)
     rows = engine.TrainingRows(records, split.train, split.val)
-    engine.train_head(
-        head,
-        rows,
-        split.train,
-        split.val,
-        config,
-        TrainingRun(CPU, 1),
-    )
+    engine.train_head(head, rows, split.train, split.val, config, TrainingRun(CPU, 1))
     return head, split
 
 
