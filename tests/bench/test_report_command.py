@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import bench_rows as made
 import pytest
-from commands import call, refused
+from commands import call, python, refused
 
 from vtclip.cli import main
 
@@ -61,7 +59,7 @@ def test_no_torch_is_imported(out):
         f"assert main(['report', {str(out)!r}, '--html', {str(out / 'p.html')!r}]) == 0; "
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
 
 

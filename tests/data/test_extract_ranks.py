@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import environment, python
 from pictures import noise
 
 from vtclip.cli import main
@@ -21,22 +20,12 @@ from vtclip.data.shards import Work, shards_of
 READABLE, LOST = 20, 1  # 3 classes of 7 files, of which one is not a picture
 
 
-def environment(root: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests' / 'helpers'}",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]:
     """The outcome of each way in which the processes behaved; see _ranks_child.py."""
-    here, place = Path(__file__).parent, tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, str(here / "_ranks_child.py"), str(place)],
-        env=environment(root), capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    child, place = Path(__file__).parent / "_ranks_child.py", tmp_path_factory.mktemp("ranks")
+    paths = f"{root}{os.pathsep}{root / 'tests' / 'helpers'}"
+    done = python(child, place, env=environment(PYTHONPATH=paths), timeout=200)
     assert done.returncode == 0, done.stderr
     outcome: dict[str, Any] = json.loads(done.stdout)
     return outcome
@@ -94,17 +83,14 @@ def test_processes_that_see_other_images_refuse_to_begin(ways):
     assert outcome["files"] == []
 
 
-def test_torchrun_writes_what_one_process_writes(tmp_path, root):
+def test_torchrun_writes_what_one_process_writes(tmp_path):
     """The command, with the bundled model: three shards for two processes."""
     noise(tmp_path / "pictures", ("red dot", "green dot"), 66)
     words = ["features", str(tmp_path / "pictures"), "--device", "cpu", "--spatial", "none"]
     words += ["--threads", "1", "--out"]
     assert main([*words, str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", "2", "-m", "vtclip", *words, str(tmp_path / "two")]
-    done = subprocess.run(
-        launch, env=environment(root), capture_output=True, text=True, timeout=120, check=False
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = python(*launch, "-m", "vtclip", *words, tmp_path / "two", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Records(132 images") == 1
     one, two = (
@@ -128,10 +114,7 @@ def test_torchrun_writes_what_one_process_writes(tmp_path, root):
         (70, 7, 1, [70]),
     ],
 )
-def test_shards_follow_from_the_images_alone(
-    images: int, batch: int, passes: int, rows: list[int], monkeypatch: pytest.MonkeyPatch,
-    fake_clip: Any,
-) -> None:  # fmt: skip
+def test_shards_follow_from_the_images_alone(images, batch, passes, rows, monkeypatch, fake_clip):
     class Hashed:
         names = range(images)
 

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import python
 
 import vtclip.data.extract as extract
 import vtclip.data.shards as shards
@@ -39,10 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0, 1, 8, 60, 0.5, -1])
-def test_cut_file_is_found_and_built_again(
-    features: Path, cached: Any, fake_clip: Any, name: str, keep: float,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_cut_file_is_found_and_built_again(features, cached, fake_clip, name, keep, caplog):
     good = contents(features)
     data = good[name]
     size = int(len(data) * keep) if isinstance(keep, float) else keep % len(data)
@@ -236,11 +232,7 @@ print(json.dumps({"seen": seen, "same": same, "reused": reused,
 def test_kills_and_races_leave_good_features(tmp_path, root):
     """25 builds killed at random moments, then four processes at once, in one interpreter start."""
     helpers = root / "tests" / "helpers"
-    run = subprocess.run(
-        [sys.executable, "-c", SERVER, str(helpers), str(tmp_path)],
-        cwd=root, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run = python("-c", SERVER, helpers, tmp_path, cwd=root)
     assert (run.returncode, run.stderr) == (0, "")
     result = json.loads(run.stdout.splitlines()[-1])
     assert len(result["seen"]) == 25

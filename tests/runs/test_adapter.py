@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import python
 from safetensors.torch import load_file, save_file
 
 from vtclip.data.records import Records
@@ -298,7 +297,7 @@ def run_child(folder: Path, body: str) -> str:
     """A fresh interpreter with one thread, so that its forks are safe."""
     here = str(Path(adapters.__file__).parents[2])
     code = CHILD.format(here=here, folder=str(folder)) + body
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

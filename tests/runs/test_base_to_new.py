@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 
 import vtclip
 from vtclip.cli import main
@@ -178,8 +177,7 @@ def test_the_table_shows_both_halves(source, tmp_path, capsys, monkeypatch):
 
 def test_evaluating_the_run_again_gives_its_numbers(source, run, capsys):
     for words in ([], [str(source)]):
-        assert main(["evaluate", str(run.folder), *words, "--json"]) == 0
-        values = json.loads(capsys.readouterr().out)
+        values = json_of(capsys, "evaluate", run.folder, *words)
         for part in ("base", "new"):
             assert values[part] == run.result[part]["adapted"]
         assert values["harmonic_mean"] == run.result["harmonic_mean"]["adapted"]

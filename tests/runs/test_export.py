@@ -7,9 +7,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, python, refused
 from pictures import SIDE, WIDTH, colours, small_model
 
 import vtclip
@@ -183,13 +180,7 @@ def test_one_runs_where_vtclip_is_not_installed_and_the_other_by_its_operators(e
     assert {"vtclip.rational_attn_fwd.default", "vtclip.rational_head_fwd.default"} <= targets
     paths = sorted((place / "images").glob("*/00.png"))
     words = [str(file), str(file.with_suffix(".json")), str(own), *map(str, paths)]
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, *words],
-        capture_output=True,
-        text=True,
-        cwd=file.parent,
-        env={**os.environ, "PYTHONPATH": str(Path(vtclip.__file__).parents[1])},
-    )
+    done = python("-c", ALONE, *words, cwd=file.parent)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for (name, share), best in zip(found["rows"], classifier.predict(paths, 1), strict=True):
@@ -259,8 +250,7 @@ def test_the_command(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"image ['batch', {WIDTH}] -> logits ['batch', 3]" in out
     assert "largest error" in out
-    assert main([*words, "--overwrite", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "features"
+    assert json_of(capsys, *words, "--overwrite")["kind"] == "features"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pictures
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from torch.nn import functional as F
 
 import vtclip
@@ -225,9 +225,8 @@ def test_a_second_extension_and_evaluation_count_every_source(place, fitted, tmp
     # a table it was not made with counts whole
     table(tmp_path / "other.npz", [4, 0], fname=np.array([f"x{i}" for i in range(24)]),
           image=world()["image"][:24] + 0.01)  # fmt: skip
-    assert (
-        vtclip.evaluate(last.folder, tmp_path / "other.npz", device="cpu")["test"]["images"] == 24
-    )
+    other = vtclip.evaluate(last.folder, tmp_path / "other.npz", device="cpu")
+    assert other["test"]["images"] == 24
     table(two, [4], image=np.float32(2) * world()["image"][:12])
     with pytest.raises(ValueError, match=r"two\.npz: its images have changed"):
         vtclip.evaluate(last.folder, device="cpu")
@@ -268,8 +267,7 @@ def test_folders_go_through_the_encoder_of_the_run(scenes, tmp_path):
 def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
     one = scenes / "new" / CLASS_NAMES[16]
     words = ["extend", scenes / "run", one, "--cache-dir", scenes / "cache", "--device", "cpu"]
-    assert main([*map(str, words), "--out", str(tmp_path / "a"), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = json_of(capsys, *words, "--out", tmp_path / "a")
     assert result["classes"][3:] == [CLASS_NAMES[16]]
     words += ["--name", "gray moon", "--shots", "1", "--out", tmp_path / "b"]
     assert main([*map(str, words)]) == 0
@@ -280,9 +278,8 @@ def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
     named = Run.load(tmp_path / "b").result
     assert named["classes"][3:] == ["gray moon"]
     assert (result["sources"][1]["shots"], named["sources"][1]["shots"]) == (2, 1)
-    assert vtclip.evaluate(tmp_path / "b", cache_dir=scenes / "cache", device="cpu")[
-        "accuracy"
-    ] == pytest.approx(named["accuracy"])
+    again = vtclip.evaluate(tmp_path / "b", cache_dir=scenes / "cache", device="cpu")
+    assert again["accuracy"] == pytest.approx(named["accuracy"])
 
 
 @pytest.mark.parametrize(
@@ -355,15 +352,8 @@ def test_heads_of_their_classes_are_refused_with_the_methods_that_can(place, tmp
 
 def test_tuned_encoders_come_along(scenes, tmp_path):
     options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
-    run = vtclip.fit(
-        scenes / "old",
-        method="rada",
-        train_encoders=True,
-        shots=1,
-        out=tmp_path / "run",
-        overrides={"epochs": 1, "batch_size": 3},
-        **options,
-    )
+    how = {"method": "rada", "train_encoders": True, "overrides": {"epochs": 1, "batch_size": 3}}
+    run = vtclip.fit(scenes / "old", shots=1, out=tmp_path / "run", **how, **options)
     larger = vtclip.extend(run, scenes / "new", out=tmp_path / "run2", **options)
     assert (tmp_path / "run2" / "encoders.safetensors").is_file()
     assert larger.result["before"]["adapted"]["accuracy"] == run.accuracy

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import json_of
 
 import vtclip
-from vtclip.cli import main
 from vtclip.runs.adapter import load_adapter
 
 OLD = Path(__file__).with_name("old")
@@ -79,13 +79,12 @@ def test_a_classifier_predicts_the_pictures_as_then(old):
 @pytest.mark.parametrize("name", RECORDED)
 def test_runs_are_evaluated_as_then(name, old, tmp_path, capsys):
     assert vtclip.Run.load(name).accuracy == RECORDED[name]["accuracy"]
-    words = ["evaluate", name, "--device", "cpu", "--threads", "1", "--json"]
-    assert main([*words, "--cache-dir", str(tmp_path)]) == 0
-    close(json.loads(capsys.readouterr().out), RECORDED[name]["evaluate"])
+    words = ["evaluate", name, "--device", "cpu", "--threads", "1", "--cache-dir", tmp_path]
+    close(json_of(capsys, *words), RECORDED[name]["evaluate"])
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_runs_are_repeated_as_then(name, old, tmp_path, capsys):
     """MATCH with the versions and processor of then; elsewhere the accuracies are close."""
-    assert main(["repeat", name, "--cache-dir", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] in ("MATCH", "CLOSE")
+    found = json_of(capsys, "repeat", name, "--cache-dir", tmp_path)
+    assert found["verdict"] in ("MATCH", "CLOSE")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from pictures import scenes_of
 from PIL import Image
 
@@ -183,8 +182,7 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(run, images, t
     assert seen.err.count("\n") == 1
     assert str(deep / "b.png") in seen.err
 
-    assert main([*words, "--json"]) == 1
-    rows = json.loads(capsys.readouterr().out)
+    rows = json_of(capsys, *words, status=1)
     assert [row["image"] for row in rows if "predictions" in row] == order
     (bad,) = (row for row in rows if "error" in row)
     assert bad["image"] == str(deep / "b.png")
@@ -196,10 +194,9 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(run, images, t
     ]
     best = {row["image"]: row["predictions"][0] for row in rows if "predictions" in row}
     for row in lines[::2]:
-        assert row["label"] == best[row["image"]]["label"]
-        assert float(row["probability"]) == pytest.approx(
-            best[row["image"]]["probability"], abs=1e-5
-        )
+        first = best[row["image"]]
+        assert row["label"] == first["label"]
+        assert float(row["probability"]) == pytest.approx(first["probability"], abs=1e-5)
 
     (deep / "b.png").unlink()
     assert main(words) == 0

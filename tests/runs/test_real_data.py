@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import call, json_of
 from PIL import Image
 
 import vtclip
@@ -54,14 +55,8 @@ def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data, tmp_path):
     """18 classes of product photos, 16 shots, mean of seeds 1-3, the recipe as it is."""
     gains = []
     for seed in (1, 2, 3):
-        run = vtclip.fit(
-            shared_data / "mira_tinyclip_fashion.npz",
-            method="vtclip",
-            shots=16,
-            seed=seed,
-            out=tmp_path / str(seed),
-            device="cpu",
-        )
+        options = {"shots": 16, "seed": seed, "out": tmp_path / str(seed), "device": "cpu"}
+        run = vtclip.fit(shared_data / "mira_tinyclip_fashion.npz", method="vtclip", **options)
         gains.append(100 * (run.accuracy - run.result["zero_shot"]["accuracy"]))
     assert sum(gains) / 3 >= 1.0, gains
 
@@ -76,8 +71,7 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(shared_data, tmp_path, cap
     assert "19 classes, 19 training, 19 validation and 190 test images" in seen.out
     assert "--model ViT-B-32:openai" in seen.err
     photo = str(sorted((photos / "beach").iterdir())[0])
-    assert main(["predict", run, photo, "--json", "--topk", "3"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")
     assert len(row["predictions"]) == 3
     assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
     heat = tmp_path / "heat.png"
@@ -97,14 +91,10 @@ def test_rada_on_a_real_folder_of_photos(shared_data, tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["adapted"] != result["zero_shot"]
     photo = str(sorted((photos / "beach").iterdir())[0])
-    assert main(["predict", run, photo, "--json", "--topk", "3"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")
     assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
-    assert main(["evaluate", run, str(photos), "--json", *cache]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == result["accuracy"]
-    with pytest.raises(SystemExit) as done:
-        main(["explain", run, photo, "--out", str(tmp_path / "heat.png")])
-    assert done.value.code == 2
+    assert json_of(capsys, "evaluate", run, photos, *cache)["accuracy"] == result["accuracy"]
+    assert call("explain", run, photo, "--out", tmp_path / "heat.png") == 2
     assert "method rada has no attention to show; fit with vtclip" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from pictures import dots
 from PIL import Image
 
@@ -95,12 +95,8 @@ def test_pseudo_labels_match(npz, tmp_path):
 
 def test_settings_that_are_not_the_recipe_are_taken_over(run):
     request = request_of(run.result)
-    assert request.overrides == {
-        "epochs": 2,
-        "lr": 7e-4,
-        "enough_pairs": 0,
-        "head": {"queries": ["image", "text"]},
-    }
+    head = {"queries": ["image", "text"]}
+    assert request.overrides == {"epochs": 2, "lr": 7e-4, "enough_pairs": 0, "head": head}
     assert (request.seed, request.shots, request.device) == (3, 2, torch.device("cpu"))
 
 
@@ -120,10 +116,8 @@ def test_base_to_new_compares_both_halves(npz, tmp_path):
     made = vtclip.fit(npz, base_to_new=True, out=tmp_path / "run", **options)
     found = repeat(made)
     assert found["verdict"] == "MATCH"
-    assert (
-        found["metrics"]["new adapted accuracy"]["now"]
-        == (made.result["new"]["adapted"]["accuracy"])
-    )
+    accuracy = made.result["new"]["adapted"]["accuracy"]
+    assert found["metrics"]["new adapted accuracy"]["now"] == accuracy
     assert found["split_new"]["equal"]
     folder = altered(made, tmp_path, **{"new.split": "0" * 64})
     assert repeat(folder)["verdict"] == "DIFFERENT"
@@ -169,10 +163,7 @@ def test_data_set_matches(cache, tmp_path, trees):
         ({"one image": 2, "versions.torch": "1.0"}, "DIFFERENT"),
     ],
 )
-def test_verdicts(
-    run: Run, tmp_path: Path, changes: dict[str, Any], verdict: str | None,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_verdicts(run, tmp_path, changes, verdict, capsys):
     if "one image" in changes:
         values, images = run.result["adapted"], changes.pop("one image")
         changes["adapted.accuracy"] = values["accuracy"] - images / values["count"]
@@ -180,8 +171,7 @@ def test_verdicts(
     if verdict is None:
         assert "have changed" in refused(capsys, "repeat", folder)
         return
-    assert main(["repeat", str(folder), "--json"]) == (verdict == "DIFFERENT")
-    found = json.loads(capsys.readouterr().out)
+    found = json_of(capsys, "repeat", folder, status=int(verdict == "DIFFERENT"))
     assert found["verdict"] == verdict
     if "versions.torch" in changes:
         assert found["differs"] == {"torch": ["1.0", run.result["versions"]["torch"]]}

@@ -265,15 +265,10 @@ def test_a_test_row_in_training_raises(records):
     assert len(rows.batch(split.train).label) == len(split.train)
     with pytest.raises(IndexError, match="neither a training nor a validation row"):
         rows.batch(split.test[:1])
-    for stolen in (torch.cat([split.train, split.test[:1]]), split.test):
+    stolen = torch.cat([split.train, split.test[:1]])
+    for train, val in ((stolen, split.val), (split.test, split.val), (split.train, split.test)):
         with pytest.raises(IndexError, match="neither a training nor a validation row"):
-            engine.train_head(
-                new_head(records), rows, stolen, split.val, CONFIG, TrainingRun(CPU, 1)
-            )
-    with pytest.raises(IndexError, match="neither a training nor a validation row"):
-        engine.train_head(
-            new_head(records), rows, split.train, split.test, CONFIG, TrainingRun(CPU, 1)
-        )
+            engine.train_head(new_head(records), rows, train, val, CONFIG, TrainingRun(CPU, 1))
 
 
 def test_nothing_to_train_is_an_error(records):

@@ -9,8 +9,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from commands import call, refused
+from commands import call, python, refused
 from pictures import save, write_model
 
 import vtclip
@@ -81,18 +79,9 @@ def fitted(
 
 def fit(source: Path, model: str, out: Path, cache: Path, **options: Any) -> Run:
     overrides = {**QUICK, **options.pop("overrides", {})}
-    given = {"method": "rada", "shots": 4, "templates": TEMPLATES, **options}
-    return vtclip.fit(
-        source,
-        model=model,
-        out=out,
-        cache_dir=cache,
-        train_encoders=True,
-        overrides=overrides,
-        device="cpu",
-        threads=1,
-        **given,
-    )
+    given = {"method": "rada", "shots": 4, "templates": TEMPLATES, "train_encoders": True}
+    given |= {"model": model, "out": out, "cache_dir": cache, "device": "cpu", "threads": 1}
+    return vtclip.fit(source, overrides=overrides, **{**given, **options})
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -128,16 +117,9 @@ def test_a_run_learns_and_holds_what_the_other_commands_need(fitted, photos, mod
 
 
 def test_zero_shot_is_the_untouched_model(fitted, photos, models, cache, tmp_path):
-    plain = vtclip.fit(
-        photos,
-        method="zeroshot",
-        model=models["vit"],
-        shots=4,
-        templates=TEMPLATES,
-        out=tmp_path / "plain",
-        cache_dir=cache,
-        device="cpu",
-    ).result
+    options = {"model": models["vit"], "shots": 4, "templates": TEMPLATES, "device": "cpu"}
+    options |= {"out": tmp_path / "plain", "cache_dir": cache}
+    plain = vtclip.fit(photos, method="zeroshot", **options).result
     assert plain["split"] == fitted.result["split"]
     assert fitted.result["zero_shot"] == plain["zero_shot"]
 
@@ -176,9 +158,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert not (tmp_path / "run" / ENCODERS).exists()
     resumed = fit(photos, models["vit"], tmp_path / "run", cache, resume=True)
     assert resumed.result["digests"] == fitted.result["digests"]
-    assert [row["loss"] for row in steps(resumed.folder)] == [
-        row["loss"] for row in steps(fitted.folder)
-    ]
+    losses = [[row["loss"] for row in steps(run.folder)] for run in (resumed, fitted)]
+    assert losses[0] == losses[1]
     assert not (resumed.folder / "checkpoint.safetensors").exists()
 
 
@@ -329,20 +310,13 @@ def test_shares_are_all_of_a_batch():
         finetune.check_batch(get_config(100, overrides={"batch_size": 2}), World(0, 3))
 
 
-def child_environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-
-
 def test_two_processes_have_the_losses_of_one(photos, models, cache, tmp_path):
     words = ["fit", photos, "--method", "rada", "--train-encoders", "--model", models["vit"]]
     words += ["--shots", 4, "--epochs", 16, "--batch-size", 6, "--lr", "2e-4", "--threads", 1]
     words += ["--templates", TEMPLATES[0], "--device", "cpu", "--cache-dir", cache, "--out"]
     assert call(*words, tmp_path / "one") == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", "2", "-m", "vtclip", *map(str, words), str(tmp_path / "two")]
-    done = subprocess.run(
-        launch, env=child_environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = python(*launch, "-m", "vtclip", *words, tmp_path / "two", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("zero-shot") == 1
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
@@ -360,15 +334,7 @@ def outcomes(
 ) -> dict[str, dict[str, Any]]:
     """What the first process ended with while the second misbehaved."""
     out = tmp_path_factory.mktemp("two processes")
-    command = [sys.executable, HERE / "_finetune_child.py", photos, models["vit"], out, cache]
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    done = python(HERE / "_finetune_child.py", photos, models["vit"], out, cache, check=True)
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found
 

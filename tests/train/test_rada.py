@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import json_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -160,10 +161,9 @@ def test_settings_a_method_does_not_have_are_refused_by_name(method, overrides, 
     ],
 )
 def test_bad_head_options_leave_no_folder(npz, tmp_path, head, message):
+    out = tmp_path / "a" / "run"
     with pytest.raises(ValueError, match=message):
-        vtclip.fit(
-            npz, method="rada", shots=4, overrides={"head": head}, out=tmp_path / "a" / "run"
-        )
+        vtclip.fit(npz, method="rada", shots=4, overrides={"head": head}, out=out)
     assert not list(tmp_path.iterdir())
 
 
@@ -186,8 +186,7 @@ def test_options_reach_the_adapter_and_come_back(npz, tmp_path, capsys):
     for name in ("zero_shot", "adapted"):
         assert result[name]["temperature"] > 0
         assert 0 <= result[name]["ece_scaled"] <= 1
-    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
-    values = json.loads(capsys.readouterr().out)
+    values = json_of(capsys, "evaluate", tmp_path / "run")
     assert {name: values[name] for name in result["adapted"]} == result["adapted"]
 
 

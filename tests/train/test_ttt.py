@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -241,11 +240,9 @@ FEW = ["--ttt", "--views", "6", "--keep", "0.34"]
 def test_evaluate_with_ttt(capsys, world):
     """On the run's own test images: the first row is that of plain evaluate, and all are told."""
     common = ["evaluate", str(world["rada"]), "--cache-dir", str(world["cache"]), "--device", "cpu"]
-    assert main([*common, "--json"]) == 0
-    plain = json.loads(capsys.readouterr().out)
+    plain = json_of(capsys, *common)
     before = listing(world["rada"])
-    assert main([*common, *FEW, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json_of(capsys, *common, *FEW)
     extra = found.pop("ttt")
     assert found == plain
     assert found["count"] == 12
