@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import subprocess
@@ -25,32 +26,14 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="a shell script")
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     """The modules next to the script, which import each other by their plain names."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import cuda_registry
-    import gpu_suite
-    import gpu_summary
-    import sanitize_ops
-    import streamed
-    import targets
-
-    return types.SimpleNamespace(
-        cuda_registry=cuda_registry,
-        gpu_suite=gpu_suite,
-        gpu_summary=gpu_summary,
-        sanitize_ops=sanitize_ops,
-        streamed=streamed,
-        targets=targets,
-    )
+    names = ("cuda_registry", "gpu_suite", "gpu_summary", "sanitize_ops", "streamed", "targets")
+    return types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
 def run(*arguments: object, timeout: float = 50) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHON": sys.executable}
-    return subprocess.run(
-        [SCRIPT, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=timeout,
-    )
+    options = {"env": os.environ | {"PYTHON": sys.executable}, "timeout": timeout}
+    command = [SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def test_every_path_it_names_exists(benchmarks):
@@ -98,13 +81,8 @@ def test_rehearsal_goes_through_every_step_and_keeps_what_it_found(tmp_path):
     assert "gpu_suite: missing here: " in done.stdout
     state = json.loads((out / "state.json").read_text())
     notes = {step["step"]: step["note"] for step in state["steps"]}
-    assert list(notes) == [
-        "build",
-        "tests",
-        "sanitizer",
-        "benchmarks",
-        "benchmarks with compiled baselines",
-    ]
+    steps = ["build", "tests", "sanitizer", "benchmarks", "benchmarks with compiled baselines"]
+    assert list(notes) == steps
     assert state["not_reached"] == []
     assert notes["tests"] == "finished", (out / "tests-0.log").read_text()[-2000:]
     assert notes["benchmarks"] == "finished", (out / "benchmarks.log").read_text()[-2000:]
@@ -149,12 +127,9 @@ def test_after(): pass
 def stream(path: Path, log: Path, *options: str) -> int:
     environment = os.environ | {"PYTHONPATH": f"{BENCHMARKS}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "streamed"]
-    return subprocess.run(
-        [*command, "--stream", str(log), *options, str(path)],
-        cwd=path.parent,
-        env=environment,
-        capture_output=True,
-    ).returncode
+    command += ["--stream", str(log), *options, str(path)]
+    place = {"cwd": path.parent, "env": environment}
+    return subprocess.run(command, **place, capture_output=True).returncode
 
 
 def test_a_crash_is_kept_and_the_next_run_goes_on_behind_it(tmp_path, benchmarks):

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import call, refused
+from commands import call, json_of, refused
 
 
 def bench(*words: str | Path) -> int:
@@ -38,8 +37,7 @@ def test_prints_the_table_and_where_it_lies(quick, tmp_path, capsys):
 
 
 def test_json_holds_the_cells(quick, capsys):
-    assert bench(*quick, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json_of(capsys, "bench", *quick)
     assert (found["jobs"], found["finished"], found["failed"], found["left"]) == (2, 2, [], 0)
     (cell,) = found["summary"]["cells"]
     assert (cell["source"], cell["method"], cell["shots"]) == ("animals", "zeroshot", 1)

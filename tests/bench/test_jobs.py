@@ -116,10 +116,8 @@ def test_a_test_set_gets_fixed_methods_only(tmp_path, trees: ModuleType):
     root = trees.make_set(tmp_path / "root", "imagenetv2")
     sources = set_sources(root, ["imagenetv2"], SETTINGS)
     jobs = job_list(sources, ["zeroshot", "rada"], [1, 2], [5, 6], SETTINGS)
-    assert [job.place() for job in jobs] == [
-        ("imagenetv2", "zeroshot", 0, 5),
-        ("imagenetv2", "rada", 0, 5),
-    ]
+    wanted = [("imagenetv2", name, 0, 5) for name in ("zeroshot", "rada")]
+    assert [job.place() for job in jobs] == wanted
     assert jobs[0].skip is None
     assert jobs[1].skip == "rada needs training images, and imagenetv2 is a test set"
 

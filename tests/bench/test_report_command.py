@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import bench_rows as made
 import pytest
-from commands import call, refused
+from commands import call, python, refused
 
 from vtclip.cli import main
 
@@ -27,14 +25,14 @@ def out(tmp_path: Path) -> Path:
     return made.write(tmp_path / "bench", made.grid())  # type: ignore[no-any-return]
 
 
-def test_without_a_page_tables_are_written(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_page_tables_are_written(out, capsys):
     assert run(out) == 0
     assert set(files(out)) == {"results.jsonl", "report.md", "report.csv"}
     assert capsys.readouterr().out.startswith("18 runs: ")
     assert "svg" not in (out / "report.md").read_text()
 
 
-def test_with_a_page_pictures_are_written(out: Path, tmp_path: Path) -> None:
+def test_with_a_page_pictures_are_written(out, tmp_path):
     page = tmp_path / "deep" / "er" / "page.html"
     assert run(out, "--html", page, "--published", "--method", "rada") == 0
     assert set(files(out)) == {
@@ -47,7 +45,7 @@ def test_with_a_page_pictures_are_written(out: Path, tmp_path: Path) -> None:
     assert "![report-shots.svg](report-shots.svg)" in (out / "report.md").read_text()
 
 
-def test_the_same_rows_give_the_same_bytes(out: Path) -> None:
+def test_the_same_rows_give_the_same_bytes(out):
     page = out / "page.html"
     assert run(out, "--html", page) == 0
     first = files(out)
@@ -55,17 +53,17 @@ def test_the_same_rows_give_the_same_bytes(out: Path) -> None:
     assert files(out) == first
 
 
-def test_no_torch_is_imported(out: Path) -> None:
+def test_no_torch_is_imported(out):
     code = (
         "import sys; from vtclip.cli import main; "
         f"assert main(['report', {str(out)!r}, '--html', {str(out / 'p.html')!r}]) == 0; "
         "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
-def test_torn_lines_are_said(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_lines_are_said(out, capsys):
     with open(out / "results.jsonl", "a") as file:
         file.write('{"source": "animals", "meth')
     assert run(out, "--html", out / "page.html") == 0
@@ -88,9 +86,7 @@ def test_torn_lines_are_said(out: Path, capsys: pytest.CaptureFixture[str]) -> N
         ),
     ],
 )
-def test_folders_without_rows_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, message: str
-) -> None:
+def test_folders_without_rows_are_refused(tmp_path, capsys, content, message):
     if content is not None:
         (tmp_path / "results.jsonl").write_text(content)
     before = files(tmp_path)
@@ -100,9 +96,7 @@ def test_folders_without_rows_are_refused(
     assert not page.parent.exists()
 
 
-def test_a_wrong_argument_is_one_line(
-    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_argument_is_one_line(out, tmp_path, capsys):
     before = files(out)
     assert "does not exist" in refused(capsys, "report", tmp_path / "none")
     assert "must be a folder" in refused(capsys, "report", out / "results.jsonl")
@@ -116,9 +110,7 @@ def test_a_wrong_argument_is_one_line(
     assert files(out) == before
 
 
-def test_a_page_of_other_origin_stays(
-    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_page_of_other_origin_stays(out, tmp_path, capsys):
     page = tmp_path / "index.html"
     page.write_text("<html>mine</html>")
     before = files(out)
@@ -133,25 +125,21 @@ def test_a_page_of_other_origin_stays(
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.csv", "report-shots.svg"])
-def test_other_files_of_other_origin_stay(
-    out: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_other_files_of_other_origin_stay(out, capsys, name):
     (out / name).write_text("mine")
     before = files(out)
     assert repr(str(out / name)) in refused(capsys, "report", out, "--html", out / "page.html")
     assert files(out) == before
 
 
-def test_a_folder_is_never_replaced(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_never_replaced(out, capsys):
     (out / "page.html").mkdir()
     words = (out, "--html", out / "page.html", "--overwrite")
     assert "is a folder" in refused(capsys, "report", *words)
     assert not (out / "report.md").exists()
 
 
-def test_differing_settings_are_said_on_page_and_screen(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_differing_settings_are_said_on_page_and_screen(tmp_path, capsys):
     rows = [*made.grid(seeds=(1,)), *made.grid(seeds=(2,), revision="f" * 40)]
     out = made.write(tmp_path / "bench", rows)
     assert run(out, "--html", out / "page.html") == 0
@@ -160,7 +148,7 @@ def test_differing_settings_are_said_on_page_and_screen(
     assert said in (out / "page.html").read_text()
 
 
-def test_rows_of_a_real_benchmark_are_read(animals: Path, tmp_path: Path) -> None:
+def test_rows_of_a_real_benchmark_are_read(animals, tmp_path):
     out = tmp_path / "bench"
     words = ["bench", str(animals), "--methods", "zeroshot,proker", "--shots", "1,2"]
     assert main([*words, "--seeds", "1,2", "--out", str(out), "--threads", "1"]) == 0
@@ -171,6 +159,6 @@ def test_rows_of_a_real_benchmark_are_read(animals: Path, tmp_path: Path) -> Non
     assert "| zeroshot | " in (out / "report.md").read_text()
 
 
-def test_report_is_listed_with_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_is_listed_with_the_commands(capsys):
     assert call("--help") == 0
     assert "report" in capsys.readouterr().out.split()

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import python
 
 import vtclip
 from vtclip.bench.jobs import JobShard, Settings, job_list, path_sources, set_sources
@@ -256,16 +254,8 @@ def test_a_data_set_is_read_once_for_all_draws(tmp_path, trees, monkeypatch):
     assert counts["lists"] <= 1
     (reason,) = {row.get("skipped") for row in read_rows(tmp_path / "out")} - {None}
     assert reason == "7 shots: class Annual Crop Land has 6 training images"
-    alone = vtclip.fit(
-        "eurosat",
-        data=root,
-        method="zeroshot",
-        shots=2,
-        seed=1,
-        out=tmp_path / "one",
-        cache_dir=tmp_path / "cache",
-        device="cpu",
-    )
+    folders = {"data": root, "out": tmp_path / "one", "cache_dir": tmp_path / "cache"}
+    alone = vtclip.fit("eurosat", method="zeroshot", shots=2, seed=1, device="cpu", **folders)
     (row,) = [r for r in read_rows(tmp_path / "out") if (r["shots"], r["seed"]) == (2, 1)]
     assert is_finished(row)
     assert row["digests"] == alone.result["digests"]
@@ -413,9 +403,7 @@ assert ended(two) == 0
 def test_two_processes_and_a_kill_lose_and_repeat_nothing(animals, tmp_path):
     """JobShard 1 is killed with SIGKILL while both run, then called again."""
     out = tmp_path / "out"
-    words = [sys.executable, "-c", TWO_PROCESSES, str(out), str(animals)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    done = python("-c", TWO_PROCESSES, out, animals)
     assert done.returncode == 0, done.stderr
     sources = path_sources([animals], Settings())
     jobs = job_list(sources, ["zeroshot"], [1, 2], range(10), Settings())

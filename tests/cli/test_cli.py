@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import call, refused
+from commands import call, environment, json_of, python, refused
 
 import vtclip
 from vtclip.cli import COMMANDS
@@ -44,12 +44,6 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         npz, method="vtclip", shots=4, overrides={"epochs": 3}, out=out, device="cpu", threads=1
     )
     return out
-
-
-def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    command = [sys.executable, *options.pop("python", []), "-m", "vtclip", *map(str, words)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, **options)
 
 
 @pytest.mark.parametrize(
@@ -95,9 +89,7 @@ def child(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         (["info", "extra"], "unknown argument 'extra'"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(
-    capsys: pytest.CaptureFixture[str], words: list[str], message: str
-) -> None:
+def test_bad_input_is_one_line_and_exit_2(capsys, words, message):
     line = refused(capsys, *words)
     assert message in line
     known = any(words[0] == name for name, _, _ in COMMANDS)
@@ -105,24 +97,22 @@ def test_bad_input_is_one_line_and_exit_2(
     assert not list(Path.cwd().iterdir())
 
 
-def test_bad_sources_and_values_are_named(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_bad_sources_and_values_are_named(capsys, npz, tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     assert "not a readable .npz" in refused(capsys, "fit", "text.npz")
-    assert "prompt 'x' cannot be chosen" in refused(capsys, "fit", npz, "--prompt", "x")
-    assert "device must be" in refused(capsys, "fit", npz, "--device", "gpu")
-    assert "sees" in refused(capsys, "fit", npz, "--device", "cuda:77")
-    assert "class 'ant' has 12" in refused(capsys, "fit", npz, "--shots", "13")
-    assert "shots must be at least 1" in refused(capsys, "fit", npz, "--shots", "0")
-    message = refused(capsys, "fit", npz, "--method", "zeroshot", "--lr", "0.1")
-    assert "method zeroshot has no training, so lr cannot be set" in message
+    for words, message in (
+        ("--prompt x", "prompt 'x' cannot be chosen"),
+        ("--device gpu", "device must be"),
+        ("--device cuda:77", "sees"),
+        ("--shots 13", "class 'ant' has 12"),
+        ("--shots 0", "shots must be at least 1"),
+        ("--method zeroshot --lr 0.1", "method zeroshot has no training, so lr cannot be set"),
+        ("--method vtclip --temperature 0.1", "method vtclip has no option temperature"),
+        ("--lr 0.1", "each with its own settings; to set lr, name one method"),
+    ):
+        assert message in refused(capsys, "fit", npz, *words.split())
     message = refused(capsys, "fit", npz, *VT, "--penalty-weight", "1")
     assert "method vtclip has no penalty, so penalty_weight cannot be set" in message
-    message = refused(capsys, "fit", npz, *VT, "--temperature", "0.1")
-    assert "method vtclip has no option temperature" in message
-    message = refused(capsys, "fit", npz, "--lr", "0.1")
-    assert "each with its own settings; to set lr, name one method" in message
     message = refused(capsys, "fit", npz, "--method", "zeroshot", "--adapters")
     assert "method zeroshot has no training, so adapters cannot be set" in message
     words = ["--method", "rada", "--penalty", "none", "--penalty-weight", "1"]
@@ -132,9 +122,7 @@ def test_bad_sources_and_values_are_named(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["text.npz"]
 
 
-def test_fit_prints_a_table_and_writes_a_run(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_fit_prints_a_table_and_writes_a_run(capsys, npz, tmp_path):
     assert call("fit", npz, *QUICK) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "runs" / "animals-vtclip-4shot-seed1"
@@ -161,9 +149,7 @@ def test_fit_prints_a_table_and_writes_a_run(
     assert len((folder / "log.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_run_is_not_overwritten_unasked(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_not_overwritten_unasked(capsys, npz, tmp_path):
     assert call("fit", npz, "--out", "r", *QUICK) == 0
     first = (tmp_path / "r" / "adapter.safetensors").read_bytes()
     assert "holds a run already" in refused(capsys, "fit", npz, "--out", "r", *QUICK)
@@ -188,9 +174,7 @@ def test_a_run_is_not_overwritten_unasked(
     assert "lies inside the source" in capsys.readouterr().err
 
 
-def test_training_never_touches_a_test_row(
-    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_never_touches_a_test_row(npz, tmp_path, monkeypatch):
     """Every row asked of the real table, in order: none of the test's before its one evaluation."""
     asked: list[int] = []
     real, training = Records.batch, engine.train_head
@@ -222,30 +206,24 @@ def test_training_never_touches_a_test_row(
     assert all(asked.count(row) == 2 for row in test)
 
 
-def test_evaluate_repeats_the_numbers_of_the_run(
-    capsys: pytest.CaptureFixture[str], run: Path, npz: Path
-) -> None:
+def test_evaluate_repeats_the_numbers_of_the_run(capsys, run, npz):
     wanted = json.loads((run / "result.json").read_text())["adapted"]
     for words in (["evaluate", run], ["evaluate", run, npz]):
-        assert call(*words, "--json", "--threads", "1") == 0
-        values = json.loads(capsys.readouterr().out)
+        values = json_of(capsys, *words, "--threads", "1")
         assert {name: values[name] for name in wanted} == wanted
         assert values["test"]["images"] == 48
     assert call("evaluate", run) == 0
     assert re.search(r"^vtclip +\d", capsys.readouterr().out, re.M)
 
 
-def test_evaluate_on_other_features_matches_classes_by_name(
-    capsys: pytest.CaptureFixture[str], run: Path, npz: Path, tmp_path: Path
-) -> None:
+def test_evaluate_on_other_features_matches_classes_by_name(capsys, run, npz, tmp_path):
     data = dict(np.load(npz))
     keep = np.isin(data["label"], [1, 3])
     two = {**data, "classname": np.array(["dog", "bee"]), "text": data["text"][[3, 1]]}
     two |= {name: data[name][keep] for name in ("image", "spatial")}
     two["label"] = np.where(data["label"][keep] == 3, 0, 1)
     np.savez(tmp_path / "two.npz", **two)
-    assert call("evaluate", run, tmp_path / "two.npz", "--json") == 0
-    values = json.loads(capsys.readouterr().out)
+    values = json_of(capsys, "evaluate", run, tmp_path / "two.npz")
     assert values["test"]["images"] == 48
     assert values["per_class"]["ant"] is None
     assert values["per_class"]["dog"] is not None
@@ -254,9 +232,7 @@ def test_evaluate_on_other_features_matches_classes_by_name(
     assert "unknown class 'dgo'; did you mean 'dog'" in message
 
 
-def test_images_for_a_run_on_features_are_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], run: Path, tmp_path: Path
-) -> None:
+def test_images_for_a_run_on_features_are_refused_in_one_line(capsys, run, tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"")
     message = refused(capsys, "predict", run, "x.jpg")
     assert "fitted on a table of features and has no image encoder" in message
@@ -264,19 +240,15 @@ def test_images_for_a_run_on_features_are_refused_in_one_line(
     assert "has no image encoder" in message
 
 
-def test_json_output_is_strict(capsys: pytest.CaptureFixture[str], npz: Path) -> None:
+def test_json_output_is_strict(capsys, npz):
     assert call("fit", npz, "--json", *QUICK) == 0
     result = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
     assert result["classes"] == ["ant", "bee", "cat", "dog"]
-    assert json.loads(to_json({"a": float("nan"), "b": [float("inf"), 1.5]})) == {
-        "a": None,
-        "b": [None, 1.5],
-    }
+    values = {"a": float("nan"), "b": [float("inf"), 1.5]}
+    assert json.loads(to_json(values)) == {"a": None, "b": [None, 1.5]}
 
 
-def test_a_damaged_run_is_one_line(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_run_is_one_line(capsys, npz, tmp_path):
     assert call("fit", npz, "--out", "r", *QUICK) == 0
     path = tmp_path / "r" / "adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -285,9 +257,7 @@ def test_a_damaged_run_is_one_line(
     assert "not a vtclip run" in refused(capsys, "evaluate", "r")
 
 
-def test_zeroshot_needs_no_shots(
-    capsys: pytest.CaptureFixture[str], npz: Path, tmp_path: Path
-) -> None:
+def test_zeroshot_needs_no_shots(capsys, npz, tmp_path):
     words = ["--method", "zeroshot", "--test-fraction", "1", "--out", "z"]
     assert call("fit", npz, *words) == 0
     result = json.loads((tmp_path / "z" / "result.json").read_text())
@@ -297,7 +267,7 @@ def test_zeroshot_needs_no_shots(
     assert call("evaluate", "z", "--json") == 0
 
 
-def test_the_package_does_not_import_its_command_line() -> None:
+def test_the_package_does_not_import_its_command_line():
     importing = re.compile(r"^\s*(from|import)\s.*\bcli\b", re.M)
     package = ROOT / "vtclip"
     users = {path for path in package.rglob("*.py") if importing.search(path.read_text())}
@@ -305,9 +275,9 @@ def test_the_package_does_not_import_its_command_line() -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["fit", "--help"]])
-def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
+def test_help_is_quick_and_needs_no_torch(words):
     started = time.perf_counter()
-    done = child(*words, python=["-X", "importtime"])
+    done = python("-X", "importtime", "-m", "vtclip", *words)
     seconds = time.perf_counter() - started
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
@@ -316,35 +286,35 @@ def test_help_is_quick_and_needs_no_torch(words: list[str]) -> None:
     assert seconds < 2
 
 
-def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_shows_the_help(capsys):
     assert call() == 2
     assert "COMMAND" in capsys.readouterr().out
 
 
-def test_a_closed_pipe_is_quiet_and_the_run_is_complete(npz: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_is_quiet_and_the_run_is_complete(npz, tmp_path):
     read, write = os.pipe()
     os.close(read)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vtclip", "fit", str(npz), "--out", "r", "--json", *QUICK]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env, timeout=300)
+    pipes = {"stdout": write, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, **pipes, env=environment(), timeout=300)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads((tmp_path / "r" / "result.json").read_text())["accuracy"] > 0
 
 
-def test_plain_locale_and_optimised_python_behave_the_same(npz: Path, tmp_path: Path) -> None:
+def test_plain_locale_and_optimised_python_behave_the_same(npz, tmp_path):
     data = dict(np.load(npz))
     data["classname"] = np.array(["ant", "b\u00e9e", "\u732b", "dog"])
     np.savez(tmp_path / "names.npz", **data)
-    env = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = environment(LANG="C", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     outs = []
-    for python in ([], ["-O", "-W", "error"]):
+    for options in ([], ["-O", "-W", "error"]):
         words = ["fit", "names.npz", "--overwrite", "--out", "r", "--json", *QUICK]
-        done = child(*words, python=python, env=env)
+        done = python(*options, "-m", "vtclip", *words, env=env)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         outs.append(json.loads(done.stdout))
-    done = child("fit", "names.npz", "--shots", "99", python=["-O"], env=env)
+    done = python("-O", "-m", "vtclip", "fit", "names.npz", "--shots", "99", env=env)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert outs[0]["adapted"] == outs[1]["adapted"]
@@ -352,13 +322,11 @@ def test_plain_locale_and_optimised_python_behave_the_same(npz: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_resuming_gives_the_same_adapter(
-    npz: Path, tmp_path: Path, signum: signal.Signals
-) -> None:
+def test_a_signal_saves_and_resuming_gives_the_same_adapter(npz, tmp_path, signum):
     words = ["fit", str(npz), *VT, "--shots", "4", "--epochs", "100", "--threads", "1"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "vtclip", *words, "--out", "r"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = subprocess.Popen(command, **pipes, env=environment())
     log = tmp_path / "r" / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 3):

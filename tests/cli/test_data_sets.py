@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from commands import call
+from commands import call, json_of
 
 from vtclip.data.sets import SETS
 
@@ -47,9 +47,7 @@ def lock(root: Path) -> None:
         path.chmod(0o555 if path.is_dir() else 0o444)
 
 
-def test_fit_and_evaluate_leave_a_read_only_root_as_it_is(
-    root: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fit_and_evaluate_leave_a_read_only_root_as_it_is(root, trees, capsys):
     lock(root)
     before = trees.fingerprint(root)
     assert call("data", "check", root) == 0
@@ -65,8 +63,7 @@ def test_fit_and_evaluate_leave_a_read_only_root_as_it_is(
     assert result["classes"] == ["face", "airplane", "anchor"]
     assert len(result["digests"]["lists"]) == 64
     for words in ([run], [run, "caltech101", "--data", root]):
-        assert call("evaluate", *words, "--json", "--threads", "1", "--device", "cpu") == 0
-        again = json.loads(capsys.readouterr().out)
+        again = json_of(capsys, "evaluate", *words, "--threads", "1", "--device", "cpu")
         assert again["accuracy"] == result["accuracy"]
         assert again["per_class"] == result["adapted"]["per_class"]
         assert again["test"]["images"] == 12
@@ -75,21 +72,16 @@ def test_fit_and_evaluate_leave_a_read_only_root_as_it_is(
     assert trees.fingerprint(root) == before
 
 
-def test_a_run_moves_with_its_root(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_moves_with_its_root(root, tmp_path, capsys):
     assert call("fit", "caltech101", "--data", root, "--shots", "1", "--out", "r", *QUICK) == 0
     shutil.move(root, tmp_path / "other")
     assert "root of the data sets must be a folder" in refused(capsys, "evaluate", "r")
     other = ["caltech101", "--data", tmp_path / "other"]
-    assert call("evaluate", "r", *other, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == result_of("r")["accuracy"]
+    assert json_of(capsys, "evaluate", "r", *other)["accuracy"] == result_of("r")["accuracy"]
 
 
 @pytest.mark.parametrize("method", ["zeroshot", "rada"])
-def test_imagenet_and_a_test_set_over_some_of_its_classes(
-    method: str, tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imagenet_and_a_test_set_over_some_of_its_classes(method, tmp_path, trees, capsys):
     root = trees.make_imagenet(tmp_path / "root")
     trees.make_variant(root, "imagenet_a", (0, 2))
     before = trees.fingerprint(root)
@@ -99,10 +91,8 @@ def test_imagenet_and_a_test_set_over_some_of_its_classes(
     result = result_of("r")
     assert result["images"] == {"train": 8, "val": 8, "test": 12}
     assert result["classes"][1:3] == ["missile (n03773504)", "missile (n04008634)"]
-    assert call("evaluate", "r", "imagenet_a", "--data", root, "--json") == 0
-    capsys.readouterr()
-    assert call("evaluate", "r", "imagenet_a", "--data", root, "--json") == 0
-    evaluation = json.loads(capsys.readouterr().out)
+    for _ in range(2):
+        evaluation = json_of(capsys, "evaluate", "r", "imagenet_a", "--data", root)
     assert list(evaluation["per_class"]) == ["tench", "missile (n04008634)"]
     assert evaluation["test"]["images"] == 4
     message = refused(capsys, "fit", "imagenet_a", "--data", root, "--shots", "1")
@@ -110,9 +100,7 @@ def test_imagenet_and_a_test_set_over_some_of_its_classes(
     assert trees.fingerprint(root) == before
 
 
-def test_zero_shot_on_a_test_set(
-    tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_zero_shot_on_a_test_set(tmp_path, trees, capsys):
     root = trees.make_set(tmp_path / "root", "imagenetv2")
     assert call("fit", "imagenetv2", "--data", root, "--method", "zeroshot", "--out", "r") == 0
     result = result_of("r")
@@ -120,25 +108,18 @@ def test_zero_shot_on_a_test_set(
     assert result["shots"] == 0
 
 
-def test_base_to_new_on_a_data_set(
-    tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_base_to_new_on_a_data_set(tmp_path, trees, capsys):
     root = trees.make_imagenet(tmp_path / "root")
     words = ["--method", "rada", "--base-to-new", "--shots", "2", "--out", "r", *QUICK[2:]]
     assert call("fit", "imagenet", "--data", root, *words) == 0
     result = result_of("r")
     assert result["images"] == {"train": 4, "val": 4, "test": 6}
     assert result["new"]["classes"] == ["missile (n04008634)", "sunglasses"]
-    capsys.readouterr()
-    assert call("evaluate", "r", "--json") == 0
-    assert (
-        json.loads(capsys.readouterr().out)["harmonic_mean"] == result["harmonic_mean"]["adapted"]
-    )
+    mean = json_of(capsys, "evaluate", "r")["harmonic_mean"]
+    assert mean == result["harmonic_mean"]["adapted"]
 
 
-def test_what_is_refused(
-    root: Path, tmp_path: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_refused(root, tmp_path, trees, capsys):
     before = trees.fingerprint(root)
     fit = ["fit", "caltech101", "--data", root]
     assert "did you mean 'caltech101'" in refused(capsys, "fit", "caltech11", "--data", root)
@@ -174,27 +155,22 @@ def test_what_is_refused(
     rows["test"].pop(0)
     trees.write_split(root, "caltech101", rows)
     assert "images have changed since the run was fitted" in refused(capsys, "evaluate", "r")
-    assert call("evaluate", "r", "caltech101", "--data", root, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["test"]["images"] == 11
+    again = json_of(capsys, "evaluate", "r", "caltech101", "--data", root)
+    assert again["test"]["images"] == 11
     assert trees.fingerprint(root) != before
 
 
-def test_data_check_says_what_a_run_would_meet(
-    root: Path, trees: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_says_what_a_run_would_meet(root, trees, capsys):
     assert call("data", "check", root) == 0
     lines = capsys.readouterr().out.splitlines()
     counts = "train 18, val 9, test 12; 3 classes; lists"
     assert re.fullmatch(rf"caltech101 +usable +{counts} [0-9a-f]{{12}} \(not official\)", lines[0])
     assert "train 18, not 4128" in lines[1]
     assert any(re.match(r" +sun397 +sun397: https://", line) for line in lines)
-    assert call("data", "check", root, "caltech101", "dtd", "--json") == 1
-    report = json.loads(capsys.readouterr().out)
+    report = json_of(capsys, "data", "check", root, "caltech101", "dtd", status=1)
     assert report["usable"] is False
-    assert {name: row["usable"] for name, row in report["sets"].items()} == {
-        "caltech101": True,
-        "dtd": False,
-    }
+    usable = {name: row["usable"] for name, row in report["sets"].items()}
+    assert usable == {"caltech101": True, "dtd": False}
     row = report["sets"]["caltech101"]
     assert row["expected"] == {"train": 4128, "val": 1649, "test": 2465, "classes": 100}
     assert row["listed"] == {"train": 18, "val": 9, "test": 12, "classes": 3}
@@ -206,7 +182,7 @@ def test_data_check_says_what_a_run_would_meet(
     assert "val 8 of 9" in capsys.readouterr().out
 
 
-def test_data_check_of_an_empty_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_of_an_empty_root(tmp_path, capsys):
     assert call("data", "check", tmp_path) == 1
     out = capsys.readouterr().out
     assert "there is no data set in" in out

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import environment, python
 from pictures import noise
 
 from vtclip.cli import main
@@ -21,29 +20,19 @@ from vtclip.data.shards import Work, shards_of
 READABLE, LOST = 20, 1  # 3 classes of 7 files, of which one is not a picture
 
 
-def environment(root: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests' / 'helpers'}",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
 @pytest.fixture(scope="module")
 def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]:
     """The outcome of each way in which the processes behaved; see _ranks_child.py."""
-    here, place = Path(__file__).parent, tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, str(here / "_ranks_child.py"), str(place)],
-        env=environment(root), capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    child, place = Path(__file__).parent / "_ranks_child.py", tmp_path_factory.mktemp("ranks")
+    paths = f"{root}{os.pathsep}{root / 'tests' / 'helpers'}"
+    done = python(child, place, env=environment(PYTHONPATH=paths), timeout=200)
     assert done.returncode == 0, done.stderr
     outcome: dict[str, Any] = json.loads(done.stdout)
     return outcome
 
 
 @pytest.mark.parametrize(("way", "size"), [("two", 2), ("five", 5), ("slow", 2)])
-def test_bytes_are_those_of_one_process(ways: dict[str, Any], way: str, size: int) -> None:
+def test_bytes_are_those_of_one_process(ways, way, size):
     outcome = ways[way]
     assert outcome["codes"] == [0] * size
     assert outcome["same"]
@@ -55,9 +44,7 @@ def test_bytes_are_those_of_one_process(ways: dict[str, Any], way: str, size: in
         assert [name for name, _ in process["skipped"]] == ["dog/3.png"]
 
 
-def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(
-    ways: dict[str, Any],
-) -> None:
+def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(ways):
     outcome = ways["killed"]
     assert outcome["codes"] == [1, -9]
     assert "manifest.json" not in outcome["files"]
@@ -73,14 +60,14 @@ def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(
     assert again["files"] == ways["two"]["files"]
 
 
-def test_finished_features_are_reused_by_all(ways: dict[str, Any]) -> None:
+def test_finished_features_are_reused_by_all(ways):
     assert ways["reused"]["codes"] == [0, 0]
     assert all(process["reused"] for process in ways["reused"]["processes"])
     assert [process["encoded"] for process in ways["reused"]["processes"]] == [0, 0]
     assert not any(process["reused"] for process in ways["two"]["processes"])
 
 
-def test_an_error_in_one_process_ends_all(ways: dict[str, Any]) -> None:
+def test_an_error_in_one_process_ends_all(ways):
     outcome = ways["poison"]
     assert outcome["codes"] == [1, 1]
     first, second = (process["error"] for process in outcome["processes"])
@@ -89,24 +76,21 @@ def test_an_error_in_one_process_ends_all(ways: dict[str, Any]) -> None:
     assert "manifest.json" not in outcome["files"]
 
 
-def test_processes_that_see_other_images_refuse_to_begin(ways: dict[str, Any]) -> None:
+def test_processes_that_see_other_images_refuse_to_begin(ways):
     outcome = ways["differ"]
     assert outcome["codes"] == [1, 1]
     assert any("has list of images" in process["error"] for process in outcome["processes"])
     assert outcome["files"] == []
 
 
-def test_torchrun_writes_what_one_process_writes(tmp_path: Path, root: Path) -> None:
+def test_torchrun_writes_what_one_process_writes(tmp_path):
     """The command, with the bundled model: three shards for two processes."""
     noise(tmp_path / "pictures", ("red dot", "green dot"), 66)
     words = ["features", str(tmp_path / "pictures"), "--device", "cpu", "--spatial", "none"]
     words += ["--threads", "1", "--out"]
     assert main([*words, str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", "2", "-m", "vtclip", *words, str(tmp_path / "two")]
-    done = subprocess.run(
-        launch, env=environment(root), capture_output=True, text=True, timeout=120, check=False
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = python(*launch, "-m", "vtclip", *words, tmp_path / "two", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Records(132 images") == 1
     one, two = (
@@ -130,10 +114,7 @@ def test_torchrun_writes_what_one_process_writes(tmp_path: Path, root: Path) -> 
         (70, 7, 1, [70]),
     ],
 )
-def test_shards_follow_from_the_images_alone(
-    images: int, batch: int, passes: int, rows: list[int], monkeypatch: pytest.MonkeyPatch,
-    fake_clip: Any,
-) -> None:  # fmt: skip
+def test_shards_follow_from_the_images_alone(images, batch, passes, rows, monkeypatch, fake_clip):
     class Hashed:
         names = range(images)
 
@@ -146,9 +127,7 @@ def test_shards_follow_from_the_images_alone(
         assert [shard.start for shard in planned] == [sum(rows[:n]) for n in range(len(rows))]
 
 
-def test_another_batch_size_takes_over_no_shards(
-    pictures: Path, tmp_path: Path, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_batch_size_takes_over_no_shards(pictures, tmp_path, fake_clip, monkeypatch):
     """The shards of an interrupted run are used for the very same batches only."""
     monkeypatch.setattr("vtclip.data.shards.SHARD_ROWS", 4)
     for batch, taken in ((2, 8), (4, 0)):

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import python
 
 import vtclip.data.extract as extract
 import vtclip.data.shards as shards
@@ -39,10 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0, 1, 8, 60, 0.5, -1])
-def test_cut_file_is_found_and_built_again(
-    features: Path, cached: Any, fake_clip: Any, name: str, keep: float,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+def test_cut_file_is_found_and_built_again(features, cached, fake_clip, name, keep, caplog):
     good = contents(features)
     data = good[name]
     size = int(len(data) * keep) if isinstance(keep, float) else keep % len(data)
@@ -56,7 +52,7 @@ def test_cut_file_is_found_and_built_again(
     assert "building it again" in caplog.text
 
 
-def test_missing_files_are_found(features: Path) -> None:
+def test_missing_files_are_found(features):
     for name in FILES[1:]:
         data = (features / name).read_bytes()
         (features / name).unlink()
@@ -68,7 +64,7 @@ def test_missing_files_are_found(features: Path) -> None:
         FeatureSet.open(features)
 
 
-def test_every_flipped_bit_is_found(features: Path) -> None:
+def test_every_flipped_bit_is_found(features):
     draw = random.Random(0)
     for name, data in contents(features).items():
         positions = {0, 1, 7, 8, len(data) - 1, *(draw.randrange(len(data)) for _ in range(40))}
@@ -82,7 +78,7 @@ def test_every_flipped_bit_is_found(features: Path) -> None:
     FeatureSet.open(features).verify()
 
 
-def test_flipped_bit_is_found_before_the_first_row_is_read(features: Path) -> None:
+def test_flipped_bit_is_found_before_the_first_row_is_read(features):
     path = features / "shard-00002.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 16
@@ -93,7 +89,7 @@ def test_flipped_bit_is_found_before_the_first_row_is_read(features: Path) -> No
         records.batch(torch.tensor([8]))
 
 
-def test_shards_swapped_for_each_other_are_found(features: Path) -> None:
+def test_shards_swapped_for_each_other_are_found(features):
     one, two = (features / f"shard-0000{n}.safetensors" for n in (0, 1))
     first, second = one.read_bytes(), two.read_bytes()
     one.write_bytes(second)
@@ -102,7 +98,7 @@ def test_shards_swapped_for_each_other_are_found(features: Path) -> None:
         FeatureSet.open(features).verify()
 
 
-def test_planted_pickle_is_never_loaded(features: Path, tmp_path: Path) -> None:
+def test_planted_pickle_is_never_loaded(features, tmp_path):
     class Trap:
         def __reduce__(self) -> Any:
             return os.system, (f"touch {tmp_path / 'trapped'}",)
@@ -113,7 +109,7 @@ def test_planted_pickle_is_never_loaded(features: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "trapped").exists()
 
 
-def test_manifest_cannot_point_outside_of_its_folder(features: Path, tmp_path: Path) -> None:
+def test_manifest_cannot_point_outside_of_its_folder(features, tmp_path):
     manifest = json.loads((features / "manifest.json").read_text())
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes((features / "shard-00000.safetensors").read_bytes())
@@ -125,9 +121,7 @@ def test_manifest_cannot_point_outside_of_its_folder(features: Path, tmp_path: P
         FeatureSet.open(features)
 
 
-def test_damaged_explicit_folder_is_not_removed_unasked(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
+def test_damaged_explicit_folder_is_not_removed_unasked(pictures, tmp_path, fake_clip):
     out = tmp_path / "out"
     extract_features(pictures, out, model=fake_clip())
     (out / "text.safetensors").write_bytes(b"x")
@@ -147,9 +141,7 @@ def small_files_only() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_names_path_and_bytes_and_keeps_the_old(
-    features: Path, cached: Any, fake_clip: Any
-) -> None:
+def test_full_disk_names_path_and_bytes_and_keeps_the_old(features, cached, fake_clip):
     good = contents(features)
     message = r"cannot write \d+ bytes to .*: File too large"
     with small_files_only(), pytest.raises(OSError, match=message):
@@ -237,14 +229,10 @@ print(json.dumps({"seen": seen, "same": same, "reused": reused,
 """
 
 
-def test_kills_and_races_leave_good_features(tmp_path: Path, root: Path) -> None:
+def test_kills_and_races_leave_good_features(tmp_path, root):
     """25 builds killed at random moments, then four processes at once, in one interpreter start."""
     helpers = root / "tests" / "helpers"
-    run = subprocess.run(
-        [sys.executable, "-c", SERVER, str(helpers), str(tmp_path)],
-        cwd=root, capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    run = python("-c", SERVER, helpers, tmp_path, cwd=root)
     assert (run.returncode, run.stderr) == (0, "")
     result = json.loads(run.stdout.splitlines()[-1])
     assert len(result["seen"]) == 25

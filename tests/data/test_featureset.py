@@ -52,7 +52,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
 
 
-def test_rows_are_those_of_the_model(features: Any, pictures: Path, fake_clip: Any) -> None:
+def test_rows_are_those_of_the_model(features, pictures, fake_clip):
     clip = fake_clip()
     found, report = features("out", model=clip, spatial="default")
     records = found.records()
@@ -70,7 +70,7 @@ def test_rows_are_those_of_the_model(features: Any, pictures: Path, fake_clip: A
     assert batch.label.tolist() == [1, 0]
 
 
-def test_shards_do_not_change_rows(features: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_do_not_change_rows(features, monkeypatch):
     options = {"spatial": "raw", "augment_passes": 2, "batch_size": 3}
     one, _ = features("one", **options)
     monkeypatch.setattr(shards, "SHARD_ROWS", 4)
@@ -84,7 +84,7 @@ def test_shards_do_not_change_rows(features: Any, monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_augmented_passes_differ_and_are_reproducible(features: Any) -> None:
+def test_augmented_passes_differ_and_are_reproducible(features):
     options = {"augment_passes": 2}
     one, _ = features("one", **options)
     two, _ = features("two", **options)
@@ -94,7 +94,7 @@ def test_augmented_passes_differ_and_are_reproducible(features: Any) -> None:
     assert not torch.equal(first, second)
 
 
-def test_finished_features_are_reused(cached: Any, fake_clip: Any) -> None:
+def test_finished_features_are_reused(cached, fake_clip):
     clip = fake_clip()
     cached(model=clip)
     before = clip.images_encoded
@@ -104,9 +104,7 @@ def test_finished_features_are_reused(cached: Any, fake_clip: Any) -> None:
     assert clip.images_encoded == before
 
 
-def test_key_depends_on_everything_that_decides_a_number(
-    cached: Any, pictures: Path, fake_clip: Any
-) -> None:
+def test_key_depends_on_everything_that_decides_a_number(cached, pictures, fake_clip):
     def key(**options: Any) -> str:
         return cached(**options)[0].key
 
@@ -133,9 +131,7 @@ def test_key_depends_on_everything_that_decides_a_number(
     assert len(set(keys.values())) == len(keys), keys
 
 
-def test_touching_or_moving_files_changes_nothing(
-    cached: Any, pictures: Path, tmp_path: Path
-) -> None:
+def test_touching_or_moving_files_changes_nothing(cached, pictures, tmp_path):
     one, _ = cached()
     os.utime(pictures / "cat" / "0.png", (1, 1))
     moved = tmp_path / "elsewhere"
@@ -145,7 +141,7 @@ def test_touching_or_moving_files_changes_nothing(
     assert one.key == two.key
 
 
-def test_changed_content_of_the_same_size_is_another_key(cached: Any, pictures: Path) -> None:
+def test_changed_content_of_the_same_size_is_another_key(cached, pictures):
     path = pictures / "dog" / "2.png"
     status = path.stat()
     one, _ = cached()
@@ -158,9 +154,7 @@ def test_changed_content_of_the_same_size_is_another_key(cached: Any, pictures: 
     assert one.key != two.key
 
 
-def test_other_features_in_out_are_named_and_kept(
-    features: Any, tmp_path: Path, fake_clip: Any
-) -> None:
+def test_other_features_in_out_are_named_and_kept(features, tmp_path, fake_clip):
     out = tmp_path / "out"
     features(out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -171,7 +165,7 @@ def test_other_features_in_out_are_named_and_kept(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_out_must_be_new_and_outside(features: Any, pictures: Path, tmp_path: Path) -> None:
+def test_out_must_be_new_and_outside(features, pictures, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="holds other files; give a new or an empty folder"):
@@ -183,12 +177,8 @@ def test_out_must_be_new_and_outside(features: Any, pictures: Path, tmp_path: Pa
 
 
 def test_unreadable_files_have_no_row_and_are_reported(
-    features: Any,
-    pictures: Path,
-    fake_clip: Any,
-    caplog: pytest.LogCaptureFixture,
-    small_shards: None,
-) -> None:
+    features, pictures, fake_clip, caplog, small_shards
+):
     (pictures / "cat" / "0.png").write_bytes(b"")
     whole = (pictures / "dog" / "3.png").read_bytes()
     (pictures / "dog" / "3.png").write_bytes(whole[:-20])
@@ -211,7 +201,7 @@ def test_unreadable_files_have_no_row_and_are_reported(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_class_with_unreadable_images_only(features: Any, pictures: Path, tmp_path: Path) -> None:
+def test_class_with_unreadable_images_only(features, pictures, tmp_path):
     for path in (pictures / "eel").iterdir():
         path.write_text("<html>404</html>")
     with pytest.raises(ValueError, match="no image of these classes could be read: eel"):
@@ -219,18 +209,14 @@ def test_class_with_unreadable_images_only(features: Any, pictures: Path, tmp_pa
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_repeated_content_is_counted(
-    features: Any, pictures: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_repeated_content_is_counted(features, pictures, caplog):
     shutil.copy(pictures / "cat" / "0.png", pictures / "dog" / "copy.png")
     _, report = features("out")
     assert report.duplicates == [("cat/0.png", "dog/copy.png")]
     assert "1 images have the same content as another one, e.g. cat/0.png" in caplog.text
 
 
-def test_file_that_changes_while_features_are_made(
-    features: Any, pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_that_changes_while_features_are_made(features, pictures, monkeypatch):
     real = extract.hash_all
 
     def then_change(*args: Any) -> Any:
@@ -244,13 +230,13 @@ def test_file_that_changes_while_features_are_made(
         features("out")
 
 
-def test_non_finite_features_name_the_image(features: Any, tmp_path: Path, fake_clip: Any) -> None:
+def test_non_finite_features_name_the_image(features, tmp_path, fake_clip):
     with pytest.raises(ValueError, match=r"image features of 1 images are not finite.*cat/0.png"):
         features("out", model=fake_clip(poison=True))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_overflow_of_float16_says_what_to_do(features: Any, fake_clip: Any) -> None:
+def test_overflow_of_float16_says_what_to_do(features, fake_clip):
     clip = fake_clip()
     plain = clip.preprocess
     clip.preprocess = lambda image: plain(image) * 1e6
@@ -258,7 +244,7 @@ def test_overflow_of_float16_says_what_to_do(features: Any, fake_clip: Any) -> N
         features("out", model=clip, spatial="raw")
 
 
-def test_text_is_encoded_from_names_and_templates(features: Any, fake_clip: Any) -> None:
+def test_text_is_encoded_from_names_and_templates(features, fake_clip):
     found, _ = features("out", templates="imagenet7")
     records = found.records()
     assert len(records.info["templates"]) == 7
@@ -271,7 +257,7 @@ def test_text_is_encoded_from_names_and_templates(features: Any, fake_clip: Any)
     assert torch.equal(chosen.text_views, records.text_views[[2, 0]])
 
 
-def test_one_template_is_kept_once(features: Any, tmp_path: Path) -> None:
+def test_one_template_is_kept_once(features, tmp_path):
     found, _ = features("out")
     assert list(load_file(tmp_path / "out" / "text.safetensors")) == ["text"]
     records = found.records()
@@ -279,7 +265,7 @@ def test_one_template_is_kept_once(features: Any, tmp_path: Path) -> None:
     assert records.text_views.shape == (3, 1, 16)
 
 
-def test_features_without_texts_of_each_template_still_load(features: Any, tmp_path: Path) -> None:
+def test_features_without_texts_of_each_template_still_load(features, tmp_path):
     """As they were written before each template's own texts were kept."""
     out = tmp_path / "out"
     found, _ = features(out, templates="imagenet7")
@@ -295,14 +281,12 @@ def test_features_without_texts_of_each_template_still_load(features: Any, tmp_p
 
 
 @pytest.mark.parametrize("option", [{"dtype": "int8"}, {"batch_size": 0}, {"augment_passes": -1}])
-def test_bad_options(features: Any, option: dict[str, Any]) -> None:
+def test_bad_options(features, option):
     with pytest.raises(ValueError, match=f"features: {next(iter(option))} must be"):
         features("out", **option)
 
 
-def test_interrupted_run_goes_on_after_its_last_shard(
-    features: Any, tmp_path: Path, fake_clip: Any, small_shards: None
-) -> None:
+def test_interrupted_run_goes_on_after_its_last_shard(features, tmp_path, fake_clip, small_shards):
     whole, _ = features("whole", spatial="raw")
     clip = fake_clip()
     encode = clip.encode_image
@@ -332,8 +316,8 @@ def test_interrupted_run_goes_on_after_its_last_shard(
 
 
 def test_damaged_shard_of_an_unfinished_run_is_made_again(
-    features: Any, tmp_path: Path, fake_clip: Any, small_shards: None
-) -> None:
+    features, tmp_path, fake_clip, small_shards
+):
     out = tmp_path / "out"
     found, _ = features(out)
     good = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -354,9 +338,7 @@ def test_damaged_shard_of_an_unfinished_run_is_made_again(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == good
 
 
-def test_moved_features_open_and_hold_no_absolute_path(
-    features: Any, pictures: Path, tmp_path: Path
-) -> None:
+def test_moved_features_open_and_hold_no_absolute_path(features, pictures, tmp_path):
     out = tmp_path / "out"
     features(out)
     moved = tmp_path / "moved"
@@ -367,7 +349,7 @@ def test_moved_features_open_and_hold_no_absolute_path(
     assert str(tmp_path) not in (moved / "manifest.json").read_text()
 
 
-def test_replacing_features_that_are_mapped(features: Any, tmp_path: Path) -> None:
+def test_replacing_features_that_are_mapped(features, tmp_path):
     out = tmp_path / "out"
     found, _ = features(out)
     records = found.records()
@@ -378,9 +360,7 @@ def test_replacing_features_that_are_mapped(features: Any, tmp_path: Path) -> No
     assert all(torch.equal(a, b) for a, b in zip(before, everything(records), strict=True))
 
 
-def test_batches_read_their_rows_only(
-    features: Any, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_read_their_rows_only(features, tmp_path, small_shards, monkeypatch):
     features("out")
     opened: list[str] = []
     real = extract.FeatureSet.open.__func__.__globals__["file_digest"]  # type: ignore[attr-defined]
@@ -396,7 +376,7 @@ def test_batches_read_their_rows_only(
     assert opened == ["text.safetensors", "shard-00001.safetensors"]
 
 
-def test_wishes_that_features_cannot_meet(features: Any, tmp_path: Path) -> None:
+def test_wishes_that_features_cannot_meet(features, tmp_path):
     out = tmp_path / "out"
     features(out, augment_passes=1)
     for wish, message in (
@@ -411,9 +391,7 @@ def test_wishes_that_features_cannot_meet(features: Any, tmp_path: Path) -> None
     assert open_source(out, augment_passes=1, templates=["a photo of a {}."]).num_passes == 1
 
 
-def test_open_source_of_a_folder_takes_the_default_spatial_option(
-    pictures: Path, tmp_path: Path, fake_clip: Any
-) -> None:
+def test_open_source_of_a_folder_takes_the_default_spatial_option(pictures, tmp_path, fake_clip):
     cache = tmp_path / "cache"
     records = open_source(pictures, model=fake_clip(), need_spatial=True, cache_dir=cache)
     assert records.info["spatial"] == "raw"
@@ -424,7 +402,7 @@ def test_open_source_of_a_folder_takes_the_default_spatial_option(
         open_source(pictures, model=fake_clip(), spatial="pooled", cache_dir=cache)
 
 
-def test_two_writers_give_one_set(cached: Any, fake_clip: Any) -> None:
+def test_two_writers_give_one_set(cached, fake_clip):
     clips = [fake_clip() for _ in range(4)]
     out: list[Any] = [None] * 4
     gate = threading.Barrier(4)
@@ -443,7 +421,7 @@ def test_two_writers_give_one_set(cached: Any, fake_clip: Any) -> None:
     assert len({found.key for found, _ in out}) == 1
 
 
-def test_cache_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("VTCLIP_CACHE", str(tmp_path / "here"))
     assert default_cache() == tmp_path / "here"
     monkeypatch.delenv("VTCLIP_CACHE")
@@ -451,9 +429,7 @@ def test_cache_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert default_cache() == tmp_path / ".cache" / "vtclip"
 
 
-def test_cache_that_cannot_be_written_costs_a_warning_only(
-    cached: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cache_that_cannot_be_written_costs_a_warning_only(cached, tmp_path, caplog):
     (tmp_path / "file").write_text("not a folder")
     found, report = cached(cache_dir=tmp_path / "file")
     assert len(found) == 15
@@ -461,9 +437,7 @@ def test_cache_that_cannot_be_written_costs_a_warning_only(
     assert caplog.text.count("the cache cannot be written") == 1
 
 
-def test_finished_cache_that_cannot_be_written_is_read(
-    cached: Any, fake_clip: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_cache_that_cannot_be_written_is_read(cached, fake_clip, monkeypatch):
     one, _ = cached()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(extract, "only_writer", None)
@@ -474,9 +448,7 @@ def test_finished_cache_that_cannot_be_written_is_read(
     assert two.folder == one.folder
 
 
-def test_size_is_told_before_writing(
-    features: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_size_is_told_before_writing(features, tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     features("out")
     assert "features: 15 images, about 0.0 MB in" in caplog.text
@@ -486,12 +458,12 @@ def test_size_is_told_before_writing(
         features("other")
 
 
-def test_nothing_is_printed(features: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(features, capfd):
     features("out", progress=True)
     assert capfd.readouterr() == ("", "")
 
 
-def test_newer_and_foreign_manifests(features: Any, tmp_path: Path) -> None:
+def test_newer_and_foreign_manifests(features, tmp_path):
     out = tmp_path / "out"
     features(out)
     manifest = json.loads((out / "manifest.json").read_text())
@@ -506,7 +478,7 @@ def test_newer_and_foreign_manifests(features: Any, tmp_path: Path) -> None:
         FeatureSet.open(out)
 
 
-def test_float16_spatial_error_is_one_rounding(features: Any) -> None:
+def test_float16_spatial_error_is_one_rounding(features):
     rows = [
         features(d, spatial="raw", dtype=d)[0].records().batch(torch.arange(15))
         for d in ("float16", "float32")

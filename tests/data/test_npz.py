@@ -44,9 +44,7 @@ def save(tmp_path: Path, **change: Any) -> Path:
     ("need_spatial", "rows", "classes", "expected"),
     [(False, 9583, 45, 88.98), (True, 1513, 18, 89.76)],
 )
-def test_fashion_zero_shot(
-    shared_data: Path, need_spatial: bool, rows: int, classes: int, expected: float
-) -> None:
+def test_fashion_zero_shot(shared_data, need_spatial, rows, classes, expected):
     records = open_source(shared_data / "mira_tinyclip_fashion.npz", need_spatial=need_spatial)
     assert (len(records), len(records.class_names), records.has_spatial) == (
         rows, classes, need_spatial,
@@ -55,7 +53,7 @@ def test_fashion_zero_shot(
     assert records.logit_scale == pytest.approx(18.33, abs=0.01)
 
 
-def test_fashion_spatial_tokens_lie_in_text_space(shared_data: Path) -> None:
+def test_fashion_spatial_tokens_lie_in_text_space(shared_data):
     path = shared_data / "mira_tinyclip_fashion.npz"
     records = open_source(path, need_spatial=True)
     assert (records.spatial_tokens, records.spatial_width) == (256, 128)
@@ -72,7 +70,7 @@ def test_fashion_spatial_tokens_lie_in_text_space(shared_data: Path) -> None:
 
 
 @pytest.mark.parametrize(("backbone", "mean"), [("ViT-B-32", 81.29), ("RN50", 71.54)])
-def test_published_accuracy_of_every_prompt(shared_data: Path, backbone: str, mean: float) -> None:
+def test_published_accuracy_of_every_prompt(shared_data, backbone, mean):
     path = shared_data / f"whurs19_CLIP_{backbone}.npz"
     assert accuracy(open_source(path)) == pytest.approx(mean, abs=0.005)
     with open(shared_data / "whurs19_published_accuracies.csv", encoding="utf-8") as file:
@@ -100,7 +98,7 @@ def test_published_accuracy_of_every_prompt(shared_data: Path, backbone: str, me
     assert accuracy(open_source(path, prompt=prompt)) == pytest.approx(published[prompt], abs=0.3)
 
 
-def test_mean_of_prompts_leaves_the_average_out(tmp_path: Path) -> None:
+def test_mean_of_prompts_leaves_the_average_out(tmp_path):
     text = RNG.normal(size=(3, 3, 4)).astype(np.float32) * np.array([1, 10, 1])[:, None, None]
     path = save(tmp_path, text=text, prompt=np.array(["one", "two", "averageprompt"]))
     unit = text / np.linalg.norm(text, axis=-1, keepdims=True)
@@ -115,7 +113,7 @@ def test_mean_of_prompts_leaves_the_average_out(tmp_path: Path) -> None:
         open_source(path, prompt="tow")
 
 
-def test_rows_and_classes_follow_spatial_index(tmp_path: Path) -> None:
+def test_rows_and_classes_follow_spatial_index(tmp_path):
     spatial = RNG.normal(size=(2, 5, 7)).astype(np.float16)
     path = save(tmp_path, spatial=spatial, spatial_index=np.array([5, 3]))
     assert not open_source(path).has_spatial
@@ -128,12 +126,12 @@ def test_rows_and_classes_follow_spatial_index(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch.spatial[0].numpy(), spatial[1].astype(np.float32))
 
 
-def test_spatial_of_all_rows_needs_no_index(tmp_path: Path) -> None:
+def test_spatial_of_all_rows_needs_no_index(tmp_path):
     records = open_source(save(tmp_path, spatial=np.ones((6, 2, 3), np.float16)))
     assert (records.spatial_tokens, records.spatial_width, len(records)) == (2, 3, 6)
 
 
-def test_scale_defaults_to_100_and_temperature_is_its_log(tmp_path: Path) -> None:
+def test_scale_defaults_to_100_and_temperature_is_its_log(tmp_path):
     assert open_source(save(tmp_path)).logit_scale == 100
     assert open_source(save(tmp_path, temperature=np.log(50.0))).logit_scale == pytest.approx(50)
 
@@ -179,12 +177,12 @@ NAN[2, 1] = np.nan
         ({"temperature": np.float64(1000)}, "must be one log of a scale"),
     ],
 )
-def test_bad_arrays_name_the_array(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_bad_arrays_name_the_array(tmp_path, change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         open_source(save(tmp_path, **change))
 
 
-def test_needs_that_a_file_cannot_meet(tmp_path: Path) -> None:
+def test_needs_that_a_file_cannot_meet(tmp_path):
     path = save(tmp_path)
     with pytest.raises(ValueError, match="there is no array 'spatial'"):
         open_source(path, need_spatial=True)
@@ -197,7 +195,7 @@ def test_needs_that_a_file_cannot_meet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 30, -200, -1])
-def test_truncated_file(tmp_path: Path, size: int) -> None:
+def test_truncated_file(tmp_path, size):
     path = save(tmp_path)
     data = path.read_bytes()
     path.write_bytes(data[: size if size >= 0 else len(data) + size])
@@ -205,7 +203,7 @@ def test_truncated_file(tmp_path: Path, size: int) -> None:
         open_source(path)
 
 
-def test_flipped_bits_in_stored_arrays_are_found_by_the_checksum(tmp_path: Path) -> None:
+def test_flipped_bits_in_stored_arrays_are_found_by_the_checksum(tmp_path):
     path = save(tmp_path)
     data = bytearray(path.read_bytes())
     position = data.index(b"\x93NUMPY") + 140  # within the first array's values
@@ -215,7 +213,7 @@ def test_flipped_bits_in_stored_arrays_are_found_by_the_checksum(tmp_path: Path)
         open_source(path)
 
 
-def test_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+def test_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
     path = tmp_path / "bomb.npz"
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -227,7 +225,7 @@ def test_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
         open_source(path)
 
 
-def test_unknown_sources(tmp_path: Path) -> None:
+def test_unknown_sources(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         open_source(tmp_path / "nothing.npz")
     (tmp_path / "table.csv").write_text("a,b")

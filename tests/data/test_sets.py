@@ -46,9 +46,7 @@ def with_official_file(root: Path, shared_data: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_files_have_the_counts_digests_and_names_of_the_table(
-    name: str, tmp_path: Path, shared_data: Path
-) -> None:
+def test_official_files_have_the_counts_digests_and_names_of_the_table(name, tmp_path, shared_data):
     spec = SETS[name]
     listing = open_listing(spec, with_official_file(tmp_path, shared_data, name))
     assert tuple(len(images) for _, images in listing.image_lists()) == spec.counts
@@ -64,9 +62,7 @@ def test_official_files_have_the_counts_digests_and_names_of_the_table(
         assert not set(train.names + val.names) & set(listing.test.names)
 
 
-def test_the_digest_depends_on_order_and_labels_and_not_on_spacing(
-    tmp_path: Path, trees: ModuleType
-) -> None:
+def test_the_digest_depends_on_order_and_labels_and_not_on_spacing(tmp_path, trees):
     root, spec = trees.make_split(tmp_path, "dtd"), SETS["dtd"]
     rows, first = trees.read_rows(root, "dtd"), open_listing(spec, tmp_path)
     trees.split_file(root, "dtd").write_text(json.dumps(rows, indent=3))
@@ -79,7 +75,7 @@ def test_the_digest_depends_on_order_and_labels_and_not_on_spacing(
     assert first.official() is False
 
 
-def test_the_table() -> None:
+def test_the_table():
     assert len(SETS) == 15
     assert len(TEST_ONLY) == 4
     assert len(OFFICIAL) == 6
@@ -103,11 +99,11 @@ def test_the_table() -> None:
         ("DTD", "dtd"),
     ],
 )
-def test_usual_names_are_known(asked: str, name: str) -> None:
+def test_usual_names_are_known(asked, name):
     assert find_set(asked).name == name
 
 
-def test_an_unknown_name_gets_the_nearest_and_a_wrong_root_is_named(tmp_path: Path) -> None:
+def test_an_unknown_name_gets_the_nearest_and_a_wrong_root_is_named(tmp_path):
     with pytest.raises(ValueError, match="unknown data set 'eurosatt'; did you mean 'eurosat'"):
         find_set("eurosatt")
     with pytest.raises(ValueError, match="must be a folder, got"):
@@ -116,9 +112,7 @@ def test_an_unknown_name_gets_the_nearest_and_a_wrong_root_is_named(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_every_set_is_read_from_its_layout_and_left_as_it_was(
-    name: str, tmp_path: Path, trees: ModuleType
-) -> None:
+def test_every_set_is_read_from_its_layout_and_left_as_it_was(name, tmp_path, trees):
     root = trees.make_set(tmp_path / "root", name)
     before = trees.fingerprint(root)
     listing = open_listing(SETS[name], root)
@@ -134,7 +128,7 @@ def test_every_set_is_read_from_its_layout_and_left_as_it_was(
     assert not absent_images(listing.image_root, [name for _, name, _ in listing.rows()])
 
 
-def test_class_names_follow_the_lists(tmp_path: Path, trees: ModuleType) -> None:
+def test_class_names_follow_the_lists(tmp_path, trees):
     for name in (*trees.NAMES, "fgvc_aircraft"):
         trees.make_set(tmp_path, name)
     for name, classes in trees.NAMES.items():
@@ -147,7 +141,7 @@ def test_class_names_follow_the_lists(tmp_path: Path, trees: ModuleType) -> None
     assert aircraft.train.names[0] == "0034001.jpg"
 
 
-def test_classes_of_other_names_are_reported(tmp_path: Path, trees: ModuleType) -> None:
+def test_classes_of_other_names_are_reported(tmp_path, trees):
     trees.make_split(tmp_path, "eurosat")
     rows = trees.read_rows(tmp_path, "eurosat")
     for role in rows:
@@ -211,9 +205,7 @@ def no_test_class(rows: dict[str, Any]) -> None:
         (lambda rows: rows["test"].clear(), "the test list is empty"),
     ],
 )
-def test_faults_of_a_split_file_are_one_named_line(
-    change: Callable[[dict[str, Any]], None], message: str, tmp_path: Path, trees: ModuleType
-) -> None:
+def test_faults_of_a_split_file_are_one_named_line(change, message, tmp_path, trees):
     trees.make_split(tmp_path, "dtd")
     rows = trees.read_rows(tmp_path, "dtd")
     change(rows)
@@ -228,9 +220,7 @@ def test_faults_of_a_split_file_are_one_named_line(
 
 
 @pytest.mark.parametrize("name", ["dtd", "oxford_pets"])
-def test_a_label_that_disagrees_with_its_folder_is_named(
-    name: str, tmp_path: Path, trees: ModuleType
-) -> None:
+def test_a_label_that_disagrees_with_its_folder_is_named(name, tmp_path, trees):
     trees.make_split(tmp_path, name)
     rows = trees.read_rows(tmp_path, name)
     other = rows["train"][-1]
@@ -241,14 +231,14 @@ def test_a_label_that_disagrees_with_its_folder_is_named(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "\xff\xfe", "null", "[" * 100_000])
-def test_a_file_that_is_no_split_is_named(text: str, tmp_path: Path, trees: ModuleType) -> None:
+def test_a_file_that_is_no_split_is_named(text, tmp_path, trees):
     trees.make_split(tmp_path, "dtd")
     trees.split_file(tmp_path, "dtd").write_bytes(text.encode("latin-1"))
     with pytest.raises(SetError, match=r"split_zhou_DescribableTextures.json"):
         open_listing(SETS["dtd"], tmp_path)
 
 
-def test_unicode_names_stay_as_they_are(tmp_path: Path, trees: ModuleType) -> None:
+def test_unicode_names_stay_as_they_are(tmp_path, trees):
     trees.make_split(tmp_path, "stanford_cars")
     rows = trees.read_rows(tmp_path, "stanford_cars")
     renamed("1993 Volvo 240", "Citro\u00ebn 2CV \u732b {} %")(rows)
@@ -257,9 +247,7 @@ def test_unicode_names_stay_as_they_are(tmp_path: Path, trees: ModuleType) -> No
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_missing_list_is_refused_with_its_name_and_its_home(
-    name: str, tmp_path: Path, trees: ModuleType
-) -> None:
+def test_a_missing_list_is_refused_with_its_name_and_its_home(name, tmp_path, trees):
     spec = SETS[name]
     with pytest.raises(SetError, match="the folder .* is missing; images: "):
         open_listing(spec, tmp_path)
@@ -277,13 +265,13 @@ def test_a_missing_list_is_refused_with_its_name_and_its_home(
     assert not list(tmp_path.rglob("*.json.new"))
 
 
-def test_a_root_one_level_too_deep_gets_a_hint(tmp_path: Path, trees: ModuleType) -> None:
+def test_a_root_one_level_too_deep_gets_a_hint(tmp_path, trees):
     trees.make_split(tmp_path, "caltech101")
     with pytest.raises(SetError, match="the folder above"):
         open_listing(SETS["caltech101"], tmp_path / "caltech-101")
 
 
-def test_absent_images_are_counted_and_named(tmp_path: Path, trees: ModuleType) -> None:
+def test_absent_images_are_counted_and_named(tmp_path, trees):
     root = trees.make_split(tmp_path, "dtd")
     images = SETS["dtd"].image_root(root)
     rows = trees.read_rows(root, "dtd")
@@ -308,7 +296,7 @@ def test_absent_images_are_counted_and_named(tmp_path: Path, trees: ModuleType) 
     assert any("train 17 of 18" in line for line in check_lines(check_sets(root)))
 
 
-def test_links_to_images_elsewhere_are_followed(tmp_path: Path, trees: ModuleType) -> None:
+def test_links_to_images_elsewhere_are_followed(tmp_path, trees):
     trees.make_split(tmp_path / "disk", "eurosat")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "eurosat").symlink_to(tmp_path / "disk" / "eurosat")
@@ -318,9 +306,7 @@ def test_links_to_images_elsewhere_are_followed(tmp_path: Path, trees: ModuleTyp
     assert "a link to nothing" in report["sets"]["dtd"]["problems"][0]
 
 
-def test_imagenet_tells_equal_names_apart_and_keeps_their_prompts(
-    tmp_path: Path, trees: ModuleType
-) -> None:
+def test_imagenet_tells_equal_names_apart_and_keeps_their_prompts(tmp_path, trees):
     root = trees.make_imagenet(tmp_path)
     listing = open_listing(SETS["imagenet"], root)
     names = ["tench", "missile (n03773504)", "missile (n04008634)", "sunglasses"]
@@ -379,15 +365,13 @@ def broken_imagenet(root: Path, trees: ModuleType, fault: str) -> None:
         ("nameless", "classnames.txt, line 1: n01440764 has no name"),
     ],
 )
-def test_faults_of_imagenet_are_named(
-    fault: str, message: str, tmp_path: Path, trees: ModuleType
-) -> None:
+def test_faults_of_imagenet_are_named(fault, message, tmp_path, trees):
     broken_imagenet(trees.make_imagenet(tmp_path), trees, fault)
     with pytest.raises(SetError, match=message):
         open_listing(SETS["imagenet"], tmp_path)
 
 
-def test_faults_of_aircraft_and_imagenetv2_are_named(tmp_path: Path, trees: ModuleType) -> None:
+def test_faults_of_aircraft_and_imagenetv2_are_named(tmp_path, trees):
     place = SETS["fgvc_aircraft"].place(trees.make_aircraft(tmp_path))
     (place / "images_variant_val.txt").write_text("0034019 Concorde\n")
     with pytest.raises(SetError, match="'0034019 Concorde' names no variant of variants.txt"):

@@ -39,9 +39,7 @@ def opened(root: Path, cache: Path, clip: Any, name: str = "eurosat", **options:
     return open_source(source, model=clip, cache_dir=cache, progress=False, **options)
 
 
-def test_rows_are_the_picks_and_the_test_list(
-    root: Path, cache: Path, fake_clip: Any, trees: ModuleType
-) -> None:
+def test_rows_are_the_picks_and_the_test_list(root, cache, fake_clip, trees):
     before = trees.fingerprint(root)
     records = opened(root, cache, fake_clip())
     assert trees.fingerprint(root) == before
@@ -72,7 +70,7 @@ def test_rows_are_the_picks_and_the_test_list(
     assert records.info["digests"]["lists"] == listing.digest()
 
 
-def test_features_are_those_of_the_files(root: Path, cache: Path, fake_clip: Any) -> None:
+def test_features_are_those_of_the_files(root, cache, fake_clip):
     from vtclip.data.images import open_image
 
     clip = fake_clip()
@@ -84,13 +82,13 @@ def test_features_are_those_of_the_files(root: Path, cache: Path, fake_clip: Any
     torch.testing.assert_close(got.image, want, rtol=1e-5, atol=1e-5)
 
 
-def test_texts_of_each_template_come_along(root: Path, cache: Path, fake_clip: Any) -> None:
+def test_texts_of_each_template_come_along(root, cache, fake_clip):
     records = opened(root, cache, fake_clip(), templates="imagenet7")
     views = fake_clip().encode_text_views(records.class_names, "imagenet7")
     torch.testing.assert_close(records.text_views, views, rtol=0, atol=1e-6)
 
 
-def test_another_draw_encodes_its_own_images_only(root: Path, cache: Path, fake_clip: Any) -> None:
+def test_another_draw_encodes_its_own_images_only(root, cache, fake_clip):
     clip = fake_clip()
     first = opened(root, cache, clip)
     assert clip.images_encoded == 6 + 6 + 12
@@ -106,9 +104,7 @@ def test_another_draw_encodes_its_own_images_only(root: Path, cache: Path, fake_
     assert len(alone) == len(rows_to_count(alone)) == 12
 
 
-def test_augmented_passes_belong_to_the_drawn_images(
-    root: Path, cache: Path, fake_clip: Any
-) -> None:
+def test_augmented_passes_belong_to_the_drawn_images(root, cache, fake_clip):
     clip = fake_clip()
     clip.augment = lambda image, generator: clip.preprocess(image).flip(-1)
     records = opened(root, cache, clip, augment_passes=2, need_spatial=True)
@@ -124,7 +120,7 @@ def test_augmented_passes_belong_to_the_drawn_images(
         records.batch(split.test, 1)
 
 
-def test_roles_survive_selections(root: Path, cache: Path, fake_clip: Any) -> None:
+def test_roles_survive_selections(root, cache, fake_clip):
     records = opened(root, cache, fake_clip())
     half = records.subset_classes([2, 0])
     split = split_rows(half, FitConfig(epochs=1), 2, 1, 0.5)
@@ -144,9 +140,7 @@ def test_roles_survive_selections(root: Path, cache: Path, fake_clip: Any) -> No
         )
 
 
-def test_a_split_of_roles_has_the_digest_of_its_names(
-    root: Path, cache: Path, fake_clip: Any
-) -> None:
+def test_a_split_of_roles_has_the_digest_of_its_names(root, cache, fake_clip):
     one, other = (opened(root, cache, fake_clip(), seed=seed) for seed in (1, 2))
     digests = [
         split_rows(records, FitConfig(epochs=1), 2, 1, 0.5).digest for records in (one, one, other)
@@ -154,9 +148,7 @@ def test_a_split_of_roles_has_the_digest_of_its_names(
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_imagenet_validates_on_training_images_that_were_left(
-    tmp_path: Path, cache: Path, fake_clip: Any, trees: ModuleType
-) -> None:
+def test_imagenet_validates_on_training_images_that_were_left(tmp_path, cache, fake_clip, trees):
     root = trees.make_imagenet(tmp_path / "root")
     clip = fake_clip()
     records = opened(root, cache, clip, "imagenet")
@@ -168,9 +160,7 @@ def test_imagenet_validates_on_training_images_that_were_left(
     assert len(set(records.class_names)) == 4
 
 
-def test_test_sets_have_no_shots(
-    tmp_path: Path, cache: Path, fake_clip: Any, trees: ModuleType
-) -> None:
+def test_test_sets_have_no_shots(tmp_path, cache, fake_clip, trees):
     root = trees.make_set(tmp_path / "root", "imagenet_a")
     with pytest.raises(SetError, match="fit imagenet, then evaluate the run on this one"):
         opened(root, cache, fake_clip(), "imagenet_a")
@@ -178,9 +168,7 @@ def test_test_sets_have_no_shots(
     assert records.class_names == ["tench", "missile (n04008634)"]
 
 
-def test_images_that_are_absent_or_unreadable(
-    root: Path, cache: Path, fake_clip: Any, trees: ModuleType
-) -> None:
+def test_images_that_are_absent_or_unreadable(root, cache, fake_clip, trees):
     rows, images = trees.read_rows(root, "eurosat"), SETS["eurosat"].image_root(root)
     (images / rows["test"][0][0]).write_bytes(b"<html>gone</html>")
     records = opened(root, cache, fake_clip())
@@ -197,9 +185,7 @@ def test_images_that_are_absent_or_unreadable(
         opened(root, cache, fake_clip())
 
 
-def test_a_test_image_among_the_drawn_ones_is_reported(
-    root: Path, cache: Path, fake_clip: Any, trees: ModuleType, caplog: Any
-) -> None:
+def test_a_test_image_among_the_drawn_ones_is_reported(root, cache, fake_clip, trees, caplog):
     rows, images = trees.read_rows(root, "eurosat"), SETS["eurosat"].image_root(root)
     listing = open_listing(SETS["eurosat"], root)
     row = coop_picks(listing.train.label, None, shots=2, seed=1).train[0]
@@ -210,9 +196,7 @@ def test_a_test_image_among_the_drawn_ones_is_reported(
     assert "1 drawn images have the same content as a test image" in caplog.text
 
 
-def test_what_cannot_be_asked_of_a_set(
-    root: Path, cache: Path, fake_clip: Any, trees: ModuleType
-) -> None:
+def test_what_cannot_be_asked_of_a_set(root, cache, fake_clip, trees):
     before = trees.fingerprint(root)
     with pytest.raises(
         SetError, match=r"eurosat: shots = 7 needs 7 .* the smallest has 6: class 'Sea or Lake'"
@@ -227,9 +211,7 @@ def test_what_cannot_be_asked_of_a_set(
     assert not cache.exists()
 
 
-def test_another_template_and_other_lists_make_other_features(
-    root: Path, cache: Path, fake_clip: Any, trees: ModuleType
-) -> None:
+def test_another_template_and_other_lists_make_other_features(root, cache, fake_clip, trees):
     first = opened(root, cache, fake_clip())
     other = opened(root, cache, fake_clip(), templates="a {}.")
     assert first.info["digests"]["features"] != other.info["digests"]["features"]
@@ -241,7 +223,7 @@ def test_another_template_and_other_lists_make_other_features(
     assert less.info["digests"]["test_images"] != first.info["digests"]["test_images"]
 
 
-def test_joined_stores_return_rows() -> None:
+def test_joined_stores_return_rows():
     first = MemoryStore(torch.arange(12.0).reshape(3, 1, 4).expand(3, 2, 4), None)
     second = MemoryStore(100 + torch.arange(8.0).reshape(2, 4), None)
     store = JoinedStore([first, second], [3, 2])

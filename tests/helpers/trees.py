@@ -28,11 +28,7 @@ NAMES = {
     ],
     "dtd": [("banded", "banded"), ("dotted", "dotted"), ("woven", "woven")],
     "eurosat": [("AnnualCrop", "Annual Crop Land"), ("River", "River"), ("SeaLake", "Sea or Lake")],
-    "ucf101": [
-        ("Apply_Lipstick", "Apply_Lipstick"),
-        ("Archery", "Archery"),
-        ("Yo_Yo", "Yo_Yo"),
-    ],
+    "ucf101": [("Apply_Lipstick", "Apply_Lipstick"), ("Archery", "Archery"), ("Yo_Yo", "Yo_Yo")],
 }
 SYNSETS = ["n01440764", "n03773504", "n04008634", "n04355933"]
 SYNSET_NAMES = ["tench", "missile", "missile", "sunglasses"]

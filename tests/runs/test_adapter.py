@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import python
 from safetensors.torch import load_file, save_file
 
 from vtclip.data.records import Records
@@ -42,7 +41,7 @@ def saved(records: Records, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_an_adapter_with_separate_projections_loads(records: Records, tmp_path: Path) -> None:
+def test_an_adapter_with_separate_projections_loads(records, tmp_path):
     """As vtclip wrote RAda before pair query, key and value were one matrix."""
 
     class Older(RAda):
@@ -88,7 +87,7 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], None], *, redig
     (folder / CONFIG).write_bytes(to_json(config))
 
 
-def test_every_cut_is_noticed(saved: Path) -> None:
+def test_every_cut_is_noticed(saved):
     for name in (TENSORS, CONFIG):
         whole = (saved / name).read_bytes()
         for cut in [0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 2]:
@@ -99,7 +98,7 @@ def test_every_cut_is_noticed(saved: Path) -> None:
     assert load_adapter(saved).temperature == 0.75
 
 
-def test_every_flipped_bit_is_noticed(saved: Path) -> None:
+def test_every_flipped_bit_is_noticed(saved):
     """Flips that leave the parsed content as it was (spacing, case of hex) are no change."""
     draw = random.Random(5)
     for name in (TENSORS, CONFIG):
@@ -120,7 +119,7 @@ def test_every_flipped_bit_is_noticed(saved: Path) -> None:
         (saved / name).write_bytes(whole)
 
 
-def test_a_flipped_bit_in_any_tensor_is_noticed(saved: Path) -> None:
+def test_a_flipped_bit_in_any_tensor_is_noticed(saved):
     whole = (saved / TENSORS).read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     for place in range(start, len(whole), 97):
@@ -156,9 +155,7 @@ def _npy() -> bytes:
     ids=["empty", "one byte", "html", "npy", "pickle", "huge header", "zip"],
 )
 @pytest.mark.parametrize("name", [TENSORS, CONFIG])
-def test_other_formats_are_refused_in_plain_words(
-    saved: Path, name: str, content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_other_formats_are_refused_in_plain_words(saved, name, content, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (saved / name).write_bytes(content)
     with pytest.raises(ValueError, match="not a vtclip adapter") as error:
@@ -168,7 +165,7 @@ def test_other_formats_are_refused_in_plain_words(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_missing_parts_are_named(saved: Path, tmp_path: Path) -> None:
+def test_missing_parts_are_named(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_adapter(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds neither"):
@@ -181,7 +178,7 @@ def test_missing_parts_are_named(saved: Path, tmp_path: Path) -> None:
         load_adapter(saved)
 
 
-def test_a_newer_format_is_refused_naming_both_versions(saved: Path) -> None:
+def test_a_newer_format_is_refused_naming_both_versions(saved):
     edit_config(
         saved, lambda config: config.update(format_version=2, vtclip_version="9.9"), redigest=True
     )
@@ -202,7 +199,7 @@ def test_a_newer_format_is_refused_naming_both_versions(saved: Path) -> None:
     ],
     ids=["class order", "temperature", "options"],
 )
-def test_an_edited_config_is_refused(saved: Path, change: Any, message: str) -> None:
+def test_an_edited_config_is_refused(saved, change, message):
     edit_config(saved, change, redigest=False)
     with pytest.raises(ValueError, match=message):
         load_adapter(saved)
@@ -221,13 +218,13 @@ def test_an_edited_config_is_refused(saved: Path, change: Any, message: str) -> 
     ],
     ids=["method", "classes", "option", "shape", "layers", "tensor list", "digest"],
 )
-def test_a_mismatch_is_named(saved: Path, change: Any, message: str) -> None:
+def test_a_mismatch_is_named(saved, change, message):
     edit_config(saved, change, redigest=True)
     with pytest.raises(ValueError, match=message):
         load_adapter(saved)
 
 
-def test_another_dtype_is_refused_not_cast(saved: Path) -> None:
+def test_another_dtype_is_refused_not_cast(saved):
     tensors = load_file(saved / TENSORS)
     tensors["head.layers.0.linear1.bias"] = tensors["head.layers.0.linear1.bias"].double()
     digest = adapters.tensors_digest(tensors)
@@ -239,13 +236,13 @@ def test_another_dtype_is_refused_not_cast(saved: Path) -> None:
         load_adapter(saved)
 
 
-def test_weights_that_are_not_finite_are_not_saved(records: Records, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_saved(records, tmp_path):
     with pytest.raises(ValueError, match="must be dense and finite"):
         save_adapter(tmp_path, make(records, fill=float("nan")))
     assert not list(tmp_path.iterdir())
 
 
-def test_permissions_follow_the_umask_and_links_stay(records: Records, tmp_path: Path) -> None:
+def test_permissions_follow_the_umask_and_links_stay(records, tmp_path):
     old = os.umask(0o022)
     try:
         save_adapter(tmp_path / "run", make(records))
@@ -261,7 +258,7 @@ def test_permissions_follow_the_umask_and_links_stay(records: Records, tmp_path:
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_one_writer_per_folder(tmp_path: Path) -> None:
+def test_one_writer_per_folder(tmp_path):
     with (
         only_writer(tmp_path / "run"),
         pytest.raises(FileExistsError, match="being written by another run"),
@@ -300,12 +297,12 @@ def run_child(folder: Path, body: str) -> str:
     """A fresh interpreter with one thread, so that its forks are safe."""
     here = str(Path(adapters.__file__).parents[2])
     code = CHILD.format(here=here, folder=str(folder)) + body
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_25_kills_while_saving_leave_a_loadable_adapter(tmp_path: Path) -> None:
+def test_25_kills_while_saving_leave_a_loadable_adapter(tmp_path):
     """Saves in a loop, killed at a random moment; after each kill an old or a new adapter loads."""
     out = run_child(
         tmp_path / "run",
@@ -344,9 +341,7 @@ print(moved, between)
     assert between >= 3
 
 
-def test_a_kill_between_the_two_renames_loads_the_new_adapter(
-    records: Records, tmp_path: Path
-) -> None:
+def test_a_kill_between_the_two_renames_loads_the_new_adapter(records, tmp_path):
     save_adapter(tmp_path, make(records, fill=1.0))
     old = (tmp_path / CONFIG).read_bytes()
     save_adapter(tmp_path, make(records, fill=2.0))
@@ -364,7 +359,7 @@ def test_a_kill_between_the_two_renames_loads_the_new_adapter(
     assert not list(tmp_path.glob("*.new"))
 
 
-def test_a_full_disk_keeps_the_old_adapter(tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_old_adapter(tmp_path):
     out = run_child(
         tmp_path / "run",
         """

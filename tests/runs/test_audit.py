@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,9 +182,7 @@ CASES = [(method, option) for method, option in CASES if method not in NEEDS_ENC
 
 
 @pytest.mark.parametrize(("method", "option"), CASES)
-def test_nothing_of_the_test_images_reaches_an_adapter(
-    method: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_the_test_images_reaches_an_adapter(method, option, tmp_path, monkeypatch):
     arguments: dict[str, Any] = {"shots": TRAIN, "method": method, **OPTIONS[option]}
     arguments.setdefault("overrides", quick(method))
     pseudo = bool(arguments.get("pseudo_labels"))
@@ -213,9 +210,7 @@ ANY_CLASSES = [m for m in sorted(HEADS) if HEADS[m].any_classes and m != "coop"]
 
 
 @pytest.mark.parametrize("method", ANY_CLASSES)
-def test_base_to_new_reads_nothing_of_new_classes_before_its_end(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_to_new_reads_nothing_of_new_classes_before_its_end(method, tmp_path, monkeypatch):
     one = table()
     new = one.label >= (K + 1) // 2
     base_test = (one.roles == 2) & ~new
@@ -236,7 +231,7 @@ def test_base_to_new_reads_nothing_of_new_classes_before_its_end(
     assert base_to_new.HALVES == ("base", "new")
 
 
-def test_the_guard_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_bites(tmp_path, monkeypatch):
     records, guard = table().records(table().roles == 0)
     with guarded(guard, monkeypatch), pytest.raises(OutOfReach):
         vtclip.fit(
@@ -259,7 +254,7 @@ FOLDER_CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", FOLDER_CASES)
-def test_nothing_of_the_test_pictures_reaches_an_adapter(case: str, tmp_path: Path) -> None:
+def test_nothing_of_the_test_pictures_reaches_an_adapter(case, tmp_path):
     source = dots(tmp_path / "photos")
     records = open_source(source, cache_dir=tmp_path / "cache", progress=False)
     options = {**FOLDER_CASES[case], "shots": 2, "cache_dir": tmp_path / "cache"}

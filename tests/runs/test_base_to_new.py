@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 
 import vtclip
 from vtclip.cli import main
@@ -75,7 +74,7 @@ def rows(label: np.ndarray, classes: range, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("classes", "base"), [(2, 1), (3, 2), (4, 2), (5, 3)])
-def test_the_first_half_by_label_is_base_and_the_larger_one(classes: int, base: int) -> None:
+def test_the_first_half_by_label_is_base_and_the_larger_one(classes, base):
     label = torch.arange(classes).repeat(3)
     text, names = torch.eye(8)[:classes], [f"class {k}" for k in range(classes)]
     records = Records.from_tensors(torch.ones(len(label), 8), label, text, names)
@@ -86,9 +85,7 @@ def test_the_first_half_by_label_is_base_and_the_larger_one(classes: int, base: 
     assert sorted(one.names + two.names) == sorted(records.names)
 
 
-def test_no_image_of_a_new_class_and_no_test_image_is_trained_on(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_image_of_a_new_class_and_no_test_image_is_trained_on(source, tmp_path, monkeypatch):
     """Rows of the file, as the store is asked for them, before and after the training ends."""
     from vtclip.data.records import MemoryStore
 
@@ -123,9 +120,7 @@ def test_no_image_of_a_new_class_and_no_test_image_is_trained_on(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_numbers_of_either_half_agree_with_a_count_by_hand(
-    source: Path, tmp_path: Path, method: str
-) -> None:
+def test_numbers_of_either_half_agree_with_a_count_by_hand(source, tmp_path, method):
     overrides = {} if method == "zeroshot" else {"epochs": 3}
     found = vtclip.fit(
         source, method=method, shots=4, base_to_new=True, overrides=overrides,
@@ -158,16 +153,14 @@ def test_numbers_of_either_half_agree_with_a_count_by_hand(
     assert found.accuracy == found.result["base"]["adapted"]["accuracy"]
 
 
-def test_the_harmonic_mean_of_nothing_is_nothing() -> None:
+def test_the_harmonic_mean_of_nothing_is_nothing():
     assert harmonic_mean(0.0, 0.0) == 0
     assert harmonic_mean(0.0, 0.9) == 0
     assert harmonic_mean(0.5, 0.5) == pytest.approx(0.5)
     assert harmonic_mean(1.0, 0.5) == pytest.approx(2 / 3)
 
 
-def test_the_table_shows_both_halves(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
+def test_the_table_shows_both_halves(source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--method", "rada", "--shots", "2", "--epochs", "2", "--device", "cpu"]
     assert main(["fit", str(source), "--base-to-new", *words]) == 0
@@ -182,12 +175,9 @@ def test_the_table_shows_both_halves(
     assert main(["fit", str(source), *words]) == 0
 
 
-def test_evaluating_the_run_again_gives_its_numbers(
-    source: Path, run: vtclip.Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluating_the_run_again_gives_its_numbers(source, run, capsys):
     for words in ([], [str(source)]):
-        assert main(["evaluate", str(run.folder), *words, "--json"]) == 0
-        values = json.loads(capsys.readouterr().out)
+        values = json_of(capsys, "evaluate", run.folder, *words)
         for part in ("base", "new"):
             assert values[part] == run.result[part]["adapted"]
         assert values["harmonic_mean"] == run.result["harmonic_mean"]["adapted"]
@@ -211,9 +201,7 @@ def other_source(path: Path, classes: list[int]) -> Path:
     return path
 
 
-def test_another_source_is_told_apart_by_the_names_of_its_classes(
-    run: vtclip.Run, tmp_path: Path
-) -> None:
+def test_another_source_is_told_apart_by_the_names_of_its_classes(run, tmp_path):
     both = vtclip.evaluate(run, other_source(tmp_path / "both.npz", [4, 1, 0, 3]), device="cpu")
     assert both["base"]["count"] + both["new"]["count"] == both["test"]["images"] == 80
     assert list(both["new"]["per_class"]) == ["dog", "eel"]
@@ -229,13 +217,7 @@ def test_another_source_is_told_apart_by_the_names_of_its_classes(
     assert new["new"]["per_class"] == pytest.approx(both["new"]["per_class"])
 
 
-def test_bad_base_to_new_is_one_line_and_writes_nothing(
-    source: Path,
-    run: vtclip.Run,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_bad_base_to_new_is_one_line_and_writes_nothing(source, run, tmp_path, capsys, monkeypatch):
     one = other_source(tmp_path / "one.npz", [2])
     half = other_source(tmp_path / "half.npz", [0, 3])
     monkeypatch.chdir(tmp_path)

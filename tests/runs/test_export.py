@@ -7,9 +7,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, python, refused
 from pictures import SIDE, WIDTH, colours, small_model
 
 import vtclip
@@ -102,7 +99,7 @@ def pixels_of(count: int) -> torch.Tensor:
     return torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(count))
 
 
-def test_the_program_gives_the_probabilities_of_the_run_at_any_batch(exported: Any) -> None:
+def test_the_program_gives_the_probabilities_of_the_run_at_any_batch(exported):
     file, about, classifier = one = exported("vtclip", "image")
     assert set(about["parity"]["pt2"]["cases"]) == {
         f"{name}, batch {size}" for name in ("random", "real") for size in (1, 3)
@@ -119,7 +116,7 @@ def test_the_program_gives_the_probabilities_of_the_run_at_any_batch(exported: A
 
 
 @pytest.mark.parametrize("method", ["vtclip", "rada"])
-def test_features_to_logits(exported: Any, method: str) -> None:
+def test_features_to_logits(exported, method):
     _, about, classifier = one = exported(method, "features")
     head: Any = classifier.adapter.head
     assert list(about["inputs"]) == (["image", "spatial"] if head.needs_spatial else ["image"])
@@ -139,7 +136,7 @@ OTHERS = [name for name in HEADS if name not in METHODS]
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=SLOW.get(name, ())) for name in OTHERS]
 )
-def test_every_other_head_is_traced_for_any_batch(method: str) -> None:
+def test_every_other_head_is_traced_for_any_batch(method):
     views = torch.nn.functional.normalize(torch.randn(4, 3, WIDTH), dim=-1)
     head: Any = HEADS[method](torch.nn.functional.normalize(views.mean(1), dim=-1))
     head.set_text_views(views)
@@ -160,7 +157,7 @@ def test_every_other_head_is_traced_for_any_batch(method: str) -> None:
         assert (module(*rows) - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
 
 
-def test_a_run_without_an_encoder_exports_its_head(npz: Path, tmp_path: Path) -> None:
+def test_a_run_without_an_encoder_exports_its_head(npz, tmp_path):
     with np.load(npz) as table:
         image, text = table["image"], table["text"]
     run = vtclip.fit(npz, method="zeroshot", shots=2, out=tmp_path / "run")
@@ -175,9 +172,7 @@ def test_a_run_without_an_encoder_exports_its_head(npz: Path, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(bool(native.load_cpu()), reason="the compiled operators are not built")
-def test_one_runs_where_vtclip_is_not_installed_and_the_other_by_its_operators(
-    exported: Any, place: Path
-) -> None:
+def test_one_runs_where_vtclip_is_not_installed_and_the_other_by_its_operators(exported, place):
     file, about, classifier = exported("vtclip", "image")
     own, own_about, own_classifier = exported("rada", "features", portable=False)
     assert (about["portable"], own_about["portable"]) == (True, False)
@@ -185,13 +180,7 @@ def test_one_runs_where_vtclip_is_not_installed_and_the_other_by_its_operators(
     assert {"vtclip.rational_attn_fwd.default", "vtclip.rational_head_fwd.default"} <= targets
     paths = sorted((place / "images").glob("*/00.png"))
     words = [str(file), str(file.with_suffix(".json")), str(own), *map(str, paths)]
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, *words],
-        capture_output=True,
-        text=True,
-        cwd=file.parent,
-        env={**os.environ, "PYTHONPATH": str(Path(vtclip.__file__).parents[1])},
-    )
+    done = python("-c", ALONE, *words, cwd=file.parent)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     for (name, share), best in zip(found["rows"], classifier.predict(paths, 1), strict=True):
@@ -201,7 +190,7 @@ def test_one_runs_where_vtclip_is_not_installed_and_the_other_by_its_operators(
     assert found["own"] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_the_file_names_no_place_of_this_machine(exported: Any, place: Path) -> None:
+def test_the_file_names_no_place_of_this_machine(exported, place):
     file, about, _ = exported("vtclip", "image")
     with zipfile.ZipFile(file) as archive:
         for name in archive.namelist():
@@ -210,7 +199,7 @@ def test_the_file_names_no_place_of_this_machine(exported: Any, place: Path) -> 
     assert hashlib.sha256(file.read_bytes()).hexdigest() == about["files"]["model.pt2"]
 
 
-def test_what_lies_beside_it(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_lies_beside_it(runs, tmp_path):
     about = vtclip.export(runs["rada"], tmp_path / "m.pt2", kind="features", fixed_batch=2)
     written = json.loads((tmp_path / "m.json").read_text())
     assert written == json.loads(json.dumps(about))
@@ -230,12 +219,7 @@ def test_what_lies_beside_it(runs: dict[str, Path], tmp_path: Path) -> None:
         module(torch.randn(3, WIDTH))
 
 
-def test_a_program_that_differs_leaves_no_file(
-    runs: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_program_that_differs_leaves_no_file(runs, tmp_path, monkeypatch, capsys):
     def off(data: bytes, portable: bool) -> Any:
         module = load(data, portable)
         return lambda *given: module(*given) + 2e-4
@@ -247,7 +231,7 @@ def test_a_program_that_differs_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_source_may_be_gone(runs: dict[str, Path], place: Path) -> None:
+def test_the_source_may_be_gone(runs, place):
     run, classifier = Run.load(runs["zeroshot"]), Classifier.load(runs["zeroshot"], device="cpu")
     images = place / "images"
     real = export_program.real_pixels(run, classifier)
@@ -260,16 +244,13 @@ def test_the_source_may_be_gone(runs: dict[str, Path], place: Path) -> None:
         (place / "away").rename(images)
 
 
-def test_the_command(
-    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(runs, tmp_path, capsys):
     words = ["export", str(runs["zeroshot"]), "--out", str(tmp_path / "m.pt2"), "--features"]
     assert main([*words, "--dynamic-batch"]) == 0
     out = capsys.readouterr().out
     assert f"image ['batch', {WIDTH}] -> logits ['batch', 3]" in out
     assert "largest error" in out
-    assert main([*words, "--overwrite", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "features"
+    assert json_of(capsys, *words, "--overwrite")["kind"] == "features"
 
 
 @pytest.mark.parametrize(
@@ -286,13 +267,8 @@ def test_the_command(
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    runs: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    message: str,
-) -> None:
+    runs, tmp_path, monkeypatch, capsys, words, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.pt2").write_bytes(b"mine")
     assert message in refused(capsys, "export", runs["zeroshot"], *words)
@@ -300,9 +276,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert (tmp_path / "there.pt2").read_bytes() == b"mine"
 
 
-def test_onnx_that_is_not_installed_is_named_with_its_extra(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_that_is_not_installed_is_named_with_its_extra(runs, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else found(name)
@@ -315,9 +289,7 @@ def test_onnx_that_is_not_installed_is_named_with_its_extra(
 @pytest.mark.skipif(not HAVE_ONNX, reason="the extra vtclip[onnx] is not installed")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["image", "features"])
-def test_onnx_gives_the_same_numbers(
-    runs: dict[str, Path], tmp_path: Path, method: str, kind: str
-) -> None:
+def test_onnx_gives_the_same_numbers(runs, tmp_path, method, kind):
     import onnxruntime
 
     about = vtclip.export(runs[method], None, onnx=tmp_path / "m.onnx", kind=kind)

@@ -12,7 +12,7 @@ import numpy as np
 import pictures
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from torch.nn import functional as F
 
 import vtclip
@@ -87,9 +87,7 @@ def head_of(folder: Path) -> Any:
     return load_adapter(folder).head
 
 
-def test_zero_shot_is_exact_and_every_number_counts_what_it_says(
-    place: Path, fitted: Any, tmp_path: Path
-) -> None:
+def test_zero_shot_is_exact_and_every_number_counts_what_it_says(place, fitted, tmp_path):
     run = fitted("zeroshot")
     larger = vtclip.extend(run.folder, place / "new.npz", out=tmp_path / "run2", device="cpu")
     result = larger.result
@@ -121,9 +119,7 @@ def test_zero_shot_is_exact_and_every_number_counts_what_it_says(
 
 
 @pytest.mark.parametrize("method", ["rada", "vtclip"])
-def test_parameters_that_belong_to_no_class_stay_as_they_are(
-    place: Path, fitted: Any, tmp_path: Path, method: str
-) -> None:
+def test_parameters_that_belong_to_no_class_stay_as_they_are(place, fitted, tmp_path, method):
     run = fitted(method)
     larger = vtclip.extend(run, place / "new.npz", out=tmp_path / "run2", device="cpu")
     before, after = head_of(run.folder), head_of(larger.folder)
@@ -139,9 +135,7 @@ def test_parameters_that_belong_to_no_class_stay_as_they_are(
 
 
 @pytest.mark.parametrize("method", ["tip-adapter", "proker", "tip-x", "proto-clip"])
-def test_heads_that_keep_images_become_those_of_all_classes(
-    place: Path, fitted: Any, tmp_path: Path, method: str
-) -> None:
+def test_heads_that_keep_images_become_those_of_all_classes(place, fitted, tmp_path, method):
     if method not in HEADS:
         pytest.skip(f"{method} is not among the heads")
     run = fitted(method)
@@ -160,7 +154,7 @@ def test_heads_that_keep_images_become_those_of_all_classes(
     assert not torch.allclose(after(image)[:, :OLD], head_of(fitted("zeroshot").folder)(image))
 
 
-def test_trained_keys_are_a_warm_start(place: Path, fitted: Any, tmp_path: Path) -> None:
+def test_trained_keys_are_a_warm_start(place, fitted, tmp_path):
     run = fitted("tip-adapter-f")
     larger = vtclip.extend(run, place / "new.npz", out=tmp_path / "run2", shots=2, device="cpu")
     assert larger.result["extension"]["exact"] is False
@@ -170,7 +164,7 @@ def test_trained_keys_are_a_warm_start(place: Path, fitted: Any, tmp_path: Path)
     assert larger.result["sources"][1]["shots"] == 2
 
 
-def test_an_average_of_heads_is_extended_member_by_member(fitted: Any) -> None:
+def test_an_average_of_heads_is_extended_member_by_member(fitted):
     names = "rada", "proker"
     heads = [head_of(fitted(name).folder) for name in names]
     members = [
@@ -192,7 +186,7 @@ def test_an_average_of_heads_is_extended_member_by_member(fitted: Any) -> None:
 
 
 @pytest.mark.parametrize("method", [name for name in HEADS if name != "coop"])
-def test_every_head_is_extended_or_refused(method: str) -> None:
+def test_every_head_is_extended_or_refused(method):
     """Another head that has no way is to be listed here; coop needs a text encoder."""
     text = F.normalize(torch.randn(OLD, C), dim=1)
     head: Any = HEADS[method](text)
@@ -209,9 +203,7 @@ def test_every_head_is_extended_or_refused(method: str) -> None:
     assert torch.equal(larger.text[:OLD], head.text)
 
 
-def test_a_second_extension_and_evaluation_count_every_source(
-    place: Path, fitted: Any, tmp_path: Path
-) -> None:
+def test_a_second_extension_and_evaluation_count_every_source(place, fitted, tmp_path):
     one, two = table(tmp_path / "one.npz", [3]), table(tmp_path / "two.npz", [4])
     run = fitted("tip-adapter")
     middle = vtclip.extend(run, one, out=tmp_path / "run2", device="cpu")
@@ -233,9 +225,8 @@ def test_a_second_extension_and_evaluation_count_every_source(
     # a table it was not made with counts whole
     table(tmp_path / "other.npz", [4, 0], fname=np.array([f"x{i}" for i in range(24)]),
           image=world()["image"][:24] + 0.01)  # fmt: skip
-    assert (
-        vtclip.evaluate(last.folder, tmp_path / "other.npz", device="cpu")["test"]["images"] == 24
-    )
+    other = vtclip.evaluate(last.folder, tmp_path / "other.npz", device="cpu")
+    assert other["test"]["images"] == 24
     table(two, [4], image=np.float32(2) * world()["image"][:12])
     with pytest.raises(ValueError, match=r"two\.npz: its images have changed"):
         vtclip.evaluate(last.folder, device="cpu")
@@ -253,7 +244,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_folders_go_through_the_encoder_of_the_run(scenes: Path, tmp_path: Path) -> None:
+def test_folders_go_through_the_encoder_of_the_run(scenes, tmp_path):
     options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
     larger = vtclip.extend(scenes / "run", scenes / "new", out=tmp_path / "many", **options)
     assert larger.result["classes"][3:] == [CLASS_NAMES[16], CLASS_NAMES[12]]  # natural order
@@ -273,13 +264,10 @@ def test_folders_go_through_the_encoder_of_the_run(scenes: Path, tmp_path: Path)
     assert vtclip.evaluate(larger.folder, **options)["accuracy"] == larger.accuracy
 
 
-def test_a_folder_of_one_class_and_its_name(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
     one = scenes / "new" / CLASS_NAMES[16]
     words = ["extend", scenes / "run", one, "--cache-dir", scenes / "cache", "--device", "cpu"]
-    assert main([*map(str, words), "--out", str(tmp_path / "a"), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    result = json_of(capsys, *words, "--out", tmp_path / "a")
     assert result["classes"][3:] == [CLASS_NAMES[16]]
     words += ["--name", "gray moon", "--shots", "1", "--out", tmp_path / "b"]
     assert main([*map(str, words)]) == 0
@@ -290,9 +278,8 @@ def test_a_folder_of_one_class_and_its_name(
     named = Run.load(tmp_path / "b").result
     assert named["classes"][3:] == ["gray moon"]
     assert (result["sources"][1]["shots"], named["sources"][1]["shots"]) == (2, 1)
-    assert vtclip.evaluate(tmp_path / "b", cache_dir=scenes / "cache", device="cpu")[
-        "accuracy"
-    ] == pytest.approx(named["accuracy"])
+    again = vtclip.evaluate(tmp_path / "b", cache_dir=scenes / "cache", device="cpu")
+    assert again["accuracy"] == pytest.approx(named["accuracy"])
 
 
 @pytest.mark.parametrize(
@@ -319,15 +306,8 @@ def test_a_folder_of_one_class_and_its_name(
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    scenes: Path,
-    place: Path,
-    fitted: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    message: str,
-) -> None:
+    scenes, place, fitted, tmp_path, monkeypatch, capsys, words, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VTCLIP_CACHE", str(scenes / "cache"))
     (tmp_path / "there").write_text("mine")
@@ -361,9 +341,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         assert not (folder / "inner").exists()
 
 
-def test_heads_of_their_classes_are_refused_with_the_methods_that_can(
-    place: Path, tmp_path: Path
-) -> None:
+def test_heads_of_their_classes_are_refused_with_the_methods_that_can(place, tmp_path):
     if "linear-probe" not in HEADS:
         pytest.skip("linear-probe is not among the heads")
     run = vtclip.fit(place / "old.npz", method="linear-probe", shots=2, out=tmp_path / "p")
@@ -372,17 +350,10 @@ def test_heads_of_their_classes_are_refused_with_the_methods_that_can(
     assert not (tmp_path / "new").exists()
 
 
-def test_tuned_encoders_come_along(scenes: Path, tmp_path: Path) -> None:
+def test_tuned_encoders_come_along(scenes, tmp_path):
     options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
-    run = vtclip.fit(
-        scenes / "old",
-        method="rada",
-        train_encoders=True,
-        shots=1,
-        out=tmp_path / "run",
-        overrides={"epochs": 1, "batch_size": 3},
-        **options,
-    )
+    how = {"method": "rada", "train_encoders": True, "overrides": {"epochs": 1, "batch_size": 3}}
+    run = vtclip.fit(scenes / "old", shots=1, out=tmp_path / "run", **how, **options)
     larger = vtclip.extend(run, scenes / "new", out=tmp_path / "run2", **options)
     assert (tmp_path / "run2" / "encoders.safetensors").is_file()
     assert larger.result["before"]["adapted"]["accuracy"] == run.accuracy
@@ -392,7 +363,7 @@ def test_tuned_encoders_come_along(scenes: Path, tmp_path: Path) -> None:
     assert vtclip.evaluate(larger, **options)["accuracy"] == larger.accuracy
 
 
-def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> None:
+def test_a_learned_prompt_reads_the_new_names(scenes, tmp_path):
     options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
     run = vtclip.fit(scenes / "old", method="coop", shots=1, out=tmp_path / "run",
                   overrides={"epochs": 1}, **options)  # fmt: skip
@@ -410,7 +381,7 @@ def test_a_learned_prompt_reads_the_new_names(scenes: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run3").exists()
 
 
-def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path: Path, trees: Any) -> None:
+def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path, trees):
     root = trees.make_split(tmp_path / "root", "caltech101")
     before = trees.fingerprint(root)
     options: dict[str, Any] = {"cache_dir": tmp_path / "cache", "device": "cpu"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from pictures import colours, small_model
 from PIL import Image
 
@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"root": root, "model": model, "run": root / "run", "images": root / "images"}
 
 
-def test_the_unreadable_file_is_named_and_not_counted(world: dict[str, Path]) -> None:
+def test_the_unreadable_file_is_named_and_not_counted(world):
     result = json.loads((world["run"] / "result.json").read_text())
     assert result["test"]["images"] == 24
     (broken,) = result["test"]["unreadable"]
@@ -47,7 +47,7 @@ def test_the_unreadable_file_is_named_and_not_counted(world: dict[str, Path]) ->
     assert config["features"]["model_config"]["model_cfg"]["embed_dim"] == 16
 
 
-def test_predict_takes_paths_pictures_and_tensors(world: dict[str, Path]) -> None:
+def test_predict_takes_paths_pictures_and_tensors(world):
     classifier = Classifier.load(world["run"], device="cpu")
     path = world["images"] / "ocean" / "03.png"
     best = classifier.predict(path)
@@ -72,7 +72,7 @@ def test_predict_takes_paths_pictures_and_tensors(world: dict[str, Path]) -> Non
         classifier.predict([3])  # type: ignore[list-item]
 
 
-def test_predictions_agree_with_the_evaluation(world: dict[str, Path]) -> None:
+def test_predictions_agree_with_the_evaluation(world):
     """The same picture gives the same probabilities from features and from the file."""
     classifier = Classifier.load(world["run"], device="cpu")
     config = json.loads((world["run"] / "result.json").read_text())["config"]
@@ -93,13 +93,10 @@ def test_predictions_agree_with_the_evaluation(world: dict[str, Path]) -> None:
             assert fresh[name] == pytest.approx(value, abs=2e-2)
 
 
-def test_predict_and_explain_commands(
-    world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_predict_and_explain_commands(world, tmp_path, capsys):
     image = str(world["images"] / "sunset" / "05.png")
     other = str(world["images"] / "grass" / "05.png")
-    assert main(["predict", str(world["run"]), image, other, "--topk", "2", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = json_of(capsys, "predict", world["run"], image, other, "--topk", "2")
     assert [row["image"] for row in rows] == [image, other]
     assert [row["predictions"][0]["label"] for row in rows] == ["sunset", "grass"]
     assert main(["predict", str(world["run"]), image]) == 0
@@ -125,14 +122,7 @@ def test_predict_and_explain_commands(
         (["evaluate", "RUN", "IMAGES/grass"], "source"),
     ],
 )
-def test_bad_pictures_and_models_are_one_line(
-    world: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    message: str,
-) -> None:
+def test_bad_pictures_and_models_are_one_line(world, tmp_path, capsys, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {
         "RUN": world["run"],
@@ -146,9 +136,7 @@ def test_bad_pictures_and_models_are_one_line(
 
 
 @pytest.mark.parametrize("method", ["rada", "zeroshot", "mm-adapter"])
-def test_heads_that_see_no_places_predict_and_have_no_heat_map(
-    world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
-) -> None:
+def test_heads_that_see_no_places_predict_and_have_no_heat_map(world, tmp_path, capsys, method):
     run = vtclip.fit(
         world["images"], method=method, shots=4, model=str(world["model"]), device="cpu",
         out=tmp_path / "run", cache_dir=world["root"] / "cache",
@@ -163,7 +151,7 @@ def test_heads_that_see_no_places_predict_and_have_no_heat_map(
     assert not (tmp_path / "x.png").exists()
 
 
-def test_features_command_makes_a_source(world: dict[str, Path], tmp_path: Path) -> None:
+def test_features_command_makes_a_source(world, tmp_path):
     out = tmp_path / "features"
     words = ["--model", str(world["model"]), "--augment-passes", "1", "--device", "cpu"]
     assert main(["features", str(world["images"]), "--out", str(out), *words]) == 0
@@ -177,7 +165,7 @@ def test_features_command_makes_a_source(world: dict[str, Path], tmp_path: Path)
     assert classifier.clip.weights_digest == fitted["digests"]["weights"]
 
 
-def test_save_and_from_pretrained(world: dict[str, Path], tmp_path: Path) -> None:
+def test_save_and_from_pretrained(world, tmp_path):
     classifier = Classifier.load(world["run"], device="cpu")
     classifier.save_pretrained(tmp_path / "shared")
     again = Classifier.from_pretrained(tmp_path / "shared", device="cpu")
@@ -187,7 +175,7 @@ def test_save_and_from_pretrained(world: dict[str, Path], tmp_path: Path) -> Non
     assert names == ["adapter.safetensors", "adapter_config.json"]
 
 
-def test_heat_map_peaks_where_the_weight_is() -> None:
+def test_heat_map_peaks_where_the_weight_is():
     weights = torch.zeros(16)
     weights[6] = 1.0  # row 1, column 2 of 4 x 4
     heat = heat_map(weights, 40, 40)
@@ -201,7 +189,7 @@ def test_heat_map_peaks_where_the_weight_is() -> None:
         heat_map(torch.zeros(12), 4, 4)
 
 
-def test_pictures_keep_their_colours() -> None:
+def test_pictures_keep_their_colours():
     pixels = torch.zeros(3, 4, 4)
     pixels[0] = 2.0  # with mean 0.5 and std 0.25: red 1, green and blue 0.5
     picture = to_image(pixels, [0.5] * 3, [0.25] * 3)

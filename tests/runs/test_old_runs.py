@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import json_of
 
 import vtclip
-from vtclip.cli import main
 from vtclip.runs.adapter import load_adapter
 
 OLD = Path(__file__).with_name("old")
@@ -54,7 +54,7 @@ def close(now: Any, then: Any) -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_adapters_load_with_the_probabilities_of_then(name: str, old: Path) -> None:
+def test_adapters_load_with_the_probabilities_of_then(name, old):
     adapter = load_adapter(name)
     records = vtclip.open_source("features.npz")
     batch = records.batch(torch.arange(len(records)))
@@ -66,7 +66,7 @@ def test_adapters_load_with_the_probabilities_of_then(name: str, old: Path) -> N
     torch.testing.assert_close(now, then, atol=TOLERANCE, rtol=0)
 
 
-def test_a_classifier_predicts_the_pictures_as_then(old: Path) -> None:
+def test_a_classifier_predicts_the_pictures_as_then(old):
     classifier = vtclip.Classifier.load("tip-adapter-f-pictures", device="cpu")
     paths = sorted(Path("pictures").glob("*/*.png"))
     then = RECORDED["tip-adapter-f-pictures"]["probabilities"]
@@ -77,19 +77,14 @@ def test_a_classifier_predicts_the_pictures_as_then(old: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_runs_are_evaluated_as_then(
-    name: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_are_evaluated_as_then(name, old, tmp_path, capsys):
     assert vtclip.Run.load(name).accuracy == RECORDED[name]["accuracy"]
-    words = ["evaluate", name, "--device", "cpu", "--threads", "1", "--json"]
-    assert main([*words, "--cache-dir", str(tmp_path)]) == 0
-    close(json.loads(capsys.readouterr().out), RECORDED[name]["evaluate"])
+    words = ["evaluate", name, "--device", "cpu", "--threads", "1", "--cache-dir", tmp_path]
+    close(json_of(capsys, *words), RECORDED[name]["evaluate"])
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_runs_are_repeated_as_then(
-    name: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_are_repeated_as_then(name, old, tmp_path, capsys):
     """MATCH with the versions and processor of then; elsewhere the accuracies are close."""
-    assert main(["repeat", name, "--cache-dir", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"] in ("MATCH", "CLOSE")
+    found = json_of(capsys, "repeat", name, "--cache-dir", tmp_path)
+    assert found["verdict"] in ("MATCH", "CLOSE")

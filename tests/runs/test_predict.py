@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from pictures import scenes_of
 from PIL import Image
 
@@ -70,9 +69,7 @@ def table(found: list[list[Prediction]], names: list[str]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 24, 1000])
-def test_every_kind_of_input_gives_the_same_numbers(
-    loaded: Classifier, paths: list[Path], expected: torch.Tensor, batch_size: int
-) -> None:
+def test_every_kind_of_input_gives_the_same_numbers(loaded, paths, expected, batch_size):
     pictures: list[Any] = []
     for path in paths:
         with Image.open(path) as file:
@@ -87,14 +84,12 @@ def test_every_kind_of_input_gives_the_same_numbers(
         assert all(row == sorted(row, key=lambda one: -one.probability) for row in found)
 
 
-def test_nothing_gives_nothing(loaded: Classifier) -> None:
+def test_nothing_gives_nothing(loaded):
     for given in ([], (), iter(()), torch.empty(0, 3, 64, 64)):
         assert loaded.predict(given) == []
 
 
-def test_a_generator_is_taken_two_batches_ahead_and_no_further(
-    loaded: Classifier, paths: list[Path]
-) -> None:
+def test_a_generator_is_taken_two_batches_ahead_and_no_further(loaded, paths):
     taken = 0
 
     def endless() -> Iterator[Path]:
@@ -111,9 +106,7 @@ def test_a_generator_is_taken_two_batches_ahead_and_no_further(
     found.close()
 
 
-def test_files_are_decoded_outside_of_the_caller(
-    loaded: Classifier, paths: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_decoded_outside_of_the_caller(loaded, paths, monkeypatch):
     seen = set()
 
     def spy(path: Any) -> Any:
@@ -127,7 +120,7 @@ def test_files_are_decoded_outside_of_the_caller(
     assert all(name.startswith("vtclip-decode") for name in seen)
 
 
-def test_a_picture_object_is_read_as_its_file_is(loaded: Classifier, tmp_path: Path) -> None:
+def test_a_picture_object_is_read_as_its_file_is(loaded, tmp_path):
     """Transparency goes over white and EXIF turns the picture, from a file and from PIL alike."""
     draw = np.random.default_rng(0).integers(0, 255, (64, 64, 4), dtype=np.uint8)
     clear, turned = tmp_path / "clear.png", tmp_path / "turned.jpg"
@@ -140,9 +133,7 @@ def test_a_picture_object_is_read_as_its_file_is(loaded: Classifier, tmp_path: P
             assert loaded.predict(picture) == loaded.predict(path)
 
 
-def test_an_unreadable_image_is_named_and_stops_nothing(
-    loaded: Classifier, paths: list[Path], tmp_path: Path
-) -> None:
+def test_an_unreadable_image_is_named_and_stops_nothing(loaded, paths, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"not a picture")
     (tmp_path / "cut.png").write_bytes(paths[0].read_bytes()[:2000])
     with Image.open(tmp_path / "cut.png") as half:
@@ -169,16 +160,12 @@ def test_an_unreadable_image_is_named_and_stops_nothing(
         ([torch.full((3, 64, 64), float("nan"))], {}, FloatingPointError, "must be finite"),
     ],
 )
-def test_wrong_arguments_are_named(
-    loaded: Classifier, given: Any, options: Any, error: Any, message: str
-) -> None:
+def test_wrong_arguments_are_named(loaded, given, options, error, message):
     with pytest.raises(error, match=message):
         loaded.predict(given, **options)
 
 
-def test_the_command_takes_folders_and_goes_on_after_broken_files(
-    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_takes_folders_and_goes_on_after_broken_files(run, images, tmp_path, capsys):
     deep = tmp_path / "in" / "deep"
     deep.mkdir(parents=True)
     for name in ("in/10.png", "in/9.png", "in/deep/a.PNG"):
@@ -195,8 +182,7 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(
     assert seen.err.count("\n") == 1
     assert str(deep / "b.png") in seen.err
 
-    assert main([*words, "--json"]) == 1
-    rows = json.loads(capsys.readouterr().out)
+    rows = json_of(capsys, *words, status=1)
     assert [row["image"] for row in rows if "predictions" in row] == order
     (bad,) = (row for row in rows if "error" in row)
     assert bad["image"] == str(deep / "b.png")
@@ -208,10 +194,9 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(
     ]
     best = {row["image"]: row["predictions"][0] for row in rows if "predictions" in row}
     for row in lines[::2]:
-        assert row["label"] == best[row["image"]]["label"]
-        assert float(row["probability"]) == pytest.approx(
-            best[row["image"]]["probability"], abs=1e-5
-        )
+        first = best[row["image"]]
+        assert row["label"] == first["label"]
+        assert float(row["probability"]) == pytest.approx(first["probability"], abs=1e-5)
 
     (deep / "b.png").unlink()
     assert main(words) == 0
@@ -227,13 +212,6 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(
         (["IMAGES", "IMAGES"], "not a vtclip adapter"),
     ],
 )
-def test_bad_input_is_one_line(
-    run: Path,
-    images: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    message: str,
-) -> None:
+def test_bad_input_is_one_line(run, images, tmp_path, capsys, words, message):
     places = {"RUN": str(run), "IMAGES": str(images), "EMPTY": str(tmp_path)}
     assert message in refused(capsys, "predict", *(places.get(word, word) for word in words))

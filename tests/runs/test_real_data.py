@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import call, json_of
 from PIL import Image
 
 import vtclip
@@ -32,9 +33,7 @@ def published(shared_data: Path, architecture: str, prompt: str) -> float:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("architecture", ["ViT-B-32", "RN50"])
-def test_zeroshot_agrees_with_the_published_accuracy(
-    shared_data: Path, tmp_path: Path, architecture: str, prompt: str
-) -> None:
+def test_zeroshot_agrees_with_the_published_accuracy(shared_data, tmp_path, architecture, prompt):
     source = shared_data / f"whurs19_CLIP_{architecture}.npz"
     words = ["--method", "zeroshot", "--prompt", prompt, "--test-fraction", "1", "--device", "cpu"]
     assert main(["fit", str(source), *words, "--out", str(tmp_path / "run")]) == 0
@@ -45,33 +44,25 @@ def test_zeroshot_agrees_with_the_published_accuracy(
     assert 100 * result["accuracy"] == pytest.approx(wanted, abs=0.3)
 
 
-def test_zeroshot_with_the_mean_of_all_prompts(shared_data: Path, tmp_path: Path) -> None:
+def test_zeroshot_with_the_mean_of_all_prompts(shared_data, tmp_path):
     source = shared_data / "whurs19_CLIP_ViT-B-32.npz"
     run = vtclip.fit(source, method="zeroshot", test_fraction=1, out=tmp_path / "run", device="cpu")
     assert 100 * run.accuracy == pytest.approx(81.29, abs=0.3)
 
 
 @pytest.mark.slow
-def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data: Path, tmp_path: Path) -> None:
+def test_vtclip_beats_its_own_zeroshot_by_a_point(shared_data, tmp_path):
     """18 classes of product photos, 16 shots, mean of seeds 1-3, the recipe as it is."""
     gains = []
     for seed in (1, 2, 3):
-        run = vtclip.fit(
-            shared_data / "mira_tinyclip_fashion.npz",
-            method="vtclip",
-            shots=16,
-            seed=seed,
-            out=tmp_path / str(seed),
-            device="cpu",
-        )
+        options = {"shots": 16, "seed": seed, "out": tmp_path / str(seed), "device": "cpu"}
+        run = vtclip.fit(shared_data / "mira_tinyclip_fashion.npz", method="vtclip", **options)
         gains.append(100 * (run.accuracy - run.result["zero_shot"]["accuracy"]))
     assert sum(gains) / 3 >= 1.0, gains
 
 
 @pytest.mark.slow
-def test_a_real_folder_of_photos_from_fit_to_heat_map(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_real_folder_of_photos_from_fit_to_heat_map(shared_data, tmp_path, capsys):
     """The bundled model was trained on drawings: the numbers are poor, every step has to work."""
     run, photos = str(tmp_path / "run"), shared_data / "photos"
     words = ["--method", "vtclip", "--shots", "1", "--epochs", "2", "--device", "cpu", "--out", run]
@@ -80,8 +71,7 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(
     assert "19 classes, 19 training, 19 validation and 190 test images" in seen.out
     assert "--model ViT-B-32:openai" in seen.err
     photo = str(sorted((photos / "beach").iterdir())[0])
-    assert main(["predict", run, photo, "--json", "--topk", "3"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")
     assert len(row["predictions"]) == 3
     assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
     heat = tmp_path / "heat.png"
@@ -91,9 +81,7 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(
 
 
 @pytest.mark.slow
-def test_rada_on_a_real_folder_of_photos(
-    shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rada_on_a_real_folder_of_photos(shared_data, tmp_path, capsys):
     run, photos = str(tmp_path / "run"), shared_data / "photos"
     cache = ["--cache-dir", str(tmp_path / "cache")]
     words = ["--method", "rada", "--shots", "8", "--device", "cpu", "--out", run]
@@ -103,14 +91,10 @@ def test_rada_on_a_real_folder_of_photos(
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["adapted"] != result["zero_shot"]
     photo = str(sorted((photos / "beach").iterdir())[0])
-    assert main(["predict", run, photo, "--json", "--topk", "3"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")
     assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
-    assert main(["evaluate", run, str(photos), "--json", *cache]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == result["accuracy"]
-    with pytest.raises(SystemExit) as done:
-        main(["explain", run, photo, "--out", str(tmp_path / "heat.png")])
-    assert done.value.code == 2
+    assert json_of(capsys, "evaluate", run, photos, *cache)["accuracy"] == result["accuracy"]
+    assert call("explain", run, photo, "--out", tmp_path / "heat.png") == 2
     assert "method rada has no attention to show; fit with vtclip" in capsys.readouterr().err
 
 
@@ -125,13 +109,8 @@ def test_rada_on_a_real_folder_of_photos(
     ],
 )
 def test_rada_beats_zeroshot_on_satellite_photos(
-    shared_data: Path,
-    tmp_path: Path,
-    architecture: str,
-    shots: int,
-    seeds: tuple[int, ...],
-    points: float,
-) -> None:
+    shared_data, tmp_path, architecture, shots, seeds, points
+):
     """19 classes, mean over seeds, the recipe as it is."""
     gains = []
     for seed in seeds:
@@ -144,8 +123,8 @@ def test_rada_beats_zeroshot_on_satellite_photos(
 
 
 def test_without_named_shots_a_small_folder_takes_what_every_class_has(
-    shared_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    shared_data, tmp_path, caplog
+):
     run = vtclip.fit(shared_data / "photos", out=tmp_path / "run", cache_dir=tmp_path / "cache")
     assert run.result["shots"] == 8  # 20 photos a class, half of them test
     assert run.result["images"] == {"train": 152, "val": 38, "test": 190}

@@ -7,12 +7,11 @@ import copy
 import inspect
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from pictures import dots
 from PIL import Image
 
@@ -62,7 +61,7 @@ def altered(run: Run, tmp_path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("method", TEXTS_ARE_ENOUGH)
-def test_every_method_matches(method: str, npz: Path, tmp_path: Path) -> None:
+def test_every_method_matches(method, npz, tmp_path):
     shots = 1 if method == "auto" else 4
     trained = HEADS[method].recipe(shots).epochs > 0
     overrides = {"epochs": 2, "batch_size": 7} if trained else None
@@ -78,7 +77,7 @@ def test_every_method_matches(method: str, npz: Path, tmp_path: Path) -> None:
     assert again["config"] == made.result["config"]
 
 
-def test_learned_words_match(photos: Path, cache: Path, tmp_path: Path) -> None:
+def test_learned_words_match(photos, cache, tmp_path):
     if "coop" not in HEADS:
         pytest.skip("no method that needs a text encoder is registered")
     options: dict[str, Any] = {"method": "coop", "shots": 1, "overrides": {"epochs": 1}}
@@ -86,7 +85,7 @@ def test_learned_words_match(photos: Path, cache: Path, tmp_path: Path) -> None:
     assert repeat(made, cache_dir=cache)["verdict"] == "MATCH"
 
 
-def test_pseudo_labels_match(npz: Path, tmp_path: Path) -> None:
+def test_pseudo_labels_match(npz, tmp_path):
     options: dict[str, Any] = {"method": "tip-adapter", "shots": 2, "pseudo_labels": True}
     made = vtclip.fit(npz, out=tmp_path / "run", **options)
     found = repeat(made, out=tmp_path / "again")
@@ -94,18 +93,14 @@ def test_pseudo_labels_match(npz: Path, tmp_path: Path) -> None:
     assert Run.load(tmp_path / "again").result["config"]["pseudo_labels"] is True
 
 
-def test_settings_that_are_not_the_recipe_are_taken_over(run: Run) -> None:
+def test_settings_that_are_not_the_recipe_are_taken_over(run):
     request = request_of(run.result)
-    assert request.overrides == {
-        "epochs": 2,
-        "lr": 7e-4,
-        "enough_pairs": 0,
-        "head": {"queries": ["image", "text"]},
-    }
+    head = {"queries": ["image", "text"]}
+    assert request.overrides == {"epochs": 2, "lr": 7e-4, "enough_pairs": 0, "head": head}
     assert (request.seed, request.shots, request.device) == (3, 2, torch.device("cpu"))
 
 
-def test_settings_that_came_later_keep_the_meaning_of_then(run: Run) -> None:
+def test_settings_that_came_later_keep_the_meaning_of_then(run):
     """A run of the recipe's epochs from before training could end earlier trained all of them."""
     settings = dict(run.result["config"]["fit"])
     settings["epochs"] = HEADS["rada"].recipe(run.result["shots"]).epochs
@@ -116,21 +111,19 @@ def test_settings_that_came_later_keep_the_meaning_of_then(run: Run) -> None:
     assert request_of(result).overrides["enough_pairs"] == 0
 
 
-def test_base_to_new_compares_both_halves(npz: Path, tmp_path: Path) -> None:
+def test_base_to_new_compares_both_halves(npz, tmp_path):
     options: dict[str, Any] = {"method": "rada", "shots": 2, "overrides": {"epochs": 1}}
     made = vtclip.fit(npz, base_to_new=True, out=tmp_path / "run", **options)
     found = repeat(made)
     assert found["verdict"] == "MATCH"
-    assert (
-        found["metrics"]["new adapted accuracy"]["now"]
-        == (made.result["new"]["adapted"]["accuracy"])
-    )
+    accuracy = made.result["new"]["adapted"]["accuracy"]
+    assert found["metrics"]["new adapted accuracy"]["now"] == accuracy
     assert found["split_new"]["equal"]
     folder = altered(made, tmp_path, **{"new.split": "0" * 64})
     assert repeat(folder)["verdict"] == "DIFFERENT"
 
 
-def test_trained_encoders_match(photos: Path, cache: Path, tmp_path: Path) -> None:
+def test_trained_encoders_match(photos, cache, tmp_path):
     options: dict[str, Any] = {"method": "rada", "shots": 2, "train_encoders": True}
     overrides = {"epochs": 1, "batch_size": 3, "head_lr": 2e-3}
     made = vtclip.fit(photos, **options, overrides=overrides, out=tmp_path / "run", cache_dir=cache)
@@ -142,7 +135,7 @@ def test_trained_encoders_match(photos: Path, cache: Path, tmp_path: Path) -> No
     assert (found["encoders"]["equal"], found["verdict"]) == (False, "CLOSE")
 
 
-def test_data_set_matches(cache: Path, tmp_path: Path, trees: ModuleType) -> None:
+def test_data_set_matches(cache, tmp_path, trees):
     root = trees.make_split(tmp_path / "root", "eurosat")
     options: dict[str, Any] = {"data": root, "method": "tip-adapter", "shots": 2, "seed": 2}
     made = vtclip.fit("eurosat", **options, out=tmp_path / "run", cache_dir=cache)
@@ -170,10 +163,7 @@ def test_data_set_matches(cache: Path, tmp_path: Path, trees: ModuleType) -> Non
         ({"one image": 2, "versions.torch": "1.0"}, "DIFFERENT"),
     ],
 )
-def test_verdicts(
-    run: Run, tmp_path: Path, changes: dict[str, Any], verdict: str | None,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_verdicts(run, tmp_path, changes, verdict, capsys):
     if "one image" in changes:
         values, images = run.result["adapted"], changes.pop("one image")
         changes["adapted.accuracy"] = values["accuracy"] - images / values["count"]
@@ -181,8 +171,7 @@ def test_verdicts(
     if verdict is None:
         assert "have changed" in refused(capsys, "repeat", folder)
         return
-    assert main(["repeat", str(folder), "--json"]) == (verdict == "DIFFERENT")
-    found = json.loads(capsys.readouterr().out)
+    found = json_of(capsys, "repeat", folder, status=int(verdict == "DIFFERENT"))
     assert found["verdict"] == verdict
     if "versions.torch" in changes:
         assert found["differs"] == {"torch": ["1.0", run.result["versions"]["torch"]]}
@@ -190,9 +179,7 @@ def test_verdicts(
         assert found["adapter"]["largest_difference"] == 0
 
 
-def test_how_much_an_adapter_differs_is_said(
-    run: Run, npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_how_much_an_adapter_differs_is_said(run, npz, tmp_path, capsys):
     other = vtclip.fit(
         npz, method="rada", shots=2, seed=3, overrides={"epochs": 3}, out=tmp_path / "o"
     )
@@ -207,13 +194,13 @@ def test_how_much_an_adapter_differs_is_said(
     assert "differs by" in printed
 
 
-def test_a_source_that_is_gone_is_named(run: Run, tmp_path: Path) -> None:
+def test_a_source_that_is_gone_is_named(run, tmp_path):
     folder = altered(run, tmp_path, **{"config.source": str(tmp_path / "no.npz")})
     with pytest.raises(ValueError, match=r"the source of .*altered is gone: source: no such file"):
         repeat(folder)
 
 
-def test_changed_images_are_named(photos: Path, tmp_path: Path) -> None:
+def test_changed_images_are_named(photos, tmp_path):
     import shutil
 
     copy_of = tmp_path / "photos"
@@ -235,7 +222,7 @@ def test_changed_images_are_named(photos: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("other/features/*/manifest.json"))
 
 
-def test_results_that_cannot_be_repeated(run: Run, tmp_path: Path) -> None:
+def test_results_that_cannot_be_repeated(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="not a vtclip run"):
         repeat(tmp_path)
     result = {**run.result, "config": {"source": "x"}}
@@ -245,7 +232,7 @@ def test_results_that_cannot_be_repeated(run: Run, tmp_path: Path) -> None:
         repeat(Run(tmp_path, {**run.result, "extended_from": {}}))
 
 
-def test_threads_are_those_of_then_and_are_put_back(run: Run, tmp_path: Path) -> None:
+def test_threads_are_those_of_then_and_are_put_back(run, tmp_path):
     before = torch.get_num_threads()
     folder = altered(run, tmp_path, **{"environment.threads": before + 1})
     found = repeat(folder, out=tmp_path / "again")
@@ -254,14 +241,14 @@ def test_threads_are_those_of_then_and_are_put_back(run: Run, tmp_path: Path) ->
     assert torch.get_num_threads() == before
 
 
-def test_a_device_that_is_not_here_is_named(run: Run, tmp_path: Path) -> None:
+def test_a_device_that_is_not_here_is_named(run, tmp_path):
     folder = altered(run, tmp_path, **{"environment.device": "cuda:77"})
     found = repeat(folder)
     assert found["differs"]["device"][0] == "cuda:77"
     assert found["verdict"] in ("MATCH", "CLOSE")
 
 
-def test_older_results_without_an_environment_are_repeated(run: Run, tmp_path: Path) -> None:
+def test_older_results_without_an_environment_are_repeated(run, tmp_path):
     folder = altered(run, tmp_path)
     result = json.loads((folder / "result.json").read_text())
     del result["environment"]
@@ -273,7 +260,7 @@ def test_older_results_without_an_environment_are_repeated(run: Run, tmp_path: P
     assert (found["verdict"], found["differs"]) == ("MATCH", {})
 
 
-def test_every_argument_that_decides_a_number_is_in_the_result(run: Run) -> None:
+def test_every_argument_that_decides_a_number_is_in_the_result(run):
     elsewhere = {"method", "seed", "device", "threads"}  # beside "config" in the result
     named = {"overrides": "fit"}  # in "config" by another name
     conduct = {"records", "out", "overwrite", "resume", "cache_dir", "progress"}

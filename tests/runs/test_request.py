@@ -34,9 +34,7 @@ NOWHERE = Path("nowhere")
         ({"train_encoders": True}, "no such file or folder"),
     ],
 )
-def test_wrong_options_are_refused_before_the_source_is_read(
-    options: dict[str, Any], message: str
-) -> None:
+def test_wrong_options_are_refused_before_the_source_is_read(options, message):
     with pytest.raises(ValueError, match=message):
         FitRequest(source=NOWHERE, **{"method": "rada", **options})
 
@@ -52,7 +50,7 @@ def test_wrong_options_are_refused_before_the_source_is_read(
         {"method": "rada", "train_encoders": True, "overrides": {"batch_size": 4, "lr": 1e-4}},
     ],
 )
-def test_a_record_is_read_back_as_the_same_request(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_record_is_read_back_as_the_same_request(options, tmp_path):
     request = FitRequest(source=tmp_path, shots=2, **options)
 
     def record(request: FitRequest) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,7 +72,7 @@ def test_at_most_four_are_kept():
     assert set(weights) > {"proker", "rada", "vtclip"}
 
 
-def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records: Records):
+def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records):
     """A head that learns its validation rows by heart gains nothing from them here."""
 
     class ByHeart(Head):
@@ -95,7 +94,7 @@ def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records:
     assert not bool(logits.any())
 
 
-def test_folds_use_every_training_row_once_and_no_other(records: Records):
+def test_folds_use_every_training_row_once_and_no_other(records):
     split = few_shot_split(records.label, records.names, shots=3, seed=1)
     found = folds(records, split)
     assert len(found) == 3
@@ -105,7 +104,7 @@ def test_folds_use_every_training_row_once_and_no_other(records: Records):
         assert len(records.label[part.train].unique()) == 4
 
 
-def test_one_shot_has_no_folds(records: Records):
+def test_one_shot_has_no_folds(records):
     split = few_shot_split(records.label, records.names, shots=1, seed=1)
     assert folds(records, split) == []
 
@@ -117,22 +116,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fitted(records: Records, split: Split) -> tuple[auto.Auto, list[dict[str, object]]]:
-    return auto.fit_auto(
-        records,
-        split,
-        2,
-        TrainingRun(torch.device("cpu"), 1),
-    )
+    return auto.fit_auto(records, split, 2, TrainingRun(torch.device("cpu"), 1))
 
 
-def test_without_validation_images_the_shots_are_cross_validated(records: Records, quick: None):
+def test_without_validation_images_the_shots_are_cross_validated(records, quick):
     split = few_shot_split(records.label, records.names, shots=2, seed=1)
     none = Split(split.train, split.val[:0], split.test, split.digest)
     _, rows = fitted(records, none)
     assert [row["count"] for row in rows] == [len(split.train)] * 2
 
 
-def test_without_anything_to_choose_by_the_prior_stands(records: Records, quick: None):
+def test_without_anything_to_choose_by_the_prior_stands(records, quick):
     split = few_shot_split(records.label, records.names, shots=1, seed=1)
     none = Split(split.train, split.val[:0], split.test, split.digest)
     kept, rows = fitted(records, none)
@@ -141,9 +135,7 @@ def test_without_anything_to_choose_by_the_prior_stands(records: Records, quick:
     assert "accuracy" not in rows[0]
 
 
-def test_command_prints_the_comparison_and_keeps_an_adapter(
-    npz: Path, tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
-):
+def test_command_prints_the_comparison_and_keeps_an_adapter(npz, tmp_path, quick, capsys):
     out = tmp_path / "run"
     assert main(["fit", str(npz), "--method", "auto", "--shots", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -158,7 +150,7 @@ def test_command_prints_the_comparison_and_keeps_an_adapter(
     assert vtclip.evaluate(out)["accuracy"] == result["accuracy"]
 
 
-def test_test_images_decide_nothing(npz: Path, tmp_path: Path, quick: None):
+def test_test_images_decide_nothing(npz, tmp_path, quick):
     """Other labels for the test images: the same adapter, byte for byte."""
     before = vtclip.fit(npz, method="auto", shots=2, out=tmp_path / "before").folder
     with np.load(npz) as arrays:

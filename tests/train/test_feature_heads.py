@@ -47,13 +47,7 @@ def split_of(records: Records, shots: int) -> Split:
 
 def fitted(records: Records, method: str, split: Split) -> Any:
     config = HEADS[method].recipe(4)
-    return fit_head(
-        method,
-        records,
-        split,
-        config,
-        TrainingRun(CPU, 1),
-    )
+    return fit_head(method, records, split, config, TrainingRun(CPU, 1))
 
 
 @pytest.mark.parametrize("method", LEARN)
@@ -106,14 +100,8 @@ def test_autoclip_gets_the_texts_of_every_template(npz: Path, tmp_path: Path) ->
         draws = np.random.default_rng(0).standard_normal((3, 4, 16)).astype(np.float32)
         text = arrays["text"][None] + 0.2 * draws
         np.savez(tmp_path / "three.npz", **{**arrays, "text": text})
-    run = vtclip.fit(
-        tmp_path / "three.npz",
-        method="autoclip",
-        shots=0,
-        test_fraction=1.0,
-        out=tmp_path / "run",
-        device="cpu",
-    )
+    options = {"shots": 0, "test_fraction": 1.0, "out": tmp_path / "run", "device": "cpu"}
+    run = vtclip.fit(tmp_path / "three.npz", method="autoclip", **options)
     head = load_adapter(run.folder).head
     assert isinstance(head, AutoCLIP)
     unit = text / np.linalg.norm(text, axis=-1, keepdims=True)
@@ -125,13 +113,7 @@ def test_autoclip_gets_the_texts_of_every_template(npz: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_options_leave_nothing_behind(npz: Path, tmp_path: Path, method: str) -> None:
+    options = {"shots": 1, "overrides": {"head": {"rank": 3}}, "device": "cpu"}
     with pytest.raises(ValueError, match=f"method {method} has no option rank|has no training"):
-        vtclip.fit(
-            npz,
-            method=method,
-            shots=1,
-            overrides={"head": {"rank": 3}},
-            out=tmp_path / "run",
-            device="cpu",
-        )
+        vtclip.fit(npz, method=method, out=tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()

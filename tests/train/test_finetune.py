@@ -9,8 +9,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from commands import call, refused
+from commands import call, python, refused
 from pictures import save, write_model
 
 import vtclip
@@ -81,18 +79,9 @@ def fitted(
 
 def fit(source: Path, model: str, out: Path, cache: Path, **options: Any) -> Run:
     overrides = {**QUICK, **options.pop("overrides", {})}
-    given = {"method": "rada", "shots": 4, "templates": TEMPLATES, **options}
-    return vtclip.fit(
-        source,
-        model=model,
-        out=out,
-        cache_dir=cache,
-        train_encoders=True,
-        overrides=overrides,
-        device="cpu",
-        threads=1,
-        **given,
-    )
+    given = {"method": "rada", "shots": 4, "templates": TEMPLATES, "train_encoders": True}
+    given |= {"model": model, "out": out, "cache_dir": cache, "device": "cpu", "threads": 1}
+    return vtclip.fit(source, overrides=overrides, **{**given, **options})
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -103,9 +92,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / ENCODERS)
 
 
-def test_a_run_learns_and_holds_what_the_other_commands_need(
-    fitted: Run, photos: Path, models: dict[str, str], cache: Path
-) -> None:
+def test_a_run_learns_and_holds_what_the_other_commands_need(fitted, photos, models, cache):
     rows = steps(fitted.folder)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["epoch_loss"] < 0.8 * rows[1]["epoch_loss"]
@@ -129,24 +116,15 @@ def test_a_run_learns_and_holds_what_the_other_commands_need(
     assert right / len(paths) >= result["accuracy"] - 0.1
 
 
-def test_zero_shot_is_the_untouched_model(
-    fitted: Run, photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
-    plain = vtclip.fit(
-        photos,
-        method="zeroshot",
-        model=models["vit"],
-        shots=4,
-        templates=TEMPLATES,
-        out=tmp_path / "plain",
-        cache_dir=cache,
-        device="cpu",
-    ).result
+def test_zero_shot_is_the_untouched_model(fitted, photos, models, cache, tmp_path):
+    options = {"model": models["vit"], "shots": 4, "templates": TEMPLATES, "device": "cpu"}
+    options |= {"out": tmp_path / "plain", "cache_dir": cache}
+    plain = vtclip.fit(photos, method="zeroshot", **options).result
     assert plain["split"] == fitted.result["split"]
     assert fitted.result["zero_shot"] == plain["zero_shot"]
 
 
-def test_every_part_is_trained(fitted: Run, models: dict[str, str]) -> None:
+def test_every_part_is_trained(fitted, models):
     before, after = load_clip(models["vit"]).model.state_dict(), weights(fitted.folder)
     assert before.keys() == after.keys()
     same = [name for name in before if torch.equal(before[name], after[name])]
@@ -155,9 +133,7 @@ def test_every_part_is_trained(fitted: Run, models: dict[str, str]) -> None:
     assert float(head["head.out.weight"].abs().max()) > 0
 
 
-def test_the_same_command_gives_the_same_bits(
-    fitted: Run, photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
+def test_the_same_command_gives_the_same_bits(fitted, photos, models, cache, tmp_path):
     again = fit(photos, models["vit"], tmp_path / "again", cache)
     assert again.result["digests"] == fitted.result["digests"]
     other = fit(photos, models["vit"], tmp_path / "other", cache, seed=2)
@@ -166,14 +142,8 @@ def test_the_same_command_gives_the_same_bits(
 
 @pytest.mark.parametrize("stop_at", [3, 4, 8])  # inside and at the end of an epoch, last step
 def test_interrupted_and_resumed_equals_uninterrupted(
-    fitted: Run,
-    photos: Path,
-    models: dict[str, str],
-    cache: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stop_at: int,
-) -> None:
+    fitted, photos, models, cache, tmp_path, monkeypatch, stop_at
+):
     drawn = finetune.drawn_templates
 
     def interrupt(count: int, classes: int, seed: int, number: int) -> torch.Tensor:
@@ -188,23 +158,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert not (tmp_path / "run" / ENCODERS).exists()
     resumed = fit(photos, models["vit"], tmp_path / "run", cache, resume=True)
     assert resumed.result["digests"] == fitted.result["digests"]
-    assert [row["loss"] for row in steps(resumed.folder)] == [
-        row["loss"] for row in steps(fitted.folder)
-    ]
+    losses = [[row["loss"] for row in steps(run.folder)] for run in (resumed, fitted)]
+    assert losses[0] == losses[1]
     assert not (resumed.folder / "checkpoint.safetensors").exists()
 
 
-def test_resuming_with_other_settings_is_refused(
-    fitted: Run, photos: Path, models: dict[str, str], cache: Path
-) -> None:
+def test_resuming_with_other_settings_is_refused(fitted, photos, models, cache):
     assert fit(photos, models["vit"], fitted.folder, cache, resume=True).result == fitted.result
     with pytest.raises(ValueError, match="finished run with another fit"):
         fit(photos, models["vit"], fitted.folder, cache, resume=True, overrides={"lr": 1e-4})
 
 
-def test_checkpointing_changes_no_loss_and_bfloat16_little(
-    fitted: Run, photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
+def test_checkpointing_changes_no_loss_and_bfloat16_little(fitted, photos, models, cache, tmp_path):
     want = [row["loss"] for row in steps(fitted.folder)]
     options: dict[str, Any] = {"overrides": {"grad_checkpointing": True}}
     fit(photos, models["vit"], tmp_path / "less", cache, **options)
@@ -219,9 +184,7 @@ def test_checkpointing_changes_no_loss_and_bfloat16_little(
     assert all(math.isfinite(loss) for loss in half)
 
 
-def test_batch_norm_keeps_its_statistics(
-    photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
+def test_batch_norm_keeps_its_statistics(photos, models, cache, tmp_path):
     before = load_clip(models["resnet"]).model.state_dict()
     run = fit(photos, models["resnet"], tmp_path / "run", cache, overrides={"epochs": 1})
     after = weights(run.folder)
@@ -232,8 +195,8 @@ def test_batch_norm_keeps_its_statistics(
 
 
 def test_encoders_are_refused_by_name_where_missing_cut_or_of_another_run(
-    fitted: Run, photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
+    fitted, photos, models, cache, tmp_path
+):
     import shutil
 
     folder = tmp_path / "copy"
@@ -264,7 +227,7 @@ def test_encoders_are_refused_by_name_where_missing_cut_or_of_another_run(
         Classifier.load(folder, model=models["resnet"], device="cpu")
 
 
-def test_save_pretrained_takes_the_encoders_along(fitted: Run, tmp_path: Path) -> None:
+def test_save_pretrained_takes_the_encoders_along(fitted, tmp_path):
     one = Classifier.load(fitted.folder, device="cpu")
     one.save_pretrained(tmp_path / "shared")
     assert (tmp_path / "shared" / ENCODERS).read_bytes() == (fitted.folder / ENCODERS).read_bytes()
@@ -288,23 +251,15 @@ def test_save_pretrained_takes_the_encoders_along(fitted: Run, tmp_path: Path) -
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
-    photos: Path,
-    models: dict[str, str],
-    cache: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    message: str,
-) -> None:
+    photos, models, cache, tmp_path, capsys, words, message
+):
     words = words if "--method" in words else ["--method", "rada", *words]
     fixed = ["--model", models["vit"], "--out", tmp_path / "run", "--cache-dir", cache]
     assert message in refused(capsys, "fit", photos, *words, *fixed, "--device", "cpu")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_source_without_images_is_refused(
-    photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
+def test_a_source_without_images_is_refused(photos, models, cache, tmp_path):
     extract_features(photos, tmp_path / "table", model=models["vit"], progress=False)
     (tmp_path / "x.npz").touch()
     for source in (tmp_path / "table", tmp_path / "x.npz"):
@@ -312,9 +267,7 @@ def test_a_source_without_images_is_refused(
             fit(source, models["vit"], tmp_path / "run", cache)
 
 
-def test_rows_of_the_test_set_are_out_of_reach(
-    photos: Path, models: dict[str, str], tmp_path: Path
-) -> None:
+def test_rows_of_the_test_set_are_out_of_reach(photos, models, tmp_path):
     clip = load_clip(models["vit"])
     found, _ = extract_features(photos, tmp_path / "table", model=clip, progress=False)
     rows = torch.tensor([0, 3])
@@ -326,7 +279,7 @@ def test_rows_of_the_test_set_are_out_of_reach(
         next(images.stream(torch.tensor([0, 1]), 0))
 
 
-def test_recipe_follows_its_rule() -> None:
+def test_recipe_follows_its_rule():
     imagenet = get_config(1_281_167)
     assert (imagenet.batch_size, imagenet.warmup_steps) == (512, 500)
     assert (imagenet.epochs, imagenet.lr, imagenet.weight_decay) == (10, 1e-5, 0.1)
@@ -344,7 +297,7 @@ def test_recipe_follows_its_rule() -> None:
             dataclasses.replace(few, **{name: value})
 
 
-def test_shares_are_all_of_a_batch() -> None:
+def test_shares_are_all_of_a_batch():
     rows = torch.arange(7)
     for size in (1, 2, 3, 7):
         parts = [World(rank, size).share(rows) for rank in range(size)]
@@ -357,22 +310,13 @@ def test_shares_are_all_of_a_batch() -> None:
         finetune.check_batch(get_config(100, overrides={"batch_size": 2}), World(0, 3))
 
 
-def child_environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-
-
-def test_two_processes_have_the_losses_of_one(
-    photos: Path, models: dict[str, str], cache: Path, tmp_path: Path
-) -> None:
+def test_two_processes_have_the_losses_of_one(photos, models, cache, tmp_path):
     words = ["fit", photos, "--method", "rada", "--train-encoders", "--model", models["vit"]]
     words += ["--shots", 4, "--epochs", 16, "--batch-size", 6, "--lr", "2e-4", "--threads", 1]
     words += ["--templates", TEMPLATES[0], "--device", "cpu", "--cache-dir", cache, "--out"]
     assert call(*words, tmp_path / "one") == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node", "2", "-m", "vtclip", *map(str, words), str(tmp_path / "two")]
-    done = subprocess.run(
-        launch, env=child_environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = python(*launch, "-m", "vtclip", *words, tmp_path / "two", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("zero-shot") == 1
     one, two = steps(tmp_path / "one"), steps(tmp_path / "two")
@@ -390,23 +334,13 @@ def outcomes(
 ) -> dict[str, dict[str, Any]]:
     """What the first process ended with while the second misbehaved."""
     out = tmp_path_factory.mktemp("two processes")
-    command = [sys.executable, HERE / "_finetune_child.py", photos, models["vit"], out, cache]
-    done = subprocess.run(
-        [str(word) for word in command],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    done = python(HERE / "_finetune_child.py", photos, models["vit"], out, cache, check=True)
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found
 
 
 @pytest.mark.parametrize("how", ["raise", "exit", "stall"])
-def test_no_process_waits_for_one_that_failed(
-    outcomes: dict[str, dict[str, Any]], how: str
-) -> None:
+def test_no_process_waits_for_one_that_failed(outcomes, how):
     seen = outcomes[how]
     assert seen["code"] == 1, seen
     assert "rank 0: another process failed or stalled" in seen["stderr"][0]
@@ -416,22 +350,14 @@ def test_no_process_waits_for_one_that_failed(
         assert "a broken image" in seen["stderr"][1]
 
 
-def test_processes_with_different_settings_do_not_begin(
-    outcomes: dict[str, dict[str, Any]],
-) -> None:
+def test_processes_with_different_settings_do_not_begin(outcomes):
     seen = outcomes["differ"]
     assert seen["code"] == 1
     assert re.search("rank 0 has settings and images .*, rank 1 has", seen["stderr"][0])
     assert seen["files"] == []
 
 
-def test_a_launch_that_cannot_work_is_one_line(
-    photos: Path,
-    models: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_launch_that_cannot_work_is_one_line(photos, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["--method", "rada", "--train-encoders", "--model", models["vit"], "--device", "cpu"]
     wanted = "WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; start"
@@ -444,7 +370,7 @@ def test_a_launch_that_cannot_work_is_one_line(
         device_of_rank(torch.device("cuda:0"), named=True)
 
 
-def test_a_signal_to_one_process_stops_all_and_saves(outcomes: dict[str, dict[str, Any]]) -> None:
+def test_a_signal_to_one_process_stops_all_and_saves(outcomes):
     seen = outcomes["sigterm"]
     assert seen["code"] == 128 + signal.SIGTERM
     for text in seen["stderr"]:

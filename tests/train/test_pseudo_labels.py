@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ QUICK = {"vtclip": {"epochs": 1}, "rada": {"epochs": 1}, "tip-adapter-f": {"epoc
 METHODS = ["rada", "vtclip", "tip-adapter", "tip-adapter-f", "proker"]
 
 
-def test_keeps_the_surest_of_each_named_class() -> None:
+def test_keeps_the_surest_of_each_named_class():
     p = torch.tensor(
         [[0.6, 0.3, 0.1], [0.9, 0.1, 0.0], [0.1, 0.8, 0.1], [0.7, 0.2, 0.1], [0.4, 0.5, 0.1]]
     )
@@ -34,19 +32,19 @@ def test_keeps_the_surest_of_each_named_class() -> None:
     assert (kept.tolist(), label.tolist()) == ([1, 2], [0, 1])
 
 
-def test_probability_decides_not_the_logit() -> None:
+def test_probability_decides_not_the_logit():
     """The first row's logits are larger and its probability smaller."""
     kept, _ = surest(torch.tensor([[50.0, 49.0], [3.0, 0.0]]), 1)
     assert kept.tolist() == [1]
 
 
-def test_of_equally_sure_rows_the_first_are_kept() -> None:
+def test_of_equally_sure_rows_the_first_are_kept():
     kept, label = surest(torch.tensor([[2.0, 0.0]] * 40 + [[0.0, 2.0]] * 40), 3)
     assert kept.tolist() == [0, 1, 2, 40, 41, 42]
     assert label.tolist() == [0] * 3 + [1] * 3
 
 
-def test_against_a_plain_loop(records: Records) -> None:
+def test_against_a_plain_loop(records):
     split = unlabelled_split(records, 1, 0.5)
     named, kept = pseudo_labelled(records, split, 5, CPU)
     logits = records.logit_scale * F.normalize(records.batch(split.train).image) @ records.text.T
@@ -58,7 +56,7 @@ def test_against_a_plain_loop(records: Records) -> None:
     assert dict(zip(kept.train.tolist(), named.label[kept.train].tolist(), strict=True)) == wanted
 
 
-def test_test_images_are_those_of_a_labelled_run_and_never_kept(records: Records) -> None:
+def test_test_images_are_those_of_a_labelled_run_and_never_kept(records):
     labelled = few_shot_split(records.label, records.names, shots=4, seed=1)
     split = unlabelled_split(records, 1, 0.5)
     assert torch.equal(split.test, labelled.test)
@@ -73,7 +71,7 @@ def test_test_images_are_those_of_a_labelled_run_and_never_kept(records: Records
     assert bool(records.label[others].any())  # and the caller's own are untouched
 
 
-def test_official_lists_give_their_training_rows(records: Records) -> None:
+def test_official_lists_give_their_training_rows(records):
     roles = torch.arange(len(records)) % 3
     split = unlabelled_split(with_roles(records, records.label, roles), 1, 0.5)
     assert torch.equal(split.train, (roles == 0).nonzero().flatten())
@@ -92,9 +90,7 @@ def with_roles(records: Records, label: torch.Tensor, roles: torch.Tensor) -> Re
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_true_labels_of_the_pool_decide_nothing(
-    records: Records, method: str, tmp_path: Path
-) -> None:
+def test_true_labels_of_the_pool_decide_nothing(records, method, tmp_path):
     """Other labels in the pool: the same adapter, byte for byte, and another reported accuracy."""
     roles = torch.arange(len(records)) % 2 * 2
     pool = (roles == 0).nonzero().flatten()
@@ -118,9 +114,7 @@ def test_true_labels_of_the_pool_decide_nothing(
     assert first["pseudo_label_accuracy"] > second["pseudo_label_accuracy"]
 
 
-def test_auto_chooses_by_pseudo_labels_alone(
-    records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_chooses_by_pseudo_labels_alone(records, tmp_path, monkeypatch):
     from vtclip.train import auto
 
     monkeypatch.setattr(auto, "CANDIDATES", ("zeroshot", "proker"))
@@ -135,9 +129,7 @@ def test_auto_chooses_by_pseudo_labels_alone(
     assert before == after
 
 
-def test_a_class_with_few_images_keeps_what_it_has_and_says_so(
-    records: Records, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_class_with_few_images_keeps_what_it_has_and_says_so(records, caplog):
     text = records.text.clone()
     text[3] = -text[:3].sum(dim=0)  # nothing looks like it
     other = Records.from_tensors(
@@ -154,9 +146,7 @@ def test_a_class_with_few_images_keeps_what_it_has_and_says_so(
     assert f": {', '.join(short)}" in caplog.text
 
 
-def test_command_reports_and_evaluate_finds_the_same_images(
-    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_reports_and_evaluate_finds_the_same_images(npz, tmp_path, capsys):
     out = tmp_path / "run"
     args = ["fit", str(npz), "--method", "rada", "--epochs", "1", "--shots", "4", "--threads", "1"]
     assert main([*args, "--pseudo-labels", "--out", str(out), "--json"]) == 0
@@ -172,7 +162,7 @@ def test_command_reports_and_evaluate_finds_the_same_images(
         vtclip.fit(npz, **same)
 
 
-def test_without_shots_it_takes_16_whatever_the_labels_say(npz: Path, tmp_path: Path) -> None:
+def test_without_shots_it_takes_16_whatever_the_labels_say(npz, tmp_path):
     run = vtclip.fit(npz, method="tip-adapter", pseudo_labels=True, out=tmp_path / "run", threads=1)
     assert run.result["shots"] == 16
     counts = run.result["images"]
@@ -189,18 +179,14 @@ def test_without_shots_it_takes_16_whatever_the_labels_say(npz: Path, tmp_path: 
         ({"method": "tip-adapter", "test_fraction": 1.0}, "every image is a test image"),
     ],
 )
-def test_what_it_cannot_do_is_said_before_anything_is_written(
-    npz: Path, tmp_path: Path, options: dict[str, object], what: str
-) -> None:
+def test_what_it_cannot_do_is_said_before_anything_is_written(npz, tmp_path, options, what):
     out = tmp_path / "run"
     with pytest.raises(ValueError, match=what):
         vtclip.fit(npz, pseudo_labels=True, out=out, **options)  # type: ignore[arg-type]
     assert not out.exists()
 
 
-def test_a_data_set_gives_its_whole_training_list_and_no_draw(
-    tmp_path: Path, trees: ModuleType
-) -> None:
+def test_a_data_set_gives_its_whole_training_list_and_no_draw(tmp_path, trees):
     """Of 18 listed training images all are in the pool, and other labels in the list change nothing
     of the adapter."""
     root = trees.make_split(tmp_path / "root", "oxford_flowers")

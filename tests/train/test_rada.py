@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import json_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -42,14 +42,7 @@ def trained(records: Records, config: FitConfig, **options: Any) -> tuple[RAda, 
     head = RAda(records.text, logit_scale=20.0, num_heads=4, **options)
     split = few_shot_split(records.label, records.names, shots=8, seed=1)
     rows = engine.TrainingRows(records, split.train, split.val)
-    engine.train_head(
-        head,
-        rows,
-        split.train,
-        split.val,
-        config,
-        TrainingRun(CPU, 1),
-    )
+    engine.train_head(head, rows, split.train, split.val, config, TrainingRun(CPU, 1))
     return head, split
 
 
@@ -58,9 +51,7 @@ def penalty_of(head: RAda, records: Records, index: Tensor) -> float:
         return float(head.forward_with_penalty(records.batch(index).image).penalty.mean())
 
 
-def test_the_loss_is_smoothed_cross_entropy_plus_the_weighted_mean_penalty(
-    records: Records,
-) -> None:
+def test_the_loss_is_smoothed_cross_entropy_plus_the_weighted_mean_penalty(records):
     head, batch = new_head(records), records.batch(torch.arange(0, 96, 7))
     config = dataclasses.replace(CONFIG, penalty_weight=3.0, label_smoothing=0.2)
     with torch.no_grad():
@@ -75,9 +66,7 @@ def test_the_loss_is_smoothed_cross_entropy_plus_the_weighted_mean_penalty(
     torch.testing.assert_close(plain, F.cross_entropy(logits, batch.label))
 
 
-def test_without_a_weight_the_penalty_is_not_computed(
-    records: Records, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_weight_the_penalty_is_not_computed(records, monkeypatch):
     calls = []
     real = RAda.forward_with_penalty
 
@@ -95,7 +84,7 @@ def test_without_a_weight_the_penalty_is_not_computed(
     assert calls == ["none"]
 
 
-def test_rada_learns_what_zero_shot_does_not_know(records: Records) -> None:
+def test_rada_learns_what_zero_shot_does_not_know(records):
     head, split = trained(records, dataclasses.replace(CONFIG, penalty_weight=0.1))
     logits, label = engine.all_logits(head, records, split.test, device=CPU)
     before = engine.all_logits(
@@ -106,7 +95,7 @@ def test_rada_learns_what_zero_shot_does_not_know(records: Records) -> None:
 
 
 @pytest.mark.parametrize("kind", ["l1", "mse", "linf"])
-def test_a_heavier_penalty_keeps_the_mask_nearer_to_one(records: Records, kind: str) -> None:
+def test_a_heavier_penalty_keeps_the_mask_nearer_to_one(records, kind):
     far = {}
     for weight in (0.0, 1.0, 100.0):
         config = dataclasses.replace(CONFIG, penalty_weight=weight)
@@ -115,7 +104,7 @@ def test_a_heavier_penalty_keeps_the_mask_nearer_to_one(records: Records, kind: 
     assert far[0.0] > 2 * far[1.0] > 4 * far[100.0] > 0, far
 
 
-def test_the_recipe_is_the_one_the_command_takes() -> None:
+def test_the_recipe_is_the_one_the_command_takes():
     for shots in (1, 2, 3, 4, 8, 16, 100):
         config = HEADS["rada"].recipe(shots)
         assert config == recipe_config("rada", shots, None)
@@ -124,7 +113,7 @@ def test_the_recipe_is_the_one_the_command_takes() -> None:
     assert RAda.recipe(4) == RAda.recipe(100)
 
 
-def test_overrides_add_to_the_recipe() -> None:
+def test_overrides_add_to_the_recipe():
     given = {"epochs": 3, "lr": None, "label_smoothing": 0.1, "head": {"temperature": 0.5}}
     config = recipe_config("rada", 4, given)
     wanted = dataclasses.replace(
@@ -157,9 +146,7 @@ def test_overrides_add_to_the_recipe() -> None:
         ("rada", {"penalty_wieght": 1.0}, "did you mean 'penalty_weight'"),
     ],
 )
-def test_settings_a_method_does_not_have_are_refused_by_name(
-    method: str, overrides: dict[str, Any], message: str
-) -> None:
+def test_settings_a_method_does_not_have_are_refused_by_name(method, overrides, message):
     with pytest.raises(ValueError, match=message):
         recipe_config(method, 4, overrides)
 
@@ -173,19 +160,14 @@ def test_settings_a_method_does_not_have_are_refused_by_name(
         ({"num_heads": 3}, "num_heads must divide D = 16, got 3"),
     ],
 )
-def test_bad_head_options_leave_no_folder(
-    npz: Path, tmp_path: Path, head: dict[str, Any], message: str
-) -> None:
+def test_bad_head_options_leave_no_folder(npz, tmp_path, head, message):
+    out = tmp_path / "a" / "run"
     with pytest.raises(ValueError, match=message):
-        vtclip.fit(
-            npz, method="rada", shots=4, overrides={"head": head}, out=tmp_path / "a" / "run"
-        )
+        vtclip.fit(npz, method="rada", shots=4, overrides={"head": head}, out=out)
     assert not list(tmp_path.iterdir())
 
 
-def test_options_reach_the_adapter_and_come_back(
-    npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_reach_the_adapter_and_come_back(npz, tmp_path, capsys):
     words = ["fit", str(npz), "--method", "rada", "--shots", "4", "--epochs", "2"]
     words += ["--temperature", "0.5", "--queries", "image,pair", "--penalty", "linf"]
     words += ["--penalty-weight", "0.5", "--label-smoothing", "0.1", "--adapters"]
@@ -204,14 +186,11 @@ def test_options_reach_the_adapter_and_come_back(
     for name in ("zero_shot", "adapted"):
         assert result[name]["temperature"] > 0
         assert 0 <= result[name]["ece_scaled"] <= 1
-    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
-    values = json.loads(capsys.readouterr().out)
+    values = json_of(capsys, "evaluate", tmp_path / "run")
     assert {name: values[name] for name in result["adapted"]} == result["adapted"]
 
 
-def test_the_same_seed_gives_the_same_adapter_and_resuming_refuses_other_settings(
-    npz: Path, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_adapter_and_resuming_refuses_other_settings(npz, tmp_path):
     def fit(name: str, **options: Any) -> bytes:
         overrides = {"epochs": 3, **options.pop("overrides", {})}
         vtclip.fit(npz, method="rada", shots=4, overrides=overrides, out=tmp_path / name, **options)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,7 +49,7 @@ SMALL = TTT(views=V, keep=0.25, lr=1e-2)
         ({"weight_decay": -0.1}, "weight_decay must be in 0..1000, got -0.1"),
     ],
 )
-def test_bad_settings_are_named_in_one_line(setting: dict[str, Any], words: str) -> None:
+def test_bad_settings_are_named_in_one_line(setting, words):
     with pytest.raises((ValueError, TypeError)) as caught:
         TTT(**setting)
     assert words in str(caught.value)
@@ -60,11 +59,11 @@ def test_bad_settings_are_named_in_one_line(setting: dict[str, Any], words: str)
 @pytest.mark.parametrize(
     ("views", "keep", "kept"), [(64, 0.1, 6), (64, 1.0, 64), (100, 0.29, 29), (10, 0.1, 1)]
 )
-def test_how_many_views_are_kept(views: int, keep: float, kept: int) -> None:
+def test_how_many_views_are_kept(views, keep, kept):
     assert TTT(views=views, keep=keep).kept == kept
 
 
-def test_the_objective_in_the_papers_own_words() -> None:
+def test_the_objective_in_the_papers_own_words():
     logits = 3 * torch.randn(N, V, K, dtype=torch.float64)
     p = F.softmax(logits, dim=-1)
     h = -(p * p.log()).sum(-1)
@@ -78,7 +77,7 @@ def test_the_objective_in_the_papers_own_words() -> None:
     assert torch.equal(kept[2, 1], logits[2, best[2, 1]])
 
 
-def test_extreme_logits_and_ties() -> None:
+def test_extreme_logits_and_ties():
     sure = torch.full((1, 2, K), -1e4)
     sure[..., 0] = 1e4
     sure.requires_grad_()
@@ -99,7 +98,7 @@ def picture(width: int = 80, height: int = 50) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_views_are_functions_of_seed_name_and_number(clip: Clip) -> None:
+def test_views_are_functions_of_seed_name_and_number(clip):
     image = picture()
     eight = image_views(clip, image, 8, seed=3, name="a/b.png")
     assert eight.shape == (8, 3, 64, 64)
@@ -116,7 +115,7 @@ def test_views_are_functions_of_seed_name_and_number(clip: Clip) -> None:
         image_views(clip, image, 0, seed=0, name="a")
 
 
-def test_folder_views_are_in_order_whatever_the_company(clip: Clip, tmp_path: Path) -> None:
+def test_folder_views_are_in_order_whatever_the_company(clip, tmp_path):
     names = [f"k/{number}.png" for number in range(5)]
     (tmp_path / "k").mkdir()
     for number, name in enumerate(names):
@@ -155,7 +154,7 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rada", "rada with adapters", "vtclip"])
-def test_every_image_is_for_itself(kind: str) -> None:
+def test_every_image_is_for_itself(kind):
     """Against the plain loop; whatever the batch, the order and the company."""
     spatial = kind == "vtclip"
     head: Any = vtclip_head() if spatial else rada()
@@ -189,7 +188,7 @@ def test_every_image_is_for_itself(kind: str) -> None:
     assert set(found.seconds) == {"views", "encode and select", "adapt"}
 
 
-def test_steps_lower_the_entropy_of_the_mean() -> None:
+def test_steps_lower_the_entropy_of_the_mean():
     head, features = rada(), torch.randn(N, V, D)
     config = TTT(views=V, keep=1.0, lr=1e-3, steps=3)
     with torch.no_grad():
@@ -200,7 +199,7 @@ def test_steps_lower_the_entropy_of_the_mean() -> None:
     assert bool((after < before).all())
 
 
-def test_what_cannot_be_adapted_is_refused() -> None:
+def test_what_cannot_be_adapted_is_refused():
     features = torch.randn(1, V, D)
     with pytest.raises(ValueError, match="must have parameters to train, zeroshot has none"):
         ttt.adapt(ZeroShot(torch.randn(K, D)), features, encode, SMALL)
@@ -238,14 +237,12 @@ def listing(folder: Path) -> list[Path]:
 FEW = ["--ttt", "--views", "6", "--keep", "0.34"]
 
 
-def test_evaluate_with_ttt(capsys: pytest.CaptureFixture[str], world: dict[str, Path]) -> None:
+def test_evaluate_with_ttt(capsys, world):
     """On the run's own test images: the first row is that of plain evaluate, and all are told."""
     common = ["evaluate", str(world["rada"]), "--cache-dir", str(world["cache"]), "--device", "cpu"]
-    assert main([*common, "--json"]) == 0
-    plain = json.loads(capsys.readouterr().out)
+    plain = json_of(capsys, *common)
     before = listing(world["rada"])
-    assert main([*common, *FEW, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json_of(capsys, *common, *FEW)
     extra = found.pop("ttt")
     assert found == plain
     assert found["count"] == 12
@@ -265,7 +262,7 @@ def test_evaluate_with_ttt(capsys: pytest.CaptureFixture[str], world: dict[str, 
     assert listing(world["rada"]) == before
 
 
-def test_ttt_on_another_folder_is_the_loop_by_hand(world: dict[str, Path], clip: Clip) -> None:
+def test_ttt_on_another_folder_is_the_loop_by_hand(world, clip):
     config = TTT(views=6, keep=0.34, lr=2e-2)
     found = vtclip.evaluate(
         world["rada"], world["others"], device="cpu", cache_dir=world["cache"], ttt=config
@@ -293,17 +290,13 @@ def test_ttt_on_another_folder_is_the_loop_by_hand(world: dict[str, Path], clip:
         (["--keep", "0.5"], "--keep needs --ttt"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], world: dict[str, Path], words: list[str], message: str
-) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(capsys, world, words, message):
     before = listing(world["rada"])
     assert message in refused(capsys, "evaluate", world["rada"], *words)
     assert listing(world["rada"]) == before
 
 
-def test_sources_and_heads_that_cannot_be_trained_are_refused(
-    capsys: pytest.CaptureFixture[str], world: dict[str, Path], npz: Path, tmp_path: Path
-) -> None:
+def test_sources_and_heads_that_cannot_be_trained_are_refused(capsys, world, npz, tmp_path):
     write_features(world["others"], tmp_path / "features", device="cpu")
     cases = [
         (world["rada"], npz, "ttt: source must be a folder of images, got an .npz table"),

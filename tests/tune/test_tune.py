@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 
 import pytest
 import torch
-from commands import refused
+from commands import json_of, refused
 
 from vtclip.cli import main
 from vtclip.cli import tune as tune_command
@@ -197,8 +196,7 @@ def pretended_gpu(monkeypatch):
 def test_the_command_writes_a_table(tmp_path, capsys, pretended_gpu):
     out = tmp_path / "mine.json"
     words = ["tune", "--shape", "rada:B=1,K=40,D=16,H=1", "--dtype", "float32", "--out", str(out)]
-    assert main([*words, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
+    printed = json_of(capsys, *words)
     assert printed["device"] == "Pretended"
     tables = tuned.for_these_versions(out)
     assert tables.keys() == {("Pretended", 90)}

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from commands import environment, python
 
 from vtclip.files import json_digest
 from vtclip.tune import table as tuned
@@ -186,10 +185,7 @@ print(_tiles.choose("fwd", torch.float32, "ieee", (2, 2, 20, 9, 8),
 
 
 def child(**variables):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD], env=environment, capture_output=True, text=True, check=False
-    )
+    done = python("-c", CHILD, env=environment(TRITON_INTERPRET="1", **variables))
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()
 
