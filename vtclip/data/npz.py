@@ -23,7 +23,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from vtclip.data.records import MemoryStore, Records, check_finite, check_rows, 
 
 __all__ = ["class_texts", "open_npz"]
 
-Array = NDArray[Any]
+Array = NDArray[np.generic]
 
 AVERAGE = "averageprompt"
 # a larger member that shrinks a hundredfold does not hold features: it is a trap

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -338,7 +338,7 @@ class Records:
             roles=None if self.roles is None else self.roles[index],
         )
 
-    def with_store(self, store: Store, **info: Any) -> Records:
+    def with_store(self, store: Store, **info: object) -> Records:
         """The same rows, classes and texts with features of another store; `info` is updated."""
         view = copy.copy(self)
         view._store = store

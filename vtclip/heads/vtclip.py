@@ -17,7 +17,6 @@ self-attention. Sharing is exact without dropout and in evaluation, hence there 
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +41,7 @@ from vtclip.heads._decoder import (
     last_norm,
     queries,
 )
-from vtclip.heads._head import Head
+from vtclip.heads._head import Head, Options
 from vtclip.heads.config import FitConfig
 
 EPS = 1e-5
@@ -165,7 +164,7 @@ class VTCLIP(Head):
         x1, query = queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
         key, value = keys_values(first, tokens)  # [B, H, L, d]
         last = self._decoder()[-1].norm3
-        options: dict[str, Any] = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
+        options: Options = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
 
         def part(images: slice, classes: slice) -> Tensor:
             mask = None if spatial_mask is None else spatial_mask[images]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save as save_bytes
 
 from vtclip import __version__
 from vtclip.files import (
+    Json,
     json_digest,
     move_new,
     read_json,
@@ -50,7 +51,7 @@ class Adapter:
     head: Head
     class_names: list[str]
     temperature: float | None
-    features: dict[str, Any]
+    features: Json
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> str:
@@ -63,7 +64,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
             raise ValueError(f"save_adapter: tensor {name} must be dense and finite")
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     digest = tensors_digest(tensors)
-    config: dict[str, Any] = {
+    config: Json = {
         "format_version": FORMAT_VERSION,
         "vtclip_version": __version__,
         "method": head.method,
@@ -82,7 +83,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
     return digest
 
 
-def read_config(folder: Path, digest: str) -> dict[str, Any]:
+def read_config(folder: Path, digest: str) -> Json:
     """The checked config that belongs to tensors of this digest."""
     path, fresh = folder / CONFIG, folder / (CONFIG + ".new")
     config = _checked_config(path) if path.exists() or not fresh.is_file() else None
@@ -112,7 +113,7 @@ def _finish_killed_save(folder: Path) -> None:
         return  # what cannot be read is about to be replaced
 
 
-def _checked_config(path: Path) -> dict[str, Any]:
+def _checked_config(path: Path) -> Json:
     config = read_json(path, WHAT)
     version = config.get("format_version")
     if not isinstance(version, int):
@@ -187,7 +188,7 @@ def check_weights(adapter: Adapter, weights_digest: str, model: str) -> None:
         )
 
 
-def features_of(records: Records, model: str) -> dict[str, Any]:
+def features_of(records: Records, model: str) -> Json:
     """What an adapter must know of its features: where they come from and what they look like."""
     info = records.info
     return {
@@ -218,6 +219,6 @@ def check_features(adapter: Adapter, records: Records) -> None:
             )
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = json_digest(value) if isinstance(value, dict) else str(value)
     return text[:16]

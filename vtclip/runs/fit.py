@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -61,7 +60,7 @@ def fit(
     train_encoders: bool = False,
     base_to_new: bool = False,
     pseudo_labels: bool = False,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,

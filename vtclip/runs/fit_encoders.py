@@ -12,7 +12,6 @@ import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -195,7 +194,7 @@ def evaluate_and_write(
 
 def switch_checkpointing(clip: Clip, on: bool) -> None:
     """open_clip's own switch; a model without one is refused by name."""
-    switch: Any = getattr(clip.model, "set_grad_checkpointing", None)
+    switch = getattr(clip.model, "set_grad_checkpointing", None)
     if switch is None:
         raise ValueError(f"grad_checkpointing: {clip.name!r} offers none")
     switch(on)
