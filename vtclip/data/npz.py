@@ -32,8 +32,6 @@ from torch.nn import functional
 
 from vtclip.data.records import MemoryStore, Records, check_finite, check_rows, digest_of
 
-__all__ = ["class_texts", "open_npz"]
-
 Array = NDArray[np.generic]
 
 AVERAGE = "averageprompt"

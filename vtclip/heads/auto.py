@@ -27,11 +27,7 @@ class Auto(Head):
     method = "auto"
 
     def __init__(
-        self,
-        text: Tensor,
-        *,
-        members: Sequence[Options] = (),
-        logit_scale: float = 100.0,
+        self, text: Tensor, *, members: Sequence[Options] = (), logit_scale: float = 100.0
     ) -> None:
         super().__init__(text, logit_scale=logit_scale)
         self.heads = nn.ModuleList()

@@ -18,17 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save as save_bytes
 
-from vtclip import __version__
-from vtclip.files import (
-    Json,
-    json_digest,
-    move_new,
-    read_json,
-    read_safetensors,
-    tensors_digest,
-    to_json,
-    write_together,
-)
+from vtclip import __version__, files
+from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
 
 if TYPE_CHECKING:
@@ -63,7 +54,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         if value.layout != torch.strided or not bool(value.isfinite().all()):
             raise ValueError(f"save_adapter: tensor {name} must be dense and finite")
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    digest = tensors_digest(tensors)
+    digest = files.tensors_digest(tensors)
     config: Json = {
         "format_version": FORMAT_VERSION,
         "vtclip_version": __version__,
@@ -75,11 +66,11 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())},
         "tensors_digest": digest,
     }
-    config["config_digest"] = json_digest(config)
+    config["config_digest"] = files.json_digest(config)
     _finish_killed_save(folder)
     # one entry of metadata: safetensors writes several in random order, and runs are compared
     data = save_bytes(tensors, {"digest": digest})
-    write_together({folder / TENSORS: data, folder / CONFIG: to_json(config)})
+    files.write_together({folder / TENSORS: data, folder / CONFIG: files.to_json(config)})
     return digest
 
 
@@ -105,16 +96,16 @@ def _finish_killed_save(folder: Path) -> None:
     if not fresh.is_file() or not (folder / TENSORS).is_file():
         return
     try:
-        digest = read_safetensors(folder / TENSORS, WHAT)[1]["digest"]
-        old = path.is_file() and read_json(path, WHAT).get("tensors_digest") == digest
+        digest = files.read_safetensors(folder / TENSORS, WHAT)[1]["digest"]
+        old = path.is_file() and files.read_json(path, WHAT).get("tensors_digest") == digest
         if not old and _checked_config(fresh)["tensors_digest"] == digest:
-            move_new(path)
+            files.move_new(path)
     except (OSError, ValueError, KeyError):
         return  # what cannot be read is about to be replaced
 
 
 def _checked_config(path: Path) -> Json:
-    config = read_json(path, WHAT)
+    config = files.read_json(path, WHAT)
     version = config.get("format_version")
     if not isinstance(version, int):
         raise ValueError(f"not {WHAT}: {path} names no format_version")
@@ -125,7 +116,7 @@ def _checked_config(path: Path) -> Json:
             f"to {FORMAT_VERSION}"
         )
     named = config.pop("config_digest", None)
-    if named != json_digest(config):
+    if named != files.json_digest(config):
         raise ValueError(
             f"not {WHAT}: {path} was changed after it was written (its digest differs)"
         )
@@ -139,7 +130,7 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
         raise FileNotFoundError(f"not {WHAT}: {folder} is not a folder")
     if not (folder / CONFIG).exists() and not (folder / TENSORS).exists():
         raise FileNotFoundError(f"not {WHAT}: {folder} holds neither {TENSORS} nor {CONFIG}")
-    tensors, metadata = read_safetensors(folder / TENSORS, WHAT)
+    tensors, metadata = files.read_safetensors(folder / TENSORS, WHAT)
     config = read_config(folder, metadata["digest"])
     method, class_names = config["method"], config["class_names"]
     if method not in HEADS:
@@ -220,5 +211,5 @@ def check_features(adapter: Adapter, records: Records) -> None:
 
 
 def _brief(value: object) -> str:
-    text = json_digest(value) if isinstance(value, dict) else str(value)
+    text = files.json_digest(value) if isinstance(value, dict) else str(value)
     return text[:16]
