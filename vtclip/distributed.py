@@ -81,8 +81,8 @@ def num_processes() -> int:
 class World:
     """The processes of one run; a single one (size 1) waits for nobody in any method."""
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Any = None) -> None:
-        self.rank, self.size, self._store = rank, size, store
+    def __init__(self, rank: int = 0, size: int = 1, store: PrefixStore | None = None) -> None:
+        self.rank, self.size, self._store = rank, size, cast("PrefixStore", store)
         self._notes = 0
         self._patient_group: dist.ProcessGroup | None = None
 
@@ -147,7 +147,7 @@ class World:
         if self._patient_group is None:  # that of the sums does not wait so long
             group = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
             self._patient_group = cast("dist.ProcessGroup", group)
-        values: list[Any] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value, group=self._patient_group)
         return values
 

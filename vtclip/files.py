@@ -53,7 +53,7 @@ def cache_folder(cache_dir: str | Path | None) -> Path:
     return default_cache() if cache_dir is None else Path(cache_dir).expanduser()
 
 
-def is_below(path: Path, root: Path) -> bool:
+def is_below(path: str | Path, root: str | Path) -> bool:
     """Whether `path`, links followed, is `root` or lies in it."""
     real, top = os.path.realpath(path), os.path.realpath(root)
     return real == top or real.startswith(top.rstrip(os.sep) + os.sep)
@@ -145,19 +145,15 @@ def json_digest(value: Mapping[str, object]) -> str:
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over name, dtype, shape and bytes of every tensor, in the order of the names."""
+    import torch  # late, so that the command line can use this module without torch
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         if tensor.numel():
-            digest.update(tensor.reshape(-1).view(_byte()).numpy().data)
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _byte() -> Any:
-    import torch  # late, so that the command line can use this module without torch
-
-    return torch.uint8
 
 
 @contextlib.contextmanager

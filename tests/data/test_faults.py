@@ -16,8 +16,8 @@ import pytest
 import torch
 from commands import python
 
-import vtclip.data.extract as extract
 import vtclip.data.shards as shards
+from vtclip import files
 from vtclip.data.extract import extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
 
@@ -115,8 +115,8 @@ def test_manifest_cannot_point_outside_of_its_folder(features, tmp_path):
     secret.write_bytes((features / "shard-00000.safetensors").read_bytes())
     manifest["shards"][0]["file"] = f"../../../{secret.name}"
     body = {key: value for key, value in manifest.items() if key != "digest"}
-    manifest["digest"] = extract.json_digest(body)
-    (features / "manifest.json").write_bytes(extract.to_json(manifest))
+    manifest["digest"] = files.json_digest(body)
+    (features / "manifest.json").write_bytes(files.to_json(manifest))
     with pytest.raises(FeaturesDamaged, match="got no such file"):
         FeatureSet.open(features)
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 import vtclip.data.extract as extract
 import vtclip.data.shards as shards
 from vtclip.data import Records, few_shot_split, open_source
-from vtclip.data.extract import default_cache, extract_features
+from vtclip.data.extract import extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
 from vtclip.data.images import open_image
-from vtclip.files import json_digest, to_json
+from vtclip.files import default_cache, json_digest, to_json, write_atomic
 
 
 def everything(records: Records) -> list[torch.Tensor]:
@@ -325,9 +325,9 @@ def test_damaged_shard_of_an_unfinished_run_is_made_again(
     for n, rows in {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}.items():
         entry = {**manifest["shards"][n], "number": n, "kept": rows, "skipped": []}
         body = {"key": found.key, "rows": [rows[0], rows[-1] + 1, 64], "entry": entry}
-        note = {**body, "digest": extract.json_digest(body)}
-        (out / f"shard-{n:05d}.json").write_bytes(extract.to_json(note))
-    (out / "partial.json").write_bytes(extract.to_json({"key": found.key}))
+        note = {**body, "digest": json_digest(body)}
+        (out / f"shard-{n:05d}.json").write_bytes(to_json(note))
+    (out / "partial.json").write_bytes(to_json({"key": found.key}))
     (out / "manifest.json").unlink()
     broken = bytearray(good["shard-00001.safetensors"])
     broken[-1] ^= 1
@@ -356,7 +356,7 @@ def test_replacing_features_that_are_mapped(features, tmp_path):
     before = everything(records)
     for path in list(out.iterdir()):
         data = path.read_bytes()
-        extract.write_atomic(path, bytes(len(data)))
+        write_atomic(path, bytes(len(data)))
     assert all(torch.equal(a, b) for a, b in zip(before, everything(records), strict=True))
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from vtclip.clip import load_clip
 from vtclip.clip.word_tokenizer import WordTokenizer, build_vocab
-from vtclip.demo import train
+from vtclip.demo import captions, train
 
 
 def test_contrastive_loss_of_distinct_pairs_is_cross_entropy():
@@ -54,7 +54,7 @@ def test_a_batch_is_a_function_of_the_generator():
 
 def test_overfits_one_batch():
     torch.manual_seed(0)
-    vocab = build_vocab(train.caption_words())
+    vocab = build_vocab(captions.caption_words())
     config = train.model_config(len(vocab))
     config["model_cfg"]["vision_cfg"]["layers"] = 1
     config["model_cfg"]["text_cfg"]["layers"] = 1

@@ -16,8 +16,6 @@ from vtclip.clip.pixels import normalized
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AUGMENTATION", "crop_box", "pass_generator", "random_view"]
-
 LEAST_AREA = 0.08
 AUGMENTATION = {
     "crop_area": [LEAST_AREA, 1.0],

@@ -8,8 +8,6 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-__all__ = ["ClipNotFound", "fetch", "not_fetched"]
-
 TIMEOUT_S = 5.0
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["normalized"]
-
 
 def normalized(image: Image, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(value / 255 - mean) / std of an RGB image, [3, H, W] float32, bit-equal to torchvision's.

@@ -17,9 +17,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vtclip.data.splits import MAX_SEED, MAX_VAL, check_int
-
-__all__ = ["Picks", "coop_picks"]
+from vtclip.data.splits import MAX_VAL, check_int
+from vtclip.names import MAX_SEED
 
 
 class Picks(NamedTuple):

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
@@ -38,20 +39,8 @@ from vtclip.data.options import FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
 from vtclip.distributed import World, device_of_rank, joined
-from vtclip.files import (
-    Json,
-    cache_folder,
-    default_cache,
-    is_below,
-    json_digest,
-    only_writer,
-    printable,
-    to_json,
-    write_atomic,
-)
+from vtclip.files import Json, only_writer
 from vtclip.machine import choose_device, set_threads
-
-__all__ = ["ExtractionReport", "cached_features", "default_cache", "extract_features"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +71,7 @@ def extract_features(
     which calls this with the same arguments (vtclip.distributed.joined).
     """
     out = Path(out).expanduser()
-    if is_below(out, Path(source).expanduser()):
+    if files.is_below(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
     options = FeatureOptions(
         model=model,
@@ -109,7 +98,7 @@ def cached_features(
     job = _Job.of(source, options, World())
     place = Path("features") / job.key[:32]
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # below says what is wrong, if so
-        cache = cache_folder(options.cache_dir)
+        cache = files.cache_folder(options.cache_dir)
         if (cache / place / MANIFEST).is_file() and not os.access(cache / place, os.W_OK):
             return job.reuse(FeatureSet.open(cache / place))
     return job.run(_writable_cache(options.cache_dir) / place, World(), rebuild=True)
@@ -126,7 +115,9 @@ class _Job(Work):
             folder = source
         else:
             folder = scan_folder(source, follow_links=options.follow_links)
-        world.check_same("list of images", json_digest({"names": [*map(ascii, folder.names)]}))
+        world.check_same(
+            "list of images", files.json_digest({"names": [*map(ascii, folder.names)]})
+        )
         model = options.model
         if isinstance(model, (str, Path)):
             name = model
@@ -177,7 +168,7 @@ class _Job(Work):
             logger.warning(
                 "%d images have the same content as another one, e.g. %s and %s: they may be in "
                 "training and test at once",
-                len(report.duplicates), printable(first), printable(second),
+                len(report.duplicates), files.printable(first), files.printable(second),
             )  # fmt: skip
         world.check_same("features", self.key)
         with contextlib.ExitStack() as held:
@@ -234,7 +225,7 @@ class _Job(Work):
             if done:
                 logger.info("features: going on after %d finished shards", len(done))
             # before all else, so that a later run knows the folder as ours
-            write_atomic(folder / PARTIAL, to_json({"key": self.key}))
+            files.write_atomic(folder / PARTIAL, files.to_json({"key": self.key}))
             return done
 
         text: Json = {}
@@ -278,11 +269,7 @@ class _Job(Work):
         return int(spatial.shape[1]), int(spatial.shape[2])
 
     def _finish(
-        self,
-        folder: Path,
-        entries: list[Json],
-        text_entry: Json,
-        tokens: tuple[int, int] | None,
+        self, folder: Path, entries: list[Json], text_entry: Json, tokens: tuple[int, int] | None
     ) -> None:
         hashed = self.hashed
         kept = [row for entry in entries for row in entry["kept"]]
@@ -292,7 +279,7 @@ class _Job(Work):
         ]
         if lost:
             raise ValueError(f"features: no image of these classes could be read: "
-                             f"{', '.join(map(printable, lost[:8]))}")  # fmt: skip
+                             f"{', '.join(map(files.printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
         body: Json = {
             "format": FORMAT,
@@ -315,7 +302,9 @@ class _Job(Work):
                 for entry in entries
             ],
         }
-        write_atomic(folder / MANIFEST, to_json({**body, "digest": json_digest(body)}))
+        files.write_atomic(
+            folder / MANIFEST, files.to_json({**body, "digest": files.json_digest(body)})
+        )
         for path in (*folder.glob("shard-*.json"), folder / PARTIAL, *folder.glob("*.new")):
             path.unlink(missing_ok=True)
 
@@ -356,7 +345,7 @@ def _check_numbers(options: FeatureOptions) -> None:
 def _writable_cache(cache_dir: str | Path | None) -> Path:
     """The cache folder, or a temporary one with a warning where nothing can be written."""
     try:
-        folder = cache_folder(cache_dir)
+        folder = files.cache_folder(cache_dir)
         (folder / "features").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder / "features"):
             return folder
@@ -383,10 +372,8 @@ def write_features(
 ) -> Records:
     """Features of an image folder in the folder `out`, which `fit` then takes as its source.
 
-    Processes that torchrun started share the work, and each answers the same.
+    Processes that torchrun started share the work, and each returns the same.
     """
-    from vtclip.data.extract import extract_features
-
     set_threads(threads)
     where = choose_device(device)
     named = device is not None and torch.device(device).index is not None

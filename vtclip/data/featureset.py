@@ -32,8 +32,6 @@ from vtclip.clip import resolve_templates
 from vtclip.data.records import PartedStore, Records
 from vtclip.files import Json, json_digest, read_json, to_json
 
-__all__ = ["FORMAT", "VERSION", "FeatureSet", "FeaturesDamaged", "file_digest"]
-
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "vtclip-features", 1

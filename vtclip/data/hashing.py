@@ -11,16 +11,6 @@ from vtclip.data.threads import ahead, decode_pool, progress_bar
 from vtclip.distributed import World
 from vtclip.files import printable
 
-__all__ = [
-    "ExtractionReport",
-    "Hashed",
-    "ahead",
-    "decode_pool",
-    "duplicates_of",
-    "hash_all",
-    "progress_bar",
-]
-
 
 @dataclass
 class ExtractionReport:

@@ -38,24 +38,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vtclip.data.records import check_class_names
-from vtclip.files import printable
+from vtclip.files import is_below, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-__all__ = [
-    "Folder",
-    "ImageError",
-    "as_rgb",
-    "decode",
-    "is_ignored",
-    "natural_key",
-    "open_image",
-    "printable",
-    "read_file",
-    "scan_folder",
-    "walk_images",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +201,7 @@ def scan_folder(root: str | Path, *, follow_links: bool = False) -> Folder:
                 continue
             if not entry.is_dir():
                 loose += os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-            elif not follow_links and not _is_below(entry.path, inside):
+            elif not follow_links and not is_below(entry.path, inside):
                 raise ValueError(
                     f"source: class folder {printable(entry.name)} links out of "
                     f"{printable(str(root))}; follow_links allows it"
@@ -285,7 +271,7 @@ def _walk(
                     continue
                 name = f"{folder}/{entry.name}"
                 is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-                if entry.is_symlink() and inside is not None and not _is_below(entry.path, inside):
+                if entry.is_symlink() and inside is not None and not is_below(entry.path, inside):
                     if is_image or entry.is_dir():
                         skipped.append((name, "links out of the folder; follow_links allows it"))
                 elif is_image:  # pipes and folders of such a name fail when they are read
@@ -298,11 +284,6 @@ def _walk(
 def is_ignored(name: str) -> bool:
     """Whether it is the name of a hidden file or of what file managers leave behind."""
     return name.startswith(".") or name.lower() in IGNORED
-
-
-def _is_below(path: str, inside: str) -> bool:
-    real = os.path.realpath(path)
-    return real == inside or real.startswith(inside.rstrip(os.sep) + os.sep)
 
 
 def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:

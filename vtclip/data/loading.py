@@ -13,8 +13,6 @@ from torch import Tensor
 from vtclip.data.images import ImageError
 from vtclip.data.threads import Cores, decode_pool, num_cores
 
-__all__ = ["Batches"]
-
 
 class Batches(AbstractContextManager["Batches"]):
     """Pixels of the rows of each of `pieces`, in order.

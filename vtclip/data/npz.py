@@ -23,7 +23,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +32,7 @@ from torch.nn import functional
 
 from vtclip.data.records import MemoryStore, Records, check_finite, check_rows, digest_of
 
-__all__ = ["class_texts", "open_npz"]
-
-Array = NDArray[Any]
+Array = NDArray[np.generic]
 
 AVERAGE = "averageprompt"
 # a larger member that shrinks a hundredfold does not hold features: it is a trap

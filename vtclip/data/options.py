@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from vtclip.clip import Clip
 
-__all__ = ["Draw", "FeatureOptions"]
-
 
 @dataclass(frozen=True)
 class FeatureOptions:

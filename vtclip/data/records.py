@@ -13,24 +13,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vtclip.files import Json
-
-__all__ = [
-    "Batch",
-    "MemoryStore",
-    "PartedStore",
-    "Records",
-    "Store",
-    "check_class_names",
-    "check_rows",
-    "digest_of",
-]
 
 MIN_LENGTH = 1e-12  # below it torch's normalize no longer gives rows of length 1
 
@@ -337,13 +326,6 @@ class Records:
             row=self._row[index],
             roles=None if self.roles is None else self.roles[index],
         )
-
-    def with_store(self, store: Store, **info: Any) -> Records:
-        """The same rows, classes and texts with features of another store; `info` is updated."""
-        view = copy.copy(self)
-        view._store = store
-        view.info = {**self.info, **info}
-        return view
 
     def _checked(self, index: Tensor) -> Tensor:
         index = torch.as_tensor(index)

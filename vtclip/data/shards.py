@@ -37,8 +37,6 @@ from vtclip.data.loading import Batches
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json, json_digest, printable, read_json, to_json, write_atomic
 
-__all__ = ["DTYPES", "Shard", "Work", "finished_shards", "make_shards", "shards_of", "write_text"]
-
 logger = logging.getLogger(__name__)
 
 # about SHARDS shards, so that several processes have equal shares; fewer if they would be smaller
@@ -237,11 +235,7 @@ def load_views(work: Work, row: int) -> Tensor | ImageError:
 
 
 def _encode_shard(
-    work: Work,
-    shard: Shard,
-    batches: Batches,
-    tokens: tuple[int, int] | None,
-    bar: Any,
+    work: Work, shard: Shard, batches: Batches, tokens: tuple[int, int] | None, bar: Any
 ) -> tuple[dict[str, Tensor], list[int], list[tuple[str, str]]]:
     """A shard's tensors, the rows they hold, and (name, reason) of the files without a row."""
     dtype = DTYPES[work.fields["dtype"]] if tokens is not None else torch.float32

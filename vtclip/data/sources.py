@@ -17,8 +17,6 @@ from vtclip.data.sets import SetSource
 if TYPE_CHECKING:
     from vtclip.clip import Clip
 
-__all__ = ["open_records", "open_source", "source_kind"]
-
 
 def source_kind(source: str | Path) -> str:
     """ "npz", "features" or "folder"; a ValueError where `source` is none of them."""

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from vtclip.names import MAX_SEED
 
-__all__ = ["MAX_SEED", "MAX_VAL", "Split", "check_int", "few_shot_split", "split_by_roles"]
-
 MAX_VAL = 4
 
 

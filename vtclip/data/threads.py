@@ -16,8 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-__all__ = ["Cores", "num_cores"]
-
 
 def num_cores() -> int:
     """The cores this process may use: its share, where torchrun started several processes."""

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from vtclip.clip import Clip
 
-__all__ = ["folder_views", "image_views", "view_generator"]
-
 MAX_AHEAD = 16  # images whose views wait in memory
 
 

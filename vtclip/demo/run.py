@@ -32,8 +32,6 @@ from vtclip.files import Json, to_json, write_atomic
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.fit import fit
 
-__all__ = ["run_demo"]
-
 SHOTS = (1, 4, 16)
 SPATIAL = "projected"
 IMAGES_PER_CLASS = 48

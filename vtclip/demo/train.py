@@ -29,36 +29,19 @@ from torch.nn import functional as F
 
 from vtclip.clip import build_clip
 from vtclip.clip.word_tokenizer import WordTokenizer, build_vocab
-from vtclip.demo.captions import (
-    NUM_ATTRIBUTES,
-    caption,
-    caption_words,
-    describe,
-    scene_attributes,
-    true_pairs,
-)
-from vtclip.demo.scenes import (
-    COLOUR_NAMES,
-    SHAPES,
-    SIDE,
-    TEXTURES,
-    Pixels,
-    item_mask,
-    render_scene,
-    training_scene,
-)
+from vtclip.demo import captions, scenes
 from vtclip.files import Json, write_atomic
 
 log = logging.getLogger(__name__)
 
 PATCH = 8
-GRID = SIDE // PATCH
+GRID = scenes.SIDE // PATCH
 CONTEXT = 20
 MUON_PEAK = 5e-3
 ADAMW_PEAK = 2e-3
 MEAN = (0.48, 0.46, 0.44)
 STD = (0.27, 0.27, 0.27)
-ATTRIBUTE_SIZES = (len(SHAPES), len(TEXTURES), len(COLOUR_NAMES))
+ATTRIBUTE_SIZES = (len(scenes.SHAPES), len(scenes.TEXTURES), len(scenes.COLOUR_NAMES))
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -68,7 +51,7 @@ def model_config(vocab_size: int) -> Json:
         "model_cfg": {
             "embed_dim": 128,
             "vision_cfg": {
-                "image_size": SIDE,
+                "image_size": scenes.SIDE,
                 "patch_size": PATCH,
                 "width": 128,
                 "head_width": 32,
@@ -88,7 +71,7 @@ def model_config(vocab_size: int) -> Json:
             "std": list(STD),
             "interpolation": "bicubic",
             "resize_mode": "shortest",
-            "size": [SIDE, SIDE],
+            "size": [scenes.SIDE, scenes.SIDE],
         },
     }
 
@@ -107,7 +90,7 @@ class TrainBatch:
     attributes: Tensor  # [R, 3], shape, texture and colour of a region
 
 
-def normalise(pixels: Pixels) -> Tensor:
+def normalise(pixels: scenes.Pixels) -> Tensor:
     """uint8 [B, 64, 64, 3] -> float32 [B, 3, 64, 64] with the model's mean and deviation."""
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     return (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -115,35 +98,35 @@ def normalise(pixels: Pixels) -> Tensor:
 
 def draw_batch(rng: np.random.Generator, size: int, *, regions: int = 2) -> TrainBatch:
     """`size` fresh training scenes with captions, and up to `regions` items of each."""
-    pixels = np.empty((size, SIDE, SIDE, 3), np.uint8)
+    pixels = np.empty((size, scenes.SIDE, scenes.SIDE, 3), np.uint8)
     texts, claims, attributes = [], [], []
     rows, weights, phrases, phrase_claims, region_attributes = [], [], [], [], []
     for row in range(size):
-        scene = training_scene(rng)
-        pixels[row], _ = render_scene(scene, rng)
-        text, claim = caption(scene, rng)
+        scene = scenes.training_scene(rng)
+        pixels[row], _ = scenes.render_scene(scene, rng)
+        text, claim = captions.caption(scene, rng)
         texts.append(text)
         claims.append(claim)
-        attributes.append(scene_attributes(scene))
+        attributes.append(captions.scene_attributes(scene))
         for index in rng.permutation(len(scene.items))[:regions].tolist():
-            cover = item_mask(scene.items[index])
+            cover = scenes.item_mask(scene.items[index])
             weight = cover.reshape(GRID, PATCH, GRID, PATCH).sum((1, 3)).ravel()
-            phrase, claimed = describe(scene.items[index], rng)
+            phrase, claimed = captions.describe(scene.items[index], rng)
             rows.append(row)
             weights.append(weight / weight.sum())
             phrases.append("a " + phrase)
             phrase_claims.append(claimed)
             region_attributes.append(attributes[-1][index])
-    claimed_items = np.asarray(phrase_claims).reshape(-1, 1, NUM_ATTRIBUTES)
-    drawn_items = np.asarray(region_attributes).reshape(-1, 1, NUM_ATTRIBUTES)
+    claimed_items = np.asarray(phrase_claims).reshape(-1, 1, captions.NUM_ATTRIBUTES)
+    drawn_items = np.asarray(region_attributes).reshape(-1, 1, captions.NUM_ATTRIBUTES)
     return TrainBatch(
         pixels=normalise(pixels),
         captions=texts,
-        caption_true=torch.from_numpy(true_pairs(np.stack(attributes), np.stack(claims))),
+        caption_true=torch.from_numpy(captions.true_pairs(np.stack(attributes), np.stack(claims))),
         region_row=torch.tensor(rows),
         region_weight=torch.from_numpy(np.stack(weights)),
         phrases=phrases,
-        phrase_true=torch.from_numpy(true_pairs(drawn_items, claimed_items)),
+        phrase_true=torch.from_numpy(captions.true_pairs(drawn_items, claimed_items)),
         attributes=torch.from_numpy(drawn_items[:, 0, : len(ATTRIBUTE_SIZES)].copy()),
     )
 
@@ -168,10 +151,10 @@ def batch_loss(
     unique = sorted({*batch.captions, *batch.phrases})
     place = {text: index for index, text in enumerate(unique)}
     text = F.normalize(model.encode_text(tokenizer(unique)).float(), dim=-1)
-    captions = text[torch.tensor([place[caption] for caption in batch.captions])]
+    image_captions = text[torch.tensor([place[caption] for caption in batch.captions])]
     phrases = text[torch.tensor([place[phrase] for phrase in batch.phrases])]
     scale = model.logit_scale.exp()
-    logits = scale * F.normalize(pooled.float(), dim=-1) @ captions.T
+    logits = scale * F.normalize(pooled.float(), dim=-1) @ image_captions.T
     # [R, 1, L] @ [R, L, width] -> [R, width]
     region_tokens = (batch.region_weight[:, None] @ tokens[batch.region_row].float())[:, 0]
     regions = region_tokens @ model.visual.proj
@@ -236,7 +219,7 @@ def train(
         raise ValueError(f"train: minutes and max_steps must be > 0, got {minutes}, {max_steps}")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    vocab = build_vocab(caption_words())
+    vocab = build_vocab(captions.caption_words())
     config = model_config(len(vocab))
     model: Any = build_clip(config)
     head = nn.Linear(config["model_cfg"]["embed_dim"], sum(ATTRIBUTE_SIZES))

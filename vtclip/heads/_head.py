@@ -18,6 +18,9 @@ from vtclip.heads._check import check_image, check_text
 from vtclip.heads.config import FitConfig
 from vtclip.ops.rational_head import RationalLogits
 
+Options = dict[str, Any]
+"""Arguments of a head's constructor besides the texts, all JSON: what `Head.options` returns."""
+
 
 class Support(NamedTuple):
     """A few labelled images: image [N, C] of length 1, label [N]; spatial [N, L, Cs] or None.
@@ -115,7 +118,7 @@ class Head(nn.Module):
     def num_classes(self) -> int:
         return self.text.shape[0]
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         """What the constructor needs next to `text`, as plain numbers and strings."""
         names = inspect.signature(type(self)).parameters
         return {name: getattr(self, name) for name in names if name != "text"}

@@ -7,13 +7,12 @@ logits = log(sum_i w_i softmax(logits_i / T_i))
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from vtclip.heads._head import HEADS, Head, NewClasses
+from vtclip.heads._head import HEADS, Head, NewClasses, Options
 from vtclip.heads.zeroshot import ZeroShot
 
 
@@ -28,11 +27,7 @@ class Auto(Head):
     method = "auto"
 
     def __init__(
-        self,
-        text: Tensor,
-        *,
-        members: Sequence[Mapping[str, Any]] = (),
-        logit_scale: float = 100.0,
+        self, text: Tensor, *, members: Sequence[Options] = (), logit_scale: float = 100.0
     ) -> None:
         super().__init__(text, logit_scale=logit_scale)
         self.heads = nn.ModuleList()
@@ -66,7 +61,7 @@ class Auto(Head):
         """Their methods."""
         return [head.method for head in self.member_heads]
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
         members = [
             {

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from vtclip.names import LOSSES, MAX_SEED, OPTIMIZERS
 
@@ -43,7 +42,7 @@ class FitConfig:
     gce_q: float = 0.5
     penalty_weight: float = 0.0
     label_smoothing: float = 0.0
-    head: Mapping[str, Any] = field(default_factory=dict)
+    head: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:

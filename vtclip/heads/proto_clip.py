@@ -21,12 +21,7 @@ from torch.nn import functional as F
 from vtclip import ops
 from vtclip.heads._check import check_positive, check_share
 from vtclip.heads._head import ImageHead, Support
-from vtclip.heads._support import (
-    check_support,
-    extended_text,
-    most_likely,
-    steps,
-)
+from vtclip.heads._support import check_support, extended_text, most_likely, steps
 
 ODDS = steps(1 / 16, 16, 2)  # alpha / (1 - alpha)
 BETAS = steps(0.01, 1.28, 2**0.5)  # times logit_scale

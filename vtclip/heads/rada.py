@@ -13,7 +13,6 @@ classes shown next to it. arXiv 2507.15480.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vtclip import ops
 from vtclip.heads._check import check_choice, check_finite, check_image, check_positive
-from vtclip.heads._head import Head
+from vtclip.heads._head import Head, Options
 from vtclip.heads.config import FitConfig
 from vtclip.names import PENALTIES, QUERIES, Penalty
 from vtclip.ops._projections import Layer, projections
@@ -139,7 +138,7 @@ class RAda(Head):
             penalty_weight=1.0,
         )
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Options:
         return {**super().options(), "queries": list(self.queries)}
 
     def forward(
@@ -247,7 +246,9 @@ class RAda(Head):
             released[new] = layer[old]
         self.load_state_dict({**parameters, **released})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
         packed = self.packed(state_dict, prefix)
         state_dict.clear()  # torch's own copy, of which the layers inside are given theirs
         state_dict.update(packed)

@@ -17,32 +17,15 @@ self-attention. Sharing is exact without dropout and in evaluation, hence there 
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._check import (
-    check_choice,
-    check_finite,
-    check_image,
-    check_least,
-    check_same_batch,
-    check_spatial,
-)
+from vtclip.heads import _check, _decoder
 from vtclip.heads._cost import fuse_tail
-from vtclip.heads._decoder import (
-    align,
-    before_last_norm,
-    decode,
-    hidden_units,
-    keys_values,
-    last_norm,
-    queries,
-)
-from vtclip.heads._head import Head
+from vtclip.heads._head import Head, Options
 from vtclip.heads.config import FitConfig
 
 EPS = 1e-5
@@ -98,11 +81,11 @@ class VTCLIP(Head):
         self.residual = float(residual)
         self.init = init
         counts = ("spatial_dim", "num_heads", "num_layers", "ffn_dim")
-        check_least("VTCLIP", 1, **{name: getattr(self, name) for name in counts})
+        _check.check_least("VTCLIP", 1, **{name: getattr(self, name) for name in counts})
         if C % self.num_heads:
             raise ValueError(f"VTCLIP: num_heads must divide C = {C}, got {self.num_heads}")
-        check_finite("VTCLIP", residual=self.residual, logit_scale=self.logit_scale)
-        check_choice("VTCLIP", "init", init, INITS)
+        _check.check_finite("VTCLIP", residual=self.residual, logit_scale=self.logit_scale)
+        _check.check_choice("VTCLIP", "init", init, INITS)
         if init == "aligned" and self.spatial_dim != C:
             fact = f"got {self.spatial_dim}"
             raise ValueError(f"VTCLIP: spatial_dim must be C = {C} where init is aligned, {fact}")
@@ -118,7 +101,7 @@ class VTCLIP(Head):
         )
         self.to(device=text.device, dtype=text.dtype)
         if init == "aligned":
-            align(self._decoder()[0], self.text)
+            _decoder.align(self._decoder()[0], self.text)
         if init != "torch":
             nn.init.zeros_(self._decoder()[-1].norm3.weight)
             nn.init.zeros_(self._decoder()[-1].norm3.bias)
@@ -157,23 +140,26 @@ class VTCLIP(Head):
         L = 0) gets 0 in place of the weighted mean of its values; the attention then adds only its
         biases, and the logits stay finite.
         """
-        check_image("VTCLIP", image, self.text)
+        _check.check_image("VTCLIP", image, self.text)
         tokens = self._tokens(spatial, spatial_mask)
         B, K = image.shape[0], self.num_classes
-        check_same_batch("VTCLIP", image, tokens)
+        _check.check_same_batch("VTCLIP", image, tokens)
         first = self._decoder()[0]
-        x1, query = queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
-        key, value = keys_values(first, tokens)  # [B, H, L, d]
+        x1, query = _decoder.queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
+        key, value = _decoder.keys_values(first, tokens)  # [B, H, L, d]
         last = self._decoder()[-1].norm3
-        options: dict[str, Any] = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
+        options: Options = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
 
         def part(images: slice, classes: slice) -> Tensor:
             mask = None if spatial_mask is None else spatial_mask[images]
             layer, state = first, (x1[:, classes], query[:, :, classes], key[images], value[images])
             for below, layer in pairwise(self._decoder()):
-                z = before_last_norm(below, *hidden_units(below, *state, mask))
-                state = *queries(layer, last_norm(below, z)), *keys_values(layer, tokens[images])
-            hidden, x2 = hidden_units(layer, *state, mask)
+                z = _decoder.before_last_norm(below, *_decoder.hidden_units(below, *state, mask))
+                state = (
+                    *_decoder.queries(layer, _decoder.last_norm(below, z)),
+                    *_decoder.keys_values(layer, tokens[images]),
+                )
+            hidden, x2 = _decoder.hidden_units(layer, *state, mask)
             tail = last.weight, last.bias, self.text[classes], image[images]
             # a choice by the number of images would tie a traced graph to that number
             rows = 0 if torch.compiler.is_compiling() else x2.shape[0] * x2.shape[1]
@@ -182,7 +168,9 @@ class VTCLIP(Head):
                 return ops.ffn_cosine_logits(
                     hidden, linear.weight, linear.bias, x2, *tail, **options
                 )
-            return ops.norm_cosine_logits(before_last_norm(layer, hidden, x2), *tail, **options)
+            return ops.norm_cosine_logits(
+                _decoder.before_last_norm(layer, hidden, x2), *tail, **options
+            )
 
         b, k = self._chunk(B)
         if b >= B and k >= K:
@@ -196,9 +184,9 @@ class VTCLIP(Head):
         target = self.text[None]
         *below, layer = self._decoder()
         for lower in below:
-            target = last_norm(lower, decode(lower, target, tokens, spatial_mask))
-        query = queries(layer, target)[1]
-        key, _ = keys_values(layer, tokens)
+            target = _decoder.last_norm(lower, _decoder.decode(lower, target, tokens, spatial_mask))
+        query = _decoder.queries(layer, target)[1]
+        key, _ = _decoder.keys_values(layer, tokens)
         return ops.cross_attn_weights(query, key, key_mask=spatial_mask).mean(1)
 
     def load_decoder_layer(self, layer: nn.TransformerDecoderLayer) -> None:
@@ -248,7 +236,7 @@ class VTCLIP(Head):
 
     def _tokens(self, spatial: Tensor, spatial_mask: Tensor | None) -> Tensor:
         """[B, L, spatial_dim] -> [B, L, C]; masked tokens 0, whatever the padding held."""
-        check_spatial("VTCLIP", spatial, spatial_mask, self.spatial_dim, self.text.dtype)
+        _check.check_spatial("VTCLIP", spatial, spatial_mask, self.spatial_dim, self.text.dtype)
         if spatial_mask is not None:
             # 0 * NaN would reach the weights' gradient
             spatial = spatial.masked_fill(~spatial_mask[:, :, None], 0)

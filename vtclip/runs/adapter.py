@@ -13,21 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save as save_bytes
 
-from vtclip import __version__
-from vtclip.files import (
-    json_digest,
-    move_new,
-    read_json,
-    read_safetensors,
-    tensors_digest,
-    to_json,
-    write_together,
-)
+from vtclip import __version__, files
+from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
 
 if TYPE_CHECKING:
@@ -50,7 +42,7 @@ class Adapter:
     head: Head
     class_names: list[str]
     temperature: float | None
-    features: dict[str, Any]
+    features: Json
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> str:
@@ -62,8 +54,8 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         if value.layout != torch.strided or not bool(value.isfinite().all()):
             raise ValueError(f"save_adapter: tensor {name} must be dense and finite")
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    digest = tensors_digest(tensors)
-    config: dict[str, Any] = {
+    digest = files.tensors_digest(tensors)
+    config: Json = {
         "format_version": FORMAT_VERSION,
         "vtclip_version": __version__,
         "method": head.method,
@@ -74,15 +66,15 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())},
         "tensors_digest": digest,
     }
-    config["config_digest"] = json_digest(config)
+    config["config_digest"] = files.json_digest(config)
     _finish_killed_save(folder)
     # one entry of metadata: safetensors writes several in random order, and runs are compared
     data = save_bytes(tensors, {"digest": digest})
-    write_together({folder / TENSORS: data, folder / CONFIG: to_json(config)})
+    files.write_together({folder / TENSORS: data, folder / CONFIG: files.to_json(config)})
     return digest
 
 
-def read_config(folder: Path, digest: str) -> dict[str, Any]:
+def read_config(folder: Path, digest: str) -> Json:
     """The checked config that belongs to tensors of this digest."""
     path, fresh = folder / CONFIG, folder / (CONFIG + ".new")
     config = _checked_config(path) if path.exists() or not fresh.is_file() else None
@@ -104,16 +96,16 @@ def _finish_killed_save(folder: Path) -> None:
     if not fresh.is_file() or not (folder / TENSORS).is_file():
         return
     try:
-        digest = read_safetensors(folder / TENSORS, WHAT)[1]["digest"]
-        old = path.is_file() and read_json(path, WHAT).get("tensors_digest") == digest
+        digest = files.read_safetensors(folder / TENSORS, WHAT)[1]["digest"]
+        old = path.is_file() and files.read_json(path, WHAT).get("tensors_digest") == digest
         if not old and _checked_config(fresh)["tensors_digest"] == digest:
-            move_new(path)
+            files.move_new(path)
     except (OSError, ValueError, KeyError):
         return  # what cannot be read is about to be replaced
 
 
-def _checked_config(path: Path) -> dict[str, Any]:
-    config = read_json(path, WHAT)
+def _checked_config(path: Path) -> Json:
+    config = files.read_json(path, WHAT)
     version = config.get("format_version")
     if not isinstance(version, int):
         raise ValueError(f"not {WHAT}: {path} names no format_version")
@@ -124,7 +116,7 @@ def _checked_config(path: Path) -> dict[str, Any]:
             f"to {FORMAT_VERSION}"
         )
     named = config.pop("config_digest", None)
-    if named != json_digest(config):
+    if named != files.json_digest(config):
         raise ValueError(
             f"not {WHAT}: {path} was changed after it was written (its digest differs)"
         )
@@ -138,7 +130,7 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
         raise FileNotFoundError(f"not {WHAT}: {folder} is not a folder")
     if not (folder / CONFIG).exists() and not (folder / TENSORS).exists():
         raise FileNotFoundError(f"not {WHAT}: {folder} holds neither {TENSORS} nor {CONFIG}")
-    tensors, metadata = read_safetensors(folder / TENSORS, WHAT)
+    tensors, metadata = files.read_safetensors(folder / TENSORS, WHAT)
     config = read_config(folder, metadata["digest"])
     method, class_names = config["method"], config["class_names"]
     if method not in HEADS:
@@ -187,7 +179,7 @@ def check_weights(adapter: Adapter, weights_digest: str, model: str) -> None:
         )
 
 
-def features_of(records: Records, model: str) -> dict[str, Any]:
+def features_of(records: Records, model: str) -> Json:
     """What an adapter must know of its features: where they come from and what they look like."""
     info = records.info
     return {
@@ -218,6 +210,6 @@ def check_features(adapter: Adapter, records: Records) -> None:
             )
 
 
-def _brief(value: Any) -> str:
-    text = json_digest(value) if isinstance(value, dict) else str(value)
+def _brief(value: object) -> str:
+    text = files.json_digest(value) if isinstance(value, dict) else str(value)
     return text[:16]

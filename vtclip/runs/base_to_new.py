@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from vtclip.train.rows import split_rows, test_rows
 HALVES = ("base", "new")
 
 
-def check_any_classes(method: str, overrides: Mapping[str, Any] | None = None) -> None:
+def check_any_classes(method: str, overrides: Mapping[str, object] | None = None) -> None:
     """Refuse a method, or an option of it, whose parameters belong to its classes."""
     able = [name for name, head in HEADS.items() if head.any_classes]
     if method not in able:
@@ -38,7 +37,8 @@ def check_any_classes(method: str, overrides: Mapping[str, Any] | None = None) -
             f"base_to_new: method must be one of {', '.join(able)}, whose parameters do not "
             f"depend on the classes, got {method!r}"
         )
-    if ((overrides or {}).get("head") or {}).get("class_specific"):
+    options = (overrides or {}).get("head")
+    if isinstance(options, Mapping) and options.get("class_specific"):
         raise ValueError("base_to_new: class_specific context belongs to its own classes")
 
 

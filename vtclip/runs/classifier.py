@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, NamedTuple, cast, overload
 
 import torch
 from PIL import Image
@@ -103,7 +103,7 @@ class Classifier:
         """
         single = isinstance(images, (str, Path, Image.Image))
         single = single or (isinstance(images, Tensor) and images.ndim == 3)
-        pictures: Any = [images] if single else images
+        pictures = cast("Iterable[Picture]", [images] if single else images)
         predictions = []
         for best in self.predict_each(pictures, topk, batch_size=batch_size):
             if isinstance(best, ImageError):
@@ -178,7 +178,7 @@ class Classifier:
         spatial = self.adapter.features["spatial"] if self.adapter.head.needs_spatial else None
         return self.clip.encode_image(pixels.to(self.device), spatial)
 
-    def _pixels(self, picture: Any) -> Tensor | ImageError:
+    def _pixels(self, picture: object) -> Tensor | ImageError:
         """One image as the model takes it, [3, H, W] float32 on the CPU."""
         if isinstance(picture, Tensor):
             return self._checked(picture)
@@ -205,7 +205,7 @@ class Classifier:
         return pixels.detach().to("cpu", torch.float32)
 
 
-def _in_memory(picture: Any) -> Any:
+def _in_memory(picture: object) -> object:
     """A PIL image that was only opened reads its file here: no two threads may do so at once."""
     if isinstance(picture, Image.Image):
         try:

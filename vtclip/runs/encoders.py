@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save as save_bytes
@@ -116,7 +116,7 @@ def _finish_killed_save(folder: Path) -> None:
     if not (folder / (ENCODERS + ".new")).is_file() or not (folder / CONFIG).is_file():
         return
     try:
-        named: Any = read_json(folder / CONFIG, WHAT)["features"]["encoders"]["digest"]
+        named = read_json(folder / CONFIG, WHAT)["features"]["encoders"]["digest"]
         if read_safetensors(folder / (ENCODERS + ".new"), WHAT)[1]["digest"] == named:
             move_new(folder / ENCODERS)
     except (OSError, ValueError, KeyError, TypeError):

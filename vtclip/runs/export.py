@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +150,7 @@ def _as_onnx(job: ExportJob, program: ExportedProgram) -> bytes:
             dynamo=True,
             verbose=False,
         )
-        message: Any = converted.model_proto  # type: ignore[union-attr]
+        message = converted.model_proto  # type: ignore[union-attr]
     size = message.ByteSize()
     if size > MAX_ONNX_BYTES:
         raise ValueError(f"export: one ONNX file holds 2 GiB, this model has {size / 2**30:.1f}")

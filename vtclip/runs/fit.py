@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,20 +19,11 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
 from vtclip.machine import Stopwatch, choose_device, set_threads
+from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics
 from vtclip.runs.evaluate import evaluate_both
-from vtclip.runs.folder import (
-    CHECKPOINT,
-    RunRows,
-    can_return_finished,
-    check_run_folder,
-    claimed,
-    finished_run,
-    run_folder,
-    training_run,
-    write_run,
-)
+from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train.auto import fit_auto
@@ -61,7 +51,7 @@ def fit(
     train_encoders: bool = False,
     base_to_new: bool = False,
     pseudo_labels: bool = False,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -126,16 +116,16 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
     watch, shots = Stopwatch(request.device), request.known_shots
     if shots is None:  # the images decide it, and it names the run
         if request.out is not None:
-            check_run_folder(run_folder(request, 0), request)
+            run_files.check_run_folder(run_files.run_folder(request, 0), request)
         records = open_or_take(request, records, watch)
         base = base_and_new(records)[0] if request.base_to_new else records
         shots = usual_shots(base, request.test_fraction)
-    folder, settings = run_folder(request, shots), request.settings(shots)
-    check_run_folder(folder, request)
+    folder, settings = run_files.run_folder(request, shots), request.settings(shots)
+    run_files.check_run_folder(folder, request)
     config = request.as_config(shots, settings)
-    with claimed(folder):
-        if can_return_finished(folder, request):
-            return finished_run(folder, request, shots, config)
+    with run_files.claimed(folder):
+        if run_files.can_return_finished(folder, request):
+            return run_files.finished_run(folder, request, shots, config)
         rows = draw_rows(request, open_or_take(request, records, watch), shots)
         head, candidates = train(request, rows, settings, folder, watch)
         values = {**evaluate_all(request, rows, head, watch), **candidates}
@@ -144,7 +134,8 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
         digest = save_adapter(folder, Adapter(head, names, temperature, features))
-        return write_run(folder, request, rows, config, values, watch, {"adapter": digest})
+        digests = {"adapter": digest}
+        return run_files.write_run(folder, request, rows, config, values, watch, digests)
 
 
 def open_or_take(request: FitRequest, records: Records | None, watch: Stopwatch) -> Records:
@@ -175,7 +166,7 @@ def train(
     config = request.as_config(rows.shots, settings)
     identity = request.identity(rows.records, rows.split, rows.shots, config)
     with watch.stage("train"):
-        run = training_run(request, Checkpoint(folder / CHECKPOINT, identity))
+        run = run_files.training_run(request, Checkpoint(folder / run_files.CHECKPOINT, identity))
         if request.method == "auto":
             head, candidates = fit_auto(rows.training, rows.split, rows.shots, run)
             return head, {"candidates": candidates}

@@ -12,7 +12,6 @@ import warnings
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,20 +23,11 @@ from vtclip.distributed import World, device_of_rank, is_first, joined, num_proc
 from vtclip.files import Json, json_digest
 from vtclip.heads import RAda
 from vtclip.machine import Stopwatch
+from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
 from vtclip.runs.evaluate import evaluate_both
-from vtclip.runs.folder import (
-    CHECKPOINT,
-    RunRows,
-    can_return_finished,
-    check_run_folder,
-    claimed,
-    finished_run,
-    run_folder,
-    training_run,
-    write_run,
-)
+from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train import finetune
@@ -70,26 +60,28 @@ def default_templates(model: str) -> str | None:
 def _fit(request: FitRequest, world: World) -> Run:
     watch = Stopwatch(request.device)
     if request.out is not None:
-        world.by_first(lambda: check_run_folder(run_folder(request, 0), request))
+        world.by_first(
+            lambda: run_files.check_run_folder(run_files.run_folder(request, 0), request)
+        )
     clip = world.by_each(lambda: load_clip(request.model, request.device))
     features = world.by_each(lambda: extract(request, clip, watch))
     rows = draw_rows(request, features.records())
     settings = request.encoder_settings(len(rows.split.train))
     finetune.check_batch(settings, world)
-    folder = run_folder(request, rows.shots)
+    folder = run_files.run_folder(request, rows.shots)
     config = request.as_config(rows.shots, settings)
     identity = request.identity(rows.records, rows.split, rows.shots, config)
     world.check_same("settings and images", json_digest(identity))
     with ExitStack() as held:
 
         def enter() -> None:
-            check_run_folder(folder, request)
-            held.enter_context(claimed(folder))
+            run_files.check_run_folder(folder, request)
+            held.enter_context(run_files.claimed(folder))
 
         world.by_first(enter)
-        if can_return_finished(folder, request):
-            return finished_run(folder, request, rows.shots, config)
-        checkpoint = Checkpoint(folder / CHECKPOINT, identity)
+        if run_files.can_return_finished(folder, request):
+            return run_files.finished_run(folder, request, rows.shots, config)
+        checkpoint = Checkpoint(folder / run_files.CHECKPOINT, identity)
         with watch.stage("train"):
             module = train(request, rows, features, settings, clip, world, checkpoint)
         run = world.by_first(
@@ -155,7 +147,7 @@ def train(
         texts = partial(clip.encode_text, names, lines)
         return finetune.validation(module, clip, images, split.val, texts)
 
-    run = training_run(request, checkpoint, logs=world.first)
+    run = run_files.training_run(request, checkpoint, logs=world.first)
     finetune.train_encoders(module, images, tokens, split.train, settings, run, validate)
     if settings.grad_checkpointing:
         switch_checkpointing(clip, False)
@@ -190,12 +182,14 @@ def evaluate_and_write(
         digest = save_adapter(folder, Adapter(head, after.class_names, temperature, features))
     digests = {"adapter": digest, "encoders": encoders}
     processes = num_processes()
-    return write_run(folder, request, rows, config, values, watch, digests, processes=processes)
+    return run_files.write_run(
+        folder, request, rows, config, values, watch, digests, processes=processes
+    )
 
 
 def switch_checkpointing(clip: Clip, on: bool) -> None:
     """open_clip's own switch; a model without one is refused by name."""
-    switch: Any = getattr(clip.model, "set_grad_checkpointing", None)
+    switch = getattr(clip.model, "set_grad_checkpointing", None)
     if switch is None:
         raise ValueError(f"grad_checkpointing: {clip.name!r} offers none")
     switch(on)

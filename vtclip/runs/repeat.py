@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -82,7 +81,7 @@ def check_repeatable(result: Json) -> None:
         raise ValueError(f"repeat: the result lacks {', '.join(missing)}")
 
 
-def request_of(result: Json, **place: Any) -> FitRequest:
+def request_of(result: Json, **place: object) -> FitRequest:
     """The request that led to a result, on its device and with its threads."""
     then = environment_of(result)
     return FitRequest.from_config(
@@ -167,7 +166,7 @@ def differing(old: Json, new: Json) -> dict[str, list[object]]:
 def _metrics(old: Json, new: Json) -> dict[str, Json]:
     metrics = {}
     for path in DECISIONS:
-        rows: list[Any] = [old, new]
+        rows: list[Json | None] = [old, new]
         for step in path:
             rows = [row.get(step) if row else None for row in rows]
         if rows[0] is None:

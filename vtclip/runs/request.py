@@ -55,7 +55,7 @@ class FitRequest:
     train_encoders: bool = False
     base_to_new: bool = False
     pseudo_labels: bool = False
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, object] = field(default_factory=dict)
     out: str | Path | None = None
     overwrite: bool = False
     resume: bool = False

@@ -124,7 +124,7 @@ def revision() -> str | None:
 
     It is that of the process: what was imported does not change with a later commit.
     """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -234,11 +234,7 @@ def evaluate_sources(
     if source is None:
         rows = sources.rows(data)
         name = Path(sources.run.result["source"]).name
-        values = {
-            **report(rows),
-            "old_classes": report(rows[:1]),
-            "new_classes": report(rows[1:]),
-        }
+        values = {**report(rows), "old_classes": report(rows[:1]), "new_classes": report(rows[1:])}
     else:
         target = as_source(source, data)
         name, rows = target.name, [sources.other(target)]

@@ -7,13 +7,13 @@ import copy
 import dataclasses
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
+from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
 from vtclip.train import engine, metrics
@@ -40,7 +40,7 @@ def candidates(records: Records) -> list[str]:
 
 def fit_auto(
     records: Records, split: Split, shots: int, run: TrainingRun
-) -> tuple[Auto, list[dict[str, Any]]]:
+) -> tuple[Auto, list[Json]]:
     """The average, and for each candidate what validation images say of it and what it cost.
 
     Every candidate is fitted as it would be by its own name. Where there are no validation images,
@@ -58,7 +58,7 @@ def fit_auto(
     heads: dict[str, Head] = {}
     logits: dict[str, Tensor] = {}
     label = torch.empty(0, dtype=torch.long)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Json] = {}
     for name in candidates(records):
         started = time.perf_counter()
         heads[name] = fit_candidate(name, split)

@@ -10,21 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
-from vtclip.files import read_safetensors, tensors_digest, to_json, write_atomic
+from vtclip.files import Json, read_safetensors, tensors_digest, to_json, write_atomic
 
 
 class Checkpoint:
     """Saves and restores one fit at `path`; `identity` is what must be equal to go on with it."""
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, object]) -> None:
         self.path = path
-        self.identity: dict[str, Any] = json.loads(to_json(identity))
+        self.identity: Json = json.loads(to_json(identity))
 
     def save(
         self, head: nn.Module, optimizer: torch.optim.Optimizer, step: int, loss_sum: float
@@ -77,6 +76,6 @@ class Checkpoint:
         return int(state_json["step"]), float.fromhex(state_json["loss_sum"])
 
 
-def shortened(value: Any) -> str:
+def shortened(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vtclip.distributed import StopSignal
+from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
 from vtclip.train import metrics
@@ -138,7 +139,7 @@ def head_metrics(
     *,
     device: torch.device,
     temperature: float | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Every metric over the rows `index`, each of which is counted once."""
     different = len(set(index.tolist()))
     if len(index) != different:

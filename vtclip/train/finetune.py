@@ -49,13 +49,7 @@ class TrainingImages:
     """The files of the rows that training may see; any other row is an IndexError."""
 
     def __init__(
-        self,
-        root: Path,
-        manifest: Json,
-        clip: Clip,
-        *indices: Tensor,
-        seed: int,
-        least_area: float,
+        self, root: Path, manifest: Json, clip: Clip, *indices: Tensor, seed: int, least_area: float
     ) -> None:
         self.label = torch.tensor(manifest["label"], dtype=torch.long)
         self._root, self._clip, self._seed, self._least_area = root, clip, seed, least_area

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from vtclip.files import Json
 from vtclip.heads.config import check_integers, check_rates, check_weight
 from vtclip.names import PRECISIONS
 
@@ -45,7 +45,7 @@ class FinetuneConfig:
     precision: str = "fp32"
     grad_checkpointing: bool = False
     checkpoint_every: int = 1  # epochs between checkpoints and looks at the validation rows
-    head: Mapping[str, Any] = field(default_factory=dict)
+    head: Json = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -71,7 +71,7 @@ class FinetuneConfig:
 
 
 def get_config(
-    images: int, *, model: str = "", overrides: Mapping[str, Any] | None = None
+    images: int, *, model: str = "", overrides: Mapping[str, object] | None = None
 ) -> FinetuneConfig:
     """The settings for `images` training images, with `overrides` in place of some.
 
@@ -84,7 +84,7 @@ def get_config(
 
     Command: vtclip fit SOURCE --method rada --train-encoders --model ViT-B-16:openai
     """
-    values: dict[str, Any] = {"recipe": "flyp", "epochs": 10, "weight_decay": 0.1}
+    values: Json = {"recipe": "flyp", "epochs": 10, "weight_decay": 0.1}
     values |= {"lr": 1e-5, "head_lr": 1e-4}
     if model == "demo":
         values |= {"recipe": "demo", "lr": 3e-4, "head_lr": 1e-3, "least_area": 0.5}

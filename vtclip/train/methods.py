@@ -6,25 +6,25 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from vtclip.clip import Clip, load_clip
 from vtclip.data.records import Records
+from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
 from vtclip.names import pick
 
 
-def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) -> FitConfig:
+def recipe_config(method: str, shots: int, overrides: Mapping[str, object] | None) -> FitConfig:
     """The recipe's settings with `overrides` in place of some; `head` adds to the recipe's.
 
     Epochs that are asked for are trained, all of them. A head without a penalty takes no
     penalty_weight; where its kind is "none" the weight is 0.
     """
     config = HEADS[method].recipe(shots)
-    changes = {name: value for name, value in (overrides or {}).items() if value is not None}
+    changes: Json = {name: value for name, value in (overrides or {}).items() if value is not None}
     options = dict(changes.pop("head", None) or {})
     if method == "auto" and (changes or options):
         raise ValueError(
@@ -58,7 +58,7 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, Any] | None) 
 
 def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> Head:
     """The head of `method` over the records' class texts, with the recipe's options."""
-    options: dict[str, Any] = {"logit_scale": records.logit_scale, **config.head}
+    options: Json = {"logit_scale": records.logit_scale, **config.head}
     if HEADS[method].needs_spatial:
         options.setdefault("spatial_dim", records.spatial_width)
     head = HEADS[method](records.text, **options).to(device)

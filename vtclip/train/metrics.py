@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vtclip.files import Json
 
 NUM_BINS = 15
 
@@ -148,7 +149,7 @@ def validation_metrics(logits: Tensor, label: Tensor) -> dict[str, float]:
     return {"val_accuracy": accuracy(logits, label), "val_nll": nll(logits, label)}
 
 
-def all_metrics(logits: Tensor, label: Tensor, temperature: float | None = None) -> dict[str, Any]:
+def all_metrics(logits: Tensor, label: Tensor, temperature: float | None = None) -> Json:
     """All numbers of one evaluation; `*_scaled` are those of logits / temperature, if given.
 
     "reliability" holds the bins behind "ece" ("raw") and "ece_scaled" ("scaled", else None).

@@ -34,8 +34,6 @@ from vtclip.heads._each import StackedRAda, bytes_per_image, can_stack
 from vtclip.heads.config import check_seed
 from vtclip.machine import Stopwatch
 
-__all__ = ["TTT", "Outcome", "adapt", "adapt_one", "confident", "entropy", "mean_log_prob"]
-
 # views through the frozen encoder and the selection at a time
 ENCODE_VIEWS = 256
 # of the images that are adapted in one step
@@ -176,12 +174,7 @@ class KeptViews:
 
 
 def adapt(
-    head: Head,
-    views: Iterable[Tensor],
-    encode: Encode,
-    config: TTT,
-    *,
-    batch: int | None = None,
+    head: Head, views: Iterable[Tensor], encode: Encode, config: TTT, *, batch: int | None = None
 ) -> Outcome:
     """Adapt `head` to each image by itself; `views` yields one [V, 3, H, W] per image.
 

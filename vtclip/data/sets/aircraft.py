@@ -8,8 +8,6 @@ from pathlib import Path
 
 from vtclip.data.sets.listing import ROLES, ImageList, Listing, Spec
 
-__all__ = ["FILES", "read_variants"]
-
 FILES = ("variants.txt", *(f"images_variant_{role}.txt" for role in ROLES))
 
 
@@ -30,14 +28,7 @@ def read_variants(spec: Spec, root: Path) -> Listing:
         lists.append(images)
     train, val, test = lists
     return Listing(
-        spec,
-        spec.image_root(root),
-        class_names,
-        class_names,
-        train,
-        val,
-        test,
-        total.hexdigest(),
+        spec, spec.image_root(root), class_names, class_names, train, val, test, total.hexdigest()
     ).check()
 
 

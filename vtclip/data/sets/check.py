@@ -16,8 +16,6 @@ from vtclip.data.sets.reading import absent_images, missing_files, open_listing
 from vtclip.data.sets.table import SETS, find_set
 from vtclip.files import Json, printable
 
-__all__ = ["check_lines", "check_sets"]
-
 SHOWN = 20
 
 

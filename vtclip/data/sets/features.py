@@ -29,8 +29,6 @@ from vtclip.files import Json, cache_folder, is_below, json_digest, printable
 if TYPE_CHECKING:
     from vtclip.data.featureset import FeatureSet
 
-__all__ = ["JoinedStore", "SetDraws", "drawn", "open_set"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -19,8 +19,6 @@ from vtclip.data.images import EXTENSIONS
 from vtclip.data.sets.listing import ImageList, Listing, Spec, distinct_names
 from vtclip.files import printable
 
-__all__ = ["CLASSNAMES", "names_file", "read_imagenet", "read_numbered", "read_synsets"]
-
 CLASSNAMES = "classnames.txt"
 
 

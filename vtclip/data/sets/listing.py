@@ -13,8 +13,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from vtclip.data.records import check_class_names
 from vtclip.files import printable
 
-__all__ = ["ROLES", "ImageList", "Listing", "SetError", "Spec", "distinct_names"]
-
 ROLES = ("train", "val", "test")
 
 

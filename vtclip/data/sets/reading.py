@@ -15,8 +15,6 @@ from vtclip.data.sets.listing import Listing, Spec
 from vtclip.data.sets.table import find_set
 from vtclip.files import printable
 
-__all__ = ["SetSource", "absent_images", "as_source", "missing_files", "open_listing"]
-
 
 @dataclass(frozen=True)
 class SetSource:

@@ -9,8 +9,6 @@ from vtclip.data.sets import aircraft, class_folders, imagenet, zhou
 from vtclip.data.sets.listing import Spec
 from vtclip.names import nearest
 
-__all__ = ["GUIDE", "SETS", "find_set"]
-
 GUIDE = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 SPLITS = f"{GUIDE} and https://github.com/linzhiqiu/cross_modal_adaptation (splits/)"
 PHOTO = "a photo of a {}."

@@ -10,8 +10,6 @@ from pathlib import Path
 from vtclip.data.sets.listing import ROLES, ImageList, Listing, Spec
 from vtclip.files import printable
 
-__all__ = ["read_split"]
-
 
 def read_split(spec: Spec, root: Path) -> Listing:
     """The lists in the set's split file. Labels run from 0 without gaps; one name per label."""
