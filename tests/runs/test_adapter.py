@@ -19,7 +19,7 @@ from commands import python
 from safetensors.torch import load_file, save_file
 
 from vtclip.data.records import Records
-from vtclip.files import json_digest, only_writer, to_json, write_atomic
+from vtclip.files import json_digest, only_writer, tensors_digest, to_json, write_atomic
 from vtclip.heads import HEADS, RAda
 from vtclip.runs import adapter as adapters
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, load_adapter, save_adapter
@@ -69,7 +69,7 @@ def test_an_adapter_with_separate_projections_loads(records, tmp_path):
         assert torch.equal(loaded(image), one(image))
     tensors = load_file(tmp_path / "run" / TENSORS)
     tensors["head.key.weight"] = tensors["head.key.weight"][:3]
-    digest = adapters.tensors_digest(tensors)
+    digest = tensors_digest(tensors)
     save_file(tensors, tmp_path / "run" / TENSORS, {"digest": digest})
     edit_config(
         tmp_path / "run", lambda config: config.update(tensors_digest=digest), redigest=True
@@ -227,7 +227,7 @@ def test_a_mismatch_is_named(saved, change, message):
 def test_another_dtype_is_refused_not_cast(saved):
     tensors = load_file(saved / TENSORS)
     tensors["head.layers.0.linear1.bias"] = tensors["head.layers.0.linear1.bias"].double()
-    digest = adapters.tensors_digest(tensors)
+    digest = tensors_digest(tensors)
     save_file(tensors, saved / TENSORS, {"digest": digest})
     edit_config(saved, lambda config: config.update(tensors_digest=digest), redigest=True)
     with pytest.raises(
