@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import cast, load_row, load_rows, power_of_two, row_max, row_program
+from vtclip.kernels._math import cast, load_row, load_rows, power_of_two, row_max
 from vtclip.kernels.cosine_logits import reciprocal_norm_kernel
 from vtclip.kernels.ffn_cosine_logits_bwd import centred, ffn_cosine_logits_bwd, products
 
@@ -49,8 +49,11 @@ def ffn_cosine_logits_fwd_kernel(
     # program = (image, class tile). With z centred but for `shift`, n = norm_weight / largest,
     # d = (text + residual norm_bias) / size and v = image / |image|, it sums z z, (n z)^2, n v z,
     # n d z, n n z and z into s0..s5, and d d, v d, n d, n v, n n into those names.
-    b, tile = row_program(K, BLOCK_K)
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    # not by row_program: its bound costs registers here, which spill on sm_100
+    pid = tl.program_id(0)
+    num_tiles = tl.cdiv(K, BLOCK_K)
+    b = (pid // num_tiles).to(tl.int64)
+    offs_k = (pid % num_tiles).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_n = tl.arange(0, BLOCK_N).to(tl.int64)
     in_k = offs_k < K
     product_ptr += b * K * C

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,10 +18,11 @@ MB = 96
 
 
 def hold(megabytes: int, seconds: float = 0.0) -> None:
-    # larger than any threshold of malloc, so that it goes back to the system when it is freed
-    block = np.ones(megabytes * 2**20, dtype=np.uint8)
-    time.sleep(seconds)
-    del block
+    # pages of the system's own, not from what malloc keeps: they go back when the map is closed
+    with mmap.mmap(-1, megabytes * 2**20) as block:
+        for page in range(0, len(block), mmap.PAGESIZE):
+            block[page] = 1
+        time.sleep(seconds)
 
 
 def stages() -> dict[str, float]:
