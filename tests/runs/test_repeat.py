@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import vtclip
 from vtclip.cli import main
 from vtclip.heads import HEADS
 from vtclip.runs.repeat import METRICS, repeat, request_of
-from vtclip.runs.result import Run
+from vtclip.runs.result import Run, revision
 
 TEXTS_ARE_ENOUGH = sorted(set(HEADS) - {"coop"})  # coop learns words: it needs a text encoder
 
@@ -269,3 +270,11 @@ def test_every_argument_that_decides_a_number_is_in_the_result(run):
         assert named.get(name, name) in run.result["config"], name
     assert {"method", "seed", "environment", "versions", "revision"} <= set(run.result)
     assert {"images", "text", "split", "adapter"} <= set(run.result["digests"])
+
+
+def test_a_checkout_names_its_commit(root):
+    if not (root / ".git").exists():
+        pytest.skip("not a git checkout")
+    words = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    assert (revision() or "").removesuffix("-dirty") == commit
