@@ -31,8 +31,9 @@ from PIL import Image
 from torch import Tensor
 
 from vtclip.clip import Clip, build_clip
+from vtclip.data.decode import open_image
 from vtclip.data.extract import ExtractionReport, extract_features
-from vtclip.data.images import open_image, scan_folder
+from vtclip.data.folders import scan_folder
 from vtclip.data.threads import num_cores
 
 CLASSES = ("meadow", "harbour", "street", "forest")

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from vtclip.data.images import open_image, walk_images
+from vtclip.data.decode import open_image
+from vtclip.data.folders import walk_images
 from vtclip.runs.classifier import Classifier
 
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 import vtclip.data.extract as extract
 import vtclip.data.shards as shards
 from vtclip.data import Records, few_shot_split, open_source
+from vtclip.data.decode import open_image
 from vtclip.data.extract import extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
-from vtclip.data.images import open_image
 from vtclip.files import default_cache, json_digest, to_json, write_atomic
 
 

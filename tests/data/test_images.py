@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vtclip.data.decode import ImageError, decode, open_image
 from vtclip.data.extract import extract_features
-from vtclip.data.images import ImageError, decode, natural_key, open_image, scan_folder
+from vtclip.data.folders import natural_key, scan_folder
 from vtclip.files import printable
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)

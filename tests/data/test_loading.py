@@ -18,7 +18,7 @@ from torchvision.transforms import functional as vision
 
 from vtclip.clip.pixels import normalized
 from vtclip.data import loading
-from vtclip.data.images import ImageError
+from vtclip.data.decode import ImageError
 from vtclip.data.loading import Batches
 from vtclip.data.threads import Cores, num_cores
 

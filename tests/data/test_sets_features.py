@@ -13,9 +13,9 @@ import torch
 
 from vtclip.data import open_source
 from vtclip.data.coop_sampling import coop_picks
+from vtclip.data.joined import JoinedStore
 from vtclip.data.records import MemoryStore, Records
 from vtclip.data.sets import SETS, SetError, as_source, open_listing
-from vtclip.data.sets.features import JoinedStore
 from vtclip.heads.config import FitConfig
 from vtclip.train.rows import split_rows
 from vtclip.train.rows import test_rows as rows_to_count
@@ -71,7 +71,7 @@ def test_rows_are_the_picks_and_the_test_list(root, cache, fake_clip, trees):
 
 
 def test_features_are_those_of_the_files(root, cache, fake_clip):
-    from vtclip.data.images import open_image
+    from vtclip.data.decode import open_image
 
     clip = fake_clip()
     records = opened(root, cache, clip)

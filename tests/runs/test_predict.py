@@ -19,7 +19,7 @@ from PIL import Image
 
 import vtclip
 from vtclip.cli import main
-from vtclip.data.images import ImageError
+from vtclip.data.decode import ImageError
 from vtclip.demo.scenes import CLASS_NAMES
 from vtclip.runs import classifier
 from vtclip.runs.classifier import Classifier, Prediction

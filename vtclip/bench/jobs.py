@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.data.featureset import FeatureSet, file_digest
-from vtclip.data.images import scan_folder
+from vtclip.data.folders import scan_folder
 from vtclip.data.sets import SETS, SetSource, find_set
 from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.reading import missing_files

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _listed(words: list[str], places: list[Path]) -> tuple[list[str], list[tuple[str, str]]]:
     """Files as they were typed, folders as the images below them; and what was passed over, why."""
-    from vtclip.data.images import walk_images
+    from vtclip.data.folders import walk_images
 
     files: list[str] = []
     skipped: list[tuple[str, str]] = []

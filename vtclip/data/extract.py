@@ -33,8 +33,9 @@ from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
+from vtclip.data.folders import scan_folder
 from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all
-from vtclip.data.images import Folder, scan_folder
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.options import FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
@@ -89,7 +90,7 @@ def extract_features(
 
 
 def cached_features(
-    source: str | Path | Folder, options: FeatureOptions
+    source: str | Path | ImageFiles, options: FeatureOptions
 ) -> tuple[FeatureSet, ExtractionReport]:
     """Features of an image folder, or of listed files, from the cache.
 
@@ -108,10 +109,10 @@ class _Job(Work):
     """One extraction: what is to be made, and where it may lie already."""
 
     @classmethod
-    def of(cls, source: str | Path | Folder, options: FeatureOptions, world: World) -> _Job:
+    def of(cls, source: str | Path | ImageFiles, options: FeatureOptions, world: World) -> _Job:
         _check_numbers(options)
         lines = resolve_templates(options.templates)
-        if isinstance(source, Folder):
+        if isinstance(source, ImageFiles):
             folder = source
         else:
             folder = scan_folder(source, follow_links=options.follow_links)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from vtclip.data.images import Folder, ImageError, content_digest, read_file
+from vtclip.data.decode import ImageError, content_digest, read_file
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.threads import ahead, decode_pool, progress_bar
 from vtclip.distributed import World
 from vtclip.files import printable
@@ -41,7 +42,7 @@ class ExtractionReport:
 class Hashed:
     """A folder's files after hashing: those that could be read, with size and content digest."""
 
-    folder: Folder
+    folder: ImageFiles
     names: list[str]
     label: list[int]
     sizes: list[int]
@@ -56,7 +57,7 @@ class Hashed:
         return total.hexdigest()
 
 
-def hash_all(folder: Folder, progress: bool, world: World | None = None) -> Hashed:
+def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> Hashed:
     """Size and digest of every file; of several processes each reads its share of them."""
     world = world or World()
     rows = range(world.rank, len(folder.names), world.size)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from vtclip.data.images import ImageError
+from vtclip.data.decode import ImageError
 from vtclip.data.threads import Cores, decode_pool, num_cores
 
 

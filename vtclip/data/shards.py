@@ -30,9 +30,9 @@ from torch import Tensor
 
 from vtclip.clip import Clip, mean_text
 from vtclip.clip.augment import pass_generator
+from vtclip.data.decode import ImageError, content_digest, decode, read_file
 from vtclip.data.featureset import TEXT, file_digest
 from vtclip.data.hashing import Hashed
-from vtclip.data.images import ImageError, content_digest, decode, read_file
 from vtclip.data.loading import Batches
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json, json_digest, printable, read_json, to_json, write_atomic

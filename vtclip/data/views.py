@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.images import open_image
+from vtclip.data.decode import open_image
 from vtclip.data.threads import ahead, decode_pool, num_cores
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtclip.data.images import ImageError, as_rgb, open_image
+from vtclip.data.decode import ImageError, as_rgb, open_image
 from vtclip.data.threads import ahead, decode_pool
 from vtclip.heads import VTCLIP
 from vtclip.machine import choose_device

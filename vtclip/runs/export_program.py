@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtclip.data.images import ImageError, open_image, scan_folder
+from vtclip.data.decode import ImageError, open_image
+from vtclip.data.folders import scan_folder
 from vtclip.data.sets import SetSource, as_source, open_listing
 from vtclip.data.sources import source_kind
 from vtclip.files import Json

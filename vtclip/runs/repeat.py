@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from vtclip.data.featureset import MANIFEST, FeatureSet
+from vtclip.data.folders import scan_folder
 from vtclip.data.hashing import hash_all
-from vtclip.data.images import scan_folder
 from vtclip.data.npz import open_npz
 from vtclip.data.sets import as_source
 from vtclip.data.sources import source_kind

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.images import EXTENSIONS, Folder, is_ignored, scan_folder, walk_images
+from vtclip.data.folders import EXTENSIONS, is_ignored, scan_folder, walk_images
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sets import SetSource, as_source
@@ -174,7 +175,7 @@ def sources_of(run: Run) -> list[Json]:
     ]
 
 
-def new_classes(path: Path, name: str | None) -> Folder:
+def new_classes(path: Path, name: str | None) -> ImageFiles:
     """One class where `path` holds images or `name` is given, else one class per folder in it.
 
     Image names start with the folder's own name, as they would in a folder of both: which of them
@@ -197,7 +198,7 @@ def new_classes(path: Path, name: str | None) -> Folder:
     below = [file.relative_to(root).as_posix() for file in names]
     passed = [(Path(file).relative_to(root).as_posix(), why) for file, why in skipped]
     classes = check_class_names([path.name if name is None else name])
-    return Folder(root, classes, below, [0] * len(below), passed)
+    return ImageFiles(root, classes, below, [0] * len(below), passed)
 
 
 def metrics_over(

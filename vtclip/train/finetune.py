@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from vtclip.clip import Clip
 from vtclip.clip.augment import pass_generator
-from vtclip.data.images import ImageError, content_digest, decode, read_file
+from vtclip.data.decode import ImageError, content_digest, decode, read_file
 from vtclip.data.threads import ahead, decode_pool
 from vtclip.distributed import World
 from vtclip.files import Json

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from vtclip.data.coop_sampling import Picks, coop_picks
-from vtclip.data.images import Folder
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.joined import JoinedStore
 from vtclip.data.options import Draw, FeatureOptions
-from vtclip.data.records import PartedStore, Records, Store
+from vtclip.data.records import Records
 from vtclip.data.sets.listing import ImageList, Listing
 from vtclip.data.sets.reading import SetSource, absent_images, open_listing
 from vtclip.files import Json, cache_folder, is_below, json_digest, printable
@@ -106,7 +106,7 @@ class _Images:
     def features(self, part: ImageList, augment_passes: int) -> FeatureSet:
         from vtclip.data.extract import cached_features
 
-        folder = Folder(
+        folder = ImageFiles(
             self.listing.image_root,
             self.listing.class_names,
             part.names,
@@ -195,26 +195,6 @@ def drawn(listing: Listing, *, shots: int, seed: int) -> tuple[ImageList, ImageL
         _take(listing.train, picks.train),
         _take(listing.train if val is None else val, picks.val),
     )
-
-
-class JoinedStore(PartedStore):
-    """Rows of several stores, one after the other. Only the first may hold augmented passes."""
-
-    def __init__(self, stores: Sequence[Store], counts: Sequence[int]) -> None:
-        self._stores = list(stores)
-        shapes = {(s.width, s.spatial_width, s.spatial_tokens) for s in stores}
-        if len(shapes) != 1:
-            raise ValueError(f"records: joined features must have one shape, got {shapes}")
-        first = self._stores[0]
-        super().__init__(counts)
-        self.width, self.num_passes = first.width, first.num_passes
-        self.spatial_width, self.spatial_tokens = first.spatial_width, first.spatial_tokens
-
-    def read(self, part: int, name: str, row: Tensor, augment_pass: int) -> Tensor:
-        store = self._stores[part]
-        if augment_pass > store.num_passes:
-            raise ValueError(f"records: test images have no augmented pass {augment_pass}")
-        return (store.image if name == "image" else store.spatial)(row, augment_pass)
 
 
 def _repeats(made: Sequence[FeatureSet]) -> int:

@@ -15,7 +15,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from vtclip.data.images import EXTENSIONS
+from vtclip.data.folders import EXTENSIONS
 from vtclip.data.sets.listing import ImageList, Listing, Spec, distinct_names
 from vtclip.files import printable
 
