@@ -265,6 +265,7 @@ def test_every_argument_that_decides_a_number_is_in_the_result(run):
     elsewhere = {"method", "seed", "device", "threads"}  # beside "config" in the result
     named = {"overrides": "fit"}  # in "config" by another name
     conduct = {"records", "out", "overwrite", "resume", "cache_dir", "progress"}
+    conduct |= {"encoder_batch_size"}
     own = {"train_encoders"}  # is in the results of such runs only
     for name in set(inspect.signature(vtclip.fit).parameters) - elsewhere - conduct - own:
         assert named.get(name, name) in run.result["config"], name

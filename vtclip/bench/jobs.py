@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.data.featureset import FeatureSet, file_digest
-from vtclip.data.folders import scan_folder
+from vtclip.data.listed import list_images
 from vtclip.data.sets import SETS, SetSource, find_set
 from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.reading import missing_files
@@ -158,7 +158,7 @@ def _path_source(path: Path, settings: Settings) -> Source:
         )
         spatial = "none" if features.fields["spatial"] is None else "all"
         return Source(name, path, kind, features.key, spatial, encoder=True)
-    folder = scan_folder(path)
+    folder = list_images(path)
     total = hashlib.sha256()
     for file, label in zip(folder.names, folder.label, strict=True):
         line = f"{label}\0{os.path.getsize(path / file)}\0{file}\n"

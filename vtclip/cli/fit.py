@@ -35,7 +35,16 @@ COOP_OPTIONS = {  # argument: option of the head
 }
 PASSED_ON = (  # to vtclip.fit as they are
     *("data", "method", "shots", "seed", "model", "spatial", "prompt", "test_fraction"),
-    *("augment_passes", "train_encoders", "base_to_new", "pseudo_labels", "out", "overwrite"),
+    *(
+        "augment_passes",
+        "encoder_batch_size",
+        "follow_links",
+        "train_encoders",
+        "base_to_new",
+        "pseudo_labels",
+        "out",
+        "overwrite",
+    ),
     *("resume", "device", "threads", "cache_dir"),
 )
 HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
@@ -55,7 +64,7 @@ def add_arguments(parser: Parser) -> None:
         help="images per class (default: 16, or fewer where a class has fewer)",
     )
     parser.add_argument("--seed", type=seed, default=1, help="draws the shots")
-    parser.add_shared(*FEATURES)
+    parser.add_shared(*FEATURES, "--follow-links", "--encoder-batch-size")
     _add_training(parser)
     _add_methods(parser)
     parser.add_argument(

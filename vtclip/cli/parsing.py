@@ -132,6 +132,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "default": "demo", "help": "demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
     },
+    "--follow-links": {"action": "store_true", "help": "enter folders that are links, too"},
+    "--encoder-batch-size": {
+        "type": count, "default": 64, "metavar": "N", "help": "images at a time (default: 64)"
+    },
     "--cache-dir": {"metavar": "DIR", "help": "where features of image folders are kept"},
     "--device": {"help": "cpu, cuda, cuda:N; default: a GPU where there is one"},
     "--threads": {"type": number(int, 1, 4096), "metavar": "N", "help": "CPU threads"},

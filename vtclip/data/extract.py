@@ -33,9 +33,9 @@ from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
-from vtclip.data.folders import scan_folder
 from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all
 from vtclip.data.image_files import ImageFiles
+from vtclip.data.listed import list_images
 from vtclip.data.options import FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
@@ -112,10 +112,9 @@ class _Job(Work):
     def of(cls, source: str | Path | ImageFiles, options: FeatureOptions, world: World) -> _Job:
         _check_numbers(options)
         lines = resolve_templates(options.templates)
-        if isinstance(source, ImageFiles):
-            folder = source
-        else:
-            folder = scan_folder(source, follow_links=options.follow_links)
+        folder = list_images(
+            source, follow_links=options.follow_links, class_names=options.class_names
+        )
         world.check_same(
             "list of images", files.json_digest({"names": [*map(ascii, folder.names)]})
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from vtclip.data.decode import ImageError, content_digest, read_file
+from vtclip.data.decode import ImageError, content_digest
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.threads import ahead, decode_pool, progress_bar
 from vtclip.distributed import World
@@ -65,7 +65,7 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
 
     def attempt(name: str) -> tuple[int, str] | ImageError:
         try:
-            data = read_file(folder.path(name))
+            data = folder.read(name)
         except ImageError as error:
             return error
         return len(data), content_digest(data)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vtclip.data.decode import read_file
+
 
 @dataclass(frozen=True)
 class ImageFiles:
@@ -26,3 +28,7 @@ class ImageFiles:
 
     def path(self, name: str) -> Path:
         return self.root / name
+
+    def read(self, name: str) -> bytes:
+        """The bytes of an image, or ImageError."""
+        return read_file(self.path(name))

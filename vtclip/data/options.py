@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ class FeatureOptions:
     templates: None takes the model's or the data set's own.
     augment_passes: augmented views of every training image.
     dtype: of the spatial features; global features are always float32.
+    class_names: from the names that a source gives its classes to those that stand for them.
     follow_links: scan linked folders of an image folder too.
     """
 
@@ -33,6 +34,7 @@ class FeatureOptions:
     prompt: str | None = None
     templates: str | Sequence[str] | None = None
     augment_passes: int = 0
+    class_names: Mapping[str, str] | None = None
     cache_dir: str | Path | None = None
     device: str | torch.device = "cpu"
     progress: bool = True

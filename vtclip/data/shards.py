@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vtclip.clip import Clip, mean_text
 from vtclip.clip.augment import pass_generator
-from vtclip.data.decode import ImageError, content_digest, decode, read_file
+from vtclip.data.decode import ImageError, content_digest, decode
 from vtclip.data.featureset import TEXT, file_digest
 from vtclip.data.hashing import Hashed
 from vtclip.data.loading import Batches
@@ -220,7 +220,7 @@ def make_shards(
 def load_views(work: Work, row: int) -> Tensor | ImageError:
     """Views [1 + P, 3, H, W] of one file: the plain one, then the augmented passes."""
     path = work.hashed.folder.path(work.hashed.names[row])
-    data = read_file(path)
+    data = work.hashed.folder.read(work.hashed.names[row])
     digest = content_digest(data)
     if digest != work.hashed.digests[row]:
         raise ImageError(path, "the file changed while features were extracted")

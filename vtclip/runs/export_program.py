@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vtclip.data.decode import ImageError, open_image
-from vtclip.data.folders import scan_folder
+from vtclip.data.listed import list_images
 from vtclip.data.sets import SetSource, as_source, open_listing
 from vtclip.data.sources import source_kind
 from vtclip.files import Json
@@ -126,7 +126,7 @@ def real_paths(run: Run) -> list[Path]:
             return [listing.image_root / name for name in listing.test.names[:8]]
         if source_kind(source) != "folder":
             return []
-        folder = scan_folder(source)
+        folder = list_images(source)
     except (ValueError, OSError):  # moved or changed since: random input has to do
         return []
     step = max(1, len(folder.names) // max(BATCHES))

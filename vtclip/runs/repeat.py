@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from vtclip.data.featureset import MANIFEST, FeatureSet
-from vtclip.data.folders import scan_folder
 from vtclip.data.hashing import hash_all
+from vtclip.data.listed import list_images
 from vtclip.data.npz import open_npz
 from vtclip.data.sets import as_source
 from vtclip.data.sources import source_kind
@@ -237,7 +237,7 @@ def _check_source(run: Run, cache_dir: str | Path | None) -> None:
         raise ValueError(f"repeat: the source of {run.folder} is gone: {error}") from None
     wanted, changed = run.result["digests"].get("images"), ""
     if kind == "folder":
-        hashed = hash_all(scan_folder(source), False)
+        hashed = hash_all(list_images(source), False)
         now = hashed.digest()
         if now != wanted:
             digests = dict(zip(hashed.names, hashed.digests, strict=True))

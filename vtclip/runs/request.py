@@ -34,7 +34,7 @@ TRAINS_ENCODERS = "rada"
 # options that a record holds under their own names
 RECORDED = (
     *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
-    *("train_encoders", "base_to_new", "pseudo_labels"),
+    *("train_encoders", "base_to_new", "pseudo_labels", "class_names", "follow_links"),
 )
 
 
@@ -50,8 +50,11 @@ class FitRequest:
     spatial: str | None = None
     prompt: str | None = None
     templates: Sequence[str] | None = None
+    class_names: Mapping[str, str] | None = None
+    follow_links: bool = False
     test_fraction: float = 0.5
     augment_passes: int = 0
+    encoder_batch_size: int = 64
     train_encoders: bool = False
     base_to_new: bool = False
     pseudo_labels: bool = False
@@ -147,7 +150,10 @@ class FitRequest:
             need_spatial=HEADS[self.method].needs_spatial,
             prompt=self.prompt,
             templates=None if self.templates is None else list(self.templates),
+            class_names=self.class_names,
+            follow_links=self.follow_links,
             augment_passes=self.augment_passes,
+            batch_size=self.encoder_batch_size,
             cache_dir=self.cache_dir,
             device=str(self.device),
             progress=self.progress,
