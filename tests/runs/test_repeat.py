@@ -263,9 +263,9 @@ def test_older_results_without_an_environment_are_repeated(run, tmp_path):
 
 def test_every_argument_that_decides_a_number_is_in_the_result(run):
     elsewhere = {"method", "seed", "device", "threads"}  # beside "config" in the result
-    named = {"overrides": "fit"}  # in "config" by another name
+    named = {"overrides": "fit", "exact_shots": "draw"}  # in "config" by another name
     conduct = {"records", "out", "overwrite", "resume", "cache_dir", "progress"}
-    conduct |= {"encoder_batch_size"}
+    conduct |= {"encoder_batch_size", "strict"}
     own = {"train_encoders"}  # is in the results of such runs only
     for name in set(inspect.signature(vtclip.fit).parameters) - elsewhere - conduct - own:
         assert named.get(name, name) in run.result["config"], name

@@ -33,7 +33,7 @@ from vtclip.cli import (
     tune,
 )
 from vtclip.cli.parsing import Parser, fail, note
-from vtclip.names import nearest
+from vtclip.names import as_typed, nearest
 
 
 class Command(Protocol):
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(build_parser(), words)
+        with as_typed():
+            return _run(build_parser(), words)
     except BrokenPipeError:
         # the reader has gone: keep the interpreter from flushing into the closed pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

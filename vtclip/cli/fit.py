@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.cli.parsing import (
-    FEATURES,
     Parser,
     count,
     emit,
     emit_json,
+    existing,
     first_process,
     note_demo_model,
     number,
@@ -35,98 +35,183 @@ COOP_OPTIONS = {  # argument: option of the head
 }
 PASSED_ON = (  # to vtclip.fit as they are
     *("data", "method", "shots", "seed", "model", "spatial", "prompt", "test_fraction"),
-    *(
-        "augment_passes",
-        "encoder_batch_size",
-        "follow_links",
-        "train_encoders",
-        "base_to_new",
-        "pseudo_labels",
-        "out",
-        "overwrite",
-    ),
-    *("resume", "device", "threads", "cache_dir"),
+    *("val", "test", "final", "strict", "follow_links", "base_to_new", "pseudo_labels"),
+    *("augment_passes", "encoder_batch_size", "train_encoders", "out", "overwrite", "resume"),
+    *("device", "threads", "cache_dir"),
 )
 HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="class_name/*.jpg folder, features folder, .npz, NAME"
+        "source",
+        metavar="SOURCE",
+        help="folder of class_name/*.jpg, features folder, .npz table, or, with --data, a data set",
     )
-    parser.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
-    parser.add_argument(
-        "--method", type=one_of(*METHODS), help="default auto: " + " | ".join(METHODS)
-    )
-    parser.add_argument(
-        "--shots",
-        type=number(int, 0, 1_000_000),
-        help="images per class (default: 16, or fewer where a class has fewer)",
-    )
-    parser.add_argument("--seed", type=seed, default=1, help="draws the shots")
-    parser.add_shared(*FEATURES, "--follow-links", "--encoder-batch-size")
+    _add_images(parser)
+    _add_model(parser)
     _add_training(parser)
     _add_methods(parser)
-    parser.add_argument(
-        "--out", metavar="RUN", help="default runs/SOURCE-METHOD-SHOTSshot-seedSEED"
+    _add_run(parser)
+
+
+def _add_images(parser: Parser) -> None:
+    """Which images train, validate and test."""
+    group = parser.add_argument_group("images")
+    add = group.add_argument
+    add("--data", metavar="ROOT", help="folder of data sets; SOURCE is the name of one")
+    add(
+        "--shots",
+        type=shots,
+        metavar="N|all",
+        help="training images per class at most, or all; a class with fewer trains on those it "
+        "has (default: 16)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_shared("--model", "--cache-dir", "--device", "--threads", "--json")
+    add("--seed", type=seed, default=1, help="draws the training images (default: 1)")
+    add(
+        "--test",
+        metavar="SOURCE",
+        help="source of the test images (default: --test-fraction of each class)",
+    )
+    add(
+        "--val",
+        metavar="SOURCE",
+        help="source of the validation images (default: up to 4 of each class)",
+    )
+    parser.add_shared("--test-fraction", group=group)
+    add(
+        "--final",
+        action="store_true",
+        help="after the evaluation, fit once more on all images, the test's too, and save that",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="refuse images that are in training and test at once (default: count them)",
+    )
+    parser.add_shared("--follow-links", group=group)
+    add("--base-to-new", action="store_true", help="train on half of the classes, test on both")
+    add(
+        "--pseudo-labels",
+        action="store_true",
+        help="use no labels: train on the --shots images of each class that zero-shot is surest of",
+    )
+
+
+def _add_model(parser: Parser) -> None:
+    """The model, and the features that it makes."""
+    group = parser.add_argument_group("model and features")
+    parser.add_shared(
+        *("--model", "--spatial", "--prompt", "--templates", "--augment-passes"),
+        *("--encoder-batch-size", "--cache-dir", "--device", "--threads"),
+        group=group,
+    )
 
 
 def _add_training(parser: Parser) -> None:
-    """How the head and the encoders are trained, and on which classes."""
-    add = parser.add_argument
-    add("--epochs", type=count, metavar="N")
-    add("--lr", type=number(float, 0, 1000, above=True))
+    """How the head and the encoders are trained."""
+    group = parser.add_argument_group("training (defaults: the method's recipe)")
+    add = group.add_argument
+    add(
+        "--method",
+        type=one_of(*METHODS),
+        metavar="NAME",
+        help="default auto, which fits several and averages the best; " + " | ".join(METHODS),
+    )
+    add("--epochs", type=count, metavar="N", help="passes over the training images")
+    add("--lr", type=number(float, 0, 1000, above=True), help="largest learning rate")
     add("--optimizer", type=one_of(*OPTIMIZERS), help=" | ".join(OPTIMIZERS))
-    add("--weight-decay", type=number(float, 0, 1000), metavar="W")
-    add("--batch-size", type=count, metavar="N")
+    add("--weight-decay", type=number(float, 0, 1000), metavar="W", help="of the optimizer")
+    add("--batch-size", type=count, metavar="N", help="training images per step")
+    add(
+        "--label-smoothing",
+        type=number(float, 0, 0.99),
+        metavar="E",
+        help="share of the target that goes to the other classes",
+    )
+    add("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
+    add("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="exponent of gce")
     add("--train-encoders", action="store_true", help="train both CLIP towers too (method rada)")
     add(
         "--precision",
         type=one_of(*PRECISIONS),
-        help="of the trained towers: " + " | ".join(PRECISIONS),
+        help="of the trained towers: " + " | ".join(PRECISIONS) + " (default: fp32)",
     )
-    add("--grad-checkpointing", action="store_true", help="trained towers in less memory, slower")
-    add("--base-to-new", action="store_true", help="train on half of the classes, test on both")
-    add("--label-smoothing", type=number(float, 0, 0.99), metavar="E")
+    add(
+        "--grad-checkpointing",
+        action="store_true",
+        help="train the towers in less memory, but slower",
+    )
 
 
 def _add_methods(parser: Parser) -> None:
-    """Options of single methods, of the loss, and of the labels."""
-    add = parser.add_argument
+    """Options of single methods."""
+    group = parser.add_argument_group("options of one method")
+    add = group.add_argument
     add("--adapters", action="store_true", help="rada: bottleneck adapters before it")
-    add("--penalty", type=one_of(*PENALTIES), help="rada: " + " | ".join(PENALTIES))
-    add("--penalty-weight", type=number(float, 0, 1e6), metavar="W", help="rada")
+    add("--penalty", type=one_of(*PENALTIES), help="rada: of its mask, " + " | ".join(PENALTIES))
+    add(
+        "--penalty-weight",
+        type=number(float, 0, 1e6),
+        metavar="W",
+        help="rada: weight of the penalty in the loss",
+    )
     add(
         "--queries",
         type=several(one_of(*QUERIES)),
         metavar="LIST",
         help="rada: of " + ",".join(QUERIES),
     )
-    add("--temperature", type=number(float, 0, 1e6, above=True), help="rada: of its attention")
-    add("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
-    add("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="of gce")
     add(
-        "--pseudo-labels",
-        action="store_true",
-        help="no labels: --shots of the images surest zero-shot, per class it names",
+        "--temperature",
+        type=number(float, 0, 1e6, above=True),
+        metavar="T",
+        help="rada: of its attention",
     )
     add(
         "--context-length",
         type=number(int, 1, 10_000),
         metavar="N",
-        help="coop: learned vectors (16)",
+        help="coop: learned vectors (default: 16, or as many as the class names leave room for)",
     )
-    add("--class-specific", action="store_true", help="coop: vectors for each class")
-    add("--class-position", type=one_of(*POSITIONS), help="coop: " + " | ".join(POSITIONS))
+    add("--class-specific", action="store_true", help="coop: learned vectors for each class")
+    add(
+        "--class-position",
+        type=one_of(*POSITIONS),
+        help="coop: of the class name among the vectors, " + " | ".join(POSITIONS),
+    )
     add("--context-init", metavar="WORDS", help='coop: start at these, e.g. "a photo of a"')
+
+
+def _add_run(parser: Parser) -> None:
+    """Where the run is written."""
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    add(
+        "--out",
+        metavar="RUN",
+        help="folder of the run (default: runs/SOURCE-METHOD-SHOTSshot-seedSEED)",
+    )
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_shared("--json", group=group)
+
+
+def shots(value: str) -> int | str:
+    """A number of shots, or "all"."""
+    if value == "all":
+        return value
+    if not value.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number or all, got {value!r}")
+    checked: int = number(int, 0, 1_000_000)(value)
+    return checked
 
 
 def run(args: argparse.Namespace) -> int:
     source = source_path(args.source, args.data)
+    for name in ("val", "test"):
+        if getattr(args, name) is not None:
+            existing(f"--{name}", getattr(args, name))
     if args.model == "demo" and needs_model(source):
         note_demo_model()
     overrides = overrides_of(args)
@@ -174,7 +259,9 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_fit(fitted: Any) -> None:
-    """The table of a run, with what was fitted to what above it and the cost below."""
+    """The table of a run, with what was fitted to what above it, its images and cost below."""
+    from vtclip.runs.class_counts import class_table
+
     result = fitted.result
     counts = result["images"]
     emit(
@@ -186,6 +273,12 @@ def print_fit(fitted: Any) -> None:
         new = result["new"]
         emit(f"new: {len(new['classes'])} classes, {new['adapted']['count']} test images")
     emit(fitted.table())
+    if "final" in result:
+        emit(
+            "the numbers are of the fit before --final; the saved adapter has seen the test images "
+            f"({result['final']['images']} images)"
+        )
+    emit(class_table(result["images_per_class"]))
     unreadable = result["test"]["unreadable"]
     if unreadable:
         emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}, ...)")

@@ -44,10 +44,10 @@ class Parser(argparse.ArgumentParser):
         group.add_argument = add_argument
         return group
 
-    def add_shared(self, *options: str) -> None:
+    def add_shared(self, *options: str, group: Any = None) -> None:
         """Options that several commands have, with one meaning and one help."""
         for option in options:
-            self.add_argument(option, **SHARED[option])
+            (group or self).add_argument(option, **SHARED[option])
 
     def add_model_of_run(self) -> None:
         self.add_argument("--model", help="another place of the weights the run was fitted on")
@@ -122,13 +122,23 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
 count = number(int, 1, 1_000_000)
 seed = number(int, 0, MAX_SEED)
 SHARED: dict[str, dict[str, Any]] = {
-    "--spatial": {"metavar": "OPT", "help": "kind of spatial features (vtclip.clip)"},
-    "--prompt": {"metavar": "NAME", "help": "one prompt of an .npz with several"},
+    "--spatial": {
+        "metavar": "OPT", "help": "kind of spatial features (default: what the method needs)"
+    },
+    "--prompt": {
+        "metavar": "NAME", "help": "one prompt of an .npz with several (default: their mean)"
+    },
     "--templates": {
         "metavar": "NAME|FILE", "help": "imagenet7, imagenet80, a .txt, or text with {}"
     },
-    "--test-fraction": {"type": number(float, 0, 1), "default": 0.5, "metavar": "F"},
-    "--augment-passes": {"type": number(int, 0, 1000), "default": 0, "metavar": "N"},
+    "--test-fraction": {
+        "type": number(float, 0, 1), "default": 0.5, "metavar": "F",
+        "help": "share of each class that is set apart for the test (default: 0.5)",
+    },
+    "--augment-passes": {
+        "type": number(int, 0, 1000), "default": 0, "metavar": "N",
+        "help": "random crops of every training image to train on as well (default: 0)",
+    },
     "--model": {
         "default": "demo", "help": "demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
     },
@@ -138,7 +148,9 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--cache-dir": {"metavar": "DIR", "help": "where features of image folders are kept"},
     "--device": {"help": "cpu, cuda, cuda:N; default: a GPU where there is one"},
-    "--threads": {"type": number(int, 1, 4096), "metavar": "N", "help": "CPU threads"},
+    "--threads": {
+        "type": number(int, 1, 4096), "metavar": "N", "help": "CPU threads (default: torch's)"
+    },
     "--json": {"action": "store_true", "help": "print JSON"},
 }  # fmt: skip
 # which features of a source are taken, and which of its rows are tested

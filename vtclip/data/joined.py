@@ -5,9 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from vtclip.data.records import PartedStore, Store
+from vtclip.data.records import PartedStore, Records, Store
+from vtclip.files import Json, printable
+from vtclip.names import nearest, option
+
+ROLES = ("train", "val", "test")
 
 
 class JoinedStore(PartedStore):
@@ -28,3 +33,97 @@ class JoinedStore(PartedStore):
         if augment_pass > store.num_passes:
             raise ValueError(f"records: test images have no augmented pass {augment_pass}")
         return (store.image if name == "image" else store.spatial)(row, augment_pass)
+
+
+class RowsOf:
+    """The rows of `records` as a store, wherever they lie in the store behind them."""
+
+    def __init__(self, records: Records) -> None:
+        self._store, self._rows = records.store, records.rows
+        self.width, self.num_passes = self._store.width, self._store.num_passes
+        self.spatial_width = self._store.spatial_width
+        self.spatial_tokens = self._store.spatial_tokens
+
+    def image(self, row: Tensor, augment_pass: int) -> Tensor:
+        return self._store.image(self._rows[row], augment_pass)
+
+    def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
+        return self._store.spatial(self._rows[row], augment_pass)
+
+
+def join_records(train: Records, others: dict[str, Records]) -> Records:
+    """`train` and the images of other sources as one table, with roles.
+
+    others: "val" and "test" to the records whose images validate and test. Names of their rows
+        begin with the role, so that a name of both sources stays two; classes are those of `train`,
+        by name, and a class that it lacks is a ValueError that names the role. Texts,
+        templates and digests are those of `train`; the digests of the others' images are added as
+        "val_images" and "test_images".
+    Roles 1 and 2 of `train` itself must be given up beforehand.
+    """
+    parts = {"train": train, **others}
+    roles = [
+        torch.zeros(len(train), dtype=torch.int8) if train.roles is None else train.roles.clone()
+    ]
+    names, label, skipped = list(train.names), [train.label], list(train.info.get("skipped", []))
+    digests = dict(train.info.get("digests", {}))
+    for role, part in others.items():
+        _check_features(role, train, part)
+        to_train = labels_among(role, train.class_names, part.class_names)
+        prefix = f"{role}/"
+        while any(name.startswith(prefix) for name in names):
+            prefix = "_" + prefix
+        names += [prefix + name for name in part.names]
+        label.append(to_train[part.label])
+        roles.append(torch.full((len(part),), ROLES.index(role), dtype=torch.int8))
+        skipped += [[prefix + name, why] for name, why in part.info.get("skipped", [])]
+        digests[f"{role}_images"] = part.info.get("digests", {}).get("images")
+    info: Json = {**train.info, "digests": digests}
+    if skipped:
+        info["skipped"] = skipped
+    return Records(
+        JoinedStore([RowsOf(part) for part in parts.values()],
+                    [len(part) for part in parts.values()]),
+        class_names=train.class_names,
+        text=train.text,
+        text_views=train.text_views,
+        label=torch.cat(label),
+        names=names,
+        logit_scale=train.logit_scale,
+        info=info,
+        roles=torch.cat(roles),
+    )  # fmt: skip
+
+
+def labels_among(role: str, known: Sequence[str], class_names: Sequence[str]) -> Tensor:
+    """The place [n] among `known` of each of `class_names`, those of the source `role`."""
+    place = {name: k for k, name in enumerate(known)}
+    for name in class_names:
+        if name not in place:
+            raise ValueError(
+                f"{option(role)}: class {printable(name)!r} is none of the training source's"
+                f"{nearest(name, known)}"
+            )
+    return torch.tensor([place[name] for name in class_names], dtype=torch.long)
+
+
+def _check_features(role: str, train: Records, part: Records) -> None:
+    """Refuse features of another width, model or kind than those of the training images."""
+    wanted, actual = _kind_of(train), _kind_of(part)
+    for name, value in wanted.items():
+        if actual[name] != value:
+            raise ValueError(
+                f"{option(role)}: its features have {name} {str(actual[name])[:16]}, those of the "
+                f"training source {str(value)[:16]}"
+            )
+
+
+def _kind_of(records: Records) -> Json:
+    """What features that are joined must have in common."""
+    return {
+        "width": records.width,
+        "spatial width": records.spatial_width,
+        "weights": records.info.get("digests", {}).get("weights"),
+        "spatial": records.info.get("spatial"),
+        "transform": records.info.get("transform"),
+    }

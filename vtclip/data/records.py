@@ -246,6 +246,11 @@ class Records:
         return self._store
 
     @property
+    def rows(self) -> Tensor:
+        """The row of the store [N] that each row of the table is."""
+        return self._row
+
+    @property
     def width(self) -> int:
         return self._store.width
 

@@ -235,6 +235,7 @@ def _run(
                 images.folder,
                 method="vtclip",
                 shots=count,
+                exact_shots=True,
                 seed=fit_seed,
                 overrides=OVERRIDES,
                 out=out / "runs" / f"vtclip-{count}shot-seed{fit_seed}",

@@ -136,6 +136,9 @@ class Head(nn.Module):
     def fit_support(self, support: Support) -> None:
         """Take in the labelled images; of a head without training, all there is."""
 
+    def check_names(self, clip: TextModel, class_names: Sequence[str]) -> None:
+        """Refuse class names that leave no room for what the head learns beside them."""
+
     def choose(self, val: Support) -> None:
         """Set what validation images decide, after training; without any the defaults stay."""
 

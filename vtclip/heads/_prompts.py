@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vtclip.heads._head import TextModel
+from vtclip.names import option
 
 # What autograd keeps of the text tower, next to the token embeddings of all classes, is at most
 # this: above it classes are taken in chunks, each recomputed in the backward pass.
@@ -202,7 +203,7 @@ class TextTower:
         if length > self.context_length:
             raise ValueError(
                 f"learned prompts: {M} vectors and class {name!r} take {length} places, the text "
-                f"encoder has {self.context_length}; num_context can be at most "
+                f"encoder has {self.context_length}; {option('num_context')} can be at most "
                 f"{self.context_length - length + M}"
             )
         row = self._start + [0] * before + whole[:n] + [0] * (M - before) + whole[n:] + self._end

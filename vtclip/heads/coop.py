@@ -21,7 +21,7 @@ from vtclip.heads._check import check_least
 from vtclip.heads._head import ImageHead, NewClasses, TextModel
 from vtclip.heads._prompts import TextTower
 from vtclip.heads.config import FitConfig
-from vtclip.names import POSITIONS
+from vtclip.names import POSITIONS, option
 
 logger = logging.getLogger(__name__)
 NUM_CONTEXT = 16
@@ -152,24 +152,48 @@ class CoOp(ImageHead):
     def _first_context(self, tower: TextTower, class_names: Sequence[str]) -> Tensor:
         """Vectors to start from; sets num_context where it was left open."""
         words = tower.words(self.init) if self.init is not None else []
-        if self.init is not None and self.num_context not in (None, len(words)):
-            raise ValueError(
-                f"CoOp: num_context must be {len(words)}, as many as init {self.init!r} has "
-                f"tokens, got {self.num_context}"
-            )
         if self.num_context is None:
-            room = max(1, tower.room(class_names))
-            self.num_context = len(words) or min(NUM_CONTEXT, room)
+            self.num_context = self._fitting_context(tower, class_names)
             if not words and self.num_context < NUM_CONTEXT:
                 logger.warning(
                     "coop: %d context vectors instead of %d, as many as the text encoder's %d "
                     "places leave next to the class names",
                     self.num_context, NUM_CONTEXT, tower.context_length,
                 )  # fmt: skip
+        else:
+            self._fitting_context(tower, class_names)
         shape = *self._rows(self.num_context), tower.width
         if words:
             return tower.embed(torch.tensor(words)).to(self.text).expand(shape).clone()
         return torch.empty(shape).normal_(std=SPREAD).to(self.text)
+
+    def check_names(self, clip: TextModel, class_names: Sequence[str]) -> None:
+        self._fitting_context(TextTower(clip), class_names)
+
+    def _fitting_context(self, tower: TextTower, class_names: Sequence[str]) -> int:
+        """How many vectors there will be, or a ValueError where the encoder has no place for them.
+
+        As many as `num_context` or `init` say, else NUM_CONTEXT or as many as there is room for.
+        """
+        words = tower.words(self.init) if self.init is not None else []
+        if self.init is not None and self.num_context not in (None, len(words)):
+            raise ValueError(
+                f"CoOp: {option('num_context')} must be {len(words)}, as many as "
+                f"{option('init')} {self.init!r} has tokens, got {self.num_context}"
+            )
+        room, wanted = tower.room(class_names), self.num_context or len(words)
+        if room < max(1, wanted):
+            longest = max(class_names, key=lambda name: tower.context_length - tower.room([name]))
+            places = f"class {longest!r} leaves {max(0, room)} of the text encoder's "
+            places += f"{tower.context_length} places"
+            if room < 1:
+                raise ValueError(
+                    f"CoOp: {places} for context vectors; at least 1 is needed: give the class a "
+                    f"shorter name, in its folder or by {option('class_names')}"
+                )
+            name = option("init" if words else "num_context")
+            raise ValueError(f"CoOp: {name} can be at most {room}: {places}, got {wanted}")
+        return wanted or min(NUM_CONTEXT, room)
 
     def _rows(self, M: int) -> tuple[int, ...]:
         return (self.num_classes, M) if self.class_specific else (M,)

@@ -36,13 +36,15 @@ class Adapter:
 
     `features` says which image and spatial features it takes: model (as given to load_clip),
     model_config, weights_digest, spatial option, templates or prompt, logit scale. model is None
-    where it was fitted on a table of features that names no image encoder.
+    where it was fitted on a table of features that names no image encoder. `final`: it was fitted
+    to all images of its run after the evaluation, the test's too.
     """
 
     head: Head
     class_names: list[str]
     temperature: float | None
     features: Json
+    final: bool = False
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> str:
@@ -66,6 +68,8 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())},
         "tensors_digest": digest,
     }
+    if adapter.final:
+        config["final"] = True
     config["config_digest"] = files.json_digest(config)
     _finish_killed_save(folder)
     # one entry of metadata: safetensors writes several in random order, and runs are compared
@@ -158,7 +162,8 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
             )
     head.load_state_dict(state)
     head.to(device).eval()
-    return Adapter(head, class_names, config["temperature"], config["features"])
+    final = bool(config.get("final"))
+    return Adapter(head, class_names, config["temperature"], config["features"], final)
 
 
 def _same_names(folder: Path, what: str, wanted: list[str], actual: list[str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource
+from vtclip.data.splits import EXACT
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import pick
@@ -156,7 +157,8 @@ def run_test_rows(records: Records, half: str, result: Json, source: Path | SetS
         wanted = result["new"]["split"]
     else:
         learns = HEADS[result["method"]].learns
-        split = split_rows(records, learns, result["shots"], seed, fraction)
+        rule = result["config"].get("draw", EXACT)
+        split = split_rows(records, learns, result["shots"], seed, fraction, rule)
         index, digest, wanted = split.test, split.digest, result["split"]
     if digest != wanted:
         raise ValueError(f"{source}: its split differs from the one the run was fitted with")

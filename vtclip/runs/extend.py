@@ -24,6 +24,7 @@ from vtclip.heads import HEADS, Head
 from vtclip.heads._head import NewClasses
 from vtclip.heads.zeroshot import ZeroShot
 from vtclip.machine import Stopwatch, choose_device, set_threads
+from vtclip.names import SHOTS
 from vtclip.runs import result
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.encoders import save_with_encoders
@@ -196,8 +197,12 @@ def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Spl
     return split, shots
 
 
-def _usual(wanted: int, added: Records, fraction: float) -> int:
-    """The run's shots where every new class has them beyond its test share, else fewer."""
+def _usual(wanted: int | str, added: Records, fraction: float) -> int:
+    """The run's shots where every new class has them beyond its test share, else fewer.
+
+    Of a run of all images that there were, 16.
+    """
+    wanted = max(SHOTS) if isinstance(wanted, str) else wanted
     counts = torch.bincount(added.label, minlength=len(added.class_names)).tolist()
     enough = min(count - int(count * fraction) for count in counts) >= wanted
     return wanted if enough else min(wanted, usual_shots(added, fraction))

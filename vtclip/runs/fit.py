@@ -9,29 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
-from vtclip.data.sources import open_records
+from vtclip.data.splits import UP_TO
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
+from vtclip.heads.auto import Auto
 from vtclip.heads.config import FitConfig
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics
+from vtclip.runs.checks import check_before_work
+from vtclip.runs.class_counts import usual_count, warn_of_few
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
+from vtclip.runs.opening import open_all
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
-from vtclip.train.auto import fit_auto
+from vtclip.train.auto import fit_auto, refit_auto
 from vtclip.train.checkpoint import Checkpoint
-from vtclip.train.fit_head import fit_head
+from vtclip.train.fit_head import fit_head, refit_head
 from vtclip.train.methods import check_text_encoder, zero_shot_head
 from vtclip.train.pseudo_labels import pseudo_labelled, pseudo_report, unlabelled_split
-from vtclip.train.rows import split_rows, usual_shots
+from vtclip.train.rows import split_rows
 
 
 def fit(
@@ -40,7 +46,10 @@ def fit(
     data: str | Path | None = None,
     records: Records | None = None,
     method: str | None = None,
-    shots: int | None = None,
+    shots: int | str | None = None,
+    exact_shots: bool = False,
+    val: str | Path | None = None,
+    test: str | Path | None = None,
     seed: int = 1,
     model: str = "demo",
     spatial: str | None = None,
@@ -54,6 +63,8 @@ def fit(
     train_encoders: bool = False,
     base_to_new: bool = False,
     pseudo_labels: bool = False,
+    final: bool = False,
+    strict: bool = False,
     overrides: Mapping[str, object] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -63,7 +74,7 @@ def fit(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Run:
-    """Adapt a frozen CLIP to `source` with `shots` images per class, and evaluate it once.
+    """Adapt a frozen CLIP to `source` with up to `shots` images per class, and evaluate it once.
 
     source: a folder of `class_name/*.jpg`, a FeatureSet folder, an .npz table of features, or,
         with `data`, the name of a data set.
@@ -74,35 +85,65 @@ def fit(
         where `evaluate` looks for them.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
-    shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
-        beyond its test share. A named number is never lowered.
+    shots: training images per class at most, 16 by default; "all" takes all that there are. A class
+        that has fewer trains on those it has, and the others are none the worse for it; a smaller
+        class is shown as often as the others (vtclip.train.rows.epoch_rows). Data sets are drawn
+        as published, with the same number of every class.
+    exact_shots: exactly `shots` of every class, or a ValueError: what comparisons with published
+        numbers need.
+    val, test: sources of validation and of test images (of the kind of `source`, which then is all
+        for training), opened with the same options. Their classes must be classes of `source`.
+        Without `test`, `test_fraction` of every class is set apart; without `val`, up to 4 images
+        per class beyond the shots validate (vtclip.data.splits says how many of which).
+        A folder or list that says itself which images test and validate needs neither.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
     base_to_new: train on the first half of the classes, test on either half
         (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
+    final: after the evaluation fit once more, with the settings that it chose, on all images, those
+        of the test too. The metrics stay those of the fit before, and no image is left to test the
+        saved adapter on: it is for people who deploy.
+    strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
         train_encoders of `FinetuneConfig`.
-    out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED. It ends up with
+    out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
+        folder, which must not lie in a source. It ends up with
         adapter.safetensors, adapter_config.json, result.json and log.jsonl.
 
     The zero-shot decision is evaluated on the same test images in the same run.
     """
+    options = dict(locals())  # the arguments, before there is anything else
+    return fit_request(_request(**options), options["records"])
+
+
+def _request(
+    source: str | Path | SetSource,
+    *,
+    data: str | Path | None,
+    val: str | Path | None,
+    test: str | Path | None,
+    method: str | None,
+    overrides: Mapping[str, object] | None,
+    device: str | torch.device | None,
+    records: Records | None,
+    **others: Any,
+) -> FitRequest:
+    """The request of the options of `fit`; `records` are no part of it."""
     if method is None:
-        method = "rada" if train_encoders or base_to_new else "auto"
-    request = FitRequest(
-        source=as_source(source, data), method=method, shots=shots, seed=seed, model=model,
-        spatial=spatial, prompt=prompt, templates=templates, class_names=class_names,
-        follow_links=follow_links, test_fraction=test_fraction,
-        augment_passes=augment_passes, encoder_batch_size=encoder_batch_size,
-        train_encoders=train_encoders, base_to_new=base_to_new,
-        pseudo_labels=pseudo_labels, overrides=overrides or {}, out=out, overwrite=overwrite,
-        resume=resume, device=choose_device(device), threads=threads, cache_dir=cache_dir,
-        progress=progress,
-    )  # fmt: skip
-    return fit_request(request, records)
+        joint = others["train_encoders"] or others["base_to_new"]
+        method = "rada" if joint else "auto"
+    return FitRequest(
+        source=as_source(source, data),
+        val=None if val is None else Path(val).expanduser(),
+        test=None if test is None else Path(test).expanduser(),
+        method=method,
+        overrides=overrides or {},
+        device=choose_device(device),
+        **others,
+    )
 
 
 def fit_request(request: FitRequest, records: Records | None = None) -> Run:
@@ -118,64 +159,98 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         raise ValueError(
             f"method {request.method} needs spatial features, which records do not have"
         )
-    watch, shots = Stopwatch(request.device), request.known_shots
-    if shots is None:  # the images decide it, and it names the run
-        if request.out is not None:
-            run_files.check_run_folder(run_files.run_folder(request, 0), request)
-        records = open_or_take(request, records, watch)
-        base = base_and_new(records)[0] if request.base_to_new else records
-        shots = usual_shots(base, request.test_fraction)
-    folder, settings = run_files.run_folder(request, shots), request.settings(shots)
-    run_files.check_run_folder(folder, request)
-    config = request.as_config(shots, settings)
+    watch, folder = Stopwatch(request.device), run_files.run_folder(request)
+    listed = check_before_work(request, records)
     with run_files.claimed(folder):
         if run_files.can_return_finished(folder, request):
-            return run_files.finished_run(folder, request, shots, config)
-        rows = draw_rows(request, open_or_take(request, records, watch), shots)
-        head, candidates = train(request, rows, settings, folder, watch)
-        values = {**evaluate_all(request, rows, head, watch), **candidates}
+            return run_files.finished_run(folder, request)
+        if request.overwrite:
+            (folder / run_files.CHECKPOINT).unlink(missing_ok=True)
+        rows = draw_rows(request, open_or_take(request, records, listed, watch))
+        settings = request.settings(rows.recipe_shots)
+        config = request.as_config(rows.recipe_shots, settings)
+        head, others = train(request, rows, settings, folder, watch)
+        values = {**evaluate_all(request, rows, head, watch), **others}
         if request.pseudo_labels:
             values |= pseudo_report(rows.training, rows.records, rows.split)
+        if request.final:
+            head = fit_on_all(request, rows, head, settings, folder, watch)
+            values["final"] = {"images": len(rows.records)}
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        digest = save_adapter(folder, Adapter(head, names, temperature, features))
-        digests = {"adapter": digest}
+        adapter = Adapter(head, names, temperature, features, final=request.final)
+        digests = {"adapter": save_adapter(folder, adapter)}
         return run_files.write_run(folder, request, rows, config, values, watch, digests)
 
 
-def open_or_take(request: FitRequest, records: Records | None, watch: Stopwatch) -> Records:
-    """The records of the request's source, unless they are open already."""
+def open_or_take(
+    request: FitRequest,
+    records: Records | None,
+    listed: Mapping[str, ImageFiles],
+    watch: Stopwatch,
+) -> Records:
+    """The records of the request's sources, unless they are open already."""
     with watch.stage("features"):
         if records is not None:
             return records
-        return open_records(request.source, request.features, request.draw)
+        return open_all(
+            request.source,
+            request.features,
+            request.draw,
+            val=request.val,
+            test=request.test,
+            listed=listed,
+        )
 
 
-def draw_rows(request: FitRequest, records: Records, shots: int) -> RunRows:
+def draw_rows(request: FitRequest, records: Records) -> RunRows:
+    """Which rows of the records train, validate and test, and what training sees of them."""
     seed, fraction, new = request.seed, request.test_fraction, None
     if request.base_to_new:
         records, new = base_and_new(records)
     check_text_encoder(request.method, records)
-    if request.pseudo_labels:
+    shots = request.known_shots
+    if request.pseudo_labels and not isinstance(shots, str):
         pool = unlabelled_split(records, seed, fraction)
         training, split = pseudo_labelled(records, pool, shots, request.device)
         return RunRows(records, split, shots, training)
-    split = split_rows(records, HEADS[request.method].learns, shots, seed, fraction)
-    return RunRows(records, split, shots, records, new)
+    learns = HEADS[request.method].learns
+    split = split_rows(records, learns, shots, seed, fraction, request.rule)
+    if request.rule == UP_TO:
+        warn_of_few(records, split, request.shots if learns else None)
+        shots = usual_count(records, split)
+    return RunRows(records, split, int(shots), records, new)
 
 
 def train(
     request: FitRequest, rows: RunRows, settings: FitConfig, folder: Path, watch: Stopwatch
 ) -> tuple[Head, Json]:
     """The fitted head and, where several methods were fitted, what was said of each."""
-    config = request.as_config(rows.shots, settings)
-    identity = request.identity(rows.records, rows.split, rows.shots, config)
+    config = request.as_config(rows.recipe_shots, settings)
+    identity = request.identity(rows.records, rows.split, config)
     with watch.stage("train"):
         run = run_files.training_run(request, Checkpoint(folder / run_files.CHECKPOINT, identity))
         if request.method == "auto":
-            head, candidates = fit_auto(rows.training, rows.split, rows.shots, run)
+            head, candidates = fit_auto(rows.training, rows.split, rows.recipe_shots, run)
             return head, {"candidates": candidates}
         return fit_head(request.method, rows.training, rows.split, settings, run), {}
+
+
+def fit_on_all(
+    request: FitRequest,
+    rows: RunRows,
+    head: Head,
+    settings: FitConfig,
+    folder: Path,
+    watch: Stopwatch,
+) -> Head:
+    """A head with the hyper-parameters of `head`, fitted to every image, the test's too."""
+    run = run_files.training_run(request, None, log_to=folder / run_files.LOG)
+    every = torch.arange(len(rows.records))
+    with watch.stage("final"):
+        if isinstance(head, Auto):
+            return refit_auto(head, rows.records, every, rows.recipe_shots, run)
+        return refit_head(head, rows.records, every, settings, run)
 
 
 def evaluate_all(request: FitRequest, rows: RunRows, head: Head, watch: Stopwatch) -> Json:

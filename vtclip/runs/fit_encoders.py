@@ -18,13 +18,17 @@ import torch
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.data.extract import cached_features
 from vtclip.data.featureset import FeatureSet
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.records import Records
+from vtclip.data.splits import UP_TO
 from vtclip.distributed import World, device_of_rank, is_first, joined, num_processes
 from vtclip.files import Json, json_digest
 from vtclip.heads import RAda
 from vtclip.machine import Stopwatch
 from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
+from vtclip.runs.checks import check_before_work
+from vtclip.runs.class_counts import usual_count, warn_of_few
 from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
@@ -34,7 +38,7 @@ from vtclip.train import finetune
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.finetune_config import TEMPLATES, FinetuneConfig
 from vtclip.train.methods import zero_shot_head
-from vtclip.train.rows import split_rows, usual_shots
+from vtclip.train.rows import split_rows
 
 
 def fit_encoders(request: FitRequest) -> Run:
@@ -59,28 +63,28 @@ def default_templates(model: str) -> str | None:
 
 def _fit(request: FitRequest, world: World) -> Run:
     watch = Stopwatch(request.device)
-    if request.out is not None:
-        world.by_first(
-            lambda: run_files.check_run_folder(run_files.run_folder(request, 0), request)
-        )
+    listed = world.by_each(lambda: check_before_work(request))
     clip = world.by_each(lambda: load_clip(request.model, request.device))
-    features = world.by_each(lambda: extract(request, clip, watch))
+    files = listed.get("source", source_folder(request))
+    features = world.by_each(lambda: extract(request, files, clip, watch))
     rows = draw_rows(request, features.records())
     settings = request.encoder_settings(len(rows.split.train))
     finetune.check_batch(settings, world)
-    folder = run_files.run_folder(request, rows.shots)
-    config = request.as_config(rows.shots, settings)
-    identity = request.identity(rows.records, rows.split, rows.shots, config)
+    folder = run_files.run_folder(request)
+    config = request.as_config(rows.recipe_shots, settings)
+    identity = request.identity(rows.records, rows.split, config)
     world.check_same("settings and images", json_digest(identity))
     with ExitStack() as held:
 
         def enter() -> None:
             run_files.check_run_folder(folder, request)
             held.enter_context(run_files.claimed(folder))
+            if request.overwrite:
+                (folder / run_files.CHECKPOINT).unlink(missing_ok=True)
 
         world.by_first(enter)
         if run_files.can_return_finished(folder, request):
-            return run_files.finished_run(folder, request, rows.shots, config)
+            return run_files.finished_run(folder, request)
         checkpoint = Checkpoint(folder / run_files.CHECKPOINT, identity)
         with watch.stage("train"):
             module = train(request, rows, features, settings, clip, world, checkpoint)
@@ -90,13 +94,15 @@ def _fit(request: FitRequest, world: World) -> Run:
     return run or Run.load(folder)
 
 
-def extract(request: FitRequest, clip: Clip, watch: Stopwatch) -> FeatureSet:
+def extract(
+    request: FitRequest, files: Path | ImageFiles, clip: Clip, watch: Stopwatch
+) -> FeatureSet:
     """Global features of all images by `clip`, from the cache where it has them."""
     with watch.stage("features"):
         options = dataclasses.replace(
             request.features, model=clip, need_spatial=False, device=request.device
         )
-        return cached_features(source_folder(request), options)[0]
+        return cached_features(files, options)[0]
 
 
 def source_folder(request: FitRequest) -> Path:
@@ -106,12 +112,11 @@ def source_folder(request: FitRequest) -> Path:
 
 
 def draw_rows(request: FitRequest, records: Records) -> RunRows:
-    shots, fraction = request.known_shots, request.test_fraction
-    if shots is None:
-        shots = usual_shots(records, fraction)
-    return RunRows(
-        records, split_rows(records, True, shots, request.seed, fraction), shots, records
-    )
+    shots, seed, fraction = request.known_shots, request.seed, request.test_fraction
+    split = split_rows(records, True, shots, seed, fraction, request.rule)
+    if request.rule == UP_TO and is_first():
+        warn_of_few(records, split, request.shots)
+    return RunRows(records, split, usual_count(records, split), records)
 
 
 def train(
@@ -166,7 +171,7 @@ def evaluate_and_write(
     """Evaluate both decisions on the test images, and write the run."""
     base_weights = clip.weights_digest
     tuned = with_weights(clip)
-    after = extract(request, tuned, watch).records()
+    after = extract(request, source_folder(request), tuned, watch).records()
     # the trained head over the class texts of the trained text tower
     head = RAda(after.text, **{**trained.options(), "logit_scale": tuned.logit_scale})
     head.load_state_dict({**trained.state_dict(), "text": head.text})

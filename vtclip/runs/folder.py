@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtclip.data.sets import SetSource
+from vtclip.data.splits import UP_TO
 from vtclip.files import Json, only_writer, to_json
 from vtclip.heads import HEADS
+from vtclip.names import option
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
+from vtclip.runs.class_counts import images_per_class
 from vtclip.runs.encoders import ENCODERS
 from vtclip.runs.result import RESULT, Run
 from vtclip.train.checkpoint import Checkpoint
@@ -25,31 +29,39 @@ from vtclip.train.steps import TrainingRun
 if TYPE_CHECKING:
     from vtclip.data.records import Records
     from vtclip.data.splits import Split
+    from vtclip.heads.config import FitConfig
     from vtclip.machine import Stopwatch
     from vtclip.runs.request import FitRequest
+    from vtclip.train.finetune_config import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+# what a run means whose record lacks an option that came after it
+LATER = {"draw": "exact", "follow_links": False, "final": False}
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
 
 
 @dataclass(frozen=True)
 class RunRows:
-    """The records that one run evaluates on, which of their rows it draws, and for how many shots.
+    """The records that one run evaluates on, and which of their rows it draws.
 
+    recipe_shots: training images of the usual class, for which the method's recipe is taken.
     training: the records with the labels that training sees, where pseudo-labels replace them.
     new: records of the classes that are never trained on, of a base-to-new run.
     """
 
     records: Records
     split: Split
-    shots: int
+    recipe_shots: int
     training: Records
     new: Records | None = None
 
 
-def run_folder(request: FitRequest, shots: int) -> Path:
-    """The folder that the request names, else runs/SOURCE-METHOD-SHOTSshot-seedSEED."""
+def run_folder(request: FitRequest) -> Path:
+    """The folder that the request names, else runs/SOURCE-METHOD-SHOTSshot-seedSEED.
+
+    SHOTS are those that were asked for, "all" too.
+    """
     if request.out is not None:
         return Path(request.out).expanduser()
     source = request.source
@@ -59,38 +71,60 @@ def run_folder(request: FitRequest, shots: int) -> Path:
     kind = request.method
     if request.base_to_new or request.train_encoders:
         kind += "-base-to-new" if request.base_to_new else "-encoders"
-    return Path("runs") / f"{name}-{kind}-{shots}shot-seed{request.seed}"
+    return Path("runs") / f"{name}-{kind}-{request.known_shots}shot-seed{request.seed}"
 
 
 def check_run_folder(folder: Path, request: FitRequest) -> None:
-    """Refuse an output that would touch the images, a file, or a run nobody asked to replace."""
-    source, overwrite, resume = request.source, request.overwrite, request.resume
-    images = source.root if isinstance(source, SetSource) else source
-    if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
-        raise ValueError(f"out {folder} lies inside the source {images}")
+    """Refuse an output that would touch images or a file, or a run nobody asked to replace."""
+    name = option("out")
+    for what, place in source_folders(request).items():
+        if place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
+            hint = "" if request.out is not None else f"; name a folder outside of it as {name}"
+            raise ValueError(f"{name} {folder} lies inside the {what} {place}{hint}")
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not above.is_dir():
+        if above == folder:
+            raise FileExistsError(f"{name} {folder} exists and is not a folder")
+        raise NotADirectoryError(f"{name} {folder}: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"{name} {folder}: {above} cannot be written to")
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise FileExistsError(f"out {folder} exists and is not a folder")
     held = {path.name.removesuffix(".new") for path in folder.iterdir()}
     if held - RUN_FILES and not held & RUN_FILES:
-        raise FileExistsError(f"out {folder} exists and is not a run (it holds {min(held)!r})")
-    if held and not overwrite and not resume:
-        raise FileExistsError(f"out {folder} holds a run already; set overwrite or resume")
-    if overwrite:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        raise FileExistsError(f"{name} {folder} exists and is not a run (it holds {min(held)!r})")
+    if held and not request.overwrite and not request.resume:
+        ways = f"{option('overwrite')} or {option('resume')}"
+        raise FileExistsError(f"{name} {folder} holds a run already; set {ways}")
 
 
-def finished_run(folder: Path, request: FitRequest, shots: int, config: Json) -> Run:
+def source_folders(request: FitRequest) -> dict[str, Path]:
+    """What the request reads, each by what to call it."""
+    source = request.source
+    places = {"source": source.root if isinstance(source, SetSource) else source}
+    named = {f"source of {option(role)}": getattr(request, role) for role in ("val", "test")}
+    return places | {what: place for what, place in named.items() if place is not None}
+
+
+def finished_run(folder: Path, request: FitRequest) -> Run:
     """The finished run in `folder`, where it is the requested one."""
     run = Run.load(folder)
-    requested = {"method": request.method, "shots": shots, "seed": request.seed, **config}
     recorded = {**run.result, **run.result["config"]}
-    for name, value in json.loads(to_json(requested)).items():
+    shots = recorded.get("recipe_shots", recorded["shots"])
+    if request.train_encoders:
+        settings: FitConfig | FinetuneConfig = request.encoder_settings(
+            run.result["images"]["train"]
+        )
+    else:
+        settings = request.settings(shots)
+    config = request.as_config(shots, settings)
+    requested = {"method": request.method, "shots": request.known_shots, "seed": request.seed}
+    for name, value in json.loads(to_json({**requested, **config})).items():
         if name == "shots" and not HEADS[recorded["method"]].learns:
             continue
-        if recorded.get(name) != value:
-            raise ValueError(f"out {folder} holds a finished run with another {name}")
+        # what was added after the run was not asked for then
+        if recorded.get(name, LATER.get(name)) != value:
+            raise ValueError(f"{option('out')} {folder} holds a finished run with another {name}")
     logger.info("%s is finished, nothing to resume", folder)
     return run
 
@@ -135,13 +169,14 @@ def write_run(
         watch,
         method=request.method,
         source=request.source.name,
-        shots=rows.shots if learns or len(split.val) else 0,
+        shots=request.known_shots if learns or len(split.val) else 0,
         seed=request.seed,
         config=config,
         digests={**records.info.get("digests", {}), "split": split.digest, **digests},
         split=split.digest,
         classes=records.class_names,
         images=split.counts(),
+        images_per_class=images_per_class(records, split),
         unreadable=result.unreadable(records),
         **others,
     )
@@ -150,18 +185,31 @@ def write_run(
     return run
 
 
-def training_run(request: FitRequest, checkpoint: Checkpoint, *, logs: bool = True) -> TrainingRun:
-    """Where and how the request trains, with its log next to the checkpoint if `logs`."""
-    resume = request.resume and checkpoint.path.is_file()
+def training_run(
+    request: FitRequest,
+    checkpoint: Checkpoint | None,
+    *,
+    logs: bool = True,
+    log_to: Path | None = None,
+) -> TrainingRun:
+    """Where and how the request trains, with its log next to the checkpoint if `logs`.
+
+    log_to: a log to add to, of a training without a checkpoint.
+    """
+    resume = request.resume and checkpoint is not None and checkpoint.path.is_file()
     run = TrainingRun(
         request.device,
         request.seed,
         checkpoint=checkpoint,
         resume=resume,
+        balanced=request.rule == UP_TO and not request.pseudo_labels,
         progress=request.progress,
     )
-    log = LineLog(checkpoint.path.parent / LOG, append=resume) if logs else run.log
-    return replace(run, log=log)
+    if log_to is not None:
+        return replace(run, log=LineLog(log_to, append=True))
+    if checkpoint is None or not logs:
+        return run
+    return replace(run, log=LineLog(checkpoint.path.parent / LOG, append=resume))
 
 
 class LineLog:

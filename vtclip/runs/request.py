@@ -19,13 +19,14 @@ from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
 from vtclip.data.sources import source_kind
-from vtclip.data.splits import Split
+from vtclip.data.splits import ALL, EXACT, UP_TO, Split
 from vtclip.files import Json
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig, check_seed
 from vtclip.machine import check_threads
-from vtclip.names import SHOTS, pick
+from vtclip.names import SHOTS, option, pick
 from vtclip.runs.base_to_new import check_any_classes
+from vtclip.runs.opening import check_others
 from vtclip.train.finetune_config import FinetuneConfig, get_config
 from vtclip.train.methods import recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
@@ -35,6 +36,7 @@ TRAINS_ENCODERS = "rada"
 RECORDED = (
     *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
     *("train_encoders", "base_to_new", "pseudo_labels", "class_names", "follow_links"),
+    *("val", "test", "final"),
 )
 
 
@@ -43,8 +45,11 @@ class FitRequest:
     """The options of `vtclip.fit`, where each is explained; a wrong one is a ValueError at once."""
 
     source: Path | SetSource
+    val: Path | None = None
+    test: Path | None = None
     method: str
-    shots: int | None = None
+    shots: int | str | None = None
+    exact_shots: bool = False
     seed: int = 1
     model: str = "demo"
     spatial: str | None = None
@@ -58,6 +63,8 @@ class FitRequest:
     train_encoders: bool = False
     base_to_new: bool = False
     pseudo_labels: bool = False
+    final: bool = False
+    strict: bool = False
     overrides: Mapping[str, object] = field(default_factory=dict)
     out: str | Path | None = None
     overwrite: bool = False
@@ -69,12 +76,11 @@ class FitRequest:
 
     def __post_init__(self) -> None:
         pick("method", self.method, HEADS)
-        if self.shots is not None and self.shots < 0:
-            raise ValueError(f"shots must be at least 0, got {self.shots}")
+        self._check_shots()
         check_seed(self.seed)
         check_threads(self.threads)
         if self.overwrite and self.resume:
-            raise ValueError("overwrite and resume exclude each other")
+            raise ValueError(f"{option('overwrite')} and {option('resume')} exclude each other")
         if self.pseudo_labels:
             check_pseudo_labels(
                 self.method,
@@ -88,13 +94,49 @@ class FitRequest:
                 prompt=self.prompt,
                 test_fraction=None if self.test_fraction == 0.5 else self.test_fraction,
             )
+        self._check_combinations()
+        check_others(self.source, self.val, self.test)
         if self.train_encoders:
             self._check_encoders(self.source)
             return
         if self.base_to_new:
             check_any_classes(self.method, self.overrides)
-        shots = self.known_shots
-        self.settings(max(SHOTS) if shots is None else shots)
+        self.settings(max(SHOTS) if self.known_shots == ALL else int(self.known_shots))
+
+    def _check_shots(self) -> None:
+        """Refuse shots that are neither a number nor "all", or "all" where a number is needed."""
+        shots, name = self.shots, option("shots")
+        if isinstance(shots, str):
+            if shots != ALL:
+                raise ValueError(f"{name} must be a number or {ALL!r}, got {shots!r}")
+            needs = {"exact_shots": self.exact_shots, "pseudo_labels": self.pseudo_labels}
+            for other, given in needs.items():
+                if given:
+                    raise ValueError(f"{name} must be a number with {option(other)}, got {ALL!r}")
+            if isinstance(self.source, SetSource):
+                raise ValueError(f"{name} must be a number with a data set, got {ALL!r}")
+        elif shots is not None:
+            if isinstance(shots, bool) or not isinstance(shots, int):
+                raise TypeError(f"{name} must be an int or {ALL!r}, got {type(shots).__name__}")
+            if shots < 0:
+                raise ValueError(f"{name} must be at least 0, got {shots}")
+        elif self.exact_shots and not isinstance(self.source, SetSource):
+            raise ValueError(f"{name} must be named with {option('exact_shots')}, got none")
+
+    def _check_combinations(self) -> None:
+        """Refuse sources of other images, and the last fit, where they have no meaning."""
+        given = {"val": self.val, "test": self.test, "final": self.final}
+        for other in ("base_to_new", "train_encoders", "pseudo_labels"):
+            # images without labels may well be tested on others that have some
+            names = ("val", "final") if other == "pseudo_labels" else tuple(given)
+            for name in names:
+                if given[name] and getattr(self, other):
+                    raise ValueError(f"{option(name)} cannot be combined with {option(other)}")
+        if self.final and not HEADS[self.method].learns:
+            raise ValueError(
+                f"method {self.method} learns nothing from images: {option('final')} changes "
+                "nothing"
+            )
 
     def _check_encoders(self, source: Path | SetSource) -> None:
         """Refuse options of frozen features, which mean nothing where the encoders change."""
@@ -114,19 +156,21 @@ class FitRequest:
                 f"train_encoders: source must be an image folder, got {what}: {source}"
             )
         if self.shots == 0:
-            raise ValueError("shots must be at least 1 to train, got 0")
+            raise ValueError(f"{option('shots')} must be at least 1 to train, got 0")
         self.encoder_settings(1)
 
     @property
-    def known_shots(self) -> int | None:
-        """The shots, where they do not depend on how many images the source has."""
+    def known_shots(self) -> int | str:
+        """The shots that are asked for, or 16; a set of test images has none."""
         if self.shots is not None:
             return self.shots
-        if self.pseudo_labels:
-            return max(SHOTS)
-        if isinstance(self.source, SetSource):
-            return 0 if self.source.spec.test_only else max(SHOTS)
-        return None
+        test_only = isinstance(self.source, SetSource) and self.source.spec.test_only
+        return 0 if test_only else max(SHOTS)
+
+    @property
+    def rule(self) -> str:
+        """How shots are drawn (vtclip.data.splits); data sets keep the draw of their papers."""
+        return EXACT if self.exact_shots or isinstance(self.source, SetSource) else UP_TO
 
     def settings(self, shots: int) -> FitConfig:
         """The recipe of the method for `shots`, with the overrides in place of some."""
@@ -161,31 +205,39 @@ class FitRequest:
 
     @property
     def draw(self) -> Draw:
-        return Draw(self.known_shots or 0, self.seed, pool=self.pseudo_labels)
+        shots = self.known_shots
+        return Draw(0 if isinstance(shots, str) else shots, self.seed, pool=self.pseudo_labels)
 
-    def as_config(self, shots: int, settings: FitConfig | FinetuneConfig) -> Json:
-        """The record of the request, with the shots and settings that it came to."""
+    def as_config(self, recipe_shots: int, settings: FitConfig | FinetuneConfig) -> Json:
+        """The record of the request, with the settings that it came to.
+
+        recipe_shots: images per class that the method's recipe was taken for.
+        """
         source = self.source
         record = {
             "source": str(source.resolve()),
             "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
-            "shots": shots,
+            "shots": self.known_shots,
+            "draw": self.rule,
+            "recipe_shots": recipe_shots,
             **{name: getattr(self, name) for name in RECORDED},
+            "val": None if self.val is None else str(self.val.resolve()),
+            "test": None if self.test is None else str(self.test.resolve()),
             "model": str(self.model),
             "templates": None if self.templates is None else list(self.templates),
             "fit": dataclasses.asdict(settings),
         }
         absent = ["train_encoders"]
         if self.train_encoders:
-            absent = ["data", "shots", "base_to_new", "pseudo_labels"]
+            absent = ["data", "recipe_shots", "base_to_new", "pseudo_labels"]
         return {name: value for name, value in record.items() if name not in absent}
 
-    def identity(self, records: Records, split: Split, shots: int, config: Json) -> Json:
+    def identity(self, records: Records, split: Split, config: Json) -> Json:
         """What a checkpoint must agree in to be resumed, and all processes with each other."""
         kind = {"pseudo_labels": self.pseudo_labels}
         return {
             "method": self.method,
-            "shots": shots,
+            "shots": self.known_shots,
             "seed": self.seed,
             "config": config["fit"],
             "split": split.digest,
@@ -196,28 +248,35 @@ class FitRequest:
         }  # fmt: skip
 
     @classmethod
-    def from_config(cls, config: Json, *, method: str, shots: int, **others: Any) -> FitRequest:
+    def from_config(
+        cls, config: Json, *, method: str, shots: int | str, **others: Any
+    ) -> FitRequest:
         """The request behind a record; older ones lack `shots` and options that came later.
 
         others: what a record does not hold (seed, device, threads, out, ...).
         """
         shots = config.get("shots", shots)
-        encoders = bool(config.get("train_encoders"))
+        recorded = {name: config[name] for name in RECORDED if name in config}
+        for name in ("val", "test"):
+            if recorded.get(name) is not None:
+                recorded[name] = Path(recorded[name])
         return cls(
             source=as_source(config["source"], config.get("data")),
             method=method,
             shots=shots,
-            overrides=_overrides(config["fit"], method, shots, encoders),
-            **{name: config[name] for name in RECORDED if name in config},
+            exact_shots=config.get("draw", EXACT) == EXACT,
+            overrides=_overrides(config, method, config.get("recipe_shots", shots)),
+            **recorded,
             **others,
         )
 
 
-def _overrides(settings: Json, method: str, shots: int, encoders: bool) -> Json:
+def _overrides(config: Json, method: str, recipe_shots: int) -> Json:
     """The settings of a run that its recipe does not give today; of trained encoders, all."""
-    if encoders:
+    settings = config["fit"]
+    if config.get("train_encoders"):
         return {name: value for name, value in settings.items() if name != "recipe"}
-    recipe = dataclasses.asdict(HEADS[method].recipe(shots))
+    recipe = dataclasses.asdict(HEADS[method].recipe(recipe_shots))
     # a setting that was added after the run has the value that means what was done then
     settings = {**dataclasses.asdict(FitConfig(settings["epochs"])), **settings}
     changed = {name: value for name, value in settings.items() if recipe.get(name) != value}

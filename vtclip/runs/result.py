@@ -64,7 +64,7 @@ def make_result(
     *,
     method: str,
     source: str,
-    shots: int,
+    shots: int | str,
     seed: int,
     config: Json,
     digests: Mapping[str, str | None],

@@ -21,12 +21,14 @@ from vtclip.data.image_files import ImageFiles
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sets import SetSource, as_source
-from vtclip.data.sources import open_records, source_kind
+from vtclip.data.sources import source_kind
+from vtclip.data.splits import EXACT
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import index_of
 from vtclip.runs.adapter import Adapter, check_features
 from vtclip.runs.encoders import load_encoders
+from vtclip.runs.opening import open_all
 from vtclip.runs.result import Run, named_classes, unreadable
 from vtclip.train import engine, metrics
 from vtclip.train.rows import split_rows, test_rows
@@ -97,9 +99,17 @@ class RunSources:
             device=str(self.device),
             progress=self.progress,
         )
-        records = open_records(source, options, draw)
+        val, test = self.other_sources(source)
+        records = open_all(source, options, draw, val=val, test=test)
         check_features(self.adapter, records)
         return records
+
+    def other_sources(self, source: Path | SetSource) -> tuple[Path | None, Path | None]:
+        """The sources of validation and test images, where `source` is that of the training."""
+        if str(source.resolve()) != self.options["source"]:
+            return None, None
+        val, test = (self.options.get(role) for role in ("val", "test"))
+        return None if val is None else Path(val), None if test is None else Path(test)
 
     def added(self, path: Path, name: str | None, augment_passes: int = 0) -> Records:
         """The rows of new classes: a folder of one class, of class folders, or a table."""
@@ -143,7 +153,8 @@ class RunSources:
         if records.info.get("digests", {}).get("images") != entry["images"]:
             raise ValueError(f"{entry['source']}: its images have changed since the run was fitted")
         seed, fraction = self.run.result["seed"], self.options["test_fraction"]
-        split = split_rows(records, entry["learns"], entry["shots"], seed, fraction)
+        rule = entry.get("draw", EXACT)
+        split = split_rows(records, entry["learns"], entry["shots"], seed, fraction, rule)
         if split.digest != entry["split"]:
             raise ValueError(
                 f"{entry['source']}: its split differs from the one the run was fitted with"
@@ -167,7 +178,8 @@ def sources_of(run: Run) -> list[Json]:
             "source": result["config"]["source"],
             "name": None,
             "classes": result["classes"],
-            "shots": result["shots"] if labelled else 0,
+            "shots": result["config"].get("shots", result["shots"]) if labelled else 0,
+            "draw": result["config"].get("draw", EXACT),
             "learns": labelled and HEADS[result["method"]].learns,
             "images": digests.get("images"),
             "split": result["split"],

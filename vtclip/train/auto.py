@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
 from vtclip.train import engine, metrics
-from vtclip.train.fit_head import choose_by, fit_head
+from vtclip.train.fit_head import choose_by, fit_head, refit_head
 from vtclip.train.rows import TrainingRows
 from vtclip.train.steps import TrainingRun
 
@@ -90,6 +91,26 @@ def fit_auto(
     for member, name in zip(average.heads, chosen, strict=True):
         member.load_state_dict(heads[name].state_dict())
     return average.to(run.device).eval(), list(rows.values())
+
+
+def refit_auto(head: Auto, records: Records, index: Tensor, shots: int, run: TrainingRun) -> Auto:
+    """The average with the same members, weights and temperatures, each fitted to rows `index`."""
+    fitted = []
+    for member in head.member_heads:
+        named = dataclasses.replace(run, log=partial(_log_member, run, member.method))
+        recipe = HEADS[member.method].recipe(shots)
+        fitted.append(refit_head(member, records, index, recipe, named))
+    options = head.options()
+    for member_options, fresh in zip(options["members"], fitted, strict=True):
+        member_options["options"] = fresh.options()
+    average = Auto(records.text.to(run.device), **options)
+    for place, fresh in zip(average.heads, fitted, strict=True):
+        place.load_state_dict(fresh.state_dict())
+    return average.to(run.device).eval()
+
+
+def _log_member(run: TrainingRun, method: str, row: Mapping[str, object]) -> None:
+    run.log({"candidate": method, **row})
 
 
 def folds(records: Records, split: Split) -> list[Split]:

@@ -19,7 +19,7 @@ from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
 from vtclip.train import metrics
-from vtclip.train.rows import TrainingRows, shuffled
+from vtclip.train.rows import TrainingRows, epoch_rows, epoch_size
 from vtclip.train.steps import (
     TrainingRun,
     backward,
@@ -45,7 +45,8 @@ def train_head(
 ) -> None:
     """Train `head` in place by `training_loss`; the weights of the last epoch stay in it.
 
-    An epoch is floor(N / batch_size) full batches, or one smaller one where N < batch_size. Epoch e
+    An epoch is floor(N / batch_size) full batches, or one smaller one where N < batch_size; see
+    `epoch_rows` for its rows where the run is balanced and classes have different numbers. Epoch e
     uses augmentation pass 1 + e % num_passes where there are any. A loss or gradient that is not
     finite raises FloatingPointError with the head back at the last weights whose loss was finite.
     SIGINT and SIGTERM save a checkpoint after the running step and raise `Interrupted`.
@@ -58,7 +59,8 @@ def train_head(
             f"fit: {len(train_index)} rows and {config.epochs} epochs leave no step to train"
         )
     optimizer = make_optimizer(parameters, config)
-    steps = max(1, len(train_index) // config.batch_size)  # per epoch
+    label = records.labels(train_index) if run.balanced else None
+    steps = max(1, epoch_size(train_index, label) // config.batch_size)  # per epoch
     epochs = config.num_epochs(steps, head.num_classes)
     schedule = dataclasses.replace(config, epochs=epochs)
     first, loss_sum = run.start(head, optimizer)
@@ -71,7 +73,7 @@ def train_head(
             epoch, step = divmod(number, steps)
             if step == 0 or number == first:
                 head.train()
-                order = shuffled(train_index, run.seed, epoch)
+                order = epoch_rows(train_index, label, run.seed, epoch)
                 augment_pass = 1 + epoch % records.num_passes if records.num_passes else 0
             lr = schedule.rate(number, steps)
             for group in optimizer.param_groups:

@@ -37,7 +37,7 @@ from vtclip.files import Json
 from vtclip.heads import RAda
 from vtclip.train import metrics
 from vtclip.train.finetune_config import FinetuneConfig
-from vtclip.train.rows import shuffled
+from vtclip.train.rows import epoch_rows, epoch_size
 from vtclip.train.steps import TrainingRun, backward, check_weights_finite, not_finite
 
 MAX_SCALE = 100.0  # CLIP's own bound on the logit scale
@@ -171,7 +171,8 @@ def train_encoders(
     check_batch(config, world)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = build_optimizer(module, config)
-    steps = max(1, len(train_index) // config.batch_size)  # per epoch
+    label = images.label[train_index] if run.balanced else None
+    steps = max(1, epoch_size(train_index, label) // config.batch_size)  # per epoch
     total, tokens = config.epochs * steps, tokens.to(device)
     classes = torch.arange(tokens.shape[1], device=device)
     bound = max(math.log(MAX_SCALE), float(module.log_scale.detach().max()))
@@ -184,7 +185,7 @@ def train_encoders(
         for number in run.steps(first, total):
             epoch, step = divmod(number, steps)
             if step == 0 or number == first:
-                order = shuffled(train_index, run.seed, epoch)
+                order = epoch_rows(train_index, label, run.seed, epoch)
                 batches = torch.split(order[: steps * config.batch_size], config.batch_size)
                 feed = images.stream(torch.cat([world.share(b) for b in batches[step:]]), epoch)
             rate = set_rate(optimizer, config, number, total)

@@ -43,6 +43,38 @@ def fit_head(
     return head.eval()
 
 
+def refit_head(
+    head: Head, records: Records, index: Tensor, config: FitConfig, run: TrainingRun
+) -> Head:
+    """A head of the hyper-parameters of `head`, fitted to the rows `index`; nothing is chosen.
+
+    config: of the fit of `head`. As there a head that is trained has its recipe's values in
+    training, and those that validation chose afterwards.
+    """
+    torch.manual_seed(run.seed)
+    fresh = build_head(head.method, records, config, run.device)
+    if fresh.needs_text_encoder:
+        fresh.set_text_encoder(text_encoder(records, run.device), records.class_names)
+    if not config.epochs:
+        _take_chosen(fresh, head)
+    rows = TrainingRows(records, index)
+    if fresh.takes_support:
+        fresh.fit_support(support_of(rows, index, run.device))
+    if config.epochs:
+        engine.train_head(fresh, rows, index, index[:0], config, run)
+        _take_chosen(fresh, head)
+    return fresh.eval()
+
+
+def _take_chosen(fresh: Head, head: Head) -> None:
+    """Give `fresh` the numbers that validation chose for `head`."""
+    if not head.chooses:
+        return
+    for name, value in head.options().items():
+        if isinstance(value, float):
+            setattr(fresh, name, value)
+
+
 def choose_by(head: Head, records: Records, val: Tensor, device: torch.device) -> None:
     """Let the head choose by the rows `val`, where it has a choice and there are any."""
     if head.chooses and len(val):

@@ -27,11 +27,11 @@ from vtclip.train.rows import split_rows
 logger = logging.getLogger(__name__)
 
 
-def check_pseudo_labels(method: str, shots: int | None, **others: bool) -> None:
+def check_pseudo_labels(method: str, shots: int | str | None, **others: bool) -> None:
     """Refuse what pseudo-labels cannot be combined with."""
     if not HEADS[method].learns:
         raise ValueError(f"method {method} learns nothing from images: pseudo_labels cannot be set")
-    if shots is not None and shots < 1:
+    if isinstance(shots, int) and shots < 1:
         raise ValueError(f"shots must be at least 1 with pseudo_labels, got {shots}")
     for name, value in others.items():
         if value:
@@ -42,9 +42,10 @@ def unlabelled_split(records: Records, seed: int, test_fraction: float) -> Split
     """The test rows of a labelled run; train holds the pool, val nothing."""
     split = split_rows(records, False, 0, seed, test_fraction)
     pool = split.train
-    if records.roles is None:
+    if "set" not in records.info:
         held_out = torch.zeros(len(records), dtype=torch.bool)
         held_out[split.test] = True
+        held_out[split.val] = True  # validation images of the source's own
         pool = (~held_out).nonzero().flatten()
     if not len(pool):
         raise ValueError("pseudo_labels: every image is a test image, so that none is left to name")

@@ -27,7 +27,8 @@ class TrainingRun:
     """Where and how a training runs, whatever it trains.
 
     log: called with each row of numbers. checkpoint: where the state is saved, if anywhere, and,
-    with `resume`, where the training goes on from.
+    with `resume`, where the training goes on from. balanced: every class is shown as often as every
+    other, however many images it has.
     """
 
     device: torch.device
@@ -35,6 +36,7 @@ class TrainingRun:
     log: Callable[[Mapping[str, object]], None] = lambda row: None
     checkpoint: Checkpoint | None = None
     resume: bool = False
+    balanced: bool = False
     progress: bool = False
 
     def start(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sources of a fit opened as one table: training images, and those of --val and --test."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.joined import join_records
+from vtclip.data.options import Draw, FeatureOptions
+from vtclip.data.records import Records
+from vtclip.data.sets import SetSource
+from vtclip.data.sources import open_records, source_kind
+from vtclip.names import option
+
+logger = logging.getLogger(__name__)
+Source = Path | SetSource
+NUMBERS = {"val": 1, "test": 2}
+
+
+def open_all(
+    source: Source,
+    options: FeatureOptions,
+    draw: Draw | None = None,
+    *,
+    val: Path | None = None,
+    test: Path | None = None,
+    listed: Mapping[str, ImageFiles] | None = None,
+) -> Records:
+    """Records of `source` and, with their roles, of the sources of validation and test images.
+
+    All are opened with the same options. Of a `val` or `test` that has roles itself only its
+    validation or test images are taken, where it has any. Rows of `source` keep their names, the
+    others' begin with "val/" or "test/".
+    listed: files by "source", "val" and "test", where they were listed already.
+    """
+    listed = listed or {}
+    records = open_one(source, options, draw, listed.get("source"))
+    named: dict[str, Path] = {
+        role: place for role, place in (("val", val), ("test", test)) if place is not None
+    }
+    if not named:
+        return records
+    if records.roles is not None:
+        for role in named:
+            check_no_own(role, records.roles.tolist(), source)
+    others = {}
+    for role, place in named.items():
+        # classes are renamed where both name them; a class that only one has is matched by name
+        part = open_one(place, options, None, listed.get(role))
+        own = part.roles
+        if own is not None and bool((own == NUMBERS[role]).any()):
+            part = part.select((own == NUMBERS[role]).nonzero().flatten())
+        missing = [name for name in records.class_names if name not in set(part.class_names)]
+        if missing:
+            logger.warning(
+                "%s: %s has no images of %d of %d classes: %s%s", option(role), place, len(missing),
+                len(records.class_names), ", ".join(missing[:5]), ", ..." if missing[5:] else "",
+            )  # fmt: skip
+        others[role] = part
+    return join_records(records, others)
+
+
+def open_one(
+    source: Source, options: FeatureOptions, draw: Draw | None, files: ImageFiles | None
+) -> Records:
+    """`open_records`, of files that were listed already where there are any."""
+    if files is None or isinstance(source, SetSource):
+        return open_records(source, options, draw)
+    from vtclip.data.extract import cached_features
+
+    return cached_features(files, options)[0].records()
+
+
+def check_no_own(role: str, roles: list[int], source: Source) -> None:
+    """Refuse to name images of a role that the source has itself."""
+    own = roles.count(NUMBERS[role])
+    if own:
+        words = {"val": "validation", "test": "test"}[role]
+        raise ValueError(
+            f"{option(role)}: {source} has {own} {words} images of its own; leave "
+            f"{option(role)} out, or give the folder of its training images alone"
+        )
+
+
+def check_others(source: Source, val: Path | None, test: Path | None) -> None:
+    """Refuse sources of validation and test images that cannot go with the training source."""
+    seen = {} if isinstance(source, SetSource) else {source.resolve(): option("source")}
+    for role, place in (("val", val), ("test", test)):
+        if place is None:
+            continue
+        if isinstance(source, SetSource):
+            raise ValueError(
+                f"{option(role)}: data set {source.name} has official lists, got {place}"
+            )
+        kinds = [_kind(option(role), place), source_kind(source)]
+        if (kinds[0] == "npz") != (kinds[1] == "npz"):
+            raise ValueError(
+                f"{option(role)}: an .npz table goes with another alone, got {place} "
+                f"beside {source}"
+            )
+        other = seen.setdefault(place.resolve(), option(role))
+        if other != option(role):
+            raise ValueError(f"{option(role)}: {place} is {other} as well; name other images")
+
+
+def _kind(name: str, place: Path) -> str:
+    try:
+        return source_kind(place)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('source: ')}") from None
