@@ -59,7 +59,8 @@ def failing_at(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatc
 def test_a_row_is_the_result_of_the_fit_alone(animals, tmp_path):
     bench(tmp_path / "out", animals, methods=["rada"], shots=[2], seeds=[3])
     (row,) = read_rows(tmp_path / "out")
-    alone = vtclip.fit(animals, method="rada", shots=2, seed=3, out=tmp_path / "one", device="cpu")
+    options = {"method": "rada", "shots": 2, "seed": 3, "exact_shots": True, "device": "cpu"}
+    alone = vtclip.fit(animals, out=tmp_path / "one", **options)
     assert row["digests"] == alone.result["digests"]  # of the adapter's weights too
     for name in ("adapted", "zero_shot", "config", "accuracy", "split"):
         assert row[name] == alone.result[name]

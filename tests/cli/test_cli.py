@@ -53,6 +53,7 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["fit"], "required: SOURCE"),
         (["fit", "x", "--shot", "4"], "unknown argument '--shot'; did you mean '--shots'"),
         (["fit", "x", "--shots", "1.5"], "--shots: '1.5' is not an integer"),
+        (["fit", "x", "--shots", "al"], "--shots: must be a number or all, got 'al'"),
         (["fit", "x", "--shots", "-1"], "--shots: must be in 0..1e+06, got -1"),
         (["fit", "x", "--shots", "2", "--shots", "3"], "--shots is given twice"),
         (["fit", "x", "--seed", "-1"], "--seed: must be in 0..4.29497e+09, got -1"),
@@ -104,7 +105,14 @@ def test_bad_sources_and_values_are_named(capsys, npz, tmp_path):
         ("--prompt x", "prompt 'x' cannot be chosen"),
         ("--device gpu", "device must be"),
         ("--device cuda:77", "sees"),
-        ("--shots 13", "class 'ant' has 12"),
+        (
+            "--test-fraction 1",
+            "--shots 16: no training images besides the test share of 1 in class",
+        ),
+        (
+            "--test-fraction 0",
+            "--test-fraction 0 leaves no test images: name some as --test SOURCE",
+        ),
         ("--shots 0", "shots must be at least 1"),
         ("--method zeroshot --lr 0.1", "method zeroshot has no training, so lr cannot be set"),
         ("--method vtclip --temperature 0.1", "method vtclip has no option temperature"),
@@ -314,7 +322,7 @@ def test_plain_locale_and_optimised_python_behave_the_same(npz, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         outs.append(json.loads(done.stdout))
-    done = python("-O", "-m", "vtclip", "fit", "names.npz", "--shots", "99", env=env)
+    done = python("-O", "-m", "vtclip", "fit", "names.npz", "--shots", "0", env=env)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert outs[0]["adapted"] == outs[1]["adapted"]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtclip.data import few_shot_split
+from vtclip.data.splits import ALL, EXACT, UP_TO, check_counts, dealt
 
 
 def case(sizes: list[int]) -> tuple[torch.Tensor, list[str]]:
@@ -133,3 +134,104 @@ def test_undecodable_file_names_are_split_too() -> None:
     label = torch.zeros(4, dtype=torch.long)
     split = few_shot_split(label, ["a\udcff", "b", "\U0001f408", "c\n"], shots=1, seed=1)
     assert len(split.test) == 2
+
+
+# pool of a class, shots -> training and validation images by the rule "up to"
+DEALT = [
+    *[(20, 16, (16, 4)), (100, 16, (16, 4)), (19, 16, (15, 4)), (18, 16, (14, 4))],
+    *[(15, 16, (12, 3)), (12, 16, (10, 2)), (8, 16, (6, 2)), (5, 16, (4, 1)), (3, 16, (2, 1))],
+    *[(2, 16, (1, 1)), (1, 16, (1, 0)), (0, 16, (0, 0)), (7, 4, (4, 3)), (6, 4, (4, 2))],
+    *[(2, 1, (1, 1)), (1, 1, (1, 0)), (3, 2, (2, 1)), (4, 2, (2, 2)), (9, 0, (0, 0))],
+    *[(15, ALL, (12, 3)), (50, ALL, (40, 10)), (100, ALL, (80, 20)), (500, ALL, (480, 20))],
+    *[(2, ALL, (1, 1)), (1, ALL, (1, 0))],
+]
+
+
+@pytest.mark.parametrize(("n", "shots", "wanted"), DEALT)
+def test_what_up_to_so_many_shots_deal_of_a_pool(n, shots, wanted):
+    assert dealt(n, shots, UP_TO) == wanted
+    train, val = wanted
+    assert dealt(n, shots, UP_TO, own_val=True) == (n if shots == ALL else min(n, shots), 0)
+    if shots != ALL and train == shots:  # nobody is short of images: both rules are one
+        assert dealt(n, shots) == (train, val)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(1, 45), min_size=1, max_size=5),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.0, 0.25, 0.5]),
+)
+def test_more_shots_add_training_images_and_move_no_test_image(
+    sizes: list[int], seed: int, fraction: float
+) -> None:
+    label, names = case(sizes)
+    before: set[int] = set()
+    test = few_shot_split(label, names, shots=0, seed=7, test_fraction=fraction).test.tolist()
+    for shots in (1, 2, 3, 4, 5, 8, 16, 30, 60):
+        split = few_shot_split(
+            label, names, shots=shots, seed=seed, test_fraction=fraction, rule=UP_TO
+        )
+        train, val = set(split.train.tolist()), set(split.val.tolist())
+        assert before <= train
+        assert split.test.tolist() == test
+        assert not train & val
+        assert not (train | val) & set(test)
+        for k, size in enumerate(sizes):
+            pool = size - int(size * fraction)
+            counts = [int((label[rows] == k).sum()) for rows in (split.train, split.val)]
+            assert 1 <= counts[0] <= shots
+            assert counts[1] == (0 if pool == 1 else max(1, counts[1])) <= 4
+            assert sum(counts) == min(pool, shots + min(shots, 4))
+        before = train
+    every = few_shot_split(label, names, shots=ALL, seed=seed, test_fraction=fraction, rule=UP_TO)
+    assert len(every.train) + len(every.val) + len(test) == sum(sizes)
+
+
+def test_a_small_class_costs_the_others_nothing() -> None:
+    label, names = case([60, 3, 60])
+    short = few_shot_split(label, names, shots=16, seed=1, rule=UP_TO)
+    counts = [(label[short.train] == k).sum().item() for k in range(3)]
+    assert counts == [16, 1, 16]
+    alone, same = (few_shot_split(*case(sizes), shots=16, seed=1, rule=UP_TO)
+                   for sizes in ([60, 3, 60], [60, 30, 60]))  # fmt: skip
+    first = [{names[i] for i in split.train.tolist() if i < 60} for split in (alone, same)]
+    assert first[0] == first[1]
+
+
+def test_a_class_without_a_training_image_is_named() -> None:
+    label, names = case([20, 1])
+    with pytest.raises(ValueError, match="shots 16: no training images .* in class 'dog'$"):
+        few_shot_split(
+            label[:20], names[:20], shots=16, seed=1, class_names=["cat", "dog"], rule=UP_TO
+        )
+
+
+@pytest.mark.parametrize("rule", [EXACT, UP_TO])
+def test_images_with_roles_keep_them_and_the_rest_is_the_pool(rule: str) -> None:
+    label, names = case([20, 20])
+    roles = torch.zeros(40, dtype=torch.int8)
+    roles[[0, 1, 20]] = 2
+    split = few_shot_split(label, names, shots=8, seed=1, rule=rule, roles=roles)
+    assert split.test.tolist() == [0, 1, 20]  # and nothing beside them by the fraction
+    assert (len(split.train), len(split.val)) == (16, 8)
+    roles[[2, 21]] = 1
+    split = few_shot_split(label, names, shots=18, seed=1, rule=UP_TO, roles=roles)
+    assert split.val.tolist() == [2, 21]  # and nothing beside them out of the pool
+    assert (len(split.train), len(split.test)) == (35, 3)
+
+
+def test_counts_alone_are_refused_as_the_split_is() -> None:
+    classes = ["cat", "dog"]
+    for sizes, shots, rule in [([20, 9], 8, EXACT), ([20, 0], 8, UP_TO), ([20, 0], ALL, UP_TO)]:
+        label, names = case(sizes)
+        options = {"shots": shots, "rule": rule, "class_names": classes}
+        with pytest.raises(ValueError, match="dog") as split:
+            few_shot_split(label, names, seed=1, **options)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="dog") as counts:
+            check_counts(sizes, shots, 0.5, rule, classes)
+        assert str(split.value) == str(counts.value)
+    check_counts([20, 1], 8, 0.5, UP_TO, classes)
+    for bad in ({"rule": "at least"}, {"shots": "some"}, {"shots": ALL, "rule": EXACT}):
+        with pytest.raises((TypeError, ValueError), match="rule must be|shots must be an int"):
+            few_shot_split(*case([9]), **{"shots": 1, "seed": 1, **bad})  # type: ignore[arg-type]

@@ -201,7 +201,7 @@ def shots(value: str) -> int | str:
     """A number of shots, or "all"."""
     if value == "all":
         return value
-    if not value.lstrip("-").isdecimal():
+    if not any(letter.isdigit() for letter in value):
         raise argparse.ArgumentTypeError(f"must be a number or all, got {value!r}")
     checked: int = number(int, 0, 1_000_000)(value)
     return checked

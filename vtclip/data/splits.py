@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtclip.names import MAX_SEED
+from vtclip.names import MAX_SEED, option
 
 MAX_VAL = 4
 MAX_VAL_OF_ALL = 20  # validation images of a class with shots = "all"
@@ -172,7 +172,8 @@ def _too_small(
     more = f" and {len(classes) - 3} more classes" if len(classes) > 3 else ""
     beside = f" besides the test share of {test_fraction:g}" if test_fraction else ""
     if rule == UP_TO:
-        return f"shots {shots}: no training images{beside} in class {', class '.join(shown)}{more}"
+        asked = f"{option('shots')} {shots}"
+        return f"{asked}: no training images{beside} in class {', class '.join(shown)}{more}"
     counted = [f"{name} has {n}" for name, (_, n) in zip(shown, classes, strict=False)]
     return (
         f"few_shot_split: shots = {shots} needs {shots} images per class{beside}, but class "
