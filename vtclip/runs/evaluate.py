@@ -26,7 +26,7 @@ from vtclip.train.ttt import TTT
 
 def evaluate(
     run: str | Path | Run,
-    source: str | Path | SetSource | None = None,
+    source: object = None,
     *,
     data: str | Path | None = None,
     device: str | torch.device | None = None,

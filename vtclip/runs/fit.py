@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource, as_source
+from vtclip.data.sets import as_source
 from vtclip.data.sources import open_records
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
@@ -35,7 +35,7 @@ from vtclip.train.rows import split_rows, usual_shots
 
 
 def fit(
-    source: str | Path | SetSource,
+    source: object,
     *,
     data: str | Path | None = None,
     records: Records | None = None,
@@ -65,8 +65,9 @@ def fit(
 ) -> Run:
     """Adapt a frozen CLIP to `source` with `shots` images per class, and evaluate it once.
 
-    source: a folder of `class_name/*.jpg`, a FeatureSet folder, an .npz table of features, or,
-        with `data`, the name of a data set.
+    source: a folder of `class_name/*.jpg`, a list of files (.csv, .jsonl, .parquet, ...), a saved
+        or an open data set (vtclip.data.image_datasets), a FeatureSet folder, an .npz table of
+        features, or, with `data`, the name of a data set.
     data: the folder of the field's data sets (vtclip.data.sets): the official lists split them, and
         shots are drawn as published. Nothing is written below it.
     records: the rows of `source`, where they are open already (`vtclip.open_source` with the same

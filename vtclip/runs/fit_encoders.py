@@ -18,7 +18,10 @@ import torch
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.data.extract import cached_features
 from vtclip.data.featureset import FeatureSet
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.listed import list_images
 from vtclip.data.records import Records
+from vtclip.data.sets import SetSource
 from vtclip.distributed import World, device_of_rank, is_first, joined, num_processes
 from vtclip.files import Json, json_digest
 from vtclip.heads import RAda
@@ -96,13 +99,15 @@ def extract(request: FitRequest, clip: Clip, watch: Stopwatch) -> FeatureSet:
         options = dataclasses.replace(
             request.features, model=clip, need_spatial=False, device=request.device
         )
-        return cached_features(source_folder(request), options)[0]
+        return cached_features(source_images(request), options)[0]
 
 
-def source_folder(request: FitRequest) -> Path:
-    if not isinstance(request.source, Path):
-        raise TypeError(f"train_encoders: source must be a folder, got {request.source!r}")
-    return request.source
+def source_images(request: FitRequest) -> ImageFiles:
+    if isinstance(request.source, SetSource):
+        raise TypeError(f"train_encoders: source must be images, got {request.source!r}")
+    return list_images(
+        request.source, follow_links=request.follow_links, class_names=request.class_names
+    )
 
 
 def draw_rows(request: FitRequest, records: Records) -> RunRows:
@@ -134,7 +139,7 @@ def train(
     if settings.grad_checkpointing:
         switch_checkpointing(clip, True)
     images = finetune.TrainingImages(
-        source_folder(request),
+        source_images(request),
         features.manifest,
         clip,
         split.train,

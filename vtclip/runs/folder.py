@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtclip.data.image_files import InMemory
 from vtclip.data.sets import SetSource
 from vtclip.files import Json, only_writer, to_json
 from vtclip.heads import HEADS
@@ -54,7 +55,7 @@ def run_folder(request: FitRequest, shots: int) -> Path:
         return Path(request.out).expanduser()
     source = request.source
     name = source.resolve().name
-    if isinstance(source, Path) and source.suffix == ".npz":
+    if isinstance(source, Path) and source.is_file():
         name = source.resolve().stem
     kind = request.method
     if request.base_to_new or request.train_encoders:
@@ -66,7 +67,9 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
     """Refuse an output that would touch the images, a file, or a run nobody asked to replace."""
     source, overwrite, resume = request.source, request.overwrite, request.resume
     images = source.root if isinstance(source, SetSource) else source
-    if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
+    if not isinstance(images, InMemory) and (
+        images.is_dir() and folder.resolve().is_relative_to(images.resolve())
+    ):
         raise ValueError(f"out {folder} lies inside the source {images}")
     if not folder.exists():
         return
