@@ -46,7 +46,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of class_name/*.jpg, features folder, .npz table, or, with --data, a data set",
+        help="class_name/*.jpg folder, list of files (.csv, .tsv, .jsonl, .json, .parquet), saved "
+        "dataset, features folder, .npz, or NAME of a data set",
     )
     _add_images(parser)
     _add_model(parser)
@@ -234,10 +235,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def needs_model(source: str | Path) -> bool:
-    """Whether images are encoded: of a data set, or of a folder that does not hold features."""
+    """Whether images are encoded: of any source but a table of features or their folder."""
     if isinstance(source, str):
         return True
-    return source.is_dir() and not (source / "manifest.json").exists()
+    return source.suffix.lower() != ".npz" and not (source / "manifest.json").exists()
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -261,6 +262,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 def print_fit(fitted: Any) -> None:
     """The table of a run, with what was fitted to what above it, its images and cost below."""
     from vtclip.runs.class_counts import class_table
+    from vtclip.runs.predictions import confused_line
 
     result = fitted.result
     counts = result["images"]
@@ -279,6 +281,9 @@ def print_fit(fitted: Any) -> None:
             f"({result['final']['images']} images)"
         )
     emit(class_table(result["images_per_class"]))
+    confused = confused_line(result["confusion"]) if "confusion" in result else ""
+    if confused:
+        emit(confused)
     unreadable = result["test"]["unreadable"]
     if unreadable:
         emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}, ...)")

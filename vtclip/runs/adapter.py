@@ -21,6 +21,7 @@ from safetensors.torch import save as save_bytes
 from vtclip import __version__, files
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
+from vtclip.train.conformal import Calibration
 
 if TYPE_CHECKING:
     from vtclip.data.records import Records
@@ -36,14 +37,16 @@ class Adapter:
 
     `features` says which image and spatial features it takes: model (as given to load_clip),
     model_config, weights_digest, spatial option, templates or prompt, logit scale. model is None
-    where it was fitted on a table of features that names no image encoder. `final`: it was fitted
-    to all images of its run after the evaluation, the test's too.
+    where it was fitted on a table of features that names no image encoder. `calibration` holds the
+    scores of its validation images, None where it had none. `final`: the head was fitted to all
+    images of its run after the evaluation, the test's too.
     """
 
     head: Head
     class_names: list[str]
     temperature: float | None
     features: Json
+    calibration: Calibration | None = None
     final: bool = False
 
 
@@ -65,6 +68,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         "class_names": adapter.class_names,
         "temperature": adapter.temperature,
         "features": adapter.features,
+        "calibration": None if adapter.calibration is None else adapter.calibration.to_json(),
         "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())},
         "tensors_digest": digest,
     }
@@ -162,8 +166,15 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
             )
     head.load_state_dict(state)
     head.to(device).eval()
-    final = bool(config.get("final"))
-    return Adapter(head, class_names, config["temperature"], config["features"], final)
+    calibration = config.get("calibration")  # older runs have none
+    return Adapter(
+        head,
+        class_names,
+        config["temperature"],
+        config["features"],
+        None if calibration is None else Calibration.from_json(calibration),
+        bool(config.get("final")),
+    )
 
 
 def _same_names(folder: Path, what: str, wanted: list[str], actual: list[str]) -> None:

@@ -18,14 +18,14 @@ from vtclip.data.image_files import ImageFiles
 from vtclip.data.joined import labels_among
 from vtclip.data.listed import list_images
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource, open_listing
+from vtclip.data.sets import AnySource, SetSource, open_listing
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import check_counts
 from vtclip.files import Json, cache_folder, is_below
 from vtclip.heads import HEADS
 from vtclip.names import option
 from vtclip.runs.folder import can_return_finished, check_run_folder, run_folder, source_folders
-from vtclip.runs.opening import NUMBERS, Source, check_no_own
+from vtclip.runs.opening import NUMBERS, check_no_own
 from vtclip.runs.request import FitRequest
 from vtclip.train.rows import no_test_images
 
@@ -46,7 +46,7 @@ def check_before_work(request: FitRequest, records: Records | None = None) -> di
     if records is not None:
         return {}
     check_cache(request)
-    sources: dict[str, Source | None] = {
+    sources: dict[str, AnySource | None] = {
         "source": request.source, "val": request.val, "test": request.test
     }  # fmt: skip
     listed = {
@@ -89,11 +89,11 @@ def check_cache(request: FitRequest) -> None:
     """Refuse a cache that would be written among the images."""
     cache = cache_folder(request.cache_dir)
     for what, place in source_folders(request).items():
-        if place.is_dir() and not isinstance(request.source, SetSource) and is_below(cache, place):
+        if not isinstance(request.source, SetSource) and is_below(cache, place):
             raise ValueError(f"{option('cache_dir')} {cache} lies inside the {what} {place}")
 
 
-def files_of(source: Source, request: FitRequest) -> ImageFiles | None:
+def files_of(source: AnySource, request: FitRequest) -> ImageFiles | None:
     """The image files of a source; None of a data set and of features that exist already."""
     if isinstance(source, SetSource) or source_kind(source) in ("npz", "features"):
         return None
@@ -107,7 +107,7 @@ def class_names_of(request: FitRequest, listed: dict[str, ImageFiles]) -> list[s
         return listed["source"].class_names
     if isinstance(source, SetSource):
         return list(open_listing(source.spec, source.root).class_names)
-    if source_kind(source) == "features":
+    if isinstance(source, Path) and source_kind(source) == "features":
         return list(FeatureSet.open(source).fields["class_names"])
     return []
 

@@ -19,7 +19,9 @@ from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.data.extract import cached_features
 from vtclip.data.featureset import FeatureSet
 from vtclip.data.image_files import ImageFiles
+from vtclip.data.listed import list_images
 from vtclip.data.records import Records
+from vtclip.data.sets import SetSource
 from vtclip.data.splits import UP_TO
 from vtclip.distributed import World, device_of_rank, is_first, joined, num_processes
 from vtclip.files import Json, json_digest
@@ -35,6 +37,7 @@ from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train import finetune
+from vtclip.train.calibration import calibration_of
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.finetune_config import TEMPLATES, FinetuneConfig
 from vtclip.train.methods import zero_shot_head
@@ -65,7 +68,7 @@ def _fit(request: FitRequest, world: World) -> Run:
     watch = Stopwatch(request.device)
     listed = world.by_each(lambda: check_before_work(request))
     clip = world.by_each(lambda: load_clip(request.model, request.device))
-    files = listed.get("source", source_folder(request))
+    files = listed.get("source") or source_images(request)
     features = world.by_each(lambda: extract(request, files, clip, watch))
     rows = draw_rows(request, features.records())
     settings = request.encoder_settings(len(rows.split.train))
@@ -94,9 +97,7 @@ def _fit(request: FitRequest, world: World) -> Run:
     return run or Run.load(folder)
 
 
-def extract(
-    request: FitRequest, files: Path | ImageFiles, clip: Clip, watch: Stopwatch
-) -> FeatureSet:
+def extract(request: FitRequest, files: ImageFiles, clip: Clip, watch: Stopwatch) -> FeatureSet:
     """Global features of all images by `clip`, from the cache where it has them."""
     with watch.stage("features"):
         options = dataclasses.replace(
@@ -105,10 +106,12 @@ def extract(
         return cached_features(files, options)[0]
 
 
-def source_folder(request: FitRequest) -> Path:
-    if not isinstance(request.source, Path):
-        raise TypeError(f"train_encoders: source must be a folder, got {request.source!r}")
-    return request.source
+def source_images(request: FitRequest) -> ImageFiles:
+    if isinstance(request.source, SetSource):
+        raise TypeError(f"train_encoders: source must be images, got {request.source!r}")
+    return list_images(
+        request.source, follow_links=request.follow_links, class_names=request.class_names
+    )
 
 
 def draw_rows(request: FitRequest, records: Records) -> RunRows:
@@ -139,7 +142,7 @@ def train(
     if settings.grad_checkpointing:
         switch_checkpointing(clip, True)
     images = finetune.TrainingImages(
-        source_folder(request),
+        source_images(request),
         features.manifest,
         clip,
         split.train,
@@ -171,7 +174,7 @@ def evaluate_and_write(
     """Evaluate both decisions on the test images, and write the run."""
     base_weights = clip.weights_digest
     tuned = with_weights(clip)
-    after = extract(request, source_folder(request), tuned, watch).records()
+    after = extract(request, source_images(request), tuned, watch).records()
     # the trained head over the class texts of the trained text tower
     head = RAda(after.text, **{**trained.options(), "logit_scale": tuned.logit_scale})
     head.load_state_dict({**trained.state_dict(), "text": head.text})
@@ -179,16 +182,18 @@ def evaluate_and_write(
     zero_shot = zero_shot_head(rows.records, request.device)
     with watch.stage("evaluate"):
         decisions = {"zero_shot": (zero_shot, rows.records), "adapted": (head, after)}
-        values = evaluate_both(decisions, rows.split, request.device)
+        values, judged = evaluate_both(decisions, rows.split, request.device)
     with saved_encoders(folder, tuned) as encoders:
         features = features_of(after, request.model)
         features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
         temperature = values["adapted"]["temperature"]
-        digest = save_adapter(folder, Adapter(head, after.class_names, temperature, features))
+        calibration = calibration_of(judged.val, temperature)
+        adapter = Adapter(head, after.class_names, temperature, features, calibration)
+        digest = save_adapter(folder, adapter)
     digests = {"adapter": digest, "encoders": encoders}
     processes = num_processes()
     return run_files.write_run(
-        folder, request, rows, config, values, watch, digests, processes=processes
+        folder, request, rows, config, values, watch, digests, judged, processes=processes
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtclip.data.image_files import InMemory
 from vtclip.data.sets import SetSource
 from vtclip.data.splits import UP_TO
 from vtclip.files import Json, only_writer, to_json
@@ -22,6 +23,7 @@ from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.class_counts import images_per_class
 from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.result import RESULT, Run
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.steps import TrainingRun
@@ -32,13 +34,14 @@ if TYPE_CHECKING:
     from vtclip.heads.config import FitConfig
     from vtclip.machine import Stopwatch
     from vtclip.runs.request import FitRequest
+    from vtclip.train.calibration import Judged
     from vtclip.train.finetune_config import FinetuneConfig
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
 LATER = {"draw": "exact", "follow_links": False, "final": False}
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def run_folder(request: FitRequest) -> Path:
         return Path(request.out).expanduser()
     source = request.source
     name = source.resolve().name
-    if isinstance(source, Path) and source.suffix == ".npz":
+    if isinstance(source, Path) and source.is_file():
         name = source.resolve().stem
     kind = request.method
     if request.base_to_new or request.train_encoders:
@@ -78,7 +81,7 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
     """Refuse an output that would touch images or a file, or a run nobody asked to replace."""
     name = option("out")
     for what, place in source_folders(request).items():
-        if place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
+        if folder.resolve().is_relative_to(place.resolve()):
             hint = "" if request.out is not None else f"; name a folder outside of it as {name}"
             raise ValueError(f"{name} {folder} lies inside the {what} {place}{hint}")
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -99,11 +102,15 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
 
 
 def source_folders(request: FitRequest) -> dict[str, Path]:
-    """What the request reads, each by what to call it."""
-    source = request.source
-    places = {"source": source.root if isinstance(source, SetSource) else source}
-    named = {f"source of {option(role)}": getattr(request, role) for role in ("val", "test")}
-    return places | {what: place for what, place in named.items() if place is not None}
+    """The folders that the request reads, each by what to call it."""
+    sources = {"source": request.source}
+    sources |= {f"source of {option(role)}": getattr(request, role) for role in ("val", "test")}
+    places = {
+        what: source.root if isinstance(source, SetSource) else source
+        for what, source in sources.items()
+        if source is not None and not isinstance(source, InMemory)
+    }
+    return {what: place for what, place in places.items() if place.is_dir()}
 
 
 def finished_run(folder: Path, request: FitRequest) -> Run:
@@ -156,13 +163,18 @@ def write_run(
     values: Json,
     watch: Stopwatch,
     digests: Mapping[str, str],
+    judged: Judged,
     **others: object,
 ) -> Run:
-    """Write the result of a finished fit, which needs its checkpoint no more.
+    """Write what a finished fit says of its images, and its result; the checkpoint goes.
 
-    digests: of what the run wrote; those of its source and split are added.
+    digests: of what the run wrote; those of its source and split are added. judged: the adapted
+    head's decisions on the validation and test images.
     """
     records, split = rows.records, rows.split
+    temperature = values["adapted"]["temperature"]
+    parts = named_parts(records.names, split, judged)
+    others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
     contents = result.make_result(
         values,

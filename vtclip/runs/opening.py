@@ -5,28 +5,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
-from vtclip.data.image_files import ImageFiles
+from vtclip.data.image_files import ImageFiles, InMemory
 from vtclip.data.joined import join_records
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource
+from vtclip.data.sets import AnySource, SetSource
 from vtclip.data.sources import open_records, source_kind
 from vtclip.names import option
 
 logger = logging.getLogger(__name__)
-Source = Path | SetSource
 NUMBERS = {"val": 1, "test": 2}
 
 
 def open_all(
-    source: Source,
+    source: AnySource,
     options: FeatureOptions,
     draw: Draw | None = None,
     *,
-    val: Path | None = None,
-    test: Path | None = None,
+    val: AnySource | None = None,
+    test: AnySource | None = None,
     listed: Mapping[str, ImageFiles] | None = None,
 ) -> Records:
     """Records of `source` and, with their roles, of the sources of validation and test images.
@@ -38,7 +36,7 @@ def open_all(
     """
     listed = listed or {}
     records = open_one(source, options, draw, listed.get("source"))
-    named: dict[str, Path] = {
+    named: dict[str, AnySource] = {
         role: place for role, place in (("val", val), ("test", test)) if place is not None
     }
     if not named:
@@ -64,7 +62,7 @@ def open_all(
 
 
 def open_one(
-    source: Source, options: FeatureOptions, draw: Draw | None, files: ImageFiles | None
+    source: AnySource, options: FeatureOptions, draw: Draw | None, files: ImageFiles | None
 ) -> Records:
     """`open_records`, of files that were listed already where there are any."""
     if files is None or isinstance(source, SetSource):
@@ -74,7 +72,7 @@ def open_one(
     return cached_features(files, options)[0].records()
 
 
-def check_no_own(role: str, roles: list[int], source: Source) -> None:
+def check_no_own(role: str, roles: list[int], source: AnySource) -> None:
     """Refuse to name images of a role that the source has itself."""
     own = roles.count(NUMBERS[role])
     if own:
@@ -85,9 +83,9 @@ def check_no_own(role: str, roles: list[int], source: Source) -> None:
         )
 
 
-def check_others(source: Source, val: Path | None, test: Path | None) -> None:
+def check_others(source: AnySource, val: AnySource | None, test: AnySource | None) -> None:
     """Refuse sources of validation and test images that cannot go with the training source."""
-    seen = {} if isinstance(source, SetSource) else {source.resolve(): option("source")}
+    seen = {str(source.resolve()): option("source")}
     for role, place in (("val", val), ("test", test)):
         if place is None:
             continue
@@ -101,12 +99,16 @@ def check_others(source: Source, val: Path | None, test: Path | None) -> None:
                 f"{option(role)}: an .npz table goes with another alone, got {place} "
                 f"beside {source}"
             )
-        other = seen.setdefault(place.resolve(), option(role))
+        if isinstance(place, InMemory):
+            continue
+        other = seen.setdefault(str(place.resolve()), option(role))
         if other != option(role):
             raise ValueError(f"{option(role)}: {place} is {other} as well; name other images")
 
 
-def _kind(name: str, place: Path) -> str:
+def _kind(name: str, place: AnySource) -> str:
+    if isinstance(place, SetSource):
+        raise ValueError(f"{name}: a data set cannot stand beside other images, got {place}")
     try:
         return source_kind(place)
     except ValueError as error:

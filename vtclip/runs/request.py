@@ -17,7 +17,7 @@ import torch
 
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource, as_source
+from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import ALL, EXACT, UP_TO, Split
 from vtclip.files import Json
@@ -44,9 +44,9 @@ RECORDED = (
 class FitRequest:
     """The options of `vtclip.fit`, where each is explained; a wrong one is a ValueError at once."""
 
-    source: Path | SetSource
-    val: Path | None = None
-    test: Path | None = None
+    source: AnySource
+    val: AnySource | None = None
+    test: AnySource | None = None
     method: str
     shots: int | str | None = None
     exact_shots: bool = False
@@ -138,7 +138,7 @@ class FitRequest:
                 "nothing"
             )
 
-    def _check_encoders(self, source: Path | SetSource) -> None:
+    def _check_encoders(self, source: AnySource) -> None:
         """Refuse options of frozen features, which mean nothing where the encoders change."""
         for name in ("spatial", "prompt", "augment_passes", "base_to_new"):
             if getattr(self, name):
@@ -259,7 +259,7 @@ class FitRequest:
         recorded = {name: config[name] for name in RECORDED if name in config}
         for name in ("val", "test"):
             if recorded.get(name) is not None:
-                recorded[name] = Path(recorded[name])
+                recorded[name] = as_source(recorded[name], None)
         return cls(
             source=as_source(config["source"], config.get("data")),
             method=method,
