@@ -74,6 +74,7 @@ def extract_features(
     out = Path(out).expanduser()
     if files.is_below(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
+    _check_out(out)
     options = FeatureOptions(
         model=model,
         spatial=spatial,
@@ -214,9 +215,7 @@ class _Job(Work):
                 f"features: {folder} holds features that differ in {', '.join(differs)}; "
                 "give another folder or remove this one"
             )
-        others = [path for path in folder.iterdir() if path.name != f"{PARTIAL}.new"]
-        if others and not (folder / PARTIAL).exists():
-            raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
+        _check_out(folder)
         return None
 
     def _build(self, folder: Path, world: World) -> None:
@@ -311,6 +310,16 @@ class _Job(Work):
         )
         for path in (*folder.glob("shard-*.json"), folder / PARTIAL, *folder.glob("*.new")):
             path.unlink(missing_ok=True)
+
+
+def _check_out(folder: Path) -> None:
+    """Refuse a place for features that is a file, or a folder that holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"features: {folder} is not a folder; give a new or an empty folder")
+    if not folder.exists() or (folder / MANIFEST).exists() or (folder / PARTIAL).exists():
+        return
+    if any(path.name != f"{PARTIAL}.new" for path in folder.iterdir()):
+        raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
 
 
 @contextlib.contextmanager
