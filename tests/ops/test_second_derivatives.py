@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from vtclip import ops
 from vtclip.backends import native
 from vtclip.ops import _any_order
 from vtclip.ops._projections import Layer, projections
-from vtclip.testing.problems import FUNCTIONS, Function, tensors_of
+from vtclip.testing.problems import FUNCTIONS, OPS, Function, tensors_of
 
 SIZES = {"B": 2, "K": 3, "L": 4, "H": 2, "d": 3, "D": 5, "C": 5, "F": 4}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
@@ -201,6 +204,239 @@ def test_functional_forms(call, cpu):
         found = flattened(actual())
         assert len(found) == len(wanted) > 0, name
         for one, other in zip(found, wanted, strict=True):
-            torch.testing.assert_close(
-                one, other, rtol=1e-8, atol=1e-8, msg=lambda m: f"{name}: {m}"
-            )
+            assert torch.allclose(one, other, rtol=1e-8, atol=1e-8), name
+
+
+def attention(impl: str, kind: str, **shapes: int) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    """Leaves and a weighted sum of an attention whose masked columns hold NaN."""
+    B, H, K, L, d = (shapes.get(letter, SIZES[letter]) for letter in "BHKLd")
+    draws = torch.Generator().manual_seed(5)
+    query, key, value = (
+        torch.randn(shape, generator=draws, dtype=torch.float64)
+        for shape in ((shapes.get("Bq", 1), H, K, d), (B, H, L, d), (B, H, L, d))
+    )
+    mask = torch.rand((B, L), generator=draws) > 0.4
+    mask[:1] = False  # an image without any column
+    columns = ~mask[:, None, :, None]
+    leaves = [query, key.masked_fill(columns, torch.nan), value.masked_fill(columns, torch.nan)]
+
+    def score(*tensors: Tensor) -> Tensor:
+        if kind == "weights":
+            found = ops.cross_attn_weights(*tensors[:2], key_mask=mask, impl=impl)
+        else:
+            out, lse = ops.cross_attn_lse(*tensors, key_mask=mask, impl=impl)
+            finite = lse.masked_fill(lse == -torch.inf, 0.0)
+            found = {"out": out, "lse": finite, "both": out + finite[..., None]}[kind]
+        return (found * torch.arange(found.numel()).cos().view(found.shape)).sum()
+
+    return [leaf.requires_grad_() for leaf in leaves[: 2 if kind == "weights" else 3]], score
+
+
+def gradients_of_penalty(leaves: list[Tensor], score: Callable[..., Tensor]) -> list[Tensor]:
+    value = score(*leaves)
+    grads = torch.autograd.grad(
+        value, leaves, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    loss = value + sum((grad * (grad + 1)).sum() for grad in grads)
+    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{}, {"B": 0}, {"L": 0}, {"K": 1}, {"K": 0}, {"B": 1, "Bq": 3}, {"B": 3, "Bq": 3}, {"L": 1}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["out", "lse", "both", "weights"])
+def test_masks_empty_sizes_and_unused_outputs(kind, shapes, cpu):
+    expected = gradients_of_penalty(*attention("reference", kind, **shapes))
+    actual = gradients_of_penalty(*attention(cpu, kind, **shapes))
+    assert all(grad.isfinite().all() for grad in actual)
+    assert_same(actual, expected, torch.float64)
+
+
+@each_function
+@pytest.mark.parametrize("size", ["B", "K"])
+def test_sizes_of_zero_and_one(call, size, cpu):
+    for number in (0, 1):
+        tensors = call.draw({**SIZES, size: number}, dtype=torch.float64)
+        expected = gradients_of_penalty(tensors, total(call, "reference"))
+        assert_same(gradients_of_penalty(tensors, total(call, cpu)), expected, torch.float64)
+
+
+@each_function
+def test_any_of_the_inputs_alone(call, cpu):
+    tensors = drawn(call, torch.float64)
+    for i in range(len(tensors)):
+        leaves = [t.detach().requires_grad_(i == j) for j, t in enumerate(tensors)]
+
+        def score(leaf: Tensor, impl: str, i: int = i, leaves: list[Tensor] = leaves) -> Tensor:
+            return total(call, impl)(*leaves[:i], leaf, *leaves[i + 1 :])
+
+        actual, expected = (
+            gradients_of_penalty([leaves[i]], lambda leaf, impl=impl: score(leaf, impl))
+            for impl in (cpu, "reference")
+        )
+        assert_same(actual, expected, torch.float64)
+
+
+@each_function
+def test_any_of_the_outputs_alone_and_strided_gradients(call, cpu):
+    tensors = drawn(call, torch.float64)
+    for i in range(len(call.outputs(*tensors, impl=cpu))):
+
+        def score(*leaves: Tensor, impl: str, i: int = i) -> Tensor:
+            out = call.outputs(*leaves, impl=impl)[i]
+            strided = torch.stack([out, out.sin()], -1)[..., 0]  # its gradient has holes
+            return (strided * strided.detach().cos()).sum()
+
+        actual, expected = (
+            gradients_of_penalty(tensors, lambda *leaves, impl=impl: score(*leaves, impl=impl))
+            for impl in (cpu, "reference")
+        )
+        assert_same(actual, expected, torch.float64)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(cpu, reentrant):
+    call = FUNCTIONS["cross_attn"]
+    tensors = drawn(call)
+
+    def run(impl: str) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        loss = checkpoint(penalty_of(impl), *leaves, use_reentrant=reentrant)
+        loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    def penalty_of(impl: str) -> Callable[..., Tensor]:
+        def penalty(*leaves: Tensor) -> Tensor:
+            with torch.enable_grad():
+                score = total(call, impl)(*leaves)
+                grads = torch.autograd.grad(score, leaves, create_graph=True)
+                return score + sum(grad.square().sum() for grad in grads)
+
+        return penalty
+
+    assert_same(run(cpu), run("reference"))
+
+
+def test_a_checkpointed_operator_below_a_penalty(cpu):
+    call = FUNCTIONS["cross_attn"]
+    tensors = drawn(call)
+
+    def score(*leaves: Tensor, impl: str) -> Tensor:
+        return checkpoint(total(call, impl), *leaves, use_reentrant=False)
+
+    with torch.autograd.graph.save_on_cpu():
+        actual, expected = (
+            gradients_of_penalty(tensors, lambda *leaves, impl=impl: score(*leaves, impl=impl))
+            for impl in (cpu, "reference")
+        )
+    assert_same(actual, expected)
+
+
+def test_accumulated_by_backward_and_under_autocast(cpu):
+    call = FUNCTIONS["cross_attn"]
+    tensors = drawn(call)
+
+    def run(impl: str) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.autocast("cpu", torch.bfloat16):
+            total(call, impl)(*leaves).backward(create_graph=True)
+            sum(leaf.grad.square().sum() for leaf in leaves).backward()
+        grads = [leaf.grad.detach() for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None  # breaks the cycle that create_graph makes
+        return grads
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph")
+        assert_same(run(cpu), run("reference"), torch.bfloat16)
+
+
+def test_each_operator_says_once_what_it_costs(cpu, monkeypatch):
+    for call in FUNCTIONS.values():
+        monkeypatch.setattr(_any_order, "_WARNED", set())
+        tensors = drawn(call)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.autograd.grad(total(call, cpu)(*tensors), tensors, create_graph=True)
+            torch.func.grad(total(call, cpu))(*(tensor.detach() for tensor in tensors))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                penalised(call, tensors, cpu)
+            torch.func.vmap(total(call, cpu))(*(tensor.detach()[None] for tensor in tensors))
+        (warning,) = caught
+        assert str(warning.message).startswith(call.name.removesuffix("_lse") + ": ")
+        assert 'impl="reference"' in str(warning.message)
+
+
+def test_linear_layers_side_by_side(impl):
+    draws = torch.Generator().manual_seed(0)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draws, dtype=torch.float64).requires_grad_()
+
+    tensors = [t for rows in ((4,), (4, 3)) for t in (new(*rows, 5), new(6, 5), new(6))]
+
+    def score(*leaves: Tensor) -> Tensor:
+        outputs = projections([Layer(*leaves[:3]), Layer(*leaves[3:])])
+        return sum(out.sin().sum() for out in outputs)
+
+    def plainly(*leaves: Tensor) -> Tensor:
+        pairs = (leaves[:3], leaves[3:])
+        return sum(torch.nn.functional.linear(*each).sin().sum() for each in pairs)
+
+    assert_same(
+        gradients_of_penalty(tensors, score), gradients_of_penalty(tensors, plainly), torch.float64
+    )
+    still = tuple(tensor.detach() for tensor in tensors)
+    for actual, expected in zip(
+        flattened(torch.func.hessian(score, (0, 1, 2))(*still)),
+        flattened(torch.func.hessian(plainly, (0, 1, 2))(*still)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@each_function
+def test_traced_with_its_transforms(call, cpu):
+    tensors = [tensor.detach() for tensor in drawn(call, torch.float64)]
+
+    def steep(impl: str) -> Callable[[Tensor], Tensor]:
+        def one(first: Tensor) -> Tensor:
+            return call(first, *tensors[1:], impl=impl).sin().sum()
+
+        return torch.func.grad(lambda x: torch.func.grad(one)(x).square().sum())
+
+    torch.compiler.reset()
+    compiled = torch.compile(steep(cpu), backend="eager", fullgraph=True)
+    assert_same(compiled(tensors[0]), steep("reference")(tensors[0]), torch.float64)
+
+
+def test_a_compiled_operator_refuses_a_second_backward(cpu):
+    tensors = drawn(FUNCTIONS["cross_attn"])
+    torch.compiler.reset()
+    compiled = torch.compile(total(FUNCTIONS["cross_attn"], cpu), backend="aot_eager")
+    grads = torch.autograd.grad(compiled(*tensors), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grads[0].square().sum().backward()
+
+
+def test_every_function_of_kernels_is_differentiable_again():
+    # `class X(torch.autograd.Function)` with kernels belongs under `any_order`
+    package = Path(_any_order.__file__).parents[1]
+    bare = []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+            if "Function" not in bases:
+                continue
+            decorators = {ast.unparse(d).partition("(")[0] for d in node.decorator_list}
+            if "any_order" not in decorators:
+                bare.append(node.name)
+    # the step of a graph itself; torch's own products; a sum over processes, linear in its input
+    assert sorted(bare) == ["_Gather", "_Gradients", "_Projections"]
+    assert set(_any_order._STORES) >= set(OPS)

@@ -155,7 +155,7 @@ def _vjp(
 
     chosen: list[Any] = [tensors[i] for i in wanted]
     if torch._C._are_functorch_transforms_active():
-        values, pull = torch.func.vjp(of_wanted, *chosen)
+        values, pull = torch.func.vjp(of_wanted, *chosen)[:2]
         filled = zip(values, seeds, strict=True)
         found = pull(tuple(torch.zeros_like(v) if seed is None else seed for v, seed in filled))
         return tuple(found)
@@ -187,7 +187,8 @@ def _jvp(
     derivative by them is the transposed Jacobian's transpose.
     """
     along = [i for i, tangent in enumerate(tangents) if tangent is not None]
-    primals = [t if t is None else forward_ad.unpack_dual(t).primal for t in tensors]
+    unpack: Any = forward_ad.unpack_dual
+    primals = [None if tensor is None else unpack(tensor).primal for tensor in tensors]
 
     def pulled(*some: Tensor) -> tuple[Tensor, ...]:
         return _vjp(function, primals, along, some)
@@ -292,7 +293,7 @@ def _members(operator: AnyOrder) -> dict[str, Any]:
         if is_transformed():
             ctx.save_for_forward(*inputs[:count])
 
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if not (torch.is_grad_enabled() or is_transformed()):
             return kernel(ctx, *grads)
         results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)

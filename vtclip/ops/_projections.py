@@ -64,9 +64,10 @@ def _bias_grads(rows: list[Tensor], one_kernel: bool) -> list[Tensor]:
 
 
 def projections(layers: list[Layer]) -> list[Tensor]:
-    """The outputs of one to three layers, plain `F.linear` where no gradient is wanted or any kind is.
+    """The outputs of one to three layers, of any order of differentiation.
 
-    Dtypes are promoted to one; under autocast to its dtype.
+    Plain `F.linear` where no gradient is wanted and under torch.func. Dtypes are promoted to one;
+    under autocast to its dtype.
     """
     tensors = common_dtype(*(tensor for layer in layers for tensor in layer))
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -59,6 +59,9 @@ def cosine_logits(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores image and text once more; the first time a warning says so.
     """
     op = "cosine_logits"
     per_image = isinstance(text, Tensor) and text.dim() == 3

@@ -142,7 +142,8 @@ def cross_attn(
         TypeError: kind, layout or dtype of an argument. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
 
-    Deterministic. Second derivatives raise; `vmap` and forward-mode differentiation raise.
+    Deterministic. Second derivatives, `vmap` and forward-mode differentiation recompute through the
+    reference, which stores the weights [B, H, K, L]; the first time a warning says so.
     """
     return _attend("cross_attn", query, key, value, key_mask, scale, impl)[0]
 

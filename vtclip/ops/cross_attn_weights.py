@@ -57,7 +57,8 @@ def cross_attn_weights(
         [B, H, K, L] in the (promoted) input dtype; masked columns are 0, and so is a row without
         a visible column. Every other row sums to 1.
 
-    Raises: as `cross_attn`. The map is stored, so memory grows as B*H*K*L.
+    Raises: as `cross_attn`. The map is stored, so memory grows as B*H*K*L. Second derivatives,
+    `vmap` and forward-mode differentiation recompute through the reference.
     """
     op = "cross_attn_weights"
     (query, key), scale, B = validate(op, {"query": query, "key": key}, key_mask, scale)

@@ -73,6 +73,9 @@ def norm_cosine_logits(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores rows [B, K, C]; the first time a warning says so.
     """
     op = "norm_cosine_logits"
     expect_tensors(

@@ -16,6 +16,13 @@ from vtclip.ops.cross_attn import default_scale, expanded
 from vtclip.reference import rational_attn as reference
 
 
+def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
 @any_order(
     "rational_attn",
     lambda ctx, image, text, pair, key, value: reference.rational_attn(
@@ -27,12 +34,7 @@ from vtclip.reference import rational_attn as reference
 class _RationalAttn(torch.autograd.Function):
     forward = forward_of("rational_attn")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.scale, _, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.set_materialize_grads(False)
+    setup_context = staticmethod(_keep_statistics)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -60,7 +62,7 @@ class _RationalAttnPacked(torch.autograd.Function):
         function = backend.function("rational_attn_fwd")
         return function(image, text, *_unpacked(pairs), scale, keep_parts)
 
-    setup_context = staticmethod(_RationalAttn.kernels.setup_context)
+    setup_context = staticmethod(_keep_statistics)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -113,7 +115,8 @@ def rational_attn(
         NotImplementedError: the named implementation cannot run this, with its reasons.
 
     Deterministic. A NaN reaches every class of its image and head, because the softmax is joint.
-    Second derivatives, `vmap` and forward-mode differentiation raise.
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores the K x K weights of every query; the first time a warning says so.
     """
     op = "rational_attn"
     queries = {"image_query": image_query, "text_query": text_query, "pair_query": pair_query}

@@ -97,6 +97,9 @@ def rational_head(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores the mask [B, K, D]; the first time a warning says so.
     """
     op = "rational_head"
     expect_tensors(

@@ -53,6 +53,9 @@ def rational_logits(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores products [B, K, D]; the first time a warning says so.
     """
     op = "rational_logits"
     expect_tensors(op, image=(image, "B D"), text=(text, "K D"), mask=(mask, "B K D"))

@@ -67,7 +67,8 @@ def unit_products(
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
 
-    Second derivatives, `vmap` and forward-mode differentiation raise.
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference; the
+    first time a warning says so.
     """
     op = "unit_products"
     expect_tensors(op, image=(image, "B D"), text=(text, "K D"))
