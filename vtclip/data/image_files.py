@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,8 @@ class ImageFiles:
     skipped: (name, reason) of images that were passed over.
     prompts: the words that stand for the classes in templates, if they are not the class names.
     roles: what the source itself says of each file, see `vtclip.data.records.Records.roles`.
+    passed: how many files of other kinds were passed over, by extension or kind.
+    remarks: lines that whoever uses the files must say once (layout, files that are not read).
     """
 
     root: Path
@@ -25,6 +28,8 @@ class ImageFiles:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     prompts: list[str] | None = None
     roles: list[int] | None = None
+    passed: Mapping[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> Path:
         return self.root / name

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.folders import EXTENSIONS, is_ignored, scan_folder, walk_images
+from vtclip.data.folders import is_ignored, scan_folder, walk_images
+from vtclip.data.formats import is_image_name
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
@@ -183,7 +184,7 @@ def new_classes(path: Path, name: str | None) -> ImageFiles:
     """
     path = path.resolve()
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
-    loose = any(entry.suffix.lower() in EXTENSIONS for entry in entries)
+    loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
     if name is None and loose and folders:
         raise ValueError(
