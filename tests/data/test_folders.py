@@ -246,12 +246,12 @@ def test_what_can_be_read_in_two_ways_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_lenient_scans_say_what_others_refuse(tmp_path: Path) -> None:
+def test_scans_for_evaluation_say_what_others_refuse(tmp_path: Path) -> None:
     tree(tmp_path, "train/cat/a.png", "test/cat/b.png", "test/eel/c.png", "train/fox/")
-    folder = scan_folder(tmp_path, lenient=True)
-    assert (folder.class_names, folder.roles) == (["cat", "eel"], [0, 2, 2])
+    folder = scan_folder(tmp_path, empty_classes=True)
+    assert (folder.class_names, folder.roles) == (["cat", "eel", "fox"], [0, 2, 2])
     text = "\n".join(folder.remarks)
-    assert "1 class folder holds no images: fox; left out" in text
+    assert "1 class folder holds no images: fox" in text
     assert "1 class has no training image: eel" in text
 
 

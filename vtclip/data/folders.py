@@ -36,7 +36,7 @@ NO_CLASS, UNUSED = "images in no class folder", "images of folders without label
 
 
 def scan_folder(
-    root: str | Path, *, follow_links: bool = False, lenient: bool = False
+    root: str | Path, *, follow_links: bool = False, empty_classes: bool = False
 ) -> ImageFiles:
     """The image files below `root` in their fixed order: class by class, roles within a class.
 
@@ -47,8 +47,8 @@ def scan_folder(
 
     follow_links: enter linked folders that lead out of `root`; a class folder of that kind is else
         a ValueError, a deeper one is skipped.
-    lenient: leave out classes without images and keep those without training images, with a remark
-        each, instead of a ValueError. For sources that are only evaluated.
+    empty_classes: keep classes without images, or without training images beside a train/, with a
+        remark each, instead of a ValueError. For sources that are only evaluated.
     """
     root = Path(root).expanduser()
     where = printable(str(root))
@@ -60,7 +60,7 @@ def scan_folder(
     _claim(tree, layout, where)
     images = [tree.below(place.folder) for place in layout.places]
     remarks = [*layout.remarks, *_aside(tree, layout, where)]
-    class_names, lines = _classes(tree, layout, images, where, lenient)
+    class_names, lines = _classes(tree, layout, images, where, empty_classes)
     counts = Counter[str]()
     for place, files in zip(layout.places, images, strict=True):
         counts[place.part] += len(files)
@@ -195,7 +195,7 @@ def _are(count: int) -> str:
 
 
 def _classes(
-    tree: FolderTree, layout: Layout, images: list[list[str]], where: str, lenient: bool
+    tree: FolderTree, layout: Layout, images: list[list[str]], where: str, empty_classes: bool
 ) -> tuple[list[str], list[str]]:
     """The class names of a layout in natural order, and lines about those without some images."""
     roles: dict[str, set[int]] = {place.class_name: set() for place in layout.places}
@@ -208,19 +208,18 @@ def _classes(
     if empty:
         shown = named([_with_reason(tree, layout, name) for name in empty])
         text = f"{several(len(empty), 'class folder holds', 'class folders hold')} no images: "
-        if not lenient or len(empty) == len(names):
+        if not empty_classes or len(empty) == len(names):
             raise ValueError(f"source: {text}{shown}")
-        lines.append(f"{where}: {text}{shown}; left out")
-        names = [name for name in names if roles[name]]
+        lines.append(f"{where}: {text}{shown}")
     if TRAIN in layout.parts.values():
-        extra = [name for name in names if TRAIN not in roles[name]]
+        extra = [name for name in names if roles[name] and TRAIN not in roles[name]]
         if extra:
             text = f"{several(len(extra), 'class has', 'classes have')} no training image: "
-            if not lenient:
+            if not empty_classes:
                 raise ValueError(f"source: {where}: {text}{named(extra)}")
             lines.append(f"{where}: {text}{named(extra)}")
         for role, kind in ((1, "validation"), (2, "test")):
-            missing = [name for name in names if role not in roles[name]]
+            missing = [name for name in names if roles[name] and role not in roles[name]]
             if missing and role in layout.parts.values():
                 text = f"{several(len(missing), 'class has', 'classes have')} no {kind} image: "
                 lines.append(f"{where}: {text}{named(missing)}")

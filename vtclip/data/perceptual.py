@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -27,8 +29,7 @@ def perceptual_digest(image: Image) -> str | None:
     if phash is None:
         return None
     grey = image.reduce(max(1, min(image.size) // SIDE)).convert("L")
-    low, high = grey.getextrema()
-    if high - low < LEAST_CONTRAST:
+    if int(np.ptp(np.asarray(grey))) < LEAST_CONTRAST:
         return None
     return str(phash(grey))
 
