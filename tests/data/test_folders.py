@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from vtclip.data.extract import extract_features
@@ -283,3 +285,56 @@ def test_folders_that_repeat_each_other_are_said(tmp_path: Path) -> None:
                               "night/dog/d.png"))  # fmt: skip
     assert folder.class_names == ["day", "night"]
     assert "each hold the folders cat, dog; they are taken for classes" in folder.remarks[0]
+
+
+FILES = st.sampled_from(["a.png", "b.JPG", "c.txt", "d.heifx", "e", ".f", "g.cr2", "Thumbs.db"])
+PLACES = st.sampled_from(
+    ["", "cat", "dog", "train", "test", "val", "data", "train/cat", "test/cat", "test/dog", "cat/x",
+     "cat/test", "cat/train", "dog/test", "dog/train", "train/cat/deep", "images/train/cat", ".h"]
+)  # fmt: skip
+LINKS = st.sampled_from(["", "cat", "train/cat", "cat/a.png", "nothing", "../out", "../out/o.png"])
+TREES = st.lists(st.tuples(PLACES, FILES), min_size=1, max_size=12, unique=True)
+LINKED = st.lists(st.tuples(PLACES, st.sampled_from(["l", "m.png"]), LINKS), max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(files=TREES, links=LINKED, follow=st.booleans(), empty=st.booleans())
+def test_no_file_is_lost_without_a_word(
+    tmp_path_factory: pytest.TempPathFactory,
+    files: list[tuple[str, str]],
+    links: list[tuple[str, str, str]],
+    follow: bool,
+    empty: bool,
+) -> None:
+    base = tmp_path_factory.mktemp("scan")
+    root = base / "root"
+    put(base / "out" / "o.png")
+    for place, name in files:
+        (root / place).mkdir(parents=True, exist_ok=True)
+        if name.lower().endswith(("png", "jpg")):
+            put(root / place / name)
+        else:
+            (root / place / name).write_text("x")
+    for place, name, target in links:
+        if (root / place).is_dir() and not os.path.lexists(root / place / name):
+            (root / place / name).symlink_to(root / target)
+    try:
+        folder = scan_folder(root, follow_links=follow, empty_classes=empty)
+    except ValueError:  # refused in one line, as the tests above hold
+        return
+    assert len(set(folder.names)) == len(folder.names) == len(folder.label)
+    listed = {os.path.realpath(folder.path(name)) for name in folder.names}
+    skipped = {name for name, _ in folder.skipped}
+    assert not skipped & set(folder.names)
+    real = hidden = 0
+    for place, folders, names in os.walk(root):
+        hidden += sum(name.startswith(".") for name in folders)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        real += len(names) + sum(os.path.islink(os.path.join(place, name)) for name in folders)
+    # what links to folders out of the root add, and links that were entered as folders
+    outside = sum(str(base / "out") in path for path in listed)
+    counted = len(folder.names) + len(skipped) + sum(folder.passed.values()) - hidden
+    entered = len({(place, name) for place, name, _ in links})
+    assert real - entered <= counted <= real + outside
+    if not links:
+        assert counted == real

@@ -110,4 +110,6 @@ def colour_values(data: bytes) -> Array | None:
     except (ImportError, RuntimeError):
         return None
     values: Array = read.permute(1, 2, 0).numpy()
+    if values.shape[2] == 2:  # Pillow opens grey with transparency as RGBA
+        values = values[..., [0, 0, 0, 1]]
     return values if values.dtype == np.uint16 else None

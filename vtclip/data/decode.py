@@ -164,9 +164,11 @@ def _unknown(data: bytes) -> str:
     from vtclip.data.formats import HINTS
 
     kind = signature(data)
-    if kind in HINTS and kind not in formats().by_content:
-        return f"not read: {kind}; {HINTS[kind]}"
-    return f"not an image of a known format ({', '.join(formats().by_content)})"
+    if kind is None:
+        return "not an image of a known format"
+    if kind not in formats().by_content:
+        return f"{kind} is not read: {HINTS[kind]}"
+    return f"damaged: it begins like {kind}, but is not an image of a known format"
 
 
 def _has_frames(image: Image) -> bool:

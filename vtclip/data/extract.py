@@ -162,7 +162,7 @@ class _Job(Work):
         if features.key != self.key:
             raise ValueError(f"features: {features.folder} holds features of something else")
         features.verify()
-        report = ExtractionReport(len(features), duplicates=duplicates_of(self.hashed), reused=True)
+        report = ExtractionReport(reused=True)
         self._report(features, report)
         return features, report
 
@@ -170,14 +170,7 @@ class _Job(Work):
         self, folder: Path, world: World, *, rebuild: bool = False
     ) -> tuple[FeatureSet, ExtractionReport]:
         start = time.perf_counter()
-        report = ExtractionReport(duplicates=duplicates_of(self.hashed), stages=self.stages)
-        if report.duplicates and world.first:
-            first, second = report.duplicates[0]
-            logger.warning(
-                "%d images have the same content as another one, e.g. %s and %s: they may be in "
-                "training and test at once",
-                len(report.duplicates), files.printable(first), files.printable(second),
-            )  # fmt: skip
+        report = ExtractionReport(stages=self.stages)
         world.check_same("features", self.key)
         with contextlib.ExitStack() as held:
 
@@ -202,6 +195,7 @@ class _Job(Work):
         features.roles = self._roles(names)
         report.rows, report.skipped = len(features), features.skipped
         report.num_bytes, report.notes = features.num_bytes, features.manifest.get("notes", {})
+        report.duplicates = duplicates_of(self.hashed, names)
         if not say:
             return
         folder = self.hashed.folder
@@ -209,6 +203,13 @@ class _Job(Work):
             logger.warning("%s", line)
         for note, count in sorted(report.notes.items()):
             logger.warning("%s", note_line(note, count))
+        if report.duplicates:
+            first, second = report.duplicates[0]
+            logger.warning(
+                "%d images have the same content as another one, e.g. %s and %s: they may be in "
+                "training and test at once",
+                len(report.duplicates), files.printable(first), files.printable(second),
+            )  # fmt: skip
         if report.skipped:
             logger.warning("%s", "; ".join(report.lines(5)))
         if folder.passed:

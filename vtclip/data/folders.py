@@ -80,7 +80,7 @@ def scan_folder(
         [k for k, _, _ in rows],
         tree.skipped,
         roles=roles if any(role != TRAIN for role in roles) else None,
-        passed=dict(tree.passed),
+        passed=dict(+tree.passed),
         remarks=remarks,
     )
 

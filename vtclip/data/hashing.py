@@ -117,8 +117,9 @@ def skipped_now(
     return [*hashed.skipped, *(pair for pair in skipped if pair[0] in undecoded)]
 
 
-def duplicates_of(hashed: Hashed) -> list[tuple[str, str]]:
-    """(first file, later file) for every file whose content an earlier one has."""
+def duplicates_of(hashed: Hashed, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(first file, later file) for every file of `names` whose content an earlier one has."""
     first: dict[str, str] = {}
+    decoded = set(names)
     return [(first[digest], name) for digest, name in zip(hashed.digests, hashed.names, strict=True)
-            if first.setdefault(digest, name) != name]  # fmt: skip
+            if name in decoded and first.setdefault(digest, name) != name]  # fmt: skip
