@@ -127,6 +127,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "--templates": {
         "metavar": "NAME|FILE", "help": "imagenet7, imagenet80, a .txt, or text with {}"
     },
+    "--class-names": {
+        "metavar": "FILE", "help": "the classes' names where folders are called by ids "
+        "(JSON or text: id, name)",
+    },
     "--test-fraction": {"type": number(float, 0, 1), "default": 0.5, "metavar": "F"},
     "--augment-passes": {"type": number(int, 0, 1000), "default": 0, "metavar": "N"},
     "--model": {

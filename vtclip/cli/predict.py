@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, note, open_classifier
+from vtclip.cli.parsing import (
+    SHARED,
+    Parser,
+    count,
+    emit,
+    emit_json,
+    existing,
+    note,
+    open_classifier,
+)
 
 CSV_COLUMNS = ("image", "rank", "label", "probability")
 
@@ -25,7 +34,7 @@ def add_arguments(parser: Parser) -> None:
         "images", metavar="IMAGE", nargs="+", action="extend", help="files, and folders of them"
     )
     parser.add_argument("--topk", type=count, default=5)
-    parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--batch-size", "--encoder-batch-size", **SHARED["--encoder-batch-size"])
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
     parser.add_model_of_run()
     parser.add_shared("--device", "--threads", "--json")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from vtclip.data.class_names import with_class_names
 from vtclip.data.folders import scan_folder
 from vtclip.data.image_files import ImageFiles
 
@@ -23,4 +24,5 @@ def list_images(
     """
     if isinstance(source, ImageFiles):
         return source
-    return scan_folder(source, follow_links=follow_links)
+    files = scan_folder(source, follow_links=follow_links)
+    return with_class_names(files, class_names)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vtclip.data.class_names import needs_image_files
 from vtclip.data.npz import open_npz
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
@@ -78,10 +79,14 @@ def open_records(
     if isinstance(source, SetSource):
         from vtclip.data.sets.features import open_set
 
+        needs_image_files(options.class_names, f"data set {source.name}")
         source.refuse(prompt=options.prompt)
         return open_set(source, options, draw or Draw())
     kind = source_kind(source)
     path = Path(source).expanduser()
+    if kind != "folder":
+        what = "an .npz table" if kind == "npz" else "a features folder"
+        needs_image_files(options.class_names, f"{what} ({source})")
     if kind == "npz":
         return _open_table(path, options)
     if options.prompt is not None:

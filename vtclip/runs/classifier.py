@@ -15,7 +15,7 @@ from torch import Tensor
 from vtclip.data.decode import ImageError, as_rgb, open_image
 from vtclip.data.threads import ahead, decode_pool
 from vtclip.heads import VTCLIP
-from vtclip.machine import choose_device
+from vtclip.machine import BatchSize, choose_device
 from vtclip.names import index_of
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter
 from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
@@ -41,6 +41,7 @@ class Classifier:
         self.adapter = adapter
         self.clip = clip
         self.device = device
+        self._at_a_time = BatchSize()
 
     @classmethod
     def load(
@@ -147,7 +148,13 @@ class Classifier:
 
     @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pixels [B, 3, H, W] -> probabilities [B, K] on the CPU."""
+        """Preprocessed pixels [B, 3, H, W] -> probabilities [B, K] on the CPU.
+
+        Fewer than B images at a time where memory does not hold as many.
+        """
+        return torch.cat(self._at_a_time.map(self._probabilities, pixels))
+
+    def _probabilities(self, pixels: Tensor) -> Tensor:
         image, spatial = self.encode(pixels)
         logits = self.adapter.head(image, spatial)
         if not bool(logits.isfinite().all()):
