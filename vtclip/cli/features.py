@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 
 from vtclip.cli.parsing import (
-    SHARED,
     Parser,
     emit,
     existing,
@@ -21,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--spatial", metavar="OPT", default="default", help="or none: global only")
     parser.add_argument("--templates", metavar="NAME|FILE")
-    parser.add_argument("--encoder-batch-size", "--batch-size", **SHARED["--encoder-batch-size"])
+    parser.add_batch_size("--encoder-batch-size", "--batch-size")
     parser.add_shared("--class-names", "--follow-links")
     parser.add_shared("--augment-passes", "--model", "--cache-dir", "--device", "--threads")
 

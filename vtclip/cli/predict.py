@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.cli.parsing import (
-    SHARED,
     Parser,
     count,
     emit,
@@ -34,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
         "images", metavar="IMAGE", nargs="+", action="extend", help="files, and folders of them"
     )
     parser.add_argument("--topk", type=count, default=5)
-    parser.add_argument("--batch-size", "--encoder-batch-size", **SHARED["--encoder-batch-size"])
+    parser.add_batch_size("--batch-size", "--encoder-batch-size")
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
     parser.add_model_of_run()
     parser.add_shared("--device", "--threads", "--json")
