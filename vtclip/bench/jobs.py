@@ -161,7 +161,7 @@ def _path_source(path: Path, settings: Settings) -> Source:
     folder = list_images(path)
     total = hashlib.sha256()
     for file, label in zip(folder.names, folder.label, strict=True):
-        line = f"{label}\0{os.path.getsize(path / file)}\0{file}\n"
+        line = f"{label}\0{folder.size(file)}\0{file}\n"
         total.update(line.encode("utf-8", "surrogateescape"))
     return Source(name, path, kind, total.hexdigest(), "all", encoder=True)
 

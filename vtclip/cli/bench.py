@@ -30,7 +30,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="SOURCE",
         nargs="*",
         action="extend",
-        help="image folders, features folders, .npz files",
+        help="image folders, lists of files, features folders, .npz files",
     )
     parser.add_argument("--data", metavar="ROOT", help="the field's data sets, in place of SOURCE")
     parser.add_argument(

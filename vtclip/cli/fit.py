@@ -53,7 +53,10 @@ HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="class_name/*.jpg folder, features folder, .npz, NAME"
+        "source",
+        metavar="SOURCE",
+        help="class_name/*.jpg folder, list of files (.csv, .tsv, .jsonl, .json, .parquet), saved "
+        "dataset, features folder, .npz, or NAME of a data set",
     )
     parser.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
     parser.add_argument(
@@ -150,10 +153,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def needs_model(source: str | Path) -> bool:
-    """Whether images are encoded: of a data set, or of a folder that does not hold features."""
+    """Whether images are encoded: of any source but a table of features or their folder."""
     if isinstance(source, str):
         return True
-    return source.is_dir() and not (source / "manifest.json").exists()
+    return source.suffix.lower() != ".npz" and not (source / "manifest.json").exists()
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +179,8 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_fit(fitted: Any) -> None:
     """The table of a run, with what was fitted to what above it and the cost below."""
+    from vtclip.runs.predictions import confused_line
+
     result = fitted.result
     counts = result["images"]
     emit(
@@ -187,6 +192,9 @@ def print_fit(fitted: Any) -> None:
         new = result["new"]
         emit(f"new: {len(new['classes'])} classes, {new['adapted']['count']} test images")
     emit(fitted.table())
+    confused = confused_line(result["confusion"]) if "confusion" in result else ""
+    if confused:
+        emit(confused)
     unreadable = result["test"]["unreadable"]
     if unreadable:
         emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}, ...)")

@@ -169,9 +169,10 @@ def with_class_names(
             f"{_some(ids)}, the ids {_some(list(class_names))}{hint}"
         )
     if absent and not keep_others:
+        place = files.where.get(absent[0])
         raise ValueError(
             f"{option('class_names')}: {len(absent)} of {len(ids)} classes {where} have no name "
-            f"in it: {_some(absent)}"
+            f"in it: {_some(absent)}" + (f" ({place})" if place else "")
         )
     names = [mapping.get(id_, id_) for id_ in ids]
     first: dict[str, str] = {}

@@ -30,7 +30,8 @@ from torch.nn import functional as F
 
 from vtclip.clip import Clip
 from vtclip.clip.augment import pass_generator
-from vtclip.data.decode import ImageError, content_digest, decode, read_file
+from vtclip.data.decode import ImageError, content_digest, decode
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.threads import ahead, decode_pool
 from vtclip.distributed import World
 from vtclip.files import Json
@@ -50,10 +51,17 @@ class TrainingImages:
     """The files of the rows that training may see; any other row is an IndexError."""
 
     def __init__(
-        self, root: Path, manifest: Json, clip: Clip, *indices: Tensor, seed: int, least_area: float
+        self,
+        images: Path | ImageFiles,
+        manifest: Json,
+        clip: Clip,
+        *indices: Tensor,
+        seed: int,
+        least_area: float,
     ) -> None:
         self.label = torch.tensor(manifest["label"], dtype=torch.long)
-        self._root, self._clip, self._seed, self._least_area = root, clip, seed, least_area
+        self._images = images if isinstance(images, ImageFiles) else ImageFiles.below(images)
+        self._clip, self._seed, self._least_area = clip, seed, least_area
         self._names: list[str] = manifest["names"]
         self._digests: list[str] = manifest["digests"]
         self._allowed = torch.zeros(len(self._names), dtype=torch.bool)
@@ -69,8 +77,8 @@ class TrainingImages:
             yield from ahead(pool, lambda row: self._load(row, epoch), rows.tolist(), AHEAD)
 
     def _load(self, row: int, epoch: int | None) -> Tensor:
-        path, digest = self._root / self._names[row], self._digests[row]
-        data = read_file(path)
+        name, digest = self._names[row], self._digests[row]
+        path, data = self._images.path(name), self._images.read(name)
         if content_digest(data) != digest:
             raise ImageError(path, "the file changed after the run began")
         image = decode(data, path)
