@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
         "images", metavar="IMAGE", nargs="+", action="extend", help="files, and folders of them"
     )
     parser.add_argument("--topk", type=count, default=5)
-    parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
+    parser.add_batch_size("--batch-size", "--encoder-batch-size")
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
     parser.add_argument(
         "--unknown",
