@@ -3,6 +3,7 @@
 
 model.py      Clip: images and class names to features
 spatial.py    the kinds of spatial features, and how a vision tower computes them
+identity.py   what decides a feature, and where two models differ in it
 texts.py      templates, prompts that are too long, unit rows
 loading.py    model names to models
 
@@ -26,6 +27,7 @@ Spatial options, [B, L, Cs]:
 """
 
 from vtclip.clip.hub import ClipNotFound
+from vtclip.clip.identity import differences, identity_of
 from vtclip.clip.loading import build_clip, load_clip
 from vtclip.clip.model import Clip
 from vtclip.clip.texts import DEFAULT_TEMPLATE, mean_text, resolve_templates
@@ -35,6 +37,8 @@ __all__ = [
     "Clip",
     "ClipNotFound",
     "build_clip",
+    "differences",
+    "identity_of",
     "load_clip",
     "mean_text",
     "resolve_templates",
