@@ -221,6 +221,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> Json:
         "kind": type(tokenizer).__name__,
         "context_length": getattr(tokenizer, "context_length", None),
     }
+    config |= getattr(tokenizer, "facts", {})
     vocab = getattr(tokenizer, "vocab", None)
     if isinstance(vocab, dict):
         text = json.dumps(vocab, sort_keys=True, ensure_ascii=True)
