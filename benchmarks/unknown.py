@@ -85,7 +85,10 @@ def auroc(known: Tensor, hidden: Tensor) -> float:
 def unknown_rows(
     records: Records, method: str, shots: int, seed: int, rate: float
 ) -> dict[str, list[float]]:
-    """Of each score: AUROC, share of known images refused, share of hidden ones refused."""
+    """Of each score: AUROC, share of known images refused, share of hidden ones refused, rate.
+
+    The rate is `rate` or the least that the validation images allow.
+    """
     K = len(records.class_names)
     order = torch.randperm(K, generator=torch.Generator().manual_seed(seed)).tolist()
     known = records.subset_classes(sorted(order[: K // 2]))
@@ -97,11 +100,13 @@ def unknown_rows(
     test = scores_of(decide(head, known, split.test, CPU), known, split.test, T)
     other = scores_of(decide(head, hidden, every, CPU), known_texts(hidden, known), every, T)
     weight = conformal.class_weights(kept.label, known.label)
+    least = float(weight.max() / (weight.sum() + weight.max()))
+    rate = max(rate, math.ceil(1000 * least) / 1000)
     found = {}
     for name, scores in val.items():
         threshold = conformal.unknown_threshold(scores, rate, weight)
         refused = [float((part[name] < threshold).double().mean()) for part in (test, other)]
-        found[name] = [auroc(test[name], other[name]), *refused]
+        found[name] = [auroc(test[name], other[name]), *refused, rate]
     return found
 
 
@@ -182,10 +187,11 @@ def main() -> None:
         records = enough(open_source(source).without_spatial(), shots)
         rows = [unknown_rows(records, method, shots, seed, args.rate) for seed in seeds]
         shown = [
-            f"{name} " + " / ".join(f"{100 * value:.1f}" for value in values)
+            f"{name} " + " / ".join(f"{100 * value:.1f}" for value in values[:3])
             for name, values in mean_of(rows).items()
         ]
-        print(f"{source.stem} {method} {shots}: {'; '.join(shown)}", flush=True)
+        used = mean_of(rows)["centred"][3]
+        print(f"{source.stem} {method} {shots} at {used:.3g}: {'; '.join(shown)}", flush=True)
     if args.only != "unknown":
         print(f"coverage in percent / mean set size, {args.seeds} splits")
     for source, method, shots in cells if args.only != "unknown" else []:
