@@ -63,7 +63,11 @@ def run(args: argparse.Namespace) -> int:
     paths, unreadable = _listed(args.images, places, args.follow_links)
     classifier = open_classifier(args, folder)
     asked = {"unknown": args.unknown, "coverage": args.coverage}
-    answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    try:
+        answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    except ValueError as error:
+        name = str(error).partition(" ")[0].rstrip(":")
+        raise ValueError(f"--{error}" if name in asked else str(error)) from None
     rows = zip(paths, answers, strict=True)
     if args.json:
         return _print_json(rows, unreadable)
