@@ -35,7 +35,16 @@ COOP_OPTIONS = {  # argument: option of the head
 }
 PASSED_ON = (  # to vtclip.fit as they are
     *("data", "method", "shots", "seed", "model", "spatial", "prompt", "test_fraction"),
-    *("val", "test", "final", "strict", "follow_links", "base_to_new", "pseudo_labels"),
+    *(
+        "val",
+        "test",
+        "final",
+        "strict",
+        "class_names",
+        "follow_links",
+        "base_to_new",
+        "pseudo_labels",
+    ),
     *("augment_passes", "encoder_batch_size", "train_encoders", "out", "overwrite", "resume"),
     *("device", "threads", "cache_dir"),
 )
@@ -90,7 +99,7 @@ def _add_images(parser: Parser) -> None:
         action="store_true",
         help="refuse images that are in training and test at once (default: count them)",
     )
-    parser.add_shared("--follow-links", group=group)
+    parser.add_shared("--class-names", "--follow-links", group=group)
     add("--base-to-new", action="store_true", help="train on half of the classes, test on both")
     add(
         "--pseudo-labels",

@@ -49,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         for option in options:
             (group or self).add_argument(option, **SHARED[option])
 
+    def add_batch_size(self, option: str, other: str) -> None:
+        """The encoder's batch under two names; its value is called as the first."""
+        settings = SHARED["--encoder-batch-size"]
+        dest = option[2:].replace("-", "_")
+        self.add_argument(option, **settings)
+        same = {"dest": dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        self.add_argument(other, **{**settings, **same})
+
     def add_model_of_run(self) -> None:
         self.add_argument("--model", help="another place of the weights the run was fitted on")
 
@@ -138,6 +146,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "--augment-passes": {
         "type": number(int, 0, 1000), "default": 0, "metavar": "N",
         "help": "random crops of every training image to train on as well (default: 0)",
+    },
+    "--class-names": {
+        "metavar": "FILE", "help": "the classes' names where folders are called by ids "
+        "(JSON or text: id, name)",
     },
     "--model": {
         "default": "demo", "help": "demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"

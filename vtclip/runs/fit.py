@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vtclip.data.class_names import as_class_names
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.records import Records
 from vtclip.data.sets import as_source
@@ -56,7 +57,7 @@ def fit(
     spatial: str | None = None,
     prompt: str | None = None,
     templates: Sequence[str] | None = None,
-    class_names: Mapping[str, str] | None = None,
+    class_names: Mapping[str, str] | str | Path | None = None,
     follow_links: bool = False,
     test_fraction: float = 0.5,
     augment_passes: int = 0,
@@ -130,6 +131,7 @@ def _request(
     test: object,
     method: str | None,
     overrides: Mapping[str, object] | None,
+    class_names: Mapping[str, str] | str | Path | None,
     device: str | torch.device | None,
     records: Records | None,
     **others: Any,
@@ -143,6 +145,7 @@ def _request(
         val=None if val is None else as_source(val, None),
         test=None if test is None else as_source(test, None),
         method=method,
+        class_names=as_class_names(class_names),
         overrides=overrides or {},
         device=choose_device(device),
         **others,
@@ -182,7 +185,7 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             values["final"] = {"images": len(rows.records)}
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        calibration = calibration_of(judged_val or judged.val, temperature)
+        calibration = calibration_of(judged_val or judged.val, temperature, rows.records.label)
         adapter = Adapter(head, names, temperature, features, calibration, request.final)
         digests = {"adapter": save_adapter(folder, adapter)}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
