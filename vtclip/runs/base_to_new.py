@@ -10,13 +10,12 @@ shows in the harmonic mean of the two accuracies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource
+from vtclip.data.sets import AnySource
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import pick
@@ -104,7 +103,7 @@ def evaluate_base_to_new(
     adapter: Adapter,
     result: Json,
     records: Records,
-    source: Path | SetSource,
+    source: AnySource,
     *,
     device: torch.device,
 ) -> Json:
@@ -148,7 +147,7 @@ def class_texts(records: Records, class_names: list[str]) -> Tensor:
     return records.text[[records.class_names.index(name) for name in class_names]]
 
 
-def run_test_rows(records: Records, half: str, result: Json, source: Path | SetSource) -> Tensor:
+def run_test_rows(records: Records, half: str, result: Json, source: AnySource) -> Tensor:
     """The test rows of the base or of the new classes, as the run had them."""
     seed, fraction = result["seed"], result["config"]["test_fraction"]
     if half == "new":

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtclip.data.image_files import InMemory
 from vtclip.data.sets import SetSource
 from vtclip.files import Json, only_writer, to_json
 from vtclip.heads import HEADS
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.result import RESULT, Run
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.steps import TrainingRun
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
     from vtclip.data.splits import Split
     from vtclip.machine import Stopwatch
     from vtclip.runs.request import FitRequest
+    from vtclip.train.calibration import Judged
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def run_folder(request: FitRequest, shots: int) -> Path:
         return Path(request.out).expanduser()
     source = request.source
     name = source.resolve().name
-    if isinstance(source, Path) and source.suffix == ".npz":
+    if isinstance(source, Path) and source.is_file():
         name = source.resolve().stem
     kind = request.method
     if request.base_to_new or request.train_encoders:
@@ -66,7 +69,9 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
     """Refuse an output that would touch the images, a file, or a run nobody asked to replace."""
     source, overwrite, resume = request.source, request.overwrite, request.resume
     images = source.root if isinstance(source, SetSource) else source
-    if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
+    if not isinstance(images, InMemory) and (
+        images.is_dir() and folder.resolve().is_relative_to(images.resolve())
+    ):
         raise ValueError(f"out {folder} lies inside the source {images}")
     if not folder.exists():
         return
@@ -122,13 +127,18 @@ def write_run(
     values: Json,
     watch: Stopwatch,
     digests: Mapping[str, str],
+    judged: Judged,
     **others: object,
 ) -> Run:
-    """Write the result of a finished fit, which needs its checkpoint no more.
+    """Write what a finished fit says of its images, and its result; the checkpoint goes.
 
-    digests: of what the run wrote; those of its source and split are added.
+    digests: of what the run wrote; those of its source and split are added. judged: the adapted
+    head's decisions on the validation and test images.
     """
     records, split = rows.records, rows.split
+    temperature = values["adapted"]["temperature"]
+    parts = named_parts(records.names, split, judged)
+    others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
     contents = result.make_result(
         values,

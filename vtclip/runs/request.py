@@ -17,7 +17,7 @@ import torch
 
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource, as_source
+from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import Split
 from vtclip.files import Json
@@ -42,7 +42,7 @@ RECORDED = (
 class FitRequest:
     """The options of `vtclip.fit`, where each is explained; a wrong one is a ValueError at once."""
 
-    source: Path | SetSource
+    source: AnySource
     method: str
     shots: int | None = None
     seed: int = 1
@@ -96,7 +96,7 @@ class FitRequest:
         shots = self.known_shots
         self.settings(max(SHOTS) if shots is None else shots)
 
-    def _check_encoders(self, source: Path | SetSource) -> None:
+    def _check_encoders(self, source: AnySource) -> None:
         """Refuse options of frozen features, which mean nothing where the encoders change."""
         for name in ("spatial", "prompt", "augment_passes", "base_to_new"):
             if getattr(self, name):

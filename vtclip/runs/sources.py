@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.folders import EXTENSIONS, is_ignored, scan_folder, walk_images
+from vtclip.data.folders import is_ignored, scan_folder, walk_images
+from vtclip.data.formats import is_image_name
+from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import ImageFiles
+from vtclip.data.listed import list_images
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
-from vtclip.data.sets import SetSource, as_source
+from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
@@ -76,7 +79,7 @@ class RunSources:
             rows.append(SourceRows(records, self.test_rows(entry, records), self.labels(records)))
         return rows
 
-    def opened(self, source: Path | SetSource) -> Records:
+    def opened(self, source: AnySource) -> Records:
         """Plain rows of any source, of features that the adapter takes; of its own set its draw."""
         folder = not isinstance(source, SetSource) and source_kind(source) == "folder"
         images = isinstance(source, SetSource) or folder
@@ -92,6 +95,7 @@ class RunSources:
         options = FeatureOptions(
             model=self.clip() if images else "demo",
             **{name: self.options[name] for name in ("spatial", "prompt", "templates")},
+            class_names=self.options.get("class_names") if images else None,
             need_spatial=self.adapter.head.needs_spatial,
             cache_dir=self.cache_dir,
             device=str(self.device),
@@ -130,7 +134,7 @@ class RunSources:
         check_features(self.adapter, records)
         return records
 
-    def other(self, source: Path | SetSource) -> SourceRows:
+    def other(self, source: AnySource) -> SourceRows:
         """Any source with classes of the run; of one of its own only the test rows count."""
         records = self.opened(source)
         digest = records.info.get("digests", {}).get("images")
@@ -178,12 +182,18 @@ def sources_of(run: Run) -> list[Json]:
 def new_classes(path: Path, name: str | None) -> ImageFiles:
     """One class where `path` holds images or `name` is given, else one class per folder in it.
 
+    A list or a saved dataset has the classes that it names.
+
     Image names start with the folder's own name, as they would in a folder of both: which of them
     are test images does not depend on how they came.
     """
     path = path.resolve()
+    if path.is_file() or is_saved_dataset(path):
+        if name is not None:
+            raise ValueError(f"extend: name is for a folder of images, got {path}")
+        return list_images(path)
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
-    loose = any(entry.suffix.lower() in EXTENSIONS for entry in entries)
+    loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
     if name is None and loose and folders:
         raise ValueError(
@@ -218,9 +228,7 @@ def metrics_over(
     return named_classes(values, list(class_names))
 
 
-def evaluate_sources(
-    sources: RunSources, source: str | Path | SetSource | None, data: str | Path | None
-) -> Json:
+def evaluate_sources(sources: RunSources, source: object, data: str | Path | None) -> Json:
     """Metrics of an extended run: all its test images, or those of `source`.
 
     Of a source that the run was made with only the test rows count. Without `source` there are

@@ -18,6 +18,7 @@ from vtclip.distributed import StopSignal
 from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
+from vtclip.machine import BatchSize
 from vtclip.train import metrics
 from vtclip.train.rows import TrainingRows, shuffled
 from vtclip.train.steps import (
@@ -124,11 +125,12 @@ def all_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits [N, K] and labels [N] of the plain (never augmented) rows `index`, in that order."""
     head.eval()
-    logits, label = [], []
-    for rows in torch.split(index, batch_size):
+
+    def computed(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = records.batch(rows, 0)
-        logits.append(compute_logits(head, batch, device).float().cpu())
-        label.append(batch.label)
+        return compute_logits(head, batch, device).float().cpu(), batch.label
+
+    logits, label = zip(*BatchSize(batch_size).map(computed, index), strict=True)
     return torch.cat(logits), torch.cat(label)
 
 
@@ -141,8 +143,13 @@ def head_metrics(
     temperature: float | None = None,
 ) -> Json:
     """Every metric over the rows `index`, each of which is counted once."""
+    logits, label = all_logits(head, records, each_once(index), device=device)
+    return metrics.all_metrics(logits, label, temperature)
+
+
+def each_once(index: Tensor) -> Tensor:
+    """`index`, which must name no row twice: a row that is counted is counted once."""
     different = len(set(index.tolist()))
     if len(index) != different:
         raise ValueError(f"evaluate: {len(index)} rows, of which {different} differ")
-    logits, label = all_logits(head, records, index, device=device)
-    return metrics.all_metrics(logits, label, temperature)
+    return index
