@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
         "images", metavar="IMAGE", nargs="+", action="extend", help="files, and folders of them"
     )
     parser.add_argument("--topk", type=count, default=5)
-    parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
+    parser.add_batch_size("--batch-size", "--encoder-batch-size")
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
     parser.add_argument(
         "--unknown",
@@ -63,7 +63,11 @@ def run(args: argparse.Namespace) -> int:
     paths, unreadable = _listed(args.images, places, args.follow_links)
     classifier = open_classifier(args, folder)
     asked = {"unknown": args.unknown, "coverage": args.coverage}
-    answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    try:
+        answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    except ValueError as error:
+        name = str(error).partition(" ")[0].rstrip(":")
+        raise ValueError(f"--{error}" if name in asked else str(error)) from None
     rows = zip(paths, answers, strict=True)
     if args.json:
         return _print_json(rows, unreadable)

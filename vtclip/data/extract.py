@@ -25,7 +25,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ import torch
 from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
+from vtclip.data.class_names import as_class_names
 from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
 from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all, skipped_now
@@ -73,6 +74,7 @@ def extract_features(
     device: str | torch.device = "cpu",
     progress: bool = True,
     follow_links: bool = False,
+    class_names: Mapping[str, str] | str | Path | None = None,
     world: World | None = None,
 ) -> tuple[FeatureSet, ExtractionReport]:
     """Features of an image folder in the folder `out`, reused where they are there already.
@@ -94,6 +96,7 @@ def extract_features(
         dtype=dtype,
         batch_size=batch_size,
         follow_links=follow_links,
+        class_names=as_class_names(class_names),
     )
     world = world or World()
     return _Job.of(source, options, world).run(out, world)
@@ -426,8 +429,14 @@ def write_features(
     device: str | torch.device | None = None,
     threads: int | None = None,
     progress: bool = False,
+    batch_size: int = 64,
+    follow_links: bool = False,
+    class_names: Mapping[str, str] | str | Path | None = None,
 ) -> Records:
     """Features of an image folder in the folder `out`, which `fit` then takes as its source.
+
+    batch_size: images at a time through the encoder; fewer where memory does not hold as many.
+    class_names: the names of classes whose folders are called by ids, by id, or the file with them.
 
     Processes that torchrun started share the work, and each returns the same.
     """
@@ -443,8 +452,11 @@ def write_features(
             spatial=spatial,
             templates=None if templates is None else list(templates),
             augment_passes=augment_passes,
+            batch_size=batch_size,
             device=where,
             progress=progress and world.first,
+            follow_links=follow_links,
+            class_names=class_names,
             world=world,
         )
     return found.records()

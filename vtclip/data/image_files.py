@@ -7,12 +7,10 @@ import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vtclip.data.decode import read_file
-from vtclip.data.records import check_class_names
-from vtclip.files import printable
 
 IN_MEMORY = "in memory: "
 
@@ -75,22 +73,6 @@ class ImageFiles:
     def size(self, name: str) -> int:
         """The bytes that an image takes."""
         return len(self.read(name)) if self.reader is not None else os.path.getsize(self.path(name))
-
-    def renamed(self, class_names: Mapping[str, str]) -> ImageFiles:
-        """The same images under the names that `class_names` gives to their classes.
-
-        A class that it lacks is an error; entries for classes that are not here do not matter.
-        """
-        absent = [name for name in self.class_names if name not in class_names]
-        if absent:
-            place = self.where.get(absent[0])
-            at = f" ({place})" if place else ""
-            raise ValueError(
-                f"class_names: {len(absent)} of {len(self.class_names)} classes have no entry, "
-                f"first {printable(absent[0])!r}{at}"
-            )
-        names = check_class_names([class_names[name] for name in self.class_names])
-        return replace(self, class_names=names)
 
 
 @dataclass(frozen=True)

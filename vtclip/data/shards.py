@@ -37,6 +37,7 @@ from vtclip.data.loading import Batches
 from vtclip.data.perceptual import perceptual_digest
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json, json_digest, printable, read_json, to_json, write_atomic
+from vtclip.machine import BatchSize
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Work:
     progress: bool
     stages: dict[str, float] = field(default_factory=dict)
     taken: dict[int, Taken] = field(default_factory=dict)
+    at_a_time: BatchSize = field(default_factory=BatchSize)
 
     @property
     def key(self) -> str:
@@ -251,10 +253,16 @@ def _encode_shard(
 ) -> tuple[dict[str, Tensor], list[int], list[tuple[str, str]]]:
     """A shard's tensors, the rows they hold, and (name, reason) of the files without a row."""
     dtype = DTYPES[work.fields["dtype"]] if tokens is not None else torch.float32
-    images = [torch.empty(0, work.passes, work.clip.width)]
+    shape = (work.passes, work.clip.width)
+    images = [torch.empty(0, *shape)]
     spatials = [torch.empty(0, work.passes, *(tokens or ()), dtype=dtype)]
     rows: list[int] = []
     skipped: list[tuple[str, str]] = []
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        image, spatial = work.clip.encode_image(pixels, work.fields["spatial"])
+        return image.float().cpu(), None if spatial is None else spatial.cpu().to(dtype)
+
     for piece in shard.batches(work.per_batch):
         with work.timed("waiting for images"):
             pixels, errors = batches.next_batch()
@@ -265,10 +273,12 @@ def _encode_shard(
                 skipped.append((work.hashed.names[row], error.reason))
         if len(pixels):
             with work.timed("encoding"):
-                image, spatial = work.clip.encode_image(pixels, work.fields["spatial"])
-                images.append(image.float().cpu().reshape(-1, *images[0].shape[1:]))
-                if spatial is not None:
-                    spatials.append(spatial.cpu().to(dtype).reshape(-1, *spatials[0].shape[1:]))
+                parts = work.at_a_time.map(encode, pixels)
+            # joined first, because the views of one image may be in two parts
+            images.append(torch.cat([image for image, _ in parts]).reshape(-1, *shape))
+            if tokens is not None:
+                spatial = torch.cat([part for _, part in parts if part is not None])
+                spatials.append(spatial.reshape(-1, *spatials[0].shape[1:]))
         bar.update(len(errors))
     tensors = {"image": torch.cat(images)}
     if tokens is not None:

@@ -95,6 +95,7 @@ class RunSources:
         options = FeatureOptions(
             model=self.clip() if images else "demo",
             **{name: self.options[name] for name in ("spatial", "prompt", "templates")},
+            class_names=self.options.get("class_names") if images else None,
             need_spatial=self.adapter.head.needs_spatial,
             cache_dir=self.cache_dir,
             device=str(self.device),
