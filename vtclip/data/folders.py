@@ -135,15 +135,16 @@ def _check_places(tree: FolderTree, layout: Layout, where: str) -> None:
 
 def _claim(tree: FolderTree, layout: Layout, where: str) -> None:
     """Mark the class folders and those above as read: no link below them leads to them again."""
+    for folder in sorted({above for place in layout.places for above in _above(place.folder)}):
+        tree.claim(folder)
     for place in layout.places:
         other = tree.claim(place.folder)
         if other is not None:
+            first = printable(other) if other else "the source itself"
             raise ValueError(
-                f"source: {where}: {printable(other)} and {printable(place.folder)} are the same "
-                "folder, by a link"
+                f"source: {where}: {first} and {printable(place.folder)} are the same folder, by a "
+                "link"
             )
-    for folder in {above for place in layout.places for above in _above(place.folder)}:
-        tree.claim(folder)
 
 
 def _above(folder: str) -> list[str]:
