@@ -98,6 +98,22 @@ def test_features_folder_keeps_the_roles(tmp_path, fake_clip):
     assert FeatureSet.open(tmp_path / "out").records().roles.tolist() == [0, 0, 1, 1] * 2
 
 
+def test_features_folder_that_is_written_again_says_what_was_asked_last(
+    pictures, tmp_path, fake_clip
+):
+    out, clip = tmp_path / "out", fake_clip()
+    (pictures / "cat" / "empty.jpg").write_bytes(b"")
+    extract_features(pictures, out, model=clip)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    extract_features(pictures, out, model=clip)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (pictures / "cat" / "empty.jpg").unlink()
+    clip.name = "moved"
+    _, report = extract_features(pictures, out, model=clip)
+    info = FeatureSet.open(out).records().info
+    assert (report.reused, info["model_name"], info["skipped"]) == (True, "moved", [])
+
+
 def test_pixels_are_the_same_in_another_file(cached, pictures):
     image = Image.open(pictures / "cat" / "0.png")
     image.save(pictures / "dog" / "again.bmp")

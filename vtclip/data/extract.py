@@ -245,7 +245,7 @@ class _Job(Work):
                     path.unlink()
                 return None
             if features.key == self.key:
-                return features
+                return features if rebuild else self._renewed(features)
             differs = [
                 name for name, value in self.fields.items() if features.fields.get(name) != value
             ]
@@ -257,6 +257,24 @@ class _Job(Work):
         if others and not (folder / PARTIAL).exists():
             raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
         return None
+
+    def _renewed(self, features: FeatureSet) -> FeatureSet:
+        """Features in a folder that was asked for, whose manifest then says what was asked now."""
+        body = {name: value for name, value in features.manifest.items() if name != "digest"}
+        skipped = skipped_now(self.hashed, body["names"], features.skipped)
+        now = {
+            **body,
+            "model_name": self.clip.name,
+            "roles": self._roles(body["names"]),
+            "skipped": [list(pair) for pair in skipped],
+        }
+        if now == {"roles": None, **body}:
+            return features
+        folder = features.folder
+        files.write_atomic(
+            folder / MANIFEST, files.to_json({**now, "digest": files.json_digest(now)})
+        )
+        return FeatureSet.open(folder)
 
     def _build(self, folder: Path, world: World) -> None:
         tokens = self._spatial_shape()
