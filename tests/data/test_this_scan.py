@@ -178,6 +178,17 @@ def test_ranges_of_16_bit_files_are_counted_and_part_of_the_key(cached, pictures
     assert found.fields["decoding"] == ["16-bit"]
 
 
+def test_images_of_other_formats_are_said_once(cached, pictures, caplog):
+    for number in range(30):
+        (pictures / "cat" / f"{number}.CR2").write_bytes(b"raw")
+    for _ in range(2):
+        caplog.clear()
+        _, report = cached()
+        assert len(report.skipped) == 30
+        line = f"30 .cr2 files in 1 folder of {pictures} are not read: camera raw; convert them to"
+        assert [record.message.startswith(line) for record in caplog.records] == [True]
+
+
 def test_other_files_are_counted_quietly(cached, pictures, caplog):
     caplog.set_level(logging.INFO, "vtclip")
     (pictures / "cat" / "notes.txt").write_text("x")

@@ -36,6 +36,7 @@ from vtclip.clip.augment import AUGMENTATION
 from vtclip.data.class_names import as_class_names
 from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
+from vtclip.data.folder_tree import in_remarks
 from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all, skipped_now
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
@@ -213,8 +214,10 @@ class _Job(Work):
                 "training and test at once",
                 len(report.duplicates), files.printable(first), files.printable(second),
             )  # fmt: skip
-        if report.skipped:
-            logger.warning("%s", "; ".join(report.lines(5)))
+        said = {why for _, why in folder.skipped if folder.remarks and in_remarks(why)}
+        if any(why not in said for _, why in report.skipped):
+            lines = [line for line in report.lines(5) if not line.endswith(tuple(said))]
+            logger.warning("%s", "; ".join(lines))
         if folder.passed:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(folder.passed.items()))
             logger.info("passed over in %s: %s", folder.root, kinds)

@@ -183,6 +183,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def in_remarks(reason: str) -> bool:
+    """Whether files that are skipped for this reason are counted in a line of their own."""
+    return " is not read: " in reason or reason == OUTSIDE
+
+
 def last_part(name: str) -> str:
     return name.rsplit("/", 1)[-1]
 

@@ -130,6 +130,7 @@ def _check_places(tree: FolderTree, layout: Layout, where: str) -> None:
     if not layout.places:
         loose = len(tree.images(""))
         rest = f", only {loose} images without a class" if loose else ""
+        rest += "".join(f"; {line}" for line in tree_lines(tree, where))
         raise ValueError(f"source: {where} must hold one folder per class, got no folders{rest}")
 
 
