@@ -36,6 +36,7 @@ from vtclip.clip.augment import AUGMENTATION
 from vtclip.data.class_names import as_class_names
 from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
+from vtclip.data.folder_tree import in_remarks
 from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all, skipped_now
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
@@ -213,8 +214,10 @@ class _Job(Work):
                 "training and test at once",
                 len(report.duplicates), files.printable(first), files.printable(second),
             )  # fmt: skip
-        if report.skipped:
-            logger.warning("%s", "; ".join(report.lines(5)))
+        said = {why for _, why in folder.skipped if folder.remarks and in_remarks(why)}
+        if any(why not in said for _, why in report.skipped):
+            lines = [line for line in report.lines(5) if not line.endswith(tuple(said))]
+            logger.warning("%s", "; ".join(lines))
         if folder.passed:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(folder.passed.items()))
             logger.info("passed over in %s: %s", folder.root, kinds)
@@ -245,7 +248,7 @@ class _Job(Work):
                     path.unlink()
                 return None
             if features.key == self.key:
-                return features
+                return features if rebuild else self._renewed(features)
             differs = [
                 name for name, value in self.fields.items() if features.fields.get(name) != value
             ]
@@ -257,6 +260,24 @@ class _Job(Work):
         if others and not (folder / PARTIAL).exists():
             raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
         return None
+
+    def _renewed(self, features: FeatureSet) -> FeatureSet:
+        """Features in a folder that was asked for, whose manifest then says what was asked now."""
+        body = {name: value for name, value in features.manifest.items() if name != "digest"}
+        skipped = skipped_now(self.hashed, body["names"], features.skipped)
+        now = {
+            **body,
+            "model_name": self.clip.name,
+            "roles": self._roles(body["names"]),
+            "skipped": [list(pair) for pair in skipped],
+        }
+        if now == {"roles": None, **body}:
+            return features
+        folder = features.folder
+        files.write_atomic(
+            folder / MANIFEST, files.to_json({**now, "digest": files.json_digest(now)})
+        )
+        return FeatureSet.open(folder)
 
     def _build(self, folder: Path, world: World) -> None:
         tokens = self._spatial_shape()

@@ -237,7 +237,7 @@ def _check_source(run: Run, cache_dir: str | Path | None) -> None:
         raise ValueError(f"repeat: the source of {run.folder} is gone: {error}") from None
     wanted, changed = run.result["digests"].get("images"), ""
     if kind == "folder":
-        hashed = hash_all(list_images(source), False)
+        hashed = hash_all(list_images(source, follow_links=bool(config.get("follow_links"))), False)
         now = hashed.digest()
         if now != wanted:
             digests = dict(zip(hashed.names, hashed.digests, strict=True))

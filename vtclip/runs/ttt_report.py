@@ -59,7 +59,7 @@ def ttt_report(
     """
     from vtclip.data.views import folder_views
 
-    files = list_images(source)
+    files = list_images(source, follow_links=True)  # `names` say which are read
     check_weights(adapter, clip.weights_digest, clip.name)
     wants = adapter.features["spatial"] if adapter.head.needs_spatial else None
 
