@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 from vtclip import __version__
 from vtclip.cli import (
     bench,
+    convert,
     data,
     demo,
     evaluate,
@@ -54,6 +55,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("repeat", repeat, "run RUN again, and compare"),
     ("report", report, "tables and a page of a benchmark's rows"),
     ("export", export, "a run as a .pt2 or an .onnx file"),
+    ("convert", convert, "a file of weights as safetensors that says what it is"),
     ("data", data, "which of the field's data sets lie in ROOT"),
     ("bench", bench, "sources x methods x shots x seeds"),
     ("tune", tune, "time the GPU kernels' tiles, and keep a table"),

@@ -40,6 +40,8 @@ class ImageFiles:
     labels: all classes of each image, where an image may have more than one; `label` is the first.
     reader: returns the bytes of an image by name, where they are not those of a file.
     where: says of a class in which part of the source it occurs first, for messages.
+    passed: how many files of other kinds were passed over, by extension or kind.
+    remarks: lines that whoever uses the files must say once (layout, files that are not read).
     """
 
     root: Path
@@ -52,6 +54,8 @@ class ImageFiles:
     labels: list[list[int]] | None = None
     reader: Callable[[str], bytes] | None = field(default=None, compare=False, repr=False)
     where: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    passed: Mapping[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def below(cls, root: str | Path) -> ImageFiles:

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -30,10 +30,11 @@ from torch import Tensor
 
 from vtclip.clip import Clip, mean_text
 from vtclip.clip.augment import pass_generator
-from vtclip.data.decode import ImageError, content_digest, decode
+from vtclip.data.decode import ImageError, content_digest, decode_noted, pixel_digest
 from vtclip.data.featureset import TEXT, file_digest
 from vtclip.data.hashing import Hashed
 from vtclip.data.loading import Batches
+from vtclip.data.perceptual import perceptual_digest
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json, json_digest, printable, read_json, to_json, write_atomic
 from vtclip.machine import BatchSize
@@ -46,6 +47,14 @@ SHARDS, LEAST_ROWS, SHARD_ROWS, SHARD_BYTES = 32, 64, 4096, 64 * 2**20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+class Taken(NamedTuple):
+    """What is kept of one decoded image beside its features."""
+
+    pixels: str | None
+    perceptual: str | None
+    notes: tuple[str, ...]
+
+
 @dataclass
 class Work:
     """Hashed files, a model and the fields that decide every number of their features."""
@@ -56,6 +65,7 @@ class Work:
     batch_size: int
     progress: bool
     stages: dict[str, float] = field(default_factory=dict)
+    taken: dict[int, Taken] = field(default_factory=dict)
     at_a_time: BatchSize = field(default_factory=BatchSize)
 
     @property
@@ -208,6 +218,7 @@ def make_shards(
             _check(work, tensors, rows)
             entry = write_tensors(folder / shard.file, tensors)
             entry |= {"number": shard.number, "rows": len(rows), "kept": rows, "skipped": skipped}
+            entry |= {"taken": [work.taken.pop(row) for row in rows]}
             write_atomic(shard.note(folder), to_json(_note(work, shard, entry)))
             done[shard.number] = entry
 
@@ -231,9 +242,10 @@ def load_views(work: Work, row: int) -> Tensor | ImageError:
     if digest != work.hashed.digests[row]:
         raise ImageError(path, "the file changed while features were extracted")
     try:
-        image = decode(data, path)
+        image, notes = decode_noted(data, path)
     except ImageError as error:
         return error
+    work.taken[row] = Taken(pixel_digest(image), perceptual_digest(image), notes)
     views = [work.clip.preprocess(image)]
     for augment_pass in range(1, work.passes):
         views.append(work.clip.augment(image, pass_generator(digest, augment_pass)))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from vtclip.data.class_names import with_class_names
-from vtclip.data.folders import EXTENSIONS, is_ignored, scan_folder, walk_images
+from vtclip.data.folders import is_ignored, scan_folder, walk_images
+from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
@@ -197,7 +198,7 @@ def new_classes(
             raise ValueError(f"extend: name is for a folder of images, got {path}")
         return with_class_names(list_images(path), class_names, keep_others=True)
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
-    loose = any(entry.suffix.lower() in EXTENSIONS for entry in entries)
+    loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
     if name is None and loose and folders:
         raise ValueError(
