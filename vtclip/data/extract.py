@@ -27,12 +27,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
+from vtclip.clip.texts import by_class_name, read_templates, templates_of
 from vtclip.data.class_names import as_class_names
 from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
@@ -51,6 +53,7 @@ from vtclip.data.shards import (
     shards_of,
     write_text,
 )
+from vtclip.data.text_checks import warn_of_texts
 from vtclip.distributed import World, device_of_rank, joined
 from vtclip.files import Json, only_writer
 from vtclip.machine import choose_device, set_threads
@@ -69,7 +72,7 @@ def extract_features(
     model: str | Path | Clip = "demo",
     spatial: str | None = None,
     augment_passes: int = 0,
-    templates: str | Sequence[str] | None = None,
+    templates: str | Sequence[Any] | None = None,
     dtype: str = "float16",
     batch_size: int = 64,
     device: str | torch.device = "cpu",
@@ -87,17 +90,18 @@ def extract_features(
     out = Path(out).expanduser()
     if files.is_below(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
+    names = as_class_names(class_names)
     options = FeatureOptions(
         model=model,
         spatial=spatial,
-        templates=templates,
+        templates=by_class_name(read_templates(templates), names),
         augment_passes=augment_passes,
         device=device,
         progress=progress,
         dtype=dtype,
         batch_size=batch_size,
         follow_links=follow_links,
-        class_names=as_class_names(class_names),
+        class_names=names,
     )
     world = world or World()
     return _Job.of(source, options, world).run(out, world)
@@ -129,6 +133,7 @@ class _Job(Work):
         folder = list_images(
             source, follow_links=options.follow_links, class_names=options.class_names
         )
+        lines = templates_of(lines, folder.prompts or folder.class_names)
         world.check_same(
             "list of images", files.json_digest({"names": [*map(ascii, folder.names)]})
         )
@@ -445,7 +450,7 @@ def write_features(
     *,
     model: str = "demo",
     spatial: str | None = "default",
-    templates: Sequence[str] | None = None,
+    templates: Sequence[Any] | None = None,
     augment_passes: int = 0,
     device: str | torch.device | None = None,
     threads: int | None = None,
@@ -466,7 +471,7 @@ def write_features(
     named = device is not None and torch.device(device).index is not None
     where = device_of_rank(where, named)
     with joined(where) as world:
-        found, _ = extract_features(
+        found, report = extract_features(
             source,
             out,
             model=model,
@@ -480,4 +485,6 @@ def write_features(
             class_names=class_names,
             world=world,
         )
+        if world.first:
+            warn_of_texts(found, encoded=not report.reused)
     return found.records()

@@ -10,7 +10,7 @@ not seen the new classes. `Head.class_specific` says which heads cannot be exten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def extend(
         raise ValueError(f"shots must be at least 1, got {shots}")
     adapter = load_adapter(run.folder, device=where)
     check_extendable(adapter.head)
-    _check_names(adapter.class_names, path, name)
+    _check_names(adapter.class_names, path, name, run.result["config"].get("class_names"))
     watch = Stopwatch(where)
     sources = RunSources(run, adapter, where, model, cache_dir, progress)
     with watch.stage("features"):
@@ -224,10 +224,12 @@ def _check_out(out: Path, run: Path, folder: Path) -> None:
             raise ValueError(f"out {out} lies inside the {what} {place}")
 
 
-def _check_names(known: list[str], path: Path, name: str | None) -> None:
+def _check_names(
+    known: list[str], path: Path, name: str | None, class_names: Mapping[str, str] | None
+) -> None:
     """Refuse names that the run has already before any image is read."""
     if source_kind(path) == "folder":
-        check_class_names([*known, *new_classes(path, name).class_names])
+        check_class_names([*known, *new_classes(path, name, class_names).class_names])
 
 
 def check_extendable(head: Head) -> None:

@@ -49,7 +49,7 @@ class FitRequest:
     model: str = "demo"
     spatial: str | None = None
     prompt: str | None = None
-    templates: Sequence[str] | None = None
+    templates: Sequence[Any] | None = None
     class_names: Mapping[str, str] | None = None
     follow_links: bool = False
     test_fraction: float = 0.5

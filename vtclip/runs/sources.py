@@ -8,7 +8,7 @@ templates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vtclip.data.class_names import with_class_names
 from vtclip.data.folders import is_ignored, scan_folder, walk_images
 from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
@@ -121,6 +122,7 @@ class RunSources:
             )
         from vtclip.data.extract import cached_features
 
+        named = self.options.get("class_names")
         options = FeatureOptions(
             model=self.clip(),
             spatial=features["spatial"] if self.adapter.head.needs_spatial else None,
@@ -130,7 +132,7 @@ class RunSources:
             device=self.device,
             progress=self.progress,
         )
-        records = cached_features(new_classes(path, name), options)[0].records()
+        records = cached_features(new_classes(path, name, named), options)[0].records()
         check_features(self.adapter, records)
         return records
 
@@ -179,10 +181,13 @@ def sources_of(run: Run) -> list[Json]:
     ]
 
 
-def new_classes(path: Path, name: str | None) -> ImageFiles:
+def new_classes(
+    path: Path, name: str | None, class_names: Mapping[str, str] | None = None
+) -> ImageFiles:
     """One class where `path` holds images or `name` is given, else one class per folder in it.
 
-    A list or a saved dataset has the classes that it names.
+    A list or a saved dataset has the classes that it names. class_names: from ids to names; a class
+    that is none of the ids keeps its own.
 
     Image names start with the folder's own name, as they would in a folder of both: which of them
     are test images does not depend on how they came.
@@ -191,7 +196,7 @@ def new_classes(path: Path, name: str | None) -> ImageFiles:
     if path.is_file() or is_saved_dataset(path):
         if name is not None:
             raise ValueError(f"extend: name is for a folder of images, got {path}")
-        return list_images(path)
+        return with_class_names(list_images(path), class_names, keep_others=True)
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
     loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
@@ -200,14 +205,15 @@ def new_classes(path: Path, name: str | None) -> ImageFiles:
             f"extend: {path} holds images and folders; name makes all of them one class"
         )
     if name is None and not loose:
-        return scan_folder(path)
+        return with_class_names(scan_folder(path), class_names, keep_others=True)
     names, skipped = walk_images(path)
     if not names:
         raise ValueError(f"extend: {path} holds no images")
     root = path.parent
     below = [file.relative_to(root).as_posix() for file in names]
     passed = [(Path(file).relative_to(root).as_posix(), why) for file, why in skipped]
-    classes = check_class_names([path.name if name is None else name])
+    usual = (class_names or {}).get(path.name, path.name)
+    classes = check_class_names([usual if name is None else name])
     return ImageFiles(root, classes, below, [0] * len(below), passed)
 
 
