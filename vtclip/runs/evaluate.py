@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
@@ -137,13 +138,17 @@ def evaluate_both(
 
     With the metrics come the decisions of the last head, each of whose rows is read once.
     """
-    values = {}
+    values: dict[str, Json] = {}
+    kept: list[tuple[Tensor, Tensor]] = []
+    val = None
     for name, (head, records) in decisions.items():
-        val = None
         if len(split.val):
             val = decide(head, TrainingRows(records, split.val), split.val, device)
         T = None if val is None else metrics.fit_temperature(val.logits, val.label)
-        test = decide(head, records, engine.each_once(split.test), device)
-        row = metrics.all_metrics(test.logits, test.label, T)
+        row = engine.head_metrics(
+            head, records, split.test, device=device, temperature=T, keep=kept
+        )
         values[name] = named_classes(row, records.class_names)
-    return values, Judged(val, test)
+        del kept[:-1]
+    logits, label = kept[-1]
+    return values, Judged(val, Decisions(logits, logits, label))

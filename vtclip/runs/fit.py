@@ -151,7 +151,9 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             values |= pseudo_report(rows.training, rows.records, rows.split)
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        calibration = calibration_of(judged_val or judged.val, temperature, rows.records.label)
+        calibration = calibration_of(
+            judged_val or judged.val, temperature, rows.records.label, rows.split.test
+        )
         digest = save_adapter(folder, Adapter(head, names, temperature, features, calibration))
         digests = {"adapter": digest}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)

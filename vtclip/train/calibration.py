@@ -41,7 +41,10 @@ class Decisions(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a fitted head says of the validation and of the test rows of its split."""
+    """What a fitted head says of the validation and of the test rows of its split.
+
+    Of test rows the logits stand for the evidence too, which nothing asks for.
+    """
 
     val: Decisions | None
     test: Decisions
@@ -118,15 +121,18 @@ def unseen(head: Head, records: Records, val: Tensor, device: torch.device) -> D
 
 
 def calibration_of(
-    val: Decisions | None, temperature: float | None, every_label: Tensor
+    val: Decisions | None, temperature: float | None, label: Tensor, test: Tensor
 ) -> Calibration | None:
     """What is kept of the validation images, which are `unseen`; None where there are none.
 
-    every_label [N]: the classes of all images of the source, which say how frequent each is.
+    label [N]: the classes of all images of the source. Those that are not in the rows `test` say
+    how frequent each class is; nothing of a test image is kept, not even its label.
     """
     if val is None or not len(val.label):
         return None
     losses = conformal.class_losses(val.logits, temperature)
     known = conformal.known_score(val.evidence)
-    weight = conformal.class_weights(val.label, every_label)
+    pool = torch.ones(len(label), dtype=torch.bool)
+    pool[test] = False
+    weight = conformal.class_weights(val.label, label[pool])
     return Calibration(conformal.true_losses(losses, val.label), known, weight)
