@@ -32,6 +32,7 @@ import torch
 from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
+from vtclip.clip.identity import absolute_name
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
 from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all
 from vtclip.data.image_files import ImageFiles
@@ -108,6 +109,8 @@ def cached_features(
 class _Job(Work):
     """One extraction: what is to be made, and where it may lie already."""
 
+    every_class = True
+
     @classmethod
     def of(cls, source: str | Path | ImageFiles, options: FeatureOptions, world: World) -> _Job:
         _check_numbers(options)
@@ -143,13 +146,16 @@ class _Job(Work):
         if folder.prompts not in (None, folder.class_names):
             fields["prompts"] = folder.prompts
         stages = {"hashing": time.perf_counter() - start}
-        return cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made = cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made.every_class = options.every_class
+        return made
 
     def reuse(self, features: FeatureSet) -> tuple[FeatureSet, ExtractionReport]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
         if features.key != self.key:
             raise ValueError(f"features: {features.folder} holds features of something else")
         features.verify()
+        features.model_name = absolute_name(self.clip.name)
         return features, ExtractionReport(
             len(features),
             features.skipped,
@@ -182,6 +188,7 @@ class _Job(Work):
             if not report.reused:
                 self._build(folder, world)
             features = FeatureSet.open(folder)
+        features.model_name = absolute_name(self.clip.name)
         report.rows, report.skipped = len(features), features.skipped
         report.num_bytes, report.seconds = features.num_bytes, time.perf_counter() - start
         if report.skipped and world.first:
@@ -281,7 +288,7 @@ class _Job(Work):
         lost = [
             name for k, name in enumerate(class_names) if k not in {hashed.label[r] for r in kept}
         ]
-        if lost:
+        if lost and self.every_class:
             raise ValueError(f"features: no image of these classes could be read: "
                              f"{', '.join(map(files.printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
@@ -290,7 +297,7 @@ class _Job(Work):
             "version": VERSION,
             "key": self.key,
             "fields": self.fields,
-            "model_name": self.clip.name,
+            "model_name": absolute_name(self.clip.name),
             "logit_scale": self.clip.logit_scale,
             "width": self.clip.width,
             "spatial_tokens": tokens[0] if tokens else None,

@@ -29,8 +29,13 @@ IGNORED = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 
 
-def scan_folder(root: str | Path, *, follow_links: bool = False) -> ImageFiles:
-    """The image files below `root` in their fixed order; nothing is opened yet."""
+def scan_folder(
+    root: str | Path, *, follow_links: bool = False, empty_classes: bool = False
+) -> ImageFiles:
+    """The image files below `root` in their fixed order; nothing is opened yet.
+
+    empty_classes: a class folder without images is a class of no image instead of an error.
+    """
     root = Path(root).expanduser()
     if not root.is_dir():
         raise ValueError(f"source: must be a folder, got {printable(str(root))}")
@@ -62,7 +67,7 @@ def scan_folder(root: str | Path, *, follow_links: bool = False) -> ImageFiles:
             label.append(k)
         if len(names) == before:
             empty.append(class_name)
-    if empty:
+    if empty and not empty_classes:
         shown = ", ".join(map(printable, empty[:8])) + (", ..." if len(empty) > 8 else "")
         raise ValueError(f"source: {len(empty)} class folders hold no images: {shown}")
     if loose:

@@ -284,7 +284,7 @@ class Records:
 
     @property
     def perceptual(self) -> list[str | None] | None:
-        """A perceptual hash of each row's picture, 64 bits as 16 hex digits: few bits differ between
+        """A perceptual hash of each row's picture, 64 bits as 16 hex digits: few differ between
         copies that were encoded or scaled anew. None as for `pixels`, and for a picture without
         structure; it needs the extra "duplicates" when features are extracted.
         """
