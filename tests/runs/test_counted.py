@@ -258,6 +258,22 @@ def test_every_run_can_be_evaluated_repeated_and_exported(method, each, tmp_path
     assert vtclip.repeat(tmp_path / "run")["verdict"] == "MATCH"
 
 
+@pytest.mark.parametrize("method", ["zeroshot", "tip-adapter"])
+def test_an_extension_with_copies_of_old_images_counts_each_once(method, place, tmp_path, caplog):
+    options: dict[str, Any] = {"cache_dir": place / "cache", "device": "cpu"}
+    run = vtclip.fit(place / "noise", method=method, shots=2, model=f"local-dir:{place / 'model'}",
+                     out=tmp_path / "run", **options)  # fmt: skip
+    more = noise(tmp_path / "more", [*CLASSES, "sunset"], 12) / "sunset"
+    for number in range(8):
+        shutil.copy(place / "noise" / "grass" / f"{number}.png", more / f"{number}.png")
+    caplog.clear()
+    wider = vtclip.extend(run, more, out=tmp_path / "wider", **options)
+    assert "the new classes hold images that the run saw under others" in caplog.text
+    again = vtclip.evaluate(wider, **options)
+    assert again["test"]["images"] == wider.result["test"]["images"]
+    assert again["accuracy"] == wider.accuracy
+
+
 @pytest.mark.parametrize("each", [2, 8])
 @pytest.mark.parametrize("method", ["zeroshot", "autoclip"])
 def test_a_run_that_learned_nothing_is_exported_and_extended(method, each, place, tmp_path):
@@ -266,8 +282,8 @@ def test_a_run_that_learned_nothing_is_exported_and_extended(method, each, place
     source = noise(tmp_path / "noise", CLASSES, each)
     run = vtclip.fit(source, method=method, model=f"local-dir:{place / 'model'}",
                      out=tmp_path / "run", **options)  # fmt: skip
-    more = noise(tmp_path / "more", ["sunset"], 4)
-    wider = vtclip.extend(run, more, out=tmp_path / "wider", **options)
+    more = noise(tmp_path / "more", [*CLASSES, "sunset"], 4)
+    wider = vtclip.extend(run, more / "sunset", out=tmp_path / "wider", **options)
     assert vtclip.evaluate(wider, **options)["accuracy"] == wider.accuracy
     assert vtclip.repeat(run, cache_dir=tmp_path / "cache")["verdict"] == "MATCH"
     for kind in ("image", "features"):

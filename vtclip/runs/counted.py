@@ -72,14 +72,18 @@ class Counted:
     left_out: LeftOut
 
 
-def count_own(records: Records, seen: Seen, before: LeftOut) -> Counted:
+def count_own(
+    records: Records, seen: Seen, before: LeftOut, left: dict[str, int] | None = None
+) -> Counted:
     """The run's own test images among `records`; before: what opening them has left out already.
 
-    A content that the run tested twice counts twice, however often it is there now.
+    A content that the run tested twice counts twice, however often it is there now. left: how often
+    each may still count, of a run with several sources, which this lowers.
     """
     roles = _roles(records, seen)
     own = [row for row, role in enumerate(roles) if role == "test"]
-    rows, repeated = _at_most(records, seen, own, least=0)
+    left = dict(seen.tested()) if left is None else left
+    rows, repeated = _at_most(records, seen, own, left, least=0)
     counts = Counter(ROLE[role] for role in roles if role in ROLE) + Counter(repeated=repeated)
     here = LeftOut(counts, new=roles.count(NEW))
     return Counted(torch.tensor(rows, dtype=torch.long), before + here)
@@ -104,7 +108,7 @@ def count_other(records: Records, seen: Seen | None, before: LeftOut) -> Counted
         passing.add("unused")
     kept = [row for row in candidates if roles[row] in passing]
     counts.update(ROLE[roles[row]] for row in candidates if roles[row] not in passing)
-    rows, repeated = _at_most(records, seen, kept, least=1)
+    rows, repeated = _at_most(records, seen, kept, dict(seen.tested()), least=1)
     left_out = LeftOut(counts + Counter(repeated=repeated))
     return Counted(torch.tensor(rows, dtype=torch.long), before + left_out)
 
@@ -114,8 +118,10 @@ def _roles(records: Records, seen: Seen) -> list[str]:
     return seen.roles_of(records.digests or blank, getattr(records, "pixels", None))
 
 
-def _at_most(records: Records, seen: Seen, rows: list[int], *, least: int) -> tuple[list[int], int]:
-    """Of `rows` each content as often as the run tested it, at least `least` times; how many not.
+def _at_most(
+    records: Records, seen: Seen, rows: list[int], left: dict[str, int], *, least: int
+) -> tuple[list[int], int]:
+    """Of `rows` each content as often as `left` says, unknown ones `least` times; how many not.
 
     A copy in another class does not take the place of the image that the run tested.
     """
@@ -124,7 +130,6 @@ def _at_most(records: Records, seen: Seen, rows: list[int], *, least: int) -> tu
     contents = seen.content_of(records.digests, getattr(records, "pixels", None))
     labels = dict(zip(seen.content_of(seen.digests, seen.pixels), seen.labels, strict=True))
     names = [records.class_names[k] for k in records.label.tolist()]
-    left: dict[str, int] = dict(seen.tested())
     kept = []
     for row in sorted(rows, key=lambda row: (labels.get(contents[row]) != names[row], row)):
         number = left.get(contents[row], least)

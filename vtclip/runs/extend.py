@@ -31,7 +31,7 @@ from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
 from vtclip.runs.result import RESULT, Run
-from vtclip.runs.seen import Seen
+from vtclip.runs.seen import NEW, Seen
 from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
 from vtclip.train.rows import TrainingRows, support_of, usual_shots
 
@@ -90,6 +90,7 @@ def extend(
     split, shots = _split(run, adapter.head, added, shots)
     keeps = keeps_images(adapter.head)
     split, twice = check_duplicates(added, split, False, learns=keeps)
+    old, split, known = _without_copies(sources, old, added, split, keeps)
     with watch.stage("extend"):
         wider = replace(
             adapter,
@@ -115,7 +116,7 @@ def extend(
         images = _seen(sources, Seen.of(added, split, learns=keeps), target)
     contents = _contents(run, adapter.head, class_names, values, [*old, new], split, watch)
     contents["digests"]["adapter"] = digest
-    contents |= {"left_out": _left_out(old, twice), **images}
+    contents |= {"left_out": {**_left_out(old, twice), "repeated": known}, **images}
     contents["sources"] = [*sources_of(run), entry]
     return Run.write(target, contents)
 
@@ -186,6 +187,37 @@ def _contents(
             **{key: run.result["digests"].get(key) for key in ("adapter", "split", "images")},
         },
     )
+
+
+def _without_copies(
+    sources: RunSources, old: Sequence[SourceRows], added: Records, split: Split, learns: bool
+) -> tuple[list[SourceRows], Split, int]:
+    """The test rows of old and new classes without copies of each other, and how many those are.
+
+    An image of an old class that trains a new one is no test image any more, and one of the new
+    classes that the run saw under another class is none either.
+    """
+    if sources.seen is None or added.digests is None:
+        return list(old), split, 0
+    every = sources.seen + Seen.of(added, split, learns=learns)
+    kept, left_out = [], 0
+    for rows in old:
+        digests = rows.records.digests or []
+        roles = every.roles_of(digests, rows.records.pixels)
+        fitted = torch.tensor([role in ("train", "val") for role in roles], dtype=torch.bool)
+        test = rows.test[~fitted[rows.test]] if len(fitted) else rows.test
+        left_out += len(rows.test) - len(test)
+        kept.append(replace(rows, test=test))
+    known = sources.seen.roles_of(added.digests, added.pixels)
+    fresh = torch.tensor([role == NEW for role in known], dtype=torch.bool)
+    test = split.test[fresh[split.test]]
+    left_out += len(split.test) - len(test)
+    if left_out:
+        logger.warning(
+            "%d test images are left out: the new classes hold images that the run saw under "
+            "others", left_out,
+        )  # fmt: skip
+    return kept, replace(split, test=test), left_out
 
 
 def _seen(sources: RunSources, added: Seen, folder: Path) -> Json:

@@ -110,6 +110,7 @@ class RunSources:
         """All sources of the run as they are now, with the run's own test images."""
         rows: list[SourceRows] = []
         entries = sources_of(self.run)
+        left = {} if self.seen is None else dict(self.seen.tested())
         first = self.own_source(data)
         for number, entry in enumerate(entries):
             source: AnySource = Path(entry["source"]) if number else first
@@ -124,7 +125,7 @@ class RunSources:
                     opened = Opened(self.added(path, entry["name"]), LeftOut())
                 else:
                     opened = self.opened(source)
-                counted = count_own(opened.records, self.seen, opened.left_out)
+                counted = count_own(opened.records, self.seen, opened.left_out, left)
             rows.append(self.source_rows(opened.records, counted))
         if self.seen is not None and not isinstance(first, SetSource):
             found = sum(len(part.test) for part in rows)
@@ -234,13 +235,17 @@ class RunSources:
         return records.subset_classes(keep), left_out
 
     def _options(self, images: bool) -> FeatureOptions:
-        """Of images the templates are the lines that the run used, wherever they came from."""
-        made = self.adapter.features.get("templates")
+        """Of images the templates are the lines that the run used, wherever they came from.
+
+        Features that exist bring texts that are read of the new half of a base-to-new run alone.
+        """
+        made = self.adapter.features.get("templates") if images else None
+        asked = self.options["templates"] if images or self.options.get("base_to_new") else None
         return FeatureOptions(
             model=self.clip() if images else "demo",
             spatial=self.options["spatial"],
             prompt=self.options["prompt"],
-            templates=made if images and made else self.options["templates"],
+            templates=made or asked,
             need_spatial=self.adapter.head.needs_spatial,
             follow_links=self.follow_links,
             batch_size=self.batch_size,
