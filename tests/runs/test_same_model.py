@@ -108,7 +108,7 @@ def test_a_model_that_moved_is_named_and_found_again(name, made, place, capsys):
 
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     "mean": ("preprocess_cfg", {"mean": [0, 0, 0]},
-             "preprocess mean: the run has [0.5, 0.4, 0.6], --model has [0, 0, 0]"),
+             "of the run vs of --model: preprocess mean [0.5, 0.4, 0.6] vs [0, 0, 0]"),
     "interpolation": ("preprocess_cfg", {"interpolation": "bilinear"}, "preprocess interpolation"),
     "activation": ("model_cfg", {"quick_gelu": True}, "quick_gelu"),
 }  # fmt: skip
@@ -127,7 +127,7 @@ def test_a_model_with_another_field_is_refused_by_that_field(name, other, made, 
 def test_other_weights_are_refused(made, place, capsys):
     folder = small_model(place / "other", seed=2)
     line = refused(capsys, *commands(made, place)["predict"], "--model", f"local-dir:{folder}")
-    assert "weights: the run was fitted on" in line
+    assert "of the run vs of --model: weights " in line
 
 
 def test_features_of_another_model_name_the_field(made, place, capsys):
@@ -137,7 +137,7 @@ def test_features_of_another_model_name_the_field(made, place, capsys):
     vtclip.open_source(made / "pictures", model=model, need_spatial=True, **options)
     (features,) = (place / "cache" / "features").iterdir()
     line = refused(capsys, "evaluate", "run", features)
-    assert "preprocess std: the run has [0.25, 0.3, 0.2], the source has [1, 1, 1]" in line
+    assert "of the run vs of the source: preprocess std [0.25, 0.3, 0.2] vs [1, 1, 1]" in line
 
 
 def test_cached_features_do_not_bring_the_name_of_the_model_that_made_them(made, place):
@@ -155,7 +155,7 @@ def test_a_field_that_an_older_adapter_lacks_is_not_checked(made, place):
     features = load_adapter(place / "run").features
     older = {name: features[name] for name in ("weights_digest",)}
     check_same_model(older, features["weights_digest"], {"preprocess_cfg": {}}, "it", "--model")
-    with pytest.raises(ValueError, match="weights: the run was fitted on"):
+    with pytest.raises(ValueError, match="of --model: weights "):
         check_same_model(older, "0" * 64, None, "it", "--model")
 
 

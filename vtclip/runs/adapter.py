@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as save_bytes
 
 from vtclip import __version__, files
-from vtclip.clip.identity import absolute_name, differences
+from vtclip.clip.identity import differences
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
 from vtclip.train.conformal import Calibration
@@ -190,7 +190,7 @@ def features_of(records: Records, model: str) -> Json:
     """
     info = records.info
     return {
-        "model": absolute_name(info.get("model_name", model)) if info.get("model") else None,
+        "model": info.get("model_name", model) if info.get("model") else None,
         "model_config": info.get("model"),
         "weights_digest": info.get("digests", {}).get("weights"),
         "spatial": info.get("spatial"),
@@ -215,16 +215,16 @@ def check_same_model(
     found = []
     if "weights_digest" in wanted and weights != wanted["weights_digest"]:
         run, have = (_short(digest) for digest in (wanted["weights_digest"], weights))
-        found.append(f"weights: the run was fitted on {run}, {other} has {have}")
+        found.append(f"weights {run} vs {have}")
     known = wanted.get("model_config")
     if known and config:
-        for line in differences(known, config):
-            name, _, values = line.partition(": ")
-            run, _, have = values.partition(", not ")
-            found.append(f"{name}: the run has {run}, {other} has {have}")
+        found += differences(known, config)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(f"{what} is not the model of the run: {'; '.join(found[:3])}{more}")
+        raise ValueError(
+            f"{what} is not the model of the run; of the run vs of {other}: "
+            f"{'; '.join(found[:3])}{more}"
+        )
 
 
 def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
@@ -232,7 +232,7 @@ def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
 
     given: whether the caller named the model; if not, the run's own record did.
     """
-    other = "--model" if given else "it"
+    other = "--model" if given else "the one at that place"
     what = f"model {clip.name!r}"
     check_same_model(adapter.features, clip.weights_digest, clip.config, what, other)
 

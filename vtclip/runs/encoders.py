@@ -80,7 +80,7 @@ def load_base(features: Json, model: str | Path | None, device: torch.device) ->
         raise ClipNotFound(
             f"{error}. The run was fitted with this model; name its present place with --model"
         ) from None
-    other = "it" if model is None else "--model"
+    other = "the one at that place" if model is None else "--model"
     what = f"model {clip.name!r}"
     check_same_model(features, clip.weights_digest, clip.config, what, other)
     return clip

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from vtclip.clip import resolve_templates
-from vtclip.clip.identity import absolute_name
+from vtclip.clip import ClipNotFound, resolve_templates
+from vtclip.clip.names import resolve
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, SetSource, as_source
@@ -173,7 +173,7 @@ class FitRequest:
             "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
             "shots": shots,
             **{name: getattr(self, name) for name in RECORDED},
-            "model": absolute_name(self.model),
+            "model": lasting_model(self.model),
             "templates": lasting_templates(self.templates),
             "fit": dataclasses.asdict(settings),
         }
@@ -213,6 +213,14 @@ class FitRequest:
             **{name: config[name] for name in RECORDED if name in config},
             **others,
         )
+
+
+def lasting_model(model: str | Path) -> str:
+    """The name of a model for a record, which holds in any working directory."""
+    try:
+        return resolve(str(model)).name
+    except ClipNotFound:  # of features that exist already no model is loaded
+        return str(model)
 
 
 def lasting_templates(templates: Sequence[str] | None) -> list[str] | None:

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.folders import EXTENSIONS, is_ignored, scan_folder, walk_images
+from vtclip.data.class_names import with_class_names
+from vtclip.data.folders import is_ignored, scan_folder, walk_images
+from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import ImageFiles, InMemory
 from vtclip.data.listed import list_images
@@ -205,9 +207,7 @@ class RunSources:
             empty_classes=True,
         )
         # a source may have classes that the run was never told the names of
-        given = self.options.get("class_names") or {}
-        called = check_class_names([given.get(name, name) for name in files.class_names])
-        files = replace(files, class_names=called)
+        files = with_class_names(files, self.options.get("class_names"), keep_others=True)
         known = set(self.class_names)
         if not known & set(files.class_names):
             pick("class", files.class_names[0], self.class_names)
@@ -376,7 +376,7 @@ def new_classes(path: Path, name: str | None) -> ImageFiles:
             raise ValueError(f"extend: name is for a folder of images, got {path}")
         return list_images(path)
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
-    loose = any(entry.suffix.lower() in EXTENSIONS for entry in entries)
+    loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
     if name is None and loose and folders:
         raise ValueError(
