@@ -126,6 +126,8 @@ def cached_features(
 class _Job(Work):
     """One extraction: what is to be made, and where it may lie already."""
 
+    every_class = True
+
     @classmethod
     def of(cls, source: str | Path | ImageFiles, options: FeatureOptions, world: World) -> _Job:
         _check_numbers(options)
@@ -164,7 +166,9 @@ class _Job(Work):
         if hashed.traits:  # older features of such files were decoded by other rules
             fields["decoding"] = hashed.traits
         stages = {"hashing": time.perf_counter() - start}
-        return cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made = cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made.every_class = options.every_class
+        return made
 
     def reuse(self, features: FeatureSet) -> tuple[FeatureSet, ExtractionReport]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
@@ -346,7 +350,7 @@ class _Job(Work):
         lost = [
             name for k, name in enumerate(class_names) if k not in {hashed.label[r] for r in kept}
         ]
-        if lost:
+        if lost and self.every_class:
             raise ValueError(f"features: no image of these classes could be read: "
                              f"{', '.join(map(files.printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]

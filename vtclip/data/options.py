@@ -26,6 +26,7 @@ class FeatureOptions:
     dtype: of the spatial features; global features are always float32.
     class_names: from the names that a source gives its classes to those that stand for them.
     follow_links: scan linked folders of an image folder too.
+    every_class: each class must have an image that can be read; an evaluation does without.
     """
 
     model: str | Path | Clip = "demo"
@@ -41,6 +42,7 @@ class FeatureOptions:
     dtype: str = "float16"
     batch_size: int = 64
     follow_links: bool = False
+    every_class: bool = True
 
     @property
     def spatial_option(self) -> str | None:

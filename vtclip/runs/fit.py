@@ -25,6 +25,7 @@ from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
@@ -169,15 +170,19 @@ def open_or_take(request: FitRequest, records: Records | None, watch: Stopwatch)
 
 def draw_rows(request: FitRequest, records: Records, shots: int) -> RunRows:
     seed, fraction, new = request.seed, request.test_fraction, None
+    strict = bool(getattr(request, "strict", False))
     if request.base_to_new:
         records, new = base_and_new(records)
     check_text_encoder(request.method, records)
     if request.pseudo_labels:
         pool = unlabelled_split(records, seed, fraction)
         training, split = pseudo_labelled(records, pool, shots, request.device)
-        return RunRows(records, split, shots, training)
-    split = split_rows(records, HEADS[request.method].learns, shots, seed, fraction)
-    return RunRows(records, split, shots, records, new)
+        split, left_out = check_duplicates(records, split, strict)
+        return RunRows(records, split, shots, training, left_out=left_out)
+    learns = HEADS[request.method].learns
+    split = split_rows(records, learns, shots, seed, fraction)
+    split, left_out = check_duplicates(records, split, strict, learns=learns)
+    return RunRows(records, split, shots, records, new, left_out)
 
 
 def train(

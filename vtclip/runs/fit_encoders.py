@@ -30,6 +30,7 @@ from vtclip.machine import Stopwatch
 from vtclip.names import option
 from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
@@ -123,9 +124,10 @@ def draw_rows(request: FitRequest, records: Records) -> RunRows:
     shots, fraction = request.known_shots, request.test_fraction
     if shots is None:
         shots = usual_shots(records, fraction)
-    return RunRows(
-        records, split_rows(records, True, shots, request.seed, fraction), shots, records
-    )
+    split = split_rows(records, True, shots, request.seed, fraction)
+    strict = bool(getattr(request, "strict", False))
+    split, left_out = check_duplicates(records, split, strict)
+    return RunRows(records, split, shots, records, left_out=left_out)
 
 
 def train(
