@@ -19,6 +19,7 @@ from torch import Tensor
 from vtclip.data.records import Records
 from vtclip.heads import Head
 from vtclip.heads.auto import Auto
+from vtclip.machine import BatchSize
 from vtclip.train import conformal
 from vtclip.train.conformal import Calibration
 from vtclip.train.fit_head import choose_by
@@ -70,8 +71,8 @@ def decide(
 ) -> Decisions:
     """What `head` says of the plain (never augmented) rows `index`, in that order."""
     head.eval()
-    parts: list[Decisions] = []
-    for rows in torch.split(index, batch_size):
+
+    def computed(rows: Tensor) -> Decisions:
         batch = records.batch(rows, 0)
         image, spatial, mask = batch.image.to(device), None, None
         if head.needs_spatial:
@@ -80,8 +81,9 @@ def decide(
         logits, evidence = forward_both(head, image, spatial, mask)
         kept = logits.float().cpu()
         same = evidence is logits
-        parts.append(Decisions(kept, kept if same else evidence.float().cpu(), batch.label))
-    return joined(parts)
+        return Decisions(kept, kept if same else evidence.float().cpu(), batch.label)
+
+    return joined(BatchSize(batch_size).map(computed, index))
 
 
 def joined(parts: Iterable[Decisions]) -> Decisions:
