@@ -7,8 +7,11 @@ package, and no torch.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 # in the order in which help, tables and pages list them
@@ -29,6 +32,40 @@ POSITIONS = ("end", "middle", "front")  # of the class name among CoOp's context
 # images per class where none are named: a benchmark takes each, a fit the most that there are
 SHOTS = (1, 2, 4, 8, 16)
 MAX_SEED = 2**32 - 1  # of the range that torch, NumPy and random all take
+
+
+# whether options are called as on the command line in messages
+_as_typed = contextvars.ContextVar("as_typed", default=False)
+_TYPED = {  # option of Python: what the command line calls it, where it is more than dashes
+    "num_context": "--context-length",
+    "init": "--context-init",
+    "source": "SOURCE",
+}
+
+
+@contextlib.contextmanager
+def as_typed() -> Iterator[None]:
+    """Within it messages call options by the names of the command line."""
+    token = _as_typed.set(True)
+    try:
+        yield
+    finally:
+        _as_typed.reset(token)
+
+
+def option(name: str) -> str:
+    """How the user knows an option of Python's: `test_fraction`, or in a command `--test-fraction`.
+
+    Messages name options by this, so that either user can type what they read.
+    """
+    if not _as_typed.get():
+        return name
+    return _TYPED.get(name, "--" + name.replace("_", "-"))
+
+
+def name_key(name: str) -> str:
+    """`name` without case, double spaces, underscores and forms of the same letter."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

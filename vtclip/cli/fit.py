@@ -37,6 +37,7 @@ PASSED_ON = (  # to vtclip.fit as they are
     *("data", "method", "shots", "seed", "model", "spatial", "prompt", "test_fraction"),
     *(
         "augment_passes",
+        "class_names",
         "encoder_batch_size",
         "follow_links",
         "train_encoders",
@@ -52,7 +53,10 @@ HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", help="class_name/*.jpg folder, features folder, .npz, NAME"
+        "source",
+        metavar="SOURCE",
+        help="class_name/*.jpg folder, list of files (.csv, .tsv, .jsonl, .json, .parquet), saved "
+        "dataset, features folder, .npz, or NAME of a data set",
     )
     parser.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
     parser.add_argument(
@@ -64,7 +68,7 @@ def add_arguments(parser: Parser) -> None:
         help="images per class (default: 16, or fewer where a class has fewer)",
     )
     parser.add_argument("--seed", type=seed, default=1, help="draws the shots")
-    parser.add_shared(*FEATURES, "--follow-links", "--encoder-batch-size")
+    parser.add_shared(*FEATURES, "--class-names", "--follow-links", "--encoder-batch-size")
     _add_training(parser)
     _add_methods(parser)
     parser.add_argument(
@@ -149,10 +153,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def needs_model(source: str | Path) -> bool:
-    """Whether images are encoded: of a data set, or of a folder that does not hold features."""
+    """Whether images are encoded: of any source but a table of features or their folder."""
     if isinstance(source, str):
         return True
-    return source.is_dir() and not (source / "manifest.json").exists()
+    return source.suffix.lower() != ".npz" and not (source / "manifest.json").exists()
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -175,6 +179,8 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_fit(fitted: Any) -> None:
     """The table of a run, with what was fitted to what above it and the cost below."""
+    from vtclip.runs.predictions import confused_line
+
     result = fitted.result
     counts = result["images"]
     emit(
@@ -186,6 +192,9 @@ def print_fit(fitted: Any) -> None:
         new = result["new"]
         emit(f"new: {len(new['classes'])} classes, {new['adapted']['count']} test images")
     emit(fitted.table())
+    confused = confused_line(result["confusion"]) if "confusion" in result else ""
+    if confused:
+        emit(confused)
     unreadable = result["test"]["unreadable"]
     if unreadable:
         emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}, ...)")

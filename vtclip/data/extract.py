@@ -24,21 +24,36 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
+from vtclip.clip.texts import by_class_name, read_templates, templates_of
+from vtclip.data.class_names import as_class_names
+from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
-from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all
+from vtclip.data.folder_tree import in_remarks
+from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all, skipped_now
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
 from vtclip.data.options import FeatureOptions
 from vtclip.data.records import Records
-from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
+from vtclip.data.shards import (
+    DTYPES,
+    Taken,
+    Work,
+    finished_shards,
+    make_shards,
+    shards_of,
+    write_text,
+)
+from vtclip.data.text_checks import warn_of_texts
 from vtclip.distributed import World, device_of_rank, joined
 from vtclip.files import Json, only_writer
 from vtclip.machine import choose_device, set_threads
@@ -57,12 +72,13 @@ def extract_features(
     model: str | Path | Clip = "demo",
     spatial: str | None = None,
     augment_passes: int = 0,
-    templates: str | Sequence[str] | None = None,
+    templates: str | Sequence[Any] | None = None,
     dtype: str = "float16",
     batch_size: int = 64,
     device: str | torch.device = "cpu",
     progress: bool = True,
     follow_links: bool = False,
+    class_names: Mapping[str, str] | str | Path | None = None,
     world: World | None = None,
 ) -> tuple[FeatureSet, ExtractionReport]:
     """Features of an image folder in the folder `out`, reused where they are there already.
@@ -74,16 +90,18 @@ def extract_features(
     out = Path(out).expanduser()
     if files.is_below(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
+    names = as_class_names(class_names)
     options = FeatureOptions(
         model=model,
         spatial=spatial,
-        templates=templates,
+        templates=by_class_name(read_templates(templates), names),
         augment_passes=augment_passes,
         device=device,
         progress=progress,
         dtype=dtype,
         batch_size=batch_size,
         follow_links=follow_links,
+        class_names=names,
     )
     world = world or World()
     return _Job.of(source, options, world).run(out, world)
@@ -108,6 +126,8 @@ def cached_features(
 class _Job(Work):
     """One extraction: what is to be made, and where it may lie already."""
 
+    every_class = True
+
     @classmethod
     def of(cls, source: str | Path | ImageFiles, options: FeatureOptions, world: World) -> _Job:
         _check_numbers(options)
@@ -115,6 +135,7 @@ class _Job(Work):
         folder = list_images(
             source, follow_links=options.follow_links, class_names=options.class_names
         )
+        lines = templates_of(lines, folder.prompts or folder.class_names)
         world.check_same(
             "list of images", files.json_digest({"names": [*map(ascii, folder.names)]})
         )
@@ -142,34 +163,27 @@ class _Job(Work):
         }
         if folder.prompts not in (None, folder.class_names):
             fields["prompts"] = folder.prompts
+        if hashed.traits:  # older features of such files were decoded by other rules
+            fields["decoding"] = hashed.traits
         stages = {"hashing": time.perf_counter() - start}
-        return cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made = cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made.every_class = options.every_class
+        return made
 
     def reuse(self, features: FeatureSet) -> tuple[FeatureSet, ExtractionReport]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
         if features.key != self.key:
             raise ValueError(f"features: {features.folder} holds features of something else")
         features.verify()
-        return features, ExtractionReport(
-            len(features),
-            features.skipped,
-            duplicates_of(self.hashed),
-            features.num_bytes,
-            reused=True,
-        )
+        report = ExtractionReport(reused=True)
+        self._report(features, report)
+        return features, report
 
     def run(
         self, folder: Path, world: World, *, rebuild: bool = False
     ) -> tuple[FeatureSet, ExtractionReport]:
         start = time.perf_counter()
-        report = ExtractionReport(duplicates=duplicates_of(self.hashed), stages=self.stages)
-        if report.duplicates and world.first:
-            first, second = report.duplicates[0]
-            logger.warning(
-                "%d images have the same content as another one, e.g. %s and %s: they may be in "
-                "training and test at once",
-                len(report.duplicates), files.printable(first), files.printable(second),
-            )  # fmt: skip
+        report = ExtractionReport(stages=self.stages)
         world.check_same("features", self.key)
         with contextlib.ExitStack() as held:
 
@@ -182,14 +196,52 @@ class _Job(Work):
             if not report.reused:
                 self._build(folder, world)
             features = FeatureSet.open(folder)
-        report.rows, report.skipped = len(features), features.skipped
-        report.num_bytes, report.seconds = features.num_bytes, time.perf_counter() - start
-        if report.skipped and world.first:
-            logger.warning("%s", "; ".join(report.lines(5)))
+        report.seconds = time.perf_counter() - start
+        self._report(features, report, say=world.first)
         return features, report
+
+    def _report(self, features: FeatureSet, report: ExtractionReport, say: bool = True) -> None:
+        """Give features what this request says of itself, and tell of this scan's files."""
+        features.model_name = self.clip.name
+        names = features.manifest["names"]
+        features.skipped = skipped_now(self.hashed, names, features.skipped)
+        features.roles = self._roles(names)
+        report.rows, report.skipped = len(features), features.skipped
+        report.num_bytes, report.notes = features.num_bytes, features.manifest.get("notes", {})
+        report.duplicates = duplicates_of(self.hashed, names)
+        if not say:
+            return
+        folder = self.hashed.folder
+        for line in folder.remarks:
+            logger.warning("%s", line)
+        for note, count in sorted(report.notes.items()):
+            logger.warning("%s", note_line(note, count))
+        if report.duplicates:
+            first, second = report.duplicates[0]
+            logger.warning(
+                "%d images have the same content as another one, e.g. %s and %s: they may be in "
+                "training and test at once",
+                len(report.duplicates), files.printable(first), files.printable(second),
+            )  # fmt: skip
+        said = {why for _, why in folder.skipped if folder.remarks and in_remarks(why)}
+        if any(why not in said for _, why in report.skipped):
+            lines = [line for line in report.lines(5) if not line.endswith(tuple(said))]
+            logger.warning("%s", "; ".join(lines))
+        if folder.passed:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(folder.passed.items()))
+            logger.info("passed over in %s: %s", folder.root, kinds)
+
+    def _roles(self, names: Sequence[str]) -> list[int] | None:
+        """The role of each row in the present source."""
+        folder = self.hashed.folder
+        if folder.roles is None:
+            return None
+        roles = dict(zip(folder.names, folder.roles, strict=True))
+        return [roles[name] for name in names]
 
     def _finished(self, folder: Path, rebuild: bool) -> FeatureSet | None:
         if (folder / MANIFEST).exists():
+            features = damage = None
             try:
                 features = FeatureSet.open(folder)
                 if features.num_bytes <= EAGER_BYTES:
@@ -197,12 +249,15 @@ class _Job(Work):
             except FeaturesDamaged as error:
                 if not rebuild:
                     raise ValueError(f"{error}; remove the folder to build it again") from None
-                logger.warning("%s; building it again", error)
+                damage = str(error)
+            if features is None or damage is not None:
+                features = None  # Windows removes no file that is mapped
+                logger.warning("%s; building it again", damage)
                 for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
                     path.unlink()
                 return None
             if features.key == self.key:
-                return features
+                return features if rebuild else self._renewed(features)
             differs = [
                 name for name, value in self.fields.items() if features.fields.get(name) != value
             ]
@@ -214,6 +269,24 @@ class _Job(Work):
         if others and not (folder / PARTIAL).exists():
             raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
         return None
+
+    def _renewed(self, features: FeatureSet) -> FeatureSet:
+        """Features in a folder that was asked for, whose manifest then says what was asked now."""
+        body = {name: value for name, value in features.manifest.items() if name != "digest"}
+        skipped = skipped_now(self.hashed, body["names"], features.skipped)
+        now = {
+            **body,
+            "model_name": self.clip.name,
+            "roles": self._roles(body["names"]),
+            "skipped": [list(pair) for pair in skipped],
+        }
+        if now == {"roles": None, **body}:
+            return features
+        folder = features.folder
+        files.write_atomic(
+            folder / MANIFEST, files.to_json({**now, "digest": files.json_digest(now)})
+        )
+        return FeatureSet.open(folder)
 
     def _build(self, folder: Path, world: World) -> None:
         tokens = self._spatial_shape()
@@ -277,10 +350,11 @@ class _Job(Work):
         lost = [
             name for k, name in enumerate(class_names) if k not in {hashed.label[r] for r in kept}
         ]
-        if lost:
+        if lost and self.every_class:
             raise ValueError(f"features: no image of these classes could be read: "
                              f"{', '.join(map(files.printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
+        names = [hashed.names[row] for row in kept]
         body: Json = {
             "format": FORMAT,
             "version": VERSION,
@@ -291,10 +365,12 @@ class _Job(Work):
             "width": self.clip.width,
             "spatial_tokens": tokens[0] if tokens else None,
             "spatial_width": tokens[1] if tokens else None,
-            "names": [hashed.names[row] for row in kept],
+            "names": names,
             "label": [hashed.label[row] for row in kept],
             "sizes": [hashed.sizes[row] for row in kept],
             "digests": [hashed.digests[row] for row in kept],
+            "roles": self._roles(names),
+            **_columns(entries),
             "skipped": skipped,
             "text": text_entry,
             "shards": [
@@ -307,6 +383,20 @@ class _Job(Work):
         )
         for path in (*folder.glob("shard-*.json"), folder / PARTIAL, *folder.glob("*.new")):
             path.unlink(missing_ok=True)
+
+
+def _columns(entries: Sequence[Json]) -> Json:
+    """Digests of each row's pixels and picture, and counts of notes, from the shards' entries.
+
+    A shard that was finished before these were taken has none.
+    """
+    taken = [one for entry in entries for one in entry.get("taken", [None] * entry["rows"])]
+    rows = [Taken(None, None, ()) if one is None else Taken(*one) for one in taken]
+    return {
+        "pixels": [row.pixels for row in rows],
+        "perceptual": [row.perceptual for row in rows],
+        "notes": dict(sorted(Counter(note for row in rows for note in row.notes).items())),
+    }
 
 
 @contextlib.contextmanager
@@ -364,13 +454,19 @@ def write_features(
     *,
     model: str = "demo",
     spatial: str | None = "default",
-    templates: Sequence[str] | None = None,
+    templates: Sequence[Any] | None = None,
     augment_passes: int = 0,
     device: str | torch.device | None = None,
     threads: int | None = None,
     progress: bool = False,
+    batch_size: int = 64,
+    follow_links: bool = False,
+    class_names: Mapping[str, str] | str | Path | None = None,
 ) -> Records:
     """Features of an image folder in the folder `out`, which `fit` then takes as its source.
+
+    batch_size: images at a time through the encoder; fewer where memory does not hold as many.
+    class_names: the names of classes whose folders are called by ids, by id, or the file with them.
 
     Processes that torchrun started share the work, and each returns the same.
     """
@@ -379,15 +475,20 @@ def write_features(
     named = device is not None and torch.device(device).index is not None
     where = device_of_rank(where, named)
     with joined(where) as world:
-        found, _ = extract_features(
+        found, report = extract_features(
             source,
             out,
             model=model,
             spatial=spatial,
             templates=None if templates is None else list(templates),
             augment_passes=augment_passes,
+            batch_size=batch_size,
             device=where,
             progress=progress and world.first,
+            follow_links=follow_links,
+            class_names=class_names,
             world=world,
         )
+        if world.first:
+            warn_of_texts(found, encoded=not report.reused)
     return found.records()

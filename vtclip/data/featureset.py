@@ -10,7 +10,8 @@
 Global features are float32, so that cached rows equal fresh ones; spatial features are float16
 unless asked otherwise. `key` is a hash of the model's config and weights digest, transform,
 augmentation, templates, class names, spatial option, dtype, passes and of every image's name, size,
-label and content digest. Paths are relative, so the folder may be moved.
+label and content digest. Paths are relative, so the folder may be moved. Beside it the manifest has
+digests of each row's file, pixels and, with the extra "duplicates", picture (`Records.pixels`).
 
 Checks: the manifest carries its own digest and every file's size, all checked on opening together
 with the texts; a shard's sha256 is checked once, before its first row is read (`verify` does all).
@@ -23,12 +24,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vtclip.clip import resolve_templates
+from vtclip.clip.texts import is_per_class, templates_of
 from vtclip.data.records import PartedStore, Records
 from vtclip.files import Json, json_digest, read_json, to_json
 
@@ -43,7 +46,12 @@ class FeaturesDamaged(ValueError):
 
 
 class FeatureSet:
-    """An opened features folder. `manifest` is read-only; `records()` gives the table."""
+    """An opened features folder. `manifest` is read-only; `records()` gives the table.
+
+    model_name: of the model that was asked for, wherever it lies. skipped: (name, reason) of files
+    without a row. roles: see `Records.roles`. All three are those of the request, if the
+    features were found for one, since nothing of them is part of the key.
+    """
 
     def __init__(self, folder: Path, manifest: Json) -> None:
         self.folder = folder
@@ -53,6 +61,10 @@ class FeatureSet:
         texts = _tensors(folder, manifest["text"])
         self._text, self._text_views = texts["text"], texts.get("text_views")
         self._store = ShardStore(folder, manifest)
+        # what the present request says of its own; the manifest has what the first one said
+        self.model_name: str = manifest["model_name"]
+        self.skipped: list[tuple[str, str]] = [(name, why) for name, why in manifest["skipped"]]
+        self.roles: list[int] | None = manifest.get("roles")
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureSet:
@@ -89,11 +101,6 @@ class FeatureSet:
     def num_bytes(self) -> int:
         return sum(int(entry["bytes"]) for entry in self.manifest["shards"])
 
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Files that could not be read, with reasons."""
-        return [(name, reason) for name, reason in self.manifest["skipped"]]
-
     def verify(self) -> None:
         """Check every shard's digest now; FeaturesDamaged names the first that fails."""
         for shard in range(len(self.manifest["shards"])):
@@ -104,7 +111,7 @@ class FeatureSet:
         *,
         spatial: str | None = None,
         need_spatial: bool = False,
-        templates: str | Sequence[str] | None = None,
+        templates: str | Sequence[Any] | None = None,
         augment_passes: int = 0,
     ) -> None:
         """A ValueError that names the first wish these features cannot meet."""
@@ -117,11 +124,15 @@ class FeatureSet:
             raise ValueError(
                 f"features: {self.folder} holds spatial {have['spatial']!r}, asked for {spatial!r}"
             )
-        if templates is not None and resolve_templates(templates) != have["templates"]:
-            raise ValueError(
-                f"features: {self.folder} was made with {len(have['templates'])} templates, "
-                f"e.g. {have['templates'][0]!r}, not those asked for"
-            )
+        if templates is not None:
+            names = have["prompts"] if "prompts" in have else have["class_names"]
+            if templates_of(resolve_templates(templates), names) != have["templates"]:
+                first = have["templates"][0]
+                made = f"{len(have['templates'])} templates, e.g. {first!r}"
+                made = "sentences per class" if is_per_class(first) else made
+                raise ValueError(
+                    f"features: {self.folder} was made with {made}, not those asked for"
+                )
         if augment_passes > have["augment_passes"]:
             raise ValueError(
                 f"features: {self.folder} holds {have['augment_passes']} augmented passes, "
@@ -134,13 +145,13 @@ class FeatureSet:
         info = {
             "kind": "features",
             "path": self.folder.name,
-            "model_name": manifest["model_name"],
+            "model_name": self.model_name,
             "model": have["model"],
             "spatial": have["spatial"],
             "templates": have["templates"],
             "transform": have["transform"],
             "augment_passes": have["augment_passes"],
-            "skipped": manifest["skipped"],
+            "skipped": [list(pair) for pair in self.skipped],
             "digests": {
                 "images": have["images"],
                 "text": manifest["text"]["sha256"],
@@ -157,6 +168,7 @@ class FeatureSet:
             names=manifest["names"],
             logit_scale=manifest["logit_scale"],
             info=info,
+            roles=None if self.roles is None else torch.tensor(self.roles, dtype=torch.int8),
         )
 
 
@@ -172,6 +184,10 @@ class ShardStore(PartedStore):
         self.num_passes = int(manifest["fields"]["augment_passes"])
         self.spatial_width = manifest["spatial_width"]
         self.spatial_tokens = manifest["spatial_tokens"]
+        self.digests: list[str] | None = manifest.get("digests")
+        # of the images: older features lack them
+        self.pixels: list[str | None] | None = manifest.get("pixels")
+        self.perceptual: list[str | None] | None = manifest.get("perceptual")
 
     def check(self, shard: int) -> None:
         self._tensors(shard)

@@ -1,26 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One door to every source of features: an image folder, a FeatureSet folder or an .npz file."""
+"""One door to every source of features: images of any kind, a FeatureSet folder, an .npz file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vtclip.data.class_names import needs_image_files
+from vtclip.data.image_files import InMemory
+from vtclip.data.listed import list_images
+from vtclip.data.lists import LIST_SUFFIXES, is_list
 from vtclip.data.npz import open_npz
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource
+from vtclip.data.sets import SetSource, as_source
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
 
 
-def source_kind(source: str | Path) -> str:
-    """ "npz", "features" or "folder"; a ValueError where `source` is none of them."""
+def source_kind(source: str | Path | InMemory) -> str:
+    """ "npz", "features", or "folder" for all that `list_images` lists, which a folder stands for.
+
+    A ValueError where `source` is none of them.
+    """
+    if isinstance(source, InMemory):
+        return "folder"
     path = Path(source).expanduser()
+    if path.is_file() and is_list(path):
+        return "folder"
     if path.is_file() and path.suffix.lower() == ".npz":
         return "npz"
     if path.is_dir():
@@ -28,17 +39,19 @@ def source_kind(source: str | Path) -> str:
     if not path.exists():
         raise ValueError(f"source: no such file or folder: {source}")
     raise ValueError(
-        f"source: must be an image folder, a features folder or an .npz file, got {source}"
+        "source: must be a folder of class folders, a list "
+        f"({', '.join(LIST_SUFFIXES)}), a saved dataset, a features folder or an .npz file, "
+        f"got {source}"
     )
 
 
 def open_source(
-    source: str | Path | SetSource,
+    source: object,
     *,
     model: str | Path | Clip = "demo",
     spatial: str | None = None,
     prompt: str | None = None,
-    templates: str | Sequence[str] | None = None,
+    templates: str | Sequence[Any] | None = None,
     augment_passes: int = 0,
     need_spatial: bool = False,
     shots: int = 0,
@@ -50,12 +63,13 @@ def open_source(
 ) -> Records:
     """Records of `source`.
 
-    An image folder (class_name/*.jpg) goes through `model` into the feature cache first; `spatial`
-    names the spatial option and `need_spatial` alone takes the model's default. Features that
-    exist already (a FeatureSet folder, an .npz file) bring their own model: what was asked for and
-    cannot be had from them is an error. `prompt` chooses one prompt of an .npz file. `shots` and
-    `seed` draw the images of a data set (vtclip.data.sets), `pool` takes its whole training list
-    instead; other sources are split later.
+    Images of any kind (a folder of class_name/*.jpg, a list of files, see vtclip.data.listed) go
+    through `model` into the feature cache first; `spatial` names the spatial option and
+    `need_spatial` alone takes the model's default. Features that exist already (a FeatureSet
+    folder, an .npz file) bring their own model: what was asked for and cannot be had from them is
+    an error. `prompt` chooses one prompt of an .npz file. `shots` and `seed` draw the images of a
+    data set (vtclip.data.sets), `pool` takes its whole training list instead; other sources are
+    split later.
     """
     options = FeatureOptions(
         model=model,
@@ -68,30 +82,42 @@ def open_source(
         device=device,
         progress=progress,
     )
-    return open_records(source, options, Draw(shots, seed, pool))
+    return open_records(as_source(source, None), options, Draw(shots, seed, pool))
 
 
 def open_records(
-    source: str | Path | SetSource, options: FeatureOptions, draw: Draw | None = None
+    source: str | Path | SetSource | InMemory, options: FeatureOptions, draw: Draw | None = None
 ) -> Records:
     """`open_source` of options that were put together before; `draw` is for data sets only."""
     if isinstance(source, SetSource):
         from vtclip.data.sets.features import open_set
 
+        needs_image_files(options.class_names, f"data set {source.name}")
         source.refuse(prompt=options.prompt)
         return open_set(source, options, draw or Draw())
     kind = source_kind(source)
-    path = Path(source).expanduser()
-    if kind == "npz":
-        return _open_table(path, options)
+    if kind in ("npz", "features"):
+        what = "an .npz table" if kind == "npz" else "a features folder"
+        needs_image_files(options.class_names, f"{what} ({source})")
+    if kind == "npz" and not isinstance(source, InMemory):
+        return _open_table(Path(source).expanduser(), options)
     if options.prompt is not None:
         raise ValueError(
             f"source: prompt {options.prompt!r} can be chosen for .npz files only; use templates"
         )
     from vtclip.data.extract import cached_features
     from vtclip.data.featureset import FeatureSet
+    from vtclip.data.text_checks import warn_of_texts
 
-    features = FeatureSet.open(path) if kind == "features" else cached_features(path, options)[0]
+    if kind == "features" and not isinstance(source, InMemory):
+        features = FeatureSet.open(source)
+        warn_of_texts(features)
+    else:
+        images = list_images(
+            source, follow_links=options.follow_links, class_names=options.class_names
+        )
+        features, report = cached_features(images, options)
+        warn_of_texts(features, encoded=not report.reused)
     features.require(
         spatial=options.spatial,
         need_spatial=options.need_spatial,

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.decode import open_image
+from vtclip.data.decode import decode
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.threads import ahead, decode_pool, num_cores
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ def image_views(clip: Clip, image: Image, count: int, *, seed: int, name: str) -
 
 
 def folder_views(
-    clip: Clip, root: str | Path, names: Sequence[str], count: int, *, seed: int
+    clip: Clip, images: str | Path | ImageFiles, names: Sequence[str], count: int, *, seed: int
 ) -> Iterator[Tensor]:
-    """The views of root/name for every name, in that order, decoded ahead in threads."""
+    """The views of every one of `names` of `images` (a folder, too), decoded ahead in threads."""
+    found = images if isinstance(images, ImageFiles) else ImageFiles.below(images)
 
     def load(name: str) -> Tensor:
-        return image_views(clip, open_image(Path(root) / name), count, seed=seed, name=name)
+        image = decode(found.read(name), found.path(name))
+        return image_views(clip, image, count, seed=seed, name=name)
 
     with decode_pool() as pool:
         yield from ahead(pool, load, names, min(MAX_AHEAD, num_cores()))

@@ -95,7 +95,7 @@ def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None
         }
     else:
         sources = RunSources(run, adapter, torch.device("cpu"), cache_dir=cache_dir)
-        records = sources.rows()[0].records
+        records = sources.opened(sources.own_source()).records
         rows = records.batch(torch.arange(min(max(BATCHES), len(records))))
         tokens = [rows.spatial] if adapter.head.needs_spatial and rows.spatial is not None else []
         cases, preprocess = {"real": (rows.image, *tokens)}, None
@@ -126,7 +126,7 @@ def real_paths(run: Run) -> list[Path]:
             return [listing.image_root / name for name in listing.test.names[:8]]
         if source_kind(source) != "folder":
             return []
-        folder = list_images(source)
+        folder = list_images(source, follow_links=bool(options.get("follow_links")))
     except (ValueError, OSError):  # moved or changed since: random input has to do
         return []
     step = max(1, len(folder.names) // max(BATCHES))

@@ -16,21 +16,28 @@ from pathlib import Path
 import torch
 
 from vtclip.clip import Clip, load_clip, resolve_templates
+from vtclip.clip.texts import is_per_class
 from vtclip.data.extract import cached_features
 from vtclip.data.featureset import FeatureSet
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.listed import list_images
 from vtclip.data.records import Records
+from vtclip.data.sets import SetSource
 from vtclip.distributed import World, device_of_rank, is_first, joined, num_processes
 from vtclip.files import Json, json_digest
 from vtclip.heads import RAda
 from vtclip.machine import Stopwatch
+from vtclip.names import option
 from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train import finetune
+from vtclip.train.calibration import calibration_of
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.finetune_config import TEMPLATES, FinetuneConfig
 from vtclip.train.methods import zero_shot_head
@@ -41,9 +48,15 @@ def fit_encoders(request: FitRequest) -> Run:
     """Train the encoders of the request's model with RAda on a folder, and evaluate once."""
     templates = request.templates
     lines = default_templates(request.model) if templates is None else list(templates)
+    resolved = resolve_templates(lines)
+    if is_per_class(resolved[0]):
+        raise ValueError(
+            f"{option('train_encoders')}: {option('templates')} must hold {{}} for the class name, "
+            "got sentences per class"
+        )
     request = dataclasses.replace(
         request,
-        templates=resolve_templates(lines),
+        templates=resolved,
         device=device_of_rank(request.device, request.device.index is not None),
         progress=request.progress and is_first(),
     )
@@ -96,22 +109,25 @@ def extract(request: FitRequest, clip: Clip, watch: Stopwatch) -> FeatureSet:
         options = dataclasses.replace(
             request.features, model=clip, need_spatial=False, device=request.device
         )
-        return cached_features(source_folder(request), options)[0]
+        return cached_features(source_images(request), options)[0]
 
 
-def source_folder(request: FitRequest) -> Path:
-    if not isinstance(request.source, Path):
-        raise TypeError(f"train_encoders: source must be a folder, got {request.source!r}")
-    return request.source
+def source_images(request: FitRequest) -> ImageFiles:
+    if isinstance(request.source, SetSource):
+        raise TypeError(f"train_encoders: source must be images, got {request.source!r}")
+    return list_images(
+        request.source, follow_links=request.follow_links, class_names=request.class_names
+    )
 
 
 def draw_rows(request: FitRequest, records: Records) -> RunRows:
     shots, fraction = request.known_shots, request.test_fraction
     if shots is None:
         shots = usual_shots(records, fraction)
-    return RunRows(
-        records, split_rows(records, True, shots, request.seed, fraction), shots, records
-    )
+    split = split_rows(records, True, shots, request.seed, fraction)
+    strict = bool(getattr(request, "strict", False))
+    split, left_out = check_duplicates(records, split, strict)
+    return RunRows(records, split, shots, records, left_out=left_out)
 
 
 def train(
@@ -134,7 +150,7 @@ def train(
     if settings.grad_checkpointing:
         switch_checkpointing(clip, True)
     images = finetune.TrainingImages(
-        source_folder(request),
+        source_images(request),
         features.manifest,
         clip,
         split.train,
@@ -174,16 +190,18 @@ def evaluate_and_write(
     zero_shot = zero_shot_head(rows.records, request.device)
     with watch.stage("evaluate"):
         decisions = {"zero_shot": (zero_shot, rows.records), "adapted": (head, after)}
-        values = evaluate_both(decisions, rows.split, request.device)
+        values, judged = evaluate_both(decisions, rows.split, request.device)
     with saved_encoders(folder, tuned) as encoders:
         features = features_of(after, request.model)
         features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
         temperature = values["adapted"]["temperature"]
-        digest = save_adapter(folder, Adapter(head, after.class_names, temperature, features))
+        calibration = calibration_of(judged.val, temperature, after.label, rows.split.test)
+        adapter = Adapter(head, after.class_names, temperature, features, calibration)
+        digest = save_adapter(folder, adapter)
     digests = {"adapter": digest, "encoders": encoders}
     processes = num_processes()
     return run_files.write_run(
-        folder, request, rows, config, values, watch, digests, processes=processes
+        folder, request, rows, config, values, watch, digests, judged, processes=processes
     )
 
 

@@ -8,18 +8,23 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vtclip.data.image_files import InMemory
 from vtclip.data.sets import SetSource
 from vtclip.files import Json, only_writer, to_json
 from vtclip.heads import HEADS
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.result import RESULT, Run
+from vtclip.runs.seen import FILE as IMAGES
+from vtclip.runs.seen import Seen
 from vtclip.train.checkpoint import Checkpoint
+from vtclip.train.rows import split_rows
 from vtclip.train.steps import TrainingRun
 
 if TYPE_CHECKING:
@@ -27,10 +32,11 @@ if TYPE_CHECKING:
     from vtclip.data.splits import Split
     from vtclip.machine import Stopwatch
     from vtclip.runs.request import FitRequest
+    from vtclip.train.calibration import Judged
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class RunRows:
 
     training: the records with the labels that training sees, where pseudo-labels replace them.
     new: records of the classes that are never trained on, of a base-to-new run.
+    left_out: test images whose content trained or validated, which the split lacks for it.
     """
 
     records: Records
@@ -46,6 +53,15 @@ class RunRows:
     shots: int
     training: Records
     new: Records | None = None
+    left_out: Json = field(default_factory=dict)
+
+    def seen(self, method: str, seed: int, test_fraction: float) -> Seen:
+        """Every image of the run's source with its role."""
+        seen = Seen.of(self.records, self.split, learns=HEADS[method].learns)
+        if self.new is None:
+            return seen
+        split = split_rows(self.new, False, 0, seed, test_fraction)
+        return seen + Seen.of(self.new, split, learns=False)
 
 
 def run_folder(request: FitRequest, shots: int) -> Path:
@@ -54,7 +70,7 @@ def run_folder(request: FitRequest, shots: int) -> Path:
         return Path(request.out).expanduser()
     source = request.source
     name = source.resolve().name
-    if isinstance(source, Path) and source.suffix == ".npz":
+    if isinstance(source, Path) and source.is_file():
         name = source.resolve().stem
     kind = request.method
     if request.base_to_new or request.train_encoders:
@@ -66,7 +82,9 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
     """Refuse an output that would touch the images, a file, or a run nobody asked to replace."""
     source, overwrite, resume = request.source, request.overwrite, request.resume
     images = source.root if isinstance(source, SetSource) else source
-    if images.is_dir() and folder.resolve().is_relative_to(images.resolve()):
+    if not isinstance(images, InMemory) and (
+        images.is_dir() and folder.resolve().is_relative_to(images.resolve())
+    ):
         raise ValueError(f"out {folder} lies inside the source {images}")
     if not folder.exists():
         return
@@ -122,14 +140,22 @@ def write_run(
     values: Json,
     watch: Stopwatch,
     digests: Mapping[str, str],
+    judged: Judged,
     **others: object,
 ) -> Run:
-    """Write the result of a finished fit, which needs its checkpoint no more.
+    """Write what a finished fit says of its images, and its result; the checkpoint goes.
 
-    digests: of what the run wrote; those of its source and split are added.
+    digests: of what the run wrote; those of its source and split are added. judged: the adapted
+    head's decisions on the validation and test images.
     """
     records, split = rows.records, rows.split
+    temperature = values["adapted"]["temperature"]
+    parts = named_parts(records.names, split, judged)
+    others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
+    seen = rows.seen(request.method, request.seed, request.test_fraction)
+    if getattr(request, "final", False):  # fitted once more on all of them
+        seen = seen.with_role("train")
     contents = result.make_result(
         values,
         watch,
@@ -143,6 +169,8 @@ def write_run(
         classes=records.class_names,
         images=split.counts(),
         unreadable=result.unreadable(records),
+        seen=seen.write(folder),
+        left_out={"trained": 0, "validated": 0, **rows.left_out},
         **others,
     )
     run = Run.write(folder, contents)

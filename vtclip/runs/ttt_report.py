@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from vtclip.data.sets import SetSource
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.sets import AnySource, SetSource
 from vtclip.data.sources import source_kind
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json
-from vtclip.runs.adapter import Adapter, check_weights
+from vtclip.machine import BatchSize
+from vtclip.runs.adapter import Adapter, check_model
 from vtclip.runs.result import metrics_table
 from vtclip.train import metrics
 from vtclip.train.ttt import TTT, adapt, trainable
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 ROWS = {"kept_mean": "mean of kept views", "all_mean": "mean of all views", "adapted": "with TTT"}
 
 
-def check_ttt(adapter: Adapter, source: Path | SetSource, *, base_to_new: bool) -> None:
+def check_ttt(adapter: Adapter, source: AnySource, *, base_to_new: bool) -> None:
     """Refuse a source without images and a head without parameters, before any work."""
     if isinstance(source, SetSource):
         raise ValueError(f"ttt: source must be a folder of images, got data set {source}")
@@ -41,29 +43,33 @@ def check_ttt(adapter: Adapter, source: Path | SetSource, *, base_to_new: bool) 
 def ttt_report(
     adapter: Adapter,
     clip: Clip,
-    root: Path,
+    files: ImageFiles,
     names: Sequence[str],
     label: Tensor,
     config: TTT,
     *,
     progress: bool = False,
 ) -> Json:
-    """Metrics of each of ROWS on root/name with label [N], options, and seconds.
+    """Metrics of each of ROWS on the images `names` [N] of `files`, options, and seconds.
 
     The logits of an average are the log of the mean probability. All rows are divided by the same
     temperature in their `*_scaled` numbers, the run's own, fitted without views and training.
     """
     from vtclip.data.views import folder_views
 
-    check_weights(adapter, clip.weights_digest, clip.name)
+    check_model(adapter, clip)
     wants = adapter.features["spatial"] if adapter.head.needs_spatial else None
 
+    at_a_time = BatchSize(what="views")
+
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        return clip.encode_image(pixels.to(clip.device), wants)
+        encoded = at_a_time.map(lambda part: clip.encode_image(part, wants), pixels)
+        spatial = [tokens for _, tokens in encoded if tokens is not None]
+        return torch.cat([image for image, _ in encoded]), torch.cat(spatial) if spatial else None
 
     def counted() -> Iterator[Tensor]:
         with progress_bar(len(names), "ttt", progress) as bar:
-            for views in folder_views(clip, root, names, config.views, seed=config.seed):
+            for views in folder_views(clip, files, names, config.views, seed=config.seed):
                 yield views
                 bar.update()
 

@@ -18,6 +18,7 @@ from vtclip.distributed import StopSignal
 from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
+from vtclip.machine import BatchSize
 from vtclip.train import metrics
 from vtclip.train.rows import TrainingRows, shuffled
 from vtclip.train.steps import (
@@ -124,11 +125,12 @@ def all_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits [N, K] and labels [N] of the plain (never augmented) rows `index`, in that order."""
     head.eval()
-    logits, label = [], []
-    for rows in torch.split(index, batch_size):
+
+    def computed(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = records.batch(rows, 0)
-        logits.append(compute_logits(head, batch, device).float().cpu())
-        label.append(batch.label)
+        return compute_logits(head, batch, device).float().cpu(), batch.label
+
+    logits, label = zip(*BatchSize(batch_size).map(computed, index), strict=True)
     return torch.cat(logits), torch.cat(label)
 
 
@@ -139,10 +141,16 @@ def head_metrics(
     *,
     device: torch.device,
     temperature: float | None = None,
+    keep: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Json:
-    """Every metric over the rows `index`, each of which is counted once."""
+    """Every metric over the rows `index`, each of which is counted once.
+
+    keep: a list that gets their logits [N, K] and labels [N], which need not be computed again.
+    """
     different = len(set(index.tolist()))
     if len(index) != different:
         raise ValueError(f"evaluate: {len(index)} rows, of which {different} differ")
     logits, label = all_logits(head, records, index, device=device)
+    if keep is not None:
+        keep.append((logits, label))
     return metrics.all_metrics(logits, label, temperature)

@@ -30,11 +30,13 @@ from torch.nn import functional as F
 
 from vtclip.clip import Clip
 from vtclip.clip.augment import pass_generator
-from vtclip.data.decode import ImageError, content_digest, decode, read_file
+from vtclip.data.decode import ImageError, content_digest, decode
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.threads import ahead, decode_pool
 from vtclip.distributed import World
 from vtclip.files import Json
 from vtclip.heads import RAda
+from vtclip.machine import BatchSize
 from vtclip.train import metrics
 from vtclip.train.finetune_config import FinetuneConfig
 from vtclip.train.rows import shuffled
@@ -49,10 +51,17 @@ class TrainingImages:
     """The files of the rows that training may see; any other row is an IndexError."""
 
     def __init__(
-        self, root: Path, manifest: Json, clip: Clip, *indices: Tensor, seed: int, least_area: float
+        self,
+        images: Path | ImageFiles,
+        manifest: Json,
+        clip: Clip,
+        *indices: Tensor,
+        seed: int,
+        least_area: float,
     ) -> None:
         self.label = torch.tensor(manifest["label"], dtype=torch.long)
-        self._root, self._clip, self._seed, self._least_area = root, clip, seed, least_area
+        self._images = images if isinstance(images, ImageFiles) else ImageFiles.below(images)
+        self._clip, self._seed, self._least_area = clip, seed, least_area
         self._names: list[str] = manifest["names"]
         self._digests: list[str] = manifest["digests"]
         self._allowed = torch.zeros(len(self._names), dtype=torch.bool)
@@ -68,8 +77,8 @@ class TrainingImages:
             yield from ahead(pool, lambda row: self._load(row, epoch), rows.tolist(), AHEAD)
 
     def _load(self, row: int, epoch: int | None) -> Tensor:
-        path, digest = self._root / self._names[row], self._digests[row]
-        data = read_file(path)
+        name, digest = self._names[row], self._digests[row]
+        path, data = self._images.path(name), self._images.read(name)
         if content_digest(data) != digest:
             raise ImageError(path, "the file changed after the run began")
         image = decode(data, path)
@@ -247,8 +256,9 @@ def validation(
     if len(index) == 0:
         return {}
     ensemble, scale = text(), module.log_scale.float().exp().reshape(())
-    logits, feed = [], images.stream(index, None)
+    logits, feed, at_a_time = [], images.stream(index, None), BatchSize()
     for rows in torch.split(index, VALIDATION_BATCH):
-        image, _ = clip.encode_image(torch.stack([next(feed) for _ in rows.tolist()]))
+        pixels = torch.stack([next(feed) for _ in rows.tolist()])
+        image = torch.cat([image for image, _ in at_a_time.map(clip.encode_image, pixels)])
         logits.append(module.head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
     return metrics.validation_metrics(torch.cat(logits), images.label[index])

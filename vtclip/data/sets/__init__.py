@@ -6,12 +6,14 @@ says what is there and what is missing. A set without its list files is refused:
 invented. Nothing below the root is written, moved or locked.
 """
 
+from vtclip.data.image_files import absent_images
 from vtclip.data.sets.listing import ImageList, Listing, SetError, Spec
-from vtclip.data.sets.reading import SetSource, absent_images, as_source, open_listing
+from vtclip.data.sets.reading import AnySource, SetSource, as_source, open_listing
 from vtclip.data.sets.table import SETS, find_set
 
 __all__ = [
     "SETS",
+    "AnySource",
     "ImageList",
     "Listing",
     "SetError",

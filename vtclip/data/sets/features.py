@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from vtclip.data.coop_sampling import Picks, coop_picks
-from vtclip.data.image_files import ImageFiles
+from vtclip.data.image_files import ImageFiles, absent_images
 from vtclip.data.joined import JoinedStore
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets.listing import ImageList, Listing
-from vtclip.data.sets.reading import SetSource, absent_images, open_listing
+from vtclip.data.sets.reading import SetSource, open_listing
 from vtclip.files import Json, cache_folder, is_below, json_digest, printable
 
 if TYPE_CHECKING:

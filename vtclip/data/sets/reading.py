@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+from vtclip.data.image_datasets import as_source_object
+from vtclip.data.image_files import IN_MEMORY, InMemory
 from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.listing import Listing, Spec
 from vtclip.data.sets.table import find_set
@@ -41,10 +41,27 @@ class SetSource:
                 raise self.spec.error(f"{name} must be left out with a data set, got {value!r}")
 
 
-def as_source(source: str | Path | SetSource, data: str | Path | None) -> Path | SetSource:
-    """The data set `source` under the root `data`; without `data`, `source` as a path."""
-    if isinstance(source, SetSource):
+AnySource: TypeAlias = Path | SetSource | InMemory
+
+
+def as_source(source: object, data: str | Path | None) -> AnySource:
+    """The data set `source` under the root `data`; without `data`, `source` as a path.
+
+    A Python object that holds or lists images is taken as vtclip.data.image_datasets says; any
+    other one is a TypeError.
+    """
+    if isinstance(source, (SetSource, InMemory)):
         return source
+    if data is None and not isinstance(source, (str, os.PathLike)):
+        return as_source_object(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"data: source must be the name of a data set below it, got {type(source).__name__}"
+        )
+    if data is None and str(source).startswith(IN_MEMORY):
+        raise ValueError(
+            f"source: the run was fitted on images {source}, which are on no disk; give a source"
+        )
     if data is None:
         return Path(source).expanduser()
     root = Path(data).expanduser()
@@ -85,26 +102,3 @@ def open_listing(spec: Spec, root: Path) -> Listing:
         return spec.read(spec, root)
     except OSError as error:
         raise spec.error(f"{error.filename}: {error.strerror}") from None
-
-
-def absent_images(image_root: Path, names: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, reason) of the images that are not there or are empty; links are followed."""
-
-    def fault(name: str) -> str | None:
-        try:
-            status = os.stat(image_root / name)
-        except (OSError, ValueError) as error:
-            if os.path.islink(image_root / name):
-                return "a link to nothing"
-            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            return "no such file" if missing else str(getattr(error, "strerror", error))
-        if not stat.S_ISREG(status.st_mode):
-            return "not a regular file"
-        return None if status.st_size else "the file is empty"
-
-    def faults(chunk: Sequence[str]) -> list[tuple[str, str]]:
-        return [(name, why) for name in chunk if (why := fault(name)) is not None]
-
-    chunks = [names[start : start + 1024] for start in range(0, len(names), 1024)]
-    with ThreadPoolExecutor(8, thread_name_prefix="vtclip-stat") as pool:
-        return [row for rows in pool.map(faults, chunks) for row in rows]
