@@ -187,9 +187,15 @@ def test_the_last_fit_is_refused_where_it_means_nothing(tmp_path):
 
 
 def test_folders_of_test_images_are_images_like_the_others(tmp_path, caplog):
-    train = noise(tmp_path / "train", ("cat", "dog"), each=6)
-    test = noise(tmp_path / "test", ("cat", "dog"), each=3)
-    val = noise(tmp_path / "val", ("dog",), each=2)
+    train = noise(tmp_path / "train", ("cat", "dog"), each=11)
+    test, val = tmp_path / "test", tmp_path / "val"
+    for name, number in [(name, number) for name in ("cat", "dog") for number in range(6, 11)]:
+        if number < 9 or name == "dog":
+            place = (test if number < 9 else val) / name
+            place.mkdir(parents=True, exist_ok=True)
+            (train / name / f"{number}.png").rename(place / f"{number}.png")
+        else:
+            (train / name / f"{number}.png").unlink()
     options = {"cache_dir": tmp_path / "cache", **QUICK}
     with caplog.at_level(logging.WARNING):
         run = vtclip.fit(

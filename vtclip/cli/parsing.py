@@ -137,7 +137,9 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": "NAME", "help": "one prompt of an .npz with several (default: their mean)"
     },
     "--templates": {
-        "metavar": "NAME|FILE", "help": "imagenet7, imagenet80, a .txt, or text with {}"
+        "metavar": "NAME|FILE",
+        "help": "imagenet7, imagenet80, text with {}, a .txt or .json of such lines, or a .json of "
+        "sentences per class",
     },
     "--test-fraction": {
         "type": number(float, 0, 1), "default": 0.5, "metavar": "F",

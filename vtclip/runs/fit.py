@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vtclip.clip.texts import by_class_name, read_templates
 from vtclip.data.class_names import as_class_names
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.records import Records
@@ -28,6 +29,7 @@ from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics
 from vtclip.runs.checks import check_before_work
 from vtclip.runs.class_counts import usual_count, warn_of_few
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.opening import open_all
@@ -56,7 +58,7 @@ def fit(
     model: str = "demo",
     spatial: str | None = None,
     prompt: str | None = None,
-    templates: Sequence[str] | None = None,
+    templates: Sequence[Any] | None = None,
     class_names: Mapping[str, str] | str | Path | None = None,
     follow_links: bool = False,
     test_fraction: float = 0.5,
@@ -88,17 +90,18 @@ def fit(
         where `evaluate` looks for them.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
+    templates: prompts with {} for the class name, or sentences per class; a name, a file, or their
+        content (vtclip.clip.texts). The run keeps the content.
+    class_names: from the ids that the source gives its classes to their names, or the file that
+        holds them (vtclip.data.class_names). The run keeps the names.
     shots: training images per class at most, 16 by default; "all" takes all that there are. A class
-        that has fewer trains on those it has, and the others are none the worse for it; a smaller
-        class is shown as often as the others (vtclip.train.rows.epoch_rows). Data sets are drawn
-        as published, with the same number of every class.
-    exact_shots: exactly `shots` of every class, or a ValueError: what comparisons with published
-        numbers need.
+        that has fewer trains on those, and is shown as often as the others. Data sets are drawn as
+        published, with the same number of every class.
+    exact_shots: exactly `shots` of every class, as published numbers have, or a ValueError.
     val, test: sources of validation and of test images (of the kind of `source`, which then is all
         for training), opened with the same options. Their classes must be classes of `source`.
         Without `test`, `test_fraction` of every class is set apart; without `val`, up to 4 images
-        per class beyond the shots validate (vtclip.data.splits says how many of which).
-        A folder or list that says itself which images test and validate needs neither.
+        of each validate (vtclip.data.splits). A folder or list with a split needs neither.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
     base_to_new: train on the first half of the classes, test on either half
@@ -132,6 +135,7 @@ def _request(
     method: str | None,
     overrides: Mapping[str, object] | None,
     class_names: Mapping[str, str] | str | Path | None,
+    templates: Any,
     device: str | torch.device | None,
     records: Records | None,
     **others: Any,
@@ -140,12 +144,14 @@ def _request(
     if method is None:
         joint = others["train_encoders"] or others["base_to_new"]
         method = "rada" if joint else "auto"
+    names = as_class_names(class_names)
     return FitRequest(
         source=as_source(source, data),
         val=None if val is None else as_source(val, None),
         test=None if test is None else as_source(test, None),
         method=method,
-        class_names=as_class_names(class_names),
+        class_names=names,
+        templates=by_class_name(read_templates(templates), names),
         overrides=overrides or {},
         device=choose_device(device),
         **others,
@@ -185,7 +191,9 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             values["final"] = {"images": len(rows.records)}
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        calibration = calibration_of(judged_val or judged.val, temperature, rows.records.label)
+        calibration = calibration_of(
+            judged_val or judged.val, temperature, rows.records.label, rows.split.test
+        )
         adapter = Adapter(head, names, temperature, features, calibration, request.final)
         digests = {"adapter": save_adapter(folder, adapter)}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
@@ -221,13 +229,15 @@ def draw_rows(request: FitRequest, records: Records) -> RunRows:
     if request.pseudo_labels and not isinstance(shots, str):
         pool = unlabelled_split(records, seed, fraction)
         training, split = pseudo_labelled(records, pool, shots, request.device)
-        return RunRows(records, split, shots, training)
+        split, left_out = check_duplicates(records, split, request.strict)
+        return RunRows(records, split, shots, training, left_out=left_out)
     learns = HEADS[request.method].learns
     split = split_rows(records, learns, shots, seed, fraction, request.rule)
+    split, left_out = check_duplicates(records, split, request.strict, learns=learns)
     if request.rule == UP_TO:
         warn_of_few(records, split, request.shots if learns else None)
         shots = usual_count(records, split)
-    return RunRows(records, split, int(shots), records, new)
+    return RunRows(records, split, int(shots), records, new, left_out)
 
 
 def train(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from vtclip.clip import Clip, load_clip, resolve_templates
+from vtclip.clip.texts import is_per_class
 from vtclip.data.extract import cached_features
 from vtclip.data.featureset import FeatureSet
 from vtclip.data.image_files import ImageFiles
@@ -27,10 +28,12 @@ from vtclip.distributed import World, device_of_rank, is_first, joined, num_proc
 from vtclip.files import Json, json_digest
 from vtclip.heads import RAda
 from vtclip.machine import Stopwatch
+from vtclip.names import option
 from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.checks import check_before_work
 from vtclip.runs.class_counts import usual_count, warn_of_few
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
@@ -48,9 +51,15 @@ def fit_encoders(request: FitRequest) -> Run:
     """Train the encoders of the request's model with RAda on a folder, and evaluate once."""
     templates = request.templates
     lines = default_templates(request.model) if templates is None else list(templates)
+    resolved = resolve_templates(lines)
+    if is_per_class(resolved[0]):
+        raise ValueError(
+            f"{option('train_encoders')}: {option('templates')} must hold {{}} for the class name, "
+            "got sentences per class"
+        )
     request = dataclasses.replace(
         request,
-        templates=resolve_templates(lines),
+        templates=resolved,
         device=device_of_rank(request.device, request.device.index is not None),
         progress=request.progress and is_first(),
     )
@@ -117,9 +126,10 @@ def source_images(request: FitRequest) -> ImageFiles:
 def draw_rows(request: FitRequest, records: Records) -> RunRows:
     shots, seed, fraction = request.known_shots, request.seed, request.test_fraction
     split = split_rows(records, True, shots, seed, fraction, request.rule)
+    split, left_out = check_duplicates(records, split, request.strict)
     if request.rule == UP_TO and is_first():
         warn_of_few(records, split, request.shots)
-    return RunRows(records, split, usual_count(records, split), records)
+    return RunRows(records, split, usual_count(records, split), records, left_out=left_out)
 
 
 def train(
@@ -187,7 +197,7 @@ def evaluate_and_write(
         features = features_of(after, request.model)
         features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
         temperature = values["adapted"]["temperature"]
-        calibration = calibration_of(judged.val, temperature, after.label)
+        calibration = calibration_of(judged.val, temperature, after.label, rows.split.test)
         adapter = Adapter(head, after.class_names, temperature, features, calibration)
         digest = save_adapter(folder, adapter)
     digests = {"adapter": digest, "encoders": encoders}

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,10 @@ from vtclip.runs.class_counts import images_per_class
 from vtclip.runs.encoders import ENCODERS
 from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.result import RESULT, Run
+from vtclip.runs.seen import FILE as IMAGES
+from vtclip.runs.seen import Seen
 from vtclip.train.checkpoint import Checkpoint
+from vtclip.train.rows import split_rows
 from vtclip.train.steps import TrainingRun
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
 LATER = {"draw": "exact", "follow_links": False, "final": False}
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class RunRows:
     recipe_shots: training images of the usual class, for which the method's recipe is taken.
     training: the records with the labels that training sees, where pseudo-labels replace them.
     new: records of the classes that are never trained on, of a base-to-new run.
+    left_out: test images whose content trained or validated, which the split lacks for it.
     """
 
     records: Records
@@ -58,6 +62,15 @@ class RunRows:
     recipe_shots: int
     training: Records
     new: Records | None = None
+    left_out: Json = field(default_factory=dict)
+
+    def seen(self, method: str, seed: int, test_fraction: float) -> Seen:
+        """Every image of the run's source with its role."""
+        seen = Seen.of(self.records, self.split, learns=HEADS[method].learns)
+        if self.new is None:
+            return seen
+        split = split_rows(self.new, False, 0, seed, test_fraction)
+        return seen + Seen.of(self.new, split, learns=False)
 
 
 def run_folder(request: FitRequest) -> Path:
@@ -176,6 +189,9 @@ def write_run(
     parts = named_parts(records.names, split, judged)
     others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
+    seen = rows.seen(request.method, request.seed, request.test_fraction)
+    if request.final:  # fitted once more on all of them
+        seen = seen.with_role("train")
     contents = result.make_result(
         values,
         watch,
@@ -190,6 +206,8 @@ def write_run(
         images=split.counts(),
         images_per_class=images_per_class(records, split),
         unreadable=result.unreadable(records),
+        seen=seen.write(folder),
+        left_out={"trained": 0, "validated": 0, **rows.left_out},
         **others,
     )
     run = Run.write(folder, contents)
