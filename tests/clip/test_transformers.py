@@ -333,3 +333,24 @@ def test_a_state_dict_in_their_names_loads_under_an_architecture(tmp_path: Path)
     model = build_clip(model_cfg_of(CLIP_CONFIG))
     load_into(model, weights)
     assert torch.equal(model.state_dict()["visual.proj"], weights.tensors["visual.proj"])
+
+
+def test_a_missing_library_is_the_cause_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A known SigLIP's tokenizer needs transformers, whatever weights file was given."""
+    from vtclip.clip import loading
+
+    config = {"text_cfg": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}}
+    name = "ViT-B-16-SigLIP:/w.safetensors"
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda library: None)
+    with pytest.raises(ClipNotFound) as caught:
+        loading._tokenizer(name, "ViT-B-16-SigLIP", config, tmp_path)
+    assert str(caught.value) == (
+        f"model {name!r}: its tokenizer, timm/ViT-B-16-SigLIP, needs transformers, which is not "
+        "installed: pip install 'vtclip[siglip]'; or put its tokenizer.json into "
+        f"{tmp_path}"
+    )
+    (tmp_path / "spiece.model").write_bytes(b"x")
+    with pytest.raises(ClipNotFound, match="needs the library sentencepiece.*pip install"):
+        loading._tokenizer(name, "ViT-B-16-SigLIP", config, tmp_path)
