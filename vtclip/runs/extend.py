@@ -93,13 +93,11 @@ def extend(
     split, twice = check_duplicates(added, split, False, learns=keeps)
     old, split, known = _without_copies(sources, old, added, split, keeps)
     with watch.stage("extend"):
-        wider = replace(
-            adapter,
-            head=_extended_head(sources, added, split),
-            class_names=class_names,
-            calibration=None,  # scores among the old classes say nothing of those among all
-        )
-    new = SourceRows(added, split.test, torch.arange(len(adapter.class_names), len(class_names)))
+        head = _extended_head(sources, added, split)
+        # scores among the old classes say nothing of those among all
+        wider = replace(adapter, head=head, class_names=class_names, calibration=None)
+    labels = torch.arange(len(adapter.class_names), len(class_names))
+    new = SourceRows(added, split.test, labels)
     with watch.stage("evaluate"):
         values = _evaluated(adapter, wider, old, new, run.result["zero_shot"]["temperature"])
     entry = {
