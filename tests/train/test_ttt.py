@@ -255,10 +255,11 @@ def test_evaluate_with_ttt(capsys, world):
     assert main([*common, *FEW, "--ttt-lr", "0.05", "--steps", "2", "--ttt-seed", "7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "rada on images: 12 images"
-    heads = [line.split("  ")[0] for line in lines[2:6]]
+    assert " images left out: " in lines[1]
+    heads = [line.split("  ")[0] for line in lines[3:7]]
     assert heads == ["rada", "mean of kept views", "mean of all views", "with TTT"]
-    assert lines[6].startswith("6 views, 2 kept, 2 steps at lr 0.05, seed 7; ")
-    assert "s per image" in lines[6]
+    assert lines[7].startswith("6 views, 2 kept, 2 steps at lr 0.05, seed 7; ")
+    assert "s per image" in lines[7]
     assert listing(world["rada"]) == before
 
 

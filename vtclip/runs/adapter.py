@@ -215,7 +215,7 @@ def check_same_model(
 
     wanted: `Adapter.features`; a field that it lacks, as older ones may, is not checked.
     weights, config: `Clip.weights_digest` and `Clip.config` of the other encoder.
-    what: how the error begins, up to "the model of the run"; other: whose are the other values.
+    what: how the error begins; other: whose are the other values.
     """
     found = []
     if "weights_digest" in wanted and weights != wanted["weights_digest"]:
@@ -237,7 +237,7 @@ def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
     given: whether the caller named the model; if not, the run's own record did.
     """
     other = "--model" if given else "the one at that place"
-    what = f"model {clip.name!r} is not"
+    what = f"model {clip.name!r} is not the model of the run"
     check_same_model(adapter.features, clip.weights_digest, clip.config, what, other)
 
 
@@ -248,7 +248,7 @@ def check_features(adapter: Adapter, records: Records) -> None:
         adapter.features,
         actual["weights_digest"],
         actual["model_config"],
-        "the source has not",
+        "the source has not the model of the run",
         "the source",
     )
     names = ["width", *(("spatial", "spatial_width") if adapter.head.needs_spatial else ())]
