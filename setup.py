@@ -10,9 +10,11 @@ import re
 import shutil
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "cpu", "cuda", "off")
@@ -42,10 +44,6 @@ def why_no_cuda(home: str) -> str:
     if release is not None and release[1] == torch.version.cuda.split(".")[0]:
         return ""
     return f"toolkit at {home} is CUDA {release and release[1]}, torch has {torch.version.cuda}"
-
-
-def sources_in(folder: str, pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
 
 
 def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
@@ -82,25 +80,28 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
         "libraries": ["torch", "torch_cpu", "c10"],
         "language": "c++",
     }
-    sources = ["csrc/module.cpp", *sources_in("csrc/cpu", "**/*.cpp")]
-    built = [Extension("vtclip._C", sources, extra_compile_args={"cxx": host}, **common)]
+    files = ["csrc/module.cpp", *sorted(glob("csrc/cpu/**/*.cpp", root_dir=ROOT, recursive=True))]
+    built = [Extension("vtclip._C", files, extra_compile_args={"cxx": host}, **common)]
     if not refused:
         common["libraries"] = [*common["libraries"], "torch_cuda", "c10_cuda"]
         common["library_dirs"] = cpp_extension.library_paths(device_type="cuda")
         common["define_macros"] = [*common["define_macros"], ("USE_CUDA", "1")]
         cuda_includes = cpp_extension.include_paths(device_type="cuda")
         args = {"cxx": host, "nvcc": ["-O3", *(f"-isystem={path}" for path in cuda_includes)]}
-        sources = sources_in("csrc/cuda", "*.cu")
-        built.append(Extension("vtclip._C_cuda", sources, extra_compile_args=args, **common))
+        files = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
+        built.append(Extension("vtclip._C_cuda", files, extra_compile_args=args, **common))
 
-    class Build(
-        cpp_extension.BuildExtension
-    ):  # its folder is kept: reinstalls compile what changed
-        def finalize_options(self) -> None:
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self) -> None:  # the folder is kept: reinstalls compile what changed
             super().finalize_options()
             self.build_temp = str(ROOT / "build" / "temp")
 
     return built, {"build_ext": Build}
+
+
+class BuildPython(build_py):
+    def get_package_dir(self, package: str) -> str:  # of a wheel; editable installs do not ask
+        return "kernels" if package == "vtclip.kernels" else super().get_package_dir(package)
 
 
 mode = os.environ.get("VTCLIP_EXT", "auto")
@@ -114,5 +115,5 @@ for library in (ROOT / "vtclip").glob("_C*.so"):
 setup(
     packages=[*find_packages(include=["vtclip", "vtclip.*"]), "vtclip.kernels"],
     ext_modules=ext_modules,
-    cmdclass=cmdclass,
+    cmdclass={"build_py": BuildPython, **cmdclass},
 )

@@ -23,9 +23,9 @@ class ImportGraph:
     """
 
     def __init__(self, root: Path = ROOT) -> None:
-        files = {*(root / "vtclip").rglob("*.py")}
-        files |= {root / "vtclip" / "kernels" / p.name for p in (root / "kernels").glob("*.py")}
-        self.paths = {_module(path.relative_to(root)): path for path in sorted(files)}
+        found = {_module(path.relative_to(root)): path for path in (root / "vtclip").rglob("*.py")}
+        found |= {f"vtclip.kernels.{path.stem}": path for path in (root / "kernels").glob("*.py")}
+        self.paths = dict(sorted(found.items()))
         self.imports = {
             module: set(self._resolved(module, path)) - {module}
             for module, path in self.paths.items()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import torch
 from vtclip.backends import native
 
 ROOT = Path(__file__).parents[1]
+# the argument came with Python 3.12 and with later 3.10 and 3.11
+SAFE = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
 
 
 def copy_of_the_tree(where: Path) -> Path:
@@ -41,8 +44,25 @@ def setup(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[
     return python(tree, "setup.py", *command, **env)
 
 
-def test_kernels_link_is_relative_and_not_a_package():
-    assert os.readlink(ROOT / "vtclip" / "kernels") == "../kernels"
+def modules_of_kernels() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
+
+
+IMPORT_KERNELS = (
+    "import importlib, inspect, vtclip, vtclip.kernels\n"
+    f"for name in {modules_of_kernels()}:\n"
+    "    module = importlib.import_module(f'vtclip.kernels.{name}')\n"
+    "    assert inspect.getsource(module)\n"
+    "print(module.__file__)\n"
+)
+
+
+def test_no_file_of_the_repository_is_a_link():
+    """Git for Windows checks links out as text files that hold the path."""
+    done = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert not [line for line in done.stdout.splitlines() if line.startswith("120000")]
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -67,6 +87,8 @@ def test_pure_python_wheel_holds_kernels_assets_and_no_binary(tmp_path):
     ):
         assert wanted in names
     assert not [name for name in names if name.startswith("kernels/") or name.endswith(".so")]
+    held = {name for name in names if name.startswith("vtclip/kernels/")}
+    assert held == {f"vtclip/kernels/{name}.py" for name in modules_of_kernels()}
     # installed somewhere else, with the checkout out of reach, it works
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -75,6 +97,47 @@ def test_pure_python_wheel_holds_kernels_assets_and_no_binary(tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(site) in done.stdout
     assert "is not built" in done.stdout
+
+
+def test_every_kernel_is_found_wherever_vtclip_lies(tmp_path):
+    """In a checkout, in a wheel of a clone without links, and in a wheel of its sdist."""
+    pytest.importorskip("triton", reason="the kernels import it")
+    done = python(tmp_path, "-c", IMPORT_KERNELS, PYTHONPATH=str(ROOT))
+    assert done.stdout.strip() == str(ROOT / "kernels" / f"{modules_of_kernels()[-1]}.py")
+    tree = copy_of_the_tree(tmp_path)
+    done = setup(tree, "sdist", "-d", str(tmp_path), VTCLIP_EXT="off")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "sdist", **SAFE)
+    (unpacked,) = (tmp_path / "sdist").iterdir()
+    for number, source in enumerate((tree, unpacked)):
+        site = tmp_path / f"site{number}"
+        done = setup(source, "bdist_wheel", "-d", str(site), VTCLIP_EXT="off")
+        assert done.returncode == 0, done.stderr
+        (wheel,) = site.glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(site)
+        # an unrelated package of the name in the same folder is left alone
+        (site / "kernels").mkdir()
+        (site / "kernels" / "__init__.py").write_text("")
+        done = python(tmp_path, "-c", IMPORT_KERNELS, PYTHONPATH=str(site))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(str(site / "vtclip" / "kernels"))
+
+
+def test_an_editable_install_finds_the_kernels(tmp_path):
+    pytest.importorskip("triton", reason="the kernels import it")
+    tree, site = copy_of_the_tree(tmp_path), tmp_path / "site"
+    done = python(
+        tmp_path, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index",
+        "--disable-pip-version-check", "--target", str(site), "-e", str(tree), VTCLIP_EXT="off",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # without the pointers of the environment, which may lead to another checkout
+    others = [path for path in sys.path if path and not Path(path, "vtclip").exists()]
+    code = f"import site; site.addsitedir({str(site)!r})\n{IMPORT_KERNELS}"
+    done = python(tmp_path, "-S", "-c", code, PYTHONPATH=os.pathsep.join([str(site), *others]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tree / "kernels"))
 
 
 def test_unknown_mode_is_refused(tmp_path):

@@ -9,6 +9,7 @@ followed: the file it points to is replaced and the link stays. Permissions foll
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -79,11 +80,25 @@ def move_new(path: Path) -> None:
     """Replaces `path` by `path` + ".new" and flushes the folder's entry."""
     path = Path(os.path.realpath(path))
     os.replace(path.with_name(path.name + ".new"), path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _flush_entries(path.parent)
+
+
+def _flush_entries(folder: Path) -> None:
+    """Flushes a folder's list of files to the disk, on the systems that can.
+
+    Windows opens no folders, and some network file systems have no such flush; there the rename
+    is all that can be done. Any other failure is an error.
+    """
+    if fcntl is None:
+        return
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

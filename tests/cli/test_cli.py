@@ -126,7 +126,8 @@ def test_fit_prints_a_table_and_writes_a_run(capsys, npz, tmp_path):
     assert call("fit", npz, *QUICK) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "runs" / "animals-vtclip-4shot-seed1"
-    files = ["adapter.safetensors", "adapter_config.json", "log.jsonl", "result.json"]
+    files = ["adapter.safetensors", "adapter_config.json", "confusion.png", "log.jsonl"]
+    files += ["predictions.csv", "result.json"]
     assert sorted(path.name for path in folder.iterdir()) == files
     assert "4 classes, 16 training, 16 validation and 48 test images, seed 1" in out
     assert re.search(r"^zero-shot +\d+\.\d\d %", out, re.M)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vtclip.data import Records
+from vtclip.data.joined import JoinedStore
 from vtclip.data.records import MemoryStore, check_class_names, digest_of
 
 NAMES = ["cat", "dog", "eel"]
@@ -145,3 +146,29 @@ def test_digest_depends_on_values_shape_and_dtype() -> None:
     others = [values + 1, values.reshape(2, 3), values.double()]
     assert digest_of(values) == digest_of(values.clone())
     assert len({digest_of(values), *map(digest_of, others)}) == 4
+
+
+def test_digests_follow_their_rows() -> None:
+    records = table(spatial=torch.rand(6, 2, 5))
+    assert len(set(records.digests)) == 6
+    chosen = records.select(torch.tensor([5, 2])).without_spatial()
+    assert chosen.digests == [records.digests[5], records.digests[2]]
+    assert records.subset_classes([2]).digests == chosen.digests[::-1]
+    assert (records.pixels, records.perceptual) == (None, None)  # a table has no pictures
+
+
+def test_digests_of_pictures_follow_their_rows() -> None:
+    one, two = table(), table()
+    one.store.pixels = [f"p{row}" for row in range(6)]  # type: ignore[attr-defined]
+    joined = Records(
+        JoinedStore([one.store, two.store], [6, 6]),
+        class_names=NAMES,
+        text=one.text,
+        label=torch.cat([one.label, two.label]),
+        names=[str(row) for row in range(12)],
+    )
+    assert joined.digests == one.digests * 2
+    assert joined.pixels == [*(f"p{row}" for row in range(6)), *[None] * 6]
+    assert joined.select(torch.tensor([7, 3])).pixels == [None, "p3"]
+    assert joined.select(torch.tensor([7])).pixels is None
+    assert joined.perceptual is None

@@ -21,7 +21,7 @@ import vtclip
 from vtclip.cli import main
 from vtclip.data.decode import ImageError
 from vtclip.demo.scenes import CLASS_NAMES
-from vtclip.runs import classifier
+from vtclip.runs import pictures as kinds
 from vtclip.runs.classifier import Classifier, Prediction
 
 CLASSES = (0, 4, 8)  # striped circle, dotted square, checked triangle
@@ -113,8 +113,8 @@ def test_files_are_decoded_outside_of_the_caller(loaded, paths, monkeypatch):
         seen.add(threading.current_thread().name)
         return opened(path)
 
-    opened = classifier.open_image
-    monkeypatch.setattr(classifier, "open_image", spy)
+    opened = kinds.open_image
+    monkeypatch.setattr(kinds, "open_image", spy)
     loaded.predict(paths)
     assert seen
     assert all(name.startswith("vtclip-decode") for name in seen)
@@ -154,7 +154,7 @@ def test_an_unreadable_image_is_named_and_stops_nothing(loaded, paths, tmp_path)
         (torch.zeros(64, 64), {}, ValueError, r"must be \[3, H, W\] or .*, got \[64, 64\]"),
         ([torch.zeros(3, 8, 8)], {}, ValueError, r"must be \[3, 64, 64\], .* got \[3, 8, 8\]"),
         ([torch.zeros(3, 64, 64, dtype=torch.uint8)], {}, TypeError, "floating-point, got torch.u"),
-        (["x.png", None], {}, TypeError, "path, PIL image or tensor, got NoneType"),
+        (["x.png", None], {}, TypeError, "must be a path, .* or a tensor, got NoneType"),
         ([], {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ([], {"topk": 0}, ValueError, "topk must be at least 1, got 0"),
         ([torch.full((3, 64, 64), float("nan"))], {}, FloatingPointError, "must be finite"),

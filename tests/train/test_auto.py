@@ -116,7 +116,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fitted(records: Records, split: Split) -> tuple[auto.Auto, list[dict[str, object]]]:
-    return auto.fit_auto(records, split, 2, TrainingRun(torch.device("cpu"), 1))
+    return auto.fit_auto(records, split, 2, TrainingRun(torch.device("cpu"), 1))[:2]
 
 
 def test_without_validation_images_the_shots_are_cross_validated(records, quick):

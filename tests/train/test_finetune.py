@@ -102,6 +102,7 @@ def test_a_run_learns_and_holds_what_the_other_commands_need(fitted, photos, mod
     assert result["images"] == {"train": 12, "val": 12, "test": 24}
     assert result["adapted"]["ece_scaled"] is not None
     held = {"adapter.safetensors", "adapter_config.json", ENCODERS, "result.json", "log.jsonl"}
+    held |= {"predictions.csv", "confusion.png"}
     assert {path.name for path in fitted.folder.iterdir()} == held
 
     again = vtclip.evaluate(fitted.folder, device="cpu", threads=1, cache_dir=cache)

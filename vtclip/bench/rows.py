@@ -23,7 +23,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtclip.files import fcntl, read_json, to_json, write_atomic
+from vtclip import files
+from vtclip.files import read_json, to_json, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +56,12 @@ def check_bench_folder(out: Path, sources: Iterable[Path]) -> None:
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the folder, after waiting for others to be done with it; not for longer work."""
+    if files.fcntl is None:  # Windows, which opens no folders either
+        yield
+        return
     handle = os.open(out, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        files.fcntl.flock(handle, files.fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
@@ -121,10 +124,12 @@ class RowFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        # Windows writes \r\n for \n and so moves every place in the file, unless told not to
+        binary: int = getattr(os, "O_BINARY", 0)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
         try:
-            if fcntl is not None:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if files.fcntl is not None:
+                files.fcntl.flock(self._file, files.fcntl.LOCK_EX | files.fcntl.LOCK_NB)
             self._end = _end_of_lines(path)
             os.ftruncate(self._file, self._end)
         except BlockingIOError:

@@ -54,6 +54,9 @@ def add_arguments(parser: Parser) -> None:
         help="step size of AdamW (default: 0.005)",
     )
     ttt.add_argument("--ttt-seed", type=seed, metavar="SEED", help="draws the views (default: 0)")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write a CSV with a line for each counted image"
+    )
     parser.add_shared("--cache-dir", "--device", "--threads", "--json")
 
 
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         source,
         ttt=TTT(**settings) if args.ttt else None,
         progress=on_terminal(),
-        **options_of(args, "data", "device", "threads", "cache_dir"),
+        **options_of(args, "data", "device", "threads", "cache_dir", "predictions"),
     )
     if args.json:
         emit_json(values)

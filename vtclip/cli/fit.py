@@ -189,6 +189,8 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_fit(fitted: Any) -> None:
     """The table of a run, with what was fitted to what above it and the cost below."""
+    from vtclip.runs.predictions import confused_line
+
     result = fitted.result
     counts = result["images"]
     emit(
@@ -200,6 +202,9 @@ def print_fit(fitted: Any) -> None:
         new = result["new"]
         emit(f"new: {len(new['classes'])} classes, {new['adapted']['count']} test images")
     emit(fitted.table())
+    confused = confused_line(result["confusion"]) if "confusion" in result else ""
+    if confused:
+        emit(confused)
     unreadable = result["test"]["unreadable"]
     if unreadable:
         emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}, ...)")

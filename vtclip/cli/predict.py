@@ -2,7 +2,8 @@
 """`vtclip predict`: its arguments, and one line, one object or some CSV rows per image.
 
 Lines and CSV rows are written as the images are done. An unreadable image is named on stderr, the
-others are predicted, and the exit status is 1.
+others are predicted, and the exit status is 1. With --unknown and --coverage each image says more:
+"unknown" and its p-value, and the set of classes; without them nothing changes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, note, open_classifier
+from vtclip.cli.parsing import (
+    Parser,
+    count,
+    emit,
+    emit_json,
+    existing,
+    note,
+    number,
+    open_classifier,
+)
 
 CSV_COLUMNS = ("image", "rank", "label", "probability")
+share = number(float, 0, 1, above=True)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -27,6 +38,18 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--topk", type=count, default=5)
     parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
+    parser.add_argument(
+        "--unknown",
+        type=share,
+        metavar="RATE",
+        help='say "unknown" of images of no class; of the others at most this share is lost',
+    )
+    parser.add_argument(
+        "--coverage",
+        type=share,
+        metavar="SHARE",
+        help="also the set of classes that holds the true one this often, e.g. 0.95",
+    )
     parser.add_model_of_run()
     parser.add_shared("--device", "--threads", "--json")
 
@@ -39,22 +62,49 @@ def run(args: argparse.Namespace) -> int:
     places = [existing("IMAGE", path) for path in args.images]
     paths, unreadable = _listed(args.images, places)
     classifier = open_classifier(args, folder)
-    predicted = classifier.predict_each(paths, args.topk, batch_size=args.batch_size)
-    rows = zip(paths, predicted, strict=True)
+    asked = {"unknown": args.unknown, "coverage": args.coverage}
+    answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    rows = zip(paths, answers, strict=True)
     if args.json:
         return _print_json(rows, unreadable)
     if args.csv:
-        emit(_csv_line(*CSV_COLUMNS))
-    for path, best in rows:
-        if not isinstance(best, list):
-            unreadable.append((path, best.reason))
+        more = [name for name, option in (("unknown", "unknown"), ("in_set", "coverage"))
+                if asked[option] is not None]  # fmt: skip
+        emit(_csv_line(*CSV_COLUMNS, *more))
+    for path, answer in rows:
+        if hasattr(answer, "reason"):
+            unreadable.append((path, answer.reason))
         elif args.csv:
-            for rank, class_ in enumerate(best, start=1):
-                emit(_csv_line(path, rank, class_.label, class_.probability))
+            for cells in _csv_cells(answer):
+                emit(_csv_line(path, *cells))
         else:
-            shown = ", ".join(f"{class_.label} {100 * class_.probability:.1f} %" for class_ in best)
-            emit(f"{path}: {shown}")
+            emit(f"{path}: {_in_words(answer)}")
     return _report(unreadable)
+
+
+def _csv_cells(answer: Any) -> Iterator[list[Any]]:
+    """Rank, label and probability of each class, whether the image is unknown, and whether the
+    class is in the set; a set of more classes than --topk has rows for all of them.
+    """
+    classes = list(answer.predictions)
+    if answer.set is not None:
+        classes += answer.set[len(classes) :]
+    for rank, class_ in enumerate(classes, start=1):
+        cells = [rank, class_.label, class_.probability]
+        if answer.unknown is not None:
+            cells.append(str(answer.unknown).lower())
+        if answer.set is not None:
+            cells.append(str(rank <= len(answer.set)).lower())
+        yield cells
+
+
+def _in_words(answer: Any) -> str:
+    shown = ", ".join(f"{one.label} {100 * one.probability:.1f} %" for one in answer.predictions)
+    if answer.unknown:
+        shown = f"unknown ({shown})"
+    if answer.set is not None:
+        shown += f"; set: {{{', '.join(one.label for one in answer.set)}}}"
+    return shown
 
 
 def _listed(words: list[str], places: list[Path]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -77,11 +127,16 @@ def _listed(words: list[str], places: list[Path]) -> tuple[list[str], list[tuple
 
 def _print_json(rows: Iterator[tuple[str, Any]], unreadable: list[tuple[str, str]]) -> int:
     entries: list[dict[str, Any]] = []
-    for path, best in rows:
-        if isinstance(best, list):
-            entries.append({"image": path, "predictions": [class_._asdict() for class_ in best]})
-        else:
-            entries.append({"image": path, "error": best.reason})
+    for path, answer in rows:
+        if hasattr(answer, "reason"):
+            entries.append({"image": path, "error": answer.reason})
+            continue
+        entry = {"image": path, "predictions": [one._asdict() for one in answer.predictions]}
+        if answer.unknown is not None:
+            entry |= {"unknown": answer.unknown, "p_value": answer.p_value}
+        if answer.set is not None:
+            entry["set"] = [one.label for one in answer.set]
+        entries.append(entry)
     entries += [{"image": path, "error": reason} for path, reason in unreadable]
     emit_json(entries)
     return _report([(entry["image"], entry["error"]) for entry in entries if "error" in entry])

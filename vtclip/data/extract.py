@@ -190,6 +190,7 @@ class _Job(Work):
 
     def _finished(self, folder: Path, rebuild: bool) -> FeatureSet | None:
         if (folder / MANIFEST).exists():
+            features = damage = None
             try:
                 features = FeatureSet.open(folder)
                 if features.num_bytes <= EAGER_BYTES:
@@ -197,7 +198,10 @@ class _Job(Work):
             except FeaturesDamaged as error:
                 if not rebuild:
                     raise ValueError(f"{error}; remove the folder to build it again") from None
-                logger.warning("%s; building it again", error)
+                damage = str(error)
+            if features is None or damage is not None:
+                features = None  # Windows removes no file that is mapped
+                logger.warning("%s; building it again", damage)
                 for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
                     path.unlink()
                 return None

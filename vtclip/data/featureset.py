@@ -53,6 +53,8 @@ class FeatureSet:
         texts = _tensors(folder, manifest["text"])
         self._text, self._text_views = texts["text"], texts.get("text_views")
         self._store = ShardStore(folder, manifest)
+        # of the model that these features were asked of: another one may have made them
+        self.model_name: str = manifest["model_name"]
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureSet:
@@ -134,7 +136,7 @@ class FeatureSet:
         info = {
             "kind": "features",
             "path": self.folder.name,
-            "model_name": manifest["model_name"],
+            "model_name": self.model_name,
             "model": have["model"],
             "spatial": have["spatial"],
             "templates": have["templates"],
@@ -172,6 +174,7 @@ class ShardStore(PartedStore):
         self.num_passes = int(manifest["fields"]["augment_passes"])
         self.spatial_width = manifest["spatial_width"]
         self.spatial_tokens = manifest["spatial_tokens"]
+        self.digests: list[str] | None = manifest.get("digests")
 
     def check(self, shard: int) -> None:
         self._tensors(shard)

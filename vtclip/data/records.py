@@ -8,6 +8,7 @@ memory-mapped shards) is known to its `Store` alone. A selection shares the stor
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import unicodedata
 from collections import Counter
@@ -35,7 +36,11 @@ class Batch:
 
 
 class Store(Protocol):
-    """Features by row of the whole source; pass 0 is plain, passes p >= 1 are augmented."""
+    """Features by row of the whole source; pass 0 is plain, passes p >= 1 are augmented.
+
+    A store that knows the contents of its rows also has `digests`, see `Records.digests`, and one
+    that knows the images behind them `pixels` and `perceptual`; None where it does not.
+    """
 
     width: int
     num_passes: int
@@ -80,6 +85,10 @@ class MemoryStore:
             else int(self._spatial.shape[3] if projection is None else projection.shape[1])
         )
 
+    @functools.cached_property
+    def digests(self) -> list[str]:
+        return row_digests(self._image[:, 0])
+
     def image(self, row: Tensor, augment_pass: int) -> Tensor:
         return self._image[row, augment_pass].float()
 
@@ -98,6 +107,19 @@ class _GlobalStore:
 
     def __init__(self, store: Store) -> None:
         self.width, self.num_passes, self.image = store.width, store.num_passes, store.image
+        self._whole = store
+
+    @property
+    def digests(self) -> list[str] | None:
+        return getattr(self._whole, "digests", None)
+
+    @property
+    def pixels(self) -> list[str | None] | None:
+        return getattr(self._whole, "pixels", None)
+
+    @property
+    def perceptual(self) -> list[str | None] | None:
+        return getattr(self._whole, "perceptual", None)
 
     def spatial(self, row: Tensor, augment_pass: int) -> Tensor:
         raise ValueError("records: this source holds no spatial features")
@@ -244,6 +266,34 @@ class Records:
     @property
     def store(self) -> Store:
         return self._store
+
+    @property
+    def digests(self) -> list[str] | None:
+        """One digest per row that tells images apart by content: sha256 of the file, or, of a table
+        of features, of the image's row in float32. None where the store does not know them.
+        """
+        whole: list[str] | None = getattr(self._store, "digests", None)
+        return None if whole is None else [whole[row] for row in self._row.tolist()]
+
+    @property
+    def pixels(self) -> list[str | None] | None:
+        """sha256 of each row's decoded RGB pixels and their size: the same for one picture in two
+        files. None where it was not taken; None for the table where no row has one.
+        """
+        return self._of_images("pixels")
+
+    @property
+    def perceptual(self) -> list[str | None] | None:
+        """A perceptual hash of each row's picture, 64 bits as 16 hex digits: few bits differ between
+        copies that were encoded or scaled anew. None as for `pixels`, and for a picture without
+        structure; it needs the extra "duplicates" when features are extracted.
+        """
+        return self._of_images("perceptual")
+
+    def _of_images(self, name: str) -> list[str | None] | None:
+        whole: list[str | None] | None = getattr(self._store, name, None)
+        rows = [] if whole is None else [whole[row] for row in self._row.tolist()]
+        return rows if any(row is not None for row in rows) else None
 
     @property
     def width(self) -> int:
@@ -411,3 +461,9 @@ def digest_of(values: Tensor) -> str:
     if array.numel():
         total.update(array.view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def row_digests(rows: Tensor) -> list[str]:
+    """sha256 of the float32 numbers of each row of `rows` [N, C]; -0 counts as 0."""
+    numbers = (rows.detach().cpu().float() + 0.0).contiguous().numpy().astype("<f4", copy=False)
+    return [hashlib.sha256(row.data).hexdigest() for row in numbers]

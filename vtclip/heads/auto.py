@@ -85,13 +85,37 @@ class Auto(Head):
             place.load_state_dict(head.state_dict())
         return average
 
+    def member_logits(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> list[Tensor]:
+        """Logits [B, K] float32 of each member at its temperature."""
+        scaled = []
+        for head, temperature in zip(self.member_heads, self.temperatures, strict=True):
+            logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
+            scaled.append(logits.float() / temperature)
+        return scaled
+
+    def averaged(self, member_logits: Sequence[Tensor]) -> Tensor:
+        """The logits [B, K] of the average; see `member_logits`."""
+        log_probs = [
+            logits.log_softmax(dim=-1) + math.log(weight)
+            for logits, weight in zip(member_logits, self.weights, strict=True)
+        ]
+        return torch.stack(log_probs).logsumexp(dim=0)
+
+    def evidence(self, member_logits: Sequence[Tensor]) -> Tensor:
+        """The weighted mean of the members' logits, [B, K].
+
+        Unlike the logits of the average, which are logarithms of probabilities with a sum of 1, it
+        is low for an image that is like no class.
+        """
+        weighted = [
+            weight * logits for logits, weight in zip(member_logits, self.weights, strict=True)
+        ]
+        return torch.stack(weighted).sum(dim=0)
+
     def forward(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Tensor:
         """image [B, C], spatial [B, L, Cs] where a member needs it -> logits [B, K]."""
-        log_probs = []
-        every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
-        for head, temperature, weight in every:
-            logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
-            log_probs.append((logits.float() / temperature).log_softmax(dim=-1) + math.log(weight))
-        return torch.stack(log_probs).logsumexp(dim=0)
+        return self.averaged(self.member_logits(image, spatial, spatial_mask))

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_bytes
 from vtclip import __version__, files
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
+from vtclip.train.conformal import Calibration
 
 if TYPE_CHECKING:
     from vtclip.data.records import Records
@@ -36,13 +37,15 @@ class Adapter:
 
     `features` says which image and spatial features it takes: model (as given to load_clip),
     model_config, weights_digest, spatial option, templates or prompt, logit scale. model is None
-    where it was fitted on a table of features that names no image encoder.
+    where it was fitted on a table of features that names no image encoder. `calibration` holds the
+    scores of its validation images, None where it had none.
     """
 
     head: Head
     class_names: list[str]
     temperature: float | None
     features: Json
+    calibration: Calibration | None = None
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> str:
@@ -63,6 +66,7 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
         "class_names": adapter.class_names,
         "temperature": adapter.temperature,
         "features": adapter.features,
+        "calibration": None if adapter.calibration is None else adapter.calibration.to_json(),
         "tensors": {name: [str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())},
         "tensors_digest": digest,
     }
@@ -158,7 +162,14 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
             )
     head.load_state_dict(state)
     head.to(device).eval()
-    return Adapter(head, class_names, config["temperature"], config["features"])
+    calibration = config.get("calibration")  # older runs have none
+    return Adapter(
+        head,
+        class_names,
+        config["temperature"],
+        config["features"],
+        None if calibration is None else Calibration.from_json(calibration),
+    )
 
 
 def _same_names(folder: Path, what: str, wanted: list[str], actual: list[str]) -> None:

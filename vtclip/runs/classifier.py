@@ -6,35 +6,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vtclip.data.decode import ImageError, as_rgb, open_image
+from vtclip.data.decode import ImageError, open_image
 from vtclip.data.threads import ahead, decode_pool
 from vtclip.heads import VTCLIP
 from vtclip.machine import choose_device
 from vtclip.names import index_of
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter
+from vtclip.runs.answers import UNKNOWN, Answer, Prediction, Rule
 from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
 from vtclip.runs.heat_map import side_by_side, to_image
+from vtclip.runs.pictures import Picture, as_pictures, in_memory, rgb_of
+from vtclip.train.calibration import forward_both
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
 
-Picture = str | Path | Image.Image | Tensor
-"""A path, a PIL image, or a tensor [3, H, W] that went through the model's own preprocessing."""
-
-
-class Prediction(NamedTuple):
-    label: str
-    probability: float
-
 
 class Classifier:
-    """Predicts with a run's adapter; probabilities are softmax(logits / temperature)."""
+    """Predicts with a run's adapter; probabilities are softmax(logits / temperature).
+
+    Several threads may call one classifier.
+    """
 
     def __init__(self, adapter: Adapter, clip: Clip, device: torch.device) -> None:
         check_weights(adapter, clip.weights_digest, clip.name)
@@ -81,35 +79,109 @@ class Classifier:
 
     @property
     def class_names(self) -> list[str]:
+        """The K class names, in the order of the columns of `predict_proba` and `logits`."""
         return self.adapter.class_names
+
+    @property
+    def classes_(self) -> list[str]:
+        """`class_names`, as scikit-learn calls them."""
+        return self.class_names
+
+    def __repr__(self) -> str:
+        return (
+            f"Classifier(method={self.adapter.head.method!r}, classes={len(self.class_names)}, "
+            f"model={self.clip.name!r}, device={str(self.device)!r})"
+        )
 
     @overload
     def predict(  # type: ignore[overload-overlap]
-        self, images: Picture, topk: int = 5, *, batch_size: int = 64
+        self,
+        images: Picture,
+        topk: int = 5,
+        *,
+        batch_size: int = 64,
+        unknown: float | None = None,
     ) -> list[Prediction]: ...
     @overload
     def predict(
-        self, images: Iterable[Picture], topk: int = 5, *, batch_size: int = 64
+        self,
+        images: Iterable[Picture],
+        topk: int = 5,
+        *,
+        batch_size: int = 64,
+        unknown: float | None = None,
     ) -> list[list[Prediction]]: ...
 
     def predict(
-        self, images: Picture | Iterable[Picture], topk: int = 5, *, batch_size: int = 64
+        self,
+        images: Picture | Iterable[Picture],
+        topk: int = 5,
+        *,
+        batch_size: int = 64,
+        unknown: float | None = None,
     ) -> list[Prediction] | list[list[Prediction]]:
         """The min(topk, K) most probable classes, best first: of one image, or of each of many.
 
-        images: one, or any iterable of them, mixed as you like; a tensor [B, 3, H, W] counts as B
-            images, an iterable without any gives []. The first unreadable one is an ImageError.
+        images: one `Picture`, or any iterable of them, mixed as you like; a tensor [B, 3, H, W] and
+            an array [B, H, W, 3] count as B images, an iterable without any gives []. The first
+            unreadable one is an ImageError.
         batch_size: images at a time through the model; files are decoded meanwhile, in threads.
+        unknown: of images of the run's classes, the share in 0..1 that may be refused as unknown.
+            Before the classes of a refused image stands Prediction("unknown", p), where p is its
+            p-value, at most `unknown`: see vtclip.train.conformal for what is guaranteed. Below
+            1 / (n + 1) for n validation images it is a ValueError, and where the run has none.
         """
-        single = isinstance(images, (str, Path, Image.Image))
-        single = single or (isinstance(images, Tensor) and images.ndim == 3)
-        pictures = cast("Iterable[Picture]", [images] if single else images)
-        predictions = []
-        for best in self.predict_each(pictures, topk, batch_size=batch_size):
-            if isinstance(best, ImageError):
-                raise best
-            predictions.append(best)
-        return predictions[0] if single else predictions
+        pictures, single = as_pictures(images)
+        found = []
+        for answer in self.answer_each(pictures, topk, batch_size=batch_size, unknown=unknown):
+            if isinstance(answer, ImageError):
+                raise answer
+            refused = [Prediction(UNKNOWN, answer.p_value or 0.0)] if answer.unknown else []
+            found.append(refused + answer.predictions)
+        return found[0] if single else found
+
+    def predict_sets(
+        self,
+        images: Picture | Iterable[Picture],
+        coverage: float = 0.95,
+        *,
+        batch_size: int = 64,
+    ) -> list[str] | list[list[str]]:
+        """The set of classes that holds the true one with probability `coverage`, best first.
+
+        Of one image, or of each of many, as `predict` takes them. A set may be empty; what is
+        guaranteed, and why, is in vtclip.train.conformal. Above n / (n + 1) for n validation images
+        `coverage` is a ValueError, and where the run has none.
+        """
+        pictures, single = as_pictures(images)
+        found = []
+        for answer in self.answer_each(pictures, 1, batch_size=batch_size, coverage=coverage):
+            if isinstance(answer, ImageError):
+                raise answer
+            found.append([one.label for one in answer.set or []])
+        return found[0] if single else found
+
+    def predict_proba(self, images: Picture | Iterable[Picture], *, batch_size: int = 64) -> Tensor:
+        """Probabilities [B, K] float64 on the CPU, columns as `class_names`; B = 1 for one image.
+
+        images, batch_size: as for `predict`. softmax(logits / the run's temperature).
+        """
+        return self._softmax(self.logits(images, batch_size=batch_size))
+
+    def logits(self, images: Picture | Iterable[Picture], *, batch_size: int = 64) -> Tensor:
+        """What the head computes, [B, K] float32 on the CPU, columns as `class_names`.
+
+        images, batch_size: as for `predict`.
+        """
+        pictures, _ = as_pictures(images)
+        rows = []
+        for batch in self._batches(pictures, batch_size):
+            for item in batch:
+                if isinstance(item, ImageError):
+                    raise item
+            pixels = [item for item in batch if isinstance(item, Tensor)]
+            rows.append(self._decide(torch.stack(pixels))[0])
+        return torch.cat(rows) if rows else torch.empty(0, len(self.class_names))
 
     def predict_each(
         self, images: Iterable[Picture], topk: int = 5, *, batch_size: int = 64
@@ -119,40 +191,70 @@ class Classifier:
         Takes from `images` what two batches need and no more, so that a generator of any length
         does.
         """
+        answers = self.answer_each(images, topk, batch_size=batch_size)
+        return (one if isinstance(one, ImageError) else one.predictions for one in answers)
+
+    def answer_each(
+        self,
+        images: Iterable[Picture],
+        topk: int = 5,
+        *,
+        batch_size: int = 64,
+        unknown: float | None = None,
+        coverage: float | None = None,
+    ) -> Iterator[Answer | ImageError]:
+        """`predict_each` with all that is asked for: see `Answer`, `predict`, `predict_sets`."""
         for name, value in ("topk", topk), ("batch_size", batch_size):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if isinstance(images, Tensor) and images.ndim != 4:
-            wish = "[3, H, W] or [B, 3, H, W]"
-            raise ValueError(f"predict: a tensor must be {wish}, got {list(images.shape)}")
-        return self._predicted(images, min(topk, len(self.class_names)), batch_size)
+            as_pictures(images)
+        rule = Rule(self.adapter, unknown, coverage)
+        return self._answers(images, min(topk, len(self.class_names)), batch_size, rule)
 
-    def _predicted(
-        self, images: Iterable[Picture], topk: int, batch_size: int
-    ) -> Iterator[list[Prediction] | ImageError]:
+    def _batches(
+        self, images: Iterable[Picture], batch_size: int
+    ) -> Iterator[list[Tensor | ImageError]]:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         with decode_pool() as pool:
-            loaded = ahead(pool, self._pixels, map(_in_memory, images), 2 * batch_size)
+            loaded = ahead(pool, self._pixels, map(in_memory, images), 2 * batch_size)
             while batch := list(islice(loaded, batch_size)):
-                pixels = [item for item in batch if isinstance(item, Tensor)]
-                best = iter(self._best(torch.stack(pixels), topk) if pixels else [])
-                yield from (item if isinstance(item, ImageError) else next(best) for item in batch)
+                yield batch
 
-    def _best(self, pixels: Tensor, topk: int) -> list[list[Prediction]]:
-        """pixels [B, 3, H, W] -> the topk classes of each."""
-        best = self.probabilities(pixels).topk(topk, dim=1)
-        return [
+    def _answers(
+        self, images: Iterable[Picture], topk: int, batch_size: int, rule: Rule
+    ) -> Iterator[Answer | ImageError]:
+        for batch in self._batches(images, batch_size):
+            pixels = [item for item in batch if isinstance(item, Tensor)]
+            best = iter(self._answered(torch.stack(pixels), topk, rule) if pixels else [])
+            yield from (item if isinstance(item, ImageError) else next(best) for item in batch)
+
+    def _answered(self, pixels: Tensor, topk: int, rule: Rule) -> list[Answer]:
+        """pixels [B, 3, H, W] -> the topk classes of each, and what `rule` asks for."""
+        logits, evidence = self._decide(pixels)
+        best = self._softmax(logits).topk(topk, dim=1)
+        rows = [
             [Prediction(self.class_names[k], value) for k, value in zip(row, values, strict=True)]
             for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
+        return rule.answers(rows, logits, evidence)
 
-    @torch.no_grad()
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels [B, 3, H, W] -> probabilities [B, K] on the CPU."""
+        return self._softmax(self._decide(pixels)[0])
+
+    def _softmax(self, logits: Tensor) -> Tensor:
+        return (logits.double() / (self.adapter.temperature or 1.0)).softmax(dim=1)
+
+    @torch.no_grad()
+    def _decide(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Preprocessed pixels [B, 3, H, W] -> logits and evidence [B, K] float32 on the CPU."""
         image, spatial = self.encode(pixels)
-        logits = self.adapter.head(image, spatial)
+        logits, evidence = forward_both(self.adapter.head, image, spatial)
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("predict: logits must be finite, got NaN or infinity")
-        return (logits.double() / (self.adapter.temperature or 1.0)).softmax(dim=1).cpu()
+        return logits.float().cpu(), evidence.float().cpu()
 
     def explain(
         self, image: str | Path | Image.Image, class_name: str | None = None
@@ -182,17 +284,8 @@ class Classifier:
         """One image as the model takes it, [3, H, W] float32 on the CPU."""
         if isinstance(picture, Tensor):
             return self._checked(picture)
-        if isinstance(picture, ImageError):
-            return picture
-        if not isinstance(picture, (str, Path, Image.Image)):
-            kind = type(picture).__name__
-            raise TypeError(f"predict: an image must be a path, PIL image or tensor, got {kind}")
-        try:
-            if isinstance(picture, Image.Image):
-                return self.clip.preprocess(as_rgb(picture))
-            return self.clip.preprocess(open_image(picture))
-        except ImageError as error:
-            return error
+        image = rgb_of(picture)
+        return image if isinstance(image, ImageError) else self.clip.preprocess(image)
 
     def _checked(self, pixels: Tensor) -> Tensor:
         size = self.clip.preprocess_cfg["size"]
@@ -203,14 +296,3 @@ class Classifier:
         if not pixels.is_floating_point():
             raise TypeError(f"predict: a tensor must be floating-point, got {pixels.dtype}")
         return pixels.detach().to("cpu", torch.float32)
-
-
-def _in_memory(picture: object) -> object:
-    """A PIL image that was only opened reads its file here: no two threads may do so at once."""
-    if isinstance(picture, Image.Image):
-        try:
-            picture.load()
-        except Exception as error:  # decoders raise many kinds for damaged data
-            name = getattr(picture, "filename", "") or "a PIL image"
-            return ImageError(name, f"damaged: {' '.join(str(error).split())[:160]}")
-    return picture

@@ -82,7 +82,10 @@ def extend(
     split, shots = _split(run, adapter.head, added, shots)
     with watch.stage("extend"):
         wider = replace(
-            adapter, head=_extended_head(sources, added, split), class_names=class_names
+            adapter,
+            head=_extended_head(sources, added, split),
+            class_names=class_names,
+            calibration=None,  # scores among the old classes say nothing of those among all
         )
     labels = torch.arange(len(adapter.class_names), len(class_names))
     new = SourceRows(added, split.test, labels)

@@ -27,8 +27,9 @@ from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train.auto import fit_auto
+from vtclip.train.calibration import Decisions, Judged, calibration_of, unseen
 from vtclip.train.checkpoint import Checkpoint
-from vtclip.train.fit_head import fit_head
+from vtclip.train.fit_head import choose_by, fit_head
 from vtclip.train.methods import check_text_encoder, zero_shot_head
 from vtclip.train.pseudo_labels import pseudo_labelled, pseudo_report, unlabelled_split
 from vtclip.train.rows import split_rows, usual_shots
@@ -87,7 +88,8 @@ def fit(
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
         train_encoders of `FinetuneConfig`.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED. It ends up with
-        adapter.safetensors, adapter_config.json, result.json and log.jsonl.
+        adapter.safetensors, adapter_config.json, result.json, log.jsonl, predictions.csv and
+        confusion.png (vtclip.runs.predictions).
 
     The zero-shot decision is evaluated on the same test images in the same run.
     """
@@ -133,15 +135,17 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         if run_files.can_return_finished(folder, request):
             return run_files.finished_run(folder, request, shots, config)
         rows = draw_rows(request, open_or_take(request, records, watch), shots)
-        head, candidates = train(request, rows, settings, folder, watch)
-        values = {**evaluate_all(request, rows, head, watch), **candidates}
+        head, candidates, judged_val = train(request, rows, settings, folder, watch)
+        values, judged = evaluate_all(request, rows, head, watch)
+        values |= candidates
         if request.pseudo_labels:
             values |= pseudo_report(rows.training, rows.records, rows.split)
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        digest = save_adapter(folder, Adapter(head, names, temperature, features))
+        calibration = calibration_of(judged_val or judged.val, temperature)
+        digest = save_adapter(folder, Adapter(head, names, temperature, features, calibration))
         digests = {"adapter": digest}
-        return run_files.write_run(folder, request, rows, config, values, watch, digests)
+        return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
 
 
 def open_or_take(request: FitRequest, records: Records | None, watch: Stopwatch) -> Records:
@@ -167,26 +171,37 @@ def draw_rows(request: FitRequest, records: Records, shots: int) -> RunRows:
 
 def train(
     request: FitRequest, rows: RunRows, settings: FitConfig, folder: Path, watch: Stopwatch
-) -> tuple[Head, Json]:
-    """The fitted head and, where several methods were fitted, what was said of each."""
+) -> tuple[Head, Json, Decisions | None]:
+    """The fitted head; where several methods were fitted, what was said of each; and, of a
+    head that chose by validation images, its decisions on them as if it had not seen them."""
     config = request.as_config(rows.shots, settings)
     identity = request.identity(rows.records, rows.split, rows.shots, config)
     with watch.stage("train"):
         run = run_files.training_run(request, Checkpoint(folder / run_files.CHECKPOINT, identity))
         if request.method == "auto":
-            head, candidates = fit_auto(rows.training, rows.split, rows.shots, run)
-            return head, {"candidates": candidates}
-        return fit_head(request.method, rows.training, rows.split, settings, run), {}
+            auto, candidates, judged = fit_auto(rows.training, rows.split, rows.shots, run)
+            return auto, {"candidates": candidates}, judged
+        records, val = rows.training, rows.split.val
+        head = fit_head(request.method, records, rows.split, settings, run, choose=False)
+        judged = unseen(head, records, val, request.device)
+        choose_by(head, records, val, request.device)
+        return head, {}, judged
 
 
-def evaluate_all(request: FitRequest, rows: RunRows, head: Head, watch: Stopwatch) -> Json:
-    """Metrics of zero-shot and of the head; of a base-to-new run for both halves of the classes."""
+def evaluate_all(
+    request: FitRequest, rows: RunRows, head: Head, watch: Stopwatch
+) -> tuple[Json, Judged]:
+    """Metrics of zero-shot and of the head; of a base-to-new run for both halves of the classes.
+
+    With them the head's decisions on the images of its own classes.
+    """
     device = request.device
     heads = {"zero_shot": zero_shot_head(rows.records, device), "adapted": head}
     with watch.stage("evaluate"):
         decisions = {name: (decision, rows.records) for name, decision in heads.items()}
-        values: Json = evaluate_both(decisions, rows.split, device)
+        values, judged = evaluate_both(decisions, rows.split, device)
         if rows.new is None:
-            return values
+            return values, judged
         seed, fraction = request.seed, request.test_fraction
-        return values | new_class_metrics(values, heads, rows.new, seed, fraction, device)
+        new = new_class_metrics(values, heads, rows.new, seed, fraction, device)
+        return values | new, judged

@@ -34,6 +34,7 @@ from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train import finetune
+from vtclip.train.calibration import calibration_of
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.finetune_config import TEMPLATES, FinetuneConfig
 from vtclip.train.methods import zero_shot_head
@@ -179,16 +180,18 @@ def evaluate_and_write(
     zero_shot = zero_shot_head(rows.records, request.device)
     with watch.stage("evaluate"):
         decisions = {"zero_shot": (zero_shot, rows.records), "adapted": (head, after)}
-        values = evaluate_both(decisions, rows.split, request.device)
+        values, judged = evaluate_both(decisions, rows.split, request.device)
     with saved_encoders(folder, tuned) as encoders:
         features = features_of(after, request.model)
         features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
         temperature = values["adapted"]["temperature"]
-        digest = save_adapter(folder, Adapter(head, after.class_names, temperature, features))
+        calibration = calibration_of(judged.val, temperature)
+        adapter = Adapter(head, after.class_names, temperature, features, calibration)
+        digest = save_adapter(folder, adapter)
     digests = {"adapter": digest, "encoders": encoders}
     processes = num_processes()
     return run_files.write_run(
-        folder, request, rows, config, values, watch, digests, processes=processes
+        folder, request, rows, config, values, watch, digests, judged, processes=processes
     )
 
 

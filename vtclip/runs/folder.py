@@ -19,6 +19,7 @@ from vtclip.heads import HEADS
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.result import RESULT, Run
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.steps import TrainingRun
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from vtclip.data.splits import Split
     from vtclip.machine import Stopwatch
     from vtclip.runs.request import FitRequest
+    from vtclip.train.calibration import Judged
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,18 @@ def write_run(
     values: Json,
     watch: Stopwatch,
     digests: Mapping[str, str],
+    judged: Judged,
     **others: object,
 ) -> Run:
-    """Write the result of a finished fit, which needs its checkpoint no more.
+    """Write what a finished fit says of its images, and its result; the checkpoint goes.
 
-    digests: of what the run wrote; those of its source and split are added.
+    digests: of what the run wrote; those of its source and split are added. judged: the adapted
+    head's decisions on the validation and test images.
     """
     records, split = rows.records, rows.split
+    temperature = values["adapted"]["temperature"]
+    parts = named_parts(records.names, split, judged)
+    others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
     contents = result.make_result(
         values,

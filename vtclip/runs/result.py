@@ -22,17 +22,42 @@ from vtclip.files import Json, read_json, to_json, write_atomic
 from vtclip.machine import Stopwatch, peak_memory_mb
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vtclip.data.records import Records
 
 RESULT = "result.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run: its folder and the contents of its `result.json`."""
 
     folder: Path
     result: Json
+
+    def __repr__(self) -> str:
+        result = self.result
+        count = result.get("test", {}).get("images")
+        accuracy = result.get("accuracy")
+        share = "" if accuracy is None else f", accuracy={accuracy:.4f}, test_images={count}"
+        return (
+            f"Run({str(self.folder)!r}, method={result.get('method')!r}, "
+            f"classes={len(result.get('classes', ()))}{share})"
+        )
+
+    def confusion(self) -> Tensor:
+        """Counts [K, K] of test images, row = true class, column = prediction, as "classes".
+
+        A ValueError for a run whose result holds none: an earlier version's, or an extended one.
+        """
+        from vtclip.runs.predictions import confusion_counts
+
+        if "confusion" not in self.result:
+            raise ValueError(
+                f"{self.folder} holds no confusion matrix; vtclip evaluate computes it"
+            )
+        return confusion_counts(self.result["confusion"])
 
     @property
     def accuracy(self) -> float:

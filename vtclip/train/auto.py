@@ -17,6 +17,7 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
 from vtclip.train import engine, metrics
+from vtclip.train.calibration import PARTS, Decisions
 from vtclip.train.fit_head import choose_by, fit_head
 from vtclip.train.rows import TrainingRows
 from vtclip.train.steps import TrainingRun
@@ -28,7 +29,6 @@ DOUBTED = 0.5  # of a trusted method's prior weight, for each of the others
 STRENGTH = 20.0  # images that the prior weighs as much as
 MAX_MEMBERS = 4
 MAX_FOLDS = 4
-VAL_FOLDS = 5
 REPORTED = ("accuracy", "nll_scaled", "temperature", "count")
 
 
@@ -40,8 +40,9 @@ def candidates(records: Records) -> list[str]:
 
 def fit_auto(
     records: Records, split: Split, shots: int, run: TrainingRun
-) -> tuple[Auto, list[Json]]:
-    """The average, and for each candidate what validation images say of it and what it cost.
+) -> tuple[Auto, list[Json], Decisions | None]:
+    """The average; for each candidate what validation images say of it and what it cost; and the
+    average's decisions on the validation images, which no member's hyper-parameters saw.
 
     Every candidate is fitted as it would be by its own name. Where there are no validation images,
     a cross-validation over the shots (`folds`) takes their place, and what it chose is then fitted
@@ -89,7 +90,13 @@ def fit_auto(
     average = Auto(records.text.to(run.device), members=members, logit_scale=records.logit_scale)
     for member, name in zip(average.heads, chosen, strict=True):
         member.load_state_dict(heads[name].state_dict())
-    return average.to(run.device).eval(), list(rows.values())
+    unseen = None
+    if len(split.val):
+        scaled = [
+            logits[name].float() / T for name, T in zip(chosen, average.temperatures, strict=True)
+        ]
+        unseen = Decisions(average.averaged(scaled), average.evidence(scaled), label)
+    return average.to(run.device).eval(), list(rows.values()), unseen
 
 
 def folds(records: Records, split: Split) -> list[Split]:
@@ -118,7 +125,7 @@ def unseen_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels of the rows `val`, none of which its own hyper-parameters saw.
 
-    A head that chooses by validation images does so for each of VAL_FOLDS parts of them by the
+    A head that chooses by validation images does so for each of PARTS parts of them by the
     others: judged by the rows that it chose by, it would look better than it is. `head` has not
     chosen yet, and does not here.
     """
@@ -127,7 +134,7 @@ def unseen_logits(
     if not head.chooses or len(val) < 2:
         return logits, label
     order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
-    for fold in order.chunk(VAL_FOLDS):
+    for fold in order.chunk(PARTS):
         others = torch.ones(len(val), dtype=torch.bool)
         others[fold] = False
         chosen = copy.deepcopy(head)

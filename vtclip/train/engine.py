@@ -141,8 +141,13 @@ def head_metrics(
     temperature: float | None = None,
 ) -> Json:
     """Every metric over the rows `index`, each of which is counted once."""
+    logits, label = all_logits(head, records, each_once(index), device=device)
+    return metrics.all_metrics(logits, label, temperature)
+
+
+def each_once(index: Tensor) -> Tensor:
+    """`index`, which must name no row twice: a row that is counted is counted once."""
     different = len(set(index.tolist()))
     if len(index) != different:
         raise ValueError(f"evaluate: {len(index)} rows, of which {different} differ")
-    logits, label = all_logits(head, records, index, device=device)
-    return metrics.all_metrics(logits, label, temperature)
+    return index

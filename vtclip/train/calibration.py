@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a head says of rows, and what of the validation rows is kept for `vtclip.train.conformal`.
+
+The kept scores are those of a head that chose nothing by the row itself. A head with
+hyper-parameters from validation images (ProKeR, Tip-Adapter, ...) chooses them for each fifth of
+these images by the other four, and scores that fifth. One number is still common to all, the
+temperature; benchmarks/unknown.py measures what is left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vtclip.data.records import Records
+from vtclip.heads import Head
+from vtclip.heads.auto import Auto
+from vtclip.train import conformal
+from vtclip.train.conformal import Calibration
+from vtclip.train.fit_head import choose_by
+from vtclip.train.rows import TrainingRows
+
+PARTS = 5
+
+
+class Decisions(NamedTuple):
+    """What a head says of N rows, on the CPU.
+
+    logits [N, K] float32; evidence [N, K]: the logits, but of an average of heads
+    (vtclip.heads.auto) the weighted mean of theirs; label [N].
+    """
+
+    logits: Tensor
+    evidence: Tensor
+    label: Tensor
+
+
+class Judged(NamedTuple):
+    """What a fitted head says of the validation and of the test rows of its split."""
+
+    val: Decisions | None
+    test: Decisions
+
+
+def forward_both(
+    head: Head, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits and evidence [B, K] of one batch on the head's device; see `Decisions`."""
+    if isinstance(head, Auto):
+        members = head.member_logits(image, spatial, spatial_mask)
+        return head.averaged(members), head.evidence(members)
+    logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
+    return logits, logits
+
+
+@torch.no_grad()
+def decide(
+    head: Head,
+    records: TrainingRows | Records,
+    index: Tensor,
+    device: torch.device,
+    batch_size: int = 256,
+) -> Decisions:
+    """What `head` says of the plain (never augmented) rows `index`, in that order."""
+    head.eval()
+    parts: list[Decisions] = []
+    for rows in torch.split(index, batch_size):
+        batch = records.batch(rows, 0)
+        image, spatial, mask = batch.image.to(device), None, None
+        if head.needs_spatial:
+            spatial = None if batch.spatial is None else batch.spatial.to(device)
+            mask = None if batch.spatial_mask is None else batch.spatial_mask.to(device)
+        logits, evidence = forward_both(head, image, spatial, mask)
+        kept = logits.float().cpu()
+        same = evidence is logits
+        parts.append(Decisions(kept, kept if same else evidence.float().cpu(), batch.label))
+    return joined(parts)
+
+
+def joined(parts: Iterable[Decisions]) -> Decisions:
+    """One after the other; evidence stays the logits themselves where it is in every part."""
+    parts = list(parts)
+    logits, label = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "label")
+    )
+    if all(part.evidence is part.logits for part in parts):
+        return Decisions(logits, logits, label)
+    return Decisions(logits, torch.cat([part.evidence for part in parts]), label)
+
+
+def unseen(head: Head, records: Records, val: Tensor, device: torch.device) -> Decisions | None:
+    """What `head`, which has not chosen yet and does not here, would say of the rows `val`.
+
+    Each part of them is judged by a copy that chose by the other parts. None of a head that chooses
+    nothing, whose decisions are the same before and after, and of fewer than two rows.
+    """
+    if not head.chooses or len(val) < 2:
+        return None
+    rows = TrainingRows(records, val)
+    order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
+    found: list[Decisions] = []
+    for part in order.chunk(PARTS):
+        others = torch.ones(len(val), dtype=torch.bool)
+        others[part] = False
+        copied = copy.deepcopy(head)
+        choose_by(copied, records, val[others], device)
+        found.append(decide(copied, rows, val[part], device))
+    every, back = joined(found), order.argsort()
+    logits = every.logits[back]
+    same = every.evidence is every.logits
+    return Decisions(logits, logits if same else every.evidence[back], every.label[back])
+
+
+def calibration_of(val: Decisions | None, temperature: float | None) -> Calibration | None:
+    """What is kept of the validation images, which are `unseen`; None where there are none."""
+    if val is None or not len(val.label):
+        return None
+    losses = conformal.class_losses(val.logits, temperature)
+    known = conformal.known_score(val.evidence)
+    return Calibration(conformal.true_losses(losses, val.label), known)
