@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vtclip.data.decode import ImageError, content_digest
 from vtclip.data.image_files import ImageFiles
@@ -48,10 +48,12 @@ class Hashed:
     sizes: list[int]
     digests: list[str]
     skipped: list[tuple[str, str]]
+    labels: list[list[int]] | None = None
 
     def digest(self) -> str:
         total = hashlib.sha256()
-        for row in zip(self.names, self.label, self.sizes, self.digests, strict=True):
+        more = [] if self.labels is None else [self.labels]
+        for row in zip(self.names, self.label, self.sizes, self.digests, *more, strict=True):
             line = repr(row).encode("utf-8", "backslashreplace")
             total.update(len(line).to_bytes(8, "little") + line)
         return total.hexdigest()
@@ -71,6 +73,8 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
         return len(data), content_digest(data)
 
     out = Hashed(folder, [], [], [], [], list(folder.skipped))
+    if folder.labels is not None:
+        out = replace(out, labels=[])
     results = []
     with decode_pool() as pool, progress_bar(len(names), "hashing", progress) as bar:
         for item in ahead(pool, attempt, names, 256):
@@ -84,6 +88,8 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
             continue
         out.names.append(name)
         out.label.append(k)
+        if out.labels is not None and folder.labels is not None:
+            out.labels.append(folder.labels[row])
         out.sizes.append(item[0])
         out.digests.append(item[1])
     return out

@@ -210,6 +210,8 @@ def check_features(adapter: Adapter, records: Records) -> None:
     """Refuse features that are not of the kind the adapter was fitted on, naming what differs."""
     model = adapter.features.get("model") or "unused"
     actual = features_of(records, model)
+    if records.targets is not None and "multi_label" not in adapter.features:
+        raise ValueError("the source has several labels per image, the run was fitted on one")
     names = ["weights_digest", "model_config", "spatial", "width", "spatial_width"]
     if not adapter.head.needs_spatial:
         names = [name for name in names if not name.startswith("spatial")]

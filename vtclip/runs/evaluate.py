@@ -14,6 +14,7 @@ from vtclip.data.splits import Split
 from vtclip.files import Json, write_atomic
 from vtclip.heads import Head
 from vtclip.machine import choose_device, set_threads
+from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.base_to_new import evaluate_base_to_new
 from vtclip.runs.predictions import Part, check_table, confusion_of, predictions_csv
@@ -68,6 +69,10 @@ def evaluate(
         target = as_source(config["source"], data or config.get("data"))
     else:
         target = as_source(source, data)
+    if run.result.get("multi_label"):
+        refused = {"ttt": ttt, "predictions": predictions}
+        chosen = None if source is None else target
+        return multi_label.evaluate_run(run, sources, chosen, data, where, refused)
     if ttt is not None:
         check_ttt(adapter, target, base_to_new=bool(config.get("base_to_new")))
     if config.get("base_to_new"):

@@ -20,6 +20,7 @@ from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import folder as run_files
+from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics
 from vtclip.runs.evaluate import evaluate_both
@@ -111,6 +112,10 @@ def fit(
 def fit_request(request: FitRequest, records: Records | None = None) -> Run:
     """The run of a request; see `fit` for `records`."""
     set_threads(request.threads)
+    if records is None:
+        multi_label.check_request(request)
+    elif records.targets is not None:
+        multi_label.check_method(request.method, str(request.source))
     if request.train_encoders:
         from vtclip.runs.fit_encoders import fit_encoders
 
@@ -136,6 +141,8 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             return run_files.finished_run(folder, request, shots, config)
         rows = draw_rows(request, open_or_take(request, records, watch), shots)
         head, candidates, judged_val = train(request, rows, settings, folder, watch)
+        if rows.records.targets is not None:
+            return fit_several(request, rows, head, config, folder, watch)
         values, judged = evaluate_all(request, rows, head, watch)
         values |= candidates
         if request.pseudo_labels:
@@ -146,6 +153,24 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         digest = save_adapter(folder, Adapter(head, names, temperature, features, calibration))
         digests = {"adapter": digest}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
+
+
+def fit_several(
+    request: FitRequest,
+    rows: RunRows,
+    head: Head,
+    config: Json,
+    folder: Path,
+    watch: Stopwatch,
+) -> Run:
+    """Evaluate and write the run of a fitted head over images of more than one class."""
+    with watch.stage("evaluate"):
+        values, kept = multi_label.evaluate_heads(request, rows, head)
+    adapter = multi_label.adapter_of(request, rows.records, head, kept)
+    digests = {"adapter": save_adapter(folder, adapter)}
+    return run_files.write_run(
+        folder, request, rows, config, values, watch, digests, None, multi_label=True
+    )
 
 
 def open_or_take(request: FitRequest, records: Records | None, watch: Stopwatch) -> Records:

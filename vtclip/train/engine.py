@@ -18,7 +18,7 @@ from vtclip.distributed import StopSignal
 from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
-from vtclip.train import metrics
+from vtclip.train import metrics, multi_label
 from vtclip.train.rows import TrainingRows, shuffled
 from vtclip.train.steps import (
     TrainingRun,
@@ -61,6 +61,9 @@ def train_head(
     steps = max(1, len(train_index) // config.batch_size)  # per epoch
     epochs = config.num_epochs(steps, head.num_classes)
     schedule = dataclasses.replace(config, epochs=epochs)
+    sigmoid = None  # of the untrained head, before a checkpoint is loaded
+    if records.several:
+        sigmoid = multi_label.starting_sigmoid(head, records, train_index, run.device)
     first, loss_sum = run.start(head, optimizer)
     good = [parameter.detach().clone() for parameter in parameters]
     last_loss = math.nan
@@ -77,7 +80,9 @@ def train_head(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
-            loss = training_loss(head, records.batch(rows, augment_pass), config, run.device)
+            loss = training_loss(
+                head, records.batch(rows, augment_pass), config, run.device, sigmoid
+            )
             norm, value = backward(loss, optimizer, parameters).item(), loss.item()
             if not math.isfinite(value + norm):
                 if not math.isfinite(value):  # the step before this one broke the weights
@@ -107,9 +112,12 @@ def train_head(
 def validation(
     head: Head, records: TrainingRows, index: Tensor, device: torch.device
 ) -> dict[str, float]:
-    """Accuracy and NLL of the rows `index`; empty where there are none."""
+    """Accuracy and NLL, or mAP, of the rows `index`; empty where there are none."""
     if not len(index):
         return {}
+    if records.several:
+        said = multi_label.say(head, records, index, device)
+        return {"val_map": multi_label.mean_precision(said)}
     return metrics.validation_metrics(*all_logits(head, records, index, device=device))
 
 
