@@ -89,7 +89,7 @@ ARROWS = {
     "demo": {"runs", "data", "clip", "files"},
     "cli": {
         *("bench", "demo", "tune", "info", "runs", "train", "data", "backends"),
-        *("names", "files", "machine"),
+        *("clip", "names", "files", "machine"),
     },
 }
 GRAPH = ImportGraph()

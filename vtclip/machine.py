@@ -6,24 +6,39 @@ Memory is the most that the process, or one stage of its work, held at a time.
 On a GPU it is what torch's allocator gave out, on a CPU the resident memory of the whole process,
 its libraries included. Linux keeps the high-water mark and lets it be reset; where it does not, a
 thread looks at the resident memory while the stage runs, and elsewhere a stage has no number.
+
+Where memory runs out, a batch that only passes through a frozen model is taken in smaller parts
+(`BatchSize`).
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 STATM = Path("/proc/self/statm")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 SAMPLE_S = 0.02
+# what torch and its libraries say when memory runs out, on a GPU and on a CPU
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|can(no|')t allocate|could not allocate"
+    r"|failed to allocate|bad.alloc|ALLOC_FAILED", re.IGNORECASE
+)  # fmt: skip
+Result = TypeVar("Result")
 _before: dict[str, float] = {}  # by device, the most before the counter was last reset
 
 
@@ -104,6 +119,59 @@ def _sampled(name: str, peaks: dict[str, float]) -> Iterator[None]:
         done.set()
         thread.join()
         sample()
+
+
+class OutOfMemory(MemoryError):
+    """One row alone does not fit into memory."""
+
+
+def why_out_of_memory(error: BaseException) -> str:
+    """The first line of an error that means that memory ran out; "" for any other error."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return lines[0]
+    if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        return next(line for line in [*lines, lines[0]] if OUT_OF_MEMORY.search(line))
+    return ""
+
+
+class BatchSize:
+    """How many rows pass through a frozen model at a time, halved where memory holds no more.
+
+    rows: None takes as many as there are. what: the word for them in messages.
+
+    Rows are computed alone, whatever they are computed with: the results are those of the whole
+    batch but for rounding, because matrix products of other sizes may add in another order.
+    """
+
+    def __init__(self, rows: int | None = None, what: str = "images") -> None:
+        self.rows, self.what = rows, what
+
+    def map(self, function: Callable[[Tensor], Result], batch: Tensor) -> list[Result]:
+        """function(part) of the parts of `batch` [B, ...], in order; OutOfMemory at one row."""
+        results: list[Result] = []
+        start, too_many = 0, 0
+        while start < len(batch) or not results:
+            part = batch[start:] if self.rows is None else batch[start : start + self.rows]
+            full = ""
+            try:
+                results.append(function(part))
+            except (RuntimeError, MemoryError) as error:
+                full = why_out_of_memory(error)
+                if not full:
+                    raise
+            if not full:
+                if too_many:
+                    logger.warning("memory does not hold %d %s at a time; going on with %d",
+                                   too_many, self.what, self.rows)  # fmt: skip
+                start, too_many = start + len(part), 0
+                continue
+            if len(part) < 2:
+                raise OutOfMemory(f"not even one of the {self.what} fits into memory ({full})")
+            too_many, self.rows = too_many or len(part), len(part) // 2
+            if torch.cuda.is_available():  # what the failed attempt took is free but cached
+                torch.cuda.empty_cache()
+        return results
 
 
 def check_threads(threads: int | None) -> None:

@@ -7,8 +7,10 @@ package, and no torch.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 # in the order in which help, tables and pages list them
@@ -31,6 +33,35 @@ SHOTS = (1, 2, 4, 8, 16)
 # files that list images
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 MAX_SEED = 2**32 - 1  # of the range that torch, NumPy and random all take
+
+
+# whether options are called as on the command line in messages
+_as_typed = contextvars.ContextVar("as_typed", default=False)
+_TYPED = {  # option of Python: what the command line calls it, where it is more than dashes
+    "num_context": "--context-length",
+    "init": "--context-init",
+    "source": "SOURCE",
+}
+
+
+@contextlib.contextmanager
+def as_typed() -> Iterator[None]:
+    """Within it messages call options by the names of the command line."""
+    token = _as_typed.set(True)
+    try:
+        yield
+    finally:
+        _as_typed.reset(token)
+
+
+def option(name: str) -> str:
+    """How the user knows an option of Python's: `test_fraction`, or in a command `--test-fraction`.
+
+    Messages name options by this, so that either user can type what they read.
+    """
+    if not _as_typed.get():
+        return name
+    return _TYPED.get(name, "--" + name.replace("_", "-"))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,7 +9,8 @@ import shutil
 import pytest
 from pictures import noise
 
-from vtclip.data.image_files import ImageFiles, role_of
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.list_rows import role_of
 from vtclip.data.listed import list_images
 from vtclip.data.lists import read_list
 from vtclip.data.sources import source_kind
@@ -129,7 +130,7 @@ def test_classes_are_in_natural_order_and_numbers_are_words(images):
 
 def test_a_label_without_a_class_name_is_named_with_its_line(images):
     path = csv_of(images, lines(ROWS))
-    with pytest.raises(ValueError, match=r"1 of 2 classes.*'dog' \(list.csv line 4\)"):
+    with pytest.raises(ValueError, match=r"1 of 2 classes .*dog \(list.csv line 4\)"):
         list_images(path, class_names={"cat": "a cat"})
     with pytest.raises(ValueError, match="same name"):
         list_images(path, class_names={"cat": "pet", "dog": "Pet"})
@@ -168,7 +169,7 @@ def test_a_file_listed_twice_counts_once_and_is_said(images, caplog):
         ("path,label\na,red\n", "'a' .line 2.: not a regular file"),
         ("path,label\na/0.png,red\na/0.png,blue\n", r"line 3.*another label.*line 2 \(red, now bl"),
         ("path,label,split\na/0.png,red,train\na/0.png,red,test\n", "line 3.*another split"),
-        ("path,label,split\na/0.png,red,extra\n", "line 2, column split: must be one of .*'extra'"),
+        ("path,label,split\na/0.png,red,extra\n", "line 2, column split: must be train.*'extra'"),
         ("path,label,split\na/0.png,red,\n", "line 2, column split: .* got nothing"),
         ("path,label\na/0.png,Red\na/1.png,red\n", "same name.*line 2.*line 3"),
         ('path,label\na/0.png,"red\n', "line 2: unexpected end"),

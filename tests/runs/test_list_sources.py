@@ -58,6 +58,19 @@ def test_a_list_gives_the_features_of_the_folder(photos, cache):
         assert (image == folder.store.image(folder._row[rows], 0)).all()
 
 
+def test_the_splits_of_a_list_are_roles_of_its_rows(photos, cache):
+    parts = ["train", "val", "test"]
+    files = sorted((photos / "photos").glob("*/*.png"))
+    lines = [f"{file},{file.parent.name},{parts[n % 3]}\n" for n, file in enumerate(files)]
+    (photos / "parts.csv").write_text("path,label,split\n" + "".join(lines))
+    records = vtclip.open_source(photos / "parts.csv", cache_dir=cache, progress=False)
+    assert records.roles.tolist() == [n % 3 for n in range(24)]
+    same = "".join(line.replace(",val", ",train") for line in lines)
+    (photos / "parts.csv").write_text("path,label,split\n" + same)
+    records = vtclip.open_source(photos / "parts.csv", cache_dir=cache, progress=False)
+    assert records.roles.tolist() == [[0, 0, 2][n % 3] for n in range(24)]
+
+
 def test_a_run_on_a_list_is_evaluated_and_repeated(run, photos, cache, capsys):
     assert run.result["source"] == "photos.csv"
     assert run.result["config"]["source"] == str((photos / "photos.csv").resolve())

@@ -76,6 +76,13 @@ def test_a_classifier_predicts_the_pictures_as_then(old):
         close([now[label] for label in classifier.class_names], row)
 
 
+def test_a_run_without_scores_says_so(old):
+    """Thresholds for unknown images need what those versions did not keep."""
+    classifier = vtclip.Classifier.load("tip-adapter-f-pictures", device="cpu")
+    with pytest.raises(ValueError, match="the run holds none: .* written by an earlier version"):
+        classifier.predict(sorted(Path("pictures").glob("*/*.png")), unknown=0.5)
+
+
 @pytest.mark.parametrize("name", RECORDED)
 def test_runs_are_evaluated_as_then(name, old, tmp_path, capsys):
     assert vtclip.Run.load(name).accuracy == RECORDED[name]["accuracy"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,9 @@ from vtclip.cli import main
 from vtclip.data.decode import ImageError
 from vtclip.demo.scenes import CLASS_NAMES
 from vtclip.runs import pictures as kinds
-from vtclip.runs.classifier import Classifier, Prediction
+from vtclip.runs.answers import Prediction
+from vtclip.runs.classifier import Classifier
+from vtclip.train import conformal
 
 CLASSES = (0, 4, 8)  # striped circle, dotted square, checked triangle
 
@@ -82,6 +85,136 @@ def test_every_kind_of_input_gives_the_same_numbers(loaded, paths, expected, bat
         seen = table(found, loaded.class_names)
         assert (seen - expected).abs().max() < 1e-4
         assert all(row == sorted(row, key=lambda one: -one.probability) for row in found)
+
+
+def test_bytes_files_and_arrays_are_images(loaded, paths, expected):
+    data = [path.read_bytes() for path in paths]
+    arrays = []
+    for path in paths:
+        with Image.open(path) as file:
+            arrays.append(np.asarray(file.convert("RGB")))
+    given: list[Any] = [
+        data,
+        [bytearray(one) for one in data],
+        [memoryview(one) for one in data],
+        [io.BytesIO(one) for one in data],
+        arrays,
+        np.stack(arrays),
+        [data[0], arrays[1], io.BytesIO(data[2]), *paths[3:]],
+    ]
+    for images in given:
+        seen = table(loaded.predict(images, batch_size=7), loaded.class_names)
+        assert (seen - expected).abs().max() < 1e-4
+    one = loaded.predict(paths[0])
+    with open(paths[0], "rb") as file:
+        singles: list[Any] = [data[0], bytearray(data[0]), io.BytesIO(data[0]), arrays[0], file]
+        for image in singles:
+            assert loaded.predict(image) == one
+    assert loaded.predict(arrays[0][:, ::-1]) == loaded.predict(Image.fromarray(arrays[0][:, ::-1]))
+
+
+def test_broken_bytes_and_files_are_named(loaded, paths, tmp_path):
+    closed = io.BytesIO(b"x")
+    closed.close()
+    found = list(loaded.predict_each([b"", b"not a picture", io.BytesIO(), closed, paths[0]]))
+    assert [isinstance(one, ImageError) for one in found] == [True] * 4 + [False]
+    for error, words in zip(found, ("bytes: the file is empty", "bytes: not an image", "is empty",
+                                    "cannot be read"), strict=False):  # fmt: skip
+        assert words in str(error)
+    with open(paths[0], encoding="latin-1") as text, pytest.raises(TypeError, match="not for text"):
+        loaded.predict(text)
+
+
+def test_probabilities_and_logits_are_tables(loaded, paths, expected):
+    probs, logits = loaded.predict_proba(paths, batch_size=5), loaded.logits(paths)
+    assert probs.dtype == torch.float64
+    torch.testing.assert_close(probs, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        (logits.double() / loaded.adapter.temperature).softmax(1), expected, atol=1e-4, rtol=0
+    )
+    assert loaded.classes_ == loaded.class_names
+    assert loaded.predict_proba(paths[0]).shape == loaded.logits(paths[0]).shape == (1, 3)
+    assert loaded.predict_proba([]).shape == (0, 3)
+    with pytest.raises(ImageError, match="empty"):
+        loaded.logits([paths[0], b""])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        loaded.predict_proba(paths, batch_size=0)
+
+
+def test_a_classifier_has_a_short_name(loaded):
+    wanted = "Classifier(method='zeroshot', classes=3, model='demo', device='cpu')"
+    assert repr(loaded) == wanted
+
+
+def test_unknown_images_and_sets(loaded, paths):
+    """6 validation images: rates from 1/7 on, coverage up to 6/7."""
+    kept = loaded.adapter.calibration
+    logits = loaded.logits(paths)
+    refused = conformal.known_score(logits) < conformal.unknown_threshold(kept.known, 0.5)
+    plain = loaded.predict(paths)
+    found = loaded.predict(paths, unknown=0.5)
+    assert 0 < int(refused.sum()) < len(paths)
+    for row, usual, below in zip(found, plain, refused.tolist(), strict=True):
+        assert row[int(below) :] == usual
+        assert (row[0].label == "unknown") == below
+        assert not below or 1 / 7 <= row[0].probability <= 0.5
+    losses = conformal.class_losses(logits, loaded.adapter.temperature)
+    inside = losses <= conformal.coverage_threshold(kept.loss, 0.8)
+    sets = loaded.predict_sets(paths, 0.8)
+    for names, row, usual in zip(sets, inside, plain, strict=True):
+        assert names == [one.label for one in usual[: int(row.sum())]]
+    assert loaded.predict_sets(paths[0], 0.8) == sets[0]
+    assert [one.label for one in loaded.predict(paths[0], unknown=0.5)] == [
+        one.label for one in found[0]
+    ]
+    with pytest.raises(ValueError, match=r"at least 1/7 = 0.1429 with 6 validation images"):
+        loaded.predict(paths, unknown=0.05)
+    with pytest.raises(ValueError, match=r"at most 6/7 = 0.8571 with 6 validation images"):
+        loaded.predict_sets(paths)
+
+
+def test_without_scores_unknown_is_refused_in_one_line(loaded, paths, monkeypatch):
+    adapter = dataclasses.replace(loaded.adapter, calibration=None)
+    bare = Classifier(adapter, loaded.clip, loaded.device)
+    with pytest.raises(ValueError, match="unknown needs the scores of validation images"):
+        bare.predict(paths, unknown=0.5)
+    with pytest.raises(ValueError, match="coverage needs the scores of validation images"):
+        bare.predict_sets(paths, 0.5)
+    names = ["Unknown", *loaded.class_names[1:]]
+    named = Classifier(
+        dataclasses.replace(loaded.adapter, class_names=names), loaded.clip, loaded.device
+    )
+    with pytest.raises(ValueError, match="a class of the run is called 'unknown' itself"):
+        named.predict(paths, unknown=0.5)
+
+
+def test_the_command_says_unknown_and_sets(run, loaded, paths, capsys):
+    words = ["predict", str(run), *map(str, paths), "--topk", "1"]
+    asked = [*words, "--unknown", "0.5", "--coverage", "0.8"]
+    answers = list(loaded.answer_each(paths, 1, unknown=0.5, coverage=0.8))
+    plain = json_of(capsys, *words)
+    assert all(set(row) == {"image", "predictions"} for row in plain)
+    rows = json_of(capsys, *asked)
+    for row, usual, answer in zip(rows, plain, answers, strict=True):
+        assert row == {
+            **usual,
+            "unknown": answer.unknown,
+            "p_value": pytest.approx(answer.p_value),
+            "set": [one.label for one in answer.set],
+        }
+    assert main([*asked, "--csv"]) == 0
+    cells = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    for path, answer in zip(paths, answers, strict=True):
+        mine = [row for row in cells if row["image"] == str(path)]
+        assert len(mine) == max(1, len(answer.set))  # no class of a set is cut by --topk
+        assert {row["unknown"] for row in mine} == {str(answer.unknown).lower()}
+        named = [row["label"] for row in mine if row["in_set"] == "true"]
+        assert named == [one.label for one in answer.set]
+    assert main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line, answer in zip(lines, answers, strict=True):
+        assert ("unknown (" in line) == answer.unknown
+        assert line.endswith("; set: {" + ", ".join(one.label for one in answer.set) + "}")
 
 
 def test_nothing_gives_nothing(loaded):
@@ -155,6 +288,11 @@ def test_an_unreadable_image_is_named_and_stops_nothing(loaded, paths, tmp_path)
         ([torch.zeros(3, 8, 8)], {}, ValueError, r"must be \[3, 64, 64\], .* got \[3, 8, 8\]"),
         ([torch.zeros(3, 64, 64, dtype=torch.uint8)], {}, TypeError, "floating-point, got torch.u"),
         (["x.png", None], {}, TypeError, "must be a path, .* or a tensor, got NoneType"),
+        (5, {}, TypeError, "images must be a path, .* or several of them, got int"),
+        (np.zeros((4, 5), np.uint8), {}, ValueError, r"\[H, W, 3\] or .* got uint8 \[4, 5\]"),
+        (np.zeros((4, 5, 4), np.uint8), {}, ValueError, r"in RGB, got uint8 \[4, 5, 4\]"),
+        ([np.zeros((4, 5, 3))], {}, ValueError, r"uint8 in RGB, got float64 \[4, 5, 3\]"),
+        (["x.png"], {"unknown": 1.5}, ValueError, "unknown must lie between 0 and 1, got 1.5"),
         ([], {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ([], {"topk": 0}, ValueError, "topk must be at least 1, got 0"),
         ([torch.full((3, 64, 64), float("nan"))], {}, FloatingPointError, "must be finite"),
@@ -209,6 +347,9 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(run, images, t
         (["RUN", "EMPTY"], "is a folder without images"),
         (["RUN", "IMAGES", "--json", "--csv"], "--json and --csv exclude each other"),
         (["RUN", "IMAGES", "--batch-size", "0"], "--batch-size: must be in"),
+        (["RUN", "IMAGES", "--unknown", "0.1"], "--unknown must be at least 1/7 = 0.1429 with 6"),
+        (["RUN", "IMAGES", "--coverage", "0.9"], "--coverage must be at most 6/7 = 0.8571 with 6"),
+        (["RUN", "IMAGES", "--unknown", "2"], "--unknown: must be above 0 and at most 1"),
         (["IMAGES", "IMAGES"], "not a vtclip adapter"),
     ],
 )

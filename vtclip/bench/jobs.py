@@ -42,6 +42,12 @@ class Settings:
     templates: tuple[str, ...] | None = None
     test_fraction: float = 0.5
     augment_passes: int = 0
+    follow_links: bool = False
+
+    def as_json(self) -> dict[str, object]:
+        """All that decides a number; links that are not followed came later and are left out."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in values if name != "follow_links" or values[name]}
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def _path_source(path: Path, settings: Settings) -> Source:
         spatial = "none" if features.fields["spatial"] is None else "all"
         return Source(name, path, kind, features.key, spatial, encoder=True)
     check_single(path, "bench")
-    folder = list_images(path)
+    folder = list_images(path, follow_links=settings.follow_links)
     total = hashlib.sha256()
     for file, label in zip(folder.names, folder.label, strict=True):
         line = f"{label}\0{folder.size(file)}\0{file}\n"
@@ -251,7 +257,7 @@ def _key(
         "method": method,
         "shots": shots,
         "seed": seed,
-        "settings": {**dataclasses.asdict(settings), "spatial": spatial},
+        "settings": {**settings.as_json(), "spatial": spatial},
         "fit": dataclasses.asdict(recipe_config(method, shots, None)),
     }
     return json_digest(identity)[:32]

@@ -102,7 +102,7 @@ def run_bench(
     set_threads(threads)
     jobs = job_list(sources, methods, shots, seeds, settings)
     check_bench_folder(out, [source.folder for source in sources])
-    shared = dataclasses.asdict(settings)
+    shared = settings.as_json()
     claim_folder(out, shared, _facts(sources, jobs))
     opener = SourceOpener(
         settings,

@@ -90,6 +90,7 @@ class SourceOpener:
             prompt=settings.prompt,
             templates=settings.templates,
             augment_passes=settings.augment_passes,
+            follow_links=settings.follow_links,
             cache_dir=self.cache_dir,
             device=self.device,
             progress=self.progress,

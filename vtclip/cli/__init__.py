@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 from vtclip import __version__
 from vtclip.cli import (
     bench,
+    convert,
     data,
     demo,
     evaluate,
@@ -33,7 +34,7 @@ from vtclip.cli import (
     tune,
 )
 from vtclip.cli.parsing import Parser, fail, note
-from vtclip.names import nearest
+from vtclip.names import as_typed, nearest
 
 
 class Command(Protocol):
@@ -54,6 +55,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("repeat", repeat, "run RUN again, and compare"),
     ("report", report, "tables and a page of a benchmark's rows"),
     ("export", export, "a run as a .pt2 or an .onnx file"),
+    ("convert", convert, "a file of weights as safetensors that says what it is"),
     ("data", data, "which of the field's data sets lie in ROOT"),
     ("bench", bench, "sources x methods x shots x seeds"),
     ("tune", tune, "time the GPU kernels' tiles, and keep a table"),
@@ -94,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(build_parser(), words)
+        with as_typed():
+            return _run(build_parser(), words)
     except BrokenPipeError:
         # the reader has gone: keep the interpreter from flushing into the closed pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -128,10 +131,26 @@ def _run(parser: Parser, words: list[str]) -> int:
     except Exception as error:
         signum = getattr(error, "signum", None)  # checkpoint.Interrupted, without importing torch
         if signum is None:
+            _fail_without_memory(name, error, args.parser)
             raise
         fail(f"{name}: {error}; go on with --resume", status=128 + signum)
     finally:
         signal.signal(signal.SIGTERM, stop)
+
+
+def _fail_without_memory(name: str, error: Exception, parser: Parser) -> None:
+    """One line, with the options of the command that take less, where memory ran out."""
+    from vtclip.machine import OutOfMemory, why_out_of_memory  # torch is imported, if it raised
+
+    full = why_out_of_memory(error)
+    if not full:
+        return
+    sizes = () if isinstance(error, OutOfMemory) else ("--batch-size", "--encoder-batch-size")
+    remedies = [f"a smaller {option}" for option in sizes if option in parser.options]
+    remedies += [f"fewer {option}" for option in ("--threads",) if option in parser.options]
+    remedies += [f"another {option}" for option in ("--device",) if option in parser.options]
+    hint = f"; try {', '.join(remedies)} or a smaller model" if remedies else ""
+    fail(f"{name}: out of memory: {full}{hint}", status=1)
 
 
 def _terminated(_signum: int, _frame: Any) -> NoReturn:

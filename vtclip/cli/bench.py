@@ -60,6 +60,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on with --out, which is done anyway"
     )
+    parser.add_shared("--follow-links")
     parser.add_shared(*FEATURES, "--model", "--cache-dir", "--device", "--threads", "--json")
 
 
@@ -71,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
     shard = parse_shard(args.shard)
     settings = Settings(
         templates=None if args.templates is None else (args.templates,),
-        **options_of(args, "model", "spatial", "prompt", "test_fraction", "augment_passes"),
+        **options_of(
+            args,
+            *("model", "spatial", "prompt", "test_fraction", "augment_passes", "follow_links"),
+        ),
     )
     if args.data is not None:
         sources = set_sources(args.data, args.sets, settings)

@@ -5,7 +5,14 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import Parser, emit, existing, first_process, note_demo_model, on_terminal
+from vtclip.cli.parsing import (
+    Parser,
+    emit,
+    existing,
+    first_process,
+    note_demo_model,
+    on_terminal,
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -13,6 +20,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--spatial", metavar="OPT", default="default", help="or none: global only")
     parser.add_argument("--templates", metavar="NAME|FILE")
+    parser.add_batch_size("--encoder-batch-size", "--batch-size")
+    parser.add_shared("--class-names", "--follow-links")
     parser.add_shared("--augment-passes", "--model", "--cache-dir", "--device", "--threads")
 
 
@@ -29,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
         spatial=None if args.spatial == "none" else args.spatial,
         templates=None if args.templates is None else [args.templates],
         augment_passes=args.augment_passes,
+        batch_size=args.encoder_batch_size,
+        class_names=args.class_names,
+        follow_links=args.follow_links,
         device=args.device,
         threads=args.threads,
         progress=on_terminal(),

@@ -46,6 +46,7 @@ PASSED_ON = (  # to vtclip.fit as they are
     *("data", "method", "shots", "seed", "model", "spatial", "prompt", "test_fraction"),
     *(
         "augment_passes",
+        "class_names",
         "encoder_batch_size",
         "follow_links",
         "train_encoders",
@@ -76,7 +77,7 @@ def add_arguments(parser: Parser) -> None:
         help="images per class (default: 16, or fewer where a class has fewer)",
     )
     parser.add_argument("--seed", type=seed, default=1, help="draws the shots")
-    parser.add_shared(*FEATURES, "--follow-links", "--encoder-batch-size")
+    parser.add_shared(*FEATURES, "--class-names", "--follow-links", "--encoder-batch-size")
     _add_training(parser)
     _add_methods(parser)
     parser.add_argument(

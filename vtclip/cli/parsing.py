@@ -49,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         for option in options:
             self.add_argument(option, **SHARED[option])
 
+    def add_batch_size(self, option: str, other: str) -> None:
+        """The encoder's batch under two names; its value is called as the first."""
+        settings = SHARED["--encoder-batch-size"]
+        dest = option[2:].replace("-", "_")
+        self.add_argument(option, **settings)
+        same = {"dest": dest, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        self.add_argument(other, **{**settings, **same})
+
     def add_model_of_run(self) -> None:
         self.add_argument("--model", help="another place of the weights the run was fitted on")
 
@@ -126,6 +134,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "--prompt": {"metavar": "NAME", "help": "one prompt of an .npz with several"},
     "--templates": {
         "metavar": "NAME|FILE", "help": "imagenet7, imagenet80, a .txt, or text with {}"
+    },
+    "--class-names": {
+        "metavar": "FILE", "help": "the classes' names where folders are called by ids "
+        "(JSON or text: id, name)",
     },
     "--test-fraction": {"type": number(float, 0, 1), "default": 0.5, "metavar": "F"},
     "--augment-passes": {"type": number(int, 0, 1000), "default": 0, "metavar": "N"},

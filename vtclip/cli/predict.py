@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
         "images", metavar="IMAGE", nargs="+", action="extend", help="files, and folders of them"
     )
     parser.add_argument("--topk", type=count, default=5)
-    parser.add_argument("--batch-size", type=count, default=64, metavar="N", help="default: 64")
+    parser.add_batch_size("--batch-size", "--encoder-batch-size")
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
     parser.add_argument(
         "--unknown",
@@ -51,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
         help="also the set of classes that holds the true one this often, e.g. 0.95",
     )
     parser.add_model_of_run()
-    parser.add_shared("--device", "--threads", "--json")
+    parser.add_shared("--follow-links", "--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,10 +60,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.csv:
         raise ValueError("--json and --csv exclude each other")
     places = [existing("IMAGE", path) for path in args.images]
-    paths, unreadable = _listed(args.images, places)
+    paths, unreadable = _listed(args.images, places, args.follow_links)
     classifier = open_classifier(args, folder)
     asked = {"unknown": args.unknown, "coverage": args.coverage}
-    answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    try:
+        answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    except ValueError as error:
+        name = str(error).partition(" ")[0].rstrip(":")
+        raise ValueError(f"--{error}" if name in asked else str(error)) from None
     rows = zip(paths, answers, strict=True)
     if args.json:
         return _print_json(rows, unreadable)
@@ -107,7 +111,9 @@ def _in_words(answer: Any) -> str:
     return shown
 
 
-def _listed(words: list[str], places: list[Path]) -> tuple[list[str], list[tuple[str, str]]]:
+def _listed(
+    words: list[str], places: list[Path], follow_links: bool
+) -> tuple[list[str], list[tuple[str, str]]]:
     """Files as they were typed, folders as the images below them; and what was passed over, why."""
     from vtclip.data.folders import walk_images
 
@@ -117,7 +123,7 @@ def _listed(words: list[str], places: list[Path]) -> tuple[list[str], list[tuple
         if not place.is_dir():
             files.append(str(place) if word.startswith("~") else word)
             continue
-        below, passed_over = walk_images(place)
+        below, passed_over = walk_images(place, follow_links=follow_links)
         if not below and not passed_over:
             raise ValueError(f"IMAGE {word!a} is a folder without images")
         files += map(str, below)

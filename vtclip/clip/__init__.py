@@ -3,6 +3,7 @@
 
 model.py      Clip: images and class names to features
 spatial.py    the kinds of spatial features, and how a vision tower computes them
+identity.py   what decides a feature, and where two models differ in it
 texts.py      templates, prompts that are too long, unit rows
 loading.py    model names to models
 
@@ -25,8 +26,11 @@ Spatial options, [B, L, Cs]:
     timm     raw        the trunk's last intermediate, where the trunk offers one
 """
 
+from vtclip.clip.architecture import build_clip
+from vtclip.clip.convert import convert_file
 from vtclip.clip.hub import ClipNotFound
-from vtclip.clip.loading import build_clip, load_clip
+from vtclip.clip.identity import differences, identity_of
+from vtclip.clip.loading import load_clip
 from vtclip.clip.model import Clip
 from vtclip.clip.texts import DEFAULT_TEMPLATE, mean_text, resolve_templates
 
@@ -35,6 +39,9 @@ __all__ = [
     "Clip",
     "ClipNotFound",
     "build_clip",
+    "convert_file",
+    "differences",
+    "identity_of",
     "load_clip",
     "mean_text",
     "resolve_templates",

@@ -40,6 +40,16 @@ def fetch(name: str, repo: str, filenames: list[str]) -> Path:
     raise not_fetched(name, f"{repo}/{{{','.join(filenames)}}}", last)
 
 
+def is_cached(repo: str, filename: str) -> bool:
+    """Whether the hub client has the file in its cache; asks no network."""
+    import huggingface_hub
+
+    try:
+        return isinstance(huggingface_hub.try_to_load_from_cache(repo, filename), str)
+    except ValueError:  # no name that a repository could have
+        return False
+
+
 def _unreachable(endpoint: str) -> Exception | None:
     """Why the hub cannot be reached directly; None if it can, or if a proxy decides."""
     import huggingface_hub

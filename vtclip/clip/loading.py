@@ -1,61 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model names (see vtclip.clip) to models: folders, the hub, open_clip's names."""
+"""Model names (see vtclip.clip) to models: folders, files, the hub, open_clip's names."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
-import pickle
-from copy import deepcopy
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
-from vtclip.clip.hub import ClipNotFound, fetch, not_fetched
+from vtclip.clip.architecture import CLIP_VOCABULARY, architecture_of, build_clip
+from vtclip.clip.folder_tokenizer import INSTALL, read_tokenizer
+from vtclip.clip.hub import ClipNotFound, fetch, is_cached, not_fetched
 from vtclip.clip.model import Clip
+from vtclip.clip.names import CONFIG_NAME, ModelName, resolve, same_weights
+from vtclip.clip.provenance import decide, tag_config
 from vtclip.clip.texts import Tokenizer
+from vtclip.clip.transformers_folders import (
+    CONFIG,
+    PREPROCESSOR_FILES,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    is_transformers_folder,
+    read_config,
+    read_folder,
+)
+from vtclip.clip.weights import Weights, load_into, read_weights
 from vtclip.files import Json
 
 logger = logging.getLogger(__name__)
 
 DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
-CONFIG_NAME = "open_clip_config.json"
 WEIGHT_NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-
-
-def build_clip(config: Json) -> nn.Module:
-    """An open_clip model with random weights from `config`, a model_cfg or {"model_cfg": ...}."""
-    import open_clip
-
-    cfg = deepcopy(config.get("model_cfg", config))
-    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in cfg]
-    if missing:
-        raise ValueError(
-            f"build_clip: config must hold embed_dim, vision_cfg and text_cfg, "
-            f"got no {', '.join(missing)}"
-        )
-    custom = cfg.pop("custom_text", False) or "hf_model_name" in cfg["text_cfg"]
-    if "timm_model_name" in cfg["vision_cfg"]:
-        cfg["vision_cfg"]["timm_model_pretrained"] = False
-    if "hf_model_name" in cfg["text_cfg"]:
-        cfg["text_cfg"]["hf_model_pretrained"] = False
-    kind = open_clip.CLIP
-    if custom or "multimodal_cfg" in cfg:
-        kind = open_clip.CoCa if "multimodal_cfg" in cfg else open_clip.CustomTextCLIP
-    model: nn.Module = kind(**cfg)
-    return model
 
 
 def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") -> Clip:
-    """The frozen model that `model` names (see vtclip.clip), or ClipNotFound."""
-    name = str(model)
+    """The frozen model that `model` names (see vtclip.clip), or ClipNotFound.
+
+    Its `name` is what `model` stands for, with absolute paths: it names the same model from any
+    working directory.
+    """
+    found = resolve(str(model))
+    name = found.name
     if name == "demo":
         if not (DEMO_ASSETS / CONFIG_NAME).is_file():
             raise ClipNotFound(
@@ -63,21 +55,26 @@ def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") ->
                 f"vtclip/demo/assets/{CONFIG_NAME} is missing"
             )
         return _load_folder(DEMO_ASSETS, name, device)
-    if name.startswith("local-dir:"):
-        return _load_folder(Path(name.removeprefix("local-dir:")).expanduser(), name, device)
-    if name.startswith("hf-hub:"):
-        return _load_hub(name, device)
-    if Path(name).expanduser().is_dir():
-        return _load_folder(Path(name).expanduser(), name, device)
-    return _load_named(name, device)
+    if found.repo:
+        return _load_hub(found, device)
+    if found.path is not None and not found.arch:
+        if found.path.is_dir() or found.typed.startswith("local-dir:"):
+            return _load_folder(found.path, name, device)
+        return _load_file(found, device)
+    if found.path is not None:
+        return _load_known_with_file(found, device)
+    return _load_tag(found, device)
 
 
 def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
     path = folder / CONFIG_NAME
     if not path.is_file():
+        if is_transformers_folder(folder):
+            return _load_transformers(folder, name, device)
         raise ClipNotFound(
             f"model {name!r}: the folder must hold {CONFIG_NAME}, got "
-            f"{'none' if folder.is_dir() else 'no folder'} at {folder}"
+            f"{'none' if folder.is_dir() else 'no folder'} at {folder} "
+            f"(nor {CONFIG} of transformers' CLIP or SigLIP)"
         )
     config = _read_config(name, path)
     for weights in (
@@ -100,19 +97,49 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
         context = config["model_cfg"]["text_cfg"].get("context_length", 77)
         tokenizer: Tokenizer = WordTokenizer(words, context)
     else:
-        tokenizer = _tokenizer(name, f"local-dir:{folder}")
+        tokenizer = _tokenizer(name, f"local-dir:{folder}", config["model_cfg"])
+    return _finish(name, config, _read(name, weights), tokenizer, device)
+
+
+def _load_transformers(folder: Path, name: str, device: str | torch.device) -> Clip:
+    try:
+        config, weights, tokenizer = read_folder(folder)
+    except ValueError as error:
+        raise ClipNotFound(f"model {name!r}: {error}") from None
     return _finish(name, config, weights, tokenizer, device)
 
 
-def _load_hub(name: str, device: str | torch.device) -> Clip:
-    repo = name.removeprefix("hf-hub:")
-    path = fetch(name, repo, [CONFIG_NAME])
+def _load_hub(found: ModelName, device: str | torch.device) -> Clip:
+    name, repo = found.name, found.repo
+    was_cached = is_cached(repo, CONFIG)
+    try:
+        path = fetch(name, repo, [CONFIG_NAME, CONFIG])
+    except ClipNotFound as error:
+        same = same_weights(repo)
+        raise ClipNotFound(
+            f"{error}; its weights are also {same}" if same else str(error)
+        ) from None
+    if path.name == CONFIG:
+        try:
+            read_config(path.parent)
+        except ValueError as error:
+            raise ClipNotFound(f"model {name!r}: {error}") from None
+        fetch(name, repo, list(WEIGHT_FILES))
+        # each is used where it exists; a repository that was cached is not contacted again
+        for extra in () if was_cached else (*PREPROCESSOR_FILES[:1], *TOKENIZER_FILES):
+            try:
+                fetch(name, repo, [extra])
+            except ClipNotFound:
+                logger.debug("%s has no %s", repo, extra)
+        return _load_transformers(path.parent, name, device)
     config = _read_config(name, path)
     weights = fetch(name, repo, list(WEIGHT_NAMES))
     # a repository without a tokenizer is not contacted again, so that the cached files are enough
     has_tokenizer = config["model_cfg"].get("text_cfg", {}).get("hf_tokenizer_name")
-    tokenizer = _tokenizer(name, name if has_tokenizer else f"local-dir:{path.parent}")
-    return _finish(name, config, weights, tokenizer, device)
+    tokenizer = _tokenizer(
+        name, name if has_tokenizer else f"local-dir:{path.parent}", config["model_cfg"]
+    )
+    return _finish(name, config, _read(name, weights), tokenizer, device)
 
 
 def _read_config(name: str, path: Path) -> Json:
@@ -125,42 +152,109 @@ def _read_config(name: str, path: Path) -> Json:
     return config
 
 
-def _tokenizer(name: str, identifier: str) -> Tokenizer:
+def _tokenizer(
+    name: str, identifier: str, model_cfg: Json, beside: Path | None = None
+) -> Tokenizer:
+    """open_clip's tokenizer for `identifier`, or the one in the folder `beside`."""
     import open_clip
 
+    text = model_cfg.get("text_cfg") or {}
+    hub = text.get("hf_tokenizer_name")
+    if hub and beside is not None:
+        try:
+            local = read_tokenizer(
+                beside,
+                context_length=text.get("context_length", 77),
+                vocab_size=text.get("vocab_size", CLIP_VOCABULARY),
+            )
+        except ValueError as error:
+            raise ClipNotFound(f"model {name!r}: {error}") from None
+        if local is not None:
+            return local
+    place = "" if beside is None else f"; or put its tokenizer.json into {beside}"
+    if hub and importlib.util.find_spec("transformers") is None:
+        raise ClipNotFound(
+            f"model {name!r}: its tokenizer, {hub}, needs transformers, which is not installed: "
+            f"{INSTALL}{place}"
+        )
     try:
         return cast("Tokenizer", open_clip.get_tokenizer(identifier))
     except Exception as error:
-        raise not_fetched(name, "its tokenizer", error) from None
+        if beside is None:
+            raise not_fetched(name, f"its tokenizer {hub or ''}".strip(), error) from None
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ClipNotFound(
+            f"model {name!r}: its tokenizer, {hub}, is neither cached nor could it be fetched "
+            f"({reason}){place.replace('; or put', '; put')}"
+        ) from None
 
 
-def _load_named(name: str, device: str | torch.device) -> Clip:
+def _load_known_with_file(found: ModelName, device: str | torch.device) -> Clip:
+    """ARCHITECTURE:FILE and ARCHITECTURE:TAG:FILE."""
     import open_clip
-    from open_clip import pretrained
 
-    arch, _, rest = name.partition(":")
+    path = cast("Path", found.path)
+    model_cfg = open_clip.get_model_config(found.arch)
+    weights = _read(found.name, path)
+    config = _decided(found.name, model_cfg, weights, found.arch, found.tag)
+    tokenizer = _tokenizer(found.name, found.arch, config["model_cfg"], path.parent)
+    return _finish(found.name, config, weights, tokenizer, device)
+
+
+def _load_file(found: ModelName, device: str | torch.device) -> Clip:
+    """FILE alone: the architecture is what `vtclip convert` wrote, else what the shapes show."""
+    path = cast("Path", found.path)
+    weights = _read(found.name, path)
+    try:
+        arch, config = config_of_file(weights)
+        tokenizer = tokenizer_of_file(weights, arch, config["model_cfg"])
+    except ClipNotFound as error:
+        raise ClipNotFound(str(error).replace("model ''", f"model {found.name!r}")) from None
+    except ValueError as error:
+        raise ClipNotFound(f"model {found.name!r}: {path}: {error}") from None
+    return _finish(found.name, config, weights, tokenizer, device)
+
+
+def config_of_file(weights: Weights, arch: str = "", tag: str = "") -> tuple[str, Json]:
+    """A known architecture ("" if none) and {model_cfg, preprocess_cfg} of weights in a file.
+
+    arch, tag: where the user names them; else what the file says or its shapes show. ValueError
+    where neither does.
+    """
+    import open_clip
+
+    written = weights.facts.get("model_cfg")
+    if arch:
+        model_cfg = open_clip.get_model_config(arch)
+    elif isinstance(written, dict):
+        arch, model_cfg = str(weights.facts.get("architecture") or ""), written
+    else:
+        arch, model_cfg = architecture_of(weights.tensors)
+    return arch, decide(model_cfg, weights, arch=arch, tag=tag)
+
+
+def tokenizer_of_file(weights: Weights, arch: str, model_cfg: Json) -> Tokenizer:
+    """The tokenizer of a known architecture, of CLIP's vocabulary, or one beside the file."""
+    from vtclip.clip.transformers_folders import tokenizer_of
+
+    if arch:
+        return _tokenizer("", arch, model_cfg, weights.path.parent)
+    return tokenizer_of(weights.path.parent, model_cfg)
+
+
+def _decided(name: str, model_cfg: Json, weights: Weights, arch: str, tag: str) -> Json:
+    try:
+        return decide(model_cfg, weights, arch=arch, tag=tag)
+    except ValueError as error:
+        raise ClipNotFound(f"model {name!r}: {error}") from None
+
+
+def _load_tag(found: ModelName, device: str | torch.device) -> Clip:
+    import open_clip
+
+    name, arch = found.name, found.arch
     model_cfg = open_clip.get_model_config(arch)
-    if model_cfg is None:
-        raise ClipNotFound(
-            f"model {name!r}: neither a folder nor a known architecture; give demo, "
-            "ARCHITECTURE:TAG, ARCHITECTURE:/path/to/weights.safetensors, "
-            "local-dir:/folder or hf-hub:owner/name"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    path = Path(rest).expanduser()
-    if rest and (path.is_file() or "/" in rest or path.suffix in WEIGHT_SUFFIXES):
-        if not path.is_file():
-            raise ClipNotFound(f"model {name!r}: no such weights file: {path}")
-        config = {"model_cfg": model_cfg, "preprocess_cfg": _file_preprocess(arch, path, tags)}
-        return _finish(name, config, path, _tokenizer(name, arch), device)
-    if rest not in tags:
-        wish = f"unknown weights tag {rest!r}" if rest else "an architecture without weights"
-        shown = ", ".join(tags[:6]) + (", ..." if len(tags) > 6 else "")
-        raise ClipNotFound(
-            f"model {name!r}: {wish}; give {arch}:TAG (one of "
-            f"{shown or 'none known'}) or {arch}:/path/to/weights.safetensors"
-        )
-    tag = pretrained.get_pretrained_cfg(arch, rest)
+    tag = tag_config(arch, found.tag)
     # weights trained with QuickGELU give silently worse features under GELU, so the tag decides
     if bool(tag.get("quick_gelu", False)) != bool(model_cfg.get("quick_gelu", False)):
         model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
@@ -174,78 +268,32 @@ def _load_named(name: str, device: str | torch.device) -> Clip:
             weights = Path(open_clip.download_pretrained(tag))
         except Exception as error:
             raise not_fetched(name, tag.get("url", "its address"), error) from None
-    return _finish(
-        name,
-        {"model_cfg": model_cfg, "preprocess_cfg": tag},
-        weights,
-        _tokenizer(name, arch),
-        device,
-    )
+    config = {"model_cfg": model_cfg, "preprocess_cfg": tag}
+    return _finish(name, config, _read(name, weights), _tokenizer(name, arch, model_cfg), device)
 
 
-def _file_preprocess(arch: str, path: Path, tags: list[str]) -> Json:
-    """Preprocessing for a weights file: from a config next to it, else what all tags share."""
-    from open_clip import pretrained
-    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
-
-    config = path.parent / CONFIG_NAME
-    if config.is_file():
-        preprocess = json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg")
-        if preprocess:
-            return dict(preprocess)
-    known = [
-        merge_preprocess_dict(PreprocessCfg(), pretrained.get_pretrained_cfg(arch, tag))
-        for tag in tags
-    ]
-    keys = ("mean", "std", "interpolation", "resize_mode")
-    shared = {json.dumps([cfg[key] for key in keys]) for cfg in known}
-    if len(shared) > 1:
-        logger.warning(
-            "model %s: known weights of this architecture differ in preprocessing; "
-            "using that of %s. Put %s next to the weights to change it",
-            arch,
-            tags[0],
-            CONFIG_NAME,
-        )
-    return {key: known[0][key] for key in keys} if known else {}
+def _read(name: str, path: Path) -> Weights:
+    try:
+        return read_weights(path)
+    except ValueError as error:
+        raise ClipNotFound(f"model {name!r}: {path} does not hold these weights: {error}") from None
 
 
 def _finish(
-    name: str, config: Json, weights: Path, tokenizer: Tokenizer, device: str | torch.device
+    name: str, config: Json, weights: Weights, tokenizer: Tokenizer, device: str | torch.device
 ) -> Clip:
-    import open_clip
-
     with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
         model = build_clip(config)
-    if weights.suffix != ".safetensors" and _is_torchscript(weights):
-        raise ClipNotFound(
-            f"model {name!r}: {weights} is a TorchScript archive, which is a program; "
-            "convert it to safetensors first"
-        )
     try:
-        open_clip.load_checkpoint(model, str(weights), strict=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:240] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
-            # torch's own message proposes to switch its check off
-            reason = "not a file of tensors alone; other objects are never loaded"
+        load_into(model, weights)
+    except ValueError as error:
         raise ClipNotFound(
-            f"model {name!r}: {weights} does not hold these weights: {reason}"
+            f"model {name!r}: {weights.path} does not hold these weights: {error}"
         ) from None
     if any(
         not value.isfinite().all()
         for value in model.state_dict().values()
         if value.is_floating_point()
     ):
-        raise ClipNotFound(f"model {name!r}: {weights} holds non-finite weights")
+        raise ClipNotFound(f"model {name!r}: {weights.path} holds non-finite weights")
     return Clip(model, tokenizer, config, name=name, device=device)
-
-
-def _is_torchscript(path: Path) -> bool:
-    import zipfile
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(entry.split("/")[1:2] == ["code"] for entry in archive.namelist())
-    except zipfile.BadZipFile:
-        return False

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtclip.clip.augment import LEAST_AREA, random_view
+from vtclip.clip.identity import identity_of
 from vtclip.clip.pixels import normalized
 from vtclip.clip.spatial import attention_pool, spatial_widths, visual_kind
 from vtclip.clip.texts import Tokenizer, cut_prompts, mean_text, resolve_templates, unit_text
@@ -94,6 +95,11 @@ class Clip:
             f"Clip({self.name or 'unnamed'}, width={self.width}, {self._kind}, "
             f"spatial={list(self.spatial_options)}, weights={self.weights_digest[:12]})"
         )
+
+    @property
+    def identity(self) -> Json:
+        """What decides a feature of this model, field by field (see vtclip.clip.identity)."""
+        return identity_of(self.config, self.weights_digest)
 
     @property
     def _encoders(self) -> _Encoders:
@@ -215,6 +221,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> Json:
         "kind": type(tokenizer).__name__,
         "context_length": getattr(tokenizer, "context_length", None),
     }
+    config |= getattr(tokenizer, "facts", {})
     vocab = getattr(tokenizer, "vocab", None)
     if isinstance(vocab, dict):
         text = json.dumps(vocab, sort_keys=True, ensure_ascii=True)

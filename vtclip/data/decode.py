@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files to RGB. Decoding rules, the same for training, evaluation and prediction:
 
-- JPEG, PNG, WebP, BMP, GIF, TIFF and MPO, recognised by content and not by extension; nothing that
-  can start another program. The first frame of an animation or of a file of pages.
+- The formats of vtclip.data.formats, recognised by content; nothing that can start another program.
+  The first frame of an animation or of a file of pages.
 - EXIF orientation is applied. Transparency is blended with white. CMYK, palette, grey and 1-bit
-  become RGB. 16-bit grey is scaled by 1/257. Floats and 32-bit integers have no known range and
-  are refused.
+  become RGB. 16-bit values are scaled from the range that the file declares or evidently has
+  (vtclip.data.bit_range). Floats and 32-bit integers have no known range and are refused.
 - At most 89,478,485 pixels, 1 GiB and an aspect of 100:1 (a resize of the short edge to 224
   then stays below 6 million pixels). PNG and WebP files must be complete.
 
@@ -21,20 +21,30 @@ import os
 import stat
 import struct
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from vtclip.data.bit_range import (
+    GREY,
+    colour_values,
+    declared_bits,
+    has_16_bits,
+    range_bits,
+    to_8_bits,
+)
+from vtclip.data.formats import formats, formats_of, signature
 from vtclip.files import printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow opens MPO as JPEG
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
 MAX_ASPECT = 100
 MAX_BYTES = 2**30
 PNG_END = b"IEND\xaeB`\x82"
+# formats with frames or pages; MPO is left out, as it holds previews and gain maps of one photo
+WITH_FRAMES = frozenset(("GIF", "TIFF", "PNG", "WEBP", "AVIF", "HEIF", "DCX"))
 
 
 class ImageError(ValueError):
@@ -73,21 +83,35 @@ def read_file(path: str | Path) -> bytes:
         raise ImageError(path, error.strerror or type(error).__name__) from None
 
 
+class Decoded(NamedTuple):
+    """An RGB image, and what decoding did to it: of `notes`, see `note_line`."""
+
+    image: Image
+    notes: tuple[str, ...] = ()
+
+
 def decode(data: bytes, path: str | Path) -> Image:
-    """`data` as an RGB image; `path` is for messages only."""
+    """`data` as an RGB image; `path` is for messages, and its extension for formats of its own."""
+    return decode_noted(data, path).image
+
+
+def decode_noted(data: bytes, path: str | Path) -> Decoded:
+    """`decode`, with notes of what an image lost or how it was scaled."""
     from PIL import Image as pillow
     from PIL import UnidentifiedImageError
 
     try:
-        image = pillow.open(io.BytesIO(data), formats=FORMATS)
+        image = pillow.open(io.BytesIO(data), formats=formats_of(os.fspath(path)))
         _check_size(image, path)
         _check_complete(data, image.format, path)
         image.load()
-        return _to_rgb(_upright(image), path)
+        _check_size(image, path)  # an icon's own header may say something else than its table
+        rgb, notes = _to_rgb(image, data, path)
+        return Decoded(rgb, notes + (("frames",) if _has_frames(image) else ()))
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(path, f"not an image of a known format ({', '.join(FORMATS)})") from None
+        raise ImageError(path, _unknown(data)) from None
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning):
         raise ImageError(path, f"more than {MAX_PIXELS} pixels") from None
     except MemoryError:
@@ -97,11 +121,65 @@ def decode(data: bytes, path: str | Path) -> Image:
         raise ImageError(path, f"damaged: {reason[:160]}") from None
 
 
+def note_line(note: str, count: int) -> str:
+    """One line about `count` images with the same of `decode_noted`'s notes."""
+    images = "1 image" if count == 1 else f"{count} images"
+    one = count == 1
+    if note == "frames":
+        return f"{images} {'has' if one else 'have'} several frames or pages; the first is used"
+    bits = int(note.removeprefix("bits "))
+    return (
+        f"{images} of {bits}-bit range in {'a 16-bit file' if one else '16-bit files'} "
+        f"{'is' if one else 'are'} scaled by {2**bits - 1}"
+    )
+
+
+def decoding_trait(data: bytes) -> str | None:
+    """What the pixels of a file depend on beside its bytes: features of it are of no other kind.
+
+    "16-bit": the rule for ranges below 16 bits. A format's name: whether its optional library is
+    there. None for all others, so that features from before these rules stay valid.
+    """
+    kind = signature(data)
+    if kind in ("AVIF", "HEIF"):
+        return f"{kind} {'read' if kind in formats().by_content else 'unread'}"
+    return "16-bit" if kind in ("PNG", "TIFF") and has_16_bits(data) else None
+
+
+def pixel_digest(image: Image) -> str:
+    """sha256 of an RGB image's size and pixels: the same however they were encoded."""
+    total = hashlib.sha256(f"RGB {image.width} x {image.height}\n".encode())
+    total.update(image.tobytes())
+    return total.hexdigest()
+
+
 def as_rgb(image: Image) -> Image:
     """A PIL image as `decode` would return it: upright, on white, RGB; or ImageError."""
     path = getattr(image, "filename", "") or "a PIL image"
     _check_size(image, path)
-    return _to_rgb(_upright(image), path)
+    return _to_rgb(image, b"", path)[0]
+
+
+def _unknown(data: bytes) -> str:
+    from vtclip.data.formats import HINTS
+
+    kind = signature(data)
+    if kind is None:
+        return "not an image of a known format"
+    if kind not in formats().by_content:
+        return f"{kind} is not read: {HINTS[kind]}"
+    return f"damaged: it begins like {kind}, but is not an image of a known format"
+
+
+def _has_frames(image: Image) -> bool:
+    """Whether there is a second frame; it is looked for, not decoded."""
+    if image.format not in WITH_FRAMES:
+        return False
+    try:
+        image.seek(1)
+    except Exception:  # EOFError where there is none, many kinds where it is damaged
+        return False
+    return True
 
 
 def _check_size(image: Image, path: str | Path) -> None:
@@ -131,13 +209,27 @@ def _upright(image: Image) -> Image:
         return image
 
 
-def _to_rgb(image: Image, path: str | Path) -> Image:
+def _to_rgb(image: Image, data: bytes, path: str | Path) -> tuple[Image, tuple[str, ...]]:
+    """The upright RGB image and its notes. `data`: the file's bytes, where they are at hand."""
+    from PIL import Image as pillow
+
+    bits = 16
+    if image.mode in GREY or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        declared = declared_bits(image, data)
+        values = np.asarray(_upright(image))
+        bits = range_bits(values, declared)
+        image = pillow.fromarray(to_8_bits(values, bits))
+    else:
+        if has_16_bits(data) and image.mode in ("RGB", "RGBA", "LA"):
+            image, bits = _colour_16(image, data, path)
+        image = _upright(image)
+    return _flat(image, path), () if bits == 16 else (f"bits {bits}",)
+
+
+def _flat(image: Image, path: str | Path) -> Image:
     from PIL import Image as pillow
 
     mode = image.mode
-    if mode in ("I;16", "I;16L", "I;16B", "I;16N") or (mode == "I" and image.format == "PNG"):
-        values = np.asarray(image).astype(np.float64)
-        return pillow.fromarray(np.rint(values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if mode in ("F", "I"):
         kind = "floating-point" if mode == "F" else "32-bit integer"
         raise ImageError(path, f"{kind} pixels have no known range; convert them to 8 or 16 bit")
@@ -147,6 +239,32 @@ def _to_rgb(image: Image, path: str | Path) -> Image:
         white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
         return pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image if mode == "RGB" else image.convert("RGB")
+
+
+def _colour_16(image: Image, data: bytes, path: str | Path) -> tuple[Image, int]:
+    """An image of 16 bits per channel, of which Pillow has the upper 8, scaled from its range."""
+    from PIL import Image as pillow
+
+    pixels = np.asarray(image).copy()
+    colours = len(image.getbands()) - image.mode.endswith("A")
+    upper = pixels[..., :colours]
+    if int(upper.max()) >= 64:  # the upper byte holds 6 of 14 bits
+        return image, 16
+    declared = declared_bits(image, data)
+    values = colour_values(data) if image.format == "PNG" else None
+    if values is not None and values.shape == pixels.shape:
+        bits = range_bits(values[..., :colours], declared)
+        upper[...] = to_8_bits(values[..., :colours], bits)
+    else:
+        bits = range_bits(upper.astype(np.uint16) * 256 + 255, declared)
+        if bits < 12:
+            raise ImageError(path, f"16-bit colours below {2**bits} are not read; convert to 8 bit")
+        upper[...] = to_8_bits(upper, bits - 8)
+    if bits == 16:
+        return image, 16
+    scaled = pillow.fromarray(pixels, image.mode) if colours == 1 else pillow.fromarray(pixels)
+    scaled.info = dict(image.info)  # with the orientation
+    return scaled, bits
 
 
 def content_digest(data: bytes) -> str:

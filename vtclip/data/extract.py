@@ -24,7 +24,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,13 +33,23 @@ import torch
 from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
+from vtclip.data.class_names import as_class_names
+from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
-from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all
+from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all, skipped_now
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
 from vtclip.data.options import FeatureOptions
 from vtclip.data.records import Records
-from vtclip.data.shards import DTYPES, Work, finished_shards, make_shards, shards_of, write_text
+from vtclip.data.shards import (
+    DTYPES,
+    Taken,
+    Work,
+    finished_shards,
+    make_shards,
+    shards_of,
+    write_text,
+)
 from vtclip.distributed import World, device_of_rank, joined
 from vtclip.files import Json, only_writer
 from vtclip.machine import choose_device, set_threads
@@ -63,6 +74,7 @@ def extract_features(
     device: str | torch.device = "cpu",
     progress: bool = True,
     follow_links: bool = False,
+    class_names: Mapping[str, str] | str | Path | None = None,
     world: World | None = None,
 ) -> tuple[FeatureSet, ExtractionReport]:
     """Features of an image folder in the folder `out`, reused where they are there already.
@@ -84,6 +96,7 @@ def extract_features(
         dtype=dtype,
         batch_size=batch_size,
         follow_links=follow_links,
+        class_names=as_class_names(class_names),
     )
     world = world or World()
     return _Job.of(source, options, world).run(out, world)
@@ -142,6 +155,8 @@ class _Job(Work):
         }
         if folder.prompts not in (None, folder.class_names):
             fields["prompts"] = folder.prompts
+        if hashed.traits:  # older features of such files were decoded by other rules
+            fields["decoding"] = hashed.traits
         stages = {"hashing": time.perf_counter() - start}
         return cls(hashed, model, fields, options.batch_size, options.progress, stages)
 
@@ -150,26 +165,15 @@ class _Job(Work):
         if features.key != self.key:
             raise ValueError(f"features: {features.folder} holds features of something else")
         features.verify()
-        return features, ExtractionReport(
-            len(features),
-            features.skipped,
-            duplicates_of(self.hashed),
-            features.num_bytes,
-            reused=True,
-        )
+        report = ExtractionReport(reused=True)
+        self._report(features, report)
+        return features, report
 
     def run(
         self, folder: Path, world: World, *, rebuild: bool = False
     ) -> tuple[FeatureSet, ExtractionReport]:
         start = time.perf_counter()
-        report = ExtractionReport(duplicates=duplicates_of(self.hashed), stages=self.stages)
-        if report.duplicates and world.first:
-            first, second = report.duplicates[0]
-            logger.warning(
-                "%d images have the same content as another one, e.g. %s and %s: they may be in "
-                "training and test at once",
-                len(report.duplicates), files.printable(first), files.printable(second),
-            )  # fmt: skip
+        report = ExtractionReport(stages=self.stages)
         world.check_same("features", self.key)
         with contextlib.ExitStack() as held:
 
@@ -182,11 +186,46 @@ class _Job(Work):
             if not report.reused:
                 self._build(folder, world)
             features = FeatureSet.open(folder)
-        report.rows, report.skipped = len(features), features.skipped
-        report.num_bytes, report.seconds = features.num_bytes, time.perf_counter() - start
-        if report.skipped and world.first:
-            logger.warning("%s", "; ".join(report.lines(5)))
+        report.seconds = time.perf_counter() - start
+        self._report(features, report, say=world.first)
         return features, report
+
+    def _report(self, features: FeatureSet, report: ExtractionReport, say: bool = True) -> None:
+        """Give features what this request says of itself, and tell of this scan's files."""
+        features.model_name = self.clip.name
+        names = features.manifest["names"]
+        features.skipped = skipped_now(self.hashed, names, features.skipped)
+        features.roles = self._roles(names)
+        report.rows, report.skipped = len(features), features.skipped
+        report.num_bytes, report.notes = features.num_bytes, features.manifest.get("notes", {})
+        report.duplicates = duplicates_of(self.hashed, names)
+        if not say:
+            return
+        folder = self.hashed.folder
+        for line in folder.remarks:
+            logger.warning("%s", line)
+        for note, count in sorted(report.notes.items()):
+            logger.warning("%s", note_line(note, count))
+        if report.duplicates:
+            first, second = report.duplicates[0]
+            logger.warning(
+                "%d images have the same content as another one, e.g. %s and %s: they may be in "
+                "training and test at once",
+                len(report.duplicates), files.printable(first), files.printable(second),
+            )  # fmt: skip
+        if report.skipped:
+            logger.warning("%s", "; ".join(report.lines(5)))
+        if folder.passed:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(folder.passed.items()))
+            logger.info("passed over in %s: %s", folder.root, kinds)
+
+    def _roles(self, names: Sequence[str]) -> list[int] | None:
+        """The role of each row in the present source."""
+        folder = self.hashed.folder
+        if folder.roles is None:
+            return None
+        roles = dict(zip(folder.names, folder.roles, strict=True))
+        return [roles[name] for name in names]
 
     def _finished(self, folder: Path, rebuild: bool) -> FeatureSet | None:
         if (folder / MANIFEST).exists():
@@ -285,6 +324,7 @@ class _Job(Work):
             raise ValueError(f"features: no image of these classes could be read: "
                              f"{', '.join(map(files.printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
+        names = [hashed.names[row] for row in kept]
         body: Json = {
             "format": FORMAT,
             "version": VERSION,
@@ -295,10 +335,12 @@ class _Job(Work):
             "width": self.clip.width,
             "spatial_tokens": tokens[0] if tokens else None,
             "spatial_width": tokens[1] if tokens else None,
-            "names": [hashed.names[row] for row in kept],
+            "names": names,
             "label": [hashed.label[row] for row in kept],
             "sizes": [hashed.sizes[row] for row in kept],
             "digests": [hashed.digests[row] for row in kept],
+            "roles": self._roles(names),
+            **_columns(entries),
             "skipped": skipped,
             "text": text_entry,
             "shards": [
@@ -313,6 +355,20 @@ class _Job(Work):
         )
         for path in (*folder.glob("shard-*.json"), folder / PARTIAL, *folder.glob("*.new")):
             path.unlink(missing_ok=True)
+
+
+def _columns(entries: Sequence[Json]) -> Json:
+    """Digests of each row's pixels and picture, and counts of notes, from the shards' entries.
+
+    A shard that was finished before these were taken has none.
+    """
+    taken = [one for entry in entries for one in entry.get("taken", [None] * entry["rows"])]
+    rows = [Taken(None, None, ()) if one is None else Taken(*one) for one in taken]
+    return {
+        "pixels": [row.pixels for row in rows],
+        "perceptual": [row.perceptual for row in rows],
+        "notes": dict(sorted(Counter(note for row in rows for note in row.notes).items())),
+    }
 
 
 @contextlib.contextmanager
@@ -375,8 +431,14 @@ def write_features(
     device: str | torch.device | None = None,
     threads: int | None = None,
     progress: bool = False,
+    batch_size: int = 64,
+    follow_links: bool = False,
+    class_names: Mapping[str, str] | str | Path | None = None,
 ) -> Records:
     """Features of an image folder in the folder `out`, which `fit` then takes as its source.
+
+    batch_size: images at a time through the encoder; fewer where memory does not hold as many.
+    class_names: the names of classes whose folders are called by ids, by id, or the file with them.
 
     Processes that torchrun started share the work, and each returns the same.
     """
@@ -392,8 +454,11 @@ def write_features(
             spatial=spatial,
             templates=None if templates is None else list(templates),
             augment_passes=augment_passes,
+            batch_size=batch_size,
             device=where,
             progress=progress and world.first,
+            follow_links=follow_links,
+            class_names=class_names,
             world=world,
         )
     return found.records()

@@ -10,7 +10,8 @@
 Global features are float32, so that cached rows equal fresh ones; spatial features are float16
 unless asked otherwise. `key` is a hash of the model's config and weights digest, transform,
 augmentation, templates, class names, spatial option, dtype, passes and of every image's name, size,
-label and content digest. Paths are relative, so the folder may be moved.
+label and content digest. Paths are relative, so the folder may be moved. Beside it the manifest has
+digests of each row's file, pixels and, with the extra "duplicates", picture (`Records.pixels`).
 
 Checks: the manifest carries its own digest and every file's size, all checked on opening together
 with the texts; a shard's sha256 is checked once, before its first row is read (`verify` does all).
@@ -43,7 +44,12 @@ class FeaturesDamaged(ValueError):
 
 
 class FeatureSet:
-    """An opened features folder. `manifest` is read-only; `records()` gives the table."""
+    """An opened features folder. `manifest` is read-only; `records()` gives the table.
+
+    model_name: of the model that was asked for, wherever it lies. skipped: (name, reason) of files
+    without a row. roles: see `Records.roles`. All three are those of the request, if the
+    features were found for one, since nothing of them is part of the key.
+    """
 
     def __init__(self, folder: Path, manifest: Json) -> None:
         self.folder = folder
@@ -53,8 +59,10 @@ class FeatureSet:
         texts = _tensors(folder, manifest["text"])
         self._text, self._text_views = texts["text"], texts.get("text_views")
         self._store = ShardStore(folder, manifest)
-        # of the model that these features were asked of: another one may have made them
+        # what the present request says of its own; the manifest has what the first one said
         self.model_name: str = manifest["model_name"]
+        self.skipped: list[tuple[str, str]] = [(name, why) for name, why in manifest["skipped"]]
+        self.roles: list[int] | None = manifest.get("roles")
 
     @classmethod
     def open(cls, folder: str | Path) -> FeatureSet:
@@ -90,11 +98,6 @@ class FeatureSet:
     @property
     def num_bytes(self) -> int:
         return sum(int(entry["bytes"]) for entry in self.manifest["shards"])
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Files that could not be read, with reasons."""
-        return [(name, reason) for name, reason in self.manifest["skipped"]]
 
     def verify(self) -> None:
         """Check every shard's digest now; FeaturesDamaged names the first that fails."""
@@ -142,7 +145,7 @@ class FeatureSet:
             "templates": have["templates"],
             "transform": have["transform"],
             "augment_passes": have["augment_passes"],
-            "skipped": manifest["skipped"],
+            "skipped": [list(pair) for pair in self.skipped],
             "digests": {
                 "images": have["images"],
                 "text": manifest["text"]["sha256"],
@@ -160,6 +163,7 @@ class FeatureSet:
             logit_scale=manifest["logit_scale"],
             info=info,
             targets=_targets(manifest),
+            roles=None if self.roles is None else torch.tensor(self.roles, dtype=torch.int8),
         )
 
 
@@ -188,6 +192,9 @@ class ShardStore(PartedStore):
         self.spatial_width = manifest["spatial_width"]
         self.spatial_tokens = manifest["spatial_tokens"]
         self.digests: list[str] | None = manifest.get("digests")
+        # of the images: older features lack them
+        self.pixels: list[str | None] | None = manifest.get("pixels")
+        self.perceptual: list[str | None] | None = manifest.get("perceptual")
 
     def check(self, shard: int) -> None:
         self._tensors(shard)

@@ -1,135 +1,238 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of class folders to a table of image files; nothing is opened.
+"""Folders of class folders to a table of image files, of which only names are looked at.
 
 Folder rules: `root/class_name/**/image.ext`. Classes are the folders directly below `root`, in
-natural order (class_2 before class_10, case ignored); deeper folders belong to their class. Names
-that start with a dot, Thumbs.db, desktop.ini, __MACOSX and files without an image extension
-(.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .mpo, any case) are ignored. Links are
-followed inside `root`, and out of it only with follow_links=True.
+natural order (class_2 before class_10, case ignored); deeper folders belong to their class. Split
+folders (train/, val/, test/ and their cousins) above or below the class folders give the images
+roles: see vtclip.data.layouts. Images have an extension of vtclip.data.formats, or none that is
+known and the first bytes of an image. Links: see vtclip.data.folder_tree.
+
+No file is lost without a word: what lies in the folder is either listed, or in `skipped` with its
+reason, or counted in `passed` by kind (hidden files, other extensions, images of no class). Hidden
+are names that start with a dot, Thumbs.db, desktop.ini and __MACOSX; such folders count as one.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import re
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
-from vtclip.data.image_files import ImageFiles
-from vtclip.data.records import check_class_names
-from vtclip.files import is_below, printable
-
-logger = logging.getLogger(__name__)
-
-EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .mpo".split()  # noqa: SIM905
+from vtclip.data.folder_tree import (
+    OUTSIDE,
+    FolderTree,
+    is_ignored,
+    named,
+    natural_key,
+    parent_of,
+    several,
 )
-IGNORED = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
-SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.layouts import TRAIN, Layout, count_lines, find_layout
+from vtclip.data.records import check_class_names
+from vtclip.files import printable
+
+__all__ = ["is_ignored", "natural_key", "scan_folder", "walk_images"]
+NO_CLASS, UNUSED = "images in no class folder", "images of folders without labels"
 
 
-def scan_folder(root: str | Path, *, follow_links: bool = False) -> ImageFiles:
-    """The image files below `root` in their fixed order; nothing is opened yet."""
+def scan_folder(
+    root: str | Path, *, follow_links: bool = False, empty_classes: bool = False
+) -> ImageFiles:
+    """The image files below `root` in their fixed order: class by class, roles within a class.
+
+    The names of a layout with split folders keep them ("train/apple/im0.png"), class names are the
+    union of all splits, and `roles` says which images train (0), validate (1) and test (2). Where
+    all of them train, because there is but one split folder, roles are None: nothing is fixed then.
+    `remarks` holds the lines that whoever uses the files must say.
+
+    follow_links: enter linked folders that lead out of `root`; a class folder of that kind is else
+        a ValueError, a deeper one is skipped.
+    empty_classes: keep classes without images, or without training images beside a train/, with a
+        remark each, instead of a ValueError. For sources that are only evaluated.
+    """
     root = Path(root).expanduser()
+    where = printable(str(root))
     if not root.is_dir():
-        raise ValueError(f"source: must be a folder, got {printable(str(root))}")
-    inside = os.path.realpath(root)
-    classes: list[str] = []
-    loose = 0
-    with os.scandir(root) as entries:
-        for entry in entries:
-            if is_ignored(entry.name):
-                continue
-            if not entry.is_dir():
-                loose += os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-            elif not follow_links and not is_below(entry.path, inside):
-                raise ValueError(
-                    f"source: class folder {printable(entry.name)} links out of "
-                    f"{printable(str(root))}; follow_links allows it"
-                )
-            else:
-                classes.append(entry.name)
-    classes = _check_classes(root, sorted(classes, key=natural_key), loose)
-    names: list[str] = []
-    label: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    empty: list[str] = []
-    for k, class_name in enumerate(classes):
-        before = len(names)
-        for name in _walk(root, class_name, None if follow_links else inside, skipped):
-            names.append(name)
-            label.append(k)
-        if len(names) == before:
-            empty.append(class_name)
-    if empty:
-        shown = ", ".join(map(printable, empty[:8])) + (", ..." if len(empty) > 8 else "")
-        raise ValueError(f"source: {len(empty)} class folders hold no images: {shown}")
-    if loose:
-        logger.warning("%d images lie directly in %s, in no class, and are ignored", loose, root)
-    return ImageFiles(root, classes, names, label, skipped)
+        raise ValueError(f"source: must be a folder, got {where}")
+    tree = FolderTree(root, follow_links=follow_links)
+    layout = find_layout(tree, where)
+    _check_places(tree, layout, where)
+    _claim(tree, layout, where)
+    images = [tree.below(place.folder) for place in layout.places]
+    remarks = [*layout.remarks, *_aside(tree, layout, where)]
+    class_names, lines = _classes(tree, layout, images, where, empty_classes)
+    counts = Counter[str]()
+    for place, files in zip(layout.places, images, strict=True):
+        counts[place.part] += len(files)
+    remarks += count_lines(layout, where, counts) + lines + tree_lines(tree, where)
+    rows = [
+        (k, place.role, name)
+        for k, class_name in enumerate(class_names)
+        for place, files in zip(layout.places, images, strict=True)
+        if place.class_name == class_name
+        for name in files
+    ]
+    roles = [role for _, role, _ in rows]
+    return ImageFiles(
+        root,
+        class_names,
+        [name for _, _, name in rows],
+        [k for k, _, _ in rows],
+        tree.skipped,
+        roles=roles if any(role != TRAIN for role in roles) else None,
+        passed=dict(+tree.passed),
+        remarks=remarks,
+    )
 
 
-def walk_images(root: str | Path) -> tuple[list[Path], list[tuple[str, str]]]:
+def walk_images(
+    root: str | Path, *, follow_links: bool = False
+) -> tuple[list[Path], list[tuple[str, str]]]:
     """Image files below `root`, by the rules for one class, and (path, reason) of skipped ones.
 
     Natural order, where the files of a folder come before those of its subfolders.
     """
     root = Path(root)
-    skipped: list[tuple[str, str]] = []
-    paths = [root / name for name in _walk(root, ".", os.path.realpath(root), skipped)]
-    return paths, [(str(root / name), reason) for name, reason in skipped]
+    tree = FolderTree(root, follow_links=follow_links)
+    tree.claim("")
+    paths = [root / name for name in tree.below("")]
+    return paths, [(str(root / name), reason) for name, reason in tree.skipped]
 
 
-def _check_classes(root: Path, classes: list[str], loose: int) -> list[str]:
-    where = printable(str(root))
-    if not classes:
+def tree_lines(tree: FolderTree, where: str) -> list[str]:
+    """A line for each kind of image that is not read, and one for linked folders."""
+    lines = []
+    for (extension, hint), folders in tree.unread.items():
+        count = len(folders)
+        kind = f"{extension} file" if extension else "file without an extension"
+        many = f"{extension} files" if extension else "files without an extension"
+        lines.append(
+            f"{several(count, kind, many)} in {several(len(set(folders)), 'folder')} of {where} "
+            f"{_are(count)} not read: {hint}"
+        )
+    away = sum(why == OUTSIDE for _, why in tree.skipped)
+    if away:
+        lines.append(
+            f"{several(away, 'linked folder leads', 'linked folders lead')} out of {where} and "
+            f"{_are(away)} not entered; --follow-links enters them"
+        )
+    return lines
+
+
+def _check_places(tree: FolderTree, layout: Layout, where: str) -> None:
+    tops = {parent_of(place.folder) for place in layout.places} or {""}
+    away = [name for top in sorted(tops) for name in tree.linked_out(top)]
+    if away:
+        raise ValueError(
+            f"source: {several(len(away), 'class folder links', 'class folders link')} out of "
+            f"{where}: {named(away)}; --follow-links allows it"
+        )
+    if not layout.places:
+        loose = len(tree.images(""))
         rest = f", only {loose} images without a class" if loose else ""
         raise ValueError(f"source: {where} must hold one folder per class, got no folders{rest}")
-    if all(name.lower() in SPLIT_NAMES for name in classes):
-        raise ValueError(
-            f"source: {where} holds {', '.join(classes)}, which are splits and not classes; "
-            f"give one of them, e.g. {printable(str(root / classes[0]))}"
-        )
-    return check_class_names(classes)
 
 
-def _walk(
-    root: Path, class_name: str, inside: str | None, skipped: list[tuple[str, str]]
-) -> Iterator[str]:
-    """Relative names below one class folder in natural order; every real folder is read once."""
-    seen: set[tuple[int, int]] = set()
-    pending = [class_name]
-    while pending:
-        folder = pending.pop()
-        status = os.stat(root / folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        deeper: list[str] = []
-        with os.scandir(root / folder) as entries:
-            for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
-                if is_ignored(entry.name):
-                    continue
-                name = f"{folder}/{entry.name}"
-                is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-                if entry.is_symlink() and inside is not None and not is_below(entry.path, inside):
-                    if is_image or entry.is_dir():
-                        skipped.append((name, "links out of the folder; follow_links allows it"))
-                elif is_image:  # pipes and folders of such a name fail when they are read
-                    yield name
-                elif entry.is_dir():
-                    deeper.append(name)
-        pending += reversed(deeper)
+def _claim(tree: FolderTree, layout: Layout, where: str) -> None:
+    """Mark the class folders and those above as read: no link below them leads to them again."""
+    for place in layout.places:
+        other = tree.claim(place.folder)
+        if other is not None:
+            raise ValueError(
+                f"source: {where}: {printable(other)} and {printable(place.folder)} are the same "
+                "folder, by a link"
+            )
+    for folder in {above for place in layout.places for above in _above(place.folder)}:
+        tree.claim(folder)
 
 
-def is_ignored(name: str) -> bool:
-    """Whether it is the name of a hidden file or of what file managers leave behind."""
-    return name.startswith(".") or name.lower() in IGNORED
+def _above(folder: str) -> list[str]:
+    parents = []
+    while folder:
+        folder = parent_of(folder)
+        parents.append(folder)
+    return parents
 
 
-def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """Numbers by value and letters without case, so class_2 < class_10; ties by the name itself."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
-    key = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-    return key, name
+def _aside(tree: FolderTree, layout: Layout, where: str) -> list[str]:
+    """Counts images that belong to no class; a line for each place where there are some."""
+    lines = []
+    for folder in layout.aside:
+        tree.claim(folder)
+        count = len(tree.below(folder))
+        tree.passed[UNUSED] += count
+        if count:
+            lines.append(
+                f"{where}: {several(count, 'image')} below {printable(folder)}/ {_have(count)} no "
+                f"label and {_are(count)} not used"
+            )
+    loose: Counter[str] = Counter()
+    used = {place.folder for place in layout.places}
+    above = {folder for place in layout.places for folder in _above(place.folder)}
+    for folder in above:
+        loose[folder] += len(tree.images(folder))
+        for name in tree.listing(folder).folders:
+            # nothing but folders without images: find_layout refuses or uses all others
+            if name not in used | above and tree.claim(name) is None:
+                loose[folder] += len(tree.below(name))
+    tree.passed[NO_CLASS] += sum(loose.values())
+    for folder, count in sorted(loose.items()):
+        if count:
+            place = printable(str(tree.root / folder))
+            lines.append(
+                f"{several(count, 'image lies', 'images lie')} directly in {place}, in no class, "
+                f"and {_are(count)} ignored"
+            )
+    return lines
+
+
+def _have(count: int) -> str:
+    return "has" if count == 1 else "have"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _classes(
+    tree: FolderTree, layout: Layout, images: list[list[str]], where: str, empty_classes: bool
+) -> tuple[list[str], list[str]]:
+    """The class names of a layout in natural order, and lines about those without some images."""
+    roles: dict[str, set[int]] = {place.class_name: set() for place in layout.places}
+    for place, files in zip(layout.places, images, strict=True):
+        if files:
+            roles[place.class_name].add(place.role)
+    names = sorted(roles, key=natural_key)
+    empty = [name for name in names if not roles[name]]
+    lines = []
+    if empty:
+        shown = named([_with_reason(tree, layout, name) for name in empty])
+        text = f"{several(len(empty), 'class folder holds', 'class folders hold')} no images: "
+        if not empty_classes or len(empty) == len(names):
+            raise ValueError(f"source: {text}{shown}")
+        lines.append(f"{where}: {text}{shown}")
+    if TRAIN in layout.parts.values():
+        extra = [name for name in names if roles[name] and TRAIN not in roles[name]]
+        if extra:
+            text = f"{several(len(extra), 'class has', 'classes have')} no training image: "
+            if not empty_classes:
+                raise ValueError(f"source: {where}: {text}{named(extra)}")
+            lines.append(f"{where}: {text}{named(extra)}")
+        for role, kind in ((1, "validation"), (2, "test")):
+            missing = [name for name in names if roles[name] and role not in roles[name]]
+            if missing and role in layout.parts.values():
+                text = f"{several(len(missing), 'class has', 'classes have')} no {kind} image: "
+                lines.append(f"{where}: {text}{named(missing)}")
+    return check_class_names(names), lines
+
+
+def _with_reason(tree: FolderTree, layout: Layout, class_name: str) -> str:
+    """A class without images, with the reason for which most of its files are skipped."""
+    folders = [f"{place.folder}/" for place in layout.places if place.class_name == class_name]
+    reasons = Counter(
+        why for name, why in tree.skipped if any(name.startswith(folder) for folder in folders)
+    )
+    if not reasons:
+        return class_name
+    why, count = reasons.most_common(1)[0]
+    return f"{class_name} ({several(count, 'file is', 'files are')} skipped: {why})"

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from vtclip.data.decode import ImageError, content_digest
+from vtclip.data.decode import ImageError, content_digest, decoding_trait
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.threads import ahead, decode_pool, progress_bar
 from vtclip.distributed import World
@@ -17,7 +18,9 @@ from vtclip.files import printable
 class ExtractionReport:
     """What was read, skipped and written for the features of a folder; `lines()` is for people.
 
-    `stages`: seconds of hashing, of encoding, and of waiting for decoded images and for the disk.
+    `skipped`: files of the present scan, whenever the features were made. `notes`: how many images
+    have each of `decode_noted`'s notes. `stages`: seconds of hashing, of encoding, and of waiting
+    for decoded images and for the disk.
     """
 
     rows: int = 0
@@ -26,21 +29,31 @@ class ExtractionReport:
     num_bytes: int = 0
     seconds: float = 0.0
     reused: bool = False
+    notes: dict[str, int] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
 
     def lines(self, limit: int = 20) -> list[str]:
         total = self.rows + len(self.skipped)
         out = [f"{self.rows} of {total} images read"]
-        for title, rows in (("unreadable", self.skipped), ("same content", self.duplicates)):
-            out += [f"{title}: {printable(a)}: {printable(b)}" for a, b in rows[:limit]]
-            if len(rows) > limit:
-                out.append(f"{title}: {len(rows) - limit} more")
+        alike: dict[str, list[str]] = {}
+        for name, reason in self.skipped:
+            alike.setdefault(reason, []).append(name)
+        rows = [(names[0], reason) if len(names) == 1 else
+                (f"{len(names)} files, e.g. {names[0]}", reason)
+                for reason, names in alike.items()]  # fmt: skip
+        for title, pairs in (("unreadable", rows), ("same content", self.duplicates)):
+            out += [f"{title}: {printable(a)}: {printable(b)}" for a, b in pairs[:limit]]
+            if len(pairs) > limit:
+                out.append(f"{title}: {len(pairs) - limit} more")
         return out
 
 
 @dataclass(frozen=True)
 class Hashed:
-    """A folder's files after hashing: those that could be read, with size and content digest."""
+    """A folder's files after hashing: those that could be read, with size and content digest.
+
+    traits: what else decides the pixels of some of them (`vtclip.data.decode.decoding_trait`).
+    """
 
     folder: ImageFiles
     names: list[str]
@@ -49,6 +62,7 @@ class Hashed:
     digests: list[str]
     skipped: list[tuple[str, str]]
     labels: list[list[int]] | None = None
+    traits: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
         total = hashlib.sha256()
@@ -65,12 +79,12 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
     rows = range(world.rank, len(folder.names), world.size)
     names = [folder.names[row] for row in rows]
 
-    def attempt(name: str) -> tuple[int, str] | ImageError:
+    def attempt(name: str) -> tuple[int, str, str | None] | ImageError:
         try:
             data = folder.read(name)
         except ImageError as error:
             return error
-        return len(data), content_digest(data)
+        return len(data), content_digest(data), decoding_trait(data)
 
     out = Hashed(folder, [], [], [], [], list(folder.skipped))
     if folder.labels is not None:
@@ -81,6 +95,7 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
             bar.update()
             results.append(item)
     shares = world.collect(results)
+    traits = set()
     for row, (name, k) in enumerate(zip(folder.names, folder.label, strict=True)):
         item = shares[row % world.size][row // world.size]
         if isinstance(item, ImageError):
@@ -92,11 +107,25 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
             out.labels.append(folder.labels[row])
         out.sizes.append(item[0])
         out.digests.append(item[1])
+        traits.add(item[2])
+    out.traits.extend(sorted(trait for trait in traits if trait is not None))
     return out
 
 
-def duplicates_of(hashed: Hashed) -> list[tuple[str, str]]:
-    """(first file, later file) for every file whose content an earlier one has."""
+def skipped_now(
+    hashed: Hashed, names: Sequence[str], skipped: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """(name, reason) of the files of this scan that features with these `names` have no row of.
+
+    skipped: what was skipped when the features were made, files that are gone now among them.
+    """
+    undecoded = set(hashed.names).difference(names)
+    return [*hashed.skipped, *(pair for pair in skipped if pair[0] in undecoded)]
+
+
+def duplicates_of(hashed: Hashed, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(first file, later file) for every file of `names` whose content an earlier one has."""
     first: dict[str, str] = {}
+    decoded = set(names)
     return [(first[digest], name) for digest, name in zip(hashed.digests, hashed.names, strict=True)
-            if first.setdefault(digest, name) != name]  # fmt: skip
+            if name in decoded and first.setdefault(digest, name) != name]  # fmt: skip

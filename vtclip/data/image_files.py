@@ -7,27 +7,12 @@ import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vtclip.data.decode import read_file
-from vtclip.data.records import check_class_names
-from vtclip.files import printable
 
 IN_MEMORY = "in memory: "
-
-# what people call the parts of a split, in lower case; see `vtclip.data.records.Records.roles`
-ROLE_NAMES = (
-    ("train", "training", "trn", "tr"),
-    ("val", "valid", "validation", "dev"),
-    ("test", "testing", "tst", "holdout"),
-)
-
-
-def role_of(split: str) -> int | None:
-    """The role (0 training, 1 validation, 2 test) that a split of this name has, if it is one."""
-    word = split.strip().casefold()
-    return next((role for role, names in enumerate(ROLE_NAMES) if word in names), None)
 
 
 @dataclass(frozen=True)
@@ -42,6 +27,8 @@ class ImageFiles:
     labels: all classes of each image, where an image may have more than one; `label` is the first.
     reader: returns the bytes of an image by name, where they are not those of a file.
     where: says of a class in which part of the source it occurs first, for messages.
+    passed: how many files of other kinds were passed over, by extension or kind.
+    remarks: lines that whoever uses the files must say once (layout, files that are not read).
     """
 
     root: Path
@@ -54,6 +41,8 @@ class ImageFiles:
     labels: list[list[int]] | None = None
     reader: Callable[[str], bytes] | None = field(default=None, compare=False, repr=False)
     where: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    passed: Mapping[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def below(cls, root: str | Path) -> ImageFiles:
@@ -71,22 +60,6 @@ class ImageFiles:
     def size(self, name: str) -> int:
         """The bytes that an image takes."""
         return len(self.read(name)) if self.reader is not None else os.path.getsize(self.path(name))
-
-    def renamed(self, class_names: Mapping[str, str]) -> ImageFiles:
-        """The same images under the names that `class_names` gives to their classes.
-
-        A class that it lacks is an error; entries for classes that are not here do not matter.
-        """
-        absent = [name for name in self.class_names if name not in class_names]
-        if absent:
-            place = self.where.get(absent[0])
-            at = f" ({place})" if place else ""
-            raise ValueError(
-                f"class_names: {len(absent)} of {len(self.class_names)} classes have no entry, "
-                f"first {printable(absent[0])!r}{at}"
-            )
-        names = check_class_names([class_names[name] for name in self.class_names])
-        return replace(self, class_names=names)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from vtclip.data.class_names import with_class_names
 from vtclip.data.folders import scan_folder
 from vtclip.data.image_datasets import is_saved_dataset, read_saved_dataset
 from vtclip.data.image_files import ImageFiles, InMemory
@@ -39,4 +40,4 @@ def list_images(
             images = read_saved_dataset(path)
         else:
             images = scan_folder(path, follow_links=follow_links)
-    return images if class_names is None else images.renamed(class_names)
+    return with_class_names(images, class_names)

@@ -297,9 +297,9 @@ class Records:
 
     @property
     def perceptual(self) -> list[str | None] | None:
-        """A perceptual hash of each row's picture, 64 bits as 16 hex digits: few bits differ between
-        copies that were encoded or scaled anew. None as for `pixels`, and for a picture without
-        structure; it needs the extra "duplicates" when features are extracted.
+        """A perceptual hash of each row's picture, as 16 hex digits; few bits differ
+        between copies that were encoded or scaled anew. None as for `pixels`, and for a picture
+        without structure; it needs the extra "duplicates" when features are extracted.
         """
         return self._of_images("perceptual")
 
@@ -408,6 +408,11 @@ class Records:
         return index.long().cpu()
 
 
+def name_key(name: str) -> str:
+    """`name` without case, double spaces, underscores and forms of the same letter."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+
+
 def check_class_names(class_names: Sequence[str]) -> list[str]:
     """`class_names`, which must differ in more than case, spaces, underscores and Unicode form."""
     seen: dict[str, str] = {}
@@ -416,7 +421,7 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
             raise TypeError(f"classes: name {index} must be a str, got {type(name).__name__}")
         if any("\ud800" <= letter <= "\udfff" for letter in name):
             raise ValueError(f"classes: name {index} is not valid UTF-8: {name!a}")
-        key = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
+        key = name_key(name)
         if not key:
             raise ValueError(f"classes: name {index} is empty")
         if key in seen:

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -30,12 +30,14 @@ from torch import Tensor
 
 from vtclip.clip import Clip, mean_text
 from vtclip.clip.augment import pass_generator
-from vtclip.data.decode import ImageError, content_digest, decode
+from vtclip.data.decode import ImageError, content_digest, decode_noted, pixel_digest
 from vtclip.data.featureset import TEXT, file_digest
 from vtclip.data.hashing import Hashed
 from vtclip.data.loading import Batches
+from vtclip.data.perceptual import perceptual_digest
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json, json_digest, printable, read_json, to_json, write_atomic
+from vtclip.machine import BatchSize
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,14 @@ logger = logging.getLogger(__name__)
 # than LEAST_ROWS, and more if they would be larger than SHARD_ROWS or SHARD_BYTES
 SHARDS, LEAST_ROWS, SHARD_ROWS, SHARD_BYTES = 32, 64, 4096, 64 * 2**20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Taken(NamedTuple):
+    """What is kept of one decoded image beside its features."""
+
+    pixels: str | None
+    perceptual: str | None
+    notes: tuple[str, ...]
 
 
 @dataclass
@@ -55,6 +65,8 @@ class Work:
     batch_size: int
     progress: bool
     stages: dict[str, float] = field(default_factory=dict)
+    taken: dict[int, Taken] = field(default_factory=dict)
+    at_a_time: BatchSize = field(default_factory=BatchSize)
 
     @property
     def key(self) -> str:
@@ -202,6 +214,7 @@ def make_shards(
             _check(work, tensors, rows)
             entry = write_tensors(folder / shard.file, tensors)
             entry |= {"number": shard.number, "rows": len(rows), "kept": rows, "skipped": skipped}
+            entry |= {"taken": [work.taken.pop(row) for row in rows]}
             write_atomic(shard.note(folder), to_json(_note(work, shard, entry)))
             done[shard.number] = entry
 
@@ -225,9 +238,10 @@ def load_views(work: Work, row: int) -> Tensor | ImageError:
     if digest != work.hashed.digests[row]:
         raise ImageError(path, "the file changed while features were extracted")
     try:
-        image = decode(data, path)
+        image, notes = decode_noted(data, path)
     except ImageError as error:
         return error
+    work.taken[row] = Taken(pixel_digest(image), perceptual_digest(image), notes)
     views = [work.clip.preprocess(image)]
     for augment_pass in range(1, work.passes):
         views.append(work.clip.augment(image, pass_generator(digest, augment_pass)))
@@ -239,10 +253,16 @@ def _encode_shard(
 ) -> tuple[dict[str, Tensor], list[int], list[tuple[str, str]]]:
     """A shard's tensors, the rows they hold, and (name, reason) of the files without a row."""
     dtype = DTYPES[work.fields["dtype"]] if tokens is not None else torch.float32
-    images = [torch.empty(0, work.passes, work.clip.width)]
+    shape = (work.passes, work.clip.width)
+    images = [torch.empty(0, *shape)]
     spatials = [torch.empty(0, work.passes, *(tokens or ()), dtype=dtype)]
     rows: list[int] = []
     skipped: list[tuple[str, str]] = []
+
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        image, spatial = work.clip.encode_image(pixels, work.fields["spatial"])
+        return image.float().cpu(), None if spatial is None else spatial.cpu().to(dtype)
+
     for piece in shard.batches(work.per_batch):
         with work.timed("waiting for images"):
             pixels, errors = batches.next_batch()
@@ -253,10 +273,12 @@ def _encode_shard(
                 skipped.append((work.hashed.names[row], error.reason))
         if len(pixels):
             with work.timed("encoding"):
-                image, spatial = work.clip.encode_image(pixels, work.fields["spatial"])
-                images.append(image.float().cpu().reshape(-1, *images[0].shape[1:]))
-                if spatial is not None:
-                    spatials.append(spatial.cpu().to(dtype).reshape(-1, *spatials[0].shape[1:]))
+                parts = work.at_a_time.map(encode, pixels)
+            # joined first, because the views of one image may be in two parts
+            images.append(torch.cat([image for image, _ in parts]).reshape(-1, *shape))
+            if tokens is not None:
+                spatial = torch.cat([part for _, part in parts if part is not None])
+                spatials.append(spatial.reshape(-1, *spatials[0].shape[1:]))
         bar.update(len(errors))
     tensors = {"image": torch.cat(images)}
     if tokens is not None:

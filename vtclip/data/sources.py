@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vtclip.data.class_names import needs_image_files
 from vtclip.data.image_files import InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.lists import is_list
@@ -92,9 +93,13 @@ def open_records(
     if isinstance(source, SetSource):
         from vtclip.data.sets.features import open_set
 
+        needs_image_files(options.class_names, f"data set {source.name}")
         source.refuse(prompt=options.prompt)
         return open_set(source, options, draw or Draw())
     kind = source_kind(source)
+    if kind in ("npz", "features"):
+        what = "an .npz table" if kind == "npz" else "a features folder"
+        needs_image_files(options.class_names, f"{what} ({source})")
     if kind == "npz" and not isinstance(source, InMemory):
         return _open_table(Path(source).expanduser(), options)
     if options.prompt is not None:

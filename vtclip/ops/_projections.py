@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import is_transformed
 from vtclip.ops._autograd import bound_once
 from vtclip.ops._checks import common_dtype
 from vtclip.ops._select import Problem, select
@@ -37,12 +37,13 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(*(t for i, t in enumerate(tensors) if i % 3 < 2))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        # where a graph of this is wanted, all of it is torch's own
+        one_kernel = ctx.one_kernel and not (torch.is_grad_enabled() or is_transformed())
         results: list[Tensor | None] = [None]
-        for i, (d_y, d_b) in enumerate(zip(rows, _bias_grads(rows, ctx.one_kernel), strict=True)):
+        for i, (d_y, d_b) in enumerate(zip(rows, _bias_grads(rows, one_kernel), strict=True)):
             x, weight = saved[2 * i : 2 * i + 2]
             to_x, to_weight, to_bias = needs[3 * i : 3 * i + 3]
             results.append((d_y @ weight).view(x.shape) if to_x else None)
@@ -63,12 +64,14 @@ def _bias_grads(rows: list[Tensor], one_kernel: bool) -> list[Tensor]:
 
 
 def projections(layers: list[Layer]) -> list[Tensor]:
-    """The outputs of one to three layers, plain `F.linear` where no gradient is wanted.
+    """The outputs of one to three layers, of any order of differentiation.
 
-    Dtypes are promoted to one; under autocast to its dtype.
+    Plain `F.linear` where no gradient is wanted and under torch.func. Dtypes are promoted to one;
+    under autocast to its dtype.
     """
     tensors = common_dtype(*(tensor for layer in layers for tensor in layer))
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not wanted or is_transformed():
         return [F.linear(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
     first = tensors[0]
     # where Triton serves the operators of the same head

@@ -7,14 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import cosine_logits as reference
 
 
+@any_order(
+    "cosine_logits",
+    lambda ctx, image, text: reference.cosine_logits(image, text, ctx.scale),
+    statistics=2,
+    stores="normalised image and text",
+)
 class _CosineLogits(torch.autograd.Function):
     forward = forward_of("cosine_logits")
 
@@ -27,7 +33,6 @@ class _CosineLogits(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # else one fill per output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logits is None:
             return only_needed(ctx)
@@ -54,6 +59,9 @@ def cosine_logits(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores image and text once more; the first time a warning says so.
     """
     op = "cosine_logits"
     per_image = isinstance(text, Tensor) and text.dim() == 3

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_floats, expect_mask, expect_number, expect_shape
 from vtclip.ops._select import Impl, Problem, select
@@ -23,6 +23,14 @@ class AttnLSE(NamedTuple):
     lse: Tensor
 
 
+@any_order(
+    "cross_attn",
+    lambda ctx, query, key, value, key_mask: reference.cross_attn(
+        query, key, value, key_mask, ctx.scale
+    ),
+    outputs=2,
+    stores="weights [B, H, K, L]",
+)
 class _CrossAttn(torch.autograd.Function):
     forward = forward_of("cross_attn")
 
@@ -33,7 +41,6 @@ class _CrossAttn(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         if grad_out is None and grad_lse is None:
             return only_needed(ctx)
@@ -135,7 +142,8 @@ def cross_attn(
         TypeError: kind, layout or dtype of an argument. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
 
-    Deterministic. Second derivatives raise; `vmap` and forward-mode differentiation raise.
+    Deterministic. Second derivatives, `vmap` and forward-mode differentiation recompute through the
+    reference, which stores the weights [B, H, K, L]; the first time a warning says so.
     """
     return _attend("cross_attn", query, key, value, key_mask, scale, impl)[0]
 

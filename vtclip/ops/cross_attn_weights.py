@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.ops.cross_attn import validate
 from vtclip.reference import cross_attn_weights as reference
 
 
+@any_order(
+    "cross_attn_weights",
+    lambda ctx, query, key, key_mask: reference.cross_attn_weights(query, key, key_mask, ctx.scale),
+    stores="scores [B, H, K, L]",
+)
 class _CrossAttnWeights(torch.autograd.Function):
     forward = forward_of("cross_attn_weights")
 
@@ -24,7 +29,6 @@ class _CrossAttnWeights(torch.autograd.Function):
         ctx.save_for_backward(query, key, key_mask, output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_weights: Tensor) -> tuple[Any, ...]:
         query, key, key_mask, weights = ctx.saved_tensors
         if key_mask is not None:
@@ -53,7 +57,8 @@ def cross_attn_weights(
         [B, H, K, L] in the (promoted) input dtype; masked columns are 0, and so is a row without
         a visible column. Every other row sums to 1.
 
-    Raises: as `cross_attn`. The map is stored, so memory grows as B*H*K*L.
+    Raises: as `cross_attn`. The map is stored, so memory grows as B*H*K*L. Second derivatives,
+    `vmap` and forward-mode differentiation recompute through the reference.
     """
     op = "cross_attn_weights"
     (query, key), scale, B = validate(op, {"query": query, "key": key}, key_mask, scale)

@@ -7,26 +7,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import ffn_cosine_logits as reference
 
 
+@any_order(
+    "ffn_cosine_logits",
+    lambda ctx, hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image: (
+        reference.ffn_cosine_logits(
+            hidden, weight, bias, residual_input, norm_weight, norm_bias, text, image,
+            residual=ctx.residual, scale=ctx.scale, eps=ctx.eps,
+        )
+    ),
+    statistics=2,
+    stores="rows of z [B, K, C]",
+)  # fmt: skip
 class _FfnCosineLogits(torch.autograd.Function):
     forward = forward_of("ffn_cosine_logits")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.residual, ctx.scale, _, ctx.backend = inputs
+        *tensors, ctx.residual, ctx.scale, ctx.eps, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # no zeros for the statistics
         ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logits is None:
             return only_needed(ctx)
@@ -80,6 +90,9 @@ def ffn_cosine_logits(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores all of z [B, K, C]; the first time a warning says so.
     """
     op = "ffn_cosine_logits"
     expect_tensors(

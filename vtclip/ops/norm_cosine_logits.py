@@ -7,14 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import norm_cosine_logits as reference
 
 
+@any_order(
+    "norm_cosine_logits",
+    lambda ctx, hidden, weight, bias, text, image: reference.norm_cosine_logits(
+        hidden, weight, bias, text, image, residual=ctx.residual, scale=ctx.scale, eps=ctx.eps
+    ),
+    statistics=4,
+    stores="normalised rows [B, K, C]",
+)
 class _NormCosineLogits(torch.autograd.Function):
     forward = forward_of("norm_cosine_logits")
 
@@ -26,7 +34,6 @@ class _NormCosineLogits(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # else one fill per output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_logits is None:
             return only_needed(ctx)
@@ -66,6 +73,9 @@ def norm_cosine_logits(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores rows [B, K, C]; the first time a warning says so.
     """
     op = "norm_cosine_logits"
     expect_tensors(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order, is_transformed
 from vtclip.ops._autograd import bound_once, forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_floats, expect_number, expect_tensors
 from vtclip.ops._select import Backend, Impl, Problem, select
@@ -16,18 +16,27 @@ from vtclip.ops.cross_attn import default_scale, expanded
 from vtclip.reference import rational_attn as reference
 
 
+def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.scale, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@any_order(
+    "rational_attn",
+    lambda ctx, image, text, pair, key, value: reference.rational_attn(
+        image, text, pair, key, value, ctx.scale
+    ),
+    statistics=3,
+    stores="weights [B, H, K, K] of every query",
+)
 class _RationalAttn(torch.autograd.Function):
     forward = forward_of("rational_attn")
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.scale, _, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.set_materialize_grads(False)
+    setup_context = staticmethod(_keep_statistics)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_out is None:
             return only_needed(ctx)
@@ -36,6 +45,14 @@ class _RationalAttn(torch.autograd.Function):
         return only_needed(ctx, image, text, *_unpacked(pairs))
 
 
+@any_order(
+    "rational_attn_packed",
+    lambda ctx, image, text, pairs: reference.rational_attn(
+        image, text, *_unpacked(pairs), ctx.scale
+    ),
+    statistics=3,
+    stores="weights [B, H, K, K] of every query",
+)
 class _RationalAttnPacked(torch.autograd.Function):
     @staticmethod
     @bound_once
@@ -45,10 +62,9 @@ class _RationalAttnPacked(torch.autograd.Function):
         function = backend.function("rational_attn_fwd")
         return function(image, text, *_unpacked(pairs), scale, keep_parts)
 
-    setup_context = staticmethod(_RationalAttn.setup_context)
+    setup_context = staticmethod(_keep_statistics)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_out is None:
             return only_needed(ctx)
@@ -99,7 +115,8 @@ def rational_attn(
         NotImplementedError: the named implementation cannot run this, with its reasons.
 
     Deterministic. A NaN reaches every class of its image and head, because the softmax is joint.
-    Second derivatives, `vmap` and forward-mode differentiation raise.
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores the K x K weights of every query; the first time a warning says so.
     """
     op = "rational_attn"
     queries = {"image_query": image_query, "text_query": text_query, "pair_query": pair_query}
@@ -118,7 +135,7 @@ def rational_attn(
     image, text, pair = [ready.get(name) for name in queries]
     if chosen.name == "reference":
         return reference.rational_attn(image, text, pair, key, value, factor)
-    keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    keep_parts = _is_backward_possible(tensors)
     out: Tensor = _RationalAttn.apply(image, text, pair, key, value, factor, keep_parts, chosen)[0]
     return out
 
@@ -163,10 +180,17 @@ def rational_attn_packed(
         image = expanded(image, sizes["B"])
     if chosen.name == "reference":
         return reference.rational_attn(image, text, *_unpacked(pairs), factor)
-    keep_parts = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    keep_parts = _is_backward_possible(tensors)
     function = _RationalAttnPacked.apply
     out: Tensor = function(image, text, pairs, factor, keep_parts, chosen)[0]
     return out
+
+
+def _is_backward_possible(tensors: list[Tensor]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    # an inner transform of torch.func hides from its tensors that an outer one wants gradients
+    return any(tensor.requires_grad for tensor in tensors) or is_transformed()
 
 
 def _expect_queries(

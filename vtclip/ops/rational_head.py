@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vtclip.names import Penalty
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
@@ -24,6 +24,15 @@ class RationalLogits(NamedTuple):
     penalty: Tensor
 
 
+@any_order(
+    "rational_head",
+    lambda ctx, context, weight, bias, image, text: reference.rational_head(
+        context, weight, bias, image, text, scale=ctx.scale, penalty=ctx.penalty
+    ),
+    outputs=2,
+    statistics=1,
+    stores="the mask [B, K, D]",
+)
 class _RationalHead(torch.autograd.Function):
     forward = forward_of("rational_head")
 
@@ -36,7 +45,6 @@ class _RationalHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # else one fill per output
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_logits: Tensor | None, grad_penalty: Tensor | None, _: Any
     ) -> tuple[Any, ...]:
@@ -89,6 +97,9 @@ def rational_head(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores the mask [B, K, D]; the first time a warning says so.
     """
     op = "rational_head"
     expect_tensors(

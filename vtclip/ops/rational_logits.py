@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
 from vtclip.reference import rational_logits as reference
 
 
+@any_order(
+    "rational_logits",
+    lambda ctx, image, text, mask: reference.rational_logits(image, text, mask, ctx.scale),
+    stores="products [B, K, D]",
+)
 class _RationalLogits(torch.autograd.Function):
     forward = forward_of("rational_logits")
 
@@ -24,7 +29,6 @@ class _RationalLogits(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logits: Tensor) -> tuple[Any, ...]:
         function = ctx.backend.function("rational_logits_bwd")
         grads = function(grad_logits, *ctx.saved_tensors, ctx.scale)
@@ -49,6 +53,9 @@ def rational_logits(
     Raises:
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
+
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference,
+    which stores products [B, K, D]; the first time a warning says so.
     """
     op = "rational_logits"
     expect_tensors(op, image=(image, "B D"), text=(text, "K D"), mask=(mask, "B K D"))

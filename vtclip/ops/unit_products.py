@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from vtclip.ops._any_order import any_order
 from vtclip.ops._autograd import forward_of, only_needed
 from vtclip.ops._checks import common_dtype, expect_number, expect_tensors
 from vtclip.ops._select import Impl, Problem, select
@@ -23,6 +23,12 @@ class UnitProducts(NamedTuple):
     products: Tensor
 
 
+@any_order(
+    "unit_products",
+    lambda ctx, image, text: reference.unit_products(image, text, ctx.scale),
+    outputs=3,
+    stores="rows and products in float32 at least",
+)
 class _UnitProducts(torch.autograd.Function):
     forward = forward_of("unit_products")
 
@@ -32,7 +38,6 @@ class _UnitProducts(torch.autograd.Function):
         ctx.save_for_backward(image, text)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         function = ctx.backend.function("unit_products_bwd")
         return only_needed(ctx, *function(*grads, *ctx.saved_tensors, ctx.scale))
@@ -62,7 +67,8 @@ def unit_products(
         TypeError: kind, layout or dtype. ValueError: shape, device or value.
         NotImplementedError: the named implementation cannot run this, with its reasons.
 
-    Second derivatives, `vmap` and forward-mode differentiation raise.
+    Second derivatives, `vmap` and forward-mode differentiation recompute through the reference; the
+    first time a warning says so.
     """
     op = "unit_products"
     expect_tensors(op, image=(image, "B D"), text=(text, "K D"))

@@ -43,26 +43,26 @@ class Rule:
 
     def __init__(self, adapter: Adapter, unknown: float | None, coverage: float | None) -> None:
         self.class_names, self.temperature = adapter.class_names, adapter.temperature
-        self.known: Tensor | None = None
+        self.kept: Calibration | None = None
         self.threshold: float | None = None
         self.largest_loss: float | None = None
         if unknown is not None:
             if any(name.casefold() == UNKNOWN for name in self.class_names):
                 raise ValueError(f"unknown: a class of the run is called {UNKNOWN!r} itself")
-            self.known = _kept(adapter, "unknown").known
-            self.threshold = conformal.unknown_threshold(self.known, unknown)
+            self.kept = _kept(adapter, "unknown")
+            self.threshold = conformal.unknown_threshold(self.kept.known, unknown, self.kept.weight)
         if coverage is not None:
-            losses = _kept(adapter, "coverage").loss
-            self.largest_loss = conformal.coverage_threshold(losses, coverage)
+            kept = _kept(adapter, "coverage")
+            self.largest_loss = conformal.coverage_threshold(kept.loss, coverage, kept.weight)
 
     def answers(
         self, rows: list[list[Prediction]], logits: Tensor, evidence: Tensor
     ) -> list[Answer]:
         """rows: the best classes of B images; logits and evidence [B, K] of the same."""
         answers = [Answer(row) for row in rows]
-        if self.known is not None and self.threshold is not None:
+        if self.kept is not None and self.threshold is not None:
             scores = conformal.known_score(evidence)
-            p_values = conformal.p_values(self.known, scores).tolist()
+            p_values = conformal.p_values(self.kept.known, scores, self.kept.weight).tolist()
             refused = (scores < self.threshold).tolist()
             answers = [
                 answer._replace(unknown=below, p_value=p)

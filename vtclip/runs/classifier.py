@@ -15,7 +15,7 @@ from torch import Tensor
 from vtclip.data.decode import ImageError, open_image
 from vtclip.data.threads import ahead, decode_pool
 from vtclip.heads import VTCLIP
-from vtclip.machine import choose_device
+from vtclip.machine import BatchSize, choose_device
 from vtclip.names import index_of
 from vtclip.runs import multi_label
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter
@@ -42,6 +42,7 @@ class Classifier:
         self.adapter = adapter
         self.clip = clip
         self.device = device
+        self._at_a_time = BatchSize()
 
     @classmethod
     def load(
@@ -253,9 +254,16 @@ class Classifier:
             return several
         return (logits.double() / (self.adapter.temperature or 1.0)).softmax(dim=1)
 
-    @torch.no_grad()
     def _decide(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Preprocessed pixels [B, 3, H, W] -> logits and evidence [B, K] float32 on the CPU."""
+        """Preprocessed pixels [B, 3, H, W] -> logits and evidence [B, K] float32 on the CPU.
+
+        Fewer than B images at a time where memory does not hold as many.
+        """
+        logits, evidence = zip(*self._at_a_time.map(self._decide_at_once, pixels), strict=True)
+        return torch.cat(logits), torch.cat(evidence)
+
+    @torch.no_grad()
+    def _decide_at_once(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         image, spatial = self.encode(pixels)
         logits, evidence = forward_both(self.adapter.head, image, spatial)
         if not bool(logits.isfinite().all()):

@@ -126,7 +126,7 @@ def real_paths(run: Run) -> list[Path]:
             return [listing.image_root / name for name in listing.test.names[:8]]
         if source_kind(source) != "folder":
             return []
-        folder = list_images(source)
+        folder = list_images(source, follow_links=bool(options.get("follow_links")))
     except (ValueError, OSError):  # moved or changed since: random input has to do
         return []
     step = max(1, len(folder.names) // max(BATCHES))

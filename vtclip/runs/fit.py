@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vtclip.data.class_names import as_class_names
 from vtclip.data.records import Records
 from vtclip.data.sets import as_source
 from vtclip.data.sources import open_records
@@ -48,7 +49,7 @@ def fit(
     spatial: str | None = None,
     prompt: str | None = None,
     templates: Sequence[str] | None = None,
-    class_names: Mapping[str, str] | None = None,
+    class_names: Mapping[str, str] | str | Path | None = None,
     follow_links: bool = False,
     test_fraction: float = 0.5,
     augment_passes: int = 0,
@@ -98,9 +99,10 @@ def fit(
         method = "rada" if train_encoders or base_to_new else "auto"
     request = FitRequest(
         source=as_source(source, data), method=method, shots=shots, seed=seed, model=model,
-        spatial=spatial, prompt=prompt, templates=templates, class_names=class_names,
-        follow_links=follow_links, test_fraction=test_fraction,
-        augment_passes=augment_passes, encoder_batch_size=encoder_batch_size,
+        spatial=spatial, prompt=prompt, templates=templates,
+        class_names=as_class_names(class_names), follow_links=follow_links,
+        test_fraction=test_fraction, augment_passes=augment_passes,
+        encoder_batch_size=encoder_batch_size,
         train_encoders=train_encoders, base_to_new=base_to_new,
         pseudo_labels=pseudo_labels, overrides=overrides or {}, out=out, overwrite=overwrite,
         resume=resume, device=choose_device(device), threads=threads, cache_dir=cache_dir,
@@ -149,7 +151,7 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             values |= pseudo_report(rows.training, rows.records, rows.split)
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        calibration = calibration_of(judged_val or judged.val, temperature)
+        calibration = calibration_of(judged_val or judged.val, temperature, rows.records.label)
         digest = save_adapter(folder, Adapter(head, names, temperature, features, calibration))
         digests = {"adapter": digest}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)

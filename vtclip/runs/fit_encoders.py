@@ -185,7 +185,7 @@ def evaluate_and_write(
         features = features_of(after, request.model)
         features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
         temperature = values["adapted"]["temperature"]
-        calibration = calibration_of(judged.val, temperature)
+        calibration = calibration_of(judged.val, temperature, after.label)
         adapter = Adapter(head, after.class_names, temperature, features, calibration)
         digest = save_adapter(folder, adapter)
     digests = {"adapter": digest, "encoders": encoders}

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vtclip.data.folders import EXTENSIONS, is_ignored, scan_folder, walk_images
+from vtclip.data.folders import is_ignored, scan_folder, walk_images
+from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
@@ -94,6 +95,7 @@ class RunSources:
         options = FeatureOptions(
             model=self.clip() if images else "demo",
             **{name: self.options[name] for name in ("spatial", "prompt", "templates")},
+            class_names=self.options.get("class_names") if images else None,
             need_spatial=self.adapter.head.needs_spatial,
             cache_dir=self.cache_dir,
             device=str(self.device),
@@ -191,7 +193,7 @@ def new_classes(path: Path, name: str | None) -> ImageFiles:
             raise ValueError(f"extend: name is for a folder of images, got {path}")
         return list_images(path)
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
-    loose = any(entry.suffix.lower() in EXTENSIONS for entry in entries)
+    loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
     if name is None and loose and folders:
         raise ValueError(

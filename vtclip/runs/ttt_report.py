@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from vtclip.data.image_files import InMemory
@@ -16,6 +17,7 @@ from vtclip.data.sets import AnySource, SetSource
 from vtclip.data.sources import source_kind
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json
+from vtclip.machine import BatchSize
 from vtclip.runs.adapter import Adapter, check_weights
 from vtclip.runs.result import metrics_table
 from vtclip.train import metrics
@@ -61,8 +63,12 @@ def ttt_report(
     check_weights(adapter, clip.weights_digest, clip.name)
     wants = adapter.features["spatial"] if adapter.head.needs_spatial else None
 
+    at_a_time = BatchSize(what="views")
+
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        return clip.encode_image(pixels.to(clip.device), wants)
+        encoded = at_a_time.map(lambda part: clip.encode_image(part, wants), pixels)
+        spatial = [tokens for _, tokens in encoded if tokens is not None]
+        return torch.cat([image for image, _ in encoded]), torch.cat(spatial) if spatial else None
 
     def counted() -> Iterator[Tensor]:
         with progress_bar(len(names), "ttt", progress) as bar:

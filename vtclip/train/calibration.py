@@ -115,10 +115,16 @@ def unseen(head: Head, records: Records, val: Tensor, device: torch.device) -> D
     return Decisions(logits, logits if same else every.evidence[back], every.label[back])
 
 
-def calibration_of(val: Decisions | None, temperature: float | None) -> Calibration | None:
-    """What is kept of the validation images, which are `unseen`; None where there are none."""
+def calibration_of(
+    val: Decisions | None, temperature: float | None, every_label: Tensor
+) -> Calibration | None:
+    """What is kept of the validation images, which are `unseen`; None where there are none.
+
+    every_label [N]: the classes of all images of the source, which say how frequent each is.
+    """
     if val is None or not len(val.label):
         return None
     losses = conformal.class_losses(val.logits, temperature)
     known = conformal.known_score(val.evidence)
-    return Calibration(conformal.true_losses(losses, val.label), known)
+    weight = conformal.class_weights(val.label, every_label)
+    return Calibration(conformal.true_losses(losses, val.label), known, weight)

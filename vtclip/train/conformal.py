@@ -14,6 +14,14 @@ in a Random World", 2005; Angelopoulos and Bates, arXiv 2107.07511). The probabi
 calibration images and the new image together: for one fixed calibration set the rate is itself
 random, distributed as Beta(k, n + 1 - k) where there are no ties.
 
+Validation images are drawn class by class, about as many of each class, and are exchangeable with
+new images only as far as these are drawn so too. Where classes of the source have unequal sizes,
+each validation image has a weight w_i (`class_weights`), so that the promise is for new images with
+the classes as frequent as in the source, of each class exchangeable with its validation images
+(Podkopaev and Ramdas, arXiv 2103.03323). With S the sum of the weights and W the largest one, for
+that of the new image, which is not known: s_(k) is then the score up to which the weights make up
+the share, as the functions below say. With other frequencies nothing is promised.
+
 Scores that are high for images that look like one of the classes, of logits z [B, K]:
 
     centred      max_k z_k - mean_k z_k
@@ -25,8 +33,8 @@ Scores that are high for images that look like one of the classes, of logits z [
 A constant that is added to all logits of an image changes no probability, and heads are trained or
 solved without regard to it. max_logit and energy take it for evidence, centred does not; it is the
 one in use (`known_score`), chosen by benchmarks/unknown.py, see docs/unknown.md. An image is
-unknown where its score is below s_(k), k = floor((n + 1) rate): at most `rate` of the images of
-known classes are refused. Nothing is promised of how many of the others are found.
+unknown where its score is below s_(k), k = floor((n + 1) rate): on average at most `rate` of the
+images of known classes are refused. Nothing is promised of how many of the others are found.
 
 Prediction sets: all classes whose loss -log p(class | image) is at most the k-th smallest loss of
 the true classes of the calibration images, k = ceil((n + 1) coverage) (Sadinle, Lei, Wasserman,
@@ -39,6 +47,7 @@ be, and these are the images whose every class is improbable.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -57,10 +66,12 @@ class Calibration(NamedTuple):
 
     loss: -log of the probability of the true class, at the run's temperature.
     known: `known_score`, which is low for images of no class.
+    weight: see `class_weights`.
     """
 
     loss: Tensor
     known: Tensor
+    weight: Tensor
 
     def to_json(self) -> Json:
         """As adapter_config.json holds it."""
@@ -79,7 +90,7 @@ class Calibration(NamedTuple):
             right &= isinstance(column, list) and len(column) == value.get("images") != 0
         if not right:
             raise ValueError(
-                f"calibration must hold the score {SCORE!r} and one loss and one score for each "
+                f"calibration must hold the score {SCORE!r} and loss, known and weight of each "
                 f"validation image, got score {value.get('score')!r} and {value.get('images')!r} "
                 "images"
             )
@@ -95,46 +106,75 @@ def check_share(name: str, value: float) -> Fraction:
     return Fraction(repr(float(value)))  # 0.29 * 100 is below 29 in floating point
 
 
-def unknown_threshold(scores: Tensor, rate: float) -> float:
+def unknown_threshold(scores: Tensor, rate: float, weight: Tensor | None = None) -> float:
     """The score below which an image is unknown: the floor((n + 1) rate)-th smallest of scores [n].
 
-    A ValueError where rate < 1 / (n + 1): then no threshold keeps the promise but one that refuses
-    nothing.
+    With weight [n]: the largest s_(j) with W + sum_(i < j) w_(i) <= rate (W + S). A ValueError
+    where rate < W / (W + S), which is 1 / (n + 1) of equal weights: then no threshold keeps the
+    promise but one that refuses nothing.
     """
-    share, n = check_share("unknown", rate), _count("unknown", scores)
-    k = math.floor(share * (n + 1))
-    if k < 1:
+    share = check_share("unknown", rate)
+    values, weights, largest = _ordered("unknown", scores, weight)
+    total = largest + sum(weights)
+    if share * total < largest:
         raise ValueError(
-            f"unknown must be at least 1/{n + 1} = {_up(1 / (n + 1))} with {n} validation images, "
-            f"got {rate:g}"
+            f"unknown must be at least {_least(largest, total, len(values))} validation images"
+            f"{_unequal(weights)}, got {rate:g}"
         )
-    return float(scores.double().sort().values[k - 1])
+    below, limit, threshold = largest, share * total, values[0]
+    for value, one in zip(values, weights, strict=True):
+        if below > limit:
+            break
+        below, threshold = below + one, value
+    return threshold
 
 
-def coverage_threshold(losses: Tensor, coverage: float) -> float:
+def coverage_threshold(losses: Tensor, coverage: float, weight: Tensor | None = None) -> float:
     """The largest loss of a class in a set: the ceil((n + 1) coverage)-th smallest of losses [n].
 
-    A ValueError where coverage > n / (n + 1): then only the set of all classes keeps the promise.
+    With weight [n]: the smallest s_(j) with sum_(i <= j) w_(i) >= coverage (W + S). A ValueError
+    where coverage > S / (W + S), which is n / (n + 1) of equal weights: then only the set of all
+    classes keeps the promise.
     """
-    share, n = check_share("coverage", coverage), _count("coverage", losses)
-    k = math.ceil(share * (n + 1))
-    if k > n:
-        raise ValueError(
-            f"coverage must be at most {n}/{n + 1} = {_down(n / (n + 1))} with {n} validation "
-            f"images, got {coverage:g}"
-        )
-    return float(losses.double().sort().values[k - 1])
+    share = check_share("coverage", coverage)
+    values, weights, largest = _ordered("coverage", losses, weight)
+    total = largest + sum(weights)
+    reached, limit = Fraction(0), share * total
+    for value, one in zip(values, weights, strict=True):
+        reached += one
+        if reached >= limit:
+            return value
+    most = f"{len(values)}/{len(values) + 1} = " if largest * len(values) == reached else ""
+    raise ValueError(
+        f"coverage must be at most {most}{_down(float(reached / total))} with {len(values)} "
+        f"validation images{_unequal(weights)}, got {coverage:g}"
+    )
 
 
-def p_values(scores: Tensor, new: Tensor) -> Tensor:
+def p_values(scores: Tensor, new: Tensor, weight: Tensor | None = None) -> Tensor:
     """Conformal p-values of new [B] among scores [n]: (1 + how many of the n are at most it)/(n+1).
 
-    An image is unknown at `rate` where its p-value is at most the rate. float64 [B].
+    With weight [n]: (W + the weights of those) / (W + S). An image is unknown at `rate` where its
+    p-value is at most the rate. float64 [B].
     """
-    _count("p_values", scores)
-    ordered = scores.double().sort().values
-    at_most = torch.searchsorted(ordered, new.double().contiguous(), right=True)
-    return (1 + at_most).double() / (len(scores) + 1)
+    values, weights, largest = _ordered("p_values", scores, weight)
+    at_most = torch.searchsorted(
+        torch.tensor(values, dtype=torch.float64), new.double().contiguous(), right=True
+    )
+    sums = torch.tensor([0.0, *map(float, weights)], dtype=torch.float64).cumsum(0)
+    return (float(largest) + sums[at_most]) / (float(largest) + float(sums[-1]))
+
+
+def class_weights(label: Tensor, every_label: Tensor) -> Tensor:
+    """How much each validation image counts for, so that classes have their share of the source.
+
+    label [n] of the validation images, every_label [N] of all images of the source. A class with
+    n_k of n and N_k of N images has weight (N_k / N) / (n_k / n). float64 [n], 1 where classes have
+    equal numbers of images.
+    """
+    K = int(every_label.max()) + 1
+    of_val, of_all = (torch.bincount(x, minlength=K) for x in (label, every_label))
+    return (of_all * len(label)).double()[label] / (of_val * len(every_label)).double()[label]
 
 
 def class_losses(logits: Tensor, temperature: float | None = None) -> Tensor:
@@ -181,12 +221,29 @@ def max_cosine(image: Tensor, text: Tensor) -> Tensor:
     return cosine.amax(dim=1)
 
 
-def _count(name: str, values: Tensor) -> int:
+def _ordered(
+    name: str, values: Tensor, weight: Tensor | None
+) -> tuple[list[float], Sequence[Fraction | int], Fraction | int]:
+    """values [n] in ascending order with their weights, and the largest weight; all exact."""
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"{name}: there must be validation images, got {list(values.shape)}")
     if bool(values.isnan().any()):
         raise ValueError(f"{name}: scores must be numbers, got NaN")
-    return len(values)
+    order = values.double().argsort(stable=True)
+    ordered = values.double()[order].tolist()
+    if weight is None or bool((weight == 1).all()):  # quicker, and the same
+        return ordered, [1] * len(ordered), 1
+    weights = [Fraction(one) for one in weight.double()[order].tolist()]
+    return ordered, weights, max(weights)
+
+
+def _least(largest: Fraction | int, total: Fraction | int, n: int) -> str:
+    equal = f"1/{n + 1} = " if largest * (n + 1) == total else ""
+    return f"{equal}{_up(float(largest / total))} with {n}"
+
+
+def _unequal(weights: Sequence[Fraction | int]) -> str:
+    return " of classes of unequal sizes" if len(set(weights)) > 1 else ""
 
 
 def _up(value: float) -> str:

@@ -18,6 +18,7 @@ from vtclip.distributed import StopSignal
 from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
+from vtclip.machine import BatchSize
 from vtclip.train import metrics, multi_label
 from vtclip.train.rows import TrainingRows, shuffled
 from vtclip.train.steps import (
@@ -132,11 +133,12 @@ def all_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits [N, K] and labels [N] of the plain (never augmented) rows `index`, in that order."""
     head.eval()
-    logits, label = [], []
-    for rows in torch.split(index, batch_size):
+
+    def computed(rows: Tensor) -> tuple[Tensor, Tensor]:
         batch = records.batch(rows, 0)
-        logits.append(compute_logits(head, batch, device).float().cpu())
-        label.append(batch.label)
+        return compute_logits(head, batch, device).float().cpu(), batch.label
+
+    logits, label = zip(*BatchSize(batch_size).map(computed, index), strict=True)
     return torch.cat(logits), torch.cat(label)
 
 

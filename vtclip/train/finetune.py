@@ -36,6 +36,7 @@ from vtclip.data.threads import ahead, decode_pool
 from vtclip.distributed import World
 from vtclip.files import Json
 from vtclip.heads import RAda
+from vtclip.machine import BatchSize
 from vtclip.train import metrics
 from vtclip.train.finetune_config import FinetuneConfig
 from vtclip.train.rows import shuffled
@@ -255,8 +256,9 @@ def validation(
     if len(index) == 0:
         return {}
     ensemble, scale = text(), module.log_scale.float().exp().reshape(())
-    logits, feed = [], images.stream(index, None)
+    logits, feed, at_a_time = [], images.stream(index, None), BatchSize()
     for rows in torch.split(index, VALIDATION_BATCH):
-        image, _ = clip.encode_image(torch.stack([next(feed) for _ in rows.tolist()]))
+        pixels = torch.stack([next(feed) for _ in rows.tolist()])
+        image = torch.cat([image for image, _ in at_a_time.map(clip.encode_image, pixels)])
         logits.append(module.head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
     return metrics.validation_metrics(torch.cat(logits), images.label[index])

@@ -15,7 +15,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from vtclip.data.folders import EXTENSIONS
+from vtclip.data.formats import is_image_name
 from vtclip.data.sets.listing import ImageList, Listing, Spec, distinct_names
 from vtclip.files import printable
 
@@ -129,7 +129,7 @@ def _folders(spec: Spec, root: Path, below: str) -> list[str]:
         seen = [entry for entry in entries if not entry.name.startswith(".")]
     folders = sorted(entry.name for entry in seen if entry.is_dir())
     if not folders:
-        loose = sum(os.path.splitext(entry.name)[1].lower() in EXTENSIONS for entry in seen)
+        loose = sum(is_image_name(entry.name) for entry in seen)
         raise spec.error(f"{shown} must hold one folder per class, got {loose} loose images")
     return folders
 
@@ -141,7 +141,7 @@ def _image_list(spec: Spec, root: Path, below: str, folders: list[str]) -> Image
         files = sorted(
             file
             for file in os.listdir(spec.image_root(root) / below / name)
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS
+            if not file.startswith(".") and is_image_name(file)
         )
         images.names += [f"{prefix}{name}/{file}" for file in files]
         images.label += [k] * len(files)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding and folder scanning: every bad file has a reason, every good one has its pixels."""
+"""Decoding: every bad file has a reason, every good one has its pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ import pytest
 from PIL import Image
 
 from vtclip.data.decode import ImageError, decode, open_image
-from vtclip.data.extract import extract_features
-from vtclip.data.folders import natural_key, scan_folder
-from vtclip.files import printable
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8)
 
@@ -205,105 +202,3 @@ def test_things_that_are_no_files_do_not_block(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=reason):
             open_image(tmp_path / name)
     server.close()
-
-
-def put(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded("PNG"))
-
-
-def test_natural_order_of_classes_and_files(tmp_path: Path) -> None:
-    for name in ("class_10", "class_2", "Apple", "banana", "class_1"):
-        for number in (10, 9, 1):
-            put(tmp_path / name / f"{number}.png")
-    folder = scan_folder(tmp_path)
-    assert folder.class_names == ["Apple", "banana", "class_1", "class_2", "class_10"]
-    assert folder.names[:3] == ["Apple/1.png", "Apple/9.png", "Apple/10.png"]
-    assert folder.label == sorted(folder.label)
-    mixed = ["a10", "a", "10", "a2b", "2", "a02"]
-    assert sorted(mixed, key=natural_key) == ["2", "10", "a", "a02", "a2b", "a10"]
-
-
-def test_hidden_and_other_files_are_passed_over(tmp_path: Path) -> None:
-    for name in ("a.JPG", "b.Png", "deep/er/c.webp"):
-        put(tmp_path / "cat" / name)
-    for name in (".hidden.jpg", "Thumbs.db", ".DS_Store", "notes.txt", "__MACOSX/x.jpg"):
-        put(tmp_path / "cat" / name)
-    put(tmp_path / ".git" / "x.jpg")
-    put(tmp_path / "__MACOSX" / "cat" / "x.jpg")
-    folder = scan_folder(tmp_path)
-    assert folder.class_names == ["cat"]
-    assert folder.names == ["cat/a.JPG", "cat/b.Png", "cat/deep/er/c.webp"]
-
-
-def test_empty_classes_are_listed(tmp_path: Path) -> None:
-    put(tmp_path / "cat" / "x.png")
-    (tmp_path / "dog").mkdir()
-    (tmp_path / "eel").mkdir()
-    (tmp_path / "eel" / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="2 class folders hold no images: dog, eel"):
-        scan_folder(tmp_path)
-
-
-def test_class_names_that_differ_in_spelling_only(tmp_path: Path) -> None:
-    for name in ("caf\u00e9", "cafe\u0301"):
-        put(tmp_path / name / "x.png")
-    with pytest.raises(ValueError, match="are the same name"):
-        scan_folder(tmp_path)
-
-
-def test_roots_that_are_no_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    put(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="got no folders, only 1 images without a class"):
-        scan_folder(tmp_path)
-    put(tmp_path / "train" / "cat" / "x.png")
-    put(tmp_path / "test" / "cat" / "x.png")
-    with pytest.raises(ValueError, match="which are splits and not classes; give one of them"):
-        scan_folder(tmp_path)
-    put(tmp_path / "cat" / "x.png")
-    assert len(scan_folder(tmp_path).class_names) == 3
-    assert "1 images lie directly in" in caplog.text
-    with pytest.raises(ValueError, match="must be a folder"):
-        scan_folder(tmp_path / "x.png")
-
-
-def test_links_out_of_the_folder_need_the_option(tmp_path: Path) -> None:
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    put(outside / "o.png")
-    put(root / "cat" / "x.png")
-    (root / "cat" / "out.png").symlink_to(outside / "o.png")
-    (root / "cat" / "in.png").symlink_to(root / "cat" / "x.png")
-    (root / "cat" / "loop").symlink_to(root / "cat")
-    (root / "cat" / "away").symlink_to(outside)
-    folder = scan_folder(root)
-    assert folder.names == ["cat/in.png", "cat/x.png"]
-    assert sorted(name for name, _ in folder.skipped) == ["cat/away", "cat/out.png"]
-    followed = scan_folder(root, follow_links=True)
-    assert followed.names == ["cat/in.png", "cat/out.png", "cat/x.png", "cat/away/o.png"]
-    (root / "dog").symlink_to(outside)
-    with pytest.raises(ValueError, match="class folder dog links out of"):
-        scan_folder(root)
-
-
-def test_odd_file_names_work_and_print_on_one_line(tmp_path: Path, fake_clip: Any) -> None:
-    names = ["a\nb.png", "\U0001f408.png", "x\u202ey.png", "sp ace.png", "% {}.png"]
-    for name in names:
-        put(tmp_path / "pictures" / "cat" / name)
-    raw = os.fsencode(tmp_path / "pictures" / "cat") + b"/\xff.png"
-    with open(raw, "wb") as file:
-        file.write(b"no image")
-    features, report = extract_features(tmp_path / "pictures", tmp_path / "out", model=fake_clip())
-    assert sorted(features.records().names) == sorted(f"cat/{name}" for name in names)
-    assert report.rows == 5
-    assert len(report.duplicates) == 4
-    assert [name for name, _ in report.skipped] == ["cat/\udcff.png"]
-    lines = "\n".join(report.lines())
-    lines.encode()
-    assert r"\udcff" in lines
-    assert r"a\nb.png" in lines
-    assert printable("x\u202ey") == r"x\u202ey"
-
-
-def test_many_names_sort_quickly() -> None:
-    names = [f"img_{n}.jpg" for n in range(20_000, 0, -1)]
-    assert sorted(names, key=natural_key)[8:10] == ["img_9.jpg", "img_10.jpg"]
