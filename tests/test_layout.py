@@ -74,7 +74,7 @@ BASE = {"names", "files", "machine", "distributed"}  # import nothing of the pac
 ARROWS = {
     **{room: set() for room in BASE},
     "kernels": set(),
-    "clip": {"files"},
+    "clip": {"names", "files"},
     "reference": {"names"},
     "backends": {"kernels", "reference"},
     "ops": {"backends", "reference", "names"},

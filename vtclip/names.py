@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import difflib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
@@ -62,6 +63,11 @@ def option(name: str) -> str:
     if not _as_typed.get():
         return name
     return _TYPED.get(name, "--" + name.replace("_", "-"))
+
+
+def name_key(name: str) -> str:
+    """`name` without case, double spaces, underscores and forms of the same letter."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -126,8 +126,8 @@ def test_fit_prints_a_table_and_writes_a_run(capsys, npz, tmp_path):
     assert call("fit", npz, *QUICK) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "runs" / "animals-vtclip-4shot-seed1"
-    files = ["adapter.safetensors", "adapter_config.json", "confusion.png", "log.jsonl"]
-    files += ["predictions.csv", "result.json"]
+    files = ["adapter.safetensors", "adapter_config.json", "confusion.png", "images.csv"]
+    files += ["log.jsonl", "predictions.csv", "result.json"]
     assert sorted(path.name for path in folder.iterdir()) == files
     assert "4 classes, 16 training, 16 validation and 48 test images, seed 1" in out
     assert re.search(r"^zero-shot +\d+\.\d\d %", out, re.M)
@@ -225,7 +225,8 @@ def test_evaluate_on_other_features_matches_classes_by_name(capsys, run, npz, tm
     two["label"] = np.where(data["label"][keep] == 3, 0, 1)
     np.savez(tmp_path / "two.npz", **two)
     values = json_of(capsys, "evaluate", run, tmp_path / "two.npz")
-    assert values["test"]["images"] == 48
+    assert values["test"]["images"] == 24  # rows of the run's own table: those that it tested
+    assert values["left_out"]["trained"] == values["left_out"]["validated"] == 8
     assert values["per_class"]["ant"] is None
     assert values["per_class"]["dog"] is not None
     np.savez(tmp_path / "other.npz", **{**two, "classname": np.array(["dgo", "bee"])})

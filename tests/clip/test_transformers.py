@@ -215,9 +215,7 @@ def test_a_siglip_without_its_tokenizer_says_what_to_put_there(tmp_path: Path) -
     assert model.visual.trunk.pos_embed.shape == (1, 16, 48)  # type: ignore[union-attr]
     (tmp_path / "config.json").write_text(json.dumps(SIGLIP_CONFIG))
     safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(
-        ClipNotFound, match=r"has no tokenizer.json or spiece.model.*vtclip\[siglip"
-    ):
+    with pytest.raises(ClipNotFound, match=r"no tokenizer.json or spiece.model.*vtclip\[siglip"):
         load_clip(tmp_path)
 
 

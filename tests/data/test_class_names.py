@@ -84,12 +84,17 @@ def test_classes_that_have_their_names_keep_them(place):
 
 def test_a_run_is_the_one_on_named_folders(capsys, place):
     """And it needs the file no longer."""
-    Path("names.txt").write_text(FILES["space.txt"])
+    Path("names.txt").write_text(FILES["space.txt"] + "n0001 white dot\n")
     named = json_of(capsys, "fit", "named", *FIT, "--out", "a")
     by_id = json_of(capsys, "fit", "ids", "--class-names", "names.txt", *FIT, "--out", "b")
     assert by_id["classes"] == list(NAMES)
     assert sorted(named["classes"]) == sorted(by_id["classes"])
-    assert Run.load("b").result["config"]["class_names"] == BY_ID
+    assert Run.load("b").result["config"]["class_names"] == {**BY_ID, "n0001": "white dot"}
+    Path("names.txt").write_text("")
+    pictures.noise(place / "more", ["n0001"], 8)
+    assert call("extend", "b", "more/n0001", "--out", "b2") == 0
+    assert Run.load("b2").result["classes"] == [*NAMES, "white dot"]
+    assert call("evaluate", "b2") == 0
     Path("names.txt").unlink()
     assert call("evaluate", "b") == 0
     assert call("repeat", "b", "--out", "again") == 0

@@ -124,6 +124,17 @@ def test_a_folder_is_read_once_and_cycles_end(tmp_path: Path) -> None:
     (root / "kitten").symlink_to(root / "cat")
     with pytest.raises(ValueError, match="cat and kitten are the same folder, by a link"):
         scan_folder(root)
+    (root / "kitten").unlink()
+    (root / "all").symlink_to(root)
+    with pytest.raises(ValueError, match="the source itself and all are the same folder"):
+        scan_folder(root)
+
+
+def test_one_folder_under_two_splits_is_refused(tmp_path: Path) -> None:
+    put(tmp_path / "train" / "cat" / "x.png")
+    (tmp_path / "test").symlink_to(tmp_path / "train")
+    with pytest.raises(ValueError, match="train/cat and test/cat are the same folder, by a link"):
+        scan_folder(tmp_path)
 
 
 def test_odd_file_names_work_and_print_on_one_line(tmp_path: Path, fake_clip: Any) -> None:
@@ -297,7 +308,7 @@ TREES = st.lists(st.tuples(PLACES, FILES), min_size=1, max_size=12, unique=True)
 LINKED = st.lists(st.tuples(PLACES, st.sampled_from(["l", "m.png"]), LINKS), max_size=4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(files=TREES, links=LINKED, follow=st.booleans(), empty=st.booleans())
 def test_no_file_is_lost_without_a_word(
     tmp_path_factory: pytest.TempPathFactory,

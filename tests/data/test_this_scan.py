@@ -98,6 +98,22 @@ def test_features_folder_keeps_the_roles(tmp_path, fake_clip):
     assert FeatureSet.open(tmp_path / "out").records().roles.tolist() == [0, 0, 1, 1] * 2
 
 
+def test_features_folder_that_is_written_again_says_what_was_asked_last(
+    pictures, tmp_path, fake_clip
+):
+    out, clip = tmp_path / "out", fake_clip()
+    (pictures / "cat" / "empty.jpg").write_bytes(b"")
+    extract_features(pictures, out, model=clip)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    extract_features(pictures, out, model=clip)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (pictures / "cat" / "empty.jpg").unlink()
+    clip.name = "moved"
+    _, report = extract_features(pictures, out, model=clip)
+    info = FeatureSet.open(out).records().info
+    assert (report.reused, info["model_name"], info["skipped"]) == (True, "moved", [])
+
+
 def test_pixels_are_the_same_in_another_file(cached, pictures):
     image = Image.open(pictures / "cat" / "0.png")
     image.save(pictures / "dog" / "again.bmp")
@@ -160,6 +176,17 @@ def test_ranges_of_16_bit_files_are_counted_and_part_of_the_key(cached, pictures
         found, _ = cached()
         assert "2 images of 12-bit range in 16-bit files are scaled by 4095" in caplog.text
     assert found.fields["decoding"] == ["16-bit"]
+
+
+def test_images_of_other_formats_are_said_once(cached, pictures, caplog):
+    for number in range(30):
+        (pictures / "cat" / f"{number}.CR2").write_bytes(b"raw")
+    for _ in range(2):
+        caplog.clear()
+        _, report = cached()
+        assert len(report.skipped) == 30
+        line = f"30 .cr2 files in 1 folder of {pictures} are not read: camera raw; convert them to"
+        assert [record.message.startswith(line) for record in caplog.records] == [True]
 
 
 def test_other_files_are_counted_quietly(cached, pictures, caplog):

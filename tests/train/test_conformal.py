@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -305,3 +306,16 @@ def test_sets_cover_and_known_images_are_kept_on_a_folder_of_photos(shared_data,
     """The bundled model was trained on drawings: a poor model, whose promise holds all the same."""
     records = vtclip.open_source(shared_data / "photos", cache_dir=tmp_path)
     check_real_coverage(records, "proker", 8)
+
+
+def test_the_benchmark_prints_both_tables(npz, root):
+    words = ["--methods", "proker", "--shots", "4", "--seeds", "1", "--coverage", "0.8"]
+    done = python(root / "benchmarks" / "unknown.py", npz, *words)
+    assert done.returncode == 0, done.stderr
+    unknown, first, coverage, second = done.stdout.splitlines()
+    assert "AUROC / known / hidden refused" in unknown
+    assert first.startswith("animals proker 4 at 0.112: centred ")
+    assert "; probability " in first
+    assert "coverage in percent" in coverage
+    assert second.startswith("animals proker 4 (16 validation): unseen 0.8 ")
+    assert "; as seen 0.8 " in second

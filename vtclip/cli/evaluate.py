@@ -54,6 +54,8 @@ def add_arguments(parser: Parser) -> None:
         help="step size of AdamW (default: 0.005)",
     )
     ttt.add_argument("--ttt-seed", type=seed, metavar="SEED", help="draws the views (default: 0)")
+    parser.add_model_of_run()
+    parser.add_shared("--follow-links", "--encoder-batch-size")
     parser.add_argument(
         "--predictions", metavar="FILE", help="write a CSV with a line for each counted image"
     )
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         source,
         ttt=TTT(**settings) if args.ttt else None,
         progress=on_terminal(),
-        **options_of(args, "data", "device", "threads", "cache_dir", "predictions"),
+        **options_of(args, "data", "model", "follow_links", "encoder_batch_size", "predictions"),
+        **options_of(args, "device", "threads", "cache_dir"),
     )
     if args.json:
         emit_json(values)
@@ -93,10 +96,13 @@ def ttt_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_metrics(values: dict[str, Any], ttt: bool) -> None:
+    from vtclip.runs.counted import sentences
     from vtclip.runs.result import metrics_table
     from vtclip.runs.ttt_report import ttt_table
 
     emit(f"{values['method']} on {values['source']}: {values['test']['images']} images")
+    for sentence in sentences(values["test"]["images"], values["left_out"]):
+        emit(sentence)
     if ttt:
         emit(ttt_table(values))
         return

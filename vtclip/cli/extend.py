@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
         help="images per new class, for methods that keep images (default: as the run)",
     )
     parser.add_model_of_run()
-    parser.add_shared("--cache-dir", "--device", "--threads", "--json")
+    parser.add_shared("--encoder-batch-size", "--cache-dir", "--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         folder,
         source,
         progress=on_terminal(),
-        **options_of(args, "out", "name", "shots", "model", "device", "threads", "cache_dir"),
+        **options_of(args, "out", "name", "shots", "model", "encoder_batch_size"),
+        **options_of(args, "device", "threads", "cache_dir"),
     )
     if args.json:
         emit_json(extended.result)

@@ -133,7 +133,9 @@ SHARED: dict[str, dict[str, Any]] = {
     "--spatial": {"metavar": "OPT", "help": "kind of spatial features (vtclip.clip)"},
     "--prompt": {"metavar": "NAME", "help": "one prompt of an .npz with several"},
     "--templates": {
-        "metavar": "NAME|FILE", "help": "imagenet7, imagenet80, a .txt, or text with {}"
+        "metavar": "NAME|FILE",
+        "help": "imagenet7, imagenet80, text with {}, a .txt or .json of such lines, or a .json of "
+        "sentences per class",
     },
     "--class-names": {
         "metavar": "FILE", "help": "the classes' names where folders are called by ids "

@@ -61,13 +61,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--json and --csv exclude each other")
     places = [existing("IMAGE", path) for path in args.images]
     paths, unreadable = _listed(args.images, places, args.follow_links)
-    classifier = open_classifier(args, folder)
     asked = {"unknown": args.unknown, "coverage": args.coverage}
-    try:
-        answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
-    except ValueError as error:
-        name = str(error).partition(" ")[0].rstrip(":")
-        raise ValueError(f"--{error}" if name in asked else str(error)) from None
+    _check_asked(folder, asked)
+    classifier = open_classifier(args, folder)
+    answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
     rows = zip(paths, answers, strict=True)
     if args.json:
         return _print_json(rows, unreadable)
@@ -84,6 +81,20 @@ def run(args: argparse.Namespace) -> int:
         else:
             emit(f"{path}: {_in_words(answer)}")
     return _report(unreadable)
+
+
+def _check_asked(folder: Path, asked: dict[str, Any]) -> None:
+    """Refuse what the scores of the run do not allow before its model is loaded."""
+    from vtclip.runs.adapter import load_adapter
+    from vtclip.runs.answers import Rule
+
+    if all(value is None for value in asked.values()):
+        return
+    adapter = load_adapter(folder)
+    try:
+        Rule(adapter, **asked)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
 
 
 def _csv_cells(answer: Any) -> Iterator[list[Any]]:

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vtclip.cli.parsing import Parser, emit, emit_json, existing, on_terminal
+from vtclip.cli.parsing import Parser, emit, emit_json, existing, on_terminal, options_of
 
 MEANING = {
     "MATCH": "the adapter is equal byte for byte",
@@ -19,7 +19,8 @@ MEANING = {
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("folder", metavar="RUN")
     parser.add_argument("--out", metavar="RUN2", help="keep the second run there")
-    parser.add_shared("--cache-dir", "--json")
+    parser.add_model_of_run()
+    parser.add_shared("--encoder-batch-size", "--cache-dir", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +28,11 @@ def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     from vtclip.runs.repeat import DIFFERENT, repeat
 
-    comparison = repeat(folder, out=args.out, cache_dir=args.cache_dir, progress=on_terminal())
+    comparison = repeat(
+        folder,
+        progress=on_terminal(),
+        **options_of(args, "out", "model", "encoder_batch_size", "cache_dir"),
+    )
     if args.json:
         emit_json(comparison)
     else:

@@ -58,7 +58,7 @@ def _siglip_trunk(settings: Json, image_size: int | list[int]) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     trunk: nn.Module = VisionTransformer(
-        img_size=image_size,
+        img_size=image_size if isinstance(image_size, int) else (image_size[0], image_size[1]),
         patch_size=settings["patch_size"],
         embed_dim=settings["width"],
         depth=settings["layers"],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -17,7 +18,16 @@ from vtclip.clip.augment import LEAST_AREA, random_view
 from vtclip.clip.identity import identity_of
 from vtclip.clip.pixels import normalized
 from vtclip.clip.spatial import attention_pool, spatial_widths, visual_kind
-from vtclip.clip.texts import Tokenizer, cut_prompts, mean_text, resolve_templates, unit_text
+from vtclip.clip.texts import (
+    Tokenizer,
+    is_per_class,
+    mean_text,
+    prompts_of,
+    resolve_templates,
+    say_cut,
+    unit_text,
+    which_are_cut,
+)
 from vtclip.files import Json
 
 if TYPE_CHECKING:
@@ -84,6 +94,8 @@ class Clip:
         self._kind = visual_kind(visual, open_clip)
         self.spatial_options = spatial_widths(self._kind, visual, self.width)
         """Spatial option to width Cs."""
+        self.cut_prompts: Json = {}
+        """Of the texts that were encoded last: all prompts, and how many of a class were cut."""
         self.default_spatial = (
             {"resnet": "pooled", "vit": "projected", "timm": "raw"}.get(self._kind)
             if self.spatial_options
@@ -162,48 +174,62 @@ class Clip:
         return out["image_features"], tokens
 
     def encode_text(
-        self, names: Sequence[str], templates: str | Sequence[str] | None = None
+        self, names: Sequence[str], templates: str | Sequence[Any] | None = None
     ) -> Tensor:
         """Class texts [K, C] with unit rows: normalise per template, mean, normalise."""
         return mean_text(self.encode_text_views(names, templates), names)
 
     @torch.no_grad()
     def encode_text_views(
-        self, names: Sequence[str], templates: str | Sequence[str] | None = None
+        self, names: Sequence[str], templates: str | Sequence[Any] | None = None
     ) -> Tensor:
-        """Class texts [K, M, C] of each of M templates, with unit rows."""
+        """Class texts [K, M, C] of each of M templates, with unit rows.
+
+        Of sentences per class M is their number; where it differs, 1 for the mean of a class.
+        """
         lines = resolve_templates(templates)
         for index, name in enumerate(names):
             if not name.strip():
                 raise ValueError(f"encode_text: class name {index} is empty")
-        words = [name.replace("_", " ") for name in names]
-        views = torch.empty(len(words), len(lines), self.width, device=self.device)
-        truncated: list[str] = []
-        for number, line in enumerate(lines):
-            for start in range(0, len(words), TEXT_CHUNK):
-                # replace, not format: a class name may hold braces or %
-                prompts = [line.replace("{}", word) for word in words[start : start + TEXT_CHUNK]]
-                tokens = self.tokenizer(prompts).to(self.device)
-                truncated += cut_prompts(self.tokenizer, prompts)
-                rows = self._encoders.encode_text(tokens).float()
-                unit = unit_text(rows, names[start : start + TEXT_CHUNK])
-                views[start : start + TEXT_CHUNK, number] = unit
-        if truncated:
-            logger.warning(
-                "%d of %d prompts are longer than the context of %d tokens and were cut, e.g. %r",
-                len(truncated),
-                len(words) * len(lines),
-                self.tokenizer.context_length,
-                truncated[0],
-            )
+        prompts = prompts_of(lines, names)
+        cut: Counter[str] = Counter()
+        counts = {len(texts) for texts in prompts}
+        if len(counts) == 1:
+            columns = [
+                self._unit_texts([texts[number] for texts in prompts], names, cut)
+                for number in range(counts.pop())
+            ]
+            views = torch.stack(columns, dim=1)
+        else:
+            owners = [name for name, texts in zip(names, prompts, strict=True) for _ in texts]
+            rows = self._unit_texts([text for texts in prompts for text in texts], owners, cut)
+            groups = torch.split(rows, [len(texts) for texts in prompts])
+            means = [mean_text(group[None], [n]) for group, n in zip(groups, names, strict=True)]
+            views = torch.stack(means)
+        self.cut_prompts = {"cut": dict(cut), "prompts": sum(map(len, prompts))}
+        if cut:
+            say_cut(logger, cut, sum(map(len, prompts)), self.tokenizer.context_length)
         return views
 
-    def tokens(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> Tensor:
+    def _unit_texts(self, prompts: list[str], names: Sequence[str], cut: Counter[str]) -> Tensor:
+        """Unit rows [n, C] of prompts of the classes `names`; `cut` counts what does not fit."""
+        unit = torch.empty(len(prompts), self.width, device=self.device)
+        for start in range(0, len(prompts), TEXT_CHUNK):
+            chunk = slice(start, start + TEXT_CHUNK)
+            tokens = self.tokenizer(prompts[chunk]).to(self.device)
+            is_cut = which_are_cut(self.tokenizer, prompts[chunk])
+            cut.update(name for name, c in zip(names[chunk], is_cut, strict=True) if c)
+            unit[chunk] = unit_text(self._encoders.encode_text(tokens).float(), names[chunk])
+        return unit
+
+    def tokens(self, names: Sequence[str], templates: str | Sequence[Any] | None = None) -> Tensor:
         """Token ids [T, K, context] of each of T templates filled with each of K class names."""
-        words = [name.replace("_", " ") for name in names]
         lines = resolve_templates(templates)
+        if is_per_class(lines[0]):
+            raise ValueError("templates: must hold {} for the class name, got sentences per class")
+        prompts = prompts_of(lines, names)
         return torch.stack(
-            [self.tokenizer([line.replace("{}", w) for w in words]) for line in lines]
+            [self.tokenizer([texts[t] for texts in prompts]) for t in range(len(lines))]
         )
 
 

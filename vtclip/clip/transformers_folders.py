@@ -261,7 +261,8 @@ def tokenizer_of(folder: Path, model_cfg: Json) -> Tokenizer:
     context, size = text.get("context_length", 77), text.get("vocab_size", CLIP_VOCABULARY)
     siglip = bool(model_cfg.get("custom_text"))
     if size == CLIP_VOCABULARY and not siglip:
-        return open_clip.SimpleTokenizer(context_length=context)
+        own: Tokenizer = open_clip.SimpleTokenizer(context_length=context)
+        return own
     found = read_tokenizer(folder, context_length=context, vocab_size=size)
     if found is None:
         raise ValueError(

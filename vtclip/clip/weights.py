@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import pickle
 import zipfile
 from pathlib import Path
@@ -25,6 +26,8 @@ from vtclip.clip.archives import is_torchscript, read_torchscript
 from vtclip.clip.names import say_once
 from vtclip.clip.transformers_keys import is_transformers, to_open_clip
 from vtclip.files import Json
+
+logger = logging.getLogger(__name__)
 
 METADATA = "vtclip"  # the key of safetensors' metadata under which `vtclip convert` writes
 # what OpenAI's state dicts hold beside weights
@@ -91,7 +94,8 @@ def read_weights(path: Path, *, rename: bool = True) -> Weights:
     tensors = _without_prefix({k: v for k, v in loaded.items() if isinstance(v, Tensor)})
     if not tensors:
         raise ValueError("it holds no tensors")
-    openai = any(key in loaded or key in numbers for key in OPENAI_KEYS) or "openai" in facts
+    entries = {*tensors, *loaded, *numbers}
+    openai = any(key in entries for key in OPENAI_KEYS) or "openai" in facts
     for key in OPENAI_KEYS:
         tensors.pop(key, None)
     if rename and is_transformers(tensors):
@@ -162,8 +166,11 @@ def load_into(model: nn.Module, weights: Weights) -> None:
         if name in wanted or name.rpartition(".")[2] not in _MADE
     }
     before = {name: value.shape for name, value in state.items()}
-    resize_pos_embed(state, model)
-    resize_text_pos_embed(state, model)
+    try:
+        resize_pos_embed(state, model)
+        resize_text_pos_embed(state, model)
+    except Exception:  # of other widths: what does not fit is said below
+        logger.debug("positional embeddings of %s cannot be interpolated", weights.path)
     for name, shape in before.items():
         if name in state and state[name].shape != shape:
             say_once(

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.data.image_files import ImageFiles
-from vtclip.data.records import check_class_names, name_key
+from vtclip.data.records import check_class_names
 from vtclip.files import printable
-from vtclip.names import option
+from vtclip.names import name_key, option
 
 logger = logging.getLogger(__name__)
 ID_END = re.compile(r"\t|,|\s")
@@ -166,13 +166,13 @@ def with_class_names(
         hint = "; it gives ids to names, and must give names to ids" if turned else ""
         raise ValueError(
             f"{option('class_names')}: no class {where} is among its ids: the classes are "
-            f"{_some(ids)}, the ids {_some(list(class_names))}{hint}"
+            f"{some(ids)}, the ids {some(list(class_names))}{hint}"
         )
     if absent and not keep_others:
         place = files.where.get(absent[0])
         raise ValueError(
             f"{option('class_names')}: {len(absent)} of {len(ids)} classes {where} have no name "
-            f"in it: {_some(absent)}" + (f" ({place})" if place else "")
+            f"in it: {some(absent)}" + (f" ({place})" if place else "")
         )
     names = [mapping.get(id_, id_) for id_ in ids]
     first: dict[str, str] = {}
@@ -203,17 +203,18 @@ def _by_place(ids: Sequence[str], class_names: dict[str, str]) -> dict[str, str]
     if sorted(ids) != list(ids):
         raise ValueError(
             f"{option('class_names')}: a list of names is ambiguous here, because the classes have "
-            f"one order by number and another by letter ({_some(ids)}); give an id with each name"
+            f"one order by number and another by letter ({some(ids)}); give an id with each name"
         )
     logger.warning(
         "%s: the list names the classes in their order: %s",
         option("class_names"),
-        _some([f"{printable(id_)} is {name}" for id_, name in zip(ids, names, strict=True)]),
+        some([f"{printable(id_)} is {name}" for id_, name in zip(ids, names, strict=True)]),
     )
     return dict(zip(ids, names, strict=True))
 
 
-def _some(words: Sequence[str]) -> str:
+def some(words: Sequence[str]) -> str:
+    """The first few of `words` for a message."""
     shown = ", ".join(map(printable, words[:SHOWN]))
     return shown + (", ..." if len(words) > SHOWN else "")
 

@@ -27,15 +27,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
+from vtclip.clip.texts import by_class_name, read_templates, templates_of
 from vtclip.data.class_names import as_class_names
 from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
+from vtclip.data.folder_tree import in_remarks
 from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all, skipped_now
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
@@ -50,6 +53,7 @@ from vtclip.data.shards import (
     shards_of,
     write_text,
 )
+from vtclip.data.text_checks import warn_of_texts
 from vtclip.distributed import World, device_of_rank, joined
 from vtclip.files import Json, only_writer
 from vtclip.machine import choose_device, set_threads
@@ -68,7 +72,7 @@ def extract_features(
     model: str | Path | Clip = "demo",
     spatial: str | None = None,
     augment_passes: int = 0,
-    templates: str | Sequence[str] | None = None,
+    templates: str | Sequence[Any] | None = None,
     dtype: str = "float16",
     batch_size: int = 64,
     device: str | torch.device = "cpu",
@@ -86,17 +90,18 @@ def extract_features(
     out = Path(out).expanduser()
     if files.is_below(out, Path(source).expanduser()):
         raise ValueError(f"features: out must lie outside the image folder, got {out}")
+    names = as_class_names(class_names)
     options = FeatureOptions(
         model=model,
         spatial=spatial,
-        templates=templates,
+        templates=by_class_name(read_templates(templates), names),
         augment_passes=augment_passes,
         device=device,
         progress=progress,
         dtype=dtype,
         batch_size=batch_size,
         follow_links=follow_links,
-        class_names=as_class_names(class_names),
+        class_names=names,
     )
     world = world or World()
     return _Job.of(source, options, world).run(out, world)
@@ -121,6 +126,8 @@ def cached_features(
 class _Job(Work):
     """One extraction: what is to be made, and where it may lie already."""
 
+    every_class = True
+
     @classmethod
     def of(cls, source: str | Path | ImageFiles, options: FeatureOptions, world: World) -> _Job:
         _check_numbers(options)
@@ -128,6 +135,7 @@ class _Job(Work):
         folder = list_images(
             source, follow_links=options.follow_links, class_names=options.class_names
         )
+        lines = templates_of(lines, folder.prompts or folder.class_names)
         world.check_same(
             "list of images", files.json_digest({"names": [*map(ascii, folder.names)]})
         )
@@ -158,7 +166,9 @@ class _Job(Work):
         if hashed.traits:  # older features of such files were decoded by other rules
             fields["decoding"] = hashed.traits
         stages = {"hashing": time.perf_counter() - start}
-        return cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made = cls(hashed, model, fields, options.batch_size, options.progress, stages)
+        made.every_class = options.every_class
+        return made
 
     def reuse(self, features: FeatureSet) -> tuple[FeatureSet, ExtractionReport]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
@@ -213,8 +223,10 @@ class _Job(Work):
                 "training and test at once",
                 len(report.duplicates), files.printable(first), files.printable(second),
             )  # fmt: skip
-        if report.skipped:
-            logger.warning("%s", "; ".join(report.lines(5)))
+        said = {why for _, why in folder.skipped if folder.remarks and in_remarks(why)}
+        if any(why not in said for _, why in report.skipped):
+            lines = [line for line in report.lines(5) if not line.endswith(tuple(said))]
+            logger.warning("%s", "; ".join(lines))
         if folder.passed:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(folder.passed.items()))
             logger.info("passed over in %s: %s", folder.root, kinds)
@@ -245,7 +257,7 @@ class _Job(Work):
                     path.unlink()
                 return None
             if features.key == self.key:
-                return features
+                return features if rebuild else self._renewed(features)
             differs = [
                 name for name, value in self.fields.items() if features.fields.get(name) != value
             ]
@@ -257,6 +269,24 @@ class _Job(Work):
         if others and not (folder / PARTIAL).exists():
             raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
         return None
+
+    def _renewed(self, features: FeatureSet) -> FeatureSet:
+        """Features in a folder that was asked for, whose manifest then says what was asked now."""
+        body = {name: value for name, value in features.manifest.items() if name != "digest"}
+        skipped = skipped_now(self.hashed, body["names"], features.skipped)
+        now = {
+            **body,
+            "model_name": self.clip.name,
+            "roles": self._roles(body["names"]),
+            "skipped": [list(pair) for pair in skipped],
+        }
+        if now == {"roles": None, **body}:
+            return features
+        folder = features.folder
+        files.write_atomic(
+            folder / MANIFEST, files.to_json({**now, "digest": files.json_digest(now)})
+        )
+        return FeatureSet.open(folder)
 
     def _build(self, folder: Path, world: World) -> None:
         tokens = self._spatial_shape()
@@ -320,7 +350,7 @@ class _Job(Work):
         lost = [
             name for k, name in enumerate(class_names) if k not in {hashed.label[r] for r in kept}
         ]
-        if lost:
+        if lost and self.every_class:
             raise ValueError(f"features: no image of these classes could be read: "
                              f"{', '.join(map(files.printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
@@ -426,7 +456,7 @@ def write_features(
     *,
     model: str = "demo",
     spatial: str | None = "default",
-    templates: Sequence[str] | None = None,
+    templates: Sequence[Any] | None = None,
     augment_passes: int = 0,
     device: str | torch.device | None = None,
     threads: int | None = None,
@@ -447,7 +477,7 @@ def write_features(
     named = device is not None and torch.device(device).index is not None
     where = device_of_rank(where, named)
     with joined(where) as world:
-        found, _ = extract_features(
+        found, report = extract_features(
             source,
             out,
             model=model,
@@ -461,4 +491,6 @@ def write_features(
             class_names=class_names,
             world=world,
         )
+        if world.first:
+            warn_of_texts(found, encoded=not report.reused)
     return found.records()

@@ -24,12 +24,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vtclip.clip import resolve_templates
+from vtclip.clip.texts import is_per_class, templates_of
 from vtclip.data.records import PartedStore, Records
 from vtclip.files import Json, json_digest, read_json, to_json
 
@@ -109,7 +111,7 @@ class FeatureSet:
         *,
         spatial: str | None = None,
         need_spatial: bool = False,
-        templates: str | Sequence[str] | None = None,
+        templates: str | Sequence[Any] | None = None,
         augment_passes: int = 0,
     ) -> None:
         """A ValueError that names the first wish these features cannot meet."""
@@ -122,11 +124,15 @@ class FeatureSet:
             raise ValueError(
                 f"features: {self.folder} holds spatial {have['spatial']!r}, asked for {spatial!r}"
             )
-        if templates is not None and resolve_templates(templates) != have["templates"]:
-            raise ValueError(
-                f"features: {self.folder} was made with {len(have['templates'])} templates, "
-                f"e.g. {have['templates'][0]!r}, not those asked for"
-            )
+        if templates is not None:
+            names = have["prompts"] if "prompts" in have else have["class_names"]
+            if templates_of(resolve_templates(templates), names) != have["templates"]:
+                first = have["templates"][0]
+                made = f"{len(have['templates'])} templates, e.g. {first!r}"
+                made = "sentences per class" if is_per_class(first) else made
+                raise ValueError(
+                    f"features: {self.folder} was made with {made}, not those asked for"
+                )
         if augment_passes > have["augment_passes"]:
             raise ValueError(
                 f"features: {self.folder} holds {have['augment_passes']} augmented passes, "

@@ -52,6 +52,8 @@ class FolderTree:
         self.root, self._follow = root, follow_links
         self._inside = os.path.realpath(root)
         self._listed: dict[str, Listing] = {}
+        self._identities: dict[str, tuple[int, int] | str] = {}
+        self._opened: set[tuple[int, int] | str] = set()
         self._read: dict[tuple[int, int] | str, str] = {}
         self.skipped: list[tuple[str, str]] = []
         self.passed: Counter[str] = Counter()
@@ -60,9 +62,15 @@ class FolderTree:
     def listing(self, folder: str) -> Listing:
         if folder not in self._listed:
             self._listed[folder] = Listing([], [])
+            identity = self._identity(folder)
+            counts = self.skipped, self.passed, self.unread
+            if identity in self._opened:  # by another name: what is in it counts once
+                self.skipped, self.passed, self.unread = [], Counter(), {}
+            self._opened.add(identity)
             with os.scandir(self.root / folder) as entries:
                 for entry in sorted(entries, key=lambda entry: natural_key(entry.name)):
                     self._add(self._listed[folder], folder, entry)
+            self.skipped, self.passed, self.unread = counts
         return self._listed[folder]
 
     def folders(self, folder: str) -> list[str]:
@@ -113,10 +121,13 @@ class FolderTree:
         return [name for name, why in self.skipped if why == OUTSIDE and parent_of(name) == folder]
 
     def _identity(self, folder: str) -> tuple[int, int] | str:
-        status = os.stat(self.root / folder)
-        # file systems without inodes say 0
-        known = status.st_ino != 0
-        return (status.st_dev, status.st_ino) if known else os.path.realpath(self.root / folder)
+        if folder not in self._identities:
+            path = self.root / folder
+            status = os.stat(path)
+            known = status.st_ino != 0  # file systems without inodes say 0
+            inode = status.st_dev, status.st_ino
+            self._identities[folder] = inode if known else os.path.realpath(path)
+        return self._identities[folder]
 
     def _add(self, listing: Listing, folder: str, entry: os.DirEntry[str]) -> None:
         name = f"{folder}/{entry.name}" if folder else entry.name
@@ -170,6 +181,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself
         return False
+
+
+def in_remarks(reason: str) -> bool:
+    """Whether files that are skipped for this reason are counted in a line of their own."""
+    return " is not read: " in reason or reason == OUTSIDE
 
 
 def last_part(name: str) -> str:

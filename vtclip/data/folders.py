@@ -130,20 +130,22 @@ def _check_places(tree: FolderTree, layout: Layout, where: str) -> None:
     if not layout.places:
         loose = len(tree.images(""))
         rest = f", only {loose} images without a class" if loose else ""
+        rest += "".join(f"; {line}" for line in tree_lines(tree, where))
         raise ValueError(f"source: {where} must hold one folder per class, got no folders{rest}")
 
 
 def _claim(tree: FolderTree, layout: Layout, where: str) -> None:
     """Mark the class folders and those above as read: no link below them leads to them again."""
+    for folder in sorted({above for place in layout.places for above in _above(place.folder)}):
+        tree.claim(folder)
     for place in layout.places:
         other = tree.claim(place.folder)
         if other is not None:
+            first = printable(other) if other else "the source itself"
             raise ValueError(
-                f"source: {where}: {printable(other)} and {printable(place.folder)} are the same "
-                "folder, by a link"
+                f"source: {where}: {first} and {printable(place.folder)} are the same folder, by a "
+                "link"
             )
-    for folder in {above for place in layout.places for above in _above(place.folder)}:
-        tree.claim(folder)
 
 
 def _above(folder: str) -> list[str]:

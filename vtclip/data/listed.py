@@ -18,6 +18,7 @@ def list_images(
     *,
     follow_links: bool = False,
     class_names: Mapping[str, str] | None = None,
+    empty_classes: bool = False,
 ) -> ImageFiles:
     """The image files of `source` in their fixed order; nothing is decoded.
 
@@ -27,6 +28,7 @@ def list_images(
     follow_links: scan linked folders too; files that a list names are read wherever they are.
     class_names: from the names that the source gives its classes to those that stand for them; each
         class of the source must have an entry.
+    empty_classes: a class folder without images is a class of no image instead of an error.
     """
     if isinstance(source, ImageFiles):
         return source
@@ -39,5 +41,5 @@ def list_images(
         elif is_saved_dataset(path):
             images = read_saved_dataset(path)
         else:
-            images = scan_folder(path, follow_links=follow_links)
+            images = scan_folder(path, follow_links=follow_links, empty_classes=empty_classes)
     return with_class_names(images, class_names)

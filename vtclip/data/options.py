@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -21,18 +21,19 @@ class FeatureOptions:
     spatial: the spatial option by name; None takes the model's default where `need_spatial`, else
         no spatial features.
     prompt: one prompt of an .npz table; tables take no templates.
-    templates: None takes the model's or the data set's own.
+    templates: None takes the model's or the data set's own; see vtclip.clip.texts.
     augment_passes: augmented views of every training image.
     dtype: of the spatial features; global features are always float32.
     class_names: from the names that a source gives its classes to those that stand for them.
     follow_links: scan linked folders of an image folder too.
+    every_class: each class must have an image that can be read; an evaluation does without.
     """
 
     model: str | Path | Clip = "demo"
     spatial: str | None = None
     need_spatial: bool = False
     prompt: str | None = None
-    templates: str | Sequence[str] | None = None
+    templates: str | Sequence[Any] | None = None
     augment_passes: int = 0
     class_names: Mapping[str, str] | None = None
     cache_dir: str | Path | None = None
@@ -41,6 +42,7 @@ class FeatureOptions:
     dtype: str = "float16"
     batch_size: int = 64
     follow_links: bool = False
+    every_class: bool = True
 
     @property
     def spatial_option(self) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LEAST_CONTRAST = 16  # of 255: below it, bits are noise
-SIDE = 128
+SIDE = 64
 _lock = threading.Lock()
 
 

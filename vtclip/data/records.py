@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtclip.files import Json
+from vtclip.names import name_key
 
 MIN_LENGTH = 1e-12  # below it torch's normalize no longer gives rows of length 1
 
@@ -406,11 +406,6 @@ class Records:
         if low < 0 or high >= len(self):
             raise ValueError(f"records: index must lie in 0..{len(self) - 1}, got {low}..{high}")
         return index.long().cpu()
-
-
-def name_key(name: str) -> str:
-    """`name` without case, double spaces, underscores and forms of the same letter."""
-    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
 
 
 def check_class_names(class_names: Sequence[str]) -> list[str]:

@@ -157,7 +157,11 @@ def write_text(work: Work, folder: Path) -> Json:
     texts = {"text": mean_text(views, words)}
     if views.shape[1] > 1:
         texts["text_views"] = views
-    return write_tensors(folder / TEXT, texts)
+    entry = write_tensors(folder / TEXT, texts)
+    cut = getattr(work.clip, "cut_prompts", {})
+    if cut.get("cut"):  # so that who takes these features from the cache is told as well
+        entry |= {**cut, "context": work.clip.tokenizer.context_length}
+    return entry
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Json:

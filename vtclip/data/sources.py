@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,7 +52,7 @@ def open_source(
     model: str | Path | Clip = "demo",
     spatial: str | None = None,
     prompt: str | None = None,
-    templates: str | Sequence[str] | None = None,
+    templates: str | Sequence[Any] | None = None,
     augment_passes: int = 0,
     need_spatial: bool = False,
     shots: int = 0,
@@ -108,14 +108,17 @@ def open_records(
         )
     from vtclip.data.extract import cached_features
     from vtclip.data.featureset import FeatureSet
+    from vtclip.data.text_checks import warn_of_texts
 
     if kind == "features" and not isinstance(source, InMemory):
         features = FeatureSet.open(source)
+        warn_of_texts(features)
     else:
         images = list_images(
             source, follow_links=options.follow_links, class_names=options.class_names
         )
-        features = cached_features(images, options)[0]
+        features, report = cached_features(images, options)
+        warn_of_texts(features, encoded=not report.reused)
     features.require(
         spatial=options.spatial,
         need_spatial=options.need_spatial,

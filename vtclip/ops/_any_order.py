@@ -74,7 +74,8 @@ class AnyOrder:
     """An operator of `any_order`.
 
     kernels: the Function, differentiable once.
-    everywhere: the same, differentiable at any order and in any way.
+    again: the same, with a backward that is a step of a graph where one is wanted.
+    everywhere: that with `vmap` and forward mode, which need copies and inputs kept.
     reference: (ctx, *inputs) -> outputs.
     inputs, outputs, statistics: numbers of tensors; see `any_order`.
     """
@@ -85,7 +86,9 @@ class AnyOrder:
         self.name, self.kernels, self.reference = name, kernels, reference
         self.inputs = len(inspect.signature(reference).parameters) - 1
         self.outputs, self.statistics = outputs, statistics
-        self.everywhere: Any = type(kernels.__name__, (kernels,), _members(self))
+        name = kernels.__name__
+        self.again: Any = type(name, (kernels,), {"backward": _backward_again(self)})
+        self.everywhere: Any = type(name, (self.again,), _transformed_members(self))
 
     def apply(self, *arguments: Any) -> Any:
         """`Function.apply`.
@@ -94,7 +97,7 @@ class AnyOrder:
         reference is, which may be differentiated as often as the graph says.
         """
         if not torch.compiler.is_compiling():
-            return self.everywhere.apply(*arguments)
+            return (self.everywhere if is_transformed() else self.again).apply(*arguments)
         if not _traced_by_reference(self.name):
             return self.kernels.apply(*arguments)
         results = self.of_inputs(arguments)(*arguments[: self.inputs])
@@ -276,22 +279,9 @@ def any_order(
     return lambda kernels: AnyOrder(name, kernels, reference, outputs, statistics)
 
 
-def _members(operator: AnyOrder) -> dict[str, Any]:
-    """What a Function gets besides its own forward and setup_context."""
-    kernels = operator.kernels
-    kernel, usual_forward, usual_context = kernels.backward, kernels.forward, kernels.setup_context
-    count, outputs, statistics = operator.inputs, operator.outputs, operator.statistics
-
-    def forward(*arguments: Any) -> Any:
-        results = usual_forward(*arguments)
-        return results if forward_ad._current_level < 0 else _copies(results)
-
-    forward.__signature__ = inspect.signature(usual_forward)  # type: ignore[attr-defined]
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        usual_context(ctx, inputs, output)
-        if is_transformed():
-            ctx.save_for_forward(*inputs[:count])
+def _backward_again(operator: AnyOrder) -> Any:
+    """The kernel's backward, as a step of a graph where one is wanted."""
+    kernel, count, outputs = operator.kernels.backward, operator.inputs, operator.outputs
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if not (torch.is_grad_enabled() or is_transformed()):
@@ -306,6 +296,22 @@ def _members(operator: AnyOrder) -> dict[str, Any]:
             for i, grad in zip(wanted, found, strict=True):
                 results[i] = grad
         return tuple(results)
+
+    return staticmethod(backward)
+
+
+def _transformed_members(operator: AnyOrder) -> dict[str, Any]:
+    """What a Function needs under torch.func and in forward mode."""
+    usual_forward, usual_context = operator.kernels.forward, operator.kernels.setup_context
+    count, outputs, statistics = operator.inputs, operator.outputs, operator.statistics
+
+    def forward(*arguments: Any) -> Any:
+        results = usual_forward(*arguments)
+        return results if forward_ad._current_level < 0 else _copies(results)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        usual_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:count])
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         _warn(operator.name)
@@ -322,5 +328,5 @@ def _members(operator: AnyOrder) -> dict[str, Any]:
         unused = [results[0].new_empty(0) for _ in range(statistics)]  # only kernels read them
         return (*results, *unused), (*(0,) * outputs, *(None,) * statistics)
 
-    members = forward, setup_context, backward, jvp, vmap
+    members = forward, setup_context, jvp, vmap
     return {member.__name__: staticmethod(member) for member in members}

@@ -19,11 +19,13 @@ import torch
 from safetensors.torch import save as save_bytes
 
 from vtclip import __version__, files
+from vtclip.clip.identity import differences
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
 from vtclip.train.conformal import Calibration
 
 if TYPE_CHECKING:
+    from vtclip.clip import Clip
     from vtclip.data.records import Records
 
 FORMAT_VERSION = 1
@@ -35,10 +37,11 @@ WHAT = "a vtclip adapter"
 class Adapter:
     """A head (its class texts [K, C] are its buffer `text`) and what it was made for.
 
-    `features` says which image and spatial features it takes: model (as given to load_clip),
-    model_config, weights_digest, spatial option, templates or prompt, logit scale. model is None
-    where it was fitted on a table of features that names no image encoder. `calibration` holds the
-    scores of its validation images, None where it had none.
+    `features` says which image and spatial features it takes: model (as given to load_clip, with
+    an absolute path), model_config (architecture, preprocessing, tokenizer), weights_digest,
+    spatial option, templates or prompt, digest of the class texts, logit scale. model is None where
+    it was fitted on a table of features that names no image encoder. `calibration` holds the scores
+    of its validation images, None where it had none.
     """
 
     head: Head
@@ -180,18 +183,11 @@ def _same_names(folder: Path, what: str, wanted: list[str], actual: list[str]) -
         raise ValueError(f"{folder}: {what} do not match: {', '.join(shown)}")
 
 
-def check_weights(adapter: Adapter, weights_digest: str, model: str) -> None:
-    """Refuse an image encoder other than the one the adapter was fitted on."""
-    wanted = adapter.features.get("weights_digest")
-    if weights_digest != wanted:
-        raise ValueError(
-            f"model {model!r} has weights {weights_digest[:12]}, the adapter was fitted on "
-            f"{str(wanted)[:12]}"
-        )
-
-
 def features_of(records: Records, model: str) -> Json:
-    """What an adapter must know of its features: where they come from and what they look like."""
+    """What an adapter must know of its features: where they come from and what they look like.
+
+    model: the name that was given, where the features do not name the model they were asked of.
+    """
     info = records.info
     return {
         "model": info.get("model_name", model) if info.get("model") else None,
@@ -199,6 +195,7 @@ def features_of(records: Records, model: str) -> Json:
         "weights_digest": info.get("digests", {}).get("weights"),
         "spatial": info.get("spatial"),
         "templates": info.get("templates"),
+        "texts": info.get("digests", {}).get("text"),
         "width": records.width,
         "spatial_width": records.spatial_width,
         "logit_scale": records.logit_scale,
@@ -206,23 +203,60 @@ def features_of(records: Records, model: str) -> Json:
     }
 
 
+def check_same_model(
+    wanted: Json, weights: str | None, config: Json | None, what: str, other: str
+) -> None:
+    """Refuse an encoder that is not the run's in every field that changes a feature.
+
+    wanted: `Adapter.features`; a field that it lacks, as older ones may, is not checked.
+    weights, config: `Clip.weights_digest` and `Clip.config` of the other encoder.
+    what: the subject of the error; other: who has the other values, such as "--model".
+    """
+    found = []
+    if "weights_digest" in wanted and weights != wanted["weights_digest"]:
+        run, have = (_short(digest) for digest in (wanted["weights_digest"], weights))
+        found.append(f"weights {run} vs {have}")
+    known = wanted.get("model_config")
+    if known and config:
+        found += differences(known, config)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"{what} is not the model of the run; of the run vs of {other}: "
+            f"{'; '.join(found[:3])}{more}"
+        )
+
+
+def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
+    """Refuse an image encoder other than the one the adapter was fitted on.
+
+    given: whether the caller named the model; if not, the run's own record did.
+    """
+    other = "--model" if given else "the one at that place"
+    what = f"model {clip.name!r}"
+    check_same_model(adapter.features, clip.weights_digest, clip.config, what, other)
+
+
 def check_features(adapter: Adapter, records: Records) -> None:
-    """Refuse features that are not of the kind the adapter was fitted on, naming what differs."""
-    model = adapter.features.get("model") or "unused"
-    actual = features_of(records, model)
+    """Refuse features of another kind than the adapter was fitted on, naming what differs."""
+    actual = features_of(records, adapter.features.get("model") or "unused")
     if records.targets is not None and "multi_label" not in adapter.features:
         raise ValueError("the source has several labels per image, the run was fitted on one")
-    names = ["weights_digest", "model_config", "spatial", "width", "spatial_width"]
-    if not adapter.head.needs_spatial:
-        names = [name for name in names if not name.startswith("spatial")]
+    check_same_model(
+        adapter.features,
+        actual["weights_digest"],
+        actual["model_config"],
+        f"the model behind {records.info.get('path', 'the source')}",
+        "the source",
+    )
+    names = ["width", *(("spatial", "spatial_width") if adapter.head.needs_spatial else ())]
     for name in names:
         if adapter.features.get(name) != actual[name]:
             raise ValueError(
-                f"the source has {name} {_brief(actual[name])}, the adapter was fitted on "
-                f"{_brief(adapter.features.get(name))}"
+                f"the source has {name} {actual[name]}, the adapter was fitted on "
+                f"{adapter.features.get(name)}"
             )
 
 
-def _brief(value: object) -> str:
-    text = files.json_digest(value) if isinstance(value, dict) else str(value)
-    return text[:16]
+def _short(digest: object) -> str:
+    return "none" if digest is None else str(digest)[:12]

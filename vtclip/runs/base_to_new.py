@@ -20,10 +20,10 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import pick
 from vtclip.runs.adapter import Adapter
-from vtclip.runs.result import named_classes, unreadable
+from vtclip.runs.result import named_classes
 from vtclip.train import engine, metrics
 from vtclip.train.methods import text_encoder
-from vtclip.train.rows import split_rows, test_rows
+from vtclip.train.rows import split_rows
 
 HALVES = ("base", "new")
 
@@ -107,18 +107,15 @@ def evaluate_base_to_new(
     *,
     device: torch.device,
 ) -> Json:
-    """Metrics of a finished run on a source that has all of its new classes or none.
+    """Metrics of a finished run on the images of `records`, which all count.
 
-    On the images of the run only its test rows count. `harmonic_mean` needs both kinds of classes.
+    The source has all of the run's new classes or none. `harmonic_mean` needs both kinds of
+    classes.
     """
-    same = records.info.get("digests", {}).get("images") == result["digests"].get("images")
-    if not same and str(source.resolve()) == result["config"]["source"]:
-        raise ValueError(f"{source}: its images have changed since the run was fitted")
     known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
     every = known["base"] + known["new"]
     names = [pick("class", name, every) for name in records.class_names]
     report: Json = {"method": result["method"], "source": source.name}
-    images = 0
     for half in HALVES:
         classes = [i for i, name in enumerate(names) if name in known[half]]
         if not classes:
@@ -126,15 +123,16 @@ def evaluate_base_to_new(
         rows, head = records.subset_classes(classes), adapter.head
         if half == "new":
             head = with_classes(head, rows, known[half], device)
-        index = run_test_rows(rows, half, result, source) if same else test_rows(rows)
+        if not len(rows):
+            continue
         to_run = torch.tensor([known[half].index(name) for name in rows.class_names])
+        index = torch.arange(len(rows))
         logits, label = engine.all_logits(head, rows, index, device=device)
         values = metrics.all_metrics(logits, to_run[label], adapter.temperature)
         report[half] = named_classes(values, known[half])
-        images += len(index)
     if all(half in report for half in HALVES):
         report["harmonic_mean"] = harmonic_mean(*(report[half]["accuracy"] for half in HALVES))
-    return {**report, "test": {"images": images, "unreadable": unreadable(records)}}
+    return report
 
 
 def class_texts(records: Records, class_names: list[str]) -> Tensor:
@@ -145,18 +143,3 @@ def class_texts(records: Records, class_names: list[str]) -> Tensor:
             f"base_to_new: the source must have all new classes or none, {missing[0]!r} is missing"
         )
     return records.text[[records.class_names.index(name) for name in class_names]]
-
-
-def run_test_rows(records: Records, half: str, result: Json, source: AnySource) -> Tensor:
-    """The test rows of the base or of the new classes, as the run had them."""
-    seed, fraction = result["seed"], result["config"]["test_fraction"]
-    if half == "new":
-        index, digest = new_test_rows(records, seed, fraction)
-        wanted = result["new"]["split"]
-    else:
-        learns = HEADS[result["method"]].learns
-        split = split_rows(records, learns, result["shots"], seed, fraction)
-        index, digest, wanted = split.test, split.digest, result["split"]
-    if digest != wanted:
-        raise ValueError(f"{source}: its split differs from the one the run was fitted with")
-    return index

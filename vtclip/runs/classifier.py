@@ -18,7 +18,7 @@ from vtclip.heads import VTCLIP
 from vtclip.machine import BatchSize, choose_device
 from vtclip.names import index_of
 from vtclip.runs import multi_label
-from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_weights, load_adapter
+from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_model, load_adapter
 from vtclip.runs.answers import UNKNOWN, Answer, Prediction, Rule
 from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
 from vtclip.runs.heat_map import side_by_side, to_image
@@ -38,7 +38,7 @@ class Classifier:
     """
 
     def __init__(self, adapter: Adapter, clip: Clip, device: torch.device) -> None:
-        check_weights(adapter, clip.weights_digest, clip.name)
+        check_model(adapter, clip)
         self.adapter = adapter
         self.clip = clip
         self.device = device
@@ -54,7 +54,8 @@ class Classifier:
     ) -> Classifier:
         """The adapter in the folder `path` with the image encoder it was fitted on.
 
-        `model` names another place of the same weights (see vtclip.clip); others are refused.
+        `model` names another place of the same model (see vtclip.clip); one with other weights,
+        architecture or preprocessing is refused.
         """
         where = choose_device(device)
         adapter = load_adapter(path, device=where)
@@ -67,15 +68,19 @@ class Classifier:
 
     @classmethod
     def from_pretrained(
-        cls, repo_or_folder: str | Path, *, device: str | torch.device | None = None
+        cls,
+        repo_or_folder: str | Path,
+        *,
+        model: str | Path | None = None,
+        device: str | torch.device | None = None,
     ) -> Classifier:
         """`load` for a folder; anything else names a hub repository that holds the adapter."""
         if Path(repo_or_folder).expanduser().is_dir():
-            return cls.load(repo_or_folder, device=device)
+            return cls.load(repo_or_folder, model=model, device=device)
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS])
-        return cls.load(folder, device=device)
+        return cls.load(folder, model=model, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter's two files, and encoders.safetensors if the encoders were trained."""

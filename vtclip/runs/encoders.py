@@ -20,8 +20,13 @@ import torch
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from vtclip.files import move_new, read_json, read_safetensors, tensors_digest, write_new
-from vtclip.runs.adapter import CONFIG, Adapter, save_adapter
+from vtclip.files import Json, move_new, read_json, read_safetensors, tensors_digest, write_new
+from vtclip.runs.adapter import (
+    CONFIG,
+    Adapter,
+    check_same_model,
+    save_adapter,
+)
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
@@ -44,27 +49,41 @@ def load_encoders(
 ) -> Clip:
     """The image encoder of an adapter: the model it names, with the tuned weights where it has any.
 
-    `model` names another place of the same model (see vtclip.clip).
+    `model` names another place of the same model (see vtclip.clip). One that differs in weights,
+    architecture, preprocessing or tokenizer is a ValueError that names the field.
     """
-    from vtclip.clip import load_clip
-
     tuned = adapter.features.get("encoders")
-    name = model or adapter.features["model"]
-    if tuned is None:
-        return load_clip(name, device)
-    state = _read(Path(folder).expanduser(), tuned["digest"])
-    clip = load_clip(name, device)
-    if clip.weights_digest != tuned["base_weights"]:
-        raise ValueError(
-            f"model {clip.name!r} has weights {clip.weights_digest[:12]}, the run started from "
-            f"{tuned['base_weights'][:12]}"
-        )
+    state = None if tuned is None else _read(Path(folder).expanduser(), tuned["digest"])
+    clip = load_base(adapter.features, model, device)
+    if state is None:
+        return clip
     wanted = clip.model.state_dict()
     differ = sorted(set(wanted) ^ set(state))
     differ += [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
     if differ:
         raise ValueError(f"{Path(folder) / ENCODERS} does not fit {clip.name!r}: {differ[0]}")
     return with_weights(clip, state)
+
+
+def load_base(features: Json, model: str | Path | None, device: torch.device) -> Clip:
+    """The checked model that an adapter of these features started from, before any tuning."""
+    from vtclip.clip import ClipNotFound, load_clip
+
+    tuned = features.get("encoders")
+    if tuned is not None:
+        features = {**features, "weights_digest": tuned["base_weights"]}
+    try:
+        clip = load_clip(features["model"] if model is None else model, device)
+    except ClipNotFound as error:
+        if model is not None:
+            raise
+        raise ClipNotFound(
+            f"{error}. The run was fitted with this model; name its present place with --model"
+        ) from None
+    other = "the one at that place" if model is None else "--model"
+    what = f"model {clip.name!r}"
+    check_same_model(features, clip.weights_digest, clip.config, what, other)
+    return clip
 
 
 def _read(folder: Path, digest: str) -> dict[str, Tensor]:

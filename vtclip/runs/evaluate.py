@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
@@ -18,8 +19,8 @@ from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.base_to_new import evaluate_base_to_new
 from vtclip.runs.predictions import Part, check_table, confusion_of, predictions_csv
-from vtclip.runs.result import Run, named_classes, unreadable
-from vtclip.runs.sources import RunSources, SourceRows, evaluate_sources
+from vtclip.runs.result import Run, named_classes
+from vtclip.runs.sources import RunSources, SourceRows, evaluate_sources, test_report
 from vtclip.runs.ttt_report import check_ttt, ttt_report
 from vtclip.train import engine, metrics
 from vtclip.train.calibration import Decisions, Judged, decide
@@ -32,6 +33,9 @@ def evaluate(
     source: object = None,
     *,
     data: str | Path | None = None,
+    model: str | Path | None = None,
+    follow_links: bool = False,
+    encoder_batch_size: int = 64,
     device: str | torch.device | None = None,
     threads: int | None = None,
     cache_dir: str | Path | None = None,
@@ -39,11 +43,18 @@ def evaluate(
     predictions: str | Path | None = None,
     progress: bool = False,
 ) -> Json:
-    """The metrics of a run's adapter: on its own test images, or on all images of another source.
+    """The metrics of a run's adapter: on its own test images, or on those of another source.
 
-    Where `source` holds the images the run was fitted on, only its test images are counted.
+    Images are known by content. Without `source` the run's test images that are still there count,
+    so that the numbers compare with the run's. Of any `source` all images count that the run
+    neither trained nor validated on, whatever came to it or went since; of one that says itself
+    which images test, only those. "left_out" of the result says how many do not count, and why
+    (vtclip.runs.counted). The test list of a data set is counted whole.
+
     data: the folder of the field's data sets, where `source` is the name of one: its test list is
         counted, over its own classes where the run has more.
+    model: another place of the encoder's weights (see vtclip.clip).
+    follow_links: enter folders that are links, too, as the run itself may have done.
     ttt: train on each unlabelled image first (vtclip.train.ttt), which needs a folder of images;
         "ttt" of the result then holds the metrics with it and those of averaged views without it.
     predictions: write a line for each counted image there (vtclip.runs.predictions), replacing a
@@ -57,7 +68,9 @@ def evaluate(
     where = choose_device(device)
     set_threads(threads)
     adapter = load_adapter(run.folder, device=where)
-    sources = RunSources(run, adapter, where, cache_dir=cache_dir, progress=progress)
+    sources = RunSources(
+        run, adapter, where, model, cache_dir, progress, follow_links, encoder_batch_size
+    )
     config = run.result["config"]
     if predictions is not None:
         _check_kind(run.result, ttt)
@@ -65,34 +78,33 @@ def evaluate(
         if ttt is not None:
             raise ValueError("ttt: an extended run is evaluated without it")
         return evaluate_sources(sources, source, data)
-    if source is None:
-        target = as_source(config["source"], data or config.get("data"))
-    else:
-        target = as_source(source, data)
+    target = sources.own_source(data) if source is None else as_source(source, data)
     if run.result.get("multi_label"):
         refused = {"ttt": ttt, "predictions": predictions}
         chosen = None if source is None else target
         return multi_label.evaluate_run(run, sources, chosen, data, where, refused)
     if ttt is not None:
         check_ttt(adapter, target, base_to_new=bool(config.get("base_to_new")))
-    if config.get("base_to_new"):
-        records = sources.opened(target)
-        return evaluate_base_to_new(adapter, run.result, records, target, device=where)
     rows = sources.rows(data)[0] if source is None else sources.other(target)
+    test = test_report([rows], str(target))
+    if config.get("base_to_new"):
+        counted = rows.records.select(rows.test)
+        found = evaluate_base_to_new(adapter, run.result, counted, target, device=where)
+        return {**found, **test}
     report = {
         "method": run.result["method"],
         "source": target.name,
         **_metrics(adapter, rows, where, not isinstance(target, SetSource), predictions),
-        "test": {"images": len(rows.test), "unreadable": unreadable(rows.records)},
+        **test,
     }
     if ttt is None or isinstance(target, SetSource):
         return report
     names = [rows.records.names[row] for row in rows.test.tolist()]
     label = rows.to_run[rows.records.label[rows.test]]
-    clip = sources.clip()
+    clip, files = sources.clip(), sources.files(target)[0]
     return {
         **report,
-        "ttt": ttt_report(adapter, clip, target, names, label, ttt, progress=progress),
+        "ttt": ttt_report(adapter, clip, files, names, label, ttt, progress=progress),
     }
 
 
@@ -142,13 +154,17 @@ def evaluate_both(
 
     With the metrics come the decisions of the last head, each of whose rows is read once.
     """
-    values = {}
+    values: dict[str, Json] = {}
+    kept: list[tuple[Tensor, Tensor]] = []
+    val = None
     for name, (head, records) in decisions.items():
-        val = None
         if len(split.val):
             val = decide(head, TrainingRows(records, split.val), split.val, device)
         T = None if val is None else metrics.fit_temperature(val.logits, val.label)
-        test = decide(head, records, engine.each_once(split.test), device)
-        row = metrics.all_metrics(test.logits, test.label, T)
+        row = engine.head_metrics(
+            head, records, split.test, device=device, temperature=T, keep=kept
+        )
         values[name] = named_classes(row, records.class_names)
-    return values, Judged(val, test)
+        del kept[:-1]
+    logits, label = kept[-1]
+    return values, Judged(val, Decisions(logits, logits, label))

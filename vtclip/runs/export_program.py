@@ -95,7 +95,7 @@ def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None
         }
     else:
         sources = RunSources(run, adapter, torch.device("cpu"), cache_dir=cache_dir)
-        records = sources.rows()[0].records
+        records = sources.opened(sources.own_source()).records
         rows = records.batch(torch.arange(min(max(BATCHES), len(records))))
         tokens = [rows.spatial] if adapter.head.needs_spatial and rows.spatial is not None else []
         cases, preprocess = {"real": (rows.image, *tokens)}, None

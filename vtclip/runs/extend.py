@@ -10,7 +10,8 @@ not seen the new classes. `Head.class_specific` says which heads cannot be exten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,12 +27,16 @@ from vtclip.heads.zeroshot import ZeroShot
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import result
 from vtclip.runs.adapter import Adapter, load_adapter
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
 from vtclip.runs.multi_label import check_single, check_single_run
 from vtclip.runs.result import RESULT, Run
+from vtclip.runs.seen import NEW, Seen
 from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
 from vtclip.train.rows import TrainingRows, support_of, usual_shots
+
+logger = logging.getLogger(__name__)
 
 
 def extend(
@@ -42,6 +47,7 @@ def extend(
     name: str | None = None,
     shots: int | None = None,
     model: str | Path | None = None,
+    encoder_batch_size: int = 64,
     device: str | torch.device | None = None,
     threads: int | None = None,
     cache_dir: str | Path | None = None,
@@ -72,15 +78,20 @@ def extend(
         raise ValueError(f"shots must be at least 1, got {shots}")
     adapter = load_adapter(run.folder, device=where)
     check_extendable(adapter.head)
-    _check_names(adapter.class_names, path, name)
+    _check_names(adapter.class_names, path, name, run.result["config"].get("class_names"))
     watch = Stopwatch(where)
-    sources = RunSources(run, adapter, where, model, cache_dir, progress)
+    sources = RunSources(
+        run, adapter, where, model, cache_dir, progress, batch_size=encoder_batch_size
+    )
     with watch.stage("features"):
         old = sources.rows()
         passes = sources.options["augment_passes"] if keeps_images(adapter.head) else 0
         added = sources.added(path, name, passes)
     class_names = check_class_names([*adapter.class_names, *added.class_names])
     split, shots = _split(run, adapter.head, added, shots)
+    keeps = keeps_images(adapter.head)
+    split, twice = check_duplicates(added, split, False, learns=keeps)
+    old, split, known = _without_copies(sources, old, added, split, keeps)
     with watch.stage("extend"):
         wider = replace(
             adapter,
@@ -97,14 +108,16 @@ def extend(
         "name": name,
         "classes": added.class_names,
         "shots": shots,
-        "learns": keeps_images(adapter.head),
+        "learns": keeps,
         "images": added.info["digests"]["images"],
         "split": split.digest,
     }
     with claimed(target):
         digest = save_with_encoders(target, wider, sources.clip)
+        images = _seen(sources, Seen.of(added, split, learns=keeps), target)
     contents = _contents(run, adapter.head, class_names, values, [*old, new], split, watch)
     contents["digests"]["adapter"] = digest
+    contents |= {"left_out": {**_left_out(old, twice), "repeated": known}, **images}
     contents["sources"] = [*sources_of(run), entry]
     return Run.write(target, contents)
 
@@ -163,7 +176,10 @@ def _contents(
         digests=dict(run.result["digests"]),
         split=run.result["split"],
         classes=class_names,
-        images={role: run.result["images"][role] + n for role, n in held_out.items()},
+        images={
+            **{role: run.result["images"][role] + n for role, n in held_out.items()},
+            "test": sum(len(rows.test) for rows in sources),
+        },
         unreadable=[line for rows in sources for line in result.unreadable(rows.records)],
         extension={"exact": is_exact(head), "note": note_of(head)},
         extended_from={
@@ -172,6 +188,53 @@ def _contents(
             **{key: run.result["digests"].get(key) for key in ("adapter", "split", "images")},
         },
     )
+
+
+def _without_copies(
+    sources: RunSources, old: Sequence[SourceRows], added: Records, split: Split, learns: bool
+) -> tuple[list[SourceRows], Split, int]:
+    """The test rows of old and new classes without copies of each other, and how many those are.
+
+    An image of an old class that trains a new one is no test image any more, and one of the new
+    classes that the run saw under another class is none either.
+    """
+    if sources.seen is None or added.digests is None:
+        return list(old), split, 0
+    every = sources.seen + Seen.of(added, split, learns=learns)
+    kept, left_out = [], 0
+    for rows in old:
+        digests = rows.records.digests or []
+        roles = every.roles_of(digests, rows.records.pixels)
+        fitted = torch.tensor([role in ("train", "val") for role in roles], dtype=torch.bool)
+        test = rows.test[~fitted[rows.test]] if len(fitted) else rows.test
+        left_out += len(rows.test) - len(test)
+        kept.append(replace(rows, test=test))
+    known = sources.seen.roles_of(added.digests, added.pixels)
+    fresh = torch.tensor([role == NEW for role in known], dtype=torch.bool)
+    test = split.test[fresh[split.test]]
+    left_out += len(split.test) - len(test)
+    if left_out:
+        logger.warning(
+            "%d test images are left out: the new classes hold images that the run saw under "
+            "others", left_out,
+        )  # fmt: skip
+    return kept, replace(split, test=test), left_out
+
+
+def _seen(sources: RunSources, added: Seen, folder: Path) -> Json:
+    """Writes which images the run and its extension saw, where that is known of the run."""
+    return {} if sources.seen is None else {"seen": (sources.seen + added).write(folder)}
+
+
+def _left_out(old: Sequence[SourceRows], twice: Json) -> Json:
+    """Test images that do not count: copies in the new classes, and those of the run now gone."""
+    gone = old[-1].left_out.gone
+    if gone:
+        logger.warning(
+            "%d of %d test images of the run are gone and not counted",
+            gone, old[-1].left_out.tested,
+        )  # fmt: skip
+    return {**twice, "gone": gone}
 
 
 def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Split, int]:
@@ -226,11 +289,13 @@ def _check_out(out: Path, run: Path, folder: Path) -> None:
             raise ValueError(f"out {out} lies inside the {what} {place}")
 
 
-def _check_names(known: list[str], path: Path, name: str | None) -> None:
+def _check_names(
+    known: list[str], path: Path, name: str | None, class_names: Mapping[str, str] | None
+) -> None:
     """Refuse names that the run has already before any image is read."""
     check_single(path, "extend")
     if source_kind(path) == "folder":
-        check_class_names([*known, *new_classes(path, name).class_names])
+        check_class_names([*known, *new_classes(path, name, class_names).class_names])
 
 
 def check_extendable(head: Head) -> None:

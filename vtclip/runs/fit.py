@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vtclip.clip.texts import by_class_name, read_templates
 from vtclip.data.class_names import as_class_names
 from vtclip.data.records import Records
 from vtclip.data.sets import as_source
@@ -24,6 +26,7 @@ from vtclip.runs import folder as run_files
 from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.request import FitRequest
@@ -48,7 +51,7 @@ def fit(
     model: str = "demo",
     spatial: str | None = None,
     prompt: str | None = None,
-    templates: Sequence[str] | None = None,
+    templates: Sequence[Any] | None = None,
     class_names: Mapping[str, str] | str | Path | None = None,
     follow_links: bool = False,
     test_fraction: float = 0.5,
@@ -78,6 +81,10 @@ def fit(
         where `evaluate` looks for them.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
+    templates: prompts with {} for the class name, or sentences per class; a name, a file, or their
+        content (vtclip.clip.texts). The run keeps the content.
+    class_names: from the ids that the source gives its classes to their names, or the file that
+        holds them (vtclip.data.class_names). The run keeps the names.
     shots: training images per class; None takes 16, or the next of 8, 4, 2, 1 that every class has
         beyond its test share. A named number is never lowered.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
@@ -97,10 +104,11 @@ def fit(
     """
     if method is None:
         method = "rada" if train_encoders or base_to_new else "auto"
+    names = as_class_names(class_names)
     request = FitRequest(
         source=as_source(source, data), method=method, shots=shots, seed=seed, model=model,
-        spatial=spatial, prompt=prompt, templates=templates,
-        class_names=as_class_names(class_names), follow_links=follow_links,
+        spatial=spatial, prompt=prompt, templates=by_class_name(read_templates(templates), names),
+        class_names=names, follow_links=follow_links,
         test_fraction=test_fraction, augment_passes=augment_passes,
         encoder_batch_size=encoder_batch_size,
         train_encoders=train_encoders, base_to_new=base_to_new,
@@ -151,7 +159,9 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             values |= pseudo_report(rows.training, rows.records, rows.split)
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        calibration = calibration_of(judged_val or judged.val, temperature, rows.records.label)
+        calibration = calibration_of(
+            judged_val or judged.val, temperature, rows.records.label, rows.split.test
+        )
         digest = save_adapter(folder, Adapter(head, names, temperature, features, calibration))
         digests = {"adapter": digest}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
@@ -185,15 +195,19 @@ def open_or_take(request: FitRequest, records: Records | None, watch: Stopwatch)
 
 def draw_rows(request: FitRequest, records: Records, shots: int) -> RunRows:
     seed, fraction, new = request.seed, request.test_fraction, None
+    strict = bool(getattr(request, "strict", False))
     if request.base_to_new:
         records, new = base_and_new(records)
     check_text_encoder(request.method, records)
     if request.pseudo_labels:
         pool = unlabelled_split(records, seed, fraction)
         training, split = pseudo_labelled(records, pool, shots, request.device)
-        return RunRows(records, split, shots, training)
-    split = split_rows(records, HEADS[request.method].learns, shots, seed, fraction)
-    return RunRows(records, split, shots, records, new)
+        split, left_out = check_duplicates(records, split, strict)
+        return RunRows(records, split, shots, training, left_out=left_out)
+    learns = HEADS[request.method].learns
+    split = split_rows(records, learns, shots, seed, fraction)
+    split, left_out = check_duplicates(records, split, strict, learns=learns)
+    return RunRows(records, split, shots, records, new, left_out)
 
 
 def train(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from vtclip.clip import Clip, load_clip, resolve_templates
+from vtclip.clip.texts import is_per_class
 from vtclip.data.extract import cached_features
 from vtclip.data.featureset import FeatureSet
 from vtclip.data.image_files import ImageFiles
@@ -26,8 +27,10 @@ from vtclip.distributed import World, device_of_rank, is_first, joined, num_proc
 from vtclip.files import Json, json_digest
 from vtclip.heads import RAda
 from vtclip.machine import Stopwatch
+from vtclip.names import option
 from vtclip.runs import folder as run_files
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
+from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
@@ -45,9 +48,15 @@ def fit_encoders(request: FitRequest) -> Run:
     """Train the encoders of the request's model with RAda on a folder, and evaluate once."""
     templates = request.templates
     lines = default_templates(request.model) if templates is None else list(templates)
+    resolved = resolve_templates(lines)
+    if is_per_class(resolved[0]):
+        raise ValueError(
+            f"{option('train_encoders')}: {option('templates')} must hold {{}} for the class name, "
+            "got sentences per class"
+        )
     request = dataclasses.replace(
         request,
-        templates=resolve_templates(lines),
+        templates=resolved,
         device=device_of_rank(request.device, request.device.index is not None),
         progress=request.progress and is_first(),
     )
@@ -115,9 +124,10 @@ def draw_rows(request: FitRequest, records: Records) -> RunRows:
     shots, fraction = request.known_shots, request.test_fraction
     if shots is None:
         shots = usual_shots(records, fraction)
-    return RunRows(
-        records, split_rows(records, True, shots, request.seed, fraction), shots, records
-    )
+    split = split_rows(records, True, shots, request.seed, fraction)
+    strict = bool(getattr(request, "strict", False))
+    split, left_out = check_duplicates(records, split, strict)
+    return RunRows(records, split, shots, records, left_out=left_out)
 
 
 def train(
@@ -185,7 +195,7 @@ def evaluate_and_write(
         features = features_of(after, request.model)
         features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
         temperature = values["adapted"]["temperature"]
-        calibration = calibration_of(judged.val, temperature, after.label)
+        calibration = calibration_of(judged.val, temperature, after.label, rows.split.test)
         adapter = Adapter(head, after.class_names, temperature, features, calibration)
         digest = save_adapter(folder, adapter)
     digests = {"adapter": digest, "encoders": encoders}

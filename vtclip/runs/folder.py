@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,10 @@ from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.encoders import ENCODERS
 from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.result import RESULT, Run
+from vtclip.runs.seen import FILE as IMAGES
+from vtclip.runs.seen import Seen
 from vtclip.train.checkpoint import Checkpoint
+from vtclip.train.rows import split_rows
 from vtclip.train.steps import TrainingRun
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class RunRows:
 
     training: the records with the labels that training sees, where pseudo-labels replace them.
     new: records of the classes that are never trained on, of a base-to-new run.
+    left_out: test images whose content trained or validated, which the split lacks for it.
     """
 
     records: Records
@@ -49,6 +53,15 @@ class RunRows:
     shots: int
     training: Records
     new: Records | None = None
+    left_out: Json = field(default_factory=dict)
+
+    def seen(self, method: str, seed: int, test_fraction: float) -> Seen:
+        """Every image of the run's source with its role."""
+        seen = Seen.of(self.records, self.split, learns=HEADS[method].learns)
+        if self.new is None:
+            return seen
+        split = split_rows(self.new, False, 0, seed, test_fraction)
+        return seen + Seen.of(self.new, split, learns=False)
 
 
 def run_folder(request: FitRequest, shots: int) -> Path:
@@ -142,6 +155,9 @@ def write_run(
         parts = named_parts(records.names, split, judged)
         others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
+    seen = rows.seen(request.method, request.seed, request.test_fraction)
+    if getattr(request, "final", False):  # fitted once more on all of them
+        seen = seen.with_role("train")
     contents = result.make_result(
         values,
         watch,
@@ -155,6 +171,8 @@ def write_run(
         classes=records.class_names,
         images=split.counts(),
         unreadable=result.unreadable(records),
+        seen=seen.write(folder),
+        left_out={"trained": 0, "validated": 0, **rows.left_out},
         **others,
     )
     run = Run.write(folder, contents)

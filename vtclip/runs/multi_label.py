@@ -24,8 +24,8 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import METHODS
 from vtclip.runs.adapter import Adapter, features_of
-from vtclip.runs.result import Run, named_classes, unreadable
-from vtclip.runs.sources import RunSources, SourceRows
+from vtclip.runs.result import Run, named_classes
+from vtclip.runs.sources import RunSources, SourceRows, test_report
 from vtclip.train import multi_label
 from vtclip.train.methods import zero_shot_head
 from vtclip.train.multi_label import Said, say
@@ -151,6 +151,7 @@ def evaluate_run(
             raise ValueError(f"{name}: the run has {SEVERAL}, and it takes one only")
     adapter = sources.adapter
     rows = sources.rows(data)[0] if source is None else sources.other(source)
+    counted = test_report([rows], run.result["source"] if source is None else str(source))
     kept = adapter.features["multi_label"]
     said = say_as_run(adapter.head, rows, device)
     values = multi_label.all_metrics(said, Sigmoid.from_json(kept), kept["threshold"])
@@ -160,7 +161,7 @@ def evaluate_run(
         "source": name,
         "multi_label": True,
         **named(values, adapter.class_names),
-        "test": {"images": len(rows.test), "unreadable": unreadable(rows.records)},
+        **counted,
     }
 
 

@@ -10,6 +10,7 @@ Verdicts, given the same source and split:
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,8 @@ from vtclip.data.sets import as_source
 from vtclip.data.sources import source_kind
 from vtclip.files import Json, cache_folder, printable, read_json, read_safetensors
 from vtclip.machine import choose_device
-from vtclip.runs.adapter import TENSORS
+from vtclip.runs.adapter import CONFIG, TENSORS, load_adapter
+from vtclip.runs.encoders import load_base
 from vtclip.runs.fit import fit_request
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
@@ -42,12 +44,15 @@ def repeat(
     run: str | Path | Run,
     *,
     out: str | Path | None = None,
+    model: str | Path | None = None,
+    encoder_batch_size: int = 64,
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Json:
     """Fit and evaluate again as `run` says; what is equal, what differs and by how much.
 
     out: keep the second run there; else it lies in a temporary folder that is removed.
+    model: another place of the model that the run was fitted with; another one is refused.
     A source that is gone, or whose images are not those of the run, is a ValueError.
 
     The comparison: "verdict" (see the module), "inputs" and "split" (digests then and now),
@@ -60,13 +65,34 @@ def repeat(
     threads = torch.get_num_threads()
     try:
         with _place(out) as folder:
-            request = request_of(run.result, out=folder, cache_dir=cache_dir, progress=progress)
+            request = request_of(
+                run.result,
+                out=folder,
+                encoder_batch_size=encoder_batch_size,
+                cache_dir=cache_dir,
+                progress=progress,
+            )
+            request = _with_model(run, request, model)
             again = fit_request(request)
             if again.result["digests"].get("images") != run.result["digests"].get("images"):
                 raise ValueError(f"repeat: the images of {_source_of(run)} have changed")
             return compare(run, again)
     finally:
         torch.set_num_threads(threads)
+
+
+def _with_model(run: Run, request: FitRequest, model: str | Path | None) -> FitRequest:
+    """The request with the model at the place `model`, checked against the run's."""
+    if isinstance(request.source, Path) and source_kind(request.source) in ("npz", "features"):
+        if model is not None:
+            raise ValueError(f"repeat: model must be left out, {request.source} has no images")
+        return request
+    chosen = request if model is None else dataclasses.replace(request, model=str(model))
+    if (run.folder / CONFIG).is_file():
+        features = load_adapter(run.folder).features
+        if features.get("model") is not None:
+            load_base({**features, "model": request.model}, model, torch.device("cpu"))
+    return chosen
 
 
 def check_repeatable(result: Json) -> None:
@@ -237,7 +263,7 @@ def _check_source(run: Run, cache_dir: str | Path | None) -> None:
         raise ValueError(f"repeat: the source of {run.folder} is gone: {error}") from None
     wanted, changed = run.result["digests"].get("images"), ""
     if kind == "folder":
-        hashed = hash_all(list_images(source), False)
+        hashed = hash_all(list_images(source, follow_links=bool(config.get("follow_links"))), False)
         now = hashed.digest()
         if now != wanted:
             digests = dict(zip(hashed.names, hashed.digests, strict=True))

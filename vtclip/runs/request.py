@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from vtclip.clip import ClipNotFound, resolve_templates
+from vtclip.clip.names import resolve
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, SetSource, as_source
@@ -49,7 +51,7 @@ class FitRequest:
     model: str = "demo"
     spatial: str | None = None
     prompt: str | None = None
-    templates: Sequence[str] | None = None
+    templates: Sequence[Any] | None = None
     class_names: Mapping[str, str] | None = None
     follow_links: bool = False
     test_fraction: float = 0.5
@@ -171,8 +173,8 @@ class FitRequest:
             "data": str(source.root.resolve()) if isinstance(source, SetSource) else None,
             "shots": shots,
             **{name: getattr(self, name) for name in RECORDED},
-            "model": str(self.model),
-            "templates": None if self.templates is None else list(self.templates),
+            "model": lasting_model(self.model),
+            "templates": lasting_templates(self.templates),
             "fit": dataclasses.asdict(settings),
         }
         absent = ["train_encoders"]
@@ -211,6 +213,25 @@ class FitRequest:
             **{name: config[name] for name in RECORDED if name in config},
             **others,
         )
+
+
+def lasting_model(model: str | Path) -> str:
+    """The name of a model for a record, which holds in any working directory."""
+    try:
+        return resolve(str(model)).name
+    except ClipNotFound:  # of features that exist already no model is loaded
+        return str(model)
+
+
+def lasting_templates(templates: Sequence[str] | None) -> list[str] | None:
+    """The templates for a record: of a file its lines, because the file may change or move."""
+    if templates is None:
+        return None
+    lines: list[str] = []
+    for item in templates:
+        is_file = "{}" not in item and Path(item).suffix == ".txt"
+        lines += resolve_templates(item) if is_file else [item]
+    return lines
 
 
 def _overrides(settings: Json, method: str, shots: int, encoders: bool) -> Json:

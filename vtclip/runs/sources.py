@@ -8,18 +8,22 @@ templates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vtclip.data.class_names import with_class_names
 from vtclip.data.folders import is_ignored, scan_folder, walk_images
 from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
-from vtclip.data.image_files import ImageFiles
+from vtclip.data.image_files import ImageFiles, InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
@@ -27,24 +31,42 @@ from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
-from vtclip.names import index_of
+from vtclip.names import index_of, pick
 from vtclip.runs.adapter import Adapter, check_features
+from vtclip.runs.counted import Counted, LeftOut, check_some, count_other, count_own, with_gone
 from vtclip.runs.encoders import load_encoders
 from vtclip.runs.result import Run, named_classes, unreadable
+from vtclip.runs.seen import Seen
+from vtclip.runs.unlisted import seen_of_old
 from vtclip.train import engine, metrics
-from vtclip.train.rows import split_rows, test_rows
+from vtclip.train.rows import test_rows
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
 
+logger = logging.getLogger(__name__)
+_UNKNOWN = (
+    "{source}: its images have changed since the run was fitted, and the run is from before runs "
+    "kept a list of theirs, so that it is not known which of them trained; fit it again"
+)
+
 
 @dataclass(frozen=True)
 class SourceRows:
-    """One source: its rows, which of them are test rows, the run's label of each of its classes."""
+    """One source: its rows, which of them count, the run's label of each of its classes."""
 
     records: Records
     test: Tensor
     to_run: Tensor
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Rows of classes that the run knows, and what was left out for others."""
+
+    records: Records
+    left_out: LeftOut
 
 
 @dataclass
@@ -57,11 +79,29 @@ class RunSources:
     model: str | Path | None = None
     cache_dir: str | Path | None = None
     progress: bool = False
+    follow_links: bool = False
+    batch_size: int = 64
     loaded: Clip | None = None
 
     @property
     def options(self) -> Json:
         return dict(self.run.result["config"])
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """All classes that the run can name, those of the other half of a base-to-new run too."""
+        new = self.run.result.get("new", {}) if self.options.get("base_to_new") else {}
+        return [*self.adapter.class_names, *new.get("classes", [])]
+
+    @cached_property
+    def seen(self) -> Seen | None:
+        """What the run saw; None for an older run where that cannot be known for certain."""
+        entry = self.run.result.get("seen")
+        if entry is not None:
+            seen = Seen.read(self.run.folder, entry)
+            if seen.knows_contents:
+                return seen
+        return seen_of_old(self.run, sources_of(self.run), self.cache_dir)
 
     def clip(self) -> Clip:
         if self.loaded is None:
@@ -69,38 +109,164 @@ class RunSources:
         return self.loaded
 
     def rows(self, data: str | Path | None = None) -> list[SourceRows]:
-        """All sources of the run; an error where one has changed since."""
+        """All sources of the run as they are now, with the run's own test images."""
         rows: list[SourceRows] = []
-        for number, entry in enumerate(sources_of(self.run)):
-            if number == 0:
-                records = self.opened(as_source(entry["source"], data or self.options.get("data")))
+        entries = sources_of(self.run)
+        left = {} if self.seen is None else dict(self.seen.tested())
+        first = self.own_source(data)
+        for number, entry in enumerate(entries):
+            source: AnySource = Path(entry["source"]) if number else first
+            if isinstance(source, SetSource):
+                opened = self.opened(source)
+                counted = self.listed(opened, source, entry)
             else:
-                records = self.added(Path(entry["source"]), entry["name"])
-            rows.append(SourceRows(records, self.test_rows(entry, records), self.labels(records)))
+                if self.seen is None:
+                    raise ValueError(_UNKNOWN.format(source=source))
+                if number:
+                    path = Path(entry["source"])
+                    opened = Opened(self.added(path, entry["name"]), LeftOut())
+                else:
+                    opened = self.opened(source)
+                counted = count_own(opened.records, self.seen, opened.left_out, left)
+            rows.append(self.source_rows(opened.records, counted))
+        if self.seen is not None and not isinstance(first, SetSource):
+            found = sum(len(part.test) for part in rows)
+            last = with_gone(rows[-1].left_out, self.seen, found)
+            rows[-1] = replace(rows[-1], left_out=last)
         return rows
 
-    def opened(self, source: AnySource) -> Records:
-        """Plain rows of any source, of features that the adapter takes; of its own set its draw."""
-        folder = not isinstance(source, SetSource) and source_kind(source) == "folder"
-        images = isinstance(source, SetSource) or folder
+    def own_source(self, data: str | Path | None = None) -> AnySource:
+        """Where the run's own test images were: the source of its fit, or what --test named."""
+        place = self.options.get("test") or self.options["source"]
+        return as_source(place, data or self.options.get("data"))
+
+    def other(self, source: AnySource) -> SourceRows:
+        """Any source with classes of the run, without what the run trained or validated on."""
+        if isinstance(source, SetSource):
+            opened = self.opened(source)
+            return self.source_rows(opened.records, self.listed(opened, source, None))
+        if self.seen is None:
+            own = [Path(entry["source"]).expanduser() for entry in sources_of(self.run)]
+            if source.resolve() in [place.resolve() for place in own]:
+                raise ValueError(_UNKNOWN.format(source=source))
+            logger.warning(
+                "%s is from before runs kept a list of their images, and its source has changed: "
+                "images of %s that it trained on cannot be told apart and are counted",
+                self.run.folder, source,
+            )  # fmt: skip
+        opened = self.opened(source)
+        counted = count_other(opened.records, self.seen, opened.left_out)
+        return self.source_rows(opened.records, counted)
+
+    def source_rows(self, records: Records, counted: Counted) -> SourceRows:
+        return SourceRows(records, counted.rows, self.labels(records), counted.left_out)
+
+    def listed(self, opened: Opened, source: SetSource, entry: Json | None) -> Counted:
+        """The official test list of a data set, whole; of the run's own it must be that of then."""
+        records = opened.records
+        if entry is not None and records.info.get("digests", {}).get("images") != entry["images"]:
+            raise ValueError(f"{source}: its images have changed since the run was fitted")
+        counted = Counted(test_rows(records), opened.left_out)
+        if source.name != self.options["source"] and self.seen and records.digests:
+            roles = self.seen.roles_of(records.digests, getattr(records, "pixels", None))
+            fitted = sum(roles[row] in ("train", "val") for row in counted.rows.tolist())
+            if fitted:
+                logger.warning(
+                    "%d test images of %s have the content of images that the run trained or "
+                    "validated on; its official list is counted whole", fitted, source.name,
+                )  # fmt: skip
+        return counted
+
+    def opened(self, source: AnySource) -> Opened:
+        """Plain rows of any source, of features that the adapter takes; of its own set its draw.
+
+        Images of classes that the run does not know are left out before they are read.
+        """
+        images = isinstance(source, SetSource) or source_kind(source) not in ("npz", "features")
         if images and self.adapter.features.get("model") is None:
             raise ValueError(
                 f"{source}: the run was fitted on a table of features and has no image encoder; "
                 "give an .npz table of the same width"
             )
-        result, draw = self.run.result, Draw(0, self.run.result["seed"])
-        if isinstance(source, SetSource) and source.name == self.options["source"]:
-            pool = bool(self.options.get("pseudo_labels"))
-            draw = Draw(result["shots"], result["seed"], pool)
-        options = FeatureOptions(
+        if isinstance(source, SetSource):
+            return Opened(self._of_set(source), LeftOut())
+        if images:
+            files, left_out = self.files(source)
+            records = self._features(files)
+        else:
+            records, left_out = self._known(open_records(source, self._options(images)))
+        check_features(self.adapter, records)
+        unread = len(records.info.get("skipped", []))
+        return Opened(records, left_out + LeftOut({"unreadable": unread}))
+
+    def files(self, source: Path | InMemory) -> tuple[ImageFiles, LeftOut]:
+        """The image files of a folder in classes of the run, and the others by class."""
+        files = list_images(
+            source,
+            follow_links=self.follow_links or bool(self.options.get("follow_links")),
+            empty_classes=True,
+        )
+        # a source may have classes that the run was never told the names of
+        files = with_class_names(files, self.options.get("class_names"), keep_others=True)
+        known = set(self.class_names)
+        if not known & set(files.class_names):
+            pick("class", files.class_names[0], self.class_names)
+        names = [files.class_names[k] for k in files.label]
+        keep = [row for row, name in enumerate(names) if name in known]
+        used = [name for name in files.class_names
+                if name in {names[row] for row in keep}]  # fmt: skip
+        others = Counter(name for name in names if name not in known)
+        left_out = LeftOut({"other_classes": sum(others.values())}, others)
+        if not keep:
+            raise ValueError(f"{source}: no images in any class of the run")
+        return only(files, keep, used), left_out
+
+    def _known(self, records: Records) -> tuple[Records, LeftOut]:
+        """The rows of a table in classes of the run, and the others by class."""
+        known = set(self.class_names)
+        keep = [k for k, name in enumerate(records.class_names) if name in known]
+        if len(keep) == len(records.class_names):
+            return records, LeftOut()
+        if not keep:
+            pick("class", records.class_names[0], self.class_names)
+        names = [records.class_names[k] for k in records.label.tolist()]
+        others = Counter(name for name in names if name not in known)
+        left_out = LeftOut({"other_classes": sum(others.values())}, others)
+        return records.subset_classes(keep), left_out
+
+    def _options(self, images: bool) -> FeatureOptions:
+        """Of images the templates are the lines that the run used, wherever they came from.
+
+        Features that exist bring texts that are read of the new half of a base-to-new run alone.
+        """
+        made = self.adapter.features.get("templates") if images else None
+        asked = self.options["templates"] if images or self.options.get("base_to_new") else None
+        return FeatureOptions(
             model=self.clip() if images else "demo",
-            **{name: self.options[name] for name in ("spatial", "prompt", "templates")},
-            class_names=self.options.get("class_names") if images else None,
+            spatial=self.options["spatial"],
+            prompt=self.options["prompt"],
+            templates=made or asked,
             need_spatial=self.adapter.head.needs_spatial,
+            follow_links=self.follow_links,
+            batch_size=self.batch_size,
             cache_dir=self.cache_dir,
             device=str(self.device),
             progress=self.progress,
+            every_class=False,
         )
+
+    def _features(self, files: ImageFiles) -> Records:
+        from vtclip.data.extract import cached_features
+
+        features = cached_features(files, self._options(True))[0]
+        return features.records()
+
+    def _of_set(self, source: SetSource) -> Records:
+        result, draw = self.run.result, Draw(0, self.run.result["seed"])
+        if source.name == self.options["source"]:
+            pool = bool(self.options.get("pseudo_labels"))
+            draw = Draw(result["shots"], result["seed"], pool)
+        options = replace(self._options(True), templates=self.options["templates"])
         records = open_records(source, options, draw)
         check_features(self.adapter, records)
         return records
@@ -111,7 +277,10 @@ class RunSources:
         if kind != "folder":
             if name is not None:
                 raise ValueError(f"extend: name is for a folder of images, got {path}")
-            return self.opened(path)
+            records = open_records(path, self._options(False))
+            check_features(self.adapter, records)
+            check_templates(self.adapter, records)
+            return records
         features = self.adapter.features
         if features.get("model") is None:
             raise ValueError(
@@ -121,43 +290,58 @@ class RunSources:
             )
         from vtclip.data.extract import cached_features
 
-        options = FeatureOptions(
-            model=self.clip(),
+        named = self.options.get("class_names")
+        options = replace(
+            self._options(True),
             spatial=features["spatial"] if self.adapter.head.needs_spatial else None,
+            need_spatial=False,
+            prompt=None,
             templates=features["templates"],
             augment_passes=augment_passes,
-            cache_dir=self.cache_dir,
-            device=self.device,
-            progress=self.progress,
         )
-        records = cached_features(new_classes(path, name), options)[0].records()
+        records = cached_features(new_classes(path, name, named), options)[0].records()
         check_features(self.adapter, records)
         return records
 
-    def other(self, source: AnySource) -> SourceRows:
-        """Any source with classes of the run; of one of its own only the test rows count."""
-        records = self.opened(source)
-        digest = records.info.get("digests", {}).get("images")
-        known = [entry for entry in sources_of(self.run) if entry["images"] == digest]
-        index = self.test_rows(known[0], records) if known else test_rows(records)
-        return SourceRows(records, index, self.labels(records))
-
-    def test_rows(self, entry: Json, records: Records) -> Tensor:
-        """The test rows of one source, which must be what it was."""
-        if records.info.get("digests", {}).get("images") != entry["images"]:
-            raise ValueError(f"{entry['source']}: its images have changed since the run was fitted")
-        seed, fraction = self.run.result["seed"], self.options["test_fraction"]
-        split = split_rows(records, entry["learns"], entry["shots"], seed, fraction)
-        if split.digest != entry["split"]:
-            raise ValueError(
-                f"{entry['source']}: its split differs from the one the run was fitted with"
-            )
-        return split.test
-
     def labels(self, records: Records) -> Tensor:
         """The run's label of each of the records' classes."""
-        names = self.adapter.class_names
+        names = self.class_names
         return torch.tensor([index_of(name, names) for name in records.class_names])
+
+
+def only(files: ImageFiles, rows: Sequence[int], classes: Sequence[str]) -> ImageFiles:
+    """The images `rows` alone, in `classes`, which keep their order."""
+    place = {name: k for k, name in enumerate(classes)}
+    taken: Json = {}
+    if files.roles is not None:
+        taken["roles"] = [files.roles[row] for row in rows]
+    several: list[list[int]] | None = getattr(files, "labels", None)
+    if several is not None:
+        taken["labels"] = [
+            [place[name] for k in several[row] if (name := files.class_names[k]) in place]
+            for row in rows
+        ]
+    prompts = files.prompts
+    if prompts is not None:
+        prompts = [prompts[files.class_names.index(name)] for name in classes]
+    return replace(
+        files,
+        class_names=list(classes),
+        names=[files.names[row] for row in rows],
+        label=[place[files.class_names[files.label[row]]] for row in rows],
+        prompts=prompts,
+        **taken,
+    )
+
+
+def check_templates(adapter: Adapter, records: Records) -> None:
+    """Refuse class texts of other templates than those of the run, where both are known."""
+    wanted, actual = adapter.features.get("templates"), records.info.get("templates")
+    if wanted and actual and list(wanted) != list(actual):
+        raise ValueError(
+            f"extend: the class texts are of {len(actual)} templates, e.g. {actual[0]!r}; those of "
+            f"the run are of {len(wanted)}, e.g. {wanted[0]!r}"
+        )
 
 
 def sources_of(run: Run) -> list[Json]:
@@ -179,10 +363,13 @@ def sources_of(run: Run) -> list[Json]:
     ]
 
 
-def new_classes(path: Path, name: str | None) -> ImageFiles:
+def new_classes(
+    path: Path, name: str | None, class_names: Mapping[str, str] | None = None
+) -> ImageFiles:
     """One class where `path` holds images or `name` is given, else one class per folder in it.
 
-    A list or a saved dataset has the classes that it names.
+    A list or a saved dataset has the classes that it names. class_names: from ids to names; a class
+    that is none of the ids keeps its own.
 
     Image names start with the folder's own name, as they would in a folder of both: which of them
     are test images does not depend on how they came.
@@ -191,7 +378,7 @@ def new_classes(path: Path, name: str | None) -> ImageFiles:
     if path.is_file() or is_saved_dataset(path):
         if name is not None:
             raise ValueError(f"extend: name is for a folder of images, got {path}")
-        return list_images(path)
+        return with_class_names(list_images(path), class_names, keep_others=True)
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
     loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
@@ -200,14 +387,15 @@ def new_classes(path: Path, name: str | None) -> ImageFiles:
             f"extend: {path} holds images and folders; name makes all of them one class"
         )
     if name is None and not loose:
-        return scan_folder(path)
+        return with_class_names(scan_folder(path), class_names, keep_others=True)
     names, skipped = walk_images(path)
     if not names:
         raise ValueError(f"extend: {path} holds no images")
     root = path.parent
     below = [file.relative_to(root).as_posix() for file in names]
     passed = [(Path(file).relative_to(root).as_posix(), why) for file, why in skipped]
-    classes = check_class_names([path.name if name is None else name])
+    usual = (class_names or {}).get(path.name, path.name)
+    classes = check_class_names([usual if name is None else name])
     return ImageFiles(root, classes, below, [0] * len(below), passed)
 
 
@@ -231,29 +419,34 @@ def metrics_over(
 def evaluate_sources(sources: RunSources, source: object, data: str | Path | None) -> Json:
     """Metrics of an extended run: all its test images, or those of `source`.
 
-    Of a source that the run was made with only the test rows count. Without `source` there are
-    also `old_classes`, the metrics of the first source, and `new_classes`.
+    Without `source` there are also `old_classes`, the metrics of the first source, and
+    `new_classes`.
     """
     adapter = sources.adapter
 
     def report(rows: Sequence[SourceRows]) -> Json:
         names, T = adapter.class_names, adapter.temperature
+        if not sum(len(part.test) for part in rows):
+            return {}
         return metrics_over(adapter.head, rows, names, T, sources.device)
 
     if source is None:
         rows = sources.rows(data)
         name = Path(sources.run.result["source"]).name
-        values = {**report(rows), "old_classes": report(rows[:1]), "new_classes": report(rows[1:])}
     else:
         target = as_source(source, data)
         name, rows = target.name, [sources.other(target)]
-        values = report(rows)
-    return {
-        "method": sources.run.result["method"],
-        "source": name,
-        **values,
-        "test": {
-            "images": sum(len(group.test) for group in rows),
-            "unreadable": [line for group in rows for line in unreadable(group.records)],
-        },
-    }
+    test = test_report(rows, name)
+    values = report(rows)
+    if source is None:
+        values |= {"old_classes": report(rows[:1]), "new_classes": report(rows[1:])}
+    return {"method": sources.run.result["method"], "source": name, **values, **test}
+
+
+def test_report(rows: Sequence[SourceRows], source: str) -> Json:
+    """`test` and `left_out` of an evaluation; an error that says why where no image counts."""
+    images = sum(len(group.test) for group in rows)
+    left_out = sum((group.left_out for group in rows), LeftOut())
+    check_some(images, left_out, source)
+    unread = [line for group in rows for line in unreadable(group.records)]
+    return {"test": {"images": images, "unreadable": unread}, "left_out": left_out.as_json()}

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vtclip.data.image_files import InMemory
-from vtclip.data.listed import list_images
+from vtclip.data.image_files import ImageFiles
 from vtclip.data.sets import AnySource, SetSource
 from vtclip.data.sources import source_kind
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json
 from vtclip.machine import BatchSize
-from vtclip.runs.adapter import Adapter, check_weights
+from vtclip.runs.adapter import Adapter, check_model
 from vtclip.runs.result import metrics_table
 from vtclip.train import metrics
 from vtclip.train.ttt import TTT, adapt, trainable
@@ -45,22 +43,21 @@ def check_ttt(adapter: Adapter, source: AnySource, *, base_to_new: bool) -> None
 def ttt_report(
     adapter: Adapter,
     clip: Clip,
-    source: Path | InMemory,
+    files: ImageFiles,
     names: Sequence[str],
     label: Tensor,
     config: TTT,
     *,
     progress: bool = False,
 ) -> Json:
-    """Metrics of each of ROWS on the images `names` [N] of `source`, options, and seconds.
+    """Metrics of each of ROWS on the images `names` [N] of `files`, options, and seconds.
 
     The logits of an average are the log of the mean probability. All rows are divided by the same
     temperature in their `*_scaled` numbers, the run's own, fitted without views and training.
     """
     from vtclip.data.views import folder_views
 
-    files = list_images(source)
-    check_weights(adapter, clip.weights_digest, clip.name)
+    check_model(adapter, clip)
     wants = adapter.features["spatial"] if adapter.head.needs_spatial else None
 
     at_a_time = BatchSize(what="views")

@@ -19,6 +19,7 @@ from torch import Tensor
 from vtclip.data.records import Records
 from vtclip.heads import Head
 from vtclip.heads.auto import Auto
+from vtclip.machine import BatchSize
 from vtclip.train import conformal
 from vtclip.train.conformal import Calibration
 from vtclip.train.fit_head import choose_by
@@ -40,7 +41,10 @@ class Decisions(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What a fitted head says of the validation and of the test rows of its split."""
+    """What a fitted head says of the validation and of the test rows of its split.
+
+    Of test rows the logits stand for the evidence too, which nothing asks for.
+    """
 
     val: Decisions | None
     test: Decisions
@@ -67,8 +71,8 @@ def decide(
 ) -> Decisions:
     """What `head` says of the plain (never augmented) rows `index`, in that order."""
     head.eval()
-    parts: list[Decisions] = []
-    for rows in torch.split(index, batch_size):
+
+    def computed(rows: Tensor) -> Decisions:
         batch = records.batch(rows, 0)
         image, spatial, mask = batch.image.to(device), None, None
         if head.needs_spatial:
@@ -77,8 +81,9 @@ def decide(
         logits, evidence = forward_both(head, image, spatial, mask)
         kept = logits.float().cpu()
         same = evidence is logits
-        parts.append(Decisions(kept, kept if same else evidence.float().cpu(), batch.label))
-    return joined(parts)
+        return Decisions(kept, kept if same else evidence.float().cpu(), batch.label)
+
+    return joined(BatchSize(batch_size).map(computed, index))
 
 
 def joined(parts: Iterable[Decisions]) -> Decisions:
@@ -116,15 +121,18 @@ def unseen(head: Head, records: Records, val: Tensor, device: torch.device) -> D
 
 
 def calibration_of(
-    val: Decisions | None, temperature: float | None, every_label: Tensor
+    val: Decisions | None, temperature: float | None, label: Tensor, test: Tensor
 ) -> Calibration | None:
     """What is kept of the validation images, which are `unseen`; None where there are none.
 
-    every_label [N]: the classes of all images of the source, which say how frequent each is.
+    label [N]: the classes of all images of the source. Those that are not in the rows `test` say
+    how frequent each class is; nothing of a test image is kept, not even its label.
     """
     if val is None or not len(val.label):
         return None
     losses = conformal.class_losses(val.logits, temperature)
     known = conformal.known_score(val.evidence)
-    weight = conformal.class_weights(val.label, every_label)
+    pool = torch.ones(len(label), dtype=torch.bool)
+    pool[test] = False
+    weight = conformal.class_weights(val.label, label[pool])
     return Calibration(conformal.true_losses(losses, val.label), known, weight)

@@ -168,7 +168,7 @@ def p_values(scores: Tensor, new: Tensor, weight: Tensor | None = None) -> Tenso
 def class_weights(label: Tensor, every_label: Tensor) -> Tensor:
     """How much each validation image counts for, so that classes have their share of the source.
 
-    label [n] of the validation images, every_label [N] of all images of the source. A class with
+    label [n] of the validation images, every_label [N] of the images they stand for. A class with
     n_k of n and N_k of N images has weight (N_k / N) / (n_k / n). float64 [n], 1 where classes have
     equal numbers of images.
     """

@@ -149,15 +149,16 @@ def head_metrics(
     *,
     device: torch.device,
     temperature: float | None = None,
+    keep: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Json:
-    """Every metric over the rows `index`, each of which is counted once."""
-    logits, label = all_logits(head, records, each_once(index), device=device)
-    return metrics.all_metrics(logits, label, temperature)
+    """Every metric over the rows `index`, each of which is counted once.
 
-
-def each_once(index: Tensor) -> Tensor:
-    """`index`, which must name no row twice: a row that is counted is counted once."""
+    keep: a list that gets their logits [N, K] and labels [N], which need not be computed again.
+    """
     different = len(set(index.tolist()))
     if len(index) != different:
         raise ValueError(f"evaluate: {len(index)} rows, of which {different} differ")
-    return index
+    logits, label = all_logits(head, records, index, device=device)
+    if keep is not None:
+        keep.append((logits, label))
+    return metrics.all_metrics(logits, label, temperature)
