@@ -108,6 +108,25 @@ def test_every_method_that_can_is_fitted(method, dots, cache, tmp_path):
     assert result["multi_label"] is True
 
 
+def test_a_features_folder_keeps_the_labels(dots, cache, tmp_path, capsys):
+    place = tmp_path / "features"
+    assert call("features", dots / "dots.csv", "--out", place, "--spatial", "none") == 0
+    records = vtclip.open_source(place)
+    assert records.targets.sum() > len(records)
+    assert records.targets[range(48), records.label].all()
+    with pytest.raises(ValueError, match="method proker takes one label per image"):
+        vtclip.fit(place, method="proker", out=tmp_path / "run")
+    result = vtclip.fit(place, method="zeroshot", shots=4, out=tmp_path / "run").result
+    assert result["map"] > 0
+    capsys.readouterr()
+
+
+def test_answers_of_one_label_are_refused(run, dots, capsys):
+    picture = dots / "images" / "0.png"
+    for words in (["--unknown", 0.1], ["--coverage", 0.9]):
+        refused(capsys, "predict", run.folder, picture, *words)
+
+
 @pytest.mark.parametrize("method", sorted(set(METHODS) - set(ABLE.split(", "))))
 def test_the_other_methods_refuse_before_the_work(method, dots, tmp_path):
     assert not HEADS[method].multi_label

@@ -22,7 +22,7 @@ from vtclip.data.sets import SetSource
 from vtclip.data.sources import source_kind
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
-from vtclip.names import METHODS
+from vtclip.names import METHODS, option
 from vtclip.runs.adapter import Adapter, features_of
 from vtclip.runs.result import Run, named_classes
 from vtclip.runs.sources import RunSources, SourceRows, test_report
@@ -64,11 +64,18 @@ def has_several(source: AnySource) -> bool:
 
 def check_request(request: FitRequest) -> None:
     """Refuse a source with several labels per image for what takes one only, before any work."""
+    places = {name: getattr(request, name, None) for name in ("val", "test")}
+    for name, place in places.items():
+        if place is not None:
+            check_single(place, option(name))
     if not has_several(request.source):
         return
-    for name in ("train_encoders", "base_to_new", "pseudo_labels"):
-        if getattr(request, name):
-            raise ValueError(f"{name}: {request.source} has {SEVERAL}, and it takes one only")
+    for name in ("train_encoders", "base_to_new", "pseudo_labels", "final", *places):
+        if getattr(request, name, None):
+            hint = "; a column split says which images test" if name in places else ""
+            raise ValueError(
+                f"{option(name)}: {request.source} has {SEVERAL}, and it takes one only{hint}"
+            )
     for name in ("loss", "gce_q", "label_smoothing"):
         value = request.overrides.get(name)
         if value not in (None, 0, "ce"):
