@@ -230,7 +230,11 @@ def test_evaluate_on_other_features_matches_classes_by_name(capsys, run, npz, tm
     assert values["per_class"]["ant"] is None
     assert values["per_class"]["dog"] is not None
     np.savez(tmp_path / "other.npz", **{**two, "classname": np.array(["dgo", "bee"])})
-    message = refused(capsys, "evaluate", run, tmp_path / "other.npz")
+    values = json_of(capsys, "evaluate", run, tmp_path / "other.npz")
+    assert values["test"]["images"] == 12
+    assert values["left_out"]["classes"] == {"dgo": 24}
+    np.savez(tmp_path / "none.npz", **{**two, "classname": np.array(["dgo", "bea"])})
+    message = refused(capsys, "evaluate", run, tmp_path / "none.npz")
     assert "unknown class 'dgo'; did you mean 'dog'" in message
 
 

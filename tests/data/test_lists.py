@@ -130,7 +130,7 @@ def test_classes_are_in_natural_order_and_numbers_are_words(images):
 
 def test_a_label_without_a_class_name_is_named_with_its_line(images):
     path = csv_of(images, lines(ROWS))
-    with pytest.raises(ValueError, match=r"1 of 2 classes .*dog \(list.csv line 4\)"):
+    with pytest.raises(ValueError, match=r"1 of 2 classes.*dog \(list.csv line 4\)"):
         list_images(path, class_names={"cat": "a cat"})
     with pytest.raises(ValueError, match="same name"):
         list_images(path, class_names={"cat": "pet", "dog": "Pet"})

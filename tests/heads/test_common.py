@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from vtclip.heads import HEADS, Auto, Head, Support
 from vtclip.heads.config import FitConfig
+from vtclip.ops._select import only_reference
 
 C, L, B = 16, 4, 3
 # to be told apart from the defaults by a head that is rebuilt from its options
@@ -107,6 +108,27 @@ def test_the_dtype_of_the_texts_is_that_of_the_head(method, dtype):
     assert logits.dtype == (torch.float32 if method == "auto" else dtype)
     assert bool(logits.isfinite().all())
     assert all(value.dtype in (dtype, torch.long) for value in head.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:.*recompute through:UserWarning")
+@pytest.mark.parametrize("method", sorted(TRAINED))
+def test_a_penalty_on_gradients_is_that_of_the_reference(method):
+    text, image, spatial = rows(5, torch.float64)
+    head = fitted(method, text)
+
+    def penalised() -> list[Tensor]:
+        leaf = image.clone().requires_grad_()
+        wanted = [leaf, *(weight for weight in head.parameters() if weight.requires_grad)]
+        score = (head(leaf, spatial) if head.needs_spatial else head(leaf))[:, 0].sum()
+        (grad,) = torch.autograd.grad(score, leaf, create_graph=True)
+        loss = score + 10 * grad.square().sum()
+        return list(torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True))
+
+    actual = penalised()
+    with only_reference():
+        expected = penalised()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)
 
 
 @every_head

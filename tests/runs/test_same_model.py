@@ -25,7 +25,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures, a model, and the runs that a fit and an extension made of relative paths."""
     root = tmp_path_factory.mktemp("model")
     noise(root / "pictures", CLASSES, 8)
-    noise(root / "more", ("sunset",), 8)
+    noise(root / "more", (*CLASSES, "sunset"), 8)
+    for name in CLASSES:
+        shutil.rmtree(root / "more" / name)
     (root / "lines.txt").write_text("a photo of a {}\na {}\n")
     small_model(root / "model")
     with pytest.MonkeyPatch.context() as patch:

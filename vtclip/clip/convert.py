@@ -83,9 +83,13 @@ def convert_file(
 
 
 def _target(path: Path, out: str | Path | None, overwrite: bool) -> Path:
-    target = Path(out).expanduser() if out is not None else path.with_suffix(".safetensors")
-    if path.is_dir() and out is None:
-        target = path.with_name(f"{path.resolve().name}.safetensors")
+    if out is not None:
+        target = Path(out).expanduser()
+    elif path.is_dir():
+        target = path / ".." / f"{path.resolve().name}.safetensors"
+        target = Path(os.path.normpath(target))
+    else:
+        target = path.with_suffix(".safetensors")
     if target.suffix != ".safetensors":
         raise ValueError(f"--out {target} must end in .safetensors")
     if target.exists() and path.exists() and os.path.samefile(target, path):

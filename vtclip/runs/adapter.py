@@ -210,7 +210,7 @@ def check_same_model(
 
     wanted: `Adapter.features`; a field that it lacks, as older ones may, is not checked.
     weights, config: `Clip.weights_digest` and `Clip.config` of the other encoder.
-    what: the subject of the error; other: who has the other values, such as "--model".
+    what: how the error begins, up to "the model of the run"; other: whose are the other values.
     """
     found = []
     if "weights_digest" in wanted and weights != wanted["weights_digest"]:
@@ -222,8 +222,7 @@ def check_same_model(
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            f"{what} is not the model of the run; of the run vs of {other}: "
-            f"{'; '.join(found[:3])}{more}"
+            f"{what} the model of the run; of the run vs of {other}: {'; '.join(found[:3])}{more}"
         )
 
 
@@ -233,7 +232,7 @@ def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
     given: whether the caller named the model; if not, the run's own record did.
     """
     other = "--model" if given else "the one at that place"
-    what = f"model {clip.name!r}"
+    what = f"model {clip.name!r} is not"
     check_same_model(adapter.features, clip.weights_digest, clip.config, what, other)
 
 
@@ -246,7 +245,7 @@ def check_features(adapter: Adapter, records: Records) -> None:
         adapter.features,
         actual["weights_digest"],
         actual["model_config"],
-        f"the model behind {records.info.get('path', 'the source')}",
+        "the source has not",
         "the source",
     )
     names = ["width", *(("spatial", "spatial_width") if adapter.head.needs_spatial else ())]

@@ -86,6 +86,7 @@ def _kept(adapter: Adapter, asked: str) -> Calibration:
     if adapter.calibration is None:
         raise ValueError(
             f"{asked} needs the scores of validation images, and the run holds none: it had no "
-            "such images, was extended, or was written by an earlier version"
+            "such images, was fitted on all of them in the end, was extended, or was written by an "
+            "earlier version"
         )
     return adapter.calibration

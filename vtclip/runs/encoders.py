@@ -81,7 +81,7 @@ def load_base(features: Json, model: str | Path | None, device: torch.device) ->
             f"{error}. The run was fitted with this model; name its present place with --model"
         ) from None
     other = "the one at that place" if model is None else "--model"
-    what = f"model {clip.name!r}"
+    what = f"model {clip.name!r} is not"
     check_same_model(features, clip.weights_digest, clip.config, what, other)
     return clip
 

@@ -99,8 +99,7 @@ def extend(
             class_names=class_names,
             calibration=None,  # scores among the old classes say nothing of those among all
         )
-    labels = torch.arange(len(adapter.class_names), len(class_names))
-    new = SourceRows(added, split.test, labels)
+    new = SourceRows(added, split.test, torch.arange(len(adapter.class_names), len(class_names)))
     with watch.stage("evaluate"):
         values = _evaluated(adapter, wider, old, new, run.result["zero_shot"]["temperature"])
     entry = {
@@ -213,6 +212,10 @@ def _without_copies(
     fresh = torch.tensor([role == NEW for role in known], dtype=torch.bool)
     test = split.test[fresh[split.test]]
     left_out += len(split.test) - len(test)
+    if not len(test) or not sum(len(rows.test) for rows in kept):
+        raise ValueError(
+            "extend: no test image is left that is not in both the run's classes and the new ones"
+        )
     if left_out:
         logger.warning(
             "%d test images are left out: the new classes hold images that the run saw under "

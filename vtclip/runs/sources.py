@@ -31,7 +31,7 @@ from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
-from vtclip.names import index_of, pick
+from vtclip.names import index_of, nearest, pick
 from vtclip.runs.adapter import Adapter, check_features
 from vtclip.runs.counted import Counted, LeftOut, check_some, count_other, count_own, with_gone
 from vtclip.runs.encoders import load_encoders
@@ -215,8 +215,7 @@ class RunSources:
         keep = [row for row, name in enumerate(names) if name in known]
         used = [name for name in files.class_names
                 if name in {names[row] for row in keep}]  # fmt: skip
-        others = Counter(name for name in names if name not in known)
-        left_out = LeftOut({"other_classes": sum(others.values())}, others)
+        left_out = self._others(names)
         if not keep:
             raise ValueError(f"{source}: no images in any class of the run")
         return only(files, keep, used), left_out
@@ -230,9 +229,18 @@ class RunSources:
         if not keep:
             pick("class", records.class_names[0], self.class_names)
         names = [records.class_names[k] for k in records.label.tolist()]
-        others = Counter(name for name in names if name not in known)
-        left_out = LeftOut({"other_classes": sum(others.values())}, others)
+        left_out = self._others(names)
         return records.subset_classes(keep), left_out
+
+    def _others(self, names: Sequence[str]) -> LeftOut:
+        """The images of `names`, their classes, in classes that the run does not know."""
+        known = set(self.class_names)
+        others = Counter(name for name in names if name not in known)
+        for name in others:
+            hint = nearest(name, self.class_names)
+            if "did you mean" in hint:
+                logger.warning("class %r is not one of the run%s", name, hint)
+        return LeftOut({"other_classes": sum(others.values())}, others)
 
     def _options(self, images: bool) -> FeatureOptions:
         """Of images the templates are the lines that the run used, wherever they came from.
