@@ -109,6 +109,16 @@ def test_other_commands_take_a_list(run, photos, cache, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_what_a_list_says_is_said_once(photos, cache, tmp_path, caplog):
+    text = (photos / "photos.csv").read_text()
+    (photos / "twice.csv").write_text(text + text.splitlines()[-1] + "\n")
+    options = {"method": "zeroshot", "shots": 1, "cache_dir": cache}
+    vtclip.fit(photos / "twice.csv", out=tmp_path / "run", **options)
+    said = [line for line in caplog.messages if "listed more than once" in line]
+    assert len(said) == 1
+    assert said[0].startswith("twice.csv: images listed more than once")
+
+
 def test_the_run_of_a_list_is_called_after_it(photos, tmp_path):
     request = FitRequest(source=photos / "photos.csv", method="proker", shots=2)
     assert run_folder(request, 2).name == "photos-proker-2shot-seed1"
@@ -130,14 +140,14 @@ def test_a_pair_of_paths_and_labels_is_a_source(photos, cache, tmp_path):
     files = sorted((photos / "photos").glob("*/*.png"))
     pair = (files, [file.parent.name for file in files])
     run = vtclip.fit(pair, method="proker", shots=2, out=tmp_path / "run", cache_dir=cache)
-    assert run.result["config"]["source"] == "in memory: 24 images of a pairs"
+    assert run.result["config"]["source"] == "in memory: 24 images of a pair"
     values = vtclip.evaluate(run, pair, cache_dir=cache)
-    assert values["source"] == "pairs"
+    assert values["source"] == "pair"
     with pytest.raises(ValueError, match="on no disk; give a source"):
         vtclip.evaluate(run, cache_dir=cache)
     request = FitRequest(source=as_source(pair, None), method="proker", shots=2)
     assert isinstance(request.source, InMemory)
-    assert run_folder(request, 2).name == "pairs-proker-2shot-seed1"
+    assert run_folder(request, 2).name == "pair-proker-2shot-seed1"
 
 
 def test_bad_lists_end_in_one_line_and_write_nothing(photos, cache, tmp_path, capsys):

@@ -74,7 +74,7 @@ def as_source_object(source: object) -> Path | InMemory:
         and _is_whole(images, Path(root))
     ):
         return Path(root)
-    kind = "pairs" if isinstance(source, tuple) else name
+    kind = "pair" if isinstance(source, tuple) else name
     return InMemory(kind, f"{len(images.names)} images of a {kind}", images)
 
 

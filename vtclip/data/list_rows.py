@@ -179,8 +179,8 @@ def images_of_rows(
         found.add(row)
     if not found.listed:
         raise ValueError(f"source: {title} lists no images")
-    _say(title, "are listed more than once in the same way and count once", found.repeated)
-    _say(title, "have \\ in their paths, which is read as /", found.backslashes)
+    _say(title, "listed more than once in the same way and counted once", found.repeated)
+    _say(title, "with \\ in their paths, read as /", found.backslashes)
     entries = list(found.listed.values())
     _check_there(title, found.base, entries)
     where: dict[str, str] = {}
@@ -238,7 +238,7 @@ def _check_there(title: str, base: Path, entries: Sequence[_Listed]) -> None:
 
 def _say(title: str, fact: str, names: Sequence[str]) -> None:
     if names:
-        logger.warning("%s: %d images %s, e.g. %s", title, len(names), fact, printable(names[0]))
+        logger.warning("%s: images %s: %d, e.g. %s", title, fact, len(names), printable(names[0]))
 
 
 def _role(value: object, at: str) -> int:

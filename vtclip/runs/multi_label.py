@@ -7,7 +7,9 @@ its probabilities (vtclip.train.sigmoid) and its threshold in `features["multi_l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vtclip.data.featureset import FeatureSet
+from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.records import Records
@@ -51,15 +54,27 @@ def has_several(source: AnySource) -> bool:
     kind = source_kind(source)
     if kind == "features":
         return "labels" in FeatureSet.open(source).manifest
-    return (
-        kind == "folder"
-        and (
-            source.is_file()
-            or (source / "dataset_info.json").is_file()
-            or (source / "dataset_dict.json").is_file()
-        )
-        and list_images(source).labels is not None
-    )
+    if kind != "folder" or not (source.is_file() or is_saved_dataset(source)):
+        return False
+    with said_later():
+        return list_images(source).labels is not None
+
+
+@contextlib.contextmanager
+def said_later() -> Iterator[None]:
+    """Keeps what a list has to say for its next reading, so that it is said once."""
+    loggers = [logging.getLogger(f"vtclip.data.{name}") for name in ("lists", "list_rows")]
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    for logger in loggers:
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(drop)
 
 
 def check_request(request: FitRequest) -> None:
