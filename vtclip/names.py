@@ -31,6 +31,8 @@ PRECISIONS = ("fp32", "bf16")  # of trained encoders
 POSITIONS = ("end", "middle", "front")  # of the class name among CoOp's context vectors
 # images per class where none are named: a benchmark takes each, a fit the most that there are
 SHOTS = (1, 2, 4, 8, 16)
+# files that list images
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 MAX_SEED = 2**32 - 1  # of the range that torch, NumPy and random all take
 
 

@@ -9,7 +9,8 @@ import shutil
 import pytest
 from pictures import noise
 
-from vtclip.data.image_files import ImageFiles, role_of
+from vtclip.data.image_files import ImageFiles
+from vtclip.data.list_rows import role_of
 from vtclip.data.listed import list_images
 from vtclip.data.lists import read_list
 from vtclip.data.sources import source_kind
@@ -148,7 +149,7 @@ def test_a_file_listed_twice_counts_once_and_is_said(images, caplog):
     rows = [*ROWS, ("./a/0.png", "cat"), (str(images / "b" / "0.png"), "dog")]
     found = list_images(csv_of(images, lines(rows)))
     assert found.names == [path for path, _ in ROWS]
-    assert "2 images are listed more than once" in caplog.text
+    assert "images listed more than once in the same way and counted once: 2, e.g." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_a_file_listed_twice_counts_once_and_is_said(images, caplog):
         ("path,label\na,red\n", "'a' .line 2.: not a regular file"),
         ("path,label\na/0.png,red\na/0.png,blue\n", r"line 3.*another label.*line 2 \(red, now bl"),
         ("path,label,split\na/0.png,red,train\na/0.png,red,test\n", "line 3.*another split"),
-        ("path,label,split\na/0.png,red,extra\n", "line 2, column split: must be one of .*'extra'"),
+        ("path,label,split\na/0.png,red,extra\n", "line 2, column split: must be train.*'extra'"),
         ("path,label,split\na/0.png,red,\n", "line 2, column split: .* got nothing"),
         ("path,label\na/0.png,Red\na/1.png,red\n", "same name.*line 2.*line 3"),
         ('path,label\na/0.png,"red\n', "line 2: unexpected end"),

@@ -228,6 +228,6 @@ def test_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 def test_unknown_sources(tmp_path):
     with pytest.raises(ValueError, match="no such file or folder"):
         open_source(tmp_path / "nothing.npz")
-    (tmp_path / "table.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="must be an image folder"):
-        open_source(tmp_path / "table.csv")
+    (tmp_path / "table.txt").write_text("a,b")
+    with pytest.raises(ValueError, match="must be a folder of class folders, a list"):
+        open_source(tmp_path / "table.txt")

@@ -33,7 +33,8 @@ class Spied:
 
     def __init__(self, records: Records, on_batch: Callable[[Tensor, Batch], Batch]) -> None:
         self._records, self._on_batch = records, on_batch
-        self.num_passes = records.num_passes
+        self.num_passes, self.targets = records.num_passes, records.targets
+        self.several = records.targets is not None
 
     def __len__(self) -> int:
         return len(self._records)

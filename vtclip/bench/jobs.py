@@ -26,6 +26,7 @@ from vtclip.files import json_digest
 from vtclip.heads import HEADS
 from vtclip.heads.config import check_seed
 from vtclip.names import METHODS, pick
+from vtclip.runs.multi_label import check_single
 from vtclip.train.methods import recipe_config
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes
@@ -162,8 +163,10 @@ def _path_source(path: Path, settings: Settings) -> Source:
             templates=settings.templates,
             augment_passes=settings.augment_passes,
         )
+        check_single(path, "bench")
         spatial = "none" if features.fields["spatial"] is None else "all"
         return Source(name, path, kind, features.key, spatial, encoder=True)
+    check_single(path, "bench")
     folder = list_images(path, follow_links=settings.follow_links)
     total = hashlib.sha256()
     for file, label in zip(folder.names, folder.label, strict=True):

@@ -23,7 +23,16 @@ from vtclip.cli.parsing import (
     several,
     source_path,
 )
-from vtclip.names import LOSSES, METHODS, OPTIMIZERS, PENALTIES, POSITIONS, PRECISIONS, QUERIES
+from vtclip.names import (
+    LIST_SUFFIXES,
+    LOSSES,
+    METHODS,
+    OPTIMIZERS,
+    PENALTIES,
+    POSITIONS,
+    PRECISIONS,
+    QUERIES,
+)
 
 TRAINING = ("epochs", "lr", "optimizer", "weight_decay", "batch_size")
 OVERRIDES = (*TRAINING, "penalty_weight", "label_smoothing", "loss", "gce_q")
@@ -247,7 +256,9 @@ def needs_model(source: str | Path) -> bool:
     """Whether images are encoded: of any source but a table of features or their folder."""
     if isinstance(source, str):
         return True
-    return source.suffix.lower() != ".npz" and not (source / "manifest.json").exists()
+    if source.is_dir():
+        return not (source / "manifest.json").exists()
+    return source.suffix.lower() in LIST_SUFFIXES
 
 
 def overrides_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -377,6 +377,8 @@ class _Job(Work):
                 for entry in entries
             ],
         }
+        if hashed.labels is not None:
+            body["labels"] = [hashed.labels[row] for row in kept]
         files.write_atomic(
             folder / MANIFEST, files.to_json({**body, "digest": files.json_digest(body)})
         )

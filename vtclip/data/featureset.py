@@ -168,8 +168,21 @@ class FeatureSet:
             names=manifest["names"],
             logit_scale=manifest["logit_scale"],
             info=info,
+            targets=_targets(manifest),
             roles=None if self.roles is None else torch.tensor(self.roles, dtype=torch.int8),
         )
+
+
+def _targets(manifest: Json) -> Tensor | None:
+    """All classes of each image [N, K], of images that may have more than one."""
+    if "labels" not in manifest:
+        return None
+    targets = torch.zeros(
+        len(manifest["labels"]), len(manifest["fields"]["class_names"]), dtype=torch.bool
+    )
+    for row, labels in enumerate(manifest["labels"]):
+        targets[row, labels] = True
+    return targets
 
 
 class ShardStore(PartedStore):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vtclip.data.decode import ImageError, content_digest, decoding_trait
 from vtclip.data.image_files import ImageFiles
@@ -61,11 +61,13 @@ class Hashed:
     sizes: list[int]
     digests: list[str]
     skipped: list[tuple[str, str]]
+    labels: list[list[int]] | None = None
     traits: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
         total = hashlib.sha256()
-        for row in zip(self.names, self.label, self.sizes, self.digests, strict=True):
+        more = [] if self.labels is None else [self.labels]
+        for row in zip(self.names, self.label, self.sizes, self.digests, *more, strict=True):
             line = repr(row).encode("utf-8", "backslashreplace")
             total.update(len(line).to_bytes(8, "little") + line)
         return total.hexdigest()
@@ -85,6 +87,8 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
         return len(data), content_digest(data), decoding_trait(data)
 
     out = Hashed(folder, [], [], [], [], list(folder.skipped))
+    if folder.labels is not None:
+        out = replace(out, labels=[])
     results = []
     with decode_pool() as pool, progress_bar(len(names), "hashing", progress) as bar:
         for item in ahead(pool, attempt, names, 256):
@@ -99,6 +103,8 @@ def hash_all(folder: ImageFiles, progress: bool, world: World | None = None) -> 
             continue
         out.names.append(name)
         out.label.append(k)
+        if out.labels is not None and folder.labels is not None:
+            out.labels.append(folder.labels[row])
         out.sizes.append(item[0])
         out.digests.append(item[1])
         traits.add(item[2])

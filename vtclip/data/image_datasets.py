@@ -23,8 +23,8 @@ from typing import Any
 
 from vtclip.data.decode import ImageError, as_rgb, read_file
 from vtclip.data.folders import scan_folder
-from vtclip.data.image_files import ROLE_NAMES, ImageFiles, InMemory, role_of
-from vtclip.data.list_rows import LABELS, Row, checked_names, images_of_rows
+from vtclip.data.image_files import ImageFiles, InMemory
+from vtclip.data.list_rows import LABELS, ROLE_NAMES, Row, checked_names, images_of_rows, role_of
 from vtclip.files import printable
 
 ACCEPTED = (
@@ -74,7 +74,7 @@ def as_source_object(source: object) -> Path | InMemory:
         and _is_whole(images, Path(root))
     ):
         return Path(root)
-    kind = "pairs" if isinstance(source, tuple) else name
+    kind = "pair" if isinstance(source, tuple) else name
     return InMemory(kind, f"{len(images.names)} images of a {kind}", images)
 
 
@@ -126,8 +126,7 @@ def _parts(parts: Mapping[Any, Any], title: str, root: Path) -> ImageFiles:
     for name, part in parts.items():
         role = role_of(name) if isinstance(name, str) else None
         if role is None:
-            known = ", ".join(name for names in ROLE_NAMES for name in names[:2])
-            raise ValueError(f"source: {title}: splits must be called {known}, got {name!r}")
+            raise ValueError(f"source: {title}: splits must be called {ROLE_NAMES}, got {name!r}")
         found.append((name, role, _images_of(part, f"{title}, split {name}", root)))
     if not found:
         raise ValueError(f"source: {title} holds no splits")

@@ -14,19 +14,6 @@ from vtclip.data.decode import read_file
 
 IN_MEMORY = "in memory: "
 
-# what people call the parts of a split, in lower case; see `vtclip.data.records.Records.roles`
-ROLE_NAMES = (
-    ("train", "training", "trn", "tr"),
-    ("val", "valid", "validation", "dev"),
-    ("test", "testing", "tst", "holdout"),
-)
-
-
-def role_of(split: str) -> int | None:
-    """The role (0 training, 1 validation, 2 test) that a split of this name has, if it is one."""
-    word = split.strip().casefold()
-    return next((role for role, names in enumerate(ROLE_NAMES) if word in names), None)
-
 
 @dataclass(frozen=True)
 class ImageFiles:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 from vtclip.data.folders import natural_key
-from vtclip.data.image_files import ROLE_NAMES, ImageFiles, absent_images, role_of
+from vtclip.data.image_files import ImageFiles, absent_images
+from vtclip.data.layouts import TEST, TRAIN, VAL, WORDS
 from vtclip.data.records import check_class_names
 from vtclip.files import printable
 
@@ -27,7 +28,14 @@ PATHS = (
 )
 LABELS = ("label", "labels", "class", "class_name", "category", "target", "classes", "categories")
 SPLITS = ("split", "subset", "partition", "role")
+ROLE_NAMES = "train, training, val, validation, test or testing"  # of those that are known
 SEPARATOR = "|"  # between the labels of one cell of text
+
+
+def role_of(split: str) -> int | None:
+    """The role (0 training, 1 validation, 2 test) that a split of this name has, if it is one."""
+    role = WORDS.get(split.strip().casefold())
+    return role if role in (TRAIN, VAL, TEST) else None
 
 
 @dataclass(frozen=True)
@@ -171,8 +179,8 @@ def images_of_rows(
         found.add(row)
     if not found.listed:
         raise ValueError(f"source: {title} lists no images")
-    _say(title, "are listed more than once in the same way and count once", found.repeated)
-    _say(title, "have \\ in their paths, which is read as /", found.backslashes)
+    _say(title, "listed more than once in the same way and counted once", found.repeated)
+    _say(title, "with \\ in their paths, read as /", found.backslashes)
     entries = list(found.listed.values())
     _check_there(title, found.base, entries)
     where: dict[str, str] = {}
@@ -230,15 +238,14 @@ def _check_there(title: str, base: Path, entries: Sequence[_Listed]) -> None:
 
 def _say(title: str, fact: str, names: Sequence[str]) -> None:
     if names:
-        logger.warning("%s: %d images %s, e.g. %s", title, len(names), fact, printable(names[0]))
+        logger.warning("%s: images %s: %d, e.g. %s", title, fact, len(names), printable(names[0]))
 
 
 def _role(value: object, at: str) -> int:
     role = role_of(value) if isinstance(value, str) else None
     if role is None:
-        known = ", ".join(name for names in ROLE_NAMES for name in names[:2])
         got = "nothing" if _is_empty(value) else repr(value)
-        raise ValueError(f"{at}: must be one of {known}, got {got}")
+        raise ValueError(f"{at}: must be {ROLE_NAMES}, got {got}")
     return role
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.list_rows import LABELS, PATHS, SPLITS, Row, images_of_rows
 from vtclip.files import printable
+from vtclip.names import LIST_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 

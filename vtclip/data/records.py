@@ -27,12 +27,16 @@ MIN_LENGTH = 1e-12  # below it torch's normalize no longer gives rows of length 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a table: image [b, C], label [b], spatial [b, L, Cs], spatial_mask [b, L]."""
+    """Rows of a table: image [b, C], label [b], spatial [b, L, Cs], spatial_mask [b, L].
+
+    targets [b, K] bool: all classes of each row, where a row may have more than its label.
+    """
 
     image: Tensor
     label: Tensor
     spatial: Tensor | None = None
     spatial_mask: Tensor | None = None
+    targets: Tensor | None = None
 
 
 class Store(Protocol):
@@ -164,7 +168,8 @@ class Records:
     `text` rows have norm 1. `info` is JSON-able and says where everything came from; its "digests"
     name the content of images, texts and weights. `roles` [N], if the source itself says which rows
     train (0), validate (1) and test (2), decides every split of these rows. `text_views` [K, M, C]
-    are the class texts of each of M templates; M is 1 if the source has only their mean.
+    are the class texts of each of M templates; M is 1 if the source has only their mean. `targets`
+    [N, K] bool: all classes of each row, where rows may have more than one; `label` is the first.
     """
 
     def __init__(
@@ -180,6 +185,7 @@ class Records:
         row: Tensor | None = None,
         roles: Tensor | None = None,
         text_views: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> None:
         self.class_names = check_class_names(class_names)
         self.text = functional.normalize(check_rows(text, "text").float(), dim=-1)
@@ -213,6 +219,13 @@ class Records:
         self.roles = roles
         if roles is not None and roles.shape != self.label.shape:
             raise ValueError(f"records: roles must be [{len(self.label)}], got {list(roles.shape)}")
+        self.targets = targets
+        wish = (len(self.label), len(self.class_names))
+        if targets is not None and (targets.shape != wish or targets.dtype != torch.bool):
+            raise ValueError(
+                f"records: targets must be bool {list(wish)}, got {targets.dtype} "
+                f"{list(targets.shape)}"
+            )
         if len(self.names) != len(self.label) or len(self._row) != len(self.label):
             raise ValueError(
                 f"records: {len(self.label)} labels need as many names and rows, got "
@@ -329,7 +342,9 @@ class Records:
         index = self._checked(index)
         row = self._row[index]
         spatial = self._store.spatial(row, augment_pass) if self.has_spatial else None
-        return Batch(self._store.image(row, augment_pass), self.label[index], spatial)
+        targets = None if self.targets is None else self.targets[index]
+        image = self._store.image(row, augment_pass)
+        return Batch(image, self.label[index], spatial, targets=targets)
 
     def without_spatial(self) -> Records:
         """The same rows, classes and texts without the spatial features, which are never read."""
@@ -354,6 +369,7 @@ class Records:
             text_views=self.text_views,
             row=self._row[index],
             roles=None if self.roles is None else self.roles[index],
+            targets=None if self.targets is None else self.targets[index],
         )
 
     def subset_classes(self, classes: Sequence[int]) -> Records:
@@ -380,6 +396,7 @@ class Records:
             text_views=self.text_views[torch.tensor(keep, dtype=torch.long)],
             row=self._row[index],
             roles=None if self.roles is None else self.roles[index],
+            targets=None if self.targets is None else self.targets[index][:, keep],
         )
 
     def _checked(self, index: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from vtclip.data.class_names import needs_image_files
 from vtclip.data.image_files import InMemory
 from vtclip.data.listed import list_images
-from vtclip.data.lists import LIST_SUFFIXES, is_list
+from vtclip.data.lists import is_list
 from vtclip.data.npz import open_npz
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
+from vtclip.names import LIST_SUFFIXES
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip

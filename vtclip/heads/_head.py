@@ -77,6 +77,7 @@ class Head(nn.Module):
     any_classes: ClassVar[bool] = False  # nothing trained belongs to its classes: `with_text`
     class_specific: bool = False  # its parameters belong to its classes: none can be added
     mixes_classes: ClassVar[bool] = False  # trained logits of a class depend on the others
+    multi_label: ClassVar[bool] = False  # may be fitted to images of more than one class
     # whether a subclass has its own `fit_support`, `choose`, `extend`, `forward_with_penalty`
     takes_support: ClassVar[bool] = False
     chooses: ClassVar[bool] = False

@@ -24,6 +24,7 @@ class ClipAdapter(ImageHead):
     """
 
     method = "clip-adapter"
+    multi_label = True
     any_classes = True
 
     def __init__(

@@ -44,6 +44,7 @@ class CoOp(ImageHead):
     """
 
     method = "coop"
+    multi_label = True
     needs_text_encoder = True
     any_classes = True
 

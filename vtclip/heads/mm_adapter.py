@@ -33,6 +33,7 @@ class MMAdapter(ImageHead):
     """
 
     method = "mm-adapter"
+    multi_label = True
     any_classes = True
     mixes_classes = True
 

@@ -60,6 +60,7 @@ class RAda(Head):
     """
 
     method = "rada"
+    multi_label = True
     any_classes = True
     mixes_classes = True
     image_query: nn.Linear

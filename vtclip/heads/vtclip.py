@@ -54,6 +54,7 @@ class VTCLIP(Head):
     """
 
     method = "vtclip"
+    multi_label = True
     needs_spatial = True
     any_classes = True
     mixes_classes = True

@@ -18,6 +18,7 @@ class ZeroShot(ImageHead):
     """
 
     method = "zeroshot"
+    multi_label = True
     learns = False
     any_classes = True
 

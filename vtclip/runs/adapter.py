@@ -244,6 +244,8 @@ def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
 def check_features(adapter: Adapter, records: Records) -> None:
     """Refuse features of another kind than the adapter was fitted on, naming what differs."""
     actual = features_of(records, adapter.features.get("model") or "unused")
+    if records.targets is not None and "multi_label" not in adapter.features:
+        raise ValueError("the source has several labels per image, the run was fitted on one")
     check_same_model(
         adapter.features,
         actual["weights_digest"],

@@ -17,6 +17,7 @@ from vtclip.data.threads import ahead, decode_pool
 from vtclip.heads import VTCLIP
 from vtclip.machine import BatchSize, choose_device
 from vtclip.names import index_of
+from vtclip.runs import multi_label
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_model, load_adapter
 from vtclip.runs.answers import UNKNOWN, Answer, Prediction, Rule
 from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 class Classifier:
     """Predicts with a run's adapter; probabilities are softmax(logits / temperature).
+
+    Of a run on several labels per image they are sigmoids, one per class (vtclip.train.sigmoid).
 
     Several threads may call one classifier.
     """
@@ -251,6 +254,9 @@ class Classifier:
         return self._softmax(self._decide(pixels)[0])
 
     def _softmax(self, logits: Tensor) -> Tensor:
+        several = multi_label.probabilities(self.adapter.features, logits)
+        if several is not None:
+            return several
         return (logits.double() / (self.adapter.temperature or 1.0)).softmax(dim=1)
 
     def _decide(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

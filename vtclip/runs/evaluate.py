@@ -15,6 +15,7 @@ from vtclip.data.splits import Split
 from vtclip.files import Json, write_atomic
 from vtclip.heads import Head
 from vtclip.machine import choose_device, set_threads
+from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.base_to_new import evaluate_base_to_new
 from vtclip.runs.predictions import Part, check_table, confusion_of, predictions_csv
@@ -78,6 +79,10 @@ def evaluate(
             raise ValueError("ttt: an extended run is evaluated without it")
         return evaluate_sources(sources, source, data)
     target = sources.own_source(data) if source is None else as_source(source, data)
+    if run.result.get("multi_label"):
+        refused = {"ttt": ttt, "predictions": predictions}
+        chosen = None if source is None else target
+        return multi_label.evaluate_run(run, sources, chosen, data, where, refused)
     if ttt is not None:
         check_ttt(adapter, target, base_to_new=bool(config.get("base_to_new")))
     rows = sources.rows(data)[0] if source is None else sources.other(target)

@@ -34,6 +34,7 @@ from vtclip.files import Json, json_digest, to_json, write_together
 from vtclip.machine import set_threads
 from vtclip.ops._select import only_reference
 from vtclip.runs.export_program import BATCHES, ExportJob, feature_job, image_job, of_batches
+from vtclip.runs.multi_label import check_single_run
 from vtclip.runs.result import Run, revision, versions
 
 KINDS = ("image", "features")
@@ -73,6 +74,8 @@ def export(
         raise ValueError(f"export: kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if fixed_batch is not None and fixed_batch < 1:
         raise ValueError(f"export: fixed_batch must be at least 1, got {fixed_batch}")
+    if kind == "image":
+        check_single_run(run.result, "export")
     job = image_job(run, model) if kind == "image" else feature_job(run, model, cache_dir)
     job.cases = of_batches(job.cases, (fixed_batch,) if fixed_batch else BATCHES)
     files: dict[Path, bytes] = {}

@@ -31,6 +31,7 @@ from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
+from vtclip.runs.multi_label import check_single, check_single_run
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import NEW, Seen
 from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
@@ -278,6 +279,7 @@ def _usual(wanted: int | str, added: Records, fraction: float) -> int:
 def _check_run(run: Run) -> None:
     if "config" not in run.result or "split" not in run.result:
         raise ValueError(f"not a vtclip run: {run.folder / RESULT} lacks its config or its split")
+    check_single_run(run.result, "extend")
     if run.result["config"].get("base_to_new"):
         raise ValueError(
             f"extend: {run.folder} is a base-to-new run, whose other half of the classes is new "
@@ -297,6 +299,7 @@ def _check_names(
     known: list[str], path: Path, name: str | None, class_names: Mapping[str, str] | None
 ) -> None:
     """Refuse names that the run has already before any image is read."""
+    check_single(path, "extend")
     if source_kind(path) == "folder":
         check_class_names([*known, *new_classes(path, name, class_names).class_names])
 

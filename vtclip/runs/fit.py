@@ -25,6 +25,7 @@ from vtclip.heads.auto import Auto
 from vtclip.heads.config import FitConfig
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import folder as run_files
+from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics
 from vtclip.runs.checks import check_before_work
@@ -161,6 +162,10 @@ def _request(
 def fit_request(request: FitRequest, records: Records | None = None) -> Run:
     """The run of a request; see `fit` for `records`."""
     set_threads(request.threads)
+    if records is None:
+        multi_label.check_request(request)
+    elif records.targets is not None:
+        multi_label.check_method(request.method, str(request.source))
     if request.train_encoders:
         from vtclip.runs.fit_encoders import fit_encoders
 
@@ -182,6 +187,8 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         settings = request.settings(rows.recipe_shots)
         config = request.as_config(rows.recipe_shots, settings)
         head, candidates, judged_val = train(request, rows, settings, folder, watch)
+        if rows.records.targets is not None:
+            return fit_several(request, rows, head, config, folder, watch)
         values, judged = evaluate_all(request, rows, head, watch)
         values |= candidates
         if request.pseudo_labels:
@@ -191,12 +198,32 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             values["final"] = {"images": len(rows.records)}
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
-        calibration = calibration_of(
-            judged_val or judged.val, temperature, rows.records.label, rows.split.test
-        )
+        calibration = None  # the scores of the evaluated head are not those of one fitted on all
+        if not request.final:
+            calibration = calibration_of(
+                judged_val or judged.val, temperature, rows.records.label, rows.split.test
+            )
         adapter = Adapter(head, names, temperature, features, calibration, request.final)
         digests = {"adapter": save_adapter(folder, adapter)}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
+
+
+def fit_several(
+    request: FitRequest,
+    rows: RunRows,
+    head: Head,
+    config: Json,
+    folder: Path,
+    watch: Stopwatch,
+) -> Run:
+    """Evaluate and write the run of a fitted head over images of more than one class."""
+    with watch.stage("evaluate"):
+        values, kept = multi_label.evaluate_heads(request, rows, head)
+    adapter = multi_label.adapter_of(request, rows.records, head, kept)
+    digests = {"adapter": save_adapter(folder, adapter)}
+    return run_files.write_run(
+        folder, request, rows, config, values, watch, digests, None, multi_label=True
+    )
 
 
 def open_or_take(

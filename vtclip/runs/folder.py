@@ -176,18 +176,20 @@ def write_run(
     values: Json,
     watch: Stopwatch,
     digests: Mapping[str, str],
-    judged: Judged,
+    judged: Judged | None,
     **others: object,
 ) -> Run:
     """Write what a finished fit says of its images, and its result; the checkpoint goes.
 
     digests: of what the run wrote; those of its source and split are added. judged: the adapted
-    head's decisions on the validation and test images.
+    head's decisions on the validation and test images; None of several labels per image, of which
+    no table of predictions is written.
     """
     records, split = rows.records, rows.split
-    temperature = values["adapted"]["temperature"]
-    parts = named_parts(records.names, split, judged)
-    others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
+    if judged is not None:
+        temperature = values["adapted"]["temperature"]
+        parts = named_parts(records.names, split, judged)
+        others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
     seen = rows.seen(request.method, request.seed, request.test_fraction)
     if request.final:  # fitted once more on all of them

@@ -62,6 +62,8 @@ class Run:
     @property
     def accuracy(self) -> float:
         """Share of correct predictions on the test images, 0..1."""
+        if "accuracy" not in self.result:
+            raise ValueError("the run has several labels per image and no accuracy; see its map")
         return float(self.result["accuracy"])
 
     @classmethod
@@ -113,7 +115,7 @@ def make_result(
         "seed": seed,
         "zero_shot": values["zero_shot"],
         "adapted": values["adapted"],
-        "accuracy": values["adapted"]["accuracy"],
+        **_summary(values["adapted"]),
         "seconds": {**watch.seconds, "total": sum(watch.seconds.values())},
         "peak_memory_mb": peak_memory_mb(device),
         "memory_mb": watch.memory_mb,
@@ -130,6 +132,12 @@ def make_result(
         **{name: value for name, value in values.items() if name not in ("zero_shot", "adapted")},
         **others,
     }
+
+
+def _summary(adapted: Json) -> Json:
+    """The one number of a run: accuracy, or mAP where an image may have several labels."""
+    name = "map" if "map" in adapted else "accuracy"
+    return {name: adapted[name]}
 
 
 @functools.cache
@@ -245,7 +253,26 @@ def candidates_table(candidates: Sequence[Json]) -> str:
     return "\n".join(lines)
 
 
+SEVERAL_COLUMNS = {"mAP": 9, "micro-AP": 9, "macro-F1": 9, "micro-F1": 9, "BCE": 8, "from p": 7}
+
+
+def several_table(rows: Mapping[str, Json]) -> str:
+    """Metrics of several labels per image; "from p": the probability from which a class counts."""
+    first = max(len(name) for name in rows) + 1
+    lines = [" " * first + "".join(f" {name:>{w}}" for name, w in SEVERAL_COLUMNS.items())]
+    for name, row in rows.items():
+        shares = [row[key] for key in ("map", "micro_ap", "macro_f1", "micro_f1")]
+        cells = [*(f"{100 * share:.2f} %" for share in shares), f"{row['bce']:.4f}"]
+        cells.append(f"{row['threshold']:.3f}")
+        widths = SEVERAL_COLUMNS.values()
+        line = "".join(f" {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+        lines.append(f"{name:<{first}}{line}")
+    return "\n".join(lines)
+
+
 def metrics_table(rows: Mapping[str, Json]) -> str:
+    if any("map" in row for row in rows.values()):
+        return several_table(rows)
     first = max(len(name) for name in rows) + 1
     lines = [" " * first + "".join(f" {name:>{width}}" for name, width in COLUMNS.items())]
     for name, row in rows.items():

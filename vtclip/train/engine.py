@@ -19,7 +19,7 @@ from vtclip.files import Json
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
 from vtclip.machine import BatchSize
-from vtclip.train import metrics
+from vtclip.train import metrics, multi_label
 from vtclip.train.rows import TrainingRows, epoch_rows, epoch_size
 from vtclip.train.steps import (
     TrainingRun,
@@ -64,6 +64,9 @@ def train_head(
     steps = max(1, epoch_size(train_index, label) // config.batch_size)  # per epoch
     epochs = config.num_epochs(steps, head.num_classes)
     schedule = dataclasses.replace(config, epochs=epochs)
+    sigmoid = None  # of the untrained head, before a checkpoint is loaded
+    if records.several:
+        sigmoid = multi_label.starting_sigmoid(head, records, train_index, run.device)
     first, loss_sum = run.start(head, optimizer)
     good = [parameter.detach().clone() for parameter in parameters]
     last_loss = math.nan
@@ -80,7 +83,9 @@ def train_head(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             rows = order[step * config.batch_size : (step + 1) * config.batch_size]
-            loss = training_loss(head, records.batch(rows, augment_pass), config, run.device)
+            loss = training_loss(
+                head, records.batch(rows, augment_pass), config, run.device, sigmoid
+            )
             norm, value = backward(loss, optimizer, parameters).item(), loss.item()
             if not math.isfinite(value + norm):
                 if not math.isfinite(value):  # the step before this one broke the weights
@@ -110,9 +115,12 @@ def train_head(
 def validation(
     head: Head, records: TrainingRows, index: Tensor, device: torch.device
 ) -> dict[str, float]:
-    """Accuracy and NLL of the rows `index`; empty where there are none."""
+    """Accuracy and NLL, or mAP, of the rows `index`; empty where there are none."""
     if not len(index):
         return {}
+    if records.several:
+        said = multi_label.say(head, records, index, device)
+        return {"val_map": multi_label.mean_precision(said)}
     return metrics.validation_metrics(*all_logits(head, records, index, device=device))
 
 

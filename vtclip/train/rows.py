@@ -86,6 +86,7 @@ class TrainingRows:
 
     def __init__(self, records: Records, *indices: Tensor) -> None:
         self.num_passes = records.num_passes
+        self.several = records.targets is not None  # a row may have more than one class
         self._batch = records.batch
         self._allowed = torch.zeros(len(records), dtype=torch.bool)
         for index in indices:

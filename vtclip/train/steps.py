@@ -17,6 +17,7 @@ from vtclip.distributed import Interrupted
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig, check_seed
 from vtclip.train.checkpoint import Checkpoint
+from vtclip.train.sigmoid import Sigmoid, sigmoid_loss
 
 if TYPE_CHECKING:
     from vtclip.data.records import Batch
@@ -74,17 +75,28 @@ def class_loss(logits: Tensor, label: Tensor, config: FitConfig) -> Tensor:
     return (-torch.expm1(q * log_p) / q).mean()
 
 
-def training_loss(head: Head, batch: Batch, config: FitConfig, device: torch.device) -> Tensor:
+def training_loss(
+    head: Head,
+    batch: Batch,
+    config: FitConfig,
+    device: torch.device,
+    sigmoid: Sigmoid | None = None,
+) -> Tensor:
     """`class_loss`, + penalty_weight * mean penalty where that is above 0.
 
-    The weight 0 leaves the penalty uncomputed.
+    The weight 0 leaves the penalty uncomputed. sigmoid: the loss is `sigmoid_loss`, of rows that
+    may have more than one class.
     """
-    label = batch.label.to(device)
+
+    def loss_of(logits: Tensor) -> Tensor:
+        if sigmoid is not None and batch.targets is not None:
+            return sigmoid_loss(logits.float(), batch.targets.to(device), sigmoid)
+        return class_loss(logits.float(), batch.label.to(device), config)
+
     if not config.penalty_weight:
-        logits = compute_logits(head, batch, device).float()
-        return class_loss(logits, label, config)
+        return loss_of(compute_logits(head, batch, device))
     logits, penalty = head.forward_with_penalty(batch.image.to(device))
-    return class_loss(logits.float(), label, config) + config.penalty_weight * penalty.mean()
+    return loss_of(logits) + config.penalty_weight * penalty.mean()
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: FitConfig) -> torch.optim.Optimizer:
