@@ -107,6 +107,15 @@ def test_the_command_says_in_sentences_what_is_left_out(place, copied, capsys):
     assert "Class that the run does not know: plum (1)." in out
 
 
+def test_classes_of_the_run_without_an_image_are_said(place, copied, caplog):
+    shutil.rmtree(copied / "ocean")
+    evaluated(place, copied)
+    assert "no counted image for 1 of the run's 2 classes: ocean" in caplog.text
+    caplog.clear()
+    evaluated(place, place / "noise")
+    assert "no counted image" not in caplog.text
+
+
 def test_copies_with_loss_are_counted_and_said(place, tmp_path, caplog):
     pytest.importorskip("imagehash", reason="the extra duplicates is not installed")
     options = {"cache_dir": place / "cache", "device": "cpu"}

@@ -25,7 +25,7 @@ from vtclip.runs.seen import NEW, Seen
 WHY = {
     "trained": "trained",
     "validated": "validated on",
-    "unused": "in the pool that the run drew from, but not drawn",
+    "unused": "in the run's training pool, but unused",
     "other_classes": "of classes that the run does not know",
     "other_roles": "training or validation images by the source's own division",
     "repeated": "copies of counted ones",

@@ -166,7 +166,17 @@ class RunSources:
         counted = count_other(opened.records, self.seen, opened.left_out)
         if self.seen is not None:
             self._say_near(source, near_copies(opened.records, counted.rows, self.seen))
-        return self.source_rows(opened.records, counted)
+        rows = self.source_rows(opened.records, counted)
+        here = set(rows.to_run[rows.records.label[rows.test]].tolist())
+        absent = [name for k, name in enumerate(self.class_names) if k not in here]
+        if absent and here:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            logger.warning(
+                "%s: no counted image for %d of the run's %d classes: %s%s; the numbers are of the "
+                "other classes", source, len(absent), len(self.class_names),
+                ", ".join(printable(name) for name in absent[:5]), more,
+            )  # fmt: skip
+        return rows
 
     def _say_near(self, source: object, pairs: Sequence[tuple[str, str]]) -> None:
         if not pairs:
