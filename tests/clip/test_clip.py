@@ -426,6 +426,7 @@ class Trap:
     [
         ("empty.pt", "does not hold these weights"),
         ("html.pt", "does not hold these weights"),
+        ("words.pt", "does not hold these weights: not a file of weights$"),
         ("cut.safetensors", "does not hold these weights"),
         ("other.safetensors", "does not hold these weights"),
         ("nan.safetensors", "holds non-finite weights"),
@@ -441,6 +442,8 @@ def test_bad_weights_are_one_line_and_run_nothing(tmp_path: Path, name: str, mes
         path.write_bytes(b"")
     elif name == "html.pt":
         path.write_text("<html>404</html>")
+    elif name == "words.pt":
+        path.write_text("hi\n")
     elif name == "cut.safetensors":
         path.write_bytes(safetensors.torch.save(state)[:5000])
     elif name == "other.safetensors":

@@ -88,6 +88,9 @@ def test_an_exact_name_is_not_commented(typed: str, caplog: pytest.LogCaptureFix
         ("ViT-B-32:openai:w.pt", "no such weights file: w.pt"),
         ("", "no name; give demo, ARCHITECTURE:TAG"),
         ("  ", "no name; give"),
+        ("demo2", "did you mean 'demo'"),
+        ("Demo", "did you mean 'demo'"),
+        ("clip", r"known architecture; give demo, ARCHITECTURE:TAG \(such as ViT-B-32:openai\)"),
         (":", "neither a folder nor a known"),
     ],
 )

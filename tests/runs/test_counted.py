@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -104,6 +105,56 @@ def test_the_command_says_in_sentences_what_is_left_out(place, copied, capsys):
     counted = "25 of 50 images left out: 16 trained, 8 validated on, 1 of classes that the run"
     assert counted in out
     assert "Class that the run does not know: plum (1)." in out
+
+
+def test_classes_of_the_run_without_an_image_are_said(place, copied, caplog):
+    shutil.rmtree(copied / "ocean")
+    evaluated(place, copied)
+    assert "no counted image for 1 of the run's 2 classes: ocean" in caplog.text
+    caplog.clear()
+    evaluated(place, place / "noise")
+    assert "no counted image" not in caplog.text
+
+
+def test_copies_with_loss_are_counted_and_said(place, tmp_path, caplog):
+    pytest.importorskip("imagehash", reason="the extra duplicates is not installed")
+    options = {"cache_dir": place / "cache", "device": "cpu"}
+    source = tmp_path / "blobs"
+    for name in CLASSES:
+        for number in range(4):
+            rng = np.random.default_rng([ord(name[0]), number])
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype("uint8"))
+            (source / name).mkdir(parents=True, exist_ok=True)
+            coarse.resize((48, 48), Image.Resampling.BICUBIC).save(source / name / f"{number}.png")
+    run = vtclip.fit(
+        source, method="linear-probe", shots=1, model=f"local-dir:{place / 'model'}",
+        out=tmp_path / "run", **options,
+    )  # fmt: skip
+    seen = Seen.read(run.folder, run.result["seen"])
+    fitted = [name for name, role in zip(seen.names, seen.roles, strict=True)
+              if role in ("train", "val")]  # fmt: skip
+    other = tmp_path / "saved again"
+    for name in seen.names:
+        (other / name).parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(source / name) as picture:
+            picture.save((other / name).with_suffix(".jpg"), quality=95)
+    caplog.clear()
+    found = vtclip.evaluate(run, other, **options)
+    assert found["test"]["images"] == len(seen.names)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith(f"{len(fitted)} of the counted images look nearly like images that")
+    assert Path(fitted[0]).with_suffix(".jpg").as_posix() + f" like {fitted[0]}" in said[0]
+    caplog.clear()
+    vtclip.evaluate(run, source, **options)
+    assert not caplog.records
+
+
+def test_a_list_of_images_from_before_perceptual_hashes_is_read(tmp_path):
+    text = "name,label,role,digest,pixels\na.png,grass,train,d1,p1\n"
+    (tmp_path / "images.csv").write_text(text)
+    entry = {"file": "images.csv", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    assert Seen.read(tmp_path, entry) == Seen(["a.png"], ["grass"], ["train"], ["d1"], ["p1"], [""])
 
 
 def test_its_own_source_counts_its_own_test_images_and_says_what_changed(tmp_path, capsys):

@@ -126,7 +126,7 @@ def test_a_fit_leaves_copies_out_and_its_evaluation_agrees(tmp_path, caplog):
     assert second.result["left_out"] == {"trained": 1, "validated": 0}
     assert second.result["test"]["images"] == first.result["test"]["images"] - 1
     assert second.result["images"]["test"] == second.result["adapted"]["count"]
-    assert f"e.g. {tested} and {trained}; 1 test images are left out" in caplog.text
+    assert f"e.g. {tested} and {trained}; 1 test image is left out" in caplog.text
     again = vtclip.evaluate(second, cache_dir=tmp_path / "cache")
     assert again["accuracy"] == second.accuracy
     assert again["test"] == second.result["test"]

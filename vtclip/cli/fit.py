@@ -306,7 +306,8 @@ def print_fit(fitted: Any) -> None:
         emit(confused)
     unreadable = result["test"]["unreadable"]
     if unreadable:
-        emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}, ...)")
+        more = ", ..." if len(unreadable) > 3 else ""
+        emit(f"unreadable, not counted: {len(unreadable)} ({', '.join(unreadable[:3])}{more})")
     memory = {name: f" in {peak:.0f} MB" for name, peak in result.get("memory_mb", {}).items()}
     memory["total"] = f" in {result['peak_memory_mb'] or 0:.0f} MB"
     stages = ", ".join(

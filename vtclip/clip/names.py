@@ -56,7 +56,7 @@ _OF_TRANSFORMERS = {
 _HUB_PREFIXES = {"hfhub", "hf", "hub", "huggingface", "huggingfacehub", "huggingfaceco"}
 _FOLDER_PREFIXES = {"localdir", "dir", "local", "folder", "localfolder"}
 _GIVE = (
-    "demo, ARCHITECTURE:TAG, ARCHITECTURE:/path/to/weights.safetensors, "
+    "demo, ARCHITECTURE:TAG (such as ViT-B-32:openai), ARCHITECTURE:/path/to/weights.safetensors, "
     "local-dir:/folder or hf-hub:owner/name"
 )
 
@@ -179,7 +179,7 @@ def _without_architecture(typed: str) -> ModelName:
     arch, _, tag = hub_names().get(_compact(typed), "").partition(":")
     if arch:
         return ModelName(typed, f"{arch}:{tag}", arch, tag)
-    known = [*architectures().values(), *_OF_TRANSFORMERS, *_repositories()]
+    known = ["demo", *architectures().values(), *_OF_TRANSFORMERS, *_repositories()]
     near = nearest_of(typed, known) or nearest_of(typed.partition(":")[0], known)
     give = f"hf-hub:{typed} for a repository of the hub, or {_GIVE}" if is_repo else _GIVE
     raise ClipNotFound(

@@ -90,6 +90,9 @@ def read_weights(path: Path, *, rename: bool = True) -> Weights:
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
             # torch's own message proposes to switch its check off
             reason = "not a file of tensors alone; other objects are never loaded"
+        elif isinstance(error, LookupError | EOFError | TypeError | AttributeError):
+            # a pickle's reader stumbles over any other file, and its message says nothing of that
+            reason = "not a file of weights"
         raise ValueError(reason) from None
     tensors = _without_prefix({k: v for k, v in loaded.items() if isinstance(v, Tensor)})
     if not tensors:

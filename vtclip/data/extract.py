@@ -57,6 +57,7 @@ from vtclip.data.text_checks import warn_of_texts
 from vtclip.distributed import World, device_of_rank, joined
 from vtclip.files import Json, only_writer
 from vtclip.machine import choose_device, set_threads
+from vtclip.names import option
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def extract_features(
     """
     out = Path(out).expanduser()
     if files.is_below(out, Path(source).expanduser()):
-        raise ValueError(f"features: out must lie outside the image folder, got {out}")
+        raise ValueError(f"{option('out')} must lie outside the image folder, got {out}")
     _check_out(out)
     names = as_class_names(class_names)
     options = FeatureOptions(

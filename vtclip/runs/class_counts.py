@@ -49,7 +49,7 @@ def warn_of_few(records: Records, split: Split, shots: int | str | None) -> None
     untested = [printable(name) for name, n in zip(names, test, strict=True) if not n]
     if untested:
         logger.warning(
-            "%d of %d classes have no test image, and no number says how well they are told: %s",
+            "%d of %d classes have no test image, so that no number says how good they are: %s",
             len(untested), len(names), _some(untested),
         )  # fmt: skip
 

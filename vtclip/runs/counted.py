@@ -18,13 +18,14 @@ from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.files import Json, printable
+from vtclip.runs.duplicates import near_pairs
 from vtclip.runs.seen import NEW, Seen
 
 # why an image does not count -> what is said of so many of them
 WHY = {
     "trained": "trained",
     "validated": "validated on",
-    "unused": "in the pool that the run drew from, but not drawn",
+    "unused": "in the run's training pool, but unused",
     "other_classes": "of classes that the run does not know",
     "other_roles": "training or validation images by the source's own division",
     "repeated": "copies of counted ones",
@@ -116,6 +117,21 @@ def count_other(records: Records, seen: Seen | None, before: LeftOut) -> Counted
 def _roles(records: Records, seen: Seen) -> list[str]:
     blank = [""] * len(records)
     return seen.roles_of(records.digests or blank, getattr(records, "pixels", None))
+
+
+def near_copies(records: Records, rows: Tensor, seen: Seen) -> list[tuple[str, str]]:
+    """Names of those of `rows` that the run never saw but that look, by perceptual hashes, nearly
+    like an image that it trained or validated on, each with the name of that image.
+    """
+    looks: list[str | None] | None = getattr(records, "perceptual", None)
+    fitted = [row for row, role in enumerate(seen.roles) if role in ("train", "val")]
+    fitted = [row for row in fitted if seen.perceptual[row]]
+    if looks is None or not fitted:
+        return []
+    roles = _roles(records, seen)
+    new = [row for row in rows.tolist() if roles[row] == NEW and looks[row]]
+    pairs = near_pairs([str(looks[row]) for row in new], [seen.perceptual[row] for row in fitted])
+    return [(records.names[new[place]], seen.names[fitted[of]]) for place, of in pairs]
 
 
 def _at_most(

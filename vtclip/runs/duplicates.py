@@ -65,7 +65,8 @@ def check_duplicates(
             f"{_described(records, copies)}; no test image is left that was neither trained nor "
             "validated on"
         )
-    fate = f"; {len(exact)} test images are left out for it" if exact else ""
+    them = "1 test image is" if len(exact) == 1 else f"{len(exact)} test images are"
+    fate = f"; {them} left out for it" if exact else ""
     logger.warning("%s%s", _described(records, copies), fate)
     return dataclasses.replace(split, test=split.test[kept]), left_out
 
@@ -103,19 +104,24 @@ def _near(digests: Sequence[str | None], rows: dict[str, list[int]]) -> list[Cop
     for role, index in rows.items():
         index = [row for row in index if digests[row]]
         if known and index:
-            mine, theirs = (_bits(digests, part) for part in (index, [row for _, row in known]))
-            for place, of in _close(mine, theirs):
+            mine, theirs = ([str(digests[row]) for row in part]
+                            for part in (index, [row for _, row in known]))  # fmt: skip
+            for place, of in near_pairs(mine, theirs):
                 copies.append(Copy("near", role, index[place], *known[of]))
         known += [(role, row) for row in index]
     return copies
 
 
-def _bits(digests: Sequence[str | None], index: list[int]) -> NDArray[np.uint64]:
-    return np.array([int(str(digests[row]), 16) & (2**64 - 1) for row in index], dtype=np.uint64)
+def near_pairs(mine: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, int]]:
+    """For each of `mine` that has one, the first of `theirs` within NEAR_BITS; as positions."""
+    return _close(_bits(mine), _bits(theirs))
+
+
+def _bits(digests: Sequence[str]) -> NDArray[np.uint64]:
+    return np.array([int(digest, 16) & (2**64 - 1) for digest in digests], dtype=np.uint64)
 
 
 def _close(mine: NDArray[np.uint64], theirs: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """For each of `mine` that has one, the first of `theirs` within NEAR_BITS."""
     if len(mine) * len(theirs) > MAX_PAIRS:
         first = {int(value): place for place, value in reversed(list(enumerate(theirs)))}
         return [(n, first[int(value)]) for n, value in enumerate(mine) if int(value) in first]

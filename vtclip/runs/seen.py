@@ -3,7 +3,8 @@
 
 One row per image of the run's sources: its name, its class, its role and what identifies it,
 the digest of its file (of a table of features that of its row) and, where it is known, the digest
-of its pixels, which a copy in another format without loss shares.
+of its pixels, which a copy in another format without loss shares, and its perceptual hash, which
+is near that of a copy with loss.
 
     train    the adapter was fitted on it
     val      it chose something: a hyper-parameter, a step of training, the temperature
@@ -18,7 +19,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vtclip.data.records import Records
@@ -26,7 +27,7 @@ from vtclip.data.splits import Split
 from vtclip.files import Json, write_atomic
 
 FILE = "images.csv"
-COLUMNS = ("name", "label", "role", "digest", "pixels")
+COLUMNS = ("name", "label", "role", "digest", "pixels", "perceptual")
 ROLES = ("train", "val", "test", "unused")  # the first that a content has is what it counts as
 NEW = "new"
 WHAT = "the list of a vtclip run's images"
@@ -34,13 +35,14 @@ WHAT = "the list of a vtclip run's images"
 
 @dataclass(frozen=True)
 class Seen:
-    """Images in columns of equal length; `digests` and `pixels` are "" where they are unknown."""
+    """Images in columns of equal length; the last three have "" where they are unknown."""
 
     names: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     pixels: list[str] = field(default_factory=list)
+    perceptual: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, records: Records, split: Split, *, learns: bool = True) -> Seen:
@@ -55,14 +57,9 @@ class Seen:
                 roles[row] = role
         names = [records.class_names[k] for k in records.label.tolist()]
         blank = [""] * len(records)
-        pixels: list[str | None] | None = getattr(records, "pixels", None)
-        return cls(
-            list(records.names),
-            names,
-            roles,
-            records.digests or blank,
-            [digest or "" for digest in pixels or blank],
-        )
+        of_pictures = (getattr(records, column, None) or blank for column in COLUMNS[-2:])
+        pixels, perceptual = ([digest or "" for digest in column] for column in of_pictures)
+        return cls(list(records.names), names, roles, records.digests or blank, pixels, perceptual)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -72,7 +69,7 @@ class Seen:
                                                             strict=True)))  # fmt: skip
 
     def _columns(self) -> tuple[list[str], ...]:
-        return self.names, self.labels, self.roles, self.digests, self.pixels
+        return self.names, self.labels, self.roles, self.digests, self.pixels, self.perceptual
 
     @property
     def knows_contents(self) -> bool:
@@ -80,7 +77,7 @@ class Seen:
 
     def with_role(self, role: str) -> Seen:
         """The same images, all of one role."""
-        return Seen(self.names, self.labels, [role] * len(self), self.digests, self.pixels)
+        return replace(self, roles=[role] * len(self))
 
     def counts(self) -> dict[str, int]:
         """Images of each role."""
@@ -150,6 +147,8 @@ class Seen:
             raise ValueError(f"not {WHAT}: {path} was changed after it was written")
         text = data.decode("utf-8", "surrogatepass")
         rows = list(csv.reader(io.StringIO(text, newline="")))
+        if rows and tuple(rows[0]) == COLUMNS[:-1]:  # before perceptual hashes were kept
+            rows = [COLUMNS, *([*row, ""] for row in rows[1:])]
         if not rows or tuple(rows[0]) != COLUMNS:
             raise ValueError(f"not {WHAT}: {path} must have the columns {', '.join(COLUMNS)}")
         columns = zip(*rows[1:], strict=True) if len(rows) > 1 else ([] for _ in COLUMNS)

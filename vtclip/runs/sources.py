@@ -29,11 +29,19 @@ from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.sources import open_records, source_kind
-from vtclip.files import Json
+from vtclip.files import Json, printable
 from vtclip.heads import HEADS, Head
 from vtclip.names import index_of, nearest, pick
 from vtclip.runs.adapter import Adapter, check_features
-from vtclip.runs.counted import Counted, LeftOut, check_some, count_other, count_own, with_gone
+from vtclip.runs.counted import (
+    Counted,
+    LeftOut,
+    check_some,
+    count_other,
+    count_own,
+    near_copies,
+    with_gone,
+)
 from vtclip.runs.encoders import load_encoders
 from vtclip.runs.result import Run, named_classes, unreadable
 from vtclip.runs.seen import Seen
@@ -156,7 +164,29 @@ class RunSources:
             )  # fmt: skip
         opened = self.opened(source)
         counted = count_other(opened.records, self.seen, opened.left_out)
-        return self.source_rows(opened.records, counted)
+        if self.seen is not None:
+            self._say_near(source, near_copies(opened.records, counted.rows, self.seen))
+        rows = self.source_rows(opened.records, counted)
+        here = set(rows.to_run[rows.records.label[rows.test]].tolist())
+        absent = [name for k, name in enumerate(self.class_names) if k not in here]
+        if absent and here:
+            more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+            logger.warning(
+                "%s: no counted image for %d of the run's %d classes: %s%s; the numbers are of the "
+                "other classes", source, len(absent), len(self.class_names),
+                ", ".join(printable(name) for name in absent[:5]), more,
+            )  # fmt: skip
+        return rows
+
+    def _say_near(self, source: object, pairs: Sequence[tuple[str, str]]) -> None:
+        if not pairs:
+            return
+        are = "images look" if len(pairs) > 1 else "image looks"
+        logger.warning(
+            "%d of the counted %s nearly like images that the run trained or validated on, e.g. %s "
+            "like %s; remove them from %s if they are copies, which flatter the numbers",
+            len(pairs), are, *map(printable, pairs[0]), source,
+        )  # fmt: skip
 
     def source_rows(self, records: Records, counted: Counted) -> SourceRows:
         return SourceRows(records, counted.rows, self.labels(records), counted.left_out)

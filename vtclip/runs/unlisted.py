@@ -50,7 +50,8 @@ class Listed:
             for row in rows.tolist():
                 roles[row] = role
         labels = [self.class_names[k] for k in self.label]
-        return Seen(self.names, labels, roles, self.digests, [""] * len(self.names))
+        unknown = [""] * len(self.names)
+        return Seen(self.names, labels, roles, self.digests, unknown, unknown)
 
 
 def seen_of_old(run: Run, entries: Sequence[Json], cache_dir: str | Path | None) -> Seen | None:
