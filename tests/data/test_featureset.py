@@ -213,7 +213,7 @@ def test_repeated_content_is_counted(features, pictures, caplog):
     shutil.copy(pictures / "cat" / "0.png", pictures / "dog" / "copy.png")
     _, report = features("out")
     assert report.duplicates == [("cat/0.png", "dog/copy.png")]
-    assert "1 images have the same content as another one, e.g. cat/0.png" in caplog.text
+    assert "1 image has the same content as another one, e.g. cat/0.png" in caplog.text
 
 
 def test_file_that_changes_while_features_are_made(features, pictures, monkeypatch):

@@ -125,7 +125,8 @@ def _run(parser: Parser, words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except BAD_INPUT as error:
-        fail(f"{name}: {error}")
+        # functions name themselves, and the command is called like them
+        fail(f"{name}: {str(error).removeprefix(f'{args.command}: ')}")
     except (OSError, FloatingPointError) as error:
         fail(f"{name}: {error}", status=1)
     except Exception as error:

@@ -110,19 +110,21 @@ def extract_features(
 
 
 def cached_features(
-    source: str | Path | ImageFiles, options: FeatureOptions
+    source: str | Path | ImageFiles, options: FeatureOptions, say: bool = True
 ) -> tuple[FeatureSet, ExtractionReport]:
     """Features of an image folder, or of listed files, from the cache.
 
-    They are extracted first where they are missing or damaged.
+    They are extracted first where they are missing or damaged. say: warn of what the files are
+    like; not wanted where another model reads the same files.
     """
     job = _Job.of(source, options, World())
     place = Path("features") / job.key[:32]
     with contextlib.suppress(OSError, RuntimeError, ValueError):  # below says what is wrong, if so
         cache = files.cache_folder(options.cache_dir)
         if (cache / place / MANIFEST).is_file() and not os.access(cache / place, os.W_OK):
-            return job.reuse(FeatureSet.open(cache / place))
-    return job.run(_writable_cache(options.cache_dir) / place, World(), rebuild=True)
+            return job.reuse(FeatureSet.open(cache / place), say)
+    place = _writable_cache(options.cache_dir) / place
+    return job.run(place, World(), rebuild=True, say=say)
 
 
 class _Job(Work):
@@ -172,17 +174,17 @@ class _Job(Work):
         made.every_class = options.every_class
         return made
 
-    def reuse(self, features: FeatureSet) -> tuple[FeatureSet, ExtractionReport]:
+    def reuse(self, features: FeatureSet, say: bool = True) -> tuple[FeatureSet, ExtractionReport]:
         """Finished features of a folder that cannot be written, and so cannot be locked."""
         if features.key != self.key:
             raise ValueError(f"features: {features.folder} holds features of something else")
         features.verify()
         report = ExtractionReport(reused=True)
-        self._report(features, report)
+        self._report(features, report, say)
         return features, report
 
     def run(
-        self, folder: Path, world: World, *, rebuild: bool = False
+        self, folder: Path, world: World, *, rebuild: bool = False, say: bool = True
     ) -> tuple[FeatureSet, ExtractionReport]:
         start = time.perf_counter()
         report = ExtractionReport(stages=self.stages)
@@ -199,7 +201,7 @@ class _Job(Work):
                 self._build(folder, world)
             features = FeatureSet.open(folder)
         report.seconds = time.perf_counter() - start
-        self._report(features, report, say=world.first)
+        self._report(features, report, say=say and world.first)
         return features, report
 
     def _report(self, features: FeatureSet, report: ExtractionReport, say: bool = True) -> None:
@@ -220,10 +222,11 @@ class _Job(Work):
             logger.warning("%s", note_line(note, count))
         if report.duplicates:
             first, second = report.duplicates[0]
+            count = len(report.duplicates)
             logger.warning(
-                "%d images have the same content as another one, e.g. %s and %s: they may be in "
-                "training and test at once",
-                len(report.duplicates), files.printable(first), files.printable(second),
+                "%d %s the same content as another one, e.g. %s and %s",
+                count, "image has" if count == 1 else "images have",
+                files.printable(first), files.printable(second),
             )  # fmt: skip
         said = {why for _, why in folder.skipped if folder.remarks and in_remarks(why)}
         if any(why not in said for _, why in report.skipped):

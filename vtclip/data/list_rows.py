@@ -163,13 +163,18 @@ class _Collector:
 
 
 def images_of_rows(
-    title: str, columns: Sequence[str], rows: Iterable[Row], base: str | Path
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Row],
+    base: str | Path,
+    absent_ok: bool = False,
 ) -> ImageFiles:
     """The image files that `rows` list, with paths relative to `base` or absolute.
 
     title: what messages call the list. Classes are in natural order, images in that of the rows;
     an image that is listed twice in the same way counts once. Where a label is a list, or stands in
     a column `labels` of text with |, an image may have several.
+    absent_ok: rows of images that are not there are passed over, if one image at least is.
     """
     rows = list(rows)
     picked = pick_columns(title, columns)
@@ -182,7 +187,7 @@ def images_of_rows(
     _say(title, "listed more than once in the same way and counted once", found.repeated)
     _say(title, "with \\ in their paths, read as /", found.backslashes)
     entries = list(found.listed.values())
-    _check_there(title, found.base, entries)
+    entries = _there(title, found.base, entries, absent_ok)
     where: dict[str, str] = {}
     for entry in entries:
         for label in entry.labels:
@@ -225,15 +230,18 @@ def _has_several(rows: Sequence[Row], column: str) -> bool:
     return False
 
 
-def _check_there(title: str, base: Path, entries: Sequence[_Listed]) -> None:
+def _there(title: str, base: Path, entries: list[_Listed], absent_ok: bool) -> list[_Listed]:
+    """The entries whose images are there, which all must be unless `absent_ok`."""
     absent = absent_images(base, [entry.name for entry in entries])
-    if absent:
+    if absent and not (absent_ok and len(absent) < len(entries)):
         name, why = absent[0]
         at = next(entry.where for entry in entries if entry.name == name)
         raise ValueError(
             f"source: {title}: {len(absent)} of {len(entries)} listed images cannot be read, first "
             f"{printable(name)!r} ({at}): {why}"
         )
+    gone = {name for name, _ in absent}
+    return [entry for entry in entries if entry.name not in gone]
 
 
 def _say(title: str, fact: str, names: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ def list_images(
     follow_links: bool = False,
     class_names: Mapping[str, str] | None = None,
     empty_classes: bool = False,
+    absent_ok: bool = False,
 ) -> ImageFiles:
     """The image files of `source` in their fixed order; nothing is decoded.
 
@@ -29,6 +30,7 @@ def list_images(
     class_names: from the names that the source gives its classes to those that stand for them; each
         class of the source must have an entry.
     empty_classes: a class folder without images is a class of no image instead of an error.
+    absent_ok: images that a list names and that are not there are passed over instead of refused.
     """
     if isinstance(source, ImageFiles):
         return source
@@ -37,7 +39,7 @@ def list_images(
     else:
         path = Path(source).expanduser()
         if path.is_file():
-            images = read_list(path)
+            images = read_list(path, absent_ok)
         elif is_saved_dataset(path):
             images = read_saved_dataset(path)
         else:

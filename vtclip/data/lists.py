@@ -32,8 +32,11 @@ def is_list(path: Path) -> bool:
     return path.suffix.lower() in LIST_SUFFIXES
 
 
-def read_list(path: str | Path) -> ImageFiles:
-    """The image files that a list names, relative to its own folder or absolute."""
+def read_list(path: str | Path, absent_ok: bool = False) -> ImageFiles:
+    """The image files that a list names, relative to its own folder or absolute.
+
+    absent_ok: those that are not there are passed over, if one at least is.
+    """
     path = Path(path).expanduser()
     suffix, title = path.suffix.lower(), printable(path.name)
     if not is_list(path):
@@ -50,7 +53,7 @@ def read_list(path: str | Path) -> ImageFiles:
         columns = list(dict.fromkeys(name for row in rows for name in row.cells))
     if not rows:
         raise ValueError(f"source: {title} lists no images")
-    return images_of_rows(title, columns, rows, path.parent)
+    return images_of_rows(title, columns, rows, path.parent, absent_ok)
 
 
 def _text(path: Path, title: str) -> str:

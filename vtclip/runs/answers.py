@@ -83,6 +83,8 @@ class Rule:
 
 
 def _kept(adapter: Adapter, asked: str) -> Calibration:
+    if adapter.features.get("multi_label"):
+        raise ValueError(f"{asked}: the run has several labels per image, and it takes one only")
     if adapter.calibration is None:
         raise ValueError(
             f"{asked} needs the scores of validation images, and the run holds none: it had no "

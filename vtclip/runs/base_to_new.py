@@ -18,7 +18,7 @@ from vtclip.data.records import Records
 from vtclip.data.sets import AnySource
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
-from vtclip.names import pick
+from vtclip.names import option, pick
 from vtclip.runs.adapter import Adapter
 from vtclip.runs.result import named_classes
 from vtclip.train import engine, metrics
@@ -33,12 +33,14 @@ def check_any_classes(method: str, overrides: Mapping[str, object] | None = None
     able = [name for name, head in HEADS.items() if head.any_classes]
     if method not in able:
         raise ValueError(
-            f"base_to_new: method must be one of {', '.join(able)}, whose parameters do not "
-            f"depend on the classes, got {method!r}"
+            f"{option('base_to_new')}: method must be one of {', '.join(able)}, whose parameters "
+            f"do not depend on the classes, got {method!r}"
         )
     options = (overrides or {}).get("head")
     if isinstance(options, Mapping) and options.get("class_specific"):
-        raise ValueError("base_to_new: class_specific context belongs to its own classes")
+        raise ValueError(
+            f"{option('base_to_new')}: class_specific context belongs to its own classes"
+        )
 
 
 def with_classes(
@@ -55,7 +57,9 @@ def base_and_new(records: Records) -> tuple[Records, Records]:
     """The records of the base classes and those of the new classes."""
     K = len(records.class_names)
     if K < 2:
-        raise ValueError(f"base_to_new: the source must have at least 2 classes, got {K}")
+        raise ValueError(
+            f"{option('base_to_new')}: the source must have at least 2 classes, got {K}"
+        )
     middle = (K + 1) // 2
     return records.subset_classes(range(middle)), records.subset_classes(range(middle, K))
 
@@ -140,6 +144,7 @@ def class_texts(records: Records, class_names: list[str]) -> Tensor:
     missing = [name for name in class_names if name not in records.class_names]
     if missing:
         raise ValueError(
-            f"base_to_new: the source must have all new classes or none, {missing[0]!r} is missing"
+            f"{option('base_to_new')}: the source must have all new classes or none, "
+            f"{missing[0]!r} is missing"
         )
     return records.text[[records.class_names.index(name) for name in class_names]]

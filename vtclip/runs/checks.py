@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vtclip.clip import load_clip, resolve_templates
+from vtclip.clip.texts import templates_of
 from vtclip.data.featureset import FeatureSet
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.joined import labels_among
@@ -25,7 +26,7 @@ from vtclip.files import Json, cache_folder, is_below
 from vtclip.heads import HEADS
 from vtclip.names import option
 from vtclip.runs.folder import can_return_finished, check_run_folder, run_folder, source_folders
-from vtclip.runs.opening import NUMBERS, check_no_own
+from vtclip.runs.opening import NUMBERS, check_no_own, named_as
 from vtclip.runs.request import FitRequest
 from vtclip.train.rows import no_test_images
 
@@ -49,11 +50,12 @@ def check_before_work(request: FitRequest, records: Records | None = None) -> di
     sources: dict[str, AnySource | None] = {
         "source": request.source, "val": request.val, "test": request.test
     }  # fmt: skip
-    listed = {
-        role: files
-        for role, source in sources.items()
-        if source is not None and (files := files_of(source, request)) is not None
-    }
+    listed = {}
+    for role, source in sources.items():
+        with named_as(role):
+            files = None if source is None else files_of(source, request)
+        if files is not None:
+            listed[role] = files
     class_names = class_names_of(request, listed)
     for role in NUMBERS:
         if role in listed and "source" in listed:
@@ -62,6 +64,8 @@ def check_before_work(request: FitRequest, records: Records | None = None) -> di
             labels_among(role, class_names, listed[role].class_names)
     if "source" in listed and not request.pseudo_labels:
         check_images(request, listed)
+    if "source" in listed:
+        check_sentences(request, class_names)
     if class_names:
         check_names(request, class_names)
     return listed
@@ -83,6 +87,12 @@ def check_options(request: FitRequest) -> None:
     except ValueError as error:
         if str(WIDTH) not in str(error):  # else of the width, which the features will say
             raise
+
+
+def check_sentences(request: FitRequest, class_names: Sequence[str]) -> None:
+    """Refuse sentences per class that leave out a class of the images."""
+    if request.templates is not None:
+        templates_of(resolve_templates(list(request.templates)), class_names)
 
 
 def check_cache(request: FitRequest) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
 from vtclip.files import Json, printable
+from vtclip.names import option
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def check_duplicates(
     if not copies:
         return split, left_out
     if strict:
-        raise ValueError(f"{_described(records, copies)}; strict refuses such a source")
+        raise ValueError(f"{_described(records, copies)}; {option('strict')} refuses such a source")
     if "set" in records.info:
         return split, left_out  # said when its lists were read
     exact = [copy for copy in copies if copy.role == "test" and copy.kind != "near"]

@@ -15,6 +15,7 @@ from vtclip.data.splits import Split
 from vtclip.files import Json, write_atomic
 from vtclip.heads import Head
 from vtclip.machine import choose_device, set_threads
+from vtclip.names import option
 from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.base_to_new import evaluate_base_to_new
@@ -117,7 +118,7 @@ def _check_kind(result: Json, ttt: TTT | None) -> None:
     }
     for kind, is_so in kinds.items():
         if is_so:
-            raise ValueError(f"predictions: {kind} has no table of predictions")
+            raise ValueError(f"{option('predictions')}: {kind} has no table of predictions")
 
 
 def _metrics(

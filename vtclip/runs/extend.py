@@ -14,18 +14,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from vtclip.clip.texts import is_per_class
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import Split, few_shot_split
-from vtclip.files import Json, json_digest
+from vtclip.files import Json, json_digest, printable
 from vtclip.heads import HEADS, Head
 from vtclip.heads._head import NewClasses
 from vtclip.heads.zeroshot import ZeroShot
 from vtclip.machine import Stopwatch, choose_device, set_threads
-from vtclip.names import SHOTS
+from vtclip.names import SHOTS, name_key, option
 from vtclip.runs import result
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.duplicates import check_duplicates
@@ -84,6 +86,9 @@ def extend(
     sources = RunSources(
         run, adapter, where, model, cache_dir, progress, batch_size=encoder_batch_size
     )
+    if source_kind(path) == "folder":
+        named = new_classes(path, name, sources.options.get("class_names"))
+        _check_sentences(sources.templates_of_new(), named.class_names)
     with watch.stage("features"):
         old = sources.rows()
         passes = sources.options["augment_passes"] if keeps_images(adapter.head) else 0
@@ -302,6 +307,19 @@ def _check_names(
     check_single(path, "extend")
     if source_kind(path) == "folder":
         check_class_names([*known, *new_classes(path, name, class_names).class_names])
+
+
+def _check_sentences(templates: Sequence[Any] | None, names: Sequence[str]) -> None:
+    """Refuse new classes that a run of sentences per class was given none for."""
+    if not templates or not is_per_class(templates[0]):
+        return
+    known = {name_key(name) for name in templates[0]}
+    absent = [name for name in names if name_key(name) not in known]
+    if absent:
+        raise ValueError(
+            f"extend: the run was fitted with sentences per class, and there are none for "
+            f"{printable(absent[0])!r}; fit again with {option('templates')} that has them"
+        )
 
 
 def check_extendable(head: Head) -> None:

@@ -106,13 +106,15 @@ def _fit(request: FitRequest, world: World) -> Run:
     return run or Run.load(folder)
 
 
-def extract(request: FitRequest, files: ImageFiles, clip: Clip, watch: Stopwatch) -> FeatureSet:
+def extract(
+    request: FitRequest, files: ImageFiles, clip: Clip, watch: Stopwatch, say: bool = True
+) -> FeatureSet:
     """Global features of all images by `clip`, from the cache where it has them."""
     with watch.stage("features"):
         options = dataclasses.replace(
             request.features, model=clip, need_spatial=False, device=request.device
         )
-        return cached_features(files, options)[0]
+        return cached_features(files, options, say)[0]
 
 
 def source_images(request: FitRequest) -> ImageFiles:
@@ -184,7 +186,7 @@ def evaluate_and_write(
     """Evaluate both decisions on the test images, and write the run."""
     base_weights = clip.weights_digest
     tuned = with_weights(clip)
-    after = extract(request, source_images(request), tuned, watch).records()
+    after = extract(request, source_images(request), tuned, watch, say=False).records()
     # the trained head over the class texts of the trained text tower
     head = RAda(after.text, **{**trained.options(), "logit_scale": tuned.logit_scale})
     head.load_state_dict({**trained.state_dict(), "text": head.text})

@@ -27,6 +27,7 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import METHODS, option
 from vtclip.runs.adapter import Adapter, features_of
+from vtclip.runs.opening import named_as
 from vtclip.runs.result import Run, named_classes
 from vtclip.runs.sources import RunSources, SourceRows, test_report
 from vtclip.train import multi_label
@@ -82,7 +83,8 @@ def check_request(request: FitRequest) -> None:
     places = {name: getattr(request, name, None) for name in ("val", "test")}
     for name, place in places.items():
         if place is not None:
-            check_single(place, option(name))
+            with named_as(name):
+                check_single(place, option(name))
     if not has_several(request.source):
         return
     for name in ("train_encoders", "base_to_new", "pseudo_labels", "final", *places):
@@ -170,7 +172,7 @@ def evaluate_run(
     """
     for name, value in refused.items():
         if value:
-            raise ValueError(f"{name}: the run has {SEVERAL}, and it takes one only")
+            raise ValueError(f"{option(name)}: the run has {SEVERAL}, and it takes one only")
     adapter = sources.adapter
     rows = sources.rows(data)[0] if source is None else sources.other(source)
     counted = test_report([rows], run.result["source"] if source is None else str(source))

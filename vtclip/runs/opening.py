@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from vtclip.data.image_files import ImageFiles, InMemory
 from vtclip.data.joined import join_records
@@ -47,7 +48,8 @@ def open_all(
     others = {}
     for role, place in named.items():
         # classes are renamed where both name them; a class that only one has is matched by name
-        part = open_one(place, options, None, listed.get(role))
+        with named_as(role):
+            part = open_one(place, options, None, listed.get(role))
         own = part.roles
         if own is not None and bool((own == NUMBERS[role]).any()):
             part = part.select((own == NUMBERS[role]).nonzero().flatten())
@@ -59,6 +61,18 @@ def open_all(
             )  # fmt: skip
         others[role] = part
     return join_records(records, others)
+
+
+@contextlib.contextmanager
+def named_as(role: str) -> Iterator[None]:
+    """Errors about the source of a role name the option that named it, e.g. --test."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        if role == "source" or not text.startswith("source: "):
+            raise
+        raise ValueError(f"{option(role)}: {text.removeprefix('source: ')}") from None
 
 
 def open_one(
@@ -93,7 +107,7 @@ def check_others(source: AnySource, val: AnySource | None, test: AnySource | Non
             raise ValueError(
                 f"{option(role)}: data set {source.name} has official lists, got {place}"
             )
-        kinds = [_kind(option(role), place), source_kind(source)]
+        kinds = [_kind(role, place), source_kind(source)]
         if (kinds[0] == "npz") != (kinds[1] == "npz"):
             raise ValueError(
                 f"{option(role)}: an .npz table goes with another alone, got {place} "
@@ -106,10 +120,10 @@ def check_others(source: AnySource, val: AnySource | None, test: AnySource | Non
             raise ValueError(f"{option(role)}: {place} is {other} as well; name other images")
 
 
-def _kind(name: str, place: AnySource) -> str:
+def _kind(role: str, place: AnySource) -> str:
     if isinstance(place, SetSource):
-        raise ValueError(f"{name}: a data set cannot stand beside other images, got {place}")
-    try:
+        raise ValueError(
+            f"{option(role)}: a data set cannot stand beside other images, got {place}"
+        )
+    with named_as(role):
         return source_kind(place)
-    except ValueError as error:
-        raise ValueError(f"{name}: {str(error).removeprefix('source: ')}") from None

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from vtclip.clip import ClipNotFound, resolve_templates
+from vtclip.clip import ClipNotFound
 from vtclip.clip.names import resolve
+from vtclip.clip.texts import read_templates
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, SetSource, as_source
@@ -145,17 +146,18 @@ class FitRequest:
         for name in ("spatial", "prompt", "augment_passes", "base_to_new"):
             if getattr(self, name):
                 raise ValueError(
-                    f"train_encoders: {name} must be left out, got {getattr(self, name)!r}"
+                    f"{option('train_encoders')}: {name} must be left out, got "
+                    f"{getattr(self, name)!r}"
                 )
         if self.method != TRAINS_ENCODERS:
             raise ValueError(
-                f"train_encoders: method must be {TRAINS_ENCODERS}, got {self.method!r}"
+                f"{option('train_encoders')}: method must be {TRAINS_ENCODERS}, got {self.method!r}"
             )
         kind = "set" if isinstance(source, SetSource) else source_kind(source)
         if kind != "folder":
             what = "an .npz table" if kind == "npz" else "a features folder"
             raise ValueError(
-                f"train_encoders: source must be an image folder, got {what}: {source}"
+                f"{option('train_encoders')}: source must be an image folder, got {what}: {source}"
             )
         if self.shots == 0:
             raise ValueError(f"{option('shots')} must be at least 1 to train, got 0")
@@ -226,7 +228,7 @@ class FitRequest:
             "val": None if self.val is None else str(self.val.resolve()),
             "test": None if self.test is None else str(self.test.resolve()),
             "model": lasting_model(self.model),
-            "templates": lasting_templates(self.templates),
+            "templates": read_templates(self.templates),
             "fit": dataclasses.asdict(settings),
         }
         absent = ["train_encoders"]
@@ -279,17 +281,6 @@ def lasting_model(model: str | Path) -> str:
         return resolve(str(model)).name
     except ClipNotFound:  # of features that exist already no model is loaded
         return str(model)
-
-
-def lasting_templates(templates: Sequence[str] | None) -> list[str] | None:
-    """The templates for a record: of a file its lines, because the file may change or move."""
-    if templates is None:
-        return None
-    lines: list[str] = []
-    for item in templates:
-        is_file = "{}" not in item and Path(item).suffix == ".txt"
-        lines += resolve_templates(item) if is_file else [item]
-    return lines
 
 
 def _overrides(config: Json, method: str, recipe_shots: int) -> Json:

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vtclip.clip.texts import is_per_class
 from vtclip.data.class_names import with_class_names
 from vtclip.data.folders import is_ignored, scan_folder, walk_images
 from vtclip.data.formats import is_image_name
@@ -134,7 +135,7 @@ class RunSources:
                     path = Path(entry["source"])
                     opened = Opened(self.added(path, entry["name"]), LeftOut())
                 else:
-                    opened = self.opened(source)
+                    opened = self.opened(source, own=True)
                 counted = count_own(opened.records, self.seen, opened.left_out, left)
             rows.append(self.source_rows(opened.records, counted))
         if self.seen is not None and not isinstance(first, SetSource):
@@ -207,7 +208,7 @@ class RunSources:
                 )  # fmt: skip
         return counted
 
-    def opened(self, source: AnySource) -> Opened:
+    def opened(self, source: AnySource, own: bool = False) -> Opened:
         """Plain rows of any source, of features that the adapter takes; of its own set its draw.
 
         Images of classes that the run does not know are left out before they are read.
@@ -221,7 +222,7 @@ class RunSources:
         if isinstance(source, SetSource):
             return Opened(self._of_set(source), LeftOut())
         if images:
-            files, left_out = self.files(source)
+            files, left_out = self.files(source, own)
             records = self._features(files)
         else:
             records, left_out = self._known(open_records(source, self._options(images)))
@@ -229,12 +230,16 @@ class RunSources:
         unread = len(records.info.get("skipped", []))
         return Opened(records, left_out + LeftOut({"unreadable": unread}))
 
-    def files(self, source: Path | InMemory) -> tuple[ImageFiles, LeftOut]:
-        """The image files of a folder in classes of the run, and the others by class."""
+    def files(self, source: Path | InMemory, own: bool = False) -> tuple[ImageFiles, LeftOut]:
+        """The image files of a folder in classes of the run, and the others by class.
+
+        own: images that a list names and that are gone are passed over; `rows` counts them.
+        """
         files = list_images(
             source,
             follow_links=self.follow_links or bool(self.options.get("follow_links")),
             empty_classes=True,
+            absent_ok=own,
         )
         # a source may have classes that the run was never told the names of
         files = with_class_names(files, self.options.get("class_names"), keep_others=True)
@@ -334,12 +339,20 @@ class RunSources:
             spatial=features["spatial"] if self.adapter.head.needs_spatial else None,
             need_spatial=False,
             prompt=None,
-            templates=features["templates"],
+            templates=self.templates_of_new(),
             augment_passes=augment_passes,
         )
         records = cached_features(new_classes(path, name, named), options)[0].records()
         check_features(self.adapter, records)
         return records
+
+    def templates_of_new(self) -> list[Any]:
+        """The templates of new classes: those of the run, or all sentences that its fit was given.
+
+        The adapter keeps the sentences of its own classes alone.
+        """
+        made: list[Any] = self.adapter.features["templates"]
+        return self.options["templates"] or made if made and is_per_class(made[0]) else made
 
     def labels(self, records: Records) -> Tensor:
         """The run's label of each of the records' classes."""
