@@ -31,7 +31,7 @@ def test_is_m_times_the_mean_over_the_images_of_a_class(kind):
     with torch.no_grad():
         wanted = ZeroShot(text, logit_scale=30.0)(image)
         for k in range(K):
-            own = support.image[LABEL == k]
+            own = support.image[k == LABEL]
             one = head_of(kind, Support(own, torch.full((len(own),), k)), text, None)
             votes = one(image) - ZeroShot(text, logit_scale=30.0)(image)
             wanted = wanted + 2.5 * votes / len(own)
