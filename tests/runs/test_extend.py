@@ -291,7 +291,7 @@ def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
         (["RUN", "OLDCLASS", "--out", "new"], "are the same name but for case"),
         (["RUN", "SHOUT", "--out", "new"], "are the same name but for case"),
         (["RUN", "FEW", "--out", "new"], "class 'dotted heart' has 1 images, too few to hold out"),
-        (["RUN", "NEW", "--out", "new", "--shots", "5"], "shots = 5 needs 5 images per class"),
+        (["RUN", "NEW", "--out", "new", "--shots", "most"], "--shots: must be a number or all"),
         (["RUN", "NEW", "--out", "new", "--shots", "0"], "--shots: must be in"),
         (["RUN", "NEW", "--out", "there"], "out there exists; give a new folder"),
         (["RUN", "NEW", "--out", "RUN/inner"], "lies inside the run"),
@@ -400,3 +400,78 @@ def test_a_data_set_with_official_lists_is_extended_by_a_folder(tmp_path, trees)
     assert torch.allclose(head_of(larger.folder).text[-1:], text, atol=1e-6)
     assert vtclip.evaluate(larger, **options)["accuracy"] == larger.accuracy
     assert trees.fingerprint(root) == before
+
+
+def uneven(path: Path, classes: list[int], counts: list[int]) -> Path:
+    """`table` with the first so many images of each class."""
+    table(path, classes)
+    arrays = dict(np.load(path))
+    label = arrays["label"]
+    rows = np.concatenate([np.flatnonzero(label == k)[:n] for k, n in enumerate(counts)])
+    for name in ("image", "spatial", "label", "fname"):
+        arrays[name] = arrays[name][rows]
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f", "tip-x", "proker"])
+def test_a_small_new_class_brings_what_it_has_and_votes_like_the_others(
+    fitted, tmp_path, caplog, method
+):
+    run = fitted(method)
+    source = uneven(tmp_path / "new.npz", [3, 4], [12, 4])
+    larger = vtclip.extend(run, source, out=tmp_path / "run2", device="cpu")
+    entry = larger.result["sources"][1]
+    assert (entry["shots"], entry["draw"]) == (3, "up to")
+    counts = {"dog": {"train": 3, "val": 0, "test": 6}, "eel": {"train": 2, "val": 0, "test": 2}}
+    assert entry["images_per_class"] == counts
+    assert "1 of 2 classes train on fewer images: eel 2" in caplog.text
+    head = head_of(larger.folder)
+    assert torch.bincount(head.label).tolist() == [3, 3, 3, 3, 2]
+    if method != "proker":
+        votes = head.values().sum(dim=0)
+        torch.testing.assert_close(votes, torch.full((ALL,), 3.0))
+        assert head.votes_per_class == 3.0
+    test = vtclip.evaluate(larger.folder, device="cpu")
+    assert test["accuracy"] == pytest.approx(larger.accuracy)
+
+
+def test_all_images_of_new_classes_join_a_run_of_all(place, tmp_path, capsys):
+    source = uneven(tmp_path / "old.npz", [0, 1, 2], [12, 8, 4])
+    run = vtclip.fit(source, method="tip-adapter", shots="all", out=tmp_path / "run", device="cpu")
+    mean = head_of(run.folder).votes_per_class
+    new = uneven(tmp_path / "new.npz", [3, 4], [10, 3])
+    words = [str(run.folder), str(new), "--out", str(tmp_path / "run2"), "--device", "cpu"]
+    assert main(["extend", *words]) == 0
+    out = capsys.readouterr().out
+    assert "2 to 5 images of each kept" in out
+    assert [line.split() for line in out.splitlines() if line.startswith("eel")] == [
+        ["eel", "2", "0", "1"]
+    ]
+    head = head_of(tmp_path / "run2")
+    assert torch.bincount(head.label).tolist()[3:] == [5, 2]
+    torch.testing.assert_close(head.values().sum(dim=0), torch.full((ALL,), mean))
+
+
+def test_a_new_class_of_one_image_trains_and_is_named_as_untested(fitted, tmp_path, caplog):
+    source = uneven(tmp_path / "new.npz", [3, 4], [12, 1])
+    larger = vtclip.extend(fitted("proker"), source, out=tmp_path / "run2", device="cpu")
+    assert larger.result["sources"][1]["images_per_class"]["eel"]["train"] == 1
+    assert "1 of 2 classes have no test image" in caplog.text
+
+
+def test_exact_runs_are_extended_by_as_many_images_of_every_class(place, tmp_path):
+    run = vtclip.fit(
+        place / "old.npz", method="tip-adapter", shots=3, exact_shots=True, out=tmp_path / "run",
+        device="cpu",
+    )  # fmt: skip
+    source = uneven(tmp_path / "new.npz", [3, 4], [12, 4])
+    larger = vtclip.extend(run, source, out=tmp_path / "run2", device="cpu")
+    assert larger.result["sources"][1]["shots"] == 2
+    head = head_of(larger.folder)
+    assert torch.bincount(head.label).tolist() == [3, 3, 3, 2, 2]
+    assert head.votes_per_class is None
+    for shots, message in ((3, "shots = 3 needs 3 images per class"), ("all", "must be a number")):
+        with pytest.raises(ValueError, match=message):
+            vtclip.extend(run, source, out=tmp_path / "run3", shots=shots, device="cpu")
+        assert not (tmp_path / "run3").exists()

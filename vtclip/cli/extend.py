@@ -6,7 +6,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, on_terminal, options_of
+from vtclip.cli.parsing import (
+    Parser,
+    emit,
+    emit_json,
+    existing,
+    number_or_all,
+    on_terminal,
+    options_of,
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -18,9 +26,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--name", help="the one new class, where it is not called like its folder")
     parser.add_argument(
         "--shots",
-        type=count,
-        metavar="N",
-        help="images per new class, for methods that keep images (default: as the run)",
+        type=number_or_all(1),
+        metavar="N|all",
+        help="images per new class, for methods that keep images: at most N, or all (of a run of "
+        "--exact-shots exactly N; default: as the run)",
     )
     parser.add_model_of_run()
     parser.add_shared("--encoder-batch-size", "--cache-dir", "--device", "--threads", "--json")
@@ -47,11 +56,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(result: Any) -> str:
-    """Accuracy before and after, of zero-shot and of the method."""
+    """Accuracy before and after, of zero-shot and of the method; the images of the new classes."""
+    from vtclip.runs.class_counts import class_table
+
     added, method = result["sources"][-1], result["method"]
     K, names = len(result["classes"]), added["classes"]
     old = K - len(names)
-    shots = f"{added['shots']} images of each" if added["learns"] else "no images of them"
+    kept = [counts["train"] for counts in added["images_per_class"].values()]
+    number = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
+    of_each = f"{number} images of each" if added["learns"] else "no images of them"
     rows = {
         f"{old} old classes, before": result["before"],
         f"{old} old classes among {K}": result["old_classes"],
@@ -61,11 +74,12 @@ def summary(result: Any) -> str:
     width = max(map(len, rows))
     lines = [
         f"{method} on {result['source']}, with {', '.join(names[:4])}"
-        f"{', ...' if len(names) > 4 else ''}: {shots} kept",
+        f"{', ...' if len(names) > 4 else ''}: {of_each} kept",
         f"{'accuracy':<{width}} {'images':>7} {'zero-shot':>10} {method:>14}",
     ]
     for name, row in rows.items():
         shares = [f"{100 * row[key]['accuracy']:.2f} %" for key in ("zero_shot", "adapted")]
         images = row["adapted"]["count"]
         lines.append(f"{name:<{width}} {images:>7} {shares[0]:>10} {shares[1]:>14}")
-    return "\n".join([*lines, result["extension"]["note"]])
+    table = class_table(added["images_per_class"])
+    return "\n".join([*lines, table, result["extension"]["note"]])

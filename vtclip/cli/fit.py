@@ -16,6 +16,7 @@ from vtclip.cli.parsing import (
     first_process,
     note_demo_model,
     number,
+    number_or_all,
     on_terminal,
     one_of,
     options_of,
@@ -81,7 +82,7 @@ def _add_images(parser: Parser) -> None:
     add("--data", metavar="ROOT", help="folder of data sets; SOURCE is the name of one")
     add(
         "--shots",
-        type=shots,
+        type=number_or_all(0),
         metavar="N|all",
         help="training images per class at most, or all; a class with fewer trains on those it "
         "has (default: 16)",
@@ -214,16 +215,6 @@ def _add_run(parser: Parser) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--resume", action="store_true", help="go on with the run in --out")
     parser.add_shared("--json", group=group)
-
-
-def shots(value: str) -> int | str:
-    """A number of shots, or "all"."""
-    if value == "all":
-        return value
-    if not any(letter.isdigit() for letter in value):
-        raise argparse.ArgumentTypeError(f"must be a number or all, got {value!r}")
-    checked: int = number(int, 0, 1_000_000)(value)
-    return checked
 
 
 def run(args: argparse.Namespace) -> int:

@@ -127,6 +127,20 @@ def number(kind: type, low: float, high: float, above: bool = False) -> Callable
     return check
 
 
+def number_or_all(low: int) -> Callable[[str], int | str]:
+    """A number of images from `low` on, or "all"."""
+
+    def check(value: str) -> int | str:
+        if value == "all":
+            return value
+        if not any(letter.isdigit() for letter in value):
+            raise argparse.ArgumentTypeError(f"must be a number or all, got {value!r}")
+        checked: int = number(int, low, 1_000_000)(value)
+        return checked
+
+    return check
+
+
 count = number(int, 1, 1_000_000)
 seed = number(int, 0, MAX_SEED)
 SHARED: dict[str, dict[str, Any]] = {

@@ -63,6 +63,7 @@ def few_shot_split(
     class_names: Sequence[str] | None = None,
     rule: str = EXACT,
     roles: Tensor | None = None,
+    validate: bool = True,
 ) -> Split:
     """Train, validation and test rows per class; see the module's docstring for the rules.
 
@@ -71,6 +72,7 @@ def few_shot_split(
     error where shots is not 0.
     roles [N]: what the source says of its images: 0 are the pool; where there are any, 1 validate
     and 2 test, all of them.
+    validate: False where nothing is chosen by validation images: none are carved out.
     """
     _check_draw(shots, seed, test_fraction, rule)
     if len(label) != len(names):
@@ -92,7 +94,7 @@ def few_shot_split(
         rows = sorted(by_class[k], key=lambda row: _digest("test", names[row]))
         num_test = int(len(rows) * fraction)
         pool = sorted(rows[num_test:], key=lambda row: _digest(f"seed {seed}", names[row]))
-        train, val = dealt(len(pool), shots, rule, own_val=1 in own)
+        train, val = dealt(len(pool), shots, rule, own_val=not validate or 1 in own)
         if train < _least(shots, rule):
             too_small.append((k, len(pool)))
         drawn["test"] += rows[:num_test]
@@ -106,7 +108,7 @@ def few_shot_split(
 def dealt(n: int, shots: int | str, rule: str = EXACT, *, own_val: bool = False) -> tuple[int, int]:
     """How many of a pool of n images train and validate; see the module's docstring.
 
-    own_val: the source has validation images of its own, and none are taken from the pool.
+    own_val: none are taken from the pool to validate, as where the source has its own.
     """
     most = n if isinstance(shots, str) else shots
     if own_val:

@@ -29,7 +29,8 @@ class SupportHead(ImageHead):
         any (N = 0) the logits are zero-shot's.
 
     A class needs no support, and classes may have different numbers of images. The order of the
-    support does not matter; an image that is there twice counts twice.
+    support does not matter; an image that is there twice counts twice, where votes are not balanced
+    (`values`).
     """
 
     trains_keys: ClassVar[bool] = False
@@ -108,6 +109,16 @@ class SupportHead(ImageHead):
     def one_hot(self) -> Tensor:
         """Y [N, K] of the support."""
         return F.one_hot(self.label, self.num_classes).to(self.text)
+
+    def balanced_one_hot(self, votes_per_class: float) -> Tensor:
+        """Y [N, K] with the ones of class k replaced by votes_per_class / (its number of images).
+
+        The ones stay exactly 1 where every class has `votes_per_class` images.
+        """
+        count = F.one_hot(self.label, self.num_classes).sum(dim=0)  # [K]
+        wide = torch.promote_types(self.text.dtype, torch.float32)
+        weight = votes_per_class / count.clamp(min=1).to(wide)
+        return self.one_hot() * weight.to(self.text)
 
 
 def check_support(head: str, support: Support, text: Tensor) -> tuple[Tensor, Tensor]:

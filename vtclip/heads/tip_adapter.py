@@ -3,7 +3,11 @@
 
     logits = z + alpha * exp(-beta * (1 - v S^T)) Y     z: zero-shot logits, v and S of length 1
 
-arXiv 2111.03930. With the trained keys of Tip-Adapter-F, S is a parameter. As
+arXiv 2111.03930, where Y is one-hot and every class has as many images. The votes of a class are a
+sum over its images: with unequal numbers the large classes win by their size. `votes_per_class` m
+replaces the one of an image of class k, of which there are n_k, by m / n_k, which makes the votes
+m times the mean over the images of the class. Where n_k = m for all k that is the published
+equation, bit for bit. With the trained keys of Tip-Adapter-F, S is a parameter. As
 attention over the support: exp(-beta * (1 - v S^T)) Y = exp(lse - beta) * softmax(beta v S^T) Y,
 where lse is the logarithm of what the softmax divides by.
 """
@@ -28,6 +32,8 @@ class TipAdapter(SupportHead):
 
     alpha: weight of the votes, in logits; 0 leaves zero-shot's. Default 0.16 * logit_scale.
     beta: sharpness of the votes, default 8. `choose` sets both.
+    votes_per_class: as how many images each class counts, see the module; None lets every image
+        vote once. A fit of up to N images per class sets it to the mean number of them.
 
     As well as validation images, `choose` asks each support image of a class with several what the
     others say of it, its own class's votes multiplied by n / (n - 1) for the one that is left out.
@@ -54,6 +60,7 @@ class TipAdapter(SupportHead):
         num_support: int = 0,
         alpha: float | None = None,
         beta: float | None = None,
+        votes_per_class: float | None = None,
         logit_scale: float = 100.0,
     ) -> None:
         super().__init__(text, num_support=num_support, logit_scale=logit_scale)
@@ -62,10 +69,19 @@ class TipAdapter(SupportHead):
         check_positive(type(self).__name__, beta=beta)
         check_not_negative(type(self).__name__, alpha=alpha)
         self.alpha, self.beta = float(alpha), float(beta)
+        if votes_per_class is not None:
+            check_positive(type(self).__name__, votes_per_class=votes_per_class)
+        self.votes_per_class = votes_per_class
 
     def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
-        return z + self.alpha * (self.affinity(self.similarity(image), self.beta) @ self.one_hot())
+        return z + self.alpha * (self.affinity(self.similarity(image), self.beta) @ self.values())
+
+    def values(self) -> Tensor:
+        """What each support image votes, [N, K]: Y, or m / n_k in place of its ones."""
+        if self.votes_per_class is None:
+            return self.one_hot()
+        return self.balanced_one_hot(self.votes_per_class)
 
     def similarity(self, image: Tensor) -> Tensor:
         """image [B, C] -> v S^T [B, N]."""
@@ -101,15 +117,15 @@ class TipAdapter(SupportHead):
         The function makes votes [n + m, K] of affinities [n, N] and [N, N]; in the latter each of
         the m rows is left out of its own.
         """
-        Y = self.one_hot()
+        Y, values = self.one_hot(), self.values()
         count = Y.sum(dim=0)
         # trained keys have fitted their own labels, and say nothing about other images
         several = (count[self.label] > 1) & (not self.trains_keys)
 
         def votes(to_val: Tensor, to_support: Tensor) -> Tensor:
-            others = to_support.clone().fill_diagonal_(0)[several] @ Y
+            others = to_support.clone().fill_diagonal_(0)[several] @ values
             others = others * torch.where(Y.bool(), count / (count - 1).clamp(min=1), 1)[several]
-            return torch.cat([to_val @ Y, others])
+            return torch.cat([to_val @ values, others])
 
         z = self.zero_shot(torch.cat([image, self.keys[several]]))
         return z, torch.cat([label, self.label[several]]), votes

@@ -4,7 +4,8 @@
     logits = z + alpha * exp(-beta * (1 - v S^T)) Y + gamma * (offset - slope * KL) Y
     KL[b, n] = sum_k P(v_b)[k] log(P(v_b)[k] / P(s_n)[k]),  P(x) = softmax(x T^T / 0.5)
 
-v, S and T of length 1; arXiv 2211.16198, section 3.2. `slope` and `offset` bring -KL to the range
+v, S and T of length 1; arXiv 2211.16198, section 3.2; `votes_per_class` scales Y as in
+`vtclip.heads.tip_adapter`. `slope` and `offset` bring -KL to the range
 of v S^T. The released code takes both ranges over all evaluation images at once, so that an image's
 logits depend on the others of its batch; here they are fixed on pairs of support images.
 """
@@ -53,10 +54,16 @@ class TipX(TipAdapter):
         gamma: float | None = None,
         slope: float | None = None,
         offset: float | None = None,
+        votes_per_class: float | None = None,
         logit_scale: float = 100.0,
     ) -> None:
         super().__init__(
-            text, num_support=num_support, alpha=alpha, beta=beta, logit_scale=logit_scale
+            text,
+            num_support=num_support,
+            alpha=alpha,
+            beta=beta,
+            votes_per_class=votes_per_class,
+            logit_scale=logit_scale,
         )
         gamma = 0.08 * logit_scale if gamma is None else gamma
         check_not_negative("TipX", gamma=gamma)
@@ -66,7 +73,7 @@ class TipX(TipAdapter):
     def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
         votes = self.alpha * self.affinity(self.similarity(image), self.beta)
-        return z + (votes + self.gamma * self.likeness(image)) @ self.one_hot()
+        return z + (votes + self.gamma * self.likeness(image)) @ self.values()
 
     def likeness(self, image: Tensor) -> Tensor:
         """image [B, C] -> offset - slope * KL to each support row [B, N]."""

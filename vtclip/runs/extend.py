@@ -21,7 +21,7 @@ import torch
 from vtclip.clip.texts import is_per_class
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sources import source_kind
-from vtclip.data.splits import Split, few_shot_split
+from vtclip.data.splits import ALL, EXACT, UP_TO, Split, few_shot_split
 from vtclip.files import Json, json_digest, printable
 from vtclip.heads import HEADS, Head
 from vtclip.heads._head import NewClasses
@@ -30,6 +30,7 @@ from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.names import SHOTS, name_key, option
 from vtclip.runs import result
 from vtclip.runs.adapter import Adapter, load_adapter
+from vtclip.runs.class_counts import images_per_class, warn_of_few
 from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
@@ -48,7 +49,7 @@ def extend(
     *,
     out: str | Path,
     name: str | None = None,
-    shots: int | None = None,
+    shots: int | str | None = None,
     model: str | Path | None = None,
     encoder_batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -60,9 +61,11 @@ def extend(
 
     folder: images of one class, called like the folder or `name`; a folder of class folders; or a
         features folder or .npz table of other classes, where the run was fitted on one.
-    shots: images per new class for heads that keep images; None takes as many as the run had, or
-        the next of 16, 8, 4, 2, 1 that every new class has. Other heads take none. Half of each new
-        class is held out, by the run's own rule and share.
+    shots: images per new class for heads that keep images; None takes as many as the run had. Of a
+        run of up to N images per class it is at most so many, or "all", and a class with fewer
+        brings those; they are counted. Of a run of exactly N it is so many of every class, and
+        None takes the next of 16, 8, 4, 2, 1 that every new class has. Other heads take none. Half
+        of each new class is held out, by the run's own share.
     model: another place of the encoder's weights (see vtclip.clip).
 
     The result has `before` (the run's own classes, named among these alone), `old_classes` and
@@ -77,7 +80,10 @@ def extend(
     set_threads(threads)
     _check_out(target, run.folder, path)
     _check_run(run)
-    if shots is not None and shots < 1:
+    if isinstance(shots, str) and (shots != ALL or _rule(run) != UP_TO):
+        wish = f'a number or "{ALL}"' if _rule(run) == UP_TO else "a number, as the run's are exact"
+        raise ValueError(f"shots must be {wish}, got {shots!r}")
+    if isinstance(shots, int) and shots < 1:
         raise ValueError(f"shots must be at least 1, got {shots}")
     adapter = load_adapter(run.folder, device=where)
     check_extendable(adapter.head)
@@ -97,6 +103,8 @@ def extend(
     split, shots = _split(run, adapter.head, added, shots)
     keeps = keeps_images(adapter.head)
     split, twice = check_duplicates(added, split, False, learns=keeps)
+    if _rule(run) == UP_TO:
+        warn_of_few(added, split, shots if keeps else None)
     old, split, known = _without_copies(sources, old, added, split, keeps)
     with watch.stage("extend"):
         head = _extended_head(sources, added, split)
@@ -111,7 +119,9 @@ def extend(
         "name": name,
         "classes": added.class_names,
         "shots": shots,
+        "draw": _rule(run),
         "learns": keeps,
+        "images_per_class": images_per_class(added, replace(split, val=split.val[:0])),
         "images": added.info["digests"]["images"],
         "split": split.digest,
     }
@@ -244,11 +254,21 @@ def _left_out(old: Sequence[SourceRows], twice: Json) -> Json:
     return {**twice, "gone": gone}
 
 
-def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Split, int]:
+def _rule(run: Run) -> str:
+    """How shots of new classes are drawn: as the run's; exactly where those had no labels."""
+    config = run.result["config"]
+    return EXACT if config.get("pseudo_labels") else str(config.get("draw", EXACT))
+
+
+def _split(
+    run: Run, head: Head, added: Records, shots: int | str | None
+) -> tuple[Split, int | str]:
     """Held-out and support rows of the new classes, and the shots, 0 for heads that keep none."""
-    fraction = run.result["config"]["test_fraction"]
+    fraction, rule = run.result["config"]["test_fraction"], _rule(run)
     if not keeps_images(head):
         shots = 0
+    elif shots is None and rule == UP_TO:
+        shots = run.result["shots"]
     elif shots is None:
         shots = _usual(run.result["shots"], added, fraction)
     split = few_shot_split(
@@ -258,9 +278,11 @@ def _split(run: Run, head: Head, added: Records, shots: int | None) -> tuple[Spl
         seed=run.result["seed"],
         test_fraction=fraction,
         class_names=added.class_names,
+        rule=rule,
+        validate=rule == EXACT,
     )
     counts = torch.bincount(added.label[split.test], minlength=len(added.class_names))
-    if int(counts.min()) == 0:
+    if int(counts.max() if rule == UP_TO else counts.min()) == 0:
         k = int(counts.argmin())
         total = int((added.label == k).sum())
         raise ValueError(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from vtclip.data.splits import Split
 from vtclip.heads import Head
 from vtclip.heads.config import FitConfig
 from vtclip.train import engine, metrics
-from vtclip.train.methods import build_head, text_encoder
+from vtclip.train.methods import VOTES, balanced_votes, build_head, text_encoder
 from vtclip.train.rows import TrainingRows, support_of
 from vtclip.train.steps import TrainingRun
 
@@ -30,6 +32,8 @@ def fit_head(
     choose=False leaves it with its hyper-parameters as they were, for `choose_by`.
     """
     torch.manual_seed(run.seed)
+    if run.balanced:
+        config = balanced_votes(method, config, records.label[split.train])
     head = build_head(method, records, config, run.device)
     if head.needs_text_encoder:
         head.set_text_encoder(text_encoder(records, run.device), records.class_names)
@@ -52,6 +56,8 @@ def refit_head(
     training, and those that validation chose afterwards.
     """
     torch.manual_seed(run.seed)
+    if VOTES in head.options():  # alpha and the temperature were chosen for votes of this size
+        config = replace(config, head={**config.head, VOTES: head.options()[VOTES]})
     fresh = build_head(head.method, records, config, run.device)
     if fresh.needs_text_encoder:
         fresh.set_text_encoder(text_encoder(records, run.device), records.class_names)

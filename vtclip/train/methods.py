@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from vtclip.clip import Clip, load_clip
 from vtclip.data.records import Records
@@ -15,6 +16,8 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
 from vtclip.names import pick
+
+VOTES = "votes_per_class"  # the option of heads whose images vote
 
 
 def recipe_config(method: str, shots: int, overrides: Mapping[str, object] | None) -> FitConfig:
@@ -64,6 +67,20 @@ def build_head(method: str, records: Records, config: FitConfig, device: torch.d
     head = HEADS[method](records.text, **options).to(device)
     head.set_text_views(records.text_views)
     return head
+
+
+def balanced_votes(method: str, config: FitConfig, label: Tensor) -> FitConfig:
+    """The settings of a fit to images with these labels [N] in which classes count alike.
+
+    A head whose images vote gets the mean number of images per class for its `votes_per_class`,
+    unless the settings have one.
+    """
+    if VOTES not in inspect.signature(HEADS[method]).parameters or VOTES in config.head:
+        return config
+    classes = len(label.unique())
+    if not classes:
+        return config
+    return dataclasses.replace(config, head={**config.head, VOTES: len(label) / classes})
 
 
 def zero_shot_head(records: Records, device: torch.device) -> Head:
