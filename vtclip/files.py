@@ -123,11 +123,31 @@ def write_together(files: Mapping[Path, bytes]) -> None:
 
 def to_json(value: object) -> bytes:
     """JSON that every reader takes: NaN and infinities become null, keys keep their order."""
-    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, indent=1)
-    return (text + "\n").encode("ascii")
+    return (_indented(_finite(value), "\n ") + "\n").encode("ascii")
+
+
+_SCALARS = frozenset((str, int, bool, type(None)))
+_encode = json.JSONEncoder(allow_nan=False).encode
+
+
+def _indented(value: object, line: str) -> str:
+    """What json.dumps returns with indent=1. That is Python code; a list of scalars, such as the
+    digests of all images, goes through the encoder in C at once. line: line end and indent."""
+    if not value or not isinstance(value, dict | list):
+        return _encode(value)
+    between, last = f",{line}", line[:-1]
+    if isinstance(value, dict):
+        items = (f"{_encode(key)}: {_indented(item, line + ' ')}" for key, item in value.items())
+        return f"{{{line}{between.join(items)}{last}}}"
+    if _SCALARS.issuperset(map(type, value)):
+        text = json.dumps(value, separators=(between, ": "))
+        return f"[{line}{text[1:-1]}{last}]"
+    return f"[{line}{between.join(_indented(item, line + ' ') for item in value)}{last}]"
 
 
 def _finite(value: object) -> object:
+    if isinstance(value, list | tuple) and _SCALARS.issuperset(map(type, value)):
+        return list(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

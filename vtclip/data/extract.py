@@ -189,17 +189,20 @@ class _Job(Work):
         start = time.perf_counter()
         report = ExtractionReport(stages=self.stages)
         world.check_same("features", self.key)
+        finished: list[FeatureSet] = []
         with contextlib.ExitStack() as held:
 
             def enter() -> bool:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(_hold(folder))
-                return self._finished(folder, rebuild) is not None
+                found = self._finished(folder, rebuild)
+                finished.extend([] if found is None else [found])
+                return found is not None
 
             report.reused = bool(world.collect(world.by_first(enter))[0])
             if not report.reused:
                 self._build(folder, world)
-            features = FeatureSet.open(folder)
+            features = finished[0] if finished else FeatureSet.open(folder)
         report.seconds = time.perf_counter() - start
         self._report(features, report, say=say and world.first)
         return features, report

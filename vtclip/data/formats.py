@@ -72,6 +72,8 @@ _OTHERS = """
     .shp .dbf .prj .cpg .shx .pgw .tfw .jgw
 """
 NO_IMAGES = frozenset(_OTHERS.split())
+# every Pillow opens these, so that listing such files does not load all of its formats
+_ALWAYS = frozenset(" ".join(BY_CONTENT[name] for name in ("JPEG", "PNG", "BMP", "GIF")).split())
 
 _lock = threading.Lock()
 
@@ -91,7 +93,8 @@ def extension_of(name: str) -> str:
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image that is read here."""
-    return extension_of(name) in formats().extensions
+    extension = extension_of(name)
+    return extension in _ALWAYS or extension in formats().extensions
 
 
 def formats() -> Formats:

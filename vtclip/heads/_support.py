@@ -28,9 +28,12 @@ class SupportHead(ImageHead):
     num_support: N. The rows are zeros until `fit_support` or a loaded state brings them. Without
         any (N = 0) the logits are zero-shot's.
 
+    votes_per_class: as how many images each class counts, see `class_weights`; None lets every
+        image count once. A fit of up to N images per class sets it to the mean number of them.
+
     A class needs no support, and classes may have different numbers of images. The order of the
-    support does not matter; an image that is there twice counts twice, where votes are not balanced
-    (`values`).
+    support does not matter; an image that is there twice counts twice next to others of its class,
+    and without `votes_per_class` next to those of other classes, too.
     """
 
     trains_keys: ClassVar[bool] = False
@@ -38,11 +41,21 @@ class SupportHead(ImageHead):
     keys: Tensor
     label: Tensor
 
-    def __init__(self, text: Tensor, *, num_support: int = 0, logit_scale: float = 100.0) -> None:
+    def __init__(
+        self,
+        text: Tensor,
+        *,
+        num_support: int = 0,
+        votes_per_class: float | None = None,
+        logit_scale: float = 100.0,
+    ) -> None:
         super().__init__(text, logit_scale=logit_scale)
         name = type(self).__name__
         check_least(name, 0, num_support=num_support)
         check_positive(name, logit_scale=logit_scale)
+        if votes_per_class is not None:
+            check_positive(name, votes_per_class=votes_per_class)
+        self.votes_per_class = votes_per_class
         keys = text.new_zeros(num_support, text.shape[1])
         if self.trains_keys:
             self.keys = nn.Parameter(keys)
@@ -110,15 +123,16 @@ class SupportHead(ImageHead):
         """Y [N, K] of the support."""
         return F.one_hot(self.label, self.num_classes).to(self.text)
 
-    def balanced_one_hot(self, votes_per_class: float) -> Tensor:
-        """Y [N, K] with the ones of class k replaced by votes_per_class / (its number of images).
+    def class_weights(self) -> Tensor:
+        """m / n_k of each class [K], by which its images count, m = votes_per_class; 1 where None.
 
-        The ones stay exactly 1 where every class has `votes_per_class` images.
+        Exactly 1 where a class has m images, too.
         """
-        count = F.one_hot(self.label, self.num_classes).sum(dim=0)  # [K]
         wide = torch.promote_types(self.text.dtype, torch.float32)
-        weight = votes_per_class / count.clamp(min=1).to(wide)
-        return self.one_hot() * weight.to(self.text)
+        if self.votes_per_class is None:
+            return torch.ones_like(self.text[:, 0], dtype=wide)
+        count = F.one_hot(self.label, self.num_classes).sum(dim=0)
+        return self.votes_per_class / count.clamp(min=1).to(wide)
 
 
 def check_support(head: str, support: Support, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,13 @@
 z, Y: zero-shot logits and one-hot labels. arXiv 2501.11175, whose target is Y and whose z is scaled
 to it; here z keeps its scale and alpha scales Y, which multiplies all logits by one number. Inside
 the solve z and Y have no means over the classes, which adds one number to all logits of an image.
+
+That is the minimum over f of sum_i w_i |f(s_i) - alpha y_i|^2 + lam |f - z|^2 with all w_i = 1.
+Where classes have unequal numbers n_k of images, `votes_per_class` m gives those of class k the
+weight w_i = m / n_k, and lam W^-1 takes the place of lam I; with n_k = m for all k nothing changes,
+bit for bit. With half of the classes of the photos below cut to 6 images, these have through
+ViT-B/32 96.8 % and through RN50 91.2 % instead of 96.3 % and 88.3 %, all classes 97.4 % and 94.1 %
+instead of 97.2 % and 92.9 % (--shots all, mean of seeds 1-3).
 """
 
 from collections.abc import Mapping
@@ -32,6 +39,7 @@ class ProKeR(SupportHead):
         Default 0.15 * logit_scale.
     beta: sharpness of the kernel.
     lam: weight of the pull to zero-shot, at least 1e-6. `choose` sets all three and solves again.
+    votes_per_class: as how many images each class counts, see the module.
 
     The solve holds three float64 tables of [N, N].
 
@@ -58,9 +66,15 @@ class ProKeR(SupportHead):
         alpha: float | None = None,
         beta: float = 1.0,
         lam: float = 0.1,
+        votes_per_class: float | None = None,
         logit_scale: float = 100.0,
     ) -> None:
-        super().__init__(text, num_support=num_support, logit_scale=logit_scale)
+        super().__init__(
+            text,
+            num_support=num_support,
+            votes_per_class=votes_per_class,
+            logit_scale=logit_scale,
+        )
         alpha = 0.15 * logit_scale if alpha is None else alpha
         check_positive("ProKeR", alpha=alpha, beta=beta, lam=lam)
         if lam < LEAST_LAM:
@@ -79,7 +93,7 @@ class ProKeR(SupportHead):
         keys = self.keys.double()
         Y, z = self._targets()
         ridge = kernel(keys, keys, self.beta)
-        ridge.diagonal().add_(self.lam)
+        ridge.diagonal().add_(self.lam / self._weights())
         factor = torch.linalg.cholesky(ridge)
         solved = torch.cholesky_solve(self.alpha * Y - z, factor).to(self.text)
         # row by row, as a loaded adapter has them: products of another layout differ in last bits
@@ -90,15 +104,20 @@ class ProKeR(SupportHead):
         self.fit_support(Support(self.keys, self.label))
 
     def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
-        """One eigendecomposition per beta serves every alpha and lam; in float32 or float64."""
+        """One eigendecomposition per beta serves every alpha and lam; in float32 or float64.
+
+        Of r K r with r the square roots of the weights: (K + lam / w)^-1 = r (r K r + lam)^-1 r.
+        """
         wide = torch.promote_types(self.text.dtype, torch.float32)
         base, (Y, z) = self.zero_shot(image).to(wide), self._targets()
-        both = torch.cat([Y, z], dim=1).to(wide)
+        root = self._weights().sqrt()
+        both = (root[:, None] * torch.cat([Y, z], dim=1)).to(wide)
+        root = root.to(wide)
         image, keys = image.to(wide), self.keys.to(wide)
         solutions: dict[tuple[float, float], tuple[Tensor, Tensor]] = {}
         for beta in BETAS:
-            values, vectors = torch.linalg.eigh(kernel(keys, keys, beta))
-            to_val, right = kernel(image, keys, beta) @ vectors, vectors.mT @ both
+            values, vectors = torch.linalg.eigh(root[:, None] * kernel(keys, keys, beta) * root)
+            to_val, right = (kernel(image, keys, beta) * root) @ vectors, vectors.mT @ both
             for lam in LAMBDAS:
                 shrunk = to_val / (values.clamp(min=0) + lam)
                 Y_part, z_part = (shrunk @ right).tensor_split(2, dim=1)
@@ -112,6 +131,10 @@ class ProKeR(SupportHead):
         grid = {"alpha": alphas, "beta": BETAS, "lam": LAMBDAS}
         centre = {name: getattr(self, name) for name in self.searched}
         return most_likely(grid, centre, logits, label)
+
+    def _weights(self) -> Tensor:
+        """w [N] of the support, float64."""
+        return self.class_weights().double()[self.label]
 
     def _targets(self) -> tuple[Tensor, Tensor]:
         """Y and z(S) [N, K] without their means over the classes, float64."""

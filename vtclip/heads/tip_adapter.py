@@ -32,8 +32,7 @@ class TipAdapter(SupportHead):
 
     alpha: weight of the votes, in logits; 0 leaves zero-shot's. Default 0.16 * logit_scale.
     beta: sharpness of the votes, default 8. `choose` sets both.
-    votes_per_class: as how many images each class counts, see the module; None lets every image
-        vote once. A fit of up to N images per class sets it to the mean number of them.
+    votes_per_class: as how many images each class counts, see the module.
 
     As well as validation images, `choose` asks each support image of a class with several what the
     others say of it, its own class's votes multiplied by n / (n - 1) for the one that is left out.
@@ -63,15 +62,17 @@ class TipAdapter(SupportHead):
         votes_per_class: float | None = None,
         logit_scale: float = 100.0,
     ) -> None:
-        super().__init__(text, num_support=num_support, logit_scale=logit_scale)
+        super().__init__(
+            text,
+            num_support=num_support,
+            votes_per_class=votes_per_class,
+            logit_scale=logit_scale,
+        )
         alpha = self.default_alpha * logit_scale if alpha is None else alpha
         beta = self.default_beta if beta is None else beta
         check_positive(type(self).__name__, beta=beta)
         check_not_negative(type(self).__name__, alpha=alpha)
         self.alpha, self.beta = float(alpha), float(beta)
-        if votes_per_class is not None:
-            check_positive(type(self).__name__, votes_per_class=votes_per_class)
-        self.votes_per_class = votes_per_class
 
     def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
@@ -81,7 +82,7 @@ class TipAdapter(SupportHead):
         """What each support image votes, [N, K]: Y, or m / n_k in place of its ones."""
         if self.votes_per_class is None:
             return self.one_hot()
-        return self.balanced_one_hot(self.votes_per_class)
+        return self.one_hot() * self.class_weights().to(self.text)
 
     def similarity(self, image: Tensor) -> Tensor:
         """image [B, C] -> v S^T [B, N]."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 KINDS = {"file": "the same content", "pixels": "the same pixels", "near": "nearly the same picture"}
 NEAR_BITS = 2  # of 64: what saving a photo once more as JPEG changes
 MAX_PAIRS = 2**32  # beyond it only equal perceptual digests count as near
+BLOCK = 2**20  # pairs that are compared at once
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,35 @@ def _close(mine: NDArray[np.uint64], theirs: NDArray[np.uint64]) -> list[tuple[i
     if len(mine) * len(theirs) > MAX_PAIRS:
         first = {int(value): place for place, value in reversed(list(enumerate(theirs)))}
         return [(n, first[int(value)]) for n, value in enumerate(mine) if int(value) in first]
-    pairs = []
-    for n, value in enumerate(mine):
-        octets = np.ascontiguousarray(theirs ^ value).view(np.uint8).reshape(-1, 8)
-        near = np.flatnonzero(np.unpackbits(octets, axis=1).sum(axis=1) <= NEAR_BITS)
-        if len(near):
-            pairs.append((n, int(near[0])))
-    return pairs
+    best = np.full(len(mine), len(theirs))
+    for n, of in _alike_in_part(mine, theirs):
+        octets = (mine[n] ^ theirs[of]).view(np.uint8).reshape(-1, 8)
+        near = np.unpackbits(octets, axis=1).sum(axis=1) <= NEAR_BITS
+        np.minimum.at(best, n[near], of[near])
+    return [(int(n), int(best[n])) for n in np.flatnonzero(best < len(theirs))]
+
+
+def _alike_in_part(
+    mine: NDArray[np.uint64], theirs: NDArray[np.uint64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Places in `mine` and `theirs` of all pairs with an equal one of NEAR_BITS + 1 parts of bits.
+
+    Digests that differ in at most NEAR_BITS have one. Pairs come in blocks, and more than once.
+    """
+    edges = np.linspace(0, 64, NEAR_BITS + 2).astype(np.uint64)
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        mask = np.uint64(2 ** int(stop - start) - 1)
+        own, other = (mine >> start) & mask, (theirs >> start) & mask
+        order = np.argsort(other, kind="stable")
+        first = np.searchsorted(other[order], own, side="left")
+        counts = np.searchsorted(other[order], own, side="right") - first
+        wanted = np.flatnonzero(counts)
+        blocks = np.cumsum(counts[wanted]) // BLOCK
+        for rows in np.split(wanted, np.flatnonzero(np.diff(blocks)) + 1):
+            n = np.repeat(rows, counts[rows])
+            within = np.arange(len(n)) - np.repeat(np.cumsum(counts[rows]) - counts[rows],
+                                                   counts[rows])  # fmt: skip
+            yield n, order[np.repeat(first[rows], counts[rows]) + within]
 
 
 def _described(records: Records, copies: Sequence[Copy]) -> str:

@@ -140,13 +140,16 @@ def read_predictions(path: str | Path) -> list[dict[str, str]]:
 
 def escape(name: str) -> str:
     """`name` as a cell of predictions.csv holds it; see the module."""
-    plain = "".join(
-        letter
-        if letter.isprintable() and letter != "\\"
-        else letter.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for letter in name
-    )
+    plain = name
+    if not name.isprintable() or "\\" in name:
+        plain = "".join(map(_escaped, name))
     return "'" + plain if plain.startswith(FORMULA) else plain
+
+
+def _escaped(letter: str) -> str:
+    if letter.isprintable() and letter != "\\":
+        return letter
+    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def unescape(cell: str) -> str:
