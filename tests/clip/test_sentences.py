@@ -82,7 +82,7 @@ def test_a_run_keeps_the_sentences_and_needs_the_file_no_longer(capsys, place):
     assert json_of(capsys, "predict", "r", "pics/dotted square/0.png")
     pictures.noise(place / "new", ["plain ring"], 8)
     line = refused(capsys, "extend", "r", "new/plain ring", "--out", "r2")
-    assert "1 of 1 classes have no sentences: plain ring" in line
+    assert "there are none for 'plain ring'" in line
 
 
 def test_other_sentences_are_other_features(place):

@@ -121,7 +121,7 @@ def test_what_a_list_says_is_said_once(photos, cache, tmp_path, caplog):
 
 def test_the_run_of_a_list_is_called_after_it(photos, tmp_path):
     request = FitRequest(source=photos / "photos.csv", method="proker", shots=2)
-    assert run_folder(request, 2).name == "photos-proker-2shot-seed1"
+    assert run_folder(request).name == "photos-proker-2shot-seed1"
 
 
 def test_trained_encoders_read_a_list(photos, cache, tmp_path):
@@ -147,7 +147,7 @@ def test_a_pair_of_paths_and_labels_is_a_source(photos, cache, tmp_path):
         vtclip.evaluate(run, cache_dir=cache)
     request = FitRequest(source=as_source(pair, None), method="proker", shots=2)
     assert isinstance(request.source, InMemory)
-    assert run_folder(request, 2).name == "pair-proker-2shot-seed1"
+    assert run_folder(request).name == "pair-proker-2shot-seed1"
 
 
 def test_bad_lists_end_in_one_line_and_write_nothing(photos, cache, tmp_path, capsys):

@@ -180,8 +180,9 @@ def _hugging_face(source: Any, title: str, root: Path) -> ImageFiles:
         return images_of_rows(title, columns, rows, root)
     column = _one(title, "images", images, ("image", "img", "picture"))
     label = _label_column(title, features)
-    kind = features[label]
-    inner = getattr(kind, "feature", kind[0] if isinstance(kind, list) else kind)
+    column_type = features[label]
+    one = column_type[0] if isinstance(column_type, list) else column_type
+    inner = getattr(column_type, "feature", one)
     known = list(inner.names) if isinstance(inner, datasets.ClassLabel) else None
     values = table.select_columns([label])[:][label]
     labels = [
@@ -198,7 +199,7 @@ def _hugging_face(source: Any, title: str, root: Path) -> ImageFiles:
             return read_file(cell["path"])
         raise ImageError(name, "the row holds no image")
 
-    several = inner is not kind
+    several = inner is not column_type
     return _of_labels(title, root, labels, known, read, several=several)
 
 
@@ -208,8 +209,8 @@ def _label_column(title: str, features: Mapping[str, Any]) -> str:
     ]
     if named:
         return named[0]
-    kinds = [name for name, kind in features.items() if hasattr(kind, "names")]
-    return _one(title, "labels", kinds, LABELS)
+    labels = [name for name, of in features.items() if hasattr(of, "names")]
+    return _one(title, "labels", labels, LABELS)
 
 
 def _one(title: str, what: str, found: Sequence[str], usual: Sequence[str]) -> str:

@@ -237,7 +237,7 @@ def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
     given: whether the caller named the model; if not, the run's own record did.
     """
     other = "--model" if given else "the one at that place"
-    what = f"model {clip.name!r} is not the model of the run"
+    what = f"model {clip.name!r} is not"
     check_same_model(adapter.features, clip.weights_digest, clip.config, what, other)
 
 
@@ -250,7 +250,7 @@ def check_features(adapter: Adapter, records: Records) -> None:
         adapter.features,
         actual["weights_digest"],
         actual["model_config"],
-        "the source has not the model of the run",
+        "the source is not of",
         "the source",
     )
     names = ["width", *(("spatial", "spatial_width") if adapter.head.needs_spatial else ())]

@@ -148,7 +148,7 @@ class Seen:
         text = data.decode("utf-8", "surrogatepass")
         rows = list(csv.reader(io.StringIO(text, newline="")))
         if rows and tuple(rows[0]) == COLUMNS[:-1]:  # before perceptual hashes were kept
-            rows = [COLUMNS, *([*row, ""] for row in rows[1:])]
+            rows = [list(COLUMNS), *([*row, ""] for row in rows[1:])]
         if not rows or tuple(rows[0]) != COLUMNS:
             raise ValueError(f"not {WHAT}: {path} must have the columns {', '.join(COLUMNS)}")
         columns = zip(*rows[1:], strict=True) if len(rows) > 1 else ([] for _ in COLUMNS)

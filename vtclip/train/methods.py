@@ -77,7 +77,7 @@ def balanced_votes(method: str, config: FitConfig, label: Tensor) -> FitConfig:
     """
     if VOTES not in inspect.signature(HEADS[method]).parameters or VOTES in config.head:
         return config
-    classes = len(label.unique())
+    classes = len(set(label.tolist()))
     if not classes:
         return config
     return dataclasses.replace(config, head={**config.head, VOTES: len(label) / classes})
