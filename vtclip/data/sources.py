@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtclip.data.class_names import needs_image_files
-from vtclip.data.image_files import InMemory
+from vtclip.data.image_files import ImageFiles, InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.lists import is_list
 from vtclip.data.npz import open_npz
@@ -87,9 +87,16 @@ def open_source(
 
 
 def open_records(
-    source: str | Path | SetSource | InMemory, options: FeatureOptions, draw: Draw | None = None
+    source: str | Path | SetSource | InMemory,
+    options: FeatureOptions,
+    draw: Draw | None = None,
+    *,
+    images: ImageFiles | None = None,
 ) -> Records:
-    """`open_source` of options that were put together before; `draw` is for data sets only."""
+    """`open_source` of options that were put together before; `draw` is for data sets only.
+
+    images: the files of `source`, where they were listed already.
+    """
     if isinstance(source, SetSource):
         from vtclip.data.sets.features import open_set
 
@@ -114,9 +121,10 @@ def open_records(
         features = FeatureSet.open(source)
         warn_of_texts(features)
     else:
-        images = list_images(
-            source, follow_links=options.follow_links, class_names=options.class_names
-        )
+        if images is None:
+            images = list_images(
+                source, follow_links=options.follow_links, class_names=options.class_names
+            )
         features, report = cached_features(images, options)
         warn_of_texts(features, encoded=not report.reused)
     features.require(

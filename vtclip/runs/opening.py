@@ -36,7 +36,7 @@ def open_all(
     listed: files by "source", "val" and "test", where they were listed already.
     """
     listed = listed or {}
-    records = open_one(source, options, draw, listed.get("source"))
+    records = open_records(source, options, draw, images=listed.get("source"))
     named: dict[str, AnySource] = {
         role: place for role, place in (("val", val), ("test", test)) if place is not None
     }
@@ -49,7 +49,7 @@ def open_all(
     for role, place in named.items():
         # classes are renamed where both name them; a class that only one has is matched by name
         with named_as(role):
-            part = open_one(place, options, None, listed.get(role))
+            part = open_records(place, options, images=listed.get(role))
         own = part.roles
         if own is not None and bool((own == NUMBERS[role]).any()):
             part = part.select((own == NUMBERS[role]).nonzero().flatten())
@@ -73,17 +73,6 @@ def named_as(role: str) -> Iterator[None]:
         if role == "source" or not text.startswith("source: "):
             raise
         raise ValueError(f"{option(role)}: {text.removeprefix('source: ')}") from None
-
-
-def open_one(
-    source: AnySource, options: FeatureOptions, draw: Draw | None, files: ImageFiles | None
-) -> Records:
-    """`open_records`, of files that were listed already where there are any."""
-    if files is None or isinstance(source, SetSource):
-        return open_records(source, options, draw)
-    from vtclip.data.extract import cached_features
-
-    return cached_features(files, options)[0].records()
 
 
 def check_no_own(role: str, roles: list[int], source: AnySource) -> None:
