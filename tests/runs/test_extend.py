@@ -301,7 +301,7 @@ def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
         (["RUN", "MIXED", "--out", "new"], "holds images and folders; name makes all of them"),
         (["RUN", "nowhere", "--out", "new"], "FOLDER 'nowhere' does not exist"),
         (["NEW", "NEW", "--out", "new"], "not a vtclip run"),
-        (["RUN", "TABLE", "--out", "new"], "the source has"),
+        (["RUN", "TABLE", "--out", "new"], "the source was not made by the model of the run"),
         (["RUN", "TABLE", "--out", "new", "--name", "x"], "name is for a folder of images"),
         (["TABLERUN", "NEW", "--out", "new"], "must come from an .npz table of width 16"),
         (["TABLERUN", "WIDE", "--out", "new"], "the source has width 8"),

@@ -226,9 +226,7 @@ def check_same_model(
         found += differences(known, config)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(
-            f"{what} the model of the run; of the run vs of {other}: {'; '.join(found[:3])}{more}"
-        )
+        raise ValueError(f"{what}; of the run vs of {other}: {'; '.join(found[:3])}{more}")
 
 
 def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
@@ -237,7 +235,7 @@ def check_model(adapter: Adapter, clip: Clip, *, given: bool = True) -> None:
     given: whether the caller named the model; if not, the run's own record did.
     """
     other = "--model" if given else "the one at that place"
-    what = f"model {clip.name!r} is not"
+    what = f"model {clip.name!r} is not the model of the run"
     check_same_model(adapter.features, clip.weights_digest, clip.config, what, other)
 
 
@@ -250,7 +248,7 @@ def check_features(adapter: Adapter, records: Records) -> None:
         adapter.features,
         actual["weights_digest"],
         actual["model_config"],
-        "the source is not of",
+        "the source was not made by the model of the run",
         "the source",
     )
     names = ["width", *(("spatial", "spatial_width") if adapter.head.needs_spatial else ())]

@@ -80,11 +80,7 @@ def extend(
     set_threads(threads)
     _check_out(target, run.folder, path)
     _check_run(run)
-    if isinstance(shots, str) and (shots != ALL or _rule(run) != UP_TO):
-        wish = f'a number or "{ALL}"' if _rule(run) == UP_TO else "a number, as the run's are exact"
-        raise ValueError(f"shots must be {wish}, got {shots!r}")
-    if isinstance(shots, int) and shots < 1:
-        raise ValueError(f"shots must be at least 1, got {shots}")
+    _check_shots(run, shots)
     adapter = load_adapter(run.folder, device=where)
     check_extendable(adapter.head)
     _check_names(adapter.class_names, path, name, run.result["config"].get("class_names"))
@@ -92,9 +88,7 @@ def extend(
     sources = RunSources(
         run, adapter, where, model, cache_dir, progress, batch_size=encoder_batch_size
     )
-    if source_kind(path) == "folder":
-        named = new_classes(path, name, sources.options.get("class_names"))
-        _check_sentences(sources.templates_of_new(), named.class_names)
+    _check_new_texts(sources, path, name)
     with watch.stage("features"):
         old = sources.rows()
         passes = sources.options["augment_passes"] if keeps_images(adapter.head) else 0
@@ -110,20 +104,16 @@ def extend(
         head = _extended_head(sources, added, split)
         # scores among the old classes say nothing of those among all
         wider = replace(adapter, head=head, class_names=class_names, calibration=None)
-    labels = torch.arange(len(adapter.class_names), len(class_names))
-    new = SourceRows(added, split.test, labels)
+    new = SourceRows(added, split.test, torch.arange(len(adapter.class_names), len(class_names)))
     with watch.stage("evaluate"):
         values = _evaluated(adapter, wider, old, new, run.result["zero_shot"]["temperature"])
     entry = {
         "source": str(path.resolve()),
         "name": name,
-        "classes": added.class_names,
         "shots": shots,
         "draw": _rule(run),
         "learns": keeps,
-        "images_per_class": images_per_class(added, replace(split, val=split.val[:0])),
-        "images": added.info["digests"]["images"],
-        "split": split.digest,
+        **_described(added, split),
     }
     with claimed(target):
         digest = save_with_encoders(target, wider, sources.clip)
@@ -133,6 +123,31 @@ def extend(
     contents |= {"left_out": {**_left_out(old, twice), "repeated": known}, **images}
     contents["sources"] = [*sources_of(run), entry]
     return Run.write(target, contents)
+
+
+def _check_new_texts(sources: RunSources, path: Path, name: str | None) -> None:
+    """Refuse a run of sentences per class that has none for a new one, before images are read."""
+    if source_kind(path) == "folder":
+        named = new_classes(path, name, sources.options.get("class_names"))
+        _check_sentences(sources.templates_of_new(), named.class_names)
+
+
+def _check_shots(run: Run, shots: int | str | None) -> None:
+    if isinstance(shots, str) and (shots != ALL or _rule(run) != UP_TO):
+        wish = f'a number or "{ALL}"' if _rule(run) == UP_TO else "a number, as the run's are exact"
+        raise ValueError(f"shots must be {wish}, got {shots!r}")
+    if isinstance(shots, int) and shots < 1:
+        raise ValueError(f"shots must be at least 1, got {shots}")
+
+
+def _described(added: Records, split: Split) -> Json:
+    """What an extended run keeps of the new classes and of their images."""
+    return {
+        "classes": added.class_names,
+        "images_per_class": images_per_class(added, replace(split, val=split.val[:0])),
+        "images": added.info["digests"]["images"],
+        "split": split.digest,
+    }
 
 
 def _extended_head(sources: RunSources, added: Records, split: Split) -> Head:
