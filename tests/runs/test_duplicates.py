@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pictures import dots
@@ -13,6 +14,7 @@ from pictures import dots
 import vtclip
 from vtclip.data.records import MemoryStore, Records
 from vtclip.data.splits import few_shot_split
+from vtclip.runs import duplicates
 from vtclip.runs.duplicates import check_duplicates, copies_across
 from vtclip.runs.seen import Seen
 
@@ -132,3 +134,20 @@ def test_a_fit_leaves_copies_out_and_its_evaluation_agrees(tmp_path, caplog):
     assert again["test"] == second.result["test"]
     assert vtclip.repeat(second, cache_dir=tmp_path / "cache")["verdict"] == "MATCH"
     assert Path(second.folder / "images.csv").is_file()
+
+
+@pytest.mark.parametrize("block", [2**20, 7])
+def test_pairs_of_few_bits_are_those_that_a_comparison_of_all_finds(block, monkeypatch):
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    draw = np.random.default_rng(3)
+    theirs = draw.integers(0, 2**64, 200, dtype=np.uint64, endpoint=False)
+    flips = [np.uint64(sum(1 << int(bit) for bit in draw.choice(64, n % 5, replace=False)))
+             for n in range(300)]  # fmt: skip
+    mine = np.array([theirs[draw.integers(200)] ^ flip for flip in flips], dtype=np.uint64)
+    expected = []
+    for n, value in enumerate(mine.tolist()):
+        bits = [bin(value ^ other).count("1") for other in theirs.tolist()]
+        near = [place for place, count in enumerate(bits) if count <= duplicates.NEAR_BITS]
+        expected += [(n, near[0])] if near else []
+    assert 150 < len(expected) < 300
+    assert duplicates._close(mine, theirs) == expected

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What files hold: JSON as the standard library indents it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vtclip.files import to_json
+
+SCALARS: Any = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False,
+                                                          allow_infinity=False)  # fmt: skip
+VALUES: Any = st.recursive(
+    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20
+)
+
+
+@given(st.dictionaries(st.text(), VALUES))
+def test_json_is_that_of_the_standard_library_with_an_indent_of_one(value):
+    assert to_json(value) == (json.dumps(value, ensure_ascii=True, indent=1) + "\n").encode()
+
+
+def test_numbers_that_json_lacks_are_null_and_tuples_and_paths_are_lists_and_text():
+    value = {"a": [1.0, math.nan, (True, None)], 2: Path("x"), "b": [], "c": {}, "d": [math.inf]}
+    assert json.loads(to_json(value)) == {
+        "a": [1.0, None, [True, None]], "2": "x", "b": [], "c": {}, "d": [None]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [{"a": "\ud800"}, {"\udcff": ["é", "\u2028", '"\\']}])
+def test_letters_outside_ascii_are_escaped(value):
+    assert json.loads(to_json(value)) == value
+    assert to_json(value).isascii()
