@@ -126,7 +126,9 @@ def test_a_class_with_fewer_images_than_shots_trains_on_what_it_has(shared_data,
     run = vtclip.fit(shared_data / "photos", out=tmp_path / "run", cache_dir=tmp_path / "cache")
     assert run.result["shots"] == 16  # 20 photos a class, half of them test
     assert run.result["images"] == {"train": 152, "val": 38, "test": 190}
-    assert caplog.text == ""
+    # the only warning: the demo's model knows few of these words, so that some texts are the same
+    (warning,) = caplog.messages
+    assert "classes have the same text features" in warning
     options = {"shots": 16, "exact_shots": True, "out": tmp_path / "named"}
     with pytest.raises(ValueError, match="shots = 16 needs 16 images per class"):
         vtclip.fit(shared_data / "photos", **options)
