@@ -96,10 +96,7 @@ def extend(
     class_names = check_class_names([*adapter.class_names, *added.class_names])
     split, shots = _split(run, adapter.head, added, shots)
     keeps = keeps_images(adapter.head)
-    _say_roles(path, added, split, keeps)
-    split, twice = check_duplicates(added, split, False, learns=keeps)
-    if _rule(run) == UP_TO:
-        warn_of_few(added, split, shots if keeps else None)
+    split, twice = _checked(run, path, added, split, shots if keeps else None)
     old, split, known = _without_copies(sources, old, added, split, keeps)
     with watch.stage("extend"):
         head = _extended_head(sources, added, split)
@@ -308,6 +305,21 @@ def _split(
             few = "none of which the source calls a test image"
         raise ValueError(f"extend: class {added.class_names[k]!r} has {total} images, {few}")
     return split, shots
+
+
+def _checked(
+    run: Run, path: Path, added: Records, split: Split, shots: int | str | None
+) -> tuple[Split, Json]:
+    """The split without copies, and how many those are; what of it is unexpected is said.
+
+    shots: None of a method that keeps no images.
+    """
+    keeps = shots is not None
+    _say_roles(path, added, split, keeps)
+    split, twice = check_duplicates(added, split, False, learns=keeps)
+    if _rule(run) == UP_TO:
+        warn_of_few(added, split, shots)
+    return split, twice
 
 
 def _say_roles(path: Path, added: Records, split: Split, keeps: bool) -> None:
