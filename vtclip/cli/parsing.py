@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +19,12 @@ class Parser(argparse.ArgumentParser):
 
     An option that stores a value is refused where it is given twice.
     options: the option strings of the parser, those of its groups too.
+    flags: those of them that take no value.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         self.options = ["-h", "--help"]
+        self.flags = {"-h", "--help"}
         super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, Once)
         self._note_options(self)
@@ -39,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         def add_argument(*names: str, **settings: Any) -> argparse.Action:
             action: argparse.Action = add(*names, **settings)
             self.options += action.option_strings
+            if action.nargs == 0:
+                self.flags.update(action.option_strings)
             return action
 
         group.add_argument = add_argument
@@ -63,6 +68,37 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but a command's positional arguments may stand between its options."""
+        if args is not None and self.get_default("parser") is self:
+            args = self._positionals_together(list(args))
+        return super().parse_known_args(args, namespace)
+
+    def _positionals_together(self, words: list[str]) -> list[str]:
+        """`words` with the positional arguments next to each other.
+
+        argparse fills an optional positional with nothing as soon as an option follows the one
+        before it. Words are left as they are where an option is unknown: whether the next word is
+        its value cannot be told.
+        """
+        apart, positionals, options = False, list[str](), list[str]()
+        queue = words[::-1]
+        while queue:
+            word = queue.pop()
+            if word == "--":
+                apart, positionals = True, positionals + queue[::-1]
+                break
+            if not _like_option(word):
+                positionals.append(word)
+                continue
+            name, has_value, _ = word.partition("=")
+            if name not in self.options:
+                return words
+            options.append(word)
+            if name not in self.flags and not has_value and queue and not _like_option(queue[-1]):
+                options.append(queue.pop())
+        return [*options, "--", *positionals] if apart else positionals + options
+
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         args, extra = self.parse_known_args(words)
         if extra:
@@ -70,6 +106,13 @@ class Parser(argparse.ArgumentParser):
             hint = nearest(extra[0], parser.options) if extra[0].startswith("-") else ""
             parser.error(f"unknown argument {extra[0]!r}{hint}")
         return args
+
+
+def _like_option(word: str) -> bool:
+    """Whether argparse takes `word` for an option: negative numbers and sentences are values."""
+    if not word.startswith("-") or word == "-" or " " in word:
+        return False
+    return re.fullmatch(r"-\d+|-\d*\.\d+", word) is None
 
 
 class Once(argparse.Action):
