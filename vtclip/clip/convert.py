@@ -73,7 +73,7 @@ def convert_file(
             for key, value in (config.get("preprocess_cfg") or {}).items()
             if key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
         },
-        "source": path.name,
+        "source": path.resolve().name,
         "source_sha256": weights.sha256,
     }
     if weights.openai:

@@ -144,7 +144,7 @@ class FeatureSet:
         have, manifest = self.fields, self.manifest
         info = {
             "kind": "features",
-            "path": self.folder.name,
+            "path": self.folder.resolve().name,
             "model_name": self.model_name,
             "model": have["model"],
             "spatial": have["spatial"],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtclip.data.records import Records
-from vtclip.data.sets import AnySource
+from vtclip.data.sets import AnySource, source_name
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import option, pick
@@ -119,7 +119,7 @@ def evaluate_base_to_new(
     known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
     every = known["base"] + known["new"]
     names = [pick("class", name, every) for name in records.class_names]
-    report: Json = {"method": result["method"], "source": source.name}
+    report: Json = {"method": result["method"], "source": source_name(source)}
     for half in HALVES:
         classes = [i for i, name in enumerate(names) if name in known[half]]
         if not classes:

@@ -28,7 +28,7 @@ from vtclip.data.image_files import ImageFiles, InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
-from vtclip.data.sets import AnySource, SetSource, as_source
+from vtclip.data.sets import AnySource, SetSource, as_source, source_name
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json, printable
 from vtclip.heads import HEADS, Head
@@ -486,7 +486,7 @@ def evaluate_sources(sources: RunSources, source: object, data: str | Path | Non
         name = Path(sources.run.result["source"]).name
     else:
         target = as_source(source, data)
-        name, rows = target.name, [sources.other(target)]
+        name, rows = source_name(target), [sources.other(target)]
     test = test_report(rows, name)
     values = report(rows)
     if source is None:

@@ -44,6 +44,11 @@ class SetSource:
 AnySource: TypeAlias = Path | SetSource | InMemory
 
 
+def source_name(source: AnySource) -> str:
+    """What a source is called where one word says it: of "." and ".." too the folder's name."""
+    return source.resolve().name or str(source.resolve())
+
+
 def as_source(source: object, data: str | Path | None) -> AnySource:
     """The data set `source` under the root `data`; without `data`, `source` as a path.
 
