@@ -21,8 +21,6 @@ def _no_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("an image was read")
 
     monkeypatch.setattr(extraction, "hash_all", worked)
-    for command in ("fit", "features", "bench"):  # its note comes before the refusal
-        monkeypatch.setattr(f"vtclip.cli.{command}.note_demo_model", lambda: None)
     monkeypatch.setenv("VTCLIP_CACHE", str(tmp_path / "cache"))
     noise(tmp_path / "pics", ("cat", "dog"), each=6)
     noise(tmp_path / "other", ("cat", "dgo"), each=2)

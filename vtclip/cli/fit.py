@@ -10,11 +10,11 @@ from typing import Any
 from vtclip.cli.parsing import (
     Parser,
     count,
+    demo_model_noted,
     emit,
     emit_json,
     existing,
     first_process,
-    note_demo_model,
     number,
     number_or_all,
     on_terminal,
@@ -222,18 +222,17 @@ def run(args: argparse.Namespace) -> int:
     for name in ("val", "test"):
         if getattr(args, name) is not None:
             existing(f"--{name}", getattr(args, name))
-    if args.model == "demo" and needs_model(source):
-        note_demo_model()
     overrides = overrides_of(args)
     import vtclip
 
-    fitted = vtclip.fit(
-        source,
-        templates=None if args.templates is None else [args.templates],
-        overrides=overrides,
-        progress=on_terminal(),
-        **options_of(args, *PASSED_ON),
-    )
+    with demo_model_noted(args.model == "demo" and needs_model(source)):
+        fitted = vtclip.fit(
+            source,
+            templates=None if args.templates is None else [args.templates],
+            overrides=overrides,
+            progress=on_terminal(),
+            **options_of(args, *PASSED_ON),
+        )
     if not first_process():
         return 0
     if args.json:

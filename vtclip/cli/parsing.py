@@ -7,7 +7,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -228,6 +229,12 @@ SHARED: dict[str, dict[str, Any]] = {
 FEATURES = ("--spatial", "--prompt", "--templates", "--test-fraction", "--augment-passes")
 
 
+DEMO_NOTE = (
+    "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
+    "--model ViT-B-32:openai, or a local file as --model ViT-B-32:/path/to/weights.safetensors"
+)
+
+
 def existing(name: str, path: str) -> Path:
     """A path that is there, or an error that names the argument."""
     place = Path(path).expanduser()
@@ -293,14 +300,20 @@ def note(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
 
-def note_demo_model() -> None:
-    """Says, once for all processes, what the default model is not for."""
-    if first_process():
-        note(
-            "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
-            "--model ViT-B-32:openai, or a local file as "
-            "--model ViT-B-32:/path/to/weights.safetensors"
-        )
+@contextmanager
+def demo_model_noted(needed: bool) -> Iterator[None]:
+    """Says what the default model is not for when its work begins: after the cheap refusals.
+
+    needed: whether the command encodes images by the default model. Of several processes the first
+    says it.
+    """
+    if not needed or not first_process():
+        yield
+        return
+    from vtclip.clip.loading import saying_of_demo
+
+    with saying_of_demo(lambda: note(DEMO_NOTE)):
+        yield
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vtclip.clip.texts import is_per_class
 from vtclip.data.class_names import with_class_names
-from vtclip.data.folders import is_ignored, scan_folder, walk_images
+from vtclip.data.folders import is_ignored, other_files, scan_folder, walk_images
 from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import ImageFiles, InMemory
@@ -441,7 +441,7 @@ def new_classes(
         return with_class_names(scan_folder(path), class_names, keep_others=True)
     names, skipped = walk_images(path)
     if not names:
-        raise ValueError(f"extend: {path} holds no images")
+        raise ValueError(f"extend: {path} holds no images{other_files(path)}")
     root = path.parent
     below = [file.relative_to(root).as_posix() for file in names]
     passed = [(Path(file).relative_to(root).as_posix(), why) for file, why in skipped]
