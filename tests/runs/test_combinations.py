@@ -149,7 +149,7 @@ def test_refusals_name_the_command_once_and_options_as_typed(tmp_path, capsys, m
     dots(tmp_path / "photos")
     words = ["fit", tmp_path / "photos", "--out", tmp_path / "run", "--cache-dir", tmp_path / "c"]
     line = refused(capsys, *words, "--method", "proker", "--base-to-new")
-    assert line.startswith("vtclip fit: --base-to-new: method must be one of ")
+    assert line.startswith("vtclip fit: --base-to-new: --method must be one of ")
     shutil.copytree(tmp_path / "photos", tmp_path / "test")
     line = refused(capsys, *words, "--method", "proker", "--strict", "--test", tmp_path / "test")
     assert line.rstrip().endswith("; --strict refuses such a source")

@@ -258,6 +258,9 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     head |= {option: getattr(args, name) for name, option in COOP_OPTIONS.items()}
     head = {name: value for name, value in head.items() if value not in (None, False)}
     overrides["head"] = head or None
+    if args.context_init is not None and args.method not in (None, "auto", "coop"):
+        # other heads have an option of that name, with another meaning
+        raise ValueError(f"method {args.method} has no option --context-init")
     if args.gce_q is not None and args.loss != "gce":
         raise ValueError("--gce-q is for --loss gce, which is not given")
     if args.train_encoders:

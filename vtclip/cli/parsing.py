@@ -21,11 +21,13 @@ class Parser(argparse.ArgumentParser):
     An option that stores a value is refused where it is given twice.
     options: the option strings of the parser, those of its groups too.
     flags: those of them that take no value.
+    actions: every argument by the name of its value.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         self.options = ["-h", "--help"]
         self.flags = {"-h", "--help"}
+        self.actions: dict[str, argparse.Action] = {}
         super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, Once)
         self._note_options(self)
@@ -43,6 +45,7 @@ class Parser(argparse.ArgumentParser):
         def add_argument(*names: str, **settings: Any) -> argparse.Action:
             action: argparse.Action = add(*names, **settings)
             self.options += action.option_strings
+            self.actions.setdefault(action.dest, action)
             if action.nargs == 0:
                 self.flags.update(action.option_strings)
             return action
@@ -69,7 +72,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, Any]:
         """As argparse does, but a command's positional arguments may stand between its options."""
         if args is not None and self.get_default("parser") is self:
             args = self._positionals_together(list(args))
@@ -101,6 +104,7 @@ class Parser(argparse.ArgumentParser):
         return [*options, "--", *positionals] if apart else positionals + options
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        args: argparse.Namespace
         args, extra = self.parse_known_args(words)
         if extra:
             parser: Parser = getattr(args, "parser", self)  # the command's, where there is one

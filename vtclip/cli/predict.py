@@ -91,10 +91,7 @@ def _check_asked(folder: Path, asked: dict[str, Any]) -> None:
     if all(value is None for value in asked.values()):
         return
     adapter = load_adapter(folder)
-    try:
-        Rule(adapter, **asked)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from None
+    Rule(adapter, **asked)
 
 
 def _csv_cells(answer: Any) -> Iterator[list[Any]]:

@@ -55,7 +55,9 @@ def convert_file(
                 f"--model {model} is for a file; {path} is a folder with its own config"
             )
         if not is_transformers_folder(path):
-            raise ValueError(f"{path} must be a file, or a folder with config.json of transformers")
+            raise ValueError(
+                f"source: {path} must be a file, or a folder with config.json of transformers"
+            )
         config, weights = read_model(path)
     else:
         weights = _read(path)

@@ -420,11 +420,13 @@ def _check_classes(
 def _check_out(folder: Path) -> None:
     """Refuse a place for features that is a file, or a folder that holds something else."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"features: {folder} is not a folder; give a new or an empty folder")
+        raise ValueError(f"{option('out')} {folder} is not a folder; give a new or an empty folder")
     if not folder.exists() or (folder / MANIFEST).exists() or (folder / PARTIAL).exists():
         return
     if any(path.name != f"{PARTIAL}.new" for path in folder.iterdir()):
-        raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
+        raise ValueError(
+            f"{option('out')} {folder} holds other files; give a new or an empty folder"
+        )
 
 
 def _columns(entries: Sequence[Json]) -> Json:
@@ -482,8 +484,10 @@ def _writable_cache(cache_dir: str | Path | None) -> Path:
         with tempfile.TemporaryFile(dir=folder / "features"):
             return folder
     except (OSError, RuntimeError) as error:
+        place, why = getattr(error, "filename", None), getattr(error, "strerror", None)
         logger.warning(
-            "the cache cannot be written (%s); features are kept for this run only", error
+            "the cache cannot be written (%s); features are kept for this run only",
+            f"{place}: {why}" if place and why else error,
         )
     temporary = Path(tempfile.mkdtemp(prefix="vtclip-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)

@@ -33,13 +33,15 @@ def check_any_classes(method: str, overrides: Mapping[str, object] | None = None
     able = [name for name, head in HEADS.items() if head.any_classes]
     if method not in able:
         raise ValueError(
-            f"{option('base_to_new')}: method must be one of {', '.join(able)}, whose parameters "
+            f"{option('base_to_new')}: {option('method')} must be one of {', '.join(able)}, "
+            "whose parameters "
             f"do not depend on the classes, got {method!r}"
         )
     options = (overrides or {}).get("head")
     if isinstance(options, Mapping) and options.get("class_specific"):
         raise ValueError(
-            f"{option('base_to_new')}: class_specific context belongs to its own classes"
+            f"{option('base_to_new')}: {option('class_specific')} context belongs to its own "
+            "classes"
         )
 
 

@@ -77,7 +77,7 @@ def evaluate(
         _check_kind(run.result, ttt)
     if "sources" in run.result:
         if ttt is not None:
-            raise ValueError("ttt: an extended run is evaluated without it")
+            raise ValueError(f"{option('ttt')}: an extended run is evaluated without it")
         return evaluate_sources(sources, source, data)
     target = sources.own_source(data) if source is None else as_source(source, data)
     if run.result.get("multi_label"):

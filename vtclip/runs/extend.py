@@ -135,9 +135,9 @@ def _check_new_texts(sources: RunSources, path: Path, name: str | None) -> None:
 def _check_shots(run: Run, shots: int | str | None) -> None:
     if isinstance(shots, str) and (shots != ALL or _rule(run) != UP_TO):
         wish = f'a number or "{ALL}"' if _rule(run) == UP_TO else "a number, as the run's are exact"
-        raise ValueError(f"shots must be {wish}, got {shots!r}")
+        raise ValueError(f"{option('shots')} must be {wish}, got {shots!r}")
     if isinstance(shots, int) and shots < 1:
-        raise ValueError(f"shots must be at least 1, got {shots}")
+        raise ValueError(f"{option('shots')} must be at least 1, got {shots}")
 
 
 def _described(added: Records, split: Split) -> Json:
@@ -325,16 +325,16 @@ def _check_run(run: Run) -> None:
     if run.result["config"].get("base_to_new"):
         raise ValueError(
             f"extend: {run.folder} is a base-to-new run, whose other half of the classes is new "
-            "already; fit one without base_to_new"
+            "already; fit one without {option('base_to_new')}"
         )
 
 
 def _check_out(out: Path, run: Path, folder: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"out {out} exists; give a new folder")
+        raise FileExistsError(f"{option('out')} {out} exists; give a new folder")
     for what, place in ("run", run), ("folder of new classes", folder):
         if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
-            raise ValueError(f"out {out} lies inside the {what} {place}")
+            raise ValueError(f"{option('out')} {out} lies inside the {what} {place}")
 
 
 def _check_names(

@@ -32,7 +32,7 @@ from vtclip.data.sets import AnySource, SetSource, as_source, source_name
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json, printable
 from vtclip.heads import HEADS, Head
-from vtclip.names import index_of, nearest, pick
+from vtclip.names import index_of, nearest, option, pick
 from vtclip.runs.adapter import Adapter, check_features
 from vtclip.runs.counted import (
     Counted,
@@ -319,7 +319,7 @@ class RunSources:
         kind = source_kind(path)
         if kind != "folder":
             if name is not None:
-                raise ValueError(f"extend: name is for a folder of images, got {path}")
+                raise ValueError(f"extend: {option('name')} is for a folder of images, got {path}")
             records = open_records(path, self._options(False))
             check_features(self.adapter, records)
             check_templates(self.adapter, records)
@@ -428,14 +428,14 @@ def new_classes(
     path = path.resolve()
     if path.is_file() or is_saved_dataset(path):
         if name is not None:
-            raise ValueError(f"extend: name is for a folder of images, got {path}")
+            raise ValueError(f"extend: {option('name')} is for a folder of images, got {path}")
         return with_class_names(list_images(path), class_names, keep_others=True)
     entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
     loose = any(is_image_name(entry.name) for entry in entries)
     folders = any(entry.is_dir() for entry in entries)
     if name is None and loose and folders:
         raise ValueError(
-            f"extend: {path} holds images and folders; name makes all of them one class"
+            f"extend: {path} holds images and folders; {option('name')} makes all of them one class"
         )
     if name is None and not loose:
         return with_class_names(scan_folder(path), class_names, keep_others=True)
