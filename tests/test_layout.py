@@ -86,7 +86,7 @@ ARROWS = {
     "runs": {"train", "heads", "data", "clip", "ops", "backends", *BASE},
     "tune": {"kernels", "backends", "testing", "files"},
     "bench": {"runs", "train", "heads", "data", "clip", *BASE},
-    "demo": {"runs", "data", "clip", "files"},
+    "demo": {"runs", "data", "clip", "files", "machine"},
     "cli": {
         *("bench", "demo", "tune", "info", "runs", "train", "data", "backends"),
         *("clip", "names", "files", "machine"),

@@ -42,6 +42,7 @@ _TYPED = {  # option of Python: what the command line calls it, where it is more
     "num_context": "--context-length",
     "init": "--context-init",
     "source": "SOURCE",
+    "path": "--out",
 }
 
 

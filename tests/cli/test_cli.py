@@ -102,9 +102,9 @@ def test_bad_sources_and_values_are_named(capsys, npz, tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     assert "not a readable .npz" in refused(capsys, "fit", "text.npz")
     for words, message in (
-        ("--prompt x", "prompt 'x' cannot be chosen"),
-        ("--device gpu", "device must be"),
-        ("--device cuda:77", "sees"),
+        ("--prompt x", "--prompt 'x' cannot be chosen"),
+        ("--device gpu", "--device must be"),
+        ("--device cuda:77", "--device cuda:77: this torch sees"),
         (
             "--test-fraction 1",
             "--shots 16: no training images besides the test share of 1 in class",
@@ -113,19 +113,19 @@ def test_bad_sources_and_values_are_named(capsys, npz, tmp_path):
             "--test-fraction 0",
             "--test-fraction 0 leaves no test images: name some as --test SOURCE",
         ),
-        ("--shots 0", "shots must be at least 1"),
-        ("--method zeroshot --lr 0.1", "method zeroshot has no training, so lr cannot be set"),
-        ("--method vtclip --temperature 0.1", "method vtclip has no option temperature"),
-        ("--lr 0.1", "each with its own settings; to set lr, name one method"),
+        ("--shots 0", "--shots must be at least 1"),
+        ("--method zeroshot --lr 0.1", "method zeroshot has no training, so --lr cannot be set"),
+        ("--method vtclip --temperature 0.1", "method vtclip has no option --temperature"),
+        ("--lr 0.1", "each with its own settings; to set --lr, name one by --method"),
     ):
         assert message in refused(capsys, "fit", npz, *words.split())
     message = refused(capsys, "fit", npz, *VT, "--penalty-weight", "1")
-    assert "method vtclip has no penalty, so penalty_weight cannot be set" in message
+    assert "method vtclip has no penalty, so --penalty-weight cannot be set" in message
     message = refused(capsys, "fit", npz, "--method", "zeroshot", "--adapters")
-    assert "method zeroshot has no training, so adapters cannot be set" in message
+    assert "method zeroshot has no training, so --adapters cannot be set" in message
     words = ["--method", "rada", "--penalty", "none", "--penalty-weight", "1"]
     message = refused(capsys, "fit", npz, *words)
-    assert "penalty_weight must be 0 where the penalty is none, got 1" in message
+    assert "--penalty-weight must be 0 where --penalty is none, got 1" in message
     assert "leaves no test images" in refused(capsys, "fit", npz, "--test-fraction", "0", *QUICK)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["text.npz"]
 

@@ -132,8 +132,8 @@ def test_what_is_refused(root, tmp_path, trees, capsys):
     assert "nothing is written below the data root" in refused(
         capsys, *fit, "--cache-dir", root / "cache", "--shots", "1", *QUICK
     )
-    assert "test_fraction must be left out" in refused(capsys, *fit, "--test-fraction", "0.3")
-    assert "train_encoders must be left out" in refused(
+    assert "--test-fraction must be left out" in refused(capsys, *fit, "--test-fraction", "0.3")
+    assert "--train-encoders must be left out" in refused(
         capsys, *fit, "--method", "rada", "--train-encoders"
     )
     assert "the smallest has 6" in refused(capsys, *fit, *QUICK)  # 16 shots where none are named
@@ -147,7 +147,7 @@ def test_what_is_refused(root, tmp_path, trees, capsys):
     assert "no other split is made up" in message
     shutil.move(tmp_path / lost.name, lost)
     assert call("fit", "caltech101", "--data", root, "--shots", "1", "--out", "r", *QUICK) == 0
-    assert "ttt: source must be a folder of images" in refused(capsys, "evaluate", "r", "--ttt")
+    assert "--ttt: SOURCE must be a folder of images" in refused(capsys, "evaluate", "r", "--ttt")
     rows = trees.read_rows(root, "caltech101")
     (SETS["caltech101"].image_root(root) / rows["test"][0][0]).unlink()
     message = refused(capsys, "evaluate", "r")

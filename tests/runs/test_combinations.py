@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,6 @@ def listed(path: Path, folder: Path, split: str = "") -> Path:
     lines = [f"{os.path.relpath(f, path.parent)},{f.parent.name}{more}\n" for f in files]
     path.write_text("path,label" + (",split" if split else "") + "\n" + "".join(lines))
     return path
-
-
-@pytest.fixture(autouse=True)
-def _no_note(monkeypatch):
-    """The note on the bundled model comes before a refusal."""
-    monkeypatch.setattr("vtclip.cli.fit.note_demo_model", lambda: None)
 
 
 @pytest.fixture
@@ -148,11 +143,13 @@ def test_what_the_files_are_like_is_said_once_by_a_fit_of_encoders(tmp_path, cap
     assert copies[0].startswith("3 images have the same content as another one, e.g. ")
 
 
-def test_refusals_name_the_command_once_and_options_as_typed(tmp_path, capsys):
+def test_refusals_name_the_command_once_and_options_as_typed(tmp_path, capsys, monkeypatch):
+    # equal images are found while the work goes on, after the note on the bundled model
+    monkeypatch.setattr("vtclip.cli.fit.demo_model_noted", lambda _: nullcontext())
     dots(tmp_path / "photos")
     words = ["fit", tmp_path / "photos", "--out", tmp_path / "run", "--cache-dir", tmp_path / "c"]
     line = refused(capsys, *words, "--method", "proker", "--base-to-new")
-    assert line.startswith("vtclip fit: --base-to-new: method must be one of ")
+    assert line.startswith("vtclip fit: --base-to-new: --method must be one of ")
     shutil.copytree(tmp_path / "photos", tmp_path / "test")
     line = refused(capsys, *words, "--method", "proker", "--strict", "--test", tmp_path / "test")
     assert line.rstrip().endswith("; --strict refuses such a source")

@@ -97,7 +97,7 @@ def test_evaluate_writes_the_same_lines(run, table, tmp_path, capsys):
     assert values["confusion"] == run.result["confusion"]
     for place, fact in ((tmp_path, "a folder"), (tmp_path / "no" / "t.csv", "does not exist")):
         line = refused(capsys, "evaluate", run.folder, "--predictions", place)
-        assert "predictions must be a file to write" in line
+        assert "--predictions must be a file to write" in line
         assert fact in line
 
 

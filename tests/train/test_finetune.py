@@ -241,15 +241,15 @@ def test_save_pretrained_takes_the_encoders_along(fitted, tmp_path):
     ("words", "message"),
     [
         (["--method", "vtclip", "--train-encoders"], "method must be rada, got 'vtclip'"),
-        (["--train-encoders", "--shots", "0"], "shots must be at least 1 to train"),
+        (["--train-encoders", "--shots", "0"], "--shots must be at least 1 to train"),
         (
             ["--train-encoders", "--test-fraction", "0"],
             "leaves no test images: name some as --test",
         ),
         (["--train-encoders", "--final"], "--final cannot be combined with --train-encoders"),
         (["--train-encoders", "--optimizer", "sgd"], "trained with adamw, got 'sgd'"),
-        (["--train-encoders", "--spatial", "raw"], "spatial must be left out, got 'raw'"),
-        (["--train-encoders", "--augment-passes", "2"], "augment_passes must be left out, got 2"),
+        (["--train-encoders", "--spatial", "raw"], "--spatial must be left out, got 'raw'"),
+        (["--train-encoders", "--augment-passes", "2"], "--augment-passes must be left out, got 2"),
         (["--train-encoders", "--precision", "fp16"], "--precision: unknown name 'fp16'"),
         (["--precision", "bf16"], "--precision is for --train-encoders"),
         (["--grad-checkpointing"], "--grad-checkpointing is for --train-encoders"),

@@ -284,7 +284,7 @@ def test_ttt_on_another_folder_is_the_loop_by_hand(world, clip):
     [
         (["--views", "0", "--ttt"], "argument --views: must be in 1..100000, got 0"),
         (["--keep", "2", "--ttt"], "argument --keep: must be above 0 and at most 1, got 2"),
-        (["--views", "9", "--ttt"], "keep * views must be at least 1 view, got 0.1 * 9"),
+        (["--views", "9", "--ttt"], "--keep * --views must be at least 1 view, got 0.1 * 9"),
         (["--steps", "0", "--ttt"], "argument --steps: must be in 1..10000, got 0"),
         (["--ttt-lr", "0", "--ttt"], "argument --ttt-lr: must be above 0"),
         (["--ttt-seed", "-1", "--ttt"], "argument --ttt-seed: must be in 0..4.29497e+09, got -1"),
@@ -300,7 +300,7 @@ def test_bad_input_is_one_line_and_writes_nothing(capsys, world, words, message)
 def test_sources_and_heads_that_cannot_be_trained_are_refused(capsys, world, npz, tmp_path):
     write_features(world["others"], tmp_path / "features", device="cpu")
     cases = [
-        (world["rada"], npz, "ttt: source must be a folder of images, got an .npz table"),
+        (world["rada"], npz, "--ttt: SOURCE must be a folder of images, got an .npz table"),
         (world["rada"], tmp_path / "features", "must be a folder of images, got a features folder"),
         (world["zeroshot"], world["others"], "must have parameters to train, zeroshot has none"),
     ]

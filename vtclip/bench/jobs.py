@@ -25,7 +25,7 @@ from vtclip.data.sources import source_kind
 from vtclip.files import json_digest
 from vtclip.heads import HEADS
 from vtclip.heads.config import check_seed
-from vtclip.names import METHODS, pick
+from vtclip.names import METHODS, option, pick
 from vtclip.runs.multi_label import check_single
 from vtclip.train.methods import recipe_config
 
@@ -105,7 +105,9 @@ def path_sources(paths: Sequence[str | Path], settings: Settings) -> list[Source
         for other in sources:
             if other.name == source.name:
                 pair = f"{other.where} and {source.where}"
-                raise ValueError(f"sources must have different names, got {pair}")
+                raise ValueError(
+                    f"{option('source')}: the names of sources must differ, got {pair}"
+                )
         sources.append(source)
     return sources
 
@@ -114,15 +116,19 @@ def set_sources(root: str | Path, names: Sequence[str] | None, settings: Setting
     """Data sets below `root`: those named, or all whose folder and lists are there."""
     root = Path(root).expanduser()
     if not root.is_dir():
-        raise ValueError(f"data: the root of the data sets must be a folder, got {root}")
+        raise ValueError(
+            f"{option('data')}: the root of the data sets must be a folder, got {root}"
+        )
     if names is None:
         specs = [spec for spec in SETS.values() if not missing_files(spec, root)]
         if not specs:
-            raise ValueError(f"data: no data set is complete below {root}; see vtclip data check")
+            raise ValueError(
+                f"{option('data')}: no data set is complete below {root}; see vtclip data check"
+            )
     else:
         specs = [find_set(name) for name in names]
         if len({spec.name for spec in specs}) < len(specs):
-            raise ValueError(f"sets must differ, got {', '.join(names)}")
+            raise ValueError(f"{option('sets')} must differ, got {', '.join(names)}")
     sources = []
     for spec in specs:
         where = SetSource(spec, root)
@@ -141,9 +147,9 @@ def set_sources(root: str | Path, names: Sequence[str] | None, settings: Setting
 def _path_source(path: Path, settings: Settings) -> Source:
     kind = source_kind(path)
     if kind == "npz":
-        for option in ("templates", "augment_passes"):
-            if value := getattr(settings, option):
-                raise ValueError(f"{path}: an .npz file takes no {option}, got {value}")
+        for name in ("templates", "augment_passes"):
+            if value := getattr(settings, name):
+                raise ValueError(f"{path}: an .npz file takes no {option(name)}, got {value}")
         try:
             with zipfile.ZipFile(path) as archive:
                 arrays = {Path(name).stem for name in archive.namelist()}
@@ -154,7 +160,9 @@ def _path_source(path: Path, settings: Settings) -> Source:
             spatial = "some" if "spatial_index" in arrays else "all"
         return Source(path.resolve().stem, path, kind, file_digest(path), spatial, encoder=False)
     if settings.prompt is not None:
-        raise ValueError(f"{path}: prompt {settings.prompt!r} can be chosen for .npz files only")
+        raise ValueError(
+            f"{path}: {option('prompt')} {settings.prompt!r} can be chosen for .npz files only"
+        )
     name = path.resolve().name
     if kind == "features":
         features = FeatureSet.open(path)
@@ -194,7 +202,7 @@ def job_list(
     _check_distinct("seeds", seeds)
     for number in shots:
         if number < 1:
-            raise ValueError(f"shots must be at least 1, got {number}")
+            raise ValueError(f"{option('shots')} must be at least 1, got {number}")
     for seed in seeds:
         check_seed(seed)
     jobs: list[BenchJob] = []
@@ -277,7 +285,9 @@ class JobShard:
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
-            raise ValueError(f"shard must be i/n with i in 1..n, got {self.index}/{self.count}")
+            raise ValueError(
+                f"{option('shard')} must be i/n with i in 1..n, got {self.index}/{self.count}"
+            )
 
     @property
     def file(self) -> str:
@@ -301,5 +311,5 @@ def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> Jo
         return JobShard(rank + 1, size)
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal()):
-        raise ValueError(f"shard must be i/n with i in 1..n, got {text!r}")
+        raise ValueError(f"{option('shard')} must be i/n with i in 1..n, got {text!r}")
     return JobShard(int(index), int(count))

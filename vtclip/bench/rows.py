@@ -25,6 +25,7 @@ from typing import Any
 
 from vtclip import files
 from vtclip.files import read_json, to_json, write_atomic
+from vtclip.names import option
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +44,16 @@ def check_bench_folder(out: Path, sources: Iterable[Path]) -> None:
     """Refuse a folder inside a source, a file, or a folder that holds something else."""
     for source in sources:
         if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-            raise ValueError(f"out {out} lies inside the source {source}")
+            raise ValueError(f"{option('out')} {out} lies inside the source {source}")
     if not out.exists():
         return
     if not out.is_dir():
-        raise FileExistsError(f"out {out} exists and is not a folder")
+        raise FileExistsError(f"{option('out')} {out} exists and is not a folder")
     names = sorted(path.name for path in out.iterdir())
     if names and BENCH not in names and names != [BENCH + ".new"]:
-        raise FileExistsError(f"out {out} exists and is not a benchmark (it holds {names[0]!r})")
+        raise FileExistsError(
+            f"{option('out')} {out} exists and is not a benchmark (it holds {names[0]!r})"
+        )
 
 
 @contextlib.contextmanager
@@ -84,14 +87,14 @@ def claim_folder(
             was = existing["settings"].get(name)
             if was != value:
                 raise OtherContent(
-                    f"out {out} holds results with {name} {was!r}, now it is {value!r}"
+                    f"{option('out')} {out} holds results with {name} {was!r}, now it is {value!r}"
                 )
         for name, facts in wanted["sources"].items():
             known = existing["sources"].get(name, {})
             for fact in facts.keys() & known.keys():
                 if known[fact] != facts[fact]:
                     raise OtherContent(
-                        f"out {out} holds results of {_other(name, fact, known[fact])}"
+                        f"{option('out')} {out} holds results of {_other(name, fact, known[fact])}"
                     )
         merged = {
             **existing["sources"],

@@ -33,6 +33,7 @@ from vtclip.cli import (
     report,
     tune,
 )
+from vtclip.cli.errors import line_of
 from vtclip.cli.parsing import Parser, fail, note
 from vtclip.names import as_typed, nearest
 
@@ -125,10 +126,9 @@ def _run(parser: Parser, words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except BAD_INPUT as error:
-        # functions name themselves, and the command is called like them
-        fail(f"{name}: {str(error).removeprefix(f'{args.command}: ')}")
+        fail(f"{name}: {line_of(error, args)}")
     except (OSError, FloatingPointError) as error:
-        fail(f"{name}: {error}", status=1)
+        fail(f"{name}: {line_of(error, args)}", status=1)
     except Exception as error:
         signum = getattr(error, "signum", None)  # checkpoint.Interrupted, without importing torch
         if signum is None:

@@ -11,10 +11,10 @@ from vtclip.cli.parsing import (
     FEATURES,
     Parser,
     count,
+    demo_model_noted,
     emit,
     emit_json,
     existing,
-    note_demo_model,
     on_terminal,
     one_of,
     options_of,
@@ -81,10 +81,9 @@ def run(args: argparse.Namespace) -> int:
         sources = set_sources(args.data, args.sets, settings)
     else:
         sources = path_sources(args.sources, settings)
-    if args.model == "demo" and any(source.encoder for source in sources):
-        note_demo_model()
+    encodes = args.model == "demo" and any(source.encoder for source in sources)
     progress = on_terminal()
-    with job_lines(progress):
+    with job_lines(progress), demo_model_noted(encodes):
         report = run_bench(
             sources,
             args.out,

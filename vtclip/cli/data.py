@@ -22,6 +22,8 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 where every set asked for, or found, could be used; else 1."""
     root = existing("ROOT", args.root)
+    if not root.is_dir():
+        raise ValueError(f"ROOT {args.root!a} is not a folder")
     from vtclip.data.sets.check import check_lines, check_sets
 
     report = check_sets(root, args.names)

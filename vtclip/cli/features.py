@@ -7,10 +7,10 @@ import argparse
 
 from vtclip.cli.parsing import (
     Parser,
+    demo_model_noted,
     emit,
     existing,
     first_process,
-    note_demo_model,
     on_terminal,
 )
 
@@ -27,24 +27,23 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     source = existing("SOURCE", args.source)
-    if args.model == "demo":
-        note_demo_model()
     from vtclip.data.extract import write_features
 
-    records = write_features(
-        source,
-        args.out,
-        model=args.model,
-        spatial=None if args.spatial == "none" else args.spatial,
-        templates=None if args.templates is None else [args.templates],
-        augment_passes=args.augment_passes,
-        batch_size=args.encoder_batch_size,
-        class_names=args.class_names,
-        follow_links=args.follow_links,
-        device=args.device,
-        threads=args.threads,
-        progress=on_terminal(),
-    )
+    with demo_model_noted(args.model == "demo"):
+        records = write_features(
+            source,
+            args.out,
+            model=args.model,
+            spatial=None if args.spatial == "none" else args.spatial,
+            templates=None if args.templates is None else [args.templates],
+            augment_passes=args.augment_passes,
+            batch_size=args.encoder_batch_size,
+            class_names=args.class_names,
+            follow_links=args.follow_links,
+            device=args.device,
+            threads=args.threads,
+            progress=on_terminal(),
+        )
     if first_process():
         emit(f"{args.out}: {records!r}")
     return 0

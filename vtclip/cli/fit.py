@@ -10,11 +10,11 @@ from typing import Any
 from vtclip.cli.parsing import (
     Parser,
     count,
+    demo_model_noted,
     emit,
     emit_json,
     existing,
     first_process,
-    note_demo_model,
     number,
     number_or_all,
     on_terminal,
@@ -222,18 +222,17 @@ def run(args: argparse.Namespace) -> int:
     for name in ("val", "test"):
         if getattr(args, name) is not None:
             existing(f"--{name}", getattr(args, name))
-    if args.model == "demo" and needs_model(source):
-        note_demo_model()
     overrides = overrides_of(args)
     import vtclip
 
-    fitted = vtclip.fit(
-        source,
-        templates=None if args.templates is None else [args.templates],
-        overrides=overrides,
-        progress=on_terminal(),
-        **options_of(args, *PASSED_ON),
-    )
+    with demo_model_noted(args.model == "demo" and needs_model(source)):
+        fitted = vtclip.fit(
+            source,
+            templates=None if args.templates is None else [args.templates],
+            overrides=overrides,
+            progress=on_terminal(),
+            **options_of(args, *PASSED_ON),
+        )
     if not first_process():
         return 0
     if args.json:
@@ -259,6 +258,9 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     head |= {option: getattr(args, name) for name, option in COOP_OPTIONS.items()}
     head = {name: value for name, value in head.items() if value not in (None, False)}
     overrides["head"] = head or None
+    if args.context_init is not None and args.method not in (None, "auto", "coop"):
+        # other heads have an option of that name, with another meaning
+        raise ValueError(f"method {args.method} has no option --context-init")
     if args.gce_q is not None and args.loss != "gce":
         raise ValueError("--gce-q is for --loss gce, which is not given")
     if args.train_encoders:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,10 +20,14 @@ class Parser(argparse.ArgumentParser):
 
     An option that stores a value is refused where it is given twice.
     options: the option strings of the parser, those of its groups too.
+    flags: those of them that take no value.
+    actions: every argument by the name of its value.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         self.options = ["-h", "--help"]
+        self.flags = {"-h", "--help"}
+        self.actions: dict[str, argparse.Action] = {}
         super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, Once)
         self._note_options(self)
@@ -39,6 +45,9 @@ class Parser(argparse.ArgumentParser):
         def add_argument(*names: str, **settings: Any) -> argparse.Action:
             action: argparse.Action = add(*names, **settings)
             self.options += action.option_strings
+            self.actions.setdefault(action.dest, action)
+            if action.nargs == 0:
+                self.flags.update(action.option_strings)
             return action
 
         group.add_argument = add_argument
@@ -63,13 +72,52 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, Any]:
+        """As argparse does, but a command's positional arguments may stand between its options."""
+        if args is not None and self.get_default("parser") is self:
+            args = self._positionals_together(list(args))
+        return super().parse_known_args(args, namespace)
+
+    def _positionals_together(self, words: list[str]) -> list[str]:
+        """`words` with the positional arguments next to each other.
+
+        argparse fills an optional positional with nothing as soon as an option follows the one
+        before it. Words are left as they are where an option is unknown: whether the next word is
+        its value cannot be told.
+        """
+        apart, positionals, options = False, list[str](), list[str]()
+        queue = words[::-1]
+        while queue:
+            word = queue.pop()
+            if word == "--":
+                apart, positionals = True, positionals + queue[::-1]
+                break
+            if not _like_option(word):
+                positionals.append(word)
+                continue
+            name, has_value, _ = word.partition("=")
+            if name not in self.options:
+                return words
+            options.append(word)
+            if name not in self.flags and not has_value and queue and not _like_option(queue[-1]):
+                options.append(queue.pop())
+        return [*options, "--", *positionals] if apart else positionals + options
+
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        args: argparse.Namespace
         args, extra = self.parse_known_args(words)
         if extra:
             parser: Parser = getattr(args, "parser", self)  # the command's, where there is one
             hint = nearest(extra[0], parser.options) if extra[0].startswith("-") else ""
             parser.error(f"unknown argument {extra[0]!r}{hint}")
         return args
+
+
+def _like_option(word: str) -> bool:
+    """Whether argparse takes `word` for an option: negative numbers and sentences are values."""
+    if not word.startswith("-") or word == "-" or " " in word:
+        return False
+    return re.fullmatch(r"-\d+|-\d*\.\d+", word) is None
 
 
 class Once(argparse.Action):
@@ -185,6 +233,12 @@ SHARED: dict[str, dict[str, Any]] = {
 FEATURES = ("--spatial", "--prompt", "--templates", "--test-fraction", "--augment-passes")
 
 
+DEMO_NOTE = (
+    "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
+    "--model ViT-B-32:openai, or a local file as --model ViT-B-32:/path/to/weights.safetensors"
+)
+
+
 def existing(name: str, path: str) -> Path:
     """A path that is there, or an error that names the argument."""
     place = Path(path).expanduser()
@@ -250,14 +304,20 @@ def note(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
 
-def note_demo_model() -> None:
-    """Says, once for all processes, what the default model is not for."""
-    if first_process():
-        note(
-            "note: --model demo is a small model for 64-pixel synthetic pictures; for photos pass "
-            "--model ViT-B-32:openai, or a local file as "
-            "--model ViT-B-32:/path/to/weights.safetensors"
-        )
+@contextmanager
+def demo_model_noted(needed: bool) -> Iterator[None]:
+    """Says what the default model is not for when its work begins: after the cheap refusals.
+
+    needed: whether the command encodes images by the default model. Of several processes the first
+    says it.
+    """
+    if not needed or not first_process():
+        yield
+        return
+    from vtclip.clip.loading import saying_of_demo
+
+    with saying_of_demo(lambda: note(DEMO_NOTE)):
+        yield
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

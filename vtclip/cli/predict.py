@@ -91,10 +91,7 @@ def _check_asked(folder: Path, asked: dict[str, Any]) -> None:
     if all(value is None for value in asked.values()):
         return
     adapter = load_adapter(folder)
-    try:
-        Rule(adapter, **asked)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from None
+    Rule(adapter, **asked)
 
 
 def _csv_cells(answer: Any) -> Iterator[list[Any]]:
@@ -126,7 +123,7 @@ def _listed(
     words: list[str], places: list[Path], follow_links: bool
 ) -> tuple[list[str], list[tuple[str, str]]]:
     """Files as they were typed, folders as the images below them; and what was passed over, why."""
-    from vtclip.data.folders import walk_images
+    from vtclip.data.folders import other_files, walk_images
 
     files: list[str] = []
     skipped: list[tuple[str, str]] = []
@@ -136,7 +133,8 @@ def _listed(
             continue
         below, passed_over = walk_images(place, follow_links=follow_links)
         if not below and not passed_over:
-            raise ValueError(f"IMAGE {word!a} is a folder without images")
+            others = other_files(place, follow_links=follow_links)
+            raise ValueError(f"IMAGE {word!a} is a folder without images{others}")
         files += map(str, below)
         skipped += passed_over
     return files, skipped

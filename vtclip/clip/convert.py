@@ -55,7 +55,9 @@ def convert_file(
                 f"--model {model} is for a file; {path} is a folder with its own config"
             )
         if not is_transformers_folder(path):
-            raise ValueError(f"{path} must be a file, or a folder with config.json of transformers")
+            raise ValueError(
+                f"source: {path} must be a file, or a folder with config.json of transformers"
+            )
         config, weights = read_model(path)
     else:
         weights = _read(path)
@@ -73,7 +75,7 @@ def convert_file(
             for key, value in (config.get("preprocess_cfg") or {}).items()
             if key in ("mean", "std", "interpolation", "resize_mode", "fill_color")
         },
-        "source": path.name,
+        "source": path.resolve().name,
         "source_sha256": weights.sha256,
     }
     if weights.openai:

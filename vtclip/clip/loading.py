@@ -6,6 +6,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +34,7 @@ from vtclip.clip.weights import Weights, load_into, read_weights
 from vtclip.files import Json
 
 logger = logging.getLogger(__name__)
+_of_demo: ContextVar[list[Callable[[], None]] | None] = ContextVar("of_demo", default=None)
 
 DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
 WEIGHT_NAMES = (
@@ -64,6 +68,23 @@ def load_clip(model: str | Path = "demo", device: str | torch.device = "cpu") ->
     if found.path is not None:
         return _load_known_with_file(found, device)
     return _load_tag(found, device)
+
+
+@contextmanager
+def saying_of_demo(say: Callable[[], None]) -> Iterator[None]:
+    """Within it `say` is called once, when work with the demo model begins."""
+    token = _of_demo.set([say])
+    try:
+        yield
+    finally:
+        _of_demo.reset(token)
+
+
+def work_begins(clip: Clip) -> None:
+    """To be called where all cheap checks are done and images pass through `clip` from now on."""
+    pending = _of_demo.get()
+    if clip.name == "demo" and pending:
+        pending.pop()()
 
 
 def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:

@@ -29,6 +29,7 @@ from vtclip.clip.texts import (
     which_are_cut,
 )
 from vtclip.files import Json
+from vtclip.names import option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,12 +136,14 @@ class Clip:
         if spatial is None:
             return None
         if not self.spatial_options:
-            raise ValueError(f"spatial: {self.name or 'this model'} offers global features only")
+            raise ValueError(
+                f"{option('spatial')}: {self.name or 'this model'} offers global features only"
+            )
         if spatial == "default":
             return self.default_spatial
         if spatial not in self.spatial_options:
             raise ValueError(
-                f"spatial: {self.name or 'this model'} offers "
+                f"{option('spatial')}: {self.name or 'this model'} offers "
                 f"{', '.join(self.spatial_options)}, got {spatial!r}"
             )
         return spatial

@@ -34,12 +34,20 @@ import torch
 from vtclip import files
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.augment import AUGMENTATION
+from vtclip.clip.loading import work_begins
 from vtclip.clip.texts import by_class_name, read_templates, templates_of
 from vtclip.data.class_names import as_class_names
 from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
-from vtclip.data.folder_tree import in_remarks
-from vtclip.data.hashing import ExtractionReport, duplicates_of, hash_all, skipped_now
+from vtclip.data.folder_tree import in_remarks, named, several
+from vtclip.data.hashing import (
+    ExtractionReport,
+    Hashed,
+    alike,
+    duplicates_of,
+    hash_all,
+    skipped_now,
+)
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.listed import list_images
 from vtclip.data.options import FeatureOptions
@@ -148,6 +156,7 @@ class _Job(Work):
             name = model
             model = world.by_each(lambda: load_clip(name, options.device))
         spatial = model.check_spatial(options.spatial_option)
+        work_begins(model)
         start = time.perf_counter()
         hashed = hash_all(folder, options.progress, world)
         fields = {
@@ -353,13 +362,9 @@ class _Job(Work):
         hashed = self.hashed
         kept = [row for entry in entries for row in entry["kept"]]
         class_names = self.fields["class_names"]
-        lost = [
-            name for k, name in enumerate(class_names) if k not in {hashed.label[r] for r in kept}
-        ]
-        if lost and self.every_class:
-            raise ValueError(f"features: no image of these classes could be read: "
-                             f"{', '.join(map(files.printable, lost[:8]))}")  # fmt: skip
         skipped = [*hashed.skipped, *(pair for entry in entries for pair in entry["skipped"])]
+        if self.every_class:
+            _check_classes(hashed, class_names, {hashed.label[row] for row in kept}, skipped)
         names = [hashed.names[row] for row in kept]
         body: Json = {
             "format": FORMAT,
@@ -393,14 +398,35 @@ class _Job(Work):
             path.unlink(missing_ok=True)
 
 
+def _check_classes(
+    hashed: Hashed, class_names: list[str], read: set[int], skipped: list[tuple[str, str]]
+) -> None:
+    """Refuse classes of which no image could be read; the error counts the reasons."""
+    lost = [k for k in range(len(class_names)) if k not in read]
+    if not lost:
+        return
+    folder = hashed.folder
+    label = dict(zip(folder.names, folder.label, strict=True))
+    failed = [(name, why) for name, why in skipped if label.get(name) in lost]
+    reasons = "; ".join(
+        f"{files.printable(place)}: {files.printable(why)}" for place, why in alike(failed)
+    )
+    raise ValueError(
+        "features: no image of these classes could be read: "
+        f"{named([class_names[k] for k in lost])} ({several(len(failed), 'file')}: {reasons})"
+    )
+
+
 def _check_out(folder: Path) -> None:
     """Refuse a place for features that is a file, or a folder that holds something else."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"features: {folder} is not a folder; give a new or an empty folder")
+        raise ValueError(f"{option('out')} {folder} is not a folder; give a new or an empty folder")
     if not folder.exists() or (folder / MANIFEST).exists() or (folder / PARTIAL).exists():
         return
     if any(path.name != f"{PARTIAL}.new" for path in folder.iterdir()):
-        raise ValueError(f"features: {folder} holds other files; give a new or an empty folder")
+        raise ValueError(
+            f"{option('out')} {folder} holds other files; give a new or an empty folder"
+        )
 
 
 def _columns(entries: Sequence[Json]) -> Json:
@@ -458,8 +484,10 @@ def _writable_cache(cache_dir: str | Path | None) -> Path:
         with tempfile.TemporaryFile(dir=folder / "features"):
             return folder
     except (OSError, RuntimeError) as error:
+        place, why = getattr(error, "filename", None), getattr(error, "strerror", None)
         logger.warning(
-            "the cache cannot be written (%s); features are kept for this run only", error
+            "the cache cannot be written (%s); features are kept for this run only",
+            f"{place}: {why}" if place and why else error,
         )
     temporary = Path(tempfile.mkdtemp(prefix="vtclip-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)

@@ -34,6 +34,7 @@ from vtclip.clip import resolve_templates
 from vtclip.clip.texts import is_per_class, templates_of
 from vtclip.data.records import PartedStore, Records
 from vtclip.files import Json, json_digest, read_json, to_json
+from vtclip.names import option
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ class FeatureSet:
             )
         if spatial not in (None, "default", have["spatial"]):
             raise ValueError(
-                f"features: {self.folder} holds spatial {have['spatial']!r}, asked for {spatial!r}"
+                f"features: {self.folder} holds {option('spatial')} {have['spatial']!r}, asked "
+                f"for {spatial!r}"
             )
         if templates is not None:
             names = have["prompts"] if "prompts" in have else have["class_names"]
@@ -144,7 +146,7 @@ class FeatureSet:
         have, manifest = self.fields, self.manifest
         info = {
             "kind": "features",
-            "path": self.folder.name,
+            "path": self.folder.resolve().name,
             "model_name": self.model_name,
             "model": have["model"],
             "spatial": have["spatial"],

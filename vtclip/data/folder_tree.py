@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ IGNORED = frozenset(("thumbs.db", "desktop.ini", "__macosx", "icon\r"))
 OUTSIDE = "a folder outside of the source; --follow-links enters it"
 BROKEN = "a link to nothing"
 HIDDEN, REPEATED, SPECIAL = "hidden", "links to folders that are read already", "no regular files"
+NO_EXTENSION = "no extension"
 
 
 class Listing(NamedTuple):
@@ -103,6 +105,18 @@ class FolderTree:
         self._read[identity] = folder
         return None
 
+    def other_files(self, folders: Iterable[str]) -> str:
+        """ "2 .mp4 files, 1 hidden file": what lies in and below `folders` and is no image.
+
+        "" where there is nothing. Counted anew: `passed` has more folders in it.
+        """
+        tree = FolderTree(self.root, follow_links=self._follow)
+        for folder in folders:
+            if tree.claim(folder) is None:
+                tree.below(folder)
+        kinds = sorted(tree.passed.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(_kind_words(kind, count) for kind, count in kinds if kind != REPEATED)
+
     def below(self, folder: str) -> list[str]:
         """The images in and below a claimed folder: its own come before those of its folders."""
         names: list[str] = []
@@ -166,7 +180,7 @@ class FolderTree:
             return True
         hint = None if kind is None else unread_hint("." + kind.lower())
         if hint is None:
-            self.passed[extension or "no extension"] += 1
+            self.passed[extension or NO_EXTENSION] += 1
         else:
             self._unread(name, extension, hint)
         return False
@@ -174,6 +188,15 @@ class FolderTree:
     def _unread(self, name: str, extension: str, hint: str) -> None:
         self.skipped.append((name, f"{extension or 'no extension'} is not read: {hint}"))
         self.unread.setdefault((extension, hint), []).append(parent_of(name))
+
+
+def _kind_words(kind: str, count: int) -> str:
+    """So many files of a kind in `FolderTree.passed`."""
+    if kind == NO_EXTENSION:
+        return f"{several(count, 'file')} without an extension"
+    if kind == SPECIAL:
+        return several(count, "special file")
+    return several(count, f"{printable(kind)} file")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -31,7 +31,7 @@ from vtclip.data.layouts import TRAIN, Layout, count_lines, find_layout
 from vtclip.data.records import check_class_names
 from vtclip.files import printable
 
-__all__ = ["is_ignored", "natural_key", "scan_folder", "walk_images"]
+__all__ = ["is_ignored", "natural_key", "other_files", "scan_folder", "walk_images"]
 NO_CLASS, UNUSED = "images in no class folder", "images of folders without labels"
 
 
@@ -99,6 +99,12 @@ def walk_images(
     return paths, [(str(root / name), reason) for name, reason in tree.skipped]
 
 
+def other_files(root: str | Path, *, follow_links: bool = False) -> str:
+    """What lies in and below `root` and is no image, as ": 2 .mp4 files"; "" for nothing."""
+    others = FolderTree(Path(root), follow_links=follow_links).other_files([""])
+    return f": {others}" if others else ""
+
+
 def tree_lines(tree: FolderTree, where: str) -> list[str]:
     """A line for each kind of image that is not read, and one for linked folders."""
     lines = []
@@ -131,6 +137,8 @@ def _check_places(tree: FolderTree, layout: Layout, where: str) -> None:
         loose = len(tree.images(""))
         rest = f", only {loose} images without a class" if loose else ""
         rest += "".join(f"; {line}" for line in tree_lines(tree, where))
+        others = tree.other_files([""])
+        rest += f"; it holds {others}" if others else ""
         raise ValueError(f"source: {where} must hold one folder per class, got no folders{rest}")
 
 
@@ -210,8 +218,11 @@ def _classes(
     if empty:
         shown = named([_with_reason(tree, layout, name) for name in empty])
         text = f"{several(len(empty), 'class folder holds', 'class folders hold')} no images: "
+        places = [place.folder for place in layout.places if place.class_name in empty]
+        others = tree.other_files(places)
+        shown += f"; {'it holds' if len(empty) == 1 else 'they hold'} {others}" if others else ""
         if not empty_classes or len(empty) == len(names):
-            raise ValueError(f"source: {text}{shown}")
+            raise ValueError(f"source: {where}: {text}{shown}")
         lines.append(f"{where}: {text}{shown}")
     if TRAIN in layout.parts.values():
         extra = [name for name in names if roles[name] and TRAIN not in roles[name]]

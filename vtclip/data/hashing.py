@@ -35,17 +35,23 @@ class ExtractionReport:
     def lines(self, limit: int = 20) -> list[str]:
         total = self.rows + len(self.skipped)
         out = [f"{self.rows} of {total} images read"]
-        alike: dict[str, list[str]] = {}
-        for name, reason in self.skipped:
-            alike.setdefault(reason, []).append(name)
-        rows = [(names[0], reason) if len(names) == 1 else
-                (f"{len(names)} files, e.g. {names[0]}", reason)
-                for reason, names in alike.items()]  # fmt: skip
+        rows = alike(self.skipped)
         for title, pairs in (("unreadable", rows), ("same content", self.duplicates)):
             out += [f"{title}: {printable(a)}: {printable(b)}" for a, b in pairs[:limit]]
             if len(pairs) > limit:
                 out.append(f"{title}: {len(pairs) - limit} more")
         return out
+
+
+def alike(skipped: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(file, reason) per reason, of several files as "3 files, e.g. a.jpg"."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        names.setdefault(reason, []).append(name)
+    return [
+        (those[0] if len(those) == 1 else f"{len(those)} files, e.g. {those[0]}", reason)
+        for reason, those in names.items()
+    ]
 
 
 @dataclass(frozen=True)

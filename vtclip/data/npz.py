@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vtclip.data.records import MemoryStore, Records, check_finite, check_rows, digest_of
+from vtclip.names import option
 
 Array = NDArray[np.generic]
 
@@ -202,7 +203,8 @@ def class_texts(
     if text.dim() == 2:
         if prompt is not None:
             raise ValueError(
-                f"{path.name}: prompt {prompt!r} cannot be chosen, text is for one prompt"
+                f"{path.name}: {option('prompt')} {prompt!r} cannot be chosen, text is for one "
+                "prompt"
             )
         text = functional.normalize(_with_direction(path, "text", text), dim=-1)
         return text, text[:, None], names

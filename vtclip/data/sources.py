@@ -17,7 +17,7 @@ from vtclip.data.npz import open_npz
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, as_source
-from vtclip.names import LIST_SUFFIXES
+from vtclip.names import LIST_SUFFIXES, option
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
@@ -111,7 +111,8 @@ def open_records(
         return _open_table(Path(source).expanduser(), options)
     if options.prompt is not None:
         raise ValueError(
-            f"source: prompt {options.prompt!r} can be chosen for .npz files only; use templates"
+            f"{option('prompt')} {options.prompt!r} can be chosen for .npz files only; use "
+            f"{option('templates')}"
         )
     from vtclip.data.extract import cached_features
     from vtclip.data.featureset import FeatureSet
@@ -138,9 +139,12 @@ def open_records(
 
 def _open_table(path: Path, options: FeatureOptions) -> Records:
     if options.templates is not None:
-        raise ValueError("source: templates cannot be chosen for an .npz file; use prompt")
+        raise ValueError(
+            f"{option('templates')} cannot be chosen for an .npz file; use {option('prompt')}"
+        )
     if options.augment_passes:
         raise ValueError(
-            f"source: an .npz file holds no augmented passes, got {options.augment_passes}"
+            f"{option('augment_passes')}: an .npz file holds no augmented passes, got "
+            f"{options.augment_passes}"
         )
     return open_npz(path, prompt=options.prompt, need_spatial=options.spatial_option is not None)

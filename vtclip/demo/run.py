@@ -29,6 +29,7 @@ from vtclip.data.splits import few_shot_split
 from vtclip.demo.pictures import from_pixels, heat_panel, sheet, shots_curve
 from vtclip.demo.scenes import SIDE, Box, demo_set
 from vtclip.files import Json, to_json, write_atomic
+from vtclip.machine import choose_device
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.fit import fit
 
@@ -202,6 +203,7 @@ def run_demo(
         raise ValueError(f"demo: repeats must be at least 1, got {repeats}")
     if not shots or min(shots) < 1:
         raise ValueError(f"demo: shots must be at least 1, got {list(shots)}")
+    choose_device(device)  # refused before anything is drawn
     before = torch.get_num_threads()
     try:
         folder = Path(out).expanduser()

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vtclip.names import LOSSES, MAX_SEED, OPTIMIZERS
+from vtclip.names import LOSSES, MAX_SEED, OPTIMIZERS, option
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FitConfig:
         if not 0 < self.gce_q <= 1:
             raise ValueError(f"gce_q must be above 0 and at most 1, got {self.gce_q!r}")
         if self.loss == "gce" and self.label_smoothing:
-            raise ValueError("label_smoothing must be 0 with the loss gce")
+            raise ValueError(f"{option('label_smoothing')} must be 0 with {option('loss')} gce")
         if self.warmup not in ("constant", "linear"):
             raise ValueError(f"warmup must be constant or linear, got {self.warmup!r}")
         check_integers(self, 0, "epochs", "enough_pairs", "warmup_epochs")

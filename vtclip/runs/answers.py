@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from vtclip.names import option
 from vtclip.train import conformal
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ class Rule:
         self.largest_loss: float | None = None
         if unknown is not None:
             if any(name.casefold() == UNKNOWN for name in self.class_names):
-                raise ValueError(f"unknown: a class of the run is called {UNKNOWN!r} itself")
+                raise ValueError(
+                    f"{option('unknown')}: a class of the run is called {UNKNOWN!r} itself"
+                )
             self.kept = _kept(adapter, "unknown")
             self.threshold = conformal.unknown_threshold(self.kept.known, unknown, self.kept.weight)
         if coverage is not None:
@@ -84,10 +87,13 @@ class Rule:
 
 def _kept(adapter: Adapter, asked: str) -> Calibration:
     if adapter.features.get("multi_label"):
-        raise ValueError(f"{asked}: the run has several labels per image, and it takes one only")
+        raise ValueError(
+            f"{option(asked)}: the run has several labels per image, and it takes one only"
+        )
     if adapter.calibration is None:
         raise ValueError(
-            f"{asked} needs the scores of validation images, and the run holds none: it had no "
+            f"{option(asked)} needs the scores of validation images, and the run holds none: "
+            "it had no "
             "such images, was fitted on all of them in the end, was extended, or was written by an "
             "earlier version"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vtclip.data.records import Records
-from vtclip.data.sets import AnySource
+from vtclip.data.sets import AnySource, source_name
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.names import option, pick
@@ -33,13 +33,15 @@ def check_any_classes(method: str, overrides: Mapping[str, object] | None = None
     able = [name for name, head in HEADS.items() if head.any_classes]
     if method not in able:
         raise ValueError(
-            f"{option('base_to_new')}: method must be one of {', '.join(able)}, whose parameters "
+            f"{option('base_to_new')}: {option('method')} must be one of {', '.join(able)}, "
+            "whose parameters "
             f"do not depend on the classes, got {method!r}"
         )
     options = (overrides or {}).get("head")
     if isinstance(options, Mapping) and options.get("class_specific"):
         raise ValueError(
-            f"{option('base_to_new')}: class_specific context belongs to its own classes"
+            f"{option('base_to_new')}: {option('class_specific')} context belongs to its own "
+            "classes"
         )
 
 
@@ -119,7 +121,7 @@ def evaluate_base_to_new(
     known = {"base": list(result["classes"]), "new": list(result["new"]["classes"])}
     every = known["base"] + known["new"]
     names = [pick("class", name, every) for name in records.class_names]
-    report: Json = {"method": result["method"], "source": source.name}
+    report: Json = {"method": result["method"], "source": source_name(source)}
     for half in HALVES:
         classes = [i for i, name in enumerate(names) if name in known[half]]
         if not classes:

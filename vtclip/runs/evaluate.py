@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource, as_source
+from vtclip.data.sets import SetSource, as_source, source_name
 from vtclip.data.splits import Split
 from vtclip.files import Json, write_atomic
 from vtclip.heads import Head
@@ -77,7 +77,7 @@ def evaluate(
         _check_kind(run.result, ttt)
     if "sources" in run.result:
         if ttt is not None:
-            raise ValueError("ttt: an extended run is evaluated without it")
+            raise ValueError(f"{option('ttt')}: an extended run is evaluated without it")
         return evaluate_sources(sources, source, data)
     target = sources.own_source(data) if source is None else as_source(source, data)
     if run.result.get("multi_label"):
@@ -94,7 +94,7 @@ def evaluate(
         return {**found, **test}
     report = {
         "method": run.result["method"],
-        "source": target.name,
+        "source": source_name(target),
         **_metrics(adapter, rows, where, not isinstance(target, SetSource), predictions),
         **test,
     }

@@ -32,6 +32,7 @@ from torch.export import ExportedProgram
 
 from vtclip.files import Json, json_digest, to_json, write_together
 from vtclip.machine import set_threads
+from vtclip.names import option
 from vtclip.ops._select import only_reference
 from vtclip.runs.export_program import BATCHES, ExportJob, feature_job, image_job, of_batches
 from vtclip.runs.multi_label import check_single_run
@@ -199,14 +200,16 @@ def _targets(path: str | Path | None, onnx: str | Path | None, overwrite: bool) 
     for name, file_name, suffix in ("path", path, ".pt2"), ("onnx", onnx, ".onnx"):
         if file_name is None:
             continue
-        target = Path(file_name).expanduser()
+        target, typed = Path(file_name).expanduser(), option(name)
         if target.suffix != suffix:
-            raise ValueError(f"export: {name} must end in {suffix}, got {str(file_name)!r}")
+            raise ValueError(f"export: {typed} must end in {suffix}, got {str(file_name)!r}")
         if not target.parent.is_dir():
-            raise FileNotFoundError(f"export: the folder {target.parent} does not exist")
+            raise FileNotFoundError(f"export: {typed}: the folder {target.parent} does not exist")
         for file in (target, target.with_suffix(".json")):
             if file.is_dir() or (file.exists() and not overwrite):
-                raise FileExistsError(f"export: {file} exists; overwrite, or give another name")
+                raise FileExistsError(
+                    f"export: {typed}: {file} exists; {option('overwrite')}, or give another name"
+                )
         targets.append(target)
     if not targets:
         raise ValueError("export: a .pt2 path or an .onnx path must be given, got neither")
@@ -214,7 +217,8 @@ def _targets(path: str | Path | None, onnx: str | Path | None, overwrite: bool) 
         missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(
-                f"export: onnx needs {', '.join(missing)}; pip install 'vtclip[onnx]' brings it"
+                f"export: {option('onnx')} needs {', '.join(missing)}; pip install 'vtclip[onnx]' "
+                "brings it"
             )
     return targets
 

@@ -213,5 +213,5 @@ def switch_checkpointing(clip: Clip, on: bool) -> None:
     """open_clip's own switch; a model without one is refused by name."""
     switch = getattr(clip.model, "set_grad_checkpointing", None)
     if switch is None:
-        raise ValueError(f"grad_checkpointing: {clip.name!r} offers none")
+        raise ValueError(f"{option('grad_checkpointing')}: {clip.name!r} offers none")
     switch(on)

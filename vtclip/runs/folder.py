@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtclip.data.image_files import InMemory
-from vtclip.data.sets import SetSource
+from vtclip.data.sets import SetSource, source_name
 from vtclip.data.splits import UP_TO
 from vtclip.files import Json, only_writer, to_json
 from vtclip.heads import HEADS
@@ -81,7 +81,7 @@ def run_folder(request: FitRequest) -> Path:
     if request.out is not None:
         return Path(request.out).expanduser()
     source = request.source
-    name = source.resolve().name
+    name = source_name(source)
     if isinstance(source, Path) and source.is_file():
         name = source.resolve().stem
     kind = request.method
@@ -198,7 +198,7 @@ def write_run(
         values,
         watch,
         method=request.method,
-        source=request.source.name,
+        source=source_name(request.source),
         shots=request.known_shots if learns or len(split.val) else 0,
         seed=request.seed,
         config=config,

@@ -21,7 +21,7 @@ from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.records import Records
-from vtclip.data.sets import SetSource
+from vtclip.data.sets import SetSource, source_name
 from vtclip.data.sources import source_kind
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
@@ -179,7 +179,7 @@ def evaluate_run(
     kept = adapter.features["multi_label"]
     said = say_as_run(adapter.head, rows, device)
     values = multi_label.all_metrics(said, Sigmoid.from_json(kept), kept["threshold"])
-    name = Path(run.result["source"]).name if source is None else source.name
+    name = Path(run.result["source"]).name if source is None else source_name(source)
     return {
         "method": run.result["method"],
         "source": name,

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from vtclip.files import Json, write_atomic
+from vtclip.names import option
 from vtclip.runs.confusion import draw_confusion
 from vtclip.train import metrics
 
@@ -98,7 +99,9 @@ def check_table(path: str | Path) -> None:
     place = Path(path).expanduser()
     if place.is_dir() or not place.parent.is_dir():
         fact = "a folder" if place.is_dir() else "in a folder that does not exist"
-        raise ValueError(f"predictions must be a file to write, got {str(path)!a}, {fact}")
+        raise ValueError(
+            f"{option('predictions')} must be a file to write, got {str(path)!a}, {fact}"
+        )
 
 
 def predictions_csv(

@@ -27,6 +27,7 @@ from vtclip.data.sets import as_source
 from vtclip.data.sources import source_kind
 from vtclip.files import Json, cache_folder, printable, read_json, read_safetensors
 from vtclip.machine import choose_device
+from vtclip.names import option
 from vtclip.runs.adapter import CONFIG, TENSORS, load_adapter
 from vtclip.runs.encoders import load_base
 from vtclip.runs.fit import fit_request
@@ -85,7 +86,9 @@ def _with_model(run: Run, request: FitRequest, model: str | Path | None) -> FitR
     """The request with the model at the place `model`, checked against the run's."""
     if isinstance(request.source, Path) and source_kind(request.source) in ("npz", "features"):
         if model is not None:
-            raise ValueError(f"repeat: model must be left out, {request.source} has no images")
+            raise ValueError(
+                f"repeat: {option('model')} must be left out, {request.source} has no images"
+            )
         return request
     chosen = request if model is None else dataclasses.replace(request, model=str(model))
     if (run.folder / CONFIG).is_file():

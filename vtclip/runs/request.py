@@ -146,18 +146,20 @@ class FitRequest:
         for name in ("spatial", "prompt", "augment_passes", "base_to_new"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{option('train_encoders')}: {name} must be left out, got "
+                    f"{option('train_encoders')}: {option(name)} must be left out, got "
                     f"{getattr(self, name)!r}"
                 )
         if self.method != TRAINS_ENCODERS:
             raise ValueError(
-                f"{option('train_encoders')}: method must be {TRAINS_ENCODERS}, got {self.method!r}"
+                f"{option('train_encoders')}: {option('method')} must be {TRAINS_ENCODERS}, got "
+                f"{self.method!r}"
             )
         kind = "set" if isinstance(source, SetSource) else source_kind(source)
         if kind != "folder":
             what = "an .npz table" if kind == "npz" else "a features folder"
             raise ValueError(
-                f"{option('train_encoders')}: source must be an image folder, got {what}: {source}"
+                f"{option('train_encoders')}: {option('source')} must be an image folder, got "
+                f"{what}: {source}"
             )
         if self.shots == 0:
             raise ValueError(f"{option('shots')} must be at least 1 to train, got 0")
@@ -184,9 +186,13 @@ class FitRequest:
         """How the encoders are trained on so many images, with the overrides in place of some."""
         overrides = {name: value for name, value in self.overrides.items() if value is not None}
         if overrides.pop("optimizer", "adamw") != "adamw":
-            raise ValueError("optimizer: encoders are trained with adamw, got 'sgd'")
+            raise ValueError(f"{option('optimizer')}: encoders are trained with adamw, got 'sgd'")
         names = [field.name for field in dataclasses.fields(FinetuneConfig)]
         for name in overrides:
+            if name not in names and name in FitConfig.__dataclass_fields__:
+                raise ValueError(
+                    f"{option(name)} cannot be combined with {option('train_encoders')}"
+                )
             pick("override", name, [name for name in names if name != "recipe"])
         return get_config(images, model=self.model, overrides=overrides)
 

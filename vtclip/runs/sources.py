@@ -21,14 +21,14 @@ from torch import Tensor
 
 from vtclip.clip.texts import is_per_class
 from vtclip.data.class_names import with_class_names
-from vtclip.data.folders import is_ignored, scan_folder, walk_images
+from vtclip.data.folders import is_ignored, other_files, scan_folder, walk_images
 from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import ImageFiles, InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records, check_class_names
-from vtclip.data.sets import AnySource, SetSource, as_source
+from vtclip.data.sets import AnySource, SetSource, as_source, source_name
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json, printable
 from vtclip.heads import HEADS, Head
@@ -441,7 +441,7 @@ def new_classes(
         return with_class_names(scan_folder(path), class_names, keep_others=True)
     names, skipped = walk_images(path)
     if not names:
-        raise ValueError(f"extend: {path} holds no images")
+        raise ValueError(f"extend: {path} holds no images{other_files(path)}")
     root = path.parent
     below = [file.relative_to(root).as_posix() for file in names]
     passed = [(Path(file).relative_to(root).as_posix(), why) for file, why in skipped]
@@ -486,7 +486,7 @@ def evaluate_sources(sources: RunSources, source: object, data: str | Path | Non
         name = Path(sources.run.result["source"]).name
     else:
         target = as_source(source, data)
-        name, rows = target.name, [sources.other(target)]
+        name, rows = source_name(target), [sources.other(target)]
     test = test_report(rows, name)
     values = report(rows)
     if source is None:

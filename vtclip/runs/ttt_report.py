@@ -16,6 +16,7 @@ from vtclip.data.sources import source_kind
 from vtclip.data.threads import progress_bar
 from vtclip.files import Json
 from vtclip.machine import BatchSize
+from vtclip.names import option
 from vtclip.runs.adapter import Adapter, check_model
 from vtclip.runs.result import metrics_table
 from vtclip.train import metrics
@@ -30,14 +31,18 @@ ROWS = {"kept_mean": "mean of kept views", "all_mean": "mean of all views", "ada
 def check_ttt(adapter: Adapter, source: AnySource, *, base_to_new: bool) -> None:
     """Refuse a source without images and a head without parameters, before any work."""
     if isinstance(source, SetSource):
-        raise ValueError(f"ttt: source must be a folder of images, got data set {source}")
+        raise ValueError(
+            f"{option('ttt')}: {option('source')} must be a folder of images, got data set {source}"
+        )
     kind = source_kind(source)
     if kind != "folder":
         what = {"npz": "an .npz table", "features": "a features folder"}[kind]
-        raise ValueError(f"ttt: source must be a folder of images, got {what}: {source}")
+        raise ValueError(
+            f"{option('ttt')}: {option('source')} must be a folder of images, got {what}: {source}"
+        )
     trainable(adapter.head)
     if base_to_new:
-        raise ValueError("ttt: a base-to-new run is evaluated without it")
+        raise ValueError(f"{option('ttt')}: a base-to-new run is evaluated without it")
 
 
 def ttt_report(

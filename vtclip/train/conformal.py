@@ -56,6 +56,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.files import Json
+from vtclip.names import option
 
 SCORE = "centred"
 DIGITS = 9  # significant, of a stored score: more than float32 has
@@ -118,7 +119,8 @@ def unknown_threshold(scores: Tensor, rate: float, weight: Tensor | None = None)
     total = largest + sum(weights)
     if share * total < largest:
         raise ValueError(
-            f"unknown must be at least {_least(largest, total, len(values))} validation images"
+            f"{option('unknown')} must be at least {_least(largest, total, len(values))} "
+            "validation images"
             f"{_unequal(weights)}, got {rate:g}"
         )
     below, limit, threshold = largest, share * total, values[0]
@@ -146,7 +148,8 @@ def coverage_threshold(losses: Tensor, coverage: float, weight: Tensor | None = 
             return value
     most = f"{len(values)}/{len(values) + 1} = " if largest * len(values) == reached else ""
     raise ValueError(
-        f"coverage must be at most {most}{_down(float(reached / total))} with {len(values)} "
+        f"{option('coverage')} must be at most {most}{_down(float(reached / total))} with "
+        f"{len(values)} "
         f"validation images{_unequal(weights)}, got {coverage:g}"
     )
 

@@ -37,6 +37,7 @@ from vtclip.distributed import World
 from vtclip.files import Json
 from vtclip.heads import RAda
 from vtclip.machine import BatchSize
+from vtclip.names import option
 from vtclip.train import metrics
 from vtclip.train.finetune_config import FinetuneConfig
 from vtclip.train.rows import epoch_rows, epoch_size
@@ -156,7 +157,8 @@ def drawn_templates(count: int, classes: int, seed: int, number: int) -> Tensor:
 def check_batch(config: FinetuneConfig, world: World) -> None:
     if config.batch_size < world.size:
         raise ValueError(
-            f"batch_size must give each of {world.size} processes an image, got {config.batch_size}"
+            f"{option('batch_size')} must give each of {world.size} processes an image, got "
+            f"{config.batch_size}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from vtclip.data.records import Records
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.config import FitConfig
-from vtclip.names import pick
+from vtclip.names import option, pick
 
 VOTES = "votes_per_class"  # the option of heads whose images vote
 
@@ -32,31 +32,37 @@ def recipe_config(method: str, shots: int, overrides: Mapping[str, object] | Non
     if method == "auto" and (changes or options):
         raise ValueError(
             "method auto fits several methods, each with its own settings; to set "
-            f"{', '.join([*changes, *options])}, name one method"
+            f"{_typed([*changes, *options])}, name one by {option('method')}"
         )
     if changes and not config.epochs:
-        raise ValueError(f"method {method} has no training, so {', '.join(changes)} cannot be set")
+        raise ValueError(f"method {method} has no training, so {_typed(changes)} cannot be set")
     if options and not config.epochs and not HEADS[method].learns:
-        raise ValueError(f"method {method} has no training, so {', '.join(options)} cannot be set")
+        raise ValueError(f"method {method} has no training, so {_typed(options)} cannot be set")
     takes = inspect.signature(HEADS[method]).parameters
     for name in options:
         if name == "text" or name not in takes:
-            raise ValueError(f"method {method} has no option {name}")
+            raise ValueError(f"method {method} has no option {option(name)}")
     for name in changes:
         pick("override", name, [field.name for field in dataclasses.fields(FitConfig)])
     weight = changes.get("penalty_weight")
     if weight and not HEADS[method].has_penalty:
-        raise ValueError(f"method {method} has no penalty, so penalty_weight cannot be set")
+        weight_name = option("penalty_weight")
+        raise ValueError(f"method {method} has no penalty, so {weight_name} cannot be set")
     if {**config.head, **options}.get("penalty") == "none":
         if weight:
-            raise ValueError(f"penalty_weight must be 0 where the penalty is none, got {weight:g}")
+            wish = f"{option('penalty_weight')} must be 0 where {option('penalty')} is none"
+            raise ValueError(f"{wish}, got {weight:g}")
         changes["penalty_weight"] = 0.0
     changes["head"] = {**config.head, **options}
     if "epochs" in changes:
         changes.setdefault("enough_pairs", 0)
     if changes.get("epochs", 1) < 1:
-        raise ValueError(f"epochs must be at least 1, got {changes['epochs']}")
+        raise ValueError(f"{option('epochs')} must be at least 1, got {changes['epochs']}")
     return dataclasses.replace(config, **changes)
+
+
+def _typed(names: Iterable[str]) -> str:
+    return ", ".join(map(option, names))
 
 
 def build_head(method: str, records: Records, config: FitConfig, device: torch.device) -> Head:

@@ -20,6 +20,7 @@ from vtclip.data.records import Records
 from vtclip.data.splits import Split
 from vtclip.files import Json
 from vtclip.heads import HEADS
+from vtclip.names import option
 from vtclip.train import engine
 from vtclip.train.methods import zero_shot_head
 from vtclip.train.rows import split_rows
@@ -29,13 +30,14 @@ logger = logging.getLogger(__name__)
 
 def check_pseudo_labels(method: str, shots: int | str | None, **others: bool) -> None:
     """Refuse what pseudo-labels cannot be combined with."""
+    name = option("pseudo_labels")
     if not HEADS[method].learns:
-        raise ValueError(f"method {method} learns nothing from images: pseudo_labels cannot be set")
+        raise ValueError(f"method {method} learns nothing from images: {name} cannot be set")
     if isinstance(shots, int) and shots < 1:
-        raise ValueError(f"shots must be at least 1 with pseudo_labels, got {shots}")
-    for name, value in others.items():
+        raise ValueError(f"{option('shots')} must be at least 1 with {name}, got {shots}")
+    for other, value in others.items():
         if value:
-            raise ValueError(f"pseudo_labels cannot be combined with {name}")
+            raise ValueError(f"{name} cannot be combined with {option(other)}")
 
 
 def unlabelled_split(records: Records, seed: int, test_fraction: float) -> Split:
@@ -48,7 +50,9 @@ def unlabelled_split(records: Records, seed: int, test_fraction: float) -> Split
         held_out[split.val] = True  # validation images of the source's own
         pool = (~held_out).nonzero().flatten()
     if not len(pool):
-        raise ValueError("pseudo_labels: every image is a test image, so that none is left to name")
+        raise ValueError(
+            f"{option('pseudo_labels')}: every image is a test image, so that none is left to name"
+        )
     return dataclasses.replace(split, train=pool, val=split.val[:0])
 
 

@@ -47,7 +47,7 @@ def split_rows(
     if not learns and test_fraction == 1:
         shots = 0
     elif learns and shots != ALL and (isinstance(shots, str) or shots < 1):
-        raise ValueError(f"shots must be at least 1 to train, got {shots}")
+        raise ValueError(f"{option('shots')} must be at least 1 to train, got {shots}")
     if records.roles is not None and "set" in records.info:
         return split_by_roles(records.label, records.names, records.roles)
     split = few_shot_split(

@@ -33,6 +33,7 @@ from vtclip.heads import Head
 from vtclip.heads._each import StackedRAda, bytes_per_image, can_stack
 from vtclip.heads.config import check_seed
 from vtclip.machine import Stopwatch
+from vtclip.names import option
 
 # views through the frozen encoder and the selection at a time
 ENCODE_VIEWS = 256
@@ -75,7 +76,8 @@ class TTT:
             raise ValueError(f"ttt: weight_decay must be in 0..1000, got {self.weight_decay}")
         if self.kept < 1:
             raise ValueError(
-                f"ttt: keep * views must be at least 1 view, got {self.keep} * {self.views}"
+                f"ttt: {option('keep')} * {option('views')} must be at least 1 view, got "
+                f"{self.keep} * {self.views}"
             )
 
     @property

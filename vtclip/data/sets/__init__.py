@@ -8,7 +8,7 @@ invented. Nothing below the root is written, moved or locked.
 
 from vtclip.data.image_files import absent_images
 from vtclip.data.sets.listing import ImageList, Listing, SetError, Spec
-from vtclip.data.sets.reading import AnySource, SetSource, as_source, open_listing
+from vtclip.data.sets.reading import AnySource, SetSource, as_source, open_listing, source_name
 from vtclip.data.sets.table import SETS, find_set
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "as_source",
     "find_set",
     "open_listing",
+    "source_name",
 ]

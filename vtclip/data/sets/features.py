@@ -25,6 +25,7 @@ from vtclip.data.records import Records
 from vtclip.data.sets.listing import ImageList, Listing
 from vtclip.data.sets.reading import SetSource, open_listing
 from vtclip.files import Json, cache_folder, is_below, json_digest, printable
+from vtclip.names import option
 
 if TYPE_CHECKING:
     from vtclip.data.featureset import FeatureSet
@@ -58,7 +59,9 @@ class SetDraws:
         spec = self.source.spec
         cache = cache_folder(options.cache_dir)
         if is_below(cache, self.source.root):
-            raise spec.error(f"nothing is written below the data root, but cache_dir is {cache}")
+            raise spec.error(
+                f"nothing is written below the data root, but {option('cache_dir')} is {cache}"
+            )
         if draw.shots and spec.test_only:
             raise spec.error(
                 "a test set without training images; fit imagenet, then evaluate the run on this "

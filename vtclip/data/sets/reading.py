@@ -14,6 +14,7 @@ from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.listing import Listing, Spec
 from vtclip.data.sets.table import find_set
 from vtclip.files import printable
+from vtclip.names import option
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,17 @@ class SetSource:
         """Raises if an option that has no meaning for a data set is set (is true)."""
         for name, value in options.items():
             if value:
-                raise self.spec.error(f"{name} must be left out with a data set, got {value!r}")
+                raise self.spec.error(
+                    f"{option(name)} must be left out with a data set, got {value!r}"
+                )
 
 
 AnySource: TypeAlias = Path | SetSource | InMemory
+
+
+def source_name(source: AnySource) -> str:
+    """What a source is called where one word says it: of "." and ".." too the folder's name."""
+    return source.resolve().name or str(source.resolve())
 
 
 def as_source(source: object, data: str | Path | None) -> AnySource:
@@ -67,7 +75,9 @@ def as_source(source: object, data: str | Path | None) -> AnySource:
     root = Path(data).expanduser()
     spec = find_set(str(source))
     if not root.is_dir():
-        raise ValueError(f"data: the root of the data sets must be a folder, got {data}")
+        raise ValueError(
+            f"{option('data')}: the root of the data sets must be a folder, got {data}"
+        )
     return SetSource(spec, root)
 
 

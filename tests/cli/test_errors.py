@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad values of every command: one line that names what was typed, and nothing written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from commands import refused
+from trees import picture
+
+import vtclip
+from vtclip import files
+from vtclip.cli import build_parser
+from vtclip.cli.errors import line_of
+
+TABLE = """
+fit npz --device gpu
+    --device must be cpu, cuda or cuda:N
+fit npz --method zeroshot --epochs 3
+    so --epochs cannot be set
+fit npz --method rada --context-length 4
+    method rada has no option --context-length
+fit npz --method vtclip --context-init a
+    method vtclip has no option --context-init
+fit npz --method vtclip --penalty-weight 1
+    so --penalty-weight cannot be set
+fit npz --lr 0.1 --queries text
+    to set --lr, --queries, name one by --method
+fit npz --method rada --loss gce --label-smoothing 0.1
+    --label-smoothing must be 0 with --loss gce
+fit npz --method zeroshot --pseudo-labels
+    --pseudo-labels cannot be set
+fit npz --method zeroshot --final
+    --final changes nothing
+fit npz --method tip-adapter --pseudo-labels --shots 0
+    --shots must be at least 1 with --pseudo-labels
+fit npz --method vtclip --pseudo-labels --base-to-new
+    --pseudo-labels cannot be combined with --base-to-new
+fit npz --method proker --templates imagenet7
+    --templates cannot be chosen for an .npz file; use --prompt
+fit npz --method proker --templates gone.txt
+    --templates
+fit npz --method proker --augment-passes 2
+    --augment-passes: an .npz file holds no augmented passes
+fit npz --method proker --prompt x
+    --prompt 'x' cannot be chosen
+fit npz --method proker --shots 0
+    --shots must be at least 1
+fit npz --method proker --base-to-new
+    --base-to-new: --method must be one of
+fit npz --method rada --train-encoders
+    --train-encoders: SOURCE must be an image folder
+fit npz --train-encoders --prompt x
+    --train-encoders: --prompt must be left out
+fit pics --method vtclip --train-encoders
+    --train-encoders: --method must be rada
+fit pics --train-encoders --optimizer sgd
+    --optimizer: encoders are trained with adamw
+fit pics --train-encoders --label-smoothing 0.1
+    --label-smoothing cannot be combined with --train-encoders
+fit pics --method proker --prompt x
+    --prompt 'x' can be chosen for .npz files only
+fit pics --model gone/weights.safetensors
+    --model
+fit pics --class-names gone.json
+    --class-names gone.json does not exist
+fit pics --out file
+    --out file
+fit npz --overwrite --resume
+    --overwrite and --resume exclude each other
+fit file
+    SOURCE
+fit npz --data gone
+    --data 'gone' does not exist
+fit caltech101 --data file
+    --data
+evaluate run npz --predictions gone/p.csv
+    --predictions must be a file
+evaluate run npz --predictions pics
+    --predictions must be a file
+evaluate run npz --device gpu
+    --device must be
+evaluate run npz --ttt
+    --ttt: SOURCE must be a folder of images
+evaluate run file
+    SOURCE
+evaluate file
+    RUN
+evaluate pics
+    RUN
+predict run pics
+    run was fitted on a table of features
+predict run pics --unknown 0.00001
+    --unknown
+predict run pics --coverage 0.99999
+    --coverage
+explain run pics/ant/0.jpg --out x.gif
+    --out must end in .png
+features pics --out file
+    --out file
+features pics --out pics/f
+    --out must lie outside the image folder
+features pics --out f --spatial grid
+    --spatial
+features pics --out f --device gpu
+    --device must be
+features pics --out f --model gone/weights.safetensors
+    --model
+features pics --out f --templates gone.txt
+    --templates
+features file --out f
+    SOURCE
+extend run pics --out pics
+    --out pics exists
+extend run pics --out f --device gpu
+    --device must be
+extend pics pics --out f
+    RUN
+repeat run --model x
+    --model must be left out
+repeat pics
+    RUN
+repeat run --out run
+    --out
+report pics
+    OUT
+report file
+    OUT
+report run --html x.gif
+    --html must end in .html
+export run --out x.gif --features
+    --out must end in .pt2
+export run --onnx x.gif --features
+    --onnx must end in .onnx
+export run --out gone/x.pt2 --features
+    --out: the folder gone does not exist
+export run --out held.pt2 --features
+    --out: held.pt2 exists; --overwrite
+export pics --out x.pt2
+    RUN
+convert file --out x.gif
+    --out
+convert pics
+    FILE
+bench npz --out file
+    --out file exists
+bench pics --out pics/b
+    --out pics/b lies inside
+bench npz --out b --shard 3/2
+    --shard must be i/n
+bench npz --out b --device gpu
+    --device must be
+bench npz --out b --templates imagenet7
+    takes no --templates
+bench pics --out b --prompt x
+    --prompt 'x' can be chosen
+bench npz npz --out b
+    SOURCE
+bench --data pics --out b
+    --data: no data set is complete
+bench --data file --out b
+    --data
+bench --data pics --sets dtd,dtd --out b
+    --sets
+data check file
+    ROOT
+demo --device gpu
+    --device must be
+demo --out file
+    --out
+"""
+LINES = [line.strip() for line in TABLE.strip().splitlines()]
+CASES = list(zip(LINES[::2], LINES[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def place(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, a file that is none of anything, a table of features and its run."""
+    root = tmp_path_factory.mktemp("typed")
+    for k, name in enumerate(("ant", "bee")):
+        for number in range(8):
+            picture(root / "pics" / name / f"{number}.jpg", number, k)
+    (root / "file").write_text("hello")
+    (root / "held.pt2").write_text("hello")
+    (root / "table.npz").write_bytes(npz.read_bytes())
+    vtclip.fit(
+        root / "table.npz", method="proker", shots=4, out=root / "run", device="cpu", threads=1
+    )
+    return root
+
+
+def everything(root: Path) -> dict[str, int]:
+    return {str(path): path.lstat().st_mtime_ns for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(("words", "typed"), CASES, ids=[words for words, _ in CASES])
+def test_what_was_typed_is_named_in_one_line(capsys, place, monkeypatch, words, typed):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("VTCLIP_CACHE", str(place / "cache"))
+    before = everything(place)
+    typed_words = ["table.npz" if word == "npz" else word for word in words.split()]
+    line = refused(capsys, *typed_words)
+    assert typed in line
+    assert "Errno" not in line
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "line"),
+    [
+        (
+            ["fit", "pics", "--out", "r"],
+            PermissionError(errno.EACCES, "Permission denied", "r/adapter.safetensors"),
+            "--out: r/adapter.safetensors: Permission denied",
+        ),
+        (
+            ["fit", "pics", "--out", "r"],
+            OSError(errno.ENOSPC, "cannot write 9 bytes to r/a: No space left on device", "r/a"),
+            "--out: cannot write 9 bytes to r/a: No space left on device",
+        ),
+        (
+            ["fit", "pics", "--cache-dir", "c/d"],
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "c"),
+            "--cache-dir: c: Not a directory",
+        ),
+        (
+            ["predict", "r", "a.jpg", "--json", "b.jpg"],
+            IsADirectoryError(errno.EISDIR, "Is a directory", "b.jpg"),
+            "IMAGE: b.jpg: Is a directory",
+        ),
+        (
+            ["convert", "w.pt"],
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "w.pt"),
+            "FILE: w.pt: No such file or directory",
+        ),
+        (
+            ["info"],
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "elsewhere"),
+            "elsewhere: No such file or directory",
+        ),
+    ],
+)
+def test_errors_of_the_system_name_argument_and_path(tmp_path, monkeypatch, words, error, line):
+    monkeypatch.chdir(tmp_path)
+    assert line_of(error, build_parser().parse(words)) == line
+
+
+def test_a_full_disk_names_the_option(capsys, place, monkeypatch):
+    monkeypatch.chdir(place)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    line = refused(capsys, "evaluate", "run", "--predictions", "p.csv", status=1)
+    assert line.startswith("vtclip evaluate: --predictions: cannot write ")
+    assert line.endswith(f"p.csv: {os.strerror(errno.ENOSPC)}\n")
+    assert not (place / "p.csv").exists()
