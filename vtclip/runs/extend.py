@@ -22,7 +22,7 @@ from vtclip.clip.texts import is_per_class
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import ALL, EXACT, UP_TO, Split, few_shot_split
-from vtclip.files import Json, json_digest, printable
+from vtclip.files import Json, json_digest, printable, several
 from vtclip.heads import HEADS, Head
 from vtclip.heads._head import NewClasses
 from vtclip.heads.zeroshot import ZeroShot
@@ -260,8 +260,8 @@ def _left_out(old: Sequence[SourceRows], twice: Json) -> Json:
     gone = old[-1].left_out.gone
     if gone:
         logger.warning(
-            "%d of %d test images of the run are gone and not counted",
-            gone, old[-1].left_out.tested,
+            "%d of %s of the run %s gone and not counted",
+            gone, several(old[-1].left_out.tested, "test image"), "is" if gone == 1 else "are",
         )  # fmt: skip
     return {**twice, "gone": gone}
 
@@ -303,7 +303,9 @@ def _split(
         few = f"too few to hold out {fraction:g} of them"
         if tested:
             few = "none of which the source calls a test image"
-        raise ValueError(f"extend: class {added.class_names[k]!r} has {total} images, {few}")
+        raise ValueError(
+            f"extend: class {added.class_names[k]!r} has {several(total, 'image')}, {few}"
+        )
     return split, shots
 
 
@@ -329,11 +331,11 @@ def _say_roles(path: Path, added: Records, split: Split, keeps: bool) -> None:
     train, val, test = torch.bincount(added.roles.long(), minlength=3).tolist()
     kept = f"{len(split.train)} kept" if keeps else "not used: the method keeps none"
     apart = len(split.test) - test
-    parts = [f"{train} training images ({kept}{f', {apart} tested' if apart else ''})"]
+    parts = [f"{several(train, 'training image')} ({kept}{f', {apart} tested' if apart else ''})"]
     if val:
-        parts.append(f"{val} validation images (not used: nothing is chosen again)")
+        parts.append(f"{several(val, 'validation image')} (not used: nothing is chosen again)")
     if test:
-        parts.append(f"{test} test images")
+        parts.append(several(test, "test image"))
     logger.warning("%s divides its images itself: %s", path, ", ".join(parts))
 
 
