@@ -243,6 +243,25 @@ def test_a_large_support_is_searched_over_every_jth_class(method, monkeypatch):
     assert again.options() != large.options()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_choose_by_their_part_as_they_would_alone(method, monkeypatch):
+    text, _, support = table()
+    image, label = near(support)[:2]
+    val = Support(image, label)
+    parts = [torch.arange(start, len(label), 3) for start in (0, 1)] + [torch.arange(len(label))]
+    for rows in (_support.SEARCH_ROWS, len(support.label) - 1):  # over all and every other class
+        monkeypatch.setattr(_support, "SEARCH_ROWS", rows)
+        head = fitted(method, text, support)
+        before = head.options()
+        for part, copied in zip(parts, head.chosen_by(val, parts), strict=True):
+            alone = fitted(method, text, support)
+            alone.choose(Support(image[part], label[part]))
+            assert copied.options() == alone.options()
+            assert torch.equal(copied(image), alone(image))
+        assert head.options() == before
+    assert alone.options() != before
+
+
 def npz(path: Path, *, spoil_test: bool = False) -> Path:
     """Four classes, images half way between two class texts: the support can tell, texts hardly."""
     arrays = animal_features(lean=1.1)

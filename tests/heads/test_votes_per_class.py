@@ -11,7 +11,7 @@ import torch
 from support_sets import fitted, table
 from torch.nn import functional as F
 
-from vtclip.heads import ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, proker
+from vtclip.heads import ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, _support
 from vtclip.heads.proker import kernel
 
 K = 4
@@ -124,7 +124,7 @@ def test_the_search_of_the_ridge_sees_the_logits_of_each_point(monkeypatch):
             seen.append((point, logits_of(point)))
         return dict(centre)
 
-    monkeypatch.setattr(proker, "most_likely", most_likely)
+    monkeypatch.setattr(_support, "most_likely", most_likely)
     head.search(F.normalize(image, dim=-1), torch.zeros(6, dtype=torch.long))
     assert len(seen) == 2
     for point, logits in seen:

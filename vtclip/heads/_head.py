@@ -6,8 +6,9 @@ A method is one file, a subclass of `Head`, and one line in `heads/__init__.py`.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -31,6 +32,11 @@ class Support(NamedTuple):
     image: Tensor
     label: Tensor
     spatial: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Support:
+        """Those of the images [n]."""
+        spatial = None if self.spatial is None else self.spatial[index]
+        return Support(self.image[index], self.label[index], spatial)
 
 
 class TextModel(Protocol):
@@ -142,6 +148,13 @@ class Head(nn.Module):
 
     def choose(self, val: Support) -> None:
         """Set what validation images decide, after training; without any the defaults stay."""
+
+    def chosen_by(self, val: Support, parts: Sequence[Tensor]) -> Iterator[Head]:
+        """One copy for each of `parts`, row numbers of `val`, by which that copy chose."""
+        for rows in parts:
+            head = copy.deepcopy(self)
+            head.choose(val.rows(rows))
+            yield head
 
     def with_text(self, text: Tensor) -> Head:
         """A head of the same parameters, copied, over other classes [K', C]."""

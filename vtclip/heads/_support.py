@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,19 @@ from vtclip.heads._head import ImageHead, Support
 # class is searched over, so that the time and memory of a search stop growing with the support.
 SEARCH_ROWS = 2048
 PRIOR_FACTOR = 2.0  # a hyper-parameter off its centre by this factor costs half a nat
+
+
+class Candidates(NamedTuple):
+    """Points of a search: the values of each hyper-parameter, and the point the prior is about.
+
+    logits_of: logits [n + m, K] at one point; label [n + m]. The first n rows are validation
+    images, the m others images of the support that say something themselves.
+    """
+
+    grid: Mapping[str, Sequence[float]]
+    centre: Mapping[str, float]
+    logits_of: Callable[[Mapping[str, float]], Tensor]
+    label: Tensor
 
 
 class SupportHead(ImageHead):
@@ -81,18 +95,34 @@ class SupportHead(ImageHead):
         Above SEARCH_ROWS support rows every j-th class is searched over, with its images alone.
         """
         image, label = check_support(type(self).__name__, val, self.text)
-        step = -(-len(self.keys) // SEARCH_ROWS)
-        if step > 1:
-            rows = label % step == 0
-            best = self._every(step).search(image[rows], label[rows] // step)
-        else:
-            best = self.search(image, label)
+        head, _, image, label = self._searched(image, label)
+        self.take(most_likely(*head.candidates(image, label)))
+
+    @torch.no_grad()
+    def chosen_by(self, val: Support, parts: Sequence[Tensor]) -> Iterator[SupportHead]:
+        """As `Head.chosen_by`, by one search: each point is computed once for all of `val`."""
+        image, label = check_support(type(self).__name__, val, self.text)
+        masks = torch.zeros(len(parts), len(label), dtype=torch.bool, device=label.device)
+        for mask, rows in zip(masks, parts, strict=True):
+            mask[rows] = True
+        head, rows, image, label = self._searched(image, label)
+        for best in most_likely_by(*head.candidates(image, label), masks[:, rows]):
+            copied = copy.deepcopy(self)
+            copied.take(best)
+            yield copied
+
+    def take(self, best: Mapping[str, float]) -> None:
+        """Set hyper-parameters, and what follows from them."""
         for name, value in best.items():
             setattr(self, name, value)
 
+    def candidates(self, image: Tensor, label: Tensor) -> Candidates:
+        """What is searched over for image [n, C] of length 1 with label [n]."""
+        raise NotImplementedError
+
     def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
         """The best hyper-parameters for image [n, C] of length 1 with label [n]."""
-        raise NotImplementedError
+        return most_likely(*self.candidates(image, label))
 
     def extend(self, text_new: Tensor, support: Support) -> SupportHead:
         """As `Head.extend`: the head of the same hyper-parameters fitted to both supports."""
@@ -105,6 +135,14 @@ class SupportHead(ImageHead):
             if self.trains_keys:  # a trained key need not have length 1
                 head.keys[: len(self.keys)] = self.keys
         return head.train(self.training)
+
+    def _searched(self, image: Tensor, label: Tensor) -> tuple[SupportHead, Tensor, Tensor, Tensor]:
+        """The head that is searched, and the rows of image and label that it is searched by."""
+        step = -(-len(self.keys) // SEARCH_ROWS)
+        rows = label % step == 0 if step > 1 else torch.ones_like(label, dtype=torch.bool)
+        if step > 1:
+            return self._every(step), rows, image[rows], label[rows] // step
+        return self, rows, image, label
 
     def _every(self, step: int) -> SupportHead:
         """The head over classes 0, step, 2 step, ... alone, without what a solve made."""
@@ -192,24 +230,73 @@ def most_likely(
     """
     best: dict[str, float] = {}
     least = math.inf
-    for values in itertools.product(*grid.values()):
-        point = dict(zip(grid, values, strict=True))
-        away = sum(math.log(value / centre[name]) ** 2 for name, value in point.items())
-        cost = scaled_nll(logits_of(point), label) + away / (2 * math.log(PRIOR_FACTOR) ** 2)
+    for point, far in _points(grid, centre):
+        cost = scaled_nll(logits_of(point), label) + far
         if cost < least:
             best, least = point, cost
     return best
 
 
+def most_likely_by(
+    grid: Mapping[str, Sequence[float]],
+    centre: Mapping[str, float],
+    logits_of: Callable[[Mapping[str, float]], Tensor],
+    label: Tensor,
+    parts: Tensor,
+) -> list[dict[str, float]]:
+    """`most_likely` for each of P parts of the first n rows, with all rows after them.
+
+    parts: bool [P, n]. The sums run in another order than there, so that a point that ties with
+    another to the last bits may win here and lose there.
+    """
+    others = parts.new_ones(len(parts), len(label) - parts.shape[1])
+    counted = torch.cat([parts, others], dim=1).double()
+    points, costs = [], []
+    for point, far in _points(grid, centre):
+        nll, prior = _nll_at_temperatures(logits_of(point), label)
+        points.append(point)
+        costs.append((counted @ nll.double() + prior).amin(dim=1) + far)
+    return [points[i] for i in torch.stack(costs).nan_to_num(nan=math.inf).argmin(dim=0).tolist()]
+
+
+def _points(
+    grid: Mapping[str, Sequence[float]], centre: Mapping[str, float]
+) -> Iterator[tuple[dict[str, float], float]]:
+    """Each point, and what its distance from the centre costs."""
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        away = sum(math.log(value / centre[name]) ** 2 for name, value in point.items())
+        yield point, away / (2 * math.log(PRIOR_FACTOR) ** 2)
+
+
 def scaled_nll(logits: Tensor, label: Tensor) -> float:
     """Least sum of NLL(logits [n, K] / T) + log(T)^2 / 2 over T = 2^(-3/2), 2^-1, ... 2^(3/2)."""
+    below, true = _below_largest(logits, label)
+    total = true.sum()
+    costs = [sums.log().sum() - total / T + math.log(T) ** 2 / 2 for T, sums in _sums_of_exp(below)]
+    return float(torch.stack(costs).min())
+
+
+def _nll_at_temperatures(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL [n, t] of each row at the t temperatures of `scaled_nll`, and log(T)^2 / 2 [t]."""
+    below, true = _below_largest(logits, label)
+    nll, prior = [], []
+    for T, sums in _sums_of_exp(below):
+        nll.append(sums.log() - true / T)
+        prior.append(math.log(T) ** 2 / 2)
+    return torch.stack(nll, dim=1), logits.new_tensor(prior, dtype=torch.float64)
+
+
+def _below_largest(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [n, K] minus the largest of their row, and that of the row's class [n]."""
     below = logits - logits.amax(dim=1, keepdim=True)
-    true = below.gather(1, label[:, None]).sum()
-    costs = []
+    return below, below.gather(1, label[:, None])[:, 0]
+
+
+def _sums_of_exp(below: Tensor) -> Iterator[tuple[float, Tensor]]:
+    """T and sum_k exp(below [n, K] / T) [n], for T = 2^(3/2), 2^(1/2), ... and 2, 1, 1/2."""
     for first in (3, 2):
         share = (below / 2 ** (first / 2)).exp()
         for step in range(first, -4, -2):
-            T = 2 ** (step / 2)
-            costs.append(share.sum(dim=1).log().sum() - true / T + math.log(T) ** 2 / 2)
+            yield 2 ** (step / 2), share.sum(dim=1)
             share.square_()  # exp(x / T)^2 = exp(x / (T / 2))
-    return float(torch.stack(costs).min())

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from vtclip.heads._check import check_positive
 from vtclip.heads._head import Support
-from vtclip.heads._support import SupportHead, most_likely, steps
+from vtclip.heads._support import Candidates, SupportHead, steps
 
 ALPHAS = steps(0.025, 0.8, 2)  # times logit_scale
 BETAS = (0.25, 1.0, 4.0)
@@ -99,11 +99,11 @@ class ProKeR(SupportHead):
         # row by row, as a loaded adapter has them: products of another layout differ in last bits
         self.coefficients = solved.contiguous()
 
-    def choose(self, val: Support) -> None:
-        super().choose(val)
+    def take(self, best: Mapping[str, float]) -> None:
+        super().take(best)
         self.fit_support(Support(self.keys, self.label))
 
-    def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
+    def candidates(self, image: Tensor, label: Tensor) -> Candidates:
         """One eigendecomposition per beta serves every alpha and lam; in float32 or float64.
 
         Of r K r with r the square roots of the weights: (K + lam / w)^-1 = r (r K r + lam)^-1 r.
@@ -130,7 +130,7 @@ class ProKeR(SupportHead):
         alphas = [self.logit_scale * value for value in ALPHAS]
         grid = {"alpha": alphas, "beta": BETAS, "lam": LAMBDAS}
         centre = {name: getattr(self, name) for name in self.searched}
-        return most_likely(grid, centre, logits, label)
+        return Candidates(grid, centre, logits, label)
 
     def _weights(self) -> Tensor:
         """w [N] of the support, float64."""

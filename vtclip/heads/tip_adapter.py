@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.heads._check import check_not_negative, check_positive
-from vtclip.heads._support import SupportHead, most_likely, steps
+from vtclip.heads._support import Candidates, SupportHead, steps
 from vtclip.heads.config import FitConfig
 
 ALPHAS = steps(0.005, 1.28, 2)  # times logit_scale
@@ -92,7 +92,7 @@ class TipAdapter(SupportHead):
     def affinity(similarity: Tensor, beta: float) -> Tensor:
         return torch.exp(-beta * (1 - similarity))
 
-    def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
+    def candidates(self, image: Tensor, label: Tensor) -> Candidates:
         z, label, votes_of = self.evidence(image, label)
         similarity = self.similarity(image), self.similarity(self.keys)
         votes = {
@@ -103,7 +103,7 @@ class TipAdapter(SupportHead):
             return z + at["alpha"] * votes[at["beta"]]
 
         grid = {"alpha": [self.logit_scale * value for value in ALPHAS], "beta": BETAS}
-        return most_likely(grid, self.centre(), logits, label)
+        return Candidates(grid, self.centre(), logits, label)
 
     def centre(self) -> dict[str, float]:
         """Present values; for a zero, which has no logarithm, the smallest alpha tried."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vtclip.heads._check import check_finite, check_not_negative
 from vtclip.heads._head import Support
-from vtclip.heads._support import most_likely, steps
+from vtclip.heads._support import Candidates, steps
 from vtclip.heads.tip_adapter import TipAdapter
 
 ALPHAS = steps(0.005, 1.28, 2)  # times logit_scale
@@ -93,7 +93,7 @@ class TipX(TipAdapter):
         if self.slope is None or self.offset is None:
             self.slope, self.offset = self._range()
 
-    def search(self, image: Tensor, label: Tensor) -> dict[str, float]:
+    def candidates(self, image: Tensor, label: Tensor) -> Candidates:
         z, label, votes_of = self.evidence(image, label)
         rows = self.similarity(image), self.similarity(self.keys)
         votes = {beta: votes_of(*(self.affinity(x, beta) for x in rows)) for beta in BETAS}
@@ -104,7 +104,7 @@ class TipX(TipAdapter):
 
         alphas, gammas = ([self.logit_scale * v for v in grid] for grid in (ALPHAS, GAMMAS))
         grid = {"alpha": alphas, "beta": BETAS, "gamma": gammas}
-        return most_likely(grid, self.centre(), logits, label)
+        return Candidates(grid, self.centre(), logits, label)
 
     def _log_p(self, x: Tensor) -> Tensor:
         return (self.zero_shot(x) / (self.logit_scale * TEMPERATURE)).log_softmax(dim=-1)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -18,8 +17,8 @@ from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
 from vtclip.train import engine, metrics
-from vtclip.train.calibration import PARTS, Decisions
-from vtclip.train.fit_head import choose_by, fit_head, refit_head
+from vtclip.train.calibration import Decisions
+from vtclip.train.fit_head import choose_by, chosen_without, fifths, fit_head, refit_head
 from vtclip.train.rows import TrainingRows
 from vtclip.train.steps import TrainingRun
 
@@ -146,7 +145,7 @@ def unseen_logits(
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels of the rows `val`, none of which its own hyper-parameters saw.
 
-    A head that chooses by validation images does so for each of PARTS parts of them by the
+    A head that chooses by validation images does so for each fifth of them by the
     others: judged by the rows that it chose by, it would look better than it is. `head` has not
     chosen yet, and does not here.
     """
@@ -154,13 +153,10 @@ def unseen_logits(
     logits, label = engine.all_logits(head, rows, val, device=device)
     if not head.chooses or len(val) < 2:
         return logits, label
-    order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
-    for fold in order.chunk(PARTS):
-        others = torch.ones(len(val), dtype=torch.bool)
-        others[fold] = False
-        chosen = copy.deepcopy(head)
-        choose_by(chosen, records, val[others], device)
-        logits[fold] = engine.all_logits(chosen, rows, val[fold], device=device)[0]
+    parts = fifths(len(val))
+    copies = chosen_without(head, records, val, parts, device)
+    for copied, part in zip(copies, parts, strict=True):
+        logits[part] = engine.all_logits(copied, rows, val[part], device=device)[0]
     return logits, label
 
 

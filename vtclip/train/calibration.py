@@ -9,7 +9,6 @@ temperature; benchmarks/unknown.py measures what is left.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -22,10 +21,8 @@ from vtclip.heads.auto import Auto
 from vtclip.machine import BatchSize
 from vtclip.train import conformal
 from vtclip.train.conformal import Calibration
-from vtclip.train.fit_head import choose_by
+from vtclip.train.fit_head import chosen_without, fifths
 from vtclip.train.rows import TrainingRows
-
-PARTS = 5
 
 
 class Decisions(NamedTuple):
@@ -106,15 +103,12 @@ def unseen(head: Head, records: Records, val: Tensor, device: torch.device) -> D
     if not head.chooses or len(val) < 2:
         return None
     rows = TrainingRows(records, val)
-    order = torch.randperm(len(val), generator=torch.Generator().manual_seed(0))
-    found: list[Decisions] = []
-    for part in order.chunk(PARTS):
-        others = torch.ones(len(val), dtype=torch.bool)
-        others[part] = False
-        copied = copy.deepcopy(head)
-        choose_by(copied, records, val[others], device)
-        found.append(decide(copied, rows, val[part], device))
-    every, back = joined(found), order.argsort()
+    parts = fifths(len(val))
+    copies = chosen_without(head, records, val, parts, device)
+    every = joined(
+        decide(copied, rows, val[part], device) for copied, part in zip(copies, parts, strict=True)
+    )
+    back = torch.cat(parts).argsort()
     logits = every.logits[back]
     same = every.evidence is every.logits
     return Decisions(logits, logits if same else every.evidence[back], every.label[back])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -86,6 +87,24 @@ def choose_by(head: Head, records: Records, val: Tensor, device: torch.device) -
     if head.chooses and len(val):
         rows = TrainingRows(records, val)
         head.choose(support_of(rows, val, device, spatial=head.needs_spatial))
+
+
+def fifths(count: int) -> Sequence[Tensor]:
+    """The numbers below `count` in five parts, or fewer where there are fewer, always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).chunk(5)
+
+
+def chosen_without(
+    head: Head, records: Records, val: Tensor, parts: Sequence[Tensor], device: torch.device
+) -> Iterator[Head]:
+    """For each of `parts` of the rows `val`, a copy of the head that chose by the others.
+
+    parts: numbers of rows among `val`, each row in one part.
+    """
+    support = support_of(TrainingRows(records, val), val, device, spatial=head.needs_spatial)
+    every = torch.arange(len(val))
+    others = [every[~torch.isin(every, part)].to(device) for part in parts]
+    return head.chosen_by(support, others)
 
 
 def calibrate(head: Head, records: Records, val: Tensor, device: torch.device) -> float | None:
