@@ -108,7 +108,7 @@ def unseen(head: Head, records: Records, val: Tensor, device: torch.device) -> D
     every = joined(
         decide(copied, rows, val[part], device) for copied, part in zip(copies, parts, strict=True)
     )
-    back = torch.cat(parts).argsort()
+    back = torch.cat(list(parts)).argsort()
     logits = every.logits[back]
     same = every.evidence is every.logits
     return Decisions(logits, logits if same else every.evidence[back], every.label[back])
