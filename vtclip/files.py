@@ -43,6 +43,11 @@ def printable(name: str) -> str:
     )
 
 
+def several(count: int, one: str, many: str | None = None) -> str:
+    """ "1 folder" or "2 folders"."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def default_cache() -> Path:
     """VTCLIP_CACHE, else ~/.cache/vtclip."""
     named = os.environ.get("VTCLIP_CACHE")

@@ -9,6 +9,8 @@ import pytest
 from commands import call, json_of, refused
 from trees import picture
 
+from vtclip.runs.counted import sentences
+
 ON_CPU = ["--device", "cpu", "--threads", "1"]
 
 
@@ -72,3 +74,27 @@ def test_the_note_on_the_demo_model_comes_with_its_work(capsys, photos):
     words = ["--out", "../f", "--spatial", "none", "--cache-dir", "../cache", *ON_CPU]
     assert call("features", ".", *words) == 0
     assert capsys.readouterr().err.startswith("note: --model demo is a small model")
+
+
+def test_one_of_a_kind_is_said_in_the_singular(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in range(4):
+        picture(tmp_path / "one" / "ant" / f"{number}.jpg", number)
+    picture(tmp_path / "test" / "ant" / "9.jpg", 9)
+    words = ["--method", "zeroshot", "--cache-dir", "cache", *ON_CPU]
+    assert call("fit", "one", "--test", "test", "--out", "r", *words) == 0
+    assert "one: 1 class, " in (out := capsys.readouterr().out)
+    assert " and 1 test image, seed 1" in out
+    assert call("evaluate", "r", *ON_CPU) == 0
+    assert "zeroshot on test: 1 image\n" in capsys.readouterr().out
+
+
+def test_sentences_on_what_is_left_out_count_in_words():
+    left_out = {"repeated": 1, "other_roles": 1, "gone": 1, "tested": 8}
+    assert list(sentences(0, left_out)) == [
+        "2 of 2 images left out: 1 training or validation image by the source's own division, "
+        "1 copy of a counted one.",
+        "1 of 8 test images of the run is gone.",
+    ]
+    assert list(sentences(0, {"repeated": 1}))[0].startswith("1 of 1 image left out: ")
+    assert "2 copies of counted ones" in "".join(sentences(3, {"repeated": 2}))

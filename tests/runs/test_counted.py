@@ -175,7 +175,7 @@ def test_its_own_source_counts_its_own_test_images_and_says_what_changed(tmp_pat
     assert (left_out["gone"], left_out["new"], left_out["trained"]) == (1, 1, 4)
     assert call(*words) == 0
     out = capsys.readouterr().out
-    assert f"1 of {len(tested)} test images of the run are gone." in out
+    assert f"1 of {len(tested)} test images of the run is gone." in out
     assert "1 new image is not counted; give the folder as SOURCE to count it." in out
     # given as a source the new one counts too
     assert evaluated(tmp_path, source)["test"]["images"] == len(tested)

@@ -290,7 +290,7 @@ def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
     [
         (["RUN", "OLDCLASS", "--out", "new"], "are the same name but for case"),
         (["RUN", "SHOUT", "--out", "new"], "are the same name but for case"),
-        (["RUN", "FEW", "--out", "new"], "class 'dotted heart' has 1 images, too few to hold out"),
+        (["RUN", "FEW", "--out", "new"], "class 'dotted heart' has 1 image, too few to hold out"),
         (["RUN", "NEW", "--out", "new", "--shots", "most"], "--shots: must be a number or all"),
         (["RUN", "NEW", "--out", "new", "--shots", "0"], "--shots: must be in"),
         (["RUN", "NEW", "--out", "there"], "--out there exists; give a new folder"),

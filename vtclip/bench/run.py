@@ -36,7 +36,7 @@ from vtclip.bench.rows import (
 )
 from vtclip.bench.sources import SourceOpener
 from vtclip.distributed import Interrupted
-from vtclip.files import write_atomic
+from vtclip.files import several, write_atomic
 from vtclip.heads import HEADS
 from vtclip.machine import choose_device, reset_peak_memory, set_threads
 from vtclip.runs.fit import fit
@@ -68,7 +68,7 @@ class BenchOutcome:
         parts += [f"{self.skipped} skipped"] if self.skipped else []
         parts += [f"{len(self.failed)} failed"] if self.failed else []
         parts += [f"{self.left} left to other shards"] if self.left else []
-        return f"{self.jobs} jobs in {self.seconds:.1f} s: {', '.join(parts)}"
+        return f"{several(self.jobs, 'job')} in {self.seconds:.1f} s: {', '.join(parts)}"
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "out": str(self.out)}

@@ -96,11 +96,13 @@ def ttt_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def print_metrics(values: dict[str, Any], ttt: bool) -> None:
+    from vtclip.files import several
     from vtclip.runs.counted import sentences
     from vtclip.runs.result import metrics_table
     from vtclip.runs.ttt_report import ttt_table
 
-    emit(f"{values['method']} on {values['source']}: {values['test']['images']} images")
+    images = several(values["test"]["images"], "image")
+    emit(f"{values['method']} on {values['source']}: {images}")
     for sentence in sentences(values["test"]["images"], values["left_out"]):
         emit(sentence)
     if ttt:

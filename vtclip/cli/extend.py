@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(result: Any) -> str:
     """Accuracy before and after, of zero-shot and of the method; the images of the new classes."""
+    from vtclip.files import several
     from vtclip.runs.class_counts import class_table
 
     added, method = result["sources"][-1], result["method"]
@@ -64,10 +65,14 @@ def summary(result: Any) -> str:
     old = K - len(names)
     kept = [counts["train"] for counts in added["images_per_class"].values()]
     number = f"{min(kept)}" if min(kept) == max(kept) else f"{min(kept)} to {max(kept)}"
-    of_each = f"{number} images of each" if added["learns"] else "no images of them"
+    of_each = (
+        f"{number} {'image' if number == '1' else 'images'} of each"
+        if added["learns"]
+        else "no images of them"
+    )
     rows = {
-        f"{old} old classes, before": result["before"],
-        f"{old} old classes among {K}": result["old_classes"],
+        f"{several(old, 'old class', 'old classes')}, before": result["before"],
+        f"{several(old, 'old class', 'old classes')} among {K}": result["old_classes"],
         f"{len(names)} new among {K}": result["new_classes"],
         f"all {K}": {key: result[key] for key in ("zero_shot", "adapted")},
     }

@@ -274,24 +274,28 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def print_fit(fitted: Any) -> None:
     """The table of a run, with what was fitted to what above it, its images and cost below."""
+    from vtclip.files import several
     from vtclip.runs.class_counts import class_table
     from vtclip.runs.predictions import confused_line
 
     result = fitted.result
     counts = result["images"]
     emit(
-        f"{result['method']} on {result['source']}: {len(result['classes'])} classes, "
-        f"{counts['train']} training, {counts['val']} validation and {counts['test']} test images, "
+        f"{result['method']} on {result['source']}: "
+        f"{several(len(result['classes']), 'class', 'classes')}, "
+        f"{counts['train']} training, {counts['val']} validation and "
+        f"{several(counts['test'], 'test image')}, "
         f"seed {result['seed']}"
     )
     if "new" in result:
         new = result["new"]
-        emit(f"new: {len(new['classes'])} classes, {new['adapted']['count']} test images")
+        classes = several(len(new["classes"]), "class", "classes")
+        emit(f"new: {classes}, {several(new['adapted']['count'], 'test image')}")
     emit(fitted.table())
     if "final" in result:
         emit(
             "the numbers are of the fit before --final; the saved adapter has seen the test images "
-            f"({result['final']['images']} images)"
+            f"({several(result['final']['images'], 'image')})"
         )
     emit(class_table(result["images_per_class"]))
     confused = confused_line(result["confusion"]) if "confusion" in result else ""

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from vtclip.bench.csv_files import report_csv
     from vtclip.bench.page import draw, html_page, markdown_page
     from vtclip.bench.report import check_finished, make_report, read_benchmark
+    from vtclip.files import several as several_of
     from vtclip.files import write_atomic
 
     rows, notes = read_benchmark(folder)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         write_atomic(path, text.encode("utf-8", "backslashreplace"))
     for note in report.notes:
         emit(note)
-    emit(f"{len(report.rows)} runs: {', '.join(str(path) for path in files)}")
+    emit(f"{several_of(len(report.rows), 'run')}: {', '.join(str(path) for path in files)}")
     return 0
 
 

@@ -39,7 +39,7 @@ from vtclip.clip.texts import by_class_name, read_templates, templates_of
 from vtclip.data.class_names import as_class_names
 from vtclip.data.decode import note_line
 from vtclip.data.featureset import FORMAT, MANIFEST, VERSION, FeaturesDamaged, FeatureSet
-from vtclip.data.folder_tree import in_remarks, named, several
+from vtclip.data.folder_tree import in_remarks, named
 from vtclip.data.hashing import (
     ExtractionReport,
     Hashed,
@@ -413,7 +413,7 @@ def _check_classes(
     )
     raise ValueError(
         "features: no image of these classes could be read: "
-        f"{named([class_names[k] for k in lost])} ({several(len(failed), 'file')}: {reasons})"
+        f"{named([class_names[k] for k in lost])} ({files.several(len(failed), 'file')}: {reasons})"
     )
 
 

@@ -27,7 +27,7 @@ from vtclip.data.formats import (
     signature,
     unread_hint,
 )
-from vtclip.files import is_below, printable
+from vtclip.files import is_below, printable, several
 
 IGNORED = frozenset(("thumbs.db", "desktop.ini", "__macosx", "icon\r"))
 OUTSIDE = "a folder outside of the source; --follow-links enters it"
@@ -229,11 +229,6 @@ def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
     key = [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
     return key, name
-
-
-def several(count: int, one: str, many: str | None = None) -> str:
-    """ "1 folder" or "2 folders"."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def named(names: list[str], limit: int = 8) -> str:

@@ -24,12 +24,11 @@ from vtclip.data.folder_tree import (
     named,
     natural_key,
     parent_of,
-    several,
 )
 from vtclip.data.image_files import ImageFiles
 from vtclip.data.layouts import TRAIN, Layout, count_lines, find_layout
 from vtclip.data.records import check_class_names
-from vtclip.files import printable
+from vtclip.files import printable, several
 
 __all__ = ["is_ignored", "natural_key", "other_files", "scan_folder", "walk_images"]
 NO_CLASS, UNUSED = "images in no class folder", "images of folders without labels"

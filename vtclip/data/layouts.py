@@ -23,8 +23,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vtclip.data.folder_tree import FolderTree, named, several
-from vtclip.files import printable
+from vtclip.data.folder_tree import FolderTree, named
+from vtclip.files import printable, several
 
 TRAIN, VAL, TEST, UNLABELLED = 0, 1, 2, -1
 VERBS = ("trains", "validates", "tests")

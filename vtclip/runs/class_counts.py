@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
-from vtclip.files import Json, printable
+from vtclip.files import Json, printable, several
 from vtclip.names import option
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def class_table(counts: Mapping[str, Mapping[str, int]]) -> str:
     """One line per class; of more than 20 the smallest, median and largest number of each role."""
     if len(counts) <= LISTED:
         rows = [(printable(name), [row[role] for role in ROLES]) for name, row in counts.items()]
-        return _table(f"{len(rows)} classes", rows)
+        return _table(several(len(rows), "class", "classes"), rows)
     columns = [sorted(row[role] for row in counts.values()) for role in ROLES]
     rows = [
         ("fewest", [column[0] for column in columns]),

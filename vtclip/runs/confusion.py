@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vtclip.files import printable
+from vtclip.files import printable, several
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -34,7 +34,7 @@ def draw_confusion(counts: Tensor, class_names: Sequence[str]) -> bytes:
     """
     names = [_shown(k, name) for k, name in enumerate(class_names)]
     total, right = int(counts.sum()), int(counts.diagonal().sum())
-    title = f"{right} of {total} test images right ({100 * right / max(1, total):.1f} %)"
+    title = f"{right} of {several(total, 'test image')} right ({100 * right / max(1, total):.1f} %)"
     draw = _matrix if len(names) <= MOST_CLASSES else _pairs
     data = io.BytesIO()
     draw(counts, names, title).quantize(256).save(data, "PNG")

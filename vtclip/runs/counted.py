@@ -17,18 +17,21 @@ import torch
 from torch import Tensor
 
 from vtclip.data.records import Records
-from vtclip.files import Json, printable
+from vtclip.files import Json, printable, several
 from vtclip.runs.duplicates import near_pairs
 from vtclip.runs.seen import NEW, Seen
 
 # why an image does not count -> what is said of so many of them
-WHY = {
+WHY: dict[str, str | tuple[str, str]] = {
     "trained": "trained",
     "validated": "validated on",
     "unused": "in the run's training pool, but unused",
     "other_classes": "of classes that the run does not know",
-    "other_roles": "training or validation images by the source's own division",
-    "repeated": "copies of counted ones",
+    "other_roles": (
+        "training or validation image by the source's own division",
+        "training or validation images by the source's own division",
+    ),
+    "repeated": ("copy of a counted one", "copies of counted ones"),
     "unreadable": "unreadable",
 }
 ROLE = {"train": "trained", "val": "validated", "unused": "unused"}
@@ -169,21 +172,31 @@ def check_some(counted: int, left_out: LeftOut, source: str) -> None:
     raise ValueError(f"{source}: no image is left to count; {'; '.join(reasons) or 'it is empty'}")
 
 
+def _so_many(count: int, words: str | tuple[str, str]) -> str:
+    """`words` are the same of one and of many images, or one and many."""
+    return f"{count} {words}" if isinstance(words, str) else several(count, *words)
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
 def sentences(counted: int, left_out: LeftOut | Json) -> Iterator[str]:
     """Plain sentences on what does not count, for people."""
     if isinstance(left_out, LeftOut):
         left_out = left_out.as_json()
-    parts = [f"{left_out[why]} {words}" for why, words in WHY.items() if left_out.get(why)]
+    parts = [_so_many(left_out[why], words) for why, words in WHY.items() if left_out.get(why)]
     total = sum(left_out.get(why, 0) for why in WHY)
     if total:
-        yield f"{total} of {counted + total} images left out: {', '.join(parts)}."
+        yield f"{total} of {several(counted + total, 'image')} left out: {', '.join(parts)}."
     if left_out.get("classes"):
         names = [f"{printable(name)} ({n})" for name, n in left_out["classes"].items()]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         word = "Class" if len(names) == 1 else "Classes"
         yield f"{word} that the run does not know: {', '.join(names[:5])}{more}."
     if left_out.get("gone"):
-        yield f"{left_out['gone']} of {left_out['tested']} test images of the run are gone."
+        tested = several(left_out["tested"], "test image")
+        yield f"{left_out['gone']} of {tested} of the run {_are(left_out['gone'])} gone."
     if left_out.get("new"):
         n = left_out["new"]
         are, them = ("image is", "it") if n == 1 else ("images are", "them")

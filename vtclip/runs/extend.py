@@ -22,7 +22,7 @@ from vtclip.clip.texts import is_per_class
 from vtclip.data.records import Records, check_class_names
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import ALL, EXACT, UP_TO, Split, few_shot_split
-from vtclip.files import Json, json_digest, printable
+from vtclip.files import Json, json_digest, printable, several
 from vtclip.heads import HEADS, Head
 from vtclip.heads._head import NewClasses
 from vtclip.heads.zeroshot import ZeroShot
@@ -263,8 +263,8 @@ def _left_out(old: Sequence[SourceRows], twice: Json) -> Json:
     gone = old[-1].left_out.gone
     if gone:
         logger.warning(
-            "%d of %d test images of the run are gone and not counted",
-            gone, old[-1].left_out.tested,
+            "%d of %s of the run %s gone and not counted",
+            gone, several(old[-1].left_out.tested, "test image"), "is" if gone == 1 else "are",
         )  # fmt: skip
     return {**twice, "gone": gone}
 
@@ -301,7 +301,8 @@ def _split(
         k = int(counts.argmin())
         total = int((added.label == k).sum())
         raise ValueError(
-            f"extend: class {added.class_names[k]!r} has {total} images, too few to hold out "
+            f"extend: class {added.class_names[k]!r} has {several(total, 'image')}, too few "
+            "to hold out "
             f"{fraction:g} of them"
         )
     return split, shots
