@@ -26,6 +26,7 @@ from vtclip.runs.adapter import load_adapter
 from vtclip.runs.classifier import Classifier
 from vtclip.runs.extend import check_extendable, extended_head, is_exact
 from vtclip.runs.result import Run
+from vtclip.runs.seen import Seen
 
 C, PER_CLASS, OLD, ALL = 16, 12, 3, 5
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -302,10 +303,11 @@ def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
         (["RUN", "nowhere", "--out", "new"], "FOLDER 'nowhere' does not exist"),
         (["NEW", "NEW", "--out", "new"], "not a vtclip run"),
         (["RUN", "TABLE", "--out", "new"], "the source was not made by the model of the run"),
-        (["RUN", "TABLE", "--out", "new", "--name", "x"], "name is for a folder of images"),
+        (["RUN", "TABLE", "--out", "new", "--name", "x"], "--name is for a folder of images"),
         (["TABLERUN", "NEW", "--out", "new"], "must come from an .npz table of width 16"),
         (["TABLERUN", "WIDE", "--out", "new"], "the source has width 8"),
         (["BASETONEW", "TABLE", "--out", "new"], "is a base-to-new run"),
+        (["FINAL", "nothing", "--out", "new"], "was fitted with --final"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -335,6 +337,11 @@ def test_bad_input_is_one_line_and_writes_nothing(
             place / "old.npz", method="zeroshot", base_to_new=True, out=tmp_path / "b2n",
             shots=0, device="cpu",
         ).folder  # fmt: skip
+    if "FINAL" in words:  # refused before anything is read of the new classes
+        places["nothing"] = tmp_path / "empty"
+        places["FINAL"] = vtclip.fit(
+            place / "old.npz", method="proker", final=True, out=tmp_path / "final", device="cpu"
+        ).folder
     before = sorted(tmp_path.rglob("*"))
     given = [str(places.get(w, w)) if "/" not in w else
              str(places[w.split("/")[0]] / w.split("/")[1]) for w in words]  # fmt: skip
@@ -474,3 +481,54 @@ def test_exact_runs_are_extended_by_as_many_images_of_every_class(place, tmp_pat
         with pytest.raises(ValueError, match=message):
             vtclip.extend(run, source, out=tmp_path / "run3", shots=shots, device="cpu")
         assert not (tmp_path / "run3").exists()
+
+
+def divided(root: Path, kind: str) -> Path:
+    """Scenes of one class, 3 of which train, 2 validate and 5 test: in folders or a list."""
+    name, parts = CLASS_NAMES[12], ["train"] * 3 + ["val"] * 2 + ["test"] * 5
+    files = sorted(pictures.scenes(root / "all" / name, 12, len(parts)).glob("*.png"))
+    if kind == "list":
+        lines = [f"{f},{name},{part}\n" for f, part in zip(files, parts, strict=True)]
+        (root / "new.csv").write_text("path,label,split\n" + "".join(lines))
+        return root / "new.csv"
+    for file, part in zip(files, parts, strict=True):
+        (root / "new" / part / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, root / "new" / part / name / file.name)
+    return root / "new"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("kind", ["folder", "list"])
+def test_a_source_with_splits_keeps_them(kind, exact, scenes, tmp_path, caplog):
+    options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
+    run: Any = scenes / "run"
+    if exact:
+        run = vtclip.fit(scenes / "old", method="proker", shots=2, exact_shots=True,
+                         out=tmp_path / "exact", **options)  # fmt: skip
+    source = divided(tmp_path / "more", kind)
+    caplog.clear()
+    larger = vtclip.extend(run, source, out=tmp_path / "larger", **options)
+    assert "3 training images (2 kept), 2 validation images (not used" in caplog.text
+    assert "5 test images" in caplog.text
+    (counts,) = larger.result["sources"][1]["images_per_class"].values()
+    assert counts == {"train": 2, "val": 0, "test": 5}
+    seen = Seen.read(larger.folder, larger.result["seen"])
+    own = {Path(name).name: role
+           for name, label, role in zip(seen.names, seen.labels, seen.roles, strict=True)
+           if label == CLASS_NAMES[12]}  # fmt: skip
+    roles = [own[f"{number:02d}.png"] for number in range(10)]
+    assert sorted(roles[:3]) == ["train", "train", "unused"]
+    assert roles[3:] == ["unused"] * 2 + ["test"] * 5
+    assert vtclip.evaluate(larger, **options)["accuracy"] == larger.accuracy
+
+
+def test_images_of_new_classes_are_never_validated_on(place, tmp_path):
+    """Nothing is chosen again: those that an exact draw would keep back stay unused."""
+    run = vtclip.fit(place / "old.npz", method="tip-adapter", shots=3, exact_shots=True,
+                     out=tmp_path / "run", device="cpu")  # fmt: skip
+    larger = vtclip.extend(run, place / "new.npz", out=tmp_path / "run2", device="cpu")
+    seen = Seen.read(larger.folder, larger.result["seen"])
+    added = [role for label, role in zip(seen.labels, seen.roles, strict=True)
+             if label in NAMES[OLD:]]  # fmt: skip
+    assert added.count("val") == 0
+    assert added.count("train") == 3 * 2

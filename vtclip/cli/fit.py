@@ -280,9 +280,9 @@ def print_fit(fitted: Any) -> None:
 
     result = fitted.result
     counts = result["images"]
+    classes = several(len(result["classes"]), "class", "classes")
     emit(
-        f"{result['method']} on {result['source']}: "
-        f"{several(len(result['classes']), 'class', 'classes')}, "
+        f"{result['method']} on {result['source']}: {classes}, "
         f"{counts['train']} training, {counts['val']} validation and "
         f"{several(counts['test'], 'test image')}, "
         f"seed {result['seed']}"

@@ -96,9 +96,7 @@ def extend(
     class_names = check_class_names([*adapter.class_names, *added.class_names])
     split, shots = _split(run, adapter.head, added, shots)
     keeps = keeps_images(adapter.head)
-    split, twice = check_duplicates(added, split, False, learns=keeps)
-    if _rule(run) == UP_TO:
-        warn_of_few(added, split, shots if keeps else None)
+    split, twice = _checked(run, path, added, split, shots if keeps else None)
     old, split, known = _without_copies(sources, old, added, split, keeps)
     with watch.stage("extend"):
         head = _extended_head(sources, added, split)
@@ -144,7 +142,7 @@ def _described(added: Records, split: Split) -> Json:
     """What an extended run keeps of the new classes and of their images."""
     return {
         "classes": added.class_names,
-        "images_per_class": images_per_class(added, replace(split, val=split.val[:0])),
+        "images_per_class": images_per_class(added, split),
         "images": added.info["digests"]["images"],
         "split": split.digest,
     }
@@ -195,7 +193,6 @@ def _contents(
     watch: Stopwatch,
 ) -> Json:
     """The result of the extended run; what it has in common with `run` is taken from there."""
-    held_out = {**split.counts(), "val": 0}  # nothing is chosen again
     return result.make_result(
         values,
         watch,
@@ -205,7 +202,7 @@ def _contents(
         split=run.result["split"],
         classes=class_names,
         images={
-            **{role: run.result["images"][role] + n for role, n in held_out.items()},
+            **{role: run.result["images"][role] + n for role, n in split.counts().items()},
             "test": sum(len(rows.test) for rows in sources),
         },
         unreadable=[line for rows in sources for line in result.unreadable(rows.records)],
@@ -280,12 +277,13 @@ def _split(
 ) -> tuple[Split, int | str]:
     """Held-out and support rows of the new classes, and the shots, 0 for heads that keep none."""
     fraction, rule = run.result["config"]["test_fraction"], _rule(run)
+    tested = added.roles is not None and bool((added.roles == 2).any())
     if not keeps_images(head):
         shots = 0
     elif shots is None and rule == UP_TO:
         shots = run.result["shots"]
     elif shots is None:
-        shots = _usual(run.result["shots"], added, fraction)
+        shots = _usual(run.result["shots"], added, 0.0 if tested else fraction)
     split = few_shot_split(
         added.label,
         added.names,
@@ -294,18 +292,51 @@ def _split(
         test_fraction=fraction,
         class_names=added.class_names,
         rule=rule,
+        roles=added.roles,
         validate=rule == EXACT,
     )
+    split = replace(split, val=split.val[:0])  # nothing is chosen by them
     counts = torch.bincount(added.label[split.test], minlength=len(added.class_names))
     if int(counts.max() if rule == UP_TO else counts.min()) == 0:
         k = int(counts.argmin())
         total = int((added.label == k).sum())
+        few = f"too few to hold out {fraction:g} of them"
+        if tested:
+            few = "none of which the source calls a test image"
         raise ValueError(
-            f"extend: class {added.class_names[k]!r} has {several(total, 'image')}, too few "
-            "to hold out "
-            f"{fraction:g} of them"
+            f"extend: class {added.class_names[k]!r} has {several(total, 'image')}, {few}"
         )
     return split, shots
+
+
+def _checked(
+    run: Run, path: Path, added: Records, split: Split, shots: int | str | None
+) -> tuple[Split, Json]:
+    """The split without copies, and how many those are; what of it is unexpected is said.
+
+    shots: None of a method that keeps no images.
+    """
+    keeps = shots is not None
+    _say_roles(path, added, split, keeps)
+    split, twice = check_duplicates(added, split, False, learns=keeps)
+    if _rule(run) == UP_TO:
+        warn_of_few(added, split, shots)
+    return split, twice
+
+
+def _say_roles(path: Path, added: Records, split: Split, keeps: bool) -> None:
+    """Say what became of images that the source itself calls training, validation or test ones."""
+    if added.roles is None:
+        return
+    train, val, test = torch.bincount(added.roles.long(), minlength=3).tolist()
+    kept = f"{len(split.train)} kept" if keeps else "not used: the method keeps none"
+    apart = len(split.test) - test
+    parts = [f"{several(train, 'training image')} ({kept}{f', {apart} tested' if apart else ''})"]
+    if val:
+        parts.append(f"{several(val, 'validation image')} (not used: nothing is chosen again)")
+    if test:
+        parts.append(several(test, "test image"))
+    logger.warning("%s divides its images itself: %s", path, ", ".join(parts))
 
 
 def _usual(wanted: int | str, added: Records, fraction: float) -> int:
@@ -314,19 +345,26 @@ def _usual(wanted: int | str, added: Records, fraction: float) -> int:
     Of a run of all images that there were, 16.
     """
     wanted = max(SHOTS) if isinstance(wanted, str) else wanted
-    counts = torch.bincount(added.label, minlength=len(added.class_names)).tolist()
+    pool = added if added.roles is None else added.select((added.roles == 0).nonzero().flatten())
+    counts = torch.bincount(pool.label, minlength=len(added.class_names)).tolist()
     enough = min(count - int(count * fraction) for count in counts) >= wanted
-    return wanted if enough else min(wanted, usual_shots(added, fraction))
+    return wanted if enough else min(wanted, usual_shots(pool, fraction))
 
 
 def _check_run(run: Run) -> None:
     if "config" not in run.result or "split" not in run.result:
         raise ValueError(f"not a vtclip run: {run.folder / RESULT} lacks its config or its split")
     check_single_run(run.result, "extend")
+    if run.result["config"].get("final"):
+        raise ValueError(
+            f"extend: {run.folder} was fitted with {option('final')}, so that its adapter has seen "
+            f"all its test images and none is left to evaluate the old classes on; extend a run "
+            f"without {option('final')}, or fit all classes together with it"
+        )
     if run.result["config"].get("base_to_new"):
         raise ValueError(
             f"extend: {run.folder} is a base-to-new run, whose other half of the classes is new "
-            "already; fit one without {option('base_to_new')}"
+            "already; fit one without " + option("base_to_new")
         )
 
 
