@@ -16,8 +16,8 @@ import vtclip
 from vtclip.data.image_files import InMemory
 from vtclip.data.sets import as_source
 from vtclip.runs.folder import run_folder
+from vtclip.runs.new_classes import new_classes
 from vtclip.runs.request import FitRequest
-from vtclip.runs.sources import new_classes
 
 
 @pytest.fixture(scope="module")

@@ -35,9 +35,10 @@ from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
 from vtclip.runs.multi_label import check_single, check_single_run
+from vtclip.runs.new_classes import new_classes
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import NEW, Seen
-from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
+from vtclip.runs.sources import RunSources, SourceRows, metrics_over, sources_of
 from vtclip.train.rows import TrainingRows, support_of, usual_shots
 
 logger = logging.getLogger(__name__)
