@@ -290,7 +290,11 @@ def test_a_folder_of_one_class_and_its_name(scenes, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["RUN", "OLDCLASS", "--out", "new"], "are the same name but for case"),
+        (["RUN", "OLDCLASS", "--out", "new"], "already; fit again with all its images to add"),
+        (["RUN", "OLDCLASS", "--out", "new"], "or, if they are of another class, give --name"),
+        (["RUN", "NEW", "--out", "new", "--name", CLASS_NAMES[0]], "give another --name"),
+        (["RUN", "BOTH", "--out", "new"], "the run has 1 of these 2 classes already ("),
+        (["TABLERUN", "OLDTABLE", "--out", "new"], "the run has 2 of these 2 classes already (bee"),
         (["RUN", "SHOUT", "--out", "new"], "are the same name but for case"),
         (["RUN", "FEW", "--out", "new"], "class 'dotted heart' has 1 image, too few to hold out"),
         (["RUN", "NEW", "--out", "new", "--shots", "most"], "--shots: must be a number or all"),
@@ -322,6 +326,10 @@ def test_bad_input_is_one_line_and_writes_nothing(
               "TABLERUN": fitted("zeroshot").folder, "EMPTY": tmp_path / "empty"}  # fmt: skip
     if "OLDCLASS" in words:
         places["OLDCLASS"] = scenes / "old" / CLASS_NAMES[4]
+    if "BOTH" in words:
+        places["BOTH"] = pictures.scenes_of(tmp_path / "both", (0, 12))
+    if "OLDTABLE" in words:
+        places["OLDTABLE"] = table(tmp_path / "old.npz", [1, 2])
     if "SHOUT" in words:
         name = CLASS_NAMES[0].upper().replace(" ", "_")
         places["SHOUT"] = pictures.scenes(tmp_path / "shout" / name, 1, 4)

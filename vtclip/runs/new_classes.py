@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vtclip.data.class_names import with_class_names
+from vtclip.data.class_names import some, with_class_names
 from vtclip.data.folders import is_ignored, other_files, scan_class, scan_folder, walk_images
 from vtclip.data.formats import is_image_name
 from vtclip.data.image_datasets import is_saved_dataset
@@ -15,6 +15,7 @@ from vtclip.data.image_files import ImageFiles
 from vtclip.data.layouts import FLAT
 from vtclip.data.listed import list_images
 from vtclip.data.records import check_class_names
+from vtclip.files import printable
 from vtclip.names import option
 
 
@@ -44,6 +45,24 @@ def new_classes(
     usual = (class_names or {}).get(path.name, path.name)
     (class_name,) = check_class_names([usual if name is None else name])
     return _of_one(path, class_name)
+
+
+def check_new(known: Sequence[str], names: Sequence[str], path: Path, name: str | None) -> None:
+    """Refuse classes of `path` that the run has already; `name` is what the user called one."""
+    own = [one for one in names if one in known]
+    if own and len(names) == 1:
+        other = f"another {option('name')}" if name is not None else option("name")
+        raise ValueError(
+            f"extend: {path}: the run has class {printable(own[0])!r} already; fit again with all "
+            f"its images to add these, or, if they are of another class, give {other}"
+        )
+    if own:
+        which = f"{len(own)} of these {len(names)} classes"
+        raise ValueError(
+            f"extend: {path}: the run has {which} already ({some(own)}); leave them out, or fit "
+            "again with all their images to add these"
+        )
+    check_class_names([*known, *names])
 
 
 def _of_folders(path: Path) -> ImageFiles:
