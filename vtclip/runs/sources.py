@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vtclip.clip.texts import is_per_class
 from vtclip.data.class_names import with_class_names
-from vtclip.data.image_files import ImageFiles, InMemory
+from vtclip.data.image_files import IN_MEMORY, ImageFiles, InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
@@ -144,7 +144,10 @@ class RunSources:
 
     def own_source(self, data: str | Path | None = None) -> AnySource:
         """Where the run's own test images were: the source of its fit, or what --test named."""
-        place = self.options.get("test") or self.options["source"]
+        role = "test" if self.options.get("test") else "source"
+        place = self.options[role]
+        way = f"evaluate takes them as {option('source')}, and extend needs a run on files"
+        check_listable(self.run, role, way)
         return as_source(place, data or self.options.get("data"))
 
     def other(self, source: AnySource) -> SourceRows:
@@ -390,6 +393,16 @@ def check_templates(adapter: Adapter, records: Records) -> None:
         raise ValueError(
             f"extend: the class texts are of {len(actual)} templates, e.g. {actual[0]!r}; those of "
             f"the run are of {len(wanted)}, e.g. {wanted[0]!r}"
+        )
+
+
+def check_listable(run: Run, role: str, way: str) -> None:
+    """Refuse a source of a run, "source", "val" or "test", that was in memory; `way` is advice."""
+    place = str(run.result["config"].get(role))
+    if place.startswith(IN_MEMORY):
+        images = {"source": "on", "val": "with validation", "test": "with test"}[role]
+        raise ValueError(
+            f"{run.folder} was fitted {images} images {place}, which cannot be listed again; {way}"
         )
 
 
