@@ -9,15 +9,15 @@ import os
 import numpy as np
 import pytest
 from commands import call, json_of, refused
-from pictures import dots, save
+from pictures import DOTS, dots, save
 from PIL import Image
 
 import vtclip
 from vtclip.data.image_files import InMemory
 from vtclip.data.sets import as_source
 from vtclip.runs.folder import run_folder
+from vtclip.runs.new_classes import new_classes
 from vtclip.runs.request import FitRequest
-from vtclip.runs.sources import new_classes
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +143,38 @@ def test_a_pair_of_paths_and_labels_is_a_source(photos, cache, tmp_path):
     assert run.result["config"]["source"] == "in memory: 24 images of a pair"
     values = vtclip.evaluate(run, pair, cache_dir=cache)
     assert values["source"] == "pair"
-    with pytest.raises(ValueError, match="on no disk; give a source"):
+    wish = r"run was fitted on images in memory: 24 images of a pair, .* takes them as source"
+    with pytest.raises(ValueError, match=wish):
         vtclip.evaluate(run, cache_dir=cache)
     request = FitRequest(source=as_source(pair, None), method="proker", shots=2)
     assert isinstance(request.source, InMemory)
     assert run_folder(request).name == "pair-proker-2shot-seed1"
+
+
+@pytest.mark.parametrize("role", ["val", "test"])
+def test_a_message_names_the_source_that_was_in_memory(photos, cache, tmp_path, capsys, role):
+    """A run on a folder whose validation or test images were in memory is not one in memory."""
+    new = [f"{name}/{n}.png" for name in DOTS for n in range(8)]
+    other = dots(tmp_path / "other", spoiled=new)
+    files = sorted(other.glob("*/*.png"))
+    pair = (files, [file.parent.name for file in files])
+    run = vtclip.fit(photos / "photos", method="proker", shots=2, out=tmp_path / "run",
+                     cache_dir=cache, **{role: pair})  # fmt: skip
+    words = {"val": "with validation", "test": "with test"}[role]
+    wish = f"was fitted {words} images in memory: 24 images of a pair, which cannot be listed again"
+    line = refused(capsys, "repeat", run.folder, "--cache-dir", cache)
+    assert f"{wish}; fit again with them" in line
+    if role == "val":  # the test images are among those of the folder
+        assert vtclip.evaluate(run, cache_dir=cache)["accuracy"] == run.accuracy
+        return
+    line = refused(capsys, "evaluate", run.folder, "--cache-dir", cache)
+    assert f"{wish}; evaluate takes them as SOURCE" in line
+    values = vtclip.evaluate(run, pair, cache_dir=cache)
+    assert (values["accuracy"], values["test"]["images"]) == (run.accuracy, 24)
+    more = dots(tmp_path / "new") / "red dot"
+    line = refused(capsys, "extend", run.folder, more, "--name", "moon", "--out", tmp_path / "wide",
+                   "--cache-dir", cache)  # fmt: skip
+    assert f"{wish}; evaluate takes them as SOURCE, and extend needs a run on files" in line
 
 
 def test_bad_lists_end_in_one_line_and_write_nothing(photos, cache, tmp_path, capsys):

@@ -26,11 +26,11 @@ from vtclip.data.folder_tree import (
     parent_of,
 )
 from vtclip.data.image_files import ImageFiles
-from vtclip.data.layouts import TRAIN, Layout, count_lines, find_layout
+from vtclip.data.layouts import TRAIN, Layout, class_layout, count_lines, find_layout
 from vtclip.data.records import check_class_names
 from vtclip.files import printable, several
 
-__all__ = ["is_ignored", "natural_key", "other_files", "scan_folder", "walk_images"]
+__all__ = ["is_ignored", "natural_key", "other_files", "scan_class", "scan_folder", "walk_images"]
 NO_CLASS, UNUSED = "images in no class folder", "images of folders without labels"
 
 
@@ -54,7 +54,19 @@ def scan_folder(
     if not root.is_dir():
         raise ValueError(f"source: must be a folder, got {where}")
     tree = FolderTree(root, follow_links=follow_links)
-    layout = find_layout(tree, where)
+    return _files_of(tree, find_layout(tree, where), where, empty_classes)
+
+
+def scan_class(root: str | Path, class_name: str, *, follow_links: bool = False) -> ImageFiles:
+    """All image files in and below `root` as those of one class, with the split that it holds."""
+    root = Path(root).expanduser()
+    where = printable(str(root))
+    tree = FolderTree(root, follow_links=follow_links)
+    return _files_of(tree, class_layout(tree, where, class_name), where, False)
+
+
+def _files_of(tree: FolderTree, layout: Layout, where: str, empty_classes: bool) -> ImageFiles:
+    """The image files of a layout; see `scan_folder`."""
     _check_places(tree, layout, where)
     _claim(tree, layout, where)
     images = [tree.below(place.folder) for place in layout.places]
@@ -73,7 +85,7 @@ def scan_folder(
     ]
     roles = [role for _, role, _ in rows]
     return ImageFiles(
-        root,
+        tree.root,
         class_names,
         [name for _, _, name in rows],
         [k for k, _, _ in rows],
@@ -125,7 +137,9 @@ def tree_lines(tree: FolderTree, where: str) -> list[str]:
 
 
 def _check_places(tree: FolderTree, layout: Layout, where: str) -> None:
-    tops = {parent_of(place.folder) for place in layout.places} or {""}
+    # a folder that is one class itself has no folders of classes: links in it are skipped
+    whole = any(place.folder == "" for place in layout.places)
+    tops = set() if whole else {parent_of(place.folder) for place in layout.places} or {""}
     away = [name for top in sorted(tops) for name in tree.linked_out(top)]
     if away:
         raise ValueError(

@@ -45,6 +45,7 @@ _SAY_NOTHING = """
 FILLERS = frozenset(_SAY_NOTHING.split())  # beside one of WORDS
 _CONTENTS = "data dataset datasets images image imgs img photos pictures jpg png"
 WRAPPERS = frozenset(_CONTENTS.split())
+FLAT = "a split folder holds one folder per class"
 FOLDS = re.compile(r"(k?folds?|split|part|subset|partition|cv)[ _.-]*\d+")
 
 
@@ -88,6 +89,32 @@ def find_layout(tree: FolderTree, where: str) -> Layout:
     if base and not found.parts:
         found.remarks.insert(0, f"{where}: the classes are taken from {printable(base)}/")
     return found
+
+
+def class_layout(tree: FolderTree, where: str, class_name: str) -> Layout:
+    """The layout of a folder whose images are all of one class, with the split that it holds.
+
+    A split folder counts with whatever is in it, images or folders; one that holds images to
+    validate or test on beside other images is a ValueError.
+    """
+    base, names = _unwrap(tree, where)
+    roles = {name: role for name, role in split_names(names).items()
+             if tree.holds_images(_join(base, name))}  # fmt: skip
+    parts = {name: role for name, role in roles.items() if role != UNLABELLED}
+    others = [name for name in names if name not in roles]
+    beside = [f"{name}/" for name in others if tree.holds_images(_join(base, name))]
+    beside += ["images"] if tree.images(base) else []
+    if parts and beside:
+        _refuse_inside(where, base or where, parts, beside)
+    elif parts:
+        places = [Place(class_name, _join(base, name), role, name) for name, role in parts.items()]
+        aside = [_join(base, name) for name in roles if name not in parts]
+        return Layout(places, parts, aside)
+    inner = None if tree.images(base) else _inner(tree, where, base, names)
+    if inner is not None:
+        places = [place._replace(class_name=class_name) for place in inner.places]
+        return Layout(places, inner.parts)
+    return Layout([Place(class_name, "")])
 
 
 def split_names(names: list[str]) -> dict[str, int]:
@@ -167,7 +194,7 @@ def _outer(
     if not splits or any(roles[name] == TRAIN for name in labelled):
         raise ValueError(
             f"source: {where} holds {_slashed(labelled)} with images directly in "
-            f"{'it' if len(labelled) == 1 else 'them'}; a split folder holds one folder per class"
+            f"{'it' if len(labelled) == 1 else 'them'}; {FLAT}"
         )
     found = [
         Place(deep, _join(places[name], deep), roles[name], name)

@@ -47,9 +47,10 @@ def evaluate(
     """The metrics of a run's adapter: on its own test images, or on those of another source.
 
     Images are known by content. Without `source` the run's test images that are still there count,
-    so that the numbers compare with the run's. Of any `source` all images count that the run
-    neither trained nor validated on, whatever came to it or went since; of one that says itself
-    which images test, only those. "left_out" of the result says how many do not count, and why
+    so that the numbers compare with the run's; a run fitted with `final` has none. Of any `source`
+    all images count that the run neither trained nor validated on, whatever came to it or went
+    since; of one that says itself which images test, only those. "left_out" of the result says how
+    many do not count, and why
     (vtclip.runs.counted). The test list of a data set is counted whole.
 
     data: the folder of the field's data sets, where `source` is the name of one: its test list is
@@ -66,6 +67,7 @@ def evaluate(
     if predictions is not None:
         check_table(predictions)
     run = run if isinstance(run, Run) else Run.load(run)
+    _check_final(run, source, data)
     where = choose_device(device)
     set_threads(threads)
     adapter = load_adapter(run.folder, device=where)
@@ -107,6 +109,22 @@ def evaluate(
         **report,
         "ttt": ttt_report(adapter, clip, files, names, label, ttt, progress=progress),
     }
+
+
+def _check_final(run: Run, source: object, data: str | Path | None) -> None:
+    """Refuse the own test images, or the own data set, of a run that trained on them at last."""
+    config = run.result["config"]
+    if not config.get("final"):
+        return
+    own = source is None
+    if not own and data is not None:
+        target = as_source(source, data)
+        own = isinstance(target, SetSource) and target.name == config["source"]
+    if own:
+        raise ValueError(
+            f"evaluate: {run.folder} was fitted with {option('final')}, so that its adapter has "
+            f"trained on its test images too; give other images as {option('source')}"
+        )
 
 
 def _check_kind(result: Json, ttt: TTT | None) -> None:

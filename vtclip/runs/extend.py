@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from vtclip.clip.texts import is_per_class
-from vtclip.data.records import Records, check_class_names
+from vtclip.data.records import Records
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import ALL, EXACT, UP_TO, Split, few_shot_split
 from vtclip.files import Json, json_digest, printable, several
@@ -35,9 +35,10 @@ from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
 from vtclip.runs.multi_label import check_single, check_single_run
+from vtclip.runs.new_classes import check_new, new_classes
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import NEW, Seen
-from vtclip.runs.sources import RunSources, SourceRows, metrics_over, new_classes, sources_of
+from vtclip.runs.sources import RunSources, SourceRows, metrics_over, sources_of
 from vtclip.train.rows import TrainingRows, support_of, usual_shots
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def extend(
         old = sources.rows()
         passes = sources.options["augment_passes"] if keeps_images(adapter.head) else 0
         added = sources.added(path, name, passes)
-    class_names = check_class_names([*adapter.class_names, *added.class_names])
+    check_new(adapter.class_names, added.class_names, path, name)
+    class_names = [*adapter.class_names, *added.class_names]
     split, shots = _split(run, adapter.head, added, shots)
     keeps = keeps_images(adapter.head)
     split, twice = _checked(run, path, added, split, shots if keeps else None)
@@ -382,7 +384,7 @@ def _check_names(
     """Refuse names that the run has already before any image is read."""
     check_single(path, "extend")
     if source_kind(path) == "folder":
-        check_class_names([*known, *new_classes(path, name, class_names).class_names])
+        check_new(known, new_classes(path, name, class_names).class_names, path, name)
 
 
 def _check_sentences(templates: Sequence[Any] | None, names: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from vtclip.runs.encoders import load_base
 from vtclip.runs.fit import fit_request
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
+from vtclip.runs.sources import check_listable
 
 MATCH, CLOSE, DIFFERENT = "MATCH", "CLOSE", "DIFFERENT"
 TOLERANCE = 1e-6
@@ -257,6 +258,11 @@ def _check_source(run: Run, cache_dir: str | Path | None) -> None:
     The images of a data set are looked at while they are read.
     """
     config = run.result["config"]
+    try:
+        for role in ("source", "val", "test"):
+            check_listable(run, role, "fit again with them")
+    except ValueError as error:
+        raise ValueError(f"repeat: {error}") from None
     try:
         source = as_source(config["source"], config.get("data"))
         if not isinstance(source, Path):

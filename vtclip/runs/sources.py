@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +21,10 @@ from torch import Tensor
 
 from vtclip.clip.texts import is_per_class
 from vtclip.data.class_names import with_class_names
-from vtclip.data.folders import is_ignored, other_files, scan_folder, walk_images
-from vtclip.data.formats import is_image_name
-from vtclip.data.image_datasets import is_saved_dataset
-from vtclip.data.image_files import ImageFiles, InMemory
+from vtclip.data.image_files import IN_MEMORY, ImageFiles, InMemory
 from vtclip.data.listed import list_images
 from vtclip.data.options import Draw, FeatureOptions
-from vtclip.data.records import Records, check_class_names
+from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, SetSource, as_source, source_name
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json, printable
@@ -44,6 +41,7 @@ from vtclip.runs.counted import (
     with_gone,
 )
 from vtclip.runs.encoders import load_encoders
+from vtclip.runs.new_classes import new_classes
 from vtclip.runs.result import Run, named_classes, unreadable
 from vtclip.runs.seen import Seen
 from vtclip.runs.unlisted import seen_of_old
@@ -146,7 +144,10 @@ class RunSources:
 
     def own_source(self, data: str | Path | None = None) -> AnySource:
         """Where the run's own test images were: the source of its fit, or what --test named."""
-        place = self.options.get("test") or self.options["source"]
+        role = "test" if self.options.get("test") else "source"
+        place = self.options[role]
+        way = f"evaluate takes them as {option('source')}, and extend needs a run on files"
+        check_listable(self.run, role, way)
         return as_source(place, data or self.options.get("data"))
 
     def other(self, source: AnySource) -> SourceRows:
@@ -395,6 +396,16 @@ def check_templates(adapter: Adapter, records: Records) -> None:
         )
 
 
+def check_listable(run: Run, role: str, way: str) -> None:
+    """Refuse a source of a run, "source", "val" or "test", that was in memory; `way` is advice."""
+    place = str(run.result["config"].get(role))
+    if place.startswith(IN_MEMORY):
+        images = {"source": "on", "val": "with validation", "test": "with test"}[role]
+        raise ValueError(
+            f"{run.folder} was fitted {images} images {place}, which cannot be listed again; {way}"
+        )
+
+
 def sources_of(run: Run) -> list[Json]:
     """Where the classes of a run came from, first to last."""
     result = run.result
@@ -412,42 +423,6 @@ def sources_of(run: Run) -> list[Json]:
             "split": result["split"],
         }
     ]
-
-
-def new_classes(
-    path: Path, name: str | None, class_names: Mapping[str, str] | None = None
-) -> ImageFiles:
-    """One class where `path` holds images or `name` is given, else one class per folder in it.
-
-    A list or a saved dataset has the classes that it names. class_names: from ids to names; a class
-    that is none of the ids keeps its own.
-
-    Image names start with the folder's own name, as they would in a folder of both: which of them
-    are test images does not depend on how they came.
-    """
-    path = path.resolve()
-    if path.is_file() or is_saved_dataset(path):
-        if name is not None:
-            raise ValueError(f"extend: {option('name')} is for a folder of images, got {path}")
-        return with_class_names(list_images(path), class_names, keep_others=True)
-    entries = [entry for entry in path.iterdir() if not is_ignored(entry.name)]
-    loose = any(is_image_name(entry.name) for entry in entries)
-    folders = any(entry.is_dir() for entry in entries)
-    if name is None and loose and folders:
-        raise ValueError(
-            f"extend: {path} holds images and folders; {option('name')} makes all of them one class"
-        )
-    if name is None and not loose:
-        return with_class_names(scan_folder(path), class_names, keep_others=True)
-    names, skipped = walk_images(path)
-    if not names:
-        raise ValueError(f"extend: {path} holds no images{other_files(path)}")
-    root = path.parent
-    below = [file.relative_to(root).as_posix() for file in names]
-    passed = [(Path(file).relative_to(root).as_posix(), why) for file, why in skipped]
-    usual = (class_names or {}).get(path.name, path.name)
-    classes = check_class_names([usual if name is None else name])
-    return ImageFiles(root, classes, below, [0] * len(below), passed)
 
 
 def metrics_over(

@@ -68,7 +68,7 @@ def as_source(source: object, data: str | Path | None) -> AnySource:
         )
     if data is None and str(source).startswith(IN_MEMORY):
         raise ValueError(
-            f"source: the run was fitted on images {source}, which are on no disk; give a source"
+            f"source: images {source} are on no disk and cannot be listed again; give a source"
         )
     if data is None:
         return Path(source).expanduser()
