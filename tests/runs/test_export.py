@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import zipfile
 from pathlib import Path
@@ -25,8 +26,10 @@ from vtclip.heads import HEADS, Support
 from vtclip.runs import export, export_program
 from vtclip.runs.classifier import Classifier
 from vtclip.runs.result import Run
+from vtclip.train.methods import VOTES
 
 METHODS = ("vtclip", "rada", "zeroshot")
+NO_ONNX = "the extra vtclip[onnx] is not installed"
 HAVE_ONNX = all(importlib.util.find_spec(name) for name in export.ONNX_PACKAGES)
 # first without vtclip, from the two files alone: the class and the probability of each picture;
 # then another program, with vtclip's own operators
@@ -131,16 +134,25 @@ def test_features_to_logits(exported, method):
 
 SLOW = {"autoclip": pytest.mark.slow}  # its bisection is unrolled
 OTHERS = [name for name in HEADS if name not in METHODS]
+VOTING = [name for name in HEADS if VOTES in inspect.signature(HEADS[name]).parameters]
+# Tip-X stretches differences between features to a range, which of these, nearly alike as they are
+# behind random weights, leaves little but rounding
+SHARP = [name for name in VOTING if name != "tip-x"]
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=SLOW.get(name, ())) for name in OTHERS]
+    ("method", "votes"),
+    [pytest.param(name, None, marks=SLOW.get(name, ())) for name in OTHERS]
+    + [(name, 2.5) for name in VOTING],
 )
-def test_every_other_head_is_traced_for_any_batch(method):
+def test_every_other_head_is_traced_for_any_batch(method, votes):
     views = torch.nn.functional.normalize(torch.randn(4, 3, WIDTH), dim=-1)
-    head: Any = HEADS[method](torch.nn.functional.normalize(views.mean(1), dim=-1))
+    options = {} if votes is None else {VOTES: votes}
+    head: Any = HEADS[method](torch.nn.functional.normalize(views.mean(1), dim=-1), **options)
     head.set_text_views(views)
-    head.fit_support(Support(views.flatten(0, 1), torch.arange(4).repeat_interleave(3)))
+    label = torch.arange(4).repeat_interleave(3)
+    rows = slice(None) if votes is None else slice(2, None)  # the first class has one image left
+    head.fit_support(Support(views.flatten(0, 1)[rows], label[rows]))
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
     given = (torch.randn(3, WIDTH), torch.randn(3, 5, WIDTH))[: 1 + bool(head.needs_spatial)]
@@ -155,6 +167,50 @@ def test_every_other_head_is_traced_for_any_batch(method):
         wanted = head(*rows)
         assert wanted.shape == (count, 4)
         assert (module(*rows) - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of all images of classes of 4 to 10, whose votes count alike."""
+    root = tmp_path_factory.mktemp("unequal")
+    for number, folder in enumerate(sorted(colours(root / "images", 10, (40, 40)).iterdir())):
+        for file in sorted(folder.iterdir())[4 + 2 * number :]:
+            file.unlink()
+    small_model(root / "model")
+    for method in SHARP:
+        vtclip.fit(
+            root / "images", method=method, shots="all", model=str(root / "model"),
+            device="cpu", out=root / method, cache_dir=root / "cache",
+            overrides={"epochs": 2} if HEADS[method].recipe(1).epochs else {},
+        )  # fmt: skip
+    return {method: root / method for method in SHARP}
+
+
+@pytest.mark.parametrize(
+    "form", ["pt2", pytest.param("onnx", marks=pytest.mark.skipif(not HAVE_ONNX, reason=NO_ONNX))]
+)
+@pytest.mark.parametrize("method", SHARP)
+def test_votes_of_unequal_classes_are_exported(unequal, tmp_path, method, form):
+    file = tmp_path / f"m.{form}"
+    path, onnx = (file, None) if form == "pt2" else (None, file)
+    vtclip.export(unequal[method], path, onnx=onnx, kind="features")
+    classifier = Classifier.load(unequal[method], device="cpu")
+    head: Any = classifier.adapter.head
+    counts = head.label.bincount()
+    assert counts.min() < head.votes_per_class < counts.max()
+    image = classifier.encode(pixels_of(5))[0]
+    wanted = head(image)
+    if form == "pt2":
+        found = torch.export.load(file).module()(image)
+    else:
+        import onnxruntime
+
+        found = onnxruntime.InferenceSession(file).run(None, {"image": image.numpy()})[0]
+        found = torch.from_numpy(found)
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    head.votes_per_class = None
+    head.fit_support(Support(head.keys.detach(), head.label))
+    assert (found - head(image)).abs().max() > 1e-3 * wanted.abs().max()
 
 
 def test_a_run_without_an_encoder_exports_its_head(npz, tmp_path):
@@ -286,7 +342,7 @@ def test_onnx_that_is_not_installed_is_named_with_its_extra(runs, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(not HAVE_ONNX, reason="the extra vtclip[onnx] is not installed")
+@pytest.mark.skipif(not HAVE_ONNX, reason=NO_ONNX)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["image", "features"])
 def test_onnx_gives_the_same_numbers(runs, tmp_path, method, kind):
