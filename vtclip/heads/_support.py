@@ -223,6 +223,9 @@ def most_likely(
     classes it separates and not by the size of its logits; its prior is that of
     `metrics.fit_temperature`. With a few images many points are as good as tied, and the prior then
     keeps close to a centre that suits most tables; each further image counts for more against it.
+    Every image counts once, validation images as the classes have them: a search over a source of
+    unequal classes is, as its accuracy, mostly about the large ones. `votes_per_class` weighs the
+    votes of the support alone.
 
     Chosen by `benchmarks/choose_search.py` on images that neither train nor validate nor test: for
     every head the mean accuracy over two tables and 1, 4 and 16 shots is 0.2 to 0.6 points above
