@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from commands import json_of, refused
+from pictures import dots
+from PIL import Image
 
 import vtclip
 from vtclip.cli import main
@@ -19,6 +22,7 @@ from vtclip.data.splits import few_shot_split
 from vtclip.heads import HEADS
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.base_to_new import base_and_new, harmonic_mean
+from vtclip.runs.seen import Seen
 from vtclip.train import engine, metrics
 
 METHODS = ("rada", "vtclip", "zeroshot")
@@ -232,3 +236,32 @@ def test_bad_base_to_new_is_one_line_and_writes_nothing(source, run, tmp_path, c
     with pytest.raises(ValueError, match="method must be one of .*rada.* got 'proker'"):
         vtclip.fit(source, method="proker", base_to_new=True)
     assert sorted(tmp_path.rglob("*")) == files
+
+
+def test_copies_of_base_images_do_not_test_new_classes(tmp_path, caplog):
+    photos = dots(tmp_path / "photos")
+    options: dict[str, Any] = {"base_to_new": True, "shots": 2, "method": "rada",
+                               "overrides": {"epochs": 1}, "cache_dir": tmp_path / "cache",
+                               "device": "cpu"}  # fmt: skip
+    first = vtclip.fit(photos, out=tmp_path / "one", **options)
+    seen = Seen.read(first.folder, first.result["seen"])
+    new = first.result["new"]["classes"]
+    of_role = {role: name for name, role in zip(seen.names, seen.roles, strict=True)}
+    tested = [name for name, label, role in zip(seen.names, seen.labels, seen.roles, strict=True)
+              if role == "test" and label in new]  # fmt: skip
+    shutil.copy(photos / of_role["train"], photos / tested[0])
+    with Image.open(photos / of_role["val"]) as image:  # the same pixels in another file
+        image.save(photos / tested[1], compress_level=0)
+    caplog.clear()
+    second = vtclip.fit(photos, out=tmp_path / "two", **options)
+    assert "2 test images of new classes have the content of images of base classes" in caplog.text
+    assert second.result["left_out"] == {"trained": 1, "validated": 1}
+    assert second.result["new"]["adapted"]["count"] == len(tested) - 2
+    again = vtclip.evaluate(second, cache_dir=tmp_path / "cache", device="cpu")
+    for part in ("base", "new"):
+        assert again[part] == second.result[part]["adapted"]
+    assert (again["left_out"]["gone"], again["left_out"]["repeated"]) == (0, 0)
+    assert vtclip.repeat(second, cache_dir=tmp_path / "cache")["verdict"] == "MATCH"
+    with pytest.raises(ValueError, match="2 test images of new classes .* strict refuses"):
+        vtclip.fit(photos, out=tmp_path / "three", strict=True, **options)
+    assert not (tmp_path / "three").exists()

@@ -25,7 +25,6 @@ from vtclip.heads.auto import Auto
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.classifier import Classifier
 from vtclip.runs.extend import check_extendable, extended_head, is_exact
-from vtclip.runs.new_classes import new_classes
 from vtclip.runs.result import Run
 from vtclip.runs.seen import Seen
 
@@ -541,62 +540,3 @@ def test_images_of_new_classes_are_never_validated_on(place, tmp_path):
              if label in NAMES[OLD:]]  # fmt: skip
     assert added.count("val") == 0
     assert added.count("train") == 3 * 2
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "{part}/{name}",
-        "{part}/deeper/{name}",
-        "images/{part}/{name}",
-        "kind/{part}/{name}",
-        "my_{part}_images/images/kind/{name}",
-    ],
-)
-def test_the_split_of_a_folder_that_is_one_class_is_kept(layout, scenes, tmp_path, caplog):
-    options: dict[str, Any] = {"cache_dir": scenes / "cache", "device": "cpu"}
-    parts = ["train"] * 3 + ["val"] * 2 + ["test"] * 5
-    drawn = sorted(pictures.scenes(tmp_path / "drawn", 12, len(parts)).glob("*.png"))
-    for file, part in zip(drawn, parts, strict=True):
-        place = tmp_path / "more" / layout.format(part=part, name=file.name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, place)
-    source = tmp_path / "more"
-    larger = vtclip.extend(
-        scenes / "run", source, name="gray moon", out=tmp_path / "larger", **options
-    )
-    assert "3 training images (2 kept), 2 validation images (not used" in caplog.text
-    assert larger.result["sources"][1]["images_per_class"] == {
-        "gray moon": {"train": 2, "val": 0, "test": 5}
-    }
-    seen = Seen.read(larger.folder, larger.result["seen"])
-    roles = {Path(name).name: role
-             for name, label, role in zip(seen.names, seen.labels, seen.roles, strict=True)
-             if label == "gray moon"}  # fmt: skip
-    assert [roles[file.name] for file in drawn[3:]] == ["unused"] * 2 + ["test"] * 5
-    again = vtclip.evaluate(larger, **options)
-    assert (again["accuracy"], again["left_out"]["gone"]) == (larger.accuracy, 0)
-
-
-def test_splits_of_one_class_that_are_unclear_are_refused(scenes, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VTCLIP_CACHE", str(scenes / "cache"))
-    for part in ("train", "test"):
-        pictures.scenes(tmp_path / "flat" / part, 12, 4)
-        pictures.scenes(tmp_path / "mixed" / part, 12, 4)
-    pictures.scenes(tmp_path / "mixed" / "garden", 12, 4)
-    line = refused(capsys, "extend", str(scenes / "run"), "flat", "--out", "new")
-    assert "--name makes all of them one class and keeps their split" in line
-    words = [str(scenes / "run"), "mixed", "--out", "new", "--name", "moon"]
-    line = refused(capsys, "extend", *words)
-    assert "holds train/, test/ beside garden/" in line or "holds test/ beside garden/" in line
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_folder_of_one_class_without_a_split_is_drawn_as_a_whole(tmp_path):
-    for name in ("train/0.png", "station/1.png", "2.png"):  # pictures of trains
-        pictures.save(np.zeros((8, 8, 3)), tmp_path / "trains" / name)
-    files = new_classes(tmp_path / "trains", "train")
-    assert (files.roles, sorted(files.names)) == (
-        None, ["trains/2.png", "trains/station/1.png", "trains/train/0.png"]
-    )  # fmt: skip

@@ -16,7 +16,7 @@ import vtclip
 from vtclip.data.image_files import InMemory
 from vtclip.data.sets import as_source
 from vtclip.runs.folder import run_folder
-from vtclip.runs.new_classes import new_classes
+from vtclip.runs.new_classes import NewSource, new_classes
 from vtclip.runs.request import FitRequest
 
 
@@ -103,9 +103,9 @@ def test_other_commands_take_a_list(run, photos, cache, tmp_path, capsys):
     save(np.zeros((8, 8, 3)), tmp_path / "new" / "0.png")
     Image.new("RGB", (8, 8), "white").save(tmp_path / "new" / "1.png")
     (tmp_path / "new.csv").write_text("path,label\nnew/0.png,night\nnew/1.png,snow\n")
-    assert new_classes(tmp_path / "new.csv", None).class_names == ["night", "snow"]
+    assert new_classes(NewSource(tmp_path / "new.csv")).class_names == ["night", "snow"]
     with pytest.raises(ValueError, match="name is for a folder of images"):
-        new_classes(tmp_path / "new.csv", "weather")
+        new_classes(NewSource(tmp_path / "new.csv", "weather"))
     capsys.readouterr()
 
 

@@ -31,6 +31,7 @@ def add_arguments(parser: Parser) -> None:
         help="images per new class, for methods that keep images: at most N, or all (of a run of "
         "--exact-shots exactly N; default: as the run)",
     )
+    parser.add_shared("--class-names", "--follow-links")
     parser.add_model_of_run()
     parser.add_shared("--encoder-batch-size", "--cache-dir", "--device", "--threads", "--json")
 
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         folder,
         source,
         progress=on_terminal(),
-        **options_of(args, "out", "name", "shots", "model", "encoder_batch_size"),
+        **options_of(args, "out", "name", "class_names", "follow_links", "shots"),
+        **options_of(args, "model", "encoder_batch_size"),
         **options_of(args, "device", "threads", "cache_dir"),
     )
     if args.json:

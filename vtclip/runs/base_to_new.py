@@ -9,22 +9,27 @@ shows in the harmonic mean of the two accuracies.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, source_name
-from vtclip.files import Json
+from vtclip.data.splits import Split
+from vtclip.files import Json, printable, several
 from vtclip.heads import HEADS, Head
 from vtclip.names import option, pick
 from vtclip.runs.adapter import Adapter
 from vtclip.runs.result import named_classes
+from vtclip.runs.seen import Seen
 from vtclip.train import engine, metrics
 from vtclip.train.methods import text_encoder
 from vtclip.train.rows import split_rows
 
+logger = logging.getLogger(__name__)
 HALVES = ("base", "new")
 
 
@@ -66,38 +71,73 @@ def base_and_new(records: Records) -> tuple[Records, Records]:
     return records.subset_classes(range(middle)), records.subset_classes(range(middle, K))
 
 
-def new_test_rows(records: Records, seed: int, test_fraction: float) -> tuple[Tensor, str]:
-    """The test rows of classes that are never trained on, and the digest of that split."""
-    split = split_rows(records, False, 0, seed, test_fraction)
-    return split.test, split.digest
+def new_test_split(
+    base: Records,
+    split: Split,
+    new: Records,
+    seed: int,
+    test_fraction: float,
+    *,
+    learns: bool,
+    strict: bool,
+) -> tuple[Split, Json]:
+    """The test rows of classes that are never trained on, without copies of base images.
+
+    Copies, by file or pixels, are those of images that trained or validated; with the split comes
+    how many are left out for either. The rule of the split, and so its digest, knows nothing of
+    them. strict: copies are a ValueError. The test list of a data set is official and stays whole.
+    """
+    drawn = split_rows(new, False, 0, seed, test_fraction)
+    left_out = {"trained": 0, "validated": 0}
+    if new.digests is None or ("set" in new.info and not strict):
+        return drawn, left_out
+    seen = Seen.of(base, split, learns=learns)
+    roles = seen.roles_of(new.digests, new.pixels)
+    copies = [row for row in drawn.test.tolist() if roles[row] in ("train", "val")]
+    if not copies:
+        return drawn, left_out
+    left_out["trained"] = sum(roles[row] == "train" for row in copies)
+    left_out["validated"] = len(copies) - left_out["trained"]
+    text = (
+        f"{option('base_to_new')}: {several(len(copies), 'test image')} of new classes "
+        f"{'has' if len(copies) == 1 else 'have'} the content of images of base classes that "
+        f"trained ({left_out['trained']}) or validated ({left_out['validated']}), e.g. "
+        f"{printable(new.names[copies[0]])}"
+    )
+    if strict:
+        raise ValueError(f"{text}; {option('strict')} refuses such a source")
+    kept = ~torch.isin(drawn.test, torch.tensor(copies))
+    if not bool(kept.any()):
+        raise ValueError(f"{text}; no test image of a new class is left")
+    logger.warning("%s; left out for it", text)
+    return replace(drawn, test=drawn.test[kept]), left_out
 
 
 def new_class_metrics(
     base: Json,
     heads: Mapping[str, Head],
     records: Records,
-    seed: int,
-    test_fraction: float,
+    split: Split,
     device: torch.device,
 ) -> Json:
     """`base`, `new` and `harmonic_mean`, each with zero_shot and adapted.
 
-    records: those of the new classes; each of `heads` names their test images by their texts. The
-    temperature is the one fitted on base images: there are no others to fit it on.
+    records: those of the new classes; each of `heads` names the test images of `split` among them
+    by their texts. The temperature is the one fitted on base images: there are no others to fit it
+    on.
     """
-    index, digest = new_test_rows(records, seed, test_fraction)
     new: Json = {}
     for name, head in heads.items():
         values = engine.head_metrics(
             with_classes(head, records, records.class_names, device),
             records,
-            index,
+            split.test,
             device=device,
             temperature=base[name]["temperature"],
         )
         new[name] = named_classes(values, records.class_names)
     mean = {name: harmonic_mean(base[name]["accuracy"], new[name]["accuracy"]) for name in heads}
-    new |= {"classes": records.class_names, "split": digest}
+    new |= {"classes": records.class_names, "split": split.digest}
     return {"base": dict(base), "new": new, "harmonic_mean": mean}
 
 

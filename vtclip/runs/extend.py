@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vtclip.clip.texts import is_per_class
+from vtclip.data.class_names import as_class_names
 from vtclip.data.records import Records
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import ALL, EXACT, UP_TO, Split, few_shot_split
@@ -35,7 +36,7 @@ from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
 from vtclip.runs.multi_label import check_single, check_single_run
-from vtclip.runs.new_classes import check_new, new_classes
+from vtclip.runs.new_classes import NewSource, check_new, new_classes
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import NEW, Seen
 from vtclip.runs.sources import RunSources, SourceRows, metrics_over, sources_of
@@ -50,6 +51,8 @@ def extend(
     *,
     out: str | Path,
     name: str | None = None,
+    class_names: Mapping[str, str] | str | Path | None = None,
+    follow_links: bool = False,
     shots: int | str | None = None,
     model: str | Path | None = None,
     encoder_batch_size: int = 64,
@@ -62,6 +65,9 @@ def extend(
 
     folder: images of one class, called like the folder or `name`; a folder of class folders; or a
         features folder or .npz table of other classes, where the run was fitted on one.
+    class_names: from the ids that the folder gives its classes to their names, or the file that
+        holds them, as `vtclip.fit` takes it; by default that of the run, for classes in it.
+    follow_links: enter folders that are links, too. The new run keeps both.
     shots: images per new class for heads that keep images; None takes as many as the run had. Of a
         run of up to N images per class it is at most so many, or "all", and a class with fewer
         brings those; they are counted. Of a run of exactly N it is so many of every class, and
@@ -84,18 +90,19 @@ def extend(
     _check_shots(run, shots)
     adapter = load_adapter(run.folder, device=where)
     check_extendable(adapter.head)
-    _check_names(adapter.class_names, path, name, run.result["config"].get("class_names"))
+    source = _source(run, path, name, class_names, follow_links)
+    _check_names(adapter.class_names, source)
     watch = Stopwatch(where)
     sources = RunSources(
         run, adapter, where, model, cache_dir, progress, batch_size=encoder_batch_size
     )
-    _check_new_texts(sources, path, name)
+    _check_new_texts(sources, source)
     with watch.stage("features"):
         old = sources.rows()
         passes = sources.options["augment_passes"] if keeps_images(adapter.head) else 0
-        added = sources.added(path, name, passes)
-    check_new(adapter.class_names, added.class_names, path, name)
-    class_names = [*adapter.class_names, *added.class_names]
+        added = sources.added(source, passes)
+    check_new(adapter.class_names, added.class_names, source)
+    every = [*adapter.class_names, *added.class_names]
     split, shots = _split(run, adapter.head, added, shots)
     keeps = keeps_images(adapter.head)
     split, twice = _checked(run, path, added, split, shots if keeps else None)
@@ -103,33 +110,42 @@ def extend(
     with watch.stage("extend"):
         head = _extended_head(sources, added, split)
         # scores among the old classes say nothing of those among all
-        wider = replace(adapter, head=head, class_names=class_names, calibration=None)
-    new = SourceRows(added, split.test, torch.arange(len(adapter.class_names), len(class_names)))
+        wider = replace(adapter, head=head, class_names=every, calibration=None)
+    new = SourceRows(added, split.test, torch.arange(len(adapter.class_names), len(every)))
     with watch.stage("evaluate"):
         values = _evaluated(adapter, wider, old, new, run.result["zero_shot"]["temperature"])
-    entry = {
-        "source": str(path.resolve()),
-        "name": name,
-        "shots": shots,
-        "draw": _rule(run),
-        "learns": keeps,
-        **_described(added, split),
-    }
     with claimed(target):
         digest = save_with_encoders(target, wider, sources.clip)
         images = _seen(sources, Seen.of(added, split, learns=keeps), target)
-    contents = _contents(run, adapter.head, class_names, values, [*old, new], split, watch)
+    contents = _contents(run, adapter.head, every, values, [*old, new], split, watch)
     contents["digests"]["adapter"] = digest
     contents |= {"left_out": {**_left_out(old, twice), "repeated": known}, **images}
-    contents["sources"] = [*sources_of(run), entry]
+    entry = {"shots": shots, "draw": _rule(run), "learns": keeps, **_described(added, split)}
+    contents["sources"] = [*sources_of(run), {**source.as_json(), **entry}]
     return Run.write(target, contents)
 
 
-def _check_new_texts(sources: RunSources, path: Path, name: str | None) -> None:
+def _source(
+    run: Run,
+    path: Path,
+    name: str | None,
+    class_names: Mapping[str, str] | str | Path | None,
+    follow_links: bool,
+) -> NewSource:
+    """Where the new classes lie; options that have no meaning for it are refused."""
+    if name is not None and class_names is not None:
+        raise ValueError(f"{option('name')} cannot be combined with {option('class_names')}")
+    names = as_class_names(class_names)
+    source = NewSource(path, name, run.result["config"].get("class_names"), names, follow_links)
+    if source_kind(path) != "folder":
+        source.refuse_table()
+    return source
+
+
+def _check_new_texts(sources: RunSources, source: NewSource) -> None:
     """Refuse a run of sentences per class that has none for a new one, before images are read."""
-    if source_kind(path) == "folder":
-        named = new_classes(path, name, sources.options.get("class_names"))
-        _check_sentences(sources.templates_of_new(), named.class_names)
+    if source_kind(source.path) == "folder":
+        _check_sentences(sources.templates_of_new(), new_classes(source).class_names)
 
 
 def _check_shots(run: Run, shots: int | str | None) -> None:
@@ -378,13 +394,11 @@ def _check_out(out: Path, run: Path, folder: Path) -> None:
             raise ValueError(f"{option('out')} {out} lies inside the {what} {place}")
 
 
-def _check_names(
-    known: list[str], path: Path, name: str | None, class_names: Mapping[str, str] | None
-) -> None:
+def _check_names(known: list[str], source: NewSource) -> None:
     """Refuse names that the run has already before any image is read."""
-    check_single(path, "extend")
-    if source_kind(path) == "folder":
-        check_new(known, new_classes(path, name, class_names).class_names, path, name)
+    check_single(source.path, "extend")
+    if source_kind(source.path) == "folder":
+        check_new(known, new_classes(source).class_names, source)
 
 
 def _check_sentences(templates: Sequence[Any] | None, names: Sequence[str]) -> None:

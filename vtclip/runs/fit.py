@@ -27,7 +27,7 @@ from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import folder as run_files
 from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, features_of, save_adapter
-from vtclip.runs.base_to_new import base_and_new, new_class_metrics
+from vtclip.runs.base_to_new import base_and_new, new_class_metrics, new_test_split
 from vtclip.runs.checks import check_before_work
 from vtclip.runs.class_counts import usual_count, warn_of_few
 from vtclip.runs.duplicates import check_duplicates
@@ -264,7 +264,13 @@ def draw_rows(request: FitRequest, records: Records) -> RunRows:
     if request.rule == UP_TO:
         warn_of_few(records, split, request.shots if learns else None)
         shots = usual_count(records, split)
-    return RunRows(records, split, int(shots), records, new, left_out)
+    if new is None:
+        return RunRows(records, split, int(shots), records, left_out=left_out)
+    new_split, copies = new_test_split(
+        records, split, new, seed, fraction, learns=learns, strict=request.strict
+    )
+    left_out = {why: left_out[why] + copies[why] for why in copies}
+    return RunRows(records, split, int(shots), records, new, left_out, new_split)
 
 
 def train(
@@ -315,8 +321,7 @@ def evaluate_all(
     with watch.stage("evaluate"):
         decisions = {name: (decision, rows.records) for name, decision in heads.items()}
         values, judged = evaluate_both(decisions, rows.split, device)
-        if rows.new is None:
+        if rows.new is None or rows.new_split is None:
             return values, judged
-        seed, fraction = request.seed, request.test_fraction
-        new = new_class_metrics(values, heads, rows.new, seed, fraction, device)
+        new = new_class_metrics(values, heads, rows.new, rows.new_split, device)
         return values | new, judged

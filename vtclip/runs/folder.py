@@ -28,7 +28,6 @@ from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
 from vtclip.runs.seen import Seen
 from vtclip.train.checkpoint import Checkpoint
-from vtclip.train.rows import split_rows
 from vtclip.train.steps import TrainingRun
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ class RunRows:
     recipe_shots: training images of the usual class, for which the method's recipe is taken.
     training: the records with the labels that training sees, where pseudo-labels replace them.
     new: records of the classes that are never trained on, of a base-to-new run.
+    new_split: which of those are tested.
     left_out: test images whose content trained or validated, which the split lacks for it.
     """
 
@@ -63,14 +63,14 @@ class RunRows:
     training: Records
     new: Records | None = None
     left_out: Json = field(default_factory=dict)
+    new_split: Split | None = None
 
-    def seen(self, method: str, seed: int, test_fraction: float) -> Seen:
+    def seen(self, method: str) -> Seen:
         """Every image of the run's source with its role."""
         seen = Seen.of(self.records, self.split, learns=HEADS[method].learns)
-        if self.new is None:
+        if self.new is None or self.new_split is None:
             return seen
-        split = split_rows(self.new, False, 0, seed, test_fraction)
-        return seen + Seen.of(self.new, split, learns=False)
+        return seen + Seen.of(self.new, self.new_split, learns=False)
 
 
 def run_folder(request: FitRequest) -> Path:
@@ -191,7 +191,7 @@ def write_run(
         parts = named_parts(records.names, split, judged)
         others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
-    seen = rows.seen(request.method, request.seed, request.test_fraction)
+    seen = rows.seen(request.method)
     if request.final:  # fitted once more on all of them
         seen = seen.with_role("train")
     contents = result.make_result(

@@ -41,7 +41,7 @@ from vtclip.runs.counted import (
     with_gone,
 )
 from vtclip.runs.encoders import load_encoders
-from vtclip.runs.new_classes import new_classes
+from vtclip.runs.new_classes import NewSource, new_classes
 from vtclip.runs.result import Run, named_classes, unreadable
 from vtclip.runs.seen import Seen
 from vtclip.runs.unlisted import seen_of_old
@@ -130,8 +130,7 @@ class RunSources:
                 if self.seen is None:
                     raise ValueError(_UNKNOWN.format(source=source))
                 if number:
-                    path = Path(entry["source"])
-                    opened = Opened(self.added(path, entry["name"]), LeftOut())
+                    opened = Opened(self.added(self.new_source(entry)), LeftOut())
                 else:
                     opened = self.opened(source, own=True)
                 counted = count_own(opened.records, self.seen, opened.left_out, left)
@@ -242,8 +241,7 @@ class RunSources:
             empty_classes=True,
             absent_ok=own,
         )
-        # a source may have classes that the run was never told the names of
-        files = with_class_names(files, self.options.get("class_names"), keep_others=True)
+        files = self._named(files, source)
         known = set(self.class_names)
         if not known & set(files.class_names):
             pick("class", files.class_names[0], self.class_names)
@@ -255,6 +253,19 @@ class RunSources:
         if not keep:
             raise ValueError(f"{source}: no images in any class of the run")
         return only(files, keep, used), left_out
+
+    def _named(self, files: ImageFiles, source: Path | InMemory) -> ImageFiles:
+        """The files by the class names that the fit or an extension was given, of a source of an
+        extension by its own first; a source may have classes that neither was told the names of.
+        """
+        given: Json = self.options.get("class_names") or {}
+        for entry in sources_of(self.run)[1:]:
+            own = entry.get("class_names") or {}
+            same = isinstance(source, Path) and str(source.resolve()) == entry["source"]
+            given = {**given, **own} if same else {**own, **given}
+        if any(id_ in given for id_ in files.class_names):
+            return with_class_names(files, given, keep_others=True)
+        return with_class_names(files, self.options.get("class_names"), keep_others=True)
 
     def _known(self, records: Records) -> tuple[Records, LeftOut]:
         """The rows of a table in classes of the run, and the others by class."""
@@ -315,12 +326,16 @@ class RunSources:
         check_features(self.adapter, records)
         return records
 
-    def added(self, path: Path, name: str | None, augment_passes: int = 0) -> Records:
+    def new_source(self, entry: Json) -> NewSource:
+        """Where the classes of an extension came from, listed as then."""
+        return NewSource.of_entry(entry, self.options.get("class_names"), self.follow_links)
+
+    def added(self, source: NewSource, augment_passes: int = 0) -> Records:
         """The rows of new classes: a folder of one class, of class folders, or a table."""
+        path = source.path
         kind = source_kind(path)
         if kind != "folder":
-            if name is not None:
-                raise ValueError(f"extend: {option('name')} is for a folder of images, got {path}")
+            source.refuse_table()
             records = open_records(path, self._options(False))
             check_features(self.adapter, records)
             check_templates(self.adapter, records)
@@ -334,7 +349,6 @@ class RunSources:
             )
         from vtclip.data.extract import cached_features
 
-        named = self.options.get("class_names")
         options = replace(
             self._options(True),
             spatial=features["spatial"] if self.adapter.head.needs_spatial else None,
@@ -343,7 +357,7 @@ class RunSources:
             templates=self.templates_of_new(),
             augment_passes=augment_passes,
         )
-        records = cached_features(new_classes(path, name, named), options)[0].records()
+        records = cached_features(new_classes(source), options)[0].records()
         check_features(self.adapter, records)
         return records
 
