@@ -150,6 +150,20 @@ def test_copies_with_loss_are_counted_and_said(place, tmp_path, caplog):
     assert not caplog.records
 
 
+def test_a_name_with_any_line_end_stays_one_row_of_the_list(tmp_path):
+    names = ["a\r.png", "b\n.png", "c\r\n.png", 'd",.png']
+    seen = Seen(names, ["grass"] * 4, ["train"] * 4, ["d"] * 4, ["p"] * 4, [""] * 4)
+    assert Seen.read(tmp_path, seen.write(tmp_path)) == seen
+
+
+def test_a_row_of_another_length_is_named(tmp_path):
+    text = "name,label,role,digest,pixels,perceptual\na\r.png,grass,train,d1,p1,\n"
+    (tmp_path / "images.csv").write_bytes(text.encode())
+    entry = {"file": "images.csv", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    with pytest.raises(ValueError, match=r"row 2 of .*images\.csv has 1 cells, not 6$"):
+        Seen.read(tmp_path, entry)
+
+
 def test_a_list_of_images_from_before_perceptual_hashes_is_read(tmp_path):
     text = "name,label,role,digest,pixels\na.png,grass,train,d1,p1\n"
     (tmp_path / "images.csv").write_text(text)
