@@ -107,6 +107,20 @@ def test_the_command_says_in_sentences_what_is_left_out(place, copied, capsys):
     assert "Class that the run does not know: plum (1)." in out
 
 
+def test_images_that_changed_their_class_are_counted_and_said(place, copied, capsys):
+    tested = [Path(name) for name, role in roles(place).items() if role == "test"]
+    moved = [name for name in tested if name.parent.name == "grass"][:3]
+    for name in moved:
+        (copied / name).rename(copied / "ocean" / f"moved_{name.name}")
+    found = evaluated(place, copied)
+    assert found["test"]["images"] == len(tested)
+    assert found["left_out"]["relabelled"] == 3
+    assert evaluated(place)["left_out"]["relabelled"] == 0
+    assert call("evaluate", place / "run", copied, "--cache-dir", place / "cache") == 0
+    line = "3 of the counted images have another class here than in the run's list of images.\n"
+    assert line in capsys.readouterr().out
+
+
 def test_classes_of_the_run_without_an_image_are_said(place, copied, caplog):
     shutil.rmtree(copied / "ocean")
     evaluated(place, copied)
