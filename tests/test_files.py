@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtclip.files import to_json
+from vtclip.files import csv_lines, to_json
 
 SCALARS: Any = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False,
                                                           allow_infinity=False)  # fmt: skip
@@ -37,3 +39,10 @@ def test_numbers_that_json_lacks_are_null_and_tuples_and_paths_are_lists_and_tex
 def test_letters_outside_ascii_are_escaped(value):
     assert json.loads(to_json(value)) == value
     assert to_json(value).isascii()
+
+
+@given(st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max_size=3)))
+def test_rows_of_csv_are_read_as_they_were_written(rows):
+    text = csv_lines(rows)
+    assert list(csv.reader(io.StringIO(text, newline=""))) == rows
+    assert csv_lines([["a", 1], ["b,c", ""]]) == 'a,1\n"b,c",\n'

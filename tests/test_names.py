@@ -129,3 +129,9 @@ def test_an_unknown_name_is_told_the_nearest_or_the_first_few():
     with pytest.raises(ValueError, match="unknown class 'dgo'; did you mean 'dog'?"):
         names.index_of("dgo", ["cat", "dog"])
     assert names.index_of("dog", ["cat", "dog"]) == 1
+
+
+def test_names_are_known_in_another_case_but_not_twice():
+    known = ["red cat", "dog", "caf\u00e9"]
+    found = names.as_known(["Red_Cat", "DOG", "cafe\u0301", "eel", "dog"], known)
+    assert found == {"Red_Cat": "red cat", "cafe\u0301": "caf\u00e9"}

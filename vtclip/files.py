@@ -9,12 +9,14 @@ followed: the file it points to is replaced and the link stays. Permissions foll
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,24 @@ def printable(name: str) -> str:
 def several(count: int, one: str, many: str | None = None) -> str:
     """ "1 folder" or "2 folders"."""
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+class _LineFeeds(io.StringIO):
+    """What `csv` writes, one line a call, with a line feed in place of both line ends."""
+
+    def write(self, line: str) -> int:
+        return super().write(line.removesuffix("\r\n") + "\n")
+
+
+def csv_lines(rows: Iterable[Iterable[object]]) -> str:
+    """`rows` as CSV in lines that end in a line feed; cells with any kind of line end are quoted.
+
+    Python's writer quotes a carriage return only if its own lines end in one, and its reader then
+    takes the rest of the name for another row.
+    """
+    text = _LineFeeds(newline="")
+    csv.writer(text, lineterminator="\r\n").writerows(rows)
+    return text.getvalue()
 
 
 def default_cache() -> Path:

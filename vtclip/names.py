@@ -71,6 +71,17 @@ def name_key(name: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
 
 
+def as_known(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
+    """Those of `names` that are one of `known` but for what `name_key` passes over, and which.
+
+    A name that is known as it is, or whose known form is among `names` as well, is left out.
+    """
+    of_key = {name_key(name): name for name in known}
+    exact = set(of_key.values())
+    found = {name: of_key.get(name_key(name)) for name in names if name not in exact}
+    return {name: one for name, one in found.items() if one is not None and one not in names}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" or, where nothing is near, the first few choices."""
     choices = list(known)

@@ -213,7 +213,17 @@ def test_repeated_content_is_counted(features, pictures, caplog):
     shutil.copy(pictures / "cat" / "0.png", pictures / "dog" / "copy.png")
     _, report = features("out")
     assert report.duplicates == [("cat/0.png", "dog/copy.png")]
-    assert "1 image has the same content as another one, e.g. cat/0.png" in caplog.text
+    assert (
+        "1 image has the same content as another one; 1 of them in another class, e.g. "
+        "cat/0.png (cat) and dog/copy.png (dog)"
+    ) in caplog.text
+
+
+def test_repeated_content_of_one_class_is_counted_without_a_class(features, pictures, caplog):
+    shutil.copy(pictures / "cat" / "0.png", pictures / "cat" / "copy.png")
+    features("out")
+    line = "1 image has the same content as another one, e.g. cat/0.png and cat/copy.png"
+    assert line in caplog.text
 
 
 def test_file_that_changes_while_features_are_made(features, pictures, monkeypatch):

@@ -39,6 +39,17 @@ def test_rows_keep_their_features_and_labels_go_by_name():
     assert torch.equal(again.batch(torch.tensor([12, 13])).image, some.batch(torch.arange(2)).image)
 
 
+def test_a_class_written_in_another_case_is_the_known_one_and_said(caplog):
+    train = table(["red cat", "dog"], 2)
+    whole = join_records(train, {"test": table(["Dog", "Red_Cat"], 1)})
+    assert whole.class_names == train.class_names
+    assert whole.label.tolist() == [0, 0, 1, 1, 1, 0]
+    assert [record.getMessage() for record in caplog.records] == [
+        "test: class 'Dog' is taken as 'dog'",
+        "test: class 'Red_Cat' is taken as 'red cat'",
+    ]
+
+
 def test_names_that_would_meet_stay_two():
     train = table(["test"], 3)
     whole = join_records(train, {"test": table(["test"], 2)})

@@ -19,6 +19,7 @@ from pictures import noise, save, small_model
 from PIL import Image
 
 import vtclip
+from vtclip.data.extract import extract_features
 from vtclip.heads import HEADS
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.result import Run
@@ -107,6 +108,54 @@ def test_the_command_says_in_sentences_what_is_left_out(place, copied, capsys):
     assert "Class that the run does not know: plum (1)." in out
 
 
+def test_images_that_changed_their_class_are_counted_and_said(place, copied, capsys):
+    tested = [Path(name) for name, role in roles(place).items() if role == "test"]
+    moved = [name for name in tested if name.parent.name == "grass"][:3]
+    for name in moved:
+        (copied / name).rename(copied / "ocean" / f"moved_{name.name}")
+    found = evaluated(place, copied)
+    assert found["test"]["images"] == len(tested)
+    assert found["left_out"]["relabelled"] == 3
+    assert evaluated(place)["left_out"]["relabelled"] == 0
+    assert call("evaluate", place / "run", copied, "--cache-dir", place / "cache") == 0
+    line = "3 of the counted images have another class here than in the run's list of images.\n"
+    assert line in capsys.readouterr().out
+
+
+def test_a_class_folder_in_another_case_is_that_of_the_run_and_said(place, copied, caplog):
+    (copied / "grass").rename(copied / "Grass_")
+    found = evaluated(place, copied)
+    assert found["test"]["images"] == EACH
+    assert found["left_out"]["other_classes"] == found["left_out"]["relabelled"] == 0
+    assert found["accuracy"] == evaluated(place)["accuracy"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{copied}: class 'Grass_' is taken as the run's 'grass'"]
+
+
+def test_a_test_source_in_another_case_is_evaluated_as_it_was_fitted(place, copied, caplog):
+    for kind in ("images", "features"):
+        source = noise(copied.parent / kind, ("a", "b", "Grass", "OCEAN"), 3)
+        for name in "ab":  # whose draws are those of the training images
+            shutil.rmtree(source / name)
+        model = f"local-dir:{place / 'model'}"
+        if kind == "features":
+            extract_features(source, copied.parent / "table", model=model, device="cpu")
+            source = copied.parent / "table"
+        run = copied.parent / f"run of {kind}"
+        options: dict[str, Any] = {"cache_dir": place / "cache", "device": "cpu"}
+        caplog.clear()
+        fitted = vtclip.fit(copied, method="proker", shots=2, model=model, out=run, test=source,
+                            **options)  # fmt: skip
+        said = [record.getMessage() for record in caplog.records]
+        assert [line for line in said if line.startswith("test: ")] == [
+            "test: class 'Grass' is taken as 'grass'", "test: class 'OCEAN' is taken as 'ocean'"
+        ]  # fmt: skip
+        assert "has no images of" not in caplog.text
+        found = vtclip.evaluate(run, **options)
+        assert found["test"]["images"] == fitted.result["test"]["images"] == 6
+        assert found["accuracy"] == fitted.result["adapted"]["accuracy"]
+
+
 def test_classes_of_the_run_without_an_image_are_said(place, copied, caplog):
     shutil.rmtree(copied / "ocean")
     evaluated(place, copied)
@@ -148,6 +197,20 @@ def test_copies_with_loss_are_counted_and_said(place, tmp_path, caplog):
     caplog.clear()
     vtclip.evaluate(run, source, **options)
     assert not caplog.records
+
+
+def test_a_name_with_any_line_end_stays_one_row_of_the_list(tmp_path):
+    names = ["a\r.png", "b\n.png", "c\r\n.png", 'd",.png']
+    seen = Seen(names, ["grass"] * 4, ["train"] * 4, ["d"] * 4, ["p"] * 4, [""] * 4)
+    assert Seen.read(tmp_path, seen.write(tmp_path)) == seen
+
+
+def test_a_row_of_another_length_is_named(tmp_path):
+    text = "name,label,role,digest,pixels,perceptual\na\r.png,grass,train,d1,p1,\n"
+    (tmp_path / "images.csv").write_bytes(text.encode())
+    entry = {"file": "images.csv", "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    with pytest.raises(ValueError, match=r"row 2 of .*images\.csv has 1 cells, not 6$"):
+        Seen.read(tmp_path, entry)
 
 
 def test_a_list_of_images_from_before_perceptual_hashes_is_read(tmp_path):

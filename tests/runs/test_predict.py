@@ -356,3 +356,14 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(run, images, t
 def test_bad_input_is_one_line(run, images, tmp_path, capsys, words, message):
     places = {"RUN": str(run), "IMAGES": str(images), "EMPTY": str(tmp_path)}
     assert message in refused(capsys, "predict", *(places.get(word, word) for word in words))
+
+
+def test_a_name_with_a_line_end_stays_one_line_and_one_row(run, images, tmp_path, capsys):
+    place = tmp_path / "two\nlines\r.png"
+    place.write_bytes((images / CLASS_NAMES[0] / "00.png").read_bytes())
+    words = ["predict", str(run), str(place), "--topk", "1"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith(f"{tmp_path}/two\\nlines\\r.png: ")
+    assert main([*words, "--csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out, newline=""))
+    assert row["image"] == str(place)

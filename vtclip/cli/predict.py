@@ -9,8 +9,6 @@ others are predicted, and the exit status is 1. With --unknown and --coverage ea
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +54,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 where every image could be read, else 1."""
+    from vtclip.files import printable
+
     folder = existing("RUN", args.folder)
     if args.json and args.csv:
         raise ValueError("--json and --csv exclude each other")
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             for cells in _csv_cells(answer):
                 emit(_csv_line(path, *cells))
         else:
-            emit(f"{path}: {_in_words(answer)}")
+            emit(f"{printable(path)}: {_in_words(answer)}")
     return _report(unreadable)
 
 
@@ -167,6 +167,6 @@ def _report(unreadable: list[tuple[str, str]]) -> int:
 
 
 def _csv_line(*cells: Any) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
-    return line.getvalue()
+    from vtclip.files import csv_lines
+
+    return csv_lines([cells]).removesuffix("\n")

@@ -46,6 +46,7 @@ from vtclip.data.hashing import (
     alike,
     duplicates_of,
     hash_all,
+    in_other_classes,
     skipped_now,
 )
 from vtclip.data.image_files import ImageFiles
@@ -235,9 +236,12 @@ class _Job(Work):
         if report.duplicates:
             first, second = report.duplicates[0]
             count = len(report.duplicates)
+            others = in_other_classes(self.hashed, report.duplicates)
+            fault = f"; {len(others)} of them in another class" if others else ""
+            first, second = others[0] if others else (first, second)
             logger.warning(
-                "%d %s the same content as another one, e.g. %s and %s",
-                count, "image has" if count == 1 else "images have",
+                "%d %s the same content as another one%s, e.g. %s and %s",
+                count, "image has" if count == 1 else "images have", fault,
                 files.printable(first), files.printable(second),
             )  # fmt: skip
         said = {why for _, why in folder.skipped if folder.remarks and in_remarks(why)}

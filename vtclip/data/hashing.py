@@ -135,3 +135,14 @@ def duplicates_of(hashed: Hashed, names: Sequence[str]) -> list[tuple[str, str]]
     decoded = set(names)
     return [(first[digest], name) for digest, name in zip(hashed.digests, hashed.names, strict=True)
             if name in decoded and first.setdefault(digest, name) != name]  # fmt: skip
+
+
+def in_other_classes(hashed: Hashed, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of `pairs` of copies whose two files have different labels, each with its label."""
+    shown = (
+        [hashed.folder.class_names[k] for k in hashed.label]
+        if hashed.labels is None
+        else [", ".join(hashed.folder.class_names[k] for k in row) for row in hashed.labels]
+    )
+    of = dict(zip(hashed.names, shown, strict=True))
+    return [(f"{a} ({of[a]})", f"{b} ({of[b]})") for a, b in pairs if of[a] != of[b]]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from vtclip.data.records import PartedStore, Records, Store
 from vtclip.files import Json, printable
-from vtclip.names import nearest, option
+from vtclip.names import as_known, nearest, option
 
+logger = logging.getLogger(__name__)
 ROLES = ("train", "val", "test")
 
 
@@ -83,9 +85,9 @@ def join_records(train: Records, others: dict[str, Records]) -> Records:
 
     others: "val" and "test" to the records whose images validate and test. Names of their rows
         begin with the role, so that a name of both sources stays two; classes are those of `train`,
-        by name, and a class that it lacks is a ValueError that names the role. Texts,
-        templates and digests are those of `train`; the digests of the others' images are added as
-        "val_images" and "test_images".
+        by name (see `labels_among`), and a class that it lacks is a ValueError that names the role.
+        Texts, templates and digests are those of `train`; the digests of the others' images are
+        added as "val_images" and "test_images".
     Roles 1 and 2 of `train` itself must be given up beforehand.
     """
     parts = {"train": train, **others}
@@ -97,6 +99,8 @@ def join_records(train: Records, others: dict[str, Records]) -> Records:
     for role, part in others.items():
         _check_features(role, train, part)
         to_train = labels_among(role, train.class_names, part.class_names)
+        for name, known in as_known(part.class_names, train.class_names).items():
+            logger.warning("%s: class %r is taken as %r", option(role), name, known)
         prefix = f"{role}/"
         while any(name.startswith(prefix) for name in names):
             prefix = "_" + prefix
@@ -123,7 +127,12 @@ def join_records(train: Records, others: dict[str, Records]) -> Records:
 
 
 def labels_among(role: str, known: Sequence[str], class_names: Sequence[str]) -> Tensor:
-    """The place [n] among `known` of each of `class_names`, those of the source `role`."""
+    """The place [n] among `known` of each of `class_names`, those of the source `role`.
+
+    A name may differ from the known one in case, spaces, underscores and Unicode form.
+    """
+    alike = as_known(class_names, known)
+    class_names = [alike.get(name, name) for name in class_names]
     place = {name: k for k, name in enumerate(known)}
     for name in class_names:
         if name not in place:

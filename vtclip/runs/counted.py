@@ -34,6 +34,7 @@ WHY: dict[str, str | tuple[str, str]] = {
     "repeated": ("copy of a counted one", "copies of counted ones"),
     "unreadable": "unreadable",
 }
+OTHERS = ("new", "gone", "tested", "relabelled")
 ROLE = {"train": "trained", "val": "validated", "unused": "unused"}
 
 
@@ -42,7 +43,8 @@ class LeftOut:
     """How many images of a source do not count, by reason (WHY), and those of unknown classes.
 
     new: images that the run never saw and that do not count, because its own source was asked for.
-    gone: test images of the run that are no longer there.
+    gone: test images of the run that are no longer there. relabelled: images that count, but in
+    another class than the run knew them in.
     """
 
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -50,12 +52,13 @@ class LeftOut:
     new: int = 0
     gone: int = 0
     tested: int = 0
+    relabelled: int = 0
 
     def __add__(self, other: LeftOut) -> LeftOut:
         return LeftOut(
             Counter(self.counts) + Counter(other.counts),
             Counter(self.classes) + Counter(other.classes),
-            *(getattr(self, name) + getattr(other, name) for name in ("new", "gone", "tested")),
+            *(getattr(self, name) + getattr(other, name) for name in OTHERS),
         )
 
     @property
@@ -64,7 +67,7 @@ class LeftOut:
 
     def as_json(self) -> Json:
         counts = {why: int(self.counts.get(why, 0)) for why in WHY}
-        others = {"new": self.new, "gone": self.gone, "tested": self.tested}
+        others = {name: getattr(self, name) for name in OTHERS}
         return {**counts, **others, "classes": dict(self.classes)}
 
 
@@ -89,7 +92,8 @@ def count_own(
     left = dict(seen.tested()) if left is None else left
     rows, repeated = _at_most(records, seen, own, left, least=0)
     counts = Counter(ROLE[role] for role in roles if role in ROLE) + Counter(repeated=repeated)
-    here = LeftOut(counts, new=roles.count(NEW))
+    moved = _relabelled(records, seen, rows)
+    here = LeftOut(counts, new=roles.count(NEW), relabelled=moved)
     return Counted(torch.tensor(rows, dtype=torch.long), before + here)
 
 
@@ -113,7 +117,8 @@ def count_other(records: Records, seen: Seen | None, before: LeftOut) -> Counted
     kept = [row for row in candidates if roles[row] in passing]
     counts.update(ROLE[roles[row]] for row in candidates if roles[row] not in passing)
     rows, repeated = _at_most(records, seen, kept, dict(seen.tested()), least=1)
-    left_out = LeftOut(counts + Counter(repeated=repeated))
+    moved = _relabelled(records, seen, rows)
+    left_out = LeftOut(counts + Counter(repeated=repeated), relabelled=moved)
     return Counted(torch.tensor(rows, dtype=torch.long), before + left_out)
 
 
@@ -158,6 +163,18 @@ def _at_most(
     return sorted(kept), len(rows) - len(kept)
 
 
+def _relabelled(records: Records, seen: Seen, rows: list[int]) -> int:
+    """How many of `rows` the run saw, but in other classes alone."""
+    if records.digests is None or records.targets is not None:
+        return 0
+    known: dict[str, set[str]] = {}
+    for content, label in zip(seen.content_of(seen.digests, seen.pixels), seen.labels, strict=True):
+        known.setdefault(content, set()).add(label)
+    contents = seen.content_of(records.digests, getattr(records, "pixels", None))
+    names = [records.class_names[k] for k in records.label.tolist()]
+    return sum(names[row] not in known.get(contents[row], {names[row]}) for row in rows)
+
+
 def with_gone(left_out: LeftOut, seen: Seen, counted: int) -> LeftOut:
     """Says how many of the run's test images are missing where `counted` of them are there."""
     tested = sum(seen.tested().values())
@@ -197,6 +214,10 @@ def sentences(counted: int, left_out: LeftOut | Json) -> Iterator[str]:
     if left_out.get("gone"):
         tested = several(left_out["tested"], "test image")
         yield f"{left_out['gone']} of {tested} of the run {_are(left_out['gone'])} gone."
+    if left_out.get("relabelled"):
+        n = left_out["relabelled"]
+        have = "image has" if n == 1 else "images have"
+        yield f"{n} of the counted {have} another class here than in the run's list of images."
     if left_out.get("new"):
         n = left_out["new"]
         are, them = ("image is", "it") if n == 1 else ("images are", "them")

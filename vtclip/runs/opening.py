@@ -13,7 +13,7 @@ from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, SetSource
 from vtclip.data.sources import open_records, source_kind
-from vtclip.names import option
+from vtclip.names import as_known, option
 
 logger = logging.getLogger(__name__)
 NUMBERS = {"val": 1, "test": 2}
@@ -53,7 +53,10 @@ def open_all(
         own = part.roles
         if own is not None and bool((own == NUMBERS[role]).any()):
             part = part.select((own == NUMBERS[role]).nonzero().flatten())
-        missing = [name for name in records.class_names if name not in set(part.class_names)]
+        alike = as_known(part.class_names, records.class_names)
+        names = [alike.get(name, name) for name in part.class_names]
+        here = {names[k] for k in set(part.label.tolist())}
+        missing = [name for name in records.class_names if name not in here]
         if missing:
             logger.warning(
                 "%s: %s has no images of %d of %d classes: %s%s", option(role), place, len(missing),

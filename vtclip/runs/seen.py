@@ -24,7 +24,7 @@ from pathlib import Path
 
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
-from vtclip.files import Json, write_atomic
+from vtclip.files import Json, csv_lines, write_atomic
 
 FILE = "images.csv"
 COLUMNS = ("name", "label", "role", "digest", "pixels", "perceptual")
@@ -126,11 +126,8 @@ class Seen:
 
     def write(self, folder: Path) -> Json:
         """Writes `images.csv`; returns what result.json says of it: its name, digest and counts."""
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(COLUMNS)
-        lines.writerows(zip(*self._columns(), strict=True))
-        data = text.getvalue().encode("utf-8", "surrogatepass")
+        rows = zip(*self._columns(), strict=True)
+        data = csv_lines([COLUMNS, *rows]).encode("utf-8", "surrogatepass")
         write_atomic(folder / FILE, data)
         return {"file": FILE, "sha256": hashlib.sha256(data).hexdigest(), "images": self.counts()}
 
@@ -151,5 +148,10 @@ class Seen:
             rows = [list(COLUMNS), *([*row, ""] for row in rows[1:])]
         if not rows or tuple(rows[0]) != COLUMNS:
             raise ValueError(f"not {WHAT}: {path} must have the columns {', '.join(COLUMNS)}")
+        for number, row in enumerate(rows[1:], 2):
+            if len(row) != len(COLUMNS):
+                raise ValueError(
+                    f"not {WHAT}: row {number} of {path} has {len(row)} cells, not {len(COLUMNS)}"
+                )
         columns = zip(*rows[1:], strict=True) if len(rows) > 1 else ([] for _ in COLUMNS)
         return cls(*(list(column) for column in columns))

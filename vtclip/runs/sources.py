@@ -29,7 +29,7 @@ from vtclip.data.sets import AnySource, SetSource, as_source, source_name
 from vtclip.data.sources import open_records, source_kind
 from vtclip.files import Json, printable
 from vtclip.heads import HEADS, Head
-from vtclip.names import index_of, nearest, option, pick
+from vtclip.names import as_known, index_of, nearest, option, pick
 from vtclip.runs.adapter import Adapter, check_features
 from vtclip.runs.counted import (
     Counted,
@@ -225,7 +225,9 @@ class RunSources:
             files, left_out = self.files(source, own)
             records = self._features(files)
         else:
-            records, left_out = self._known(open_records(source, self._options(images)))
+            records = open_records(source, self._options(images))
+            records.class_names = self._as_known(source, records.class_names)
+            records, left_out = self._known(records)
         check_features(self.adapter, records)
         unread = len(records.info.get("skipped", []))
         return Opened(records, left_out + LeftOut({"unreadable": unread}))
@@ -234,6 +236,7 @@ class RunSources:
         """The image files of a folder in classes of the run, and the others by class.
 
         own: images that a list names and that are gone are passed over; `rows` counts them.
+        A class may differ from the run's in case, spaces, underscores and Unicode form.
         """
         files = list_images(
             source,
@@ -242,6 +245,7 @@ class RunSources:
             absent_ok=own,
         )
         files = self._named(files, source)
+        files = replace(files, class_names=self._as_known(source, files.class_names))
         known = set(self.class_names)
         if not known & set(files.class_names):
             pick("class", files.class_names[0], self.class_names)
@@ -266,6 +270,13 @@ class RunSources:
         if any(id_ in given for id_ in files.class_names):
             return with_class_names(files, given, keep_others=True)
         return with_class_names(files, self.options.get("class_names"), keep_others=True)
+
+    def _as_known(self, source: AnySource, names: Sequence[str]) -> list[str]:
+        """`names` of classes, as the run writes those that differ in case and the like alone."""
+        alike = as_known(names, self.class_names)
+        for name, one in alike.items():
+            logger.warning("%s: class %r is taken as the run's %r", source, name, one)
+        return [alike.get(name, name) for name in names]
 
     def _known(self, records: Records) -> tuple[Records, LeftOut]:
         """The rows of a table in classes of the run, and the others by class."""
