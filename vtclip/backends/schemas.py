@@ -11,7 +11,7 @@ Shapes: query [Bq, H, K, d] with Bq in {1, B}; key, value [B, H, L, d]; key_mask
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +27,15 @@ _SCHEMA_TYPES = {kind: kind for kind in ("Tensor", "float", "int", "bool")}
 _SCHEMA_TYPES["Tensor | None"] = "Tensor?"
 
 
+def argument_types(parameters: Iterable[inspect.Parameter]) -> list[str]:
+    """`x: Tensor, scale: float` as torch writes them."""
+    return [f"{_SCHEMA_TYPES[parameter.annotation]} {parameter.name}" for parameter in parameters]
+
+
 def _schema(fake: Callable[..., Any]) -> str:
     """`(x: Tensor, scale: float) -> tuple[Tensor, Tensor]` as torch writes it."""
     signature = inspect.signature(fake)
-    arguments = ", ".join(
-        f"{_SCHEMA_TYPES[parameter.annotation]} {parameter.name}"
-        for parameter in signature.parameters.values()
-    )
+    arguments = ", ".join(argument_types(signature.parameters.values()))
     results = signature.return_annotation.replace("tuple[", "(").replace("]", ")")
     return f"({arguments}) -> {results}"
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from vtclip.backends.problem import constant_when_traced
+from vtclip.ops._traced import define_traced, never_compiled, wants_gradients
 
 _STORES: dict[str, str] = {}  # operator -> what recomputing stores
 _WARNED: set[str] = set()  # operators that have said so
@@ -89,21 +90,29 @@ class AnyOrder:
         name = kernels.__name__
         self.again: Any = type(name, (kernels,), {"backward": _backward_again(self)})
         self.everywhere: Any = type(name, (self.again,), _transformed_members(self))
+        define_traced(self.name, kernels.forward, outputs + statistics, self._eagerly)
 
     def apply(self, *arguments: Any) -> Any:
         """`Function.apply`.
 
-        torch.compile does not trace a Function that has a jvp. Where torch.func is traced too, the
-        reference is, which may be differentiated as often as the graph says.
+        A traced call that wants gradients is one operator in the graph; see `_traced`. Where
+        torch.func is traced too, the reference is, which may be differentiated as often as the
+        graph says.
         """
         if not torch.compiler.is_compiling():
             return (self.everywhere if is_transformed() else self.again).apply(*arguments)
         if not _traced_by_reference(self.name):
-            return self.kernels.apply(*arguments)
+            if not wants_gradients(arguments[: self.inputs]):
+                return self.kernels.apply(*arguments)
+            *operands, backend = arguments
+            return getattr(torch.ops.vtclip, self.name)(*operands, backend.name)
         results = self.of_inputs(arguments)(*arguments[: self.inputs])
         if self.outputs + self.statistics == 1:
             return results[0]
         return (*results, *(None,) * self.statistics)
+
+    def _eagerly(self, *arguments: Any) -> Any:
+        return (self.everywhere if is_transformed() else self.again).apply(*arguments)
 
     def by_reference(self, ctx: Any, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """The outputs of the reference, without autocast: the inputs have their dtype."""
@@ -229,6 +238,7 @@ class _Gradients(Function):
             ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         _, *needs = ctx.needs_input_grad
         results: list[Tensor | None] = [None] * len(needs)
@@ -283,6 +293,7 @@ def _backward_again(operator: AnyOrder) -> Any:
     """The kernel's backward, as a step of a graph where one is wanted."""
     kernel, count, outputs = operator.kernels.backward, operator.inputs, operator.outputs
 
+    @never_compiled
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if not (torch.is_grad_enabled() or is_transformed()):
             return kernel(ctx, *grads)

@@ -13,6 +13,7 @@ from vtclip.ops._any_order import is_transformed
 from vtclip.ops._autograd import bound_once
 from vtclip.ops._checks import common_dtype
 from vtclip.ops._select import Problem, select
+from vtclip.ops._traced import never_compiled
 
 MANY_ROWS = 4096  # from here on a sum over rows is worth a kernel of its own
 
@@ -37,6 +38,7 @@ class _Projections(torch.autograd.Function):
         ctx.save_for_backward(*(t for i, t in enumerate(tensors) if i % 3 < 2))
 
     @staticmethod
+    @never_compiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
@@ -50,6 +52,17 @@ class _Projections(torch.autograd.Function):
             results.append(d_y.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None)
             results.append(d_b if to_bias else None)
         return tuple(results)
+
+
+_TRACED = "vtclip::projections"  # a Function in a graph of Dynamo is differentiable once, silently
+torch.library.define(_TRACED, "(bool one_kernel, Tensor[] tensors) -> Tensor[]")
+
+
+def _projections(one_kernel: bool, tensors: list[Tensor]) -> list[Tensor]:
+    return list(_Projections.apply(one_kernel, *tensors))
+
+
+torch.library.impl(_TRACED, "CompositeImplicitAutograd", _projections)
 
 
 def _bias_grads(rows: list[Tensor], one_kernel: bool) -> list[Tensor]:
@@ -76,4 +89,7 @@ def projections(layers: list[Layer]) -> list[Tensor]:
     first = tensors[0]
     # where Triton serves the operators of the same head
     problem = Problem("unit_products", first.device.type, first.dtype, first.shape[-1])
-    return list(_Projections.apply(select(problem, None).name == "triton", *tensors))
+    one_kernel = select(problem, None).name == "triton"
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return list(torch.ops.vtclip.projections(one_kernel, tensors))
+    return _projections(one_kernel, tensors)

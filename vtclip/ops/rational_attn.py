@@ -57,7 +57,12 @@ class _RationalAttnPacked(torch.autograd.Function):
     @staticmethod
     @bound_once
     def forward(
-        image: Tensor, text: Tensor, pairs: Tensor, scale: float, keep_parts: bool, backend: Backend
+        image: Tensor | None,
+        text: Tensor | None,
+        pairs: Tensor,
+        scale: float,
+        keep_parts: bool,
+        backend: Backend,
     ) -> Any:
         function = backend.function("rational_attn_fwd")
         return function(image, text, *_unpacked(pairs), scale, keep_parts)
