@@ -204,6 +204,7 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
                 judged_val or judged.val, temperature, rows.records.label, rows.split.test
             )
         adapter = Adapter(head, names, temperature, features, calibration, request.final)
+        run_files.begin_writing(folder)
         digests = {"adapter": save_adapter(folder, adapter)}
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
 
@@ -220,6 +221,7 @@ def fit_several(
     with watch.stage("evaluate"):
         values, kept = multi_label.evaluate_heads(request, rows, head)
     adapter = multi_label.adapter_of(request, rows.records, head, kept)
+    run_files.begin_writing(folder)
     digests = {"adapter": save_adapter(folder, adapter)}
     return run_files.write_run(
         folder, request, rows, config, values, watch, digests, None, multi_label=True

@@ -154,6 +154,15 @@ def can_return_finished(folder: Path, request: FitRequest) -> bool:
     return request.resume and (folder / RESULT).is_file() and not (folder / CHECKPOINT).is_file()
 
 
+def begin_writing(folder: Path) -> None:
+    """Remove the result of a run that is replaced, before the first file of the new one.
+
+    A process that is killed in between leaves no old result beside a new adapter, which would look
+    like a finished run.
+    """
+    (folder / RESULT).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other writers out of `folder`; remove what was created where no file gets written."""
