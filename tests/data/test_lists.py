@@ -57,6 +57,7 @@ def lines(rows, header="path,label", between="\n"):
         ("l.csv", lines(ROWS).replace("a/1.png", '"a/1.png"').replace("a/0", "./b/../a/0")),
         ("l.csv", lines(ROWS).replace("/", "\\")),
         ("l.csv", lines(ROWS).split("\n", 1)[1]),
+        ("l.csv", lines(ROWS).replace("/", "\\").split("\n", 1)[1]),
         ("l.csv", "\n" + lines(ROWS).replace("cat\n", " cat \n\n")),
         ("l.jsonl", "".join(json.dumps({"image": p, "category": c}) + "\n" for p, c in ROWS)),
         ("l.ndjson", "\ufeff" + "\r\n".join(json.dumps({"path": p, "label": c}) for p, c in ROWS)),
@@ -236,3 +237,16 @@ def test_read_list_expands_the_home_folder(images, monkeypatch):
     monkeypatch.setenv("HOME", str(images))
     csv_of(images, lines(ROWS))
     assert len(read_list("~/list.csv").names) == 3
+
+
+def test_a_listed_path_may_start_at_the_home_folder(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(images))
+    monkeypatch.setenv("USERPROFILE", str(images))
+    (tmp_path / "lists").mkdir()
+    rows = [(f"~/{path}", label) for path, label in ROWS]
+    for text in (lines(rows), lines(rows).split("\n", 1)[1]):
+        found = list_images(csv_of(tmp_path / "lists", text))
+        assert [found.path(name) for name in found.names] == [images / path for path, _ in ROWS]
+    kept = noise(tmp_path / "lists" / "~", ("a", "b"), each=3)  # a folder that is called so
+    found = list_images(csv_of(tmp_path / "lists", lines(rows)))
+    assert [found.path(name) for name in found.names] == [kept / path for path, _ in ROWS]

@@ -156,6 +156,17 @@ def test_a_test_source_in_another_case_is_evaluated_as_it_was_fitted(place, copi
         assert found["accuracy"] == fitted.result["adapted"]["accuracy"]
 
 
+def test_a_source_that_moved_is_asked_for_by_name(place, copied, capsys):
+    words = ["--cache-dir", str(place / "cache"), "--device", "cpu"]
+    run, model = copied.parent / "run", f"local-dir:{place / 'model'}"
+    vtclip.fit(copied, method="proker", shots=2, model=model, out=run,
+               cache_dir=place / "cache", device="cpu")  # fmt: skip
+    moved = copied.rename(copied.parent / "moved")
+    line = f"evaluate: the test images of the run were in {copied}, which is gone; where they moved"
+    assert f"{line}, name their place as SOURCE" in refused(capsys, "evaluate", run, *words)
+    assert json_of(capsys, "evaluate", run, moved, *words)["test"]["images"] == EACH
+
+
 def test_classes_of_the_run_without_an_image_are_said(place, copied, caplog):
     shutil.rmtree(copied / "ocean")
     evaluated(place, copied)

@@ -96,9 +96,11 @@ def _resolve(typed: str) -> ModelName:
     head, colon, rest = typed.partition(":")
     prefix = _compact(head)
     place = Path(typed).expanduser()
-    if colon and head == "local-dir":
+    if colon and head == "local-dir" and rest.strip():
         return _folder(typed, rest, f"{head}:")
     if colon and head == "hf-hub":
+        if not rest.strip("/ "):
+            raise ClipNotFound(f"model {typed!r}: no repository; give hf-hub:owner/name")
         return ModelName(typed, typed, repo=rest)
     if place.is_dir():
         return _folder(typed, typed, "")
@@ -112,6 +114,8 @@ def _resolve(typed: str) -> ModelName:
     if colon and prefix in _HUB_PREFIXES and "/" in rest:
         repo = rest.strip("/")
         return ModelName(typed, f"hf-hub:{repo}", repo=repo)
+    if colon and prefix in _FOLDER_PREFIXES and not rest.strip():
+        raise ClipNotFound(f"model {typed!r}: no folder; give local-dir:/folder")
     if colon and prefix in _FOLDER_PREFIXES:
         return _folder(typed, rest, "local-dir:")
     arch = architectures().get(_compact(head))

@@ -142,6 +142,8 @@ class _Collector:
         if "\\" in name and os.sep != "\\" and not os.path.lexists(self.base / name):
             name = PureWindowsPath(name).as_posix()
             self.backslashes.append(name)
+        if name.startswith("~") and not os.path.lexists(self.base / name):
+            name = os.path.expanduser(name)
         base = os.path.abspath(self.base)
         place = os.path.normpath(os.path.join(base, name))
         if place.startswith(base.rstrip(os.sep) + os.sep):

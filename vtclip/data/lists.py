@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def _is_header(base: Path, cells: Sequence[str]) -> bool:
     known = {cell.casefold() for cell in cells} & {*PATHS, *LABELS, *SPLITS}
     if known or len(cells) not in (2, 3):
         return True
+    written = (cells[0], cells[0].replace("\\", "/"), os.path.expanduser(cells[0]))
     try:
-        return not (base / cells[0]).is_file()
+        return not any((base / path).is_file() for path in written)
     except (OSError, ValueError):
         return True
 

@@ -123,6 +123,11 @@ class RunSources:
         first = self.own_source(data)
         for number, entry in enumerate(entries):
             source: AnySource = Path(entry["source"]) if number else first
+            if isinstance(source, Path) and not source.expanduser().exists():
+                raise ValueError(
+                    f"the test images of the run were in {printable(str(source))}, which is gone; "
+                    f"where they moved, name their place as {option('source')}"
+                )
             if isinstance(source, SetSource):
                 opened = self.opened(source)
                 counted = self.listed(opened, source, entry)
