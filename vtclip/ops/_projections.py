@@ -13,7 +13,7 @@ from vtclip.ops._any_order import is_transformed
 from vtclip.ops._autograd import bound_once
 from vtclip.ops._checks import common_dtype
 from vtclip.ops._select import Problem, select
-from vtclip.ops._traced import never_compiled
+from vtclip.ops._traced import is_exported, never_compiled
 
 MANY_ROWS = 4096  # from here on a sum over rows is worth a kernel of its own
 
@@ -90,6 +90,6 @@ def projections(layers: list[Layer]) -> list[Tensor]:
     # where Triton serves the operators of the same head
     problem = Problem("unit_products", first.device.type, first.dtype, first.shape[-1])
     one_kernel = select(problem, None).name == "triton"
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exported():
         return list(torch.ops.vtclip.projections(one_kernel, tensors))
     return _projections(one_kernel, tensors)

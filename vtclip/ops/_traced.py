@@ -10,12 +10,13 @@ such an operator apart as they trace; others run it, and torch differentiates it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from vtclip.backends.problem import constant_when_traced
 from vtclip.backends.schemas import argument_types
 from vtclip.ops._select import BACKENDS
 
@@ -54,8 +55,14 @@ def define_traced(
     torch.library.impl(f"vtclip::{name}", "CompositeImplicitAutograd", run)
 
 
-def wants_gradients(tensors: Any) -> bool:
-    """Whether a traced call will be differentiated; exported programs keep what they run alone."""
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+@constant_when_traced  # Dynamo of torch 2.11 takes it for true in whatever it traces
+def is_exported() -> bool:
+    """Whether torch.export traces: its programs hold the operators of the forward alone."""
+    return torch.compiler.is_exporting()
+
+
+def wants_gradients(tensors: Iterable[object]) -> bool:
+    """Whether a traced call will be differentiated."""
+    if not torch.is_grad_enabled() or is_exported():
         return False
     return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
