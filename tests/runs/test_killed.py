@@ -11,12 +11,15 @@ from vtclip.runs import folder
 from vtclip.runs.result import RESULT
 
 
-@pytest.mark.parametrize("method", ["proker", "rada"])
-def test_a_run_that_is_half_replaced_is_not_finished(method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "encoders"), [("proker", False), ("rada", False), ("rada", True)]
+)
+def test_a_run_that_is_half_replaced_is_not_finished(method, encoders, tmp_path, monkeypatch):
     """The adapter of the new run beside the result of the old one would be neither of them."""
     dots(tmp_path / "dots")
     how = {"method": method, "out": tmp_path / "run", "cache_dir": tmp_path / "cache",
-           "device": "cpu", "overrides": {"epochs": 2} if method == "rada" else None}  # fmt: skip
+           "device": "cpu", "train_encoders": encoders,
+           "overrides": {"epochs": 2} if method == "rada" else None}  # fmt: skip
     vtclip.fit(tmp_path / "dots", shots=1, **how)
 
     def killed(*_, **__):

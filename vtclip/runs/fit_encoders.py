@@ -195,6 +195,7 @@ def evaluate_and_write(
     with watch.stage("evaluate"):
         decisions = {"zero_shot": (zero_shot, rows.records), "adapted": (head, after)}
         values, judged = evaluate_both(decisions, rows.split, request.device)
+    run_files.begin_writing(folder)
     with saved_encoders(folder, tuned) as encoders:
         features = features_of(after, request.model)
         features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
