@@ -440,7 +440,7 @@ def test_a_small_new_class_brings_what_it_has_and_votes_like_the_others(
     assert (entry["shots"], entry["draw"]) == (3, "up to")
     counts = {"dog": {"train": 3, "val": 0, "test": 6}, "eel": {"train": 2, "val": 0, "test": 2}}
     assert entry["images_per_class"] == counts
-    assert "1 of 2 classes train on fewer images: eel 2" in caplog.text
+    assert "1 of 2 classes trains on fewer images: eel 2" in caplog.text
     head = head_of(larger.folder)
     assert torch.bincount(head.label).tolist() == [3, 3, 3, 3, 2]
     votes = head.class_weights() * torch.bincount(head.label)
@@ -471,7 +471,7 @@ def test_a_new_class_of_one_image_trains_and_is_named_as_untested(fitted, tmp_pa
     source = uneven(tmp_path / "new.npz", [3, 4], [12, 1])
     larger = vtclip.extend(fitted("proker"), source, out=tmp_path / "run2", device="cpu")
     assert larger.result["sources"][1]["images_per_class"]["eel"]["train"] == 1
-    assert "1 of 2 classes have no test image" in caplog.text
+    assert "1 of 2 classes has no test image" in caplog.text
 
 
 def test_exact_runs_are_extended_by_as_many_images_of_every_class(place, tmp_path):

@@ -61,7 +61,7 @@ def test_a_small_class_takes_nothing_from_the_others(tmp_path, caplog):
     assert run.result["shots"] == 16
     warned = [record.getMessage() for record in caplog.records]
     assert len(warned) == 1  # few images are the normal case where no number was named
-    assert warned[0].startswith("1 of 4 classes have no test image")
+    assert warned[0].startswith("1 of 4 classes has no test image")
     assert warned[0].endswith(": dog")
     caplog.clear()
     run = vtclip.fit(source, method="proker", shots=4, out=tmp_path / "four", **QUICK)

@@ -42,15 +42,17 @@ def warn_of_few(records: Records, split: Split, shots: int | str | None) -> None
         few = [f"{name} {n}" for name, n in zip(names, train, strict=True) if n < shots]
         if few:
             logger.warning(
-                "%s %d: %d of %d classes train on fewer images: %s",
-                option("shots"), shots, len(few), len(names), _some(few),
+                "%s %d: %d of %d classes %s on fewer images: %s",
+                option("shots"), shots, len(few), len(names),
+                "trains" if len(few) == 1 else "train", _some(few),
             )  # fmt: skip
     test = _counts(records, split.test)
     untested = [printable(name) for name, n in zip(names, test, strict=True) if not n]
     if untested:
         logger.warning(
-            "%d of %d classes have no test image, so that no number says how good they are: %s",
-            len(untested), len(names), _some(untested),
+            "%d of %d classes %s no test image, so that no number says how good %s: %s",
+            len(untested), len(names),
+            *(("has", "it is") if len(untested) == 1 else ("have", "they are")), _some(untested),
         )  # fmt: skip
 
 
