@@ -170,7 +170,7 @@ def test_bad_sources(animals, tmp_path):
     with pytest.raises(ValueError, match=r"animals\.npz: not a readable \.npz file"):
         path_sources([other], SETTINGS)
     other.write_bytes(animals.read_bytes())
-    with pytest.raises(ValueError, match="sources must have different names, got .* and "):
+    with pytest.raises(ValueError, match="source: the names of sources must differ, got .* and "):
         path_sources([animals, other], SETTINGS)
     with pytest.raises(ValueError, match="an .npz file takes no augment_passes, got 2"):
         path_sources([animals], Settings(augment_passes=2))

@@ -190,7 +190,7 @@ def test_images_in_memory_have_features_and_no_path(fake_clip, tmp_path):
     source = as_source(Pictures(), None)
     assert str(source) == "in memory: 7 images of a Pictures"
     assert source.resolve() is source
-    with pytest.raises(ValueError, match="on no disk; give a source"):
+    with pytest.raises(ValueError, match="on no disk and cannot be listed again; give a source"):
         as_source(str(source), None)
 
 

@@ -313,9 +313,9 @@ def test_the_command(runs, tmp_path, capsys):
     ("words", "message"),
     [
         ([], "--out FILE.pt2 or --onnx FILE.onnx must be given"),
-        (["--out", "m.pt"], "path must end in .pt2, got 'm.pt'"),
-        (["--onnx", "m.pt2"], "onnx must end in .onnx"),
-        (["--out", "there.pt2"], "there.pt2 exists; overwrite, or give another name"),
+        (["--out", "m.pt"], "--out must end in .pt2, got 'm.pt'"),
+        (["--onnx", "m.pt2"], "--onnx must end in .onnx"),
+        (["--out", "there.pt2"], "--out: there.pt2 exists; --overwrite, or give another name"),
         (["--out", "no/m.pt2"], "the folder no does not exist"),
         (["--out", "m.pt2", "--fixed-batch", "0"], "--fixed-batch: must be in"),
         (["--out", "m.pt2", "--fixed-batch", "2", "--dynamic-batch"], "not allowed with"),

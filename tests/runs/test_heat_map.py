@@ -122,7 +122,7 @@ def test_predict_and_explain_commands(world, tmp_path, capsys):
             "is not the model of the run; of the run vs of --model: weights",
         ),
         (["predict", "RUN", "IMAGE", "--model", "nowhere"], "neither a folder nor a known"),
-        (["evaluate", "RUN", "IMAGES/grass"], "source"),
+        (["evaluate", "RUN", "IMAGES/grass"], "SOURCE: "),
     ],
 )
 def test_bad_pictures_and_models_are_one_line(world, tmp_path, capsys, monkeypatch, words, message):
