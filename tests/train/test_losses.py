@@ -122,7 +122,7 @@ def test_command_line(npz: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--gce-q", "0.3"], "--gce-q is for --loss gce"),
         (["--loss", "mae"], "ce, gce"),
         (["--loss", "gce", "--gce-q", "0"], "--gce-q"),
-        (["--loss", "gce", "--label-smoothing", "0.1"], "label_smoothing must be 0"),
+        (["--loss", "gce", "--label-smoothing", "0.1"], "--label-smoothing must be 0"),
     ):
         assert what in refused(capsys, *args, *wrong, "--out", tmp_path / "none")
         assert not (tmp_path / "none").exists()
