@@ -162,8 +162,10 @@ def test_a_source_that_moved_is_asked_for_by_name(place, copied, capsys):
     vtclip.fit(copied, method="proker", shots=2, model=model, out=run,
                cache_dir=place / "cache", device="cpu")  # fmt: skip
     moved = copied.rename(copied.parent / "moved")
-    line = f"evaluate: the test images of the run were in {copied}, which is gone; where they moved"
-    assert f"{line}, name their place as SOURCE" in refused(capsys, "evaluate", run, *words)
+    line = f"evaluate: the test images of the run were in {copied}, which is gone"
+    assert f"{line}; bring them back, or evaluate what moved by naming it as SOURCE" in refused(
+        capsys, "evaluate", run, *words
+    )
     assert json_of(capsys, "evaluate", run, moved, *words)["test"]["images"] == EACH
 
 

@@ -126,7 +126,7 @@ class RunSources:
             if isinstance(source, Path) and not source.expanduser().exists():
                 raise ValueError(
                     f"the test images of the run were in {printable(str(source))}, which is gone; "
-                    f"where they moved, name their place as {option('source')}"
+                    f"bring them back, or evaluate what moved by naming it as {option('source')}"
                 )
             if isinstance(source, SetSource):
                 opened = self.opened(source)
