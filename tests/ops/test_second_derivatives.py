@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from linear_layers import layers
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vtclip import ops
 from vtclip.backends import native
 from vtclip.ops import _any_order
-from vtclip.ops._projections import Layer, projections
 from vtclip.testing.problems import FUNCTIONS, OPS, Function, tensors_of
 
 SIZES = {"B": 2, "K": 3, "L": 4, "H": 2, "d": 3, "D": 5, "C": 5, "F": 4}
@@ -372,21 +372,7 @@ def test_each_operator_says_once_what_it_costs(cpu, monkeypatch):
 
 
 def test_linear_layers_side_by_side(impl):
-    draws = torch.Generator().manual_seed(0)
-
-    def new(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draws, dtype=torch.float64).requires_grad_()
-
-    tensors = [t for rows in ((4,), (4, 3)) for t in (new(*rows, 5), new(6, 5), new(6))]
-
-    def score(*leaves: Tensor) -> Tensor:
-        outputs = projections([Layer(*leaves[:3]), Layer(*leaves[3:])])
-        return sum(out.sin().sum() for out in outputs)
-
-    def plainly(*leaves: Tensor) -> Tensor:
-        pairs = (leaves[:3], leaves[3:])
-        return sum(torch.nn.functional.linear(*each).sin().sum() for each in pairs)
-
+    tensors, score, plainly = layers()
     assert_same(
         gradients_of_penalty(tensors, score), gradients_of_penalty(tensors, plainly), torch.float64
     )

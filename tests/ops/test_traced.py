@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from linear_layers import layers
 from torch import Tensor
 
 from vtclip.backends import native
 from vtclip.heads.rada import RAda
 from vtclip.heads.vtclip import VTCLIP
-from vtclip.ops._projections import Layer, projections
 from vtclip.ops._select import only_reference
+from vtclip.ops._traced import never_compiled
 from vtclip.testing.problems import FUNCTIONS, Function
 
 SIZES = {"B": 2, "K": 3, "L": 4, "H": 2, "d": 3, "D": 5, "C": 5, "F": 4}
@@ -136,25 +137,6 @@ def test_compiled_autograd_refuses(call):
         torch.autograd.grad(compiled(*leaves), leaves)
 
 
-def layers() -> tuple[list[Tensor], Score, Score]:
-    draws = torch.Generator().manual_seed(0)
-
-    def new(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draws, dtype=torch.float64).requires_grad_()
-
-    leaves = [t for rows in ((4,), (4, 3)) for t in (new(*rows, 5), new(6, 5), new(6))]
-
-    def fused(*tensors: Tensor) -> Tensor:
-        outputs = projections([Layer(*tensors[:3]), Layer(*tensors[3:])])
-        return sum(out.sin().sum() for out in outputs)
-
-    def plainly(*tensors: Tensor) -> Tensor:
-        pairs = (tensors[:3], tensors[3:])
-        return sum(torch.nn.functional.linear(*each).sin().sum() for each in pairs)
-
-    return leaves, fused, plainly
-
-
 def test_linear_layers_side_by_side():
     leaves, fused, plainly = layers()
     whole = torch.compile(penalty_of(fused), backend="eager")
@@ -195,3 +177,15 @@ def test_heads(kind):
     actual = gradients(torch.compile(penalty, backend="eager"))
     assert max(float(grad.abs().max()) for grad in expected) > 1e-3
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_torch_without_the_frame_strategies_disables_compilation_instead(monkeypatch):
+    monkeypatch.delattr(torch._C._dynamo.eval_frame, "_FrameAction")
+
+    def backward(x: Tensor) -> bool:
+        return torch.compiler.is_compiling()
+
+    kept = never_compiled(backward)
+    assert kept is not backward
+    assert torch.compile(lambda x: kept(x), backend="eager")(torch.ones(1)) is False
+    assert torch.compile(lambda x: backward(x), backend="eager")(torch.ones(1)) is True

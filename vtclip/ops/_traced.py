@@ -29,9 +29,13 @@ def never_compiled(function: Code) -> Code:
     `torch.compiler.disable` does so too, and imports torch._dynamo. A backward that runs inside a
     compiled function would be compiled itself, and the tensors that it makes would have no graph.
     """
-    dynamo = torch._C._dynamo.eval_frame
-    skip = dynamo._FrameAction.SKIP  # of this frame, and of those below it
-    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    try:
+        dynamo = torch._C._dynamo.eval_frame
+        skip = dynamo._FrameAction.SKIP  # of this frame, and of those below it
+        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    except (AttributeError, TypeError):  # names of torch's own, which another version may lack
+        disabled: Code = torch.compiler.disable(function)  # type: ignore[no-untyped-call, unused-ignore]
+        return disabled
     return function
 
 

@@ -50,8 +50,7 @@ def evaluate(
     so that the numbers compare with the run's; a run fitted with `final` has none. Of any `source`
     all images count that the run neither trained nor validated on, whatever came to it or went
     since; of one that says itself which images test, only those. "left_out" of the result says how
-    many do not count, and why
-    (vtclip.runs.counted). The test list of a data set is counted whole.
+    many do not count, and why (vtclip.runs.counted). The test list of a data set is counted whole.
 
     data: the folder of the field's data sets, where `source` is the name of one: its test list is
         counted, over its own classes where the run has more.
