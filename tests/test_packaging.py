@@ -13,24 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkouts import ROOT, copy_of_the_tree
 
 from vtclip.backends import native
 
-ROOT = Path(__file__).parents[1]
 # the argument came with Python 3.12 and with later 3.10 and 3.11
 SAFE = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-
-
-def copy_of_the_tree(where: Path) -> Path:
-    """The sources, without what a build leaves behind."""
-    tree = where / "tree"
-    shutil.copytree(
-        ROOT,
-        tree,
-        symlinks=True,
-        ignore=shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info", "__pycache__", "runs"),
-    )
-    return tree
 
 
 def python(cwd: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ import torch
 from vtclip import ops
 from vtclip.backends import native, triton
 from vtclip.ops._select import Problem, explain, only_reference, select
+from vtclip.testing.problems import OPS
 
 CPU_PROBLEM = Problem("cross_attn", "cpu", torch.float32, 64)
 
@@ -66,6 +67,18 @@ def test_wide_heads_go_to_the_reference_with_the_limit_as_reason():
     reasons = dict(explain(problem))
     assert any("257 is above 256" in reason for reason in reasons["cpu"])
     assert select(problem, None).name == "reference"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_float64_on_a_gpu_goes_to_the_reference_with_the_dtype_as_reason(monkeypatch, op, impl):
+    monkeypatch.setattr(native, "load_cuda", lambda: "")
+    monkeypatch.setattr(native, "_has_kernel", lambda op, key: True)
+    monkeypatch.setattr(triton, "load", lambda: "")
+    problem = Problem(op, "cuda", torch.float64, 64)
+    assert dict(explain(problem))[impl] == ("has no float64 kernel",)
+    assert select(problem, None).name == "reference"
+    assert dict(explain(problem._replace(dtype=torch.float32)))["cuda"] == ()
 
 
 def test_broken_extension_is_a_reason_with_its_cause(monkeypatch):

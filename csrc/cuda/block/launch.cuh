@@ -85,12 +85,11 @@ void launch(const char* op, int64_t blocks, const Tensor& like, const typename B
 template <class Run>
 void with_dtype(const char* op, const char* name, const Tensor& like, Run run) {
   switch (like.scalar_type()) {
-    case ScalarType::Double: return run(double{});
     case ScalarType::Float: return run(float{});
     case ScalarType::Half: return run(torch::headeronly::Half{});
     case ScalarType::BFloat16: return run(torch::headeronly::BFloat16{});
     default:
-      fail(op, name, " must have dtype Float, Double, Half or BFloat16, got ",
+      fail(op, name, " must have dtype Float, Half or BFloat16, got ",
            torch::headeronly::toString(like.scalar_type()));
   }
 }
