@@ -25,8 +25,8 @@ TARGET_VERSION = "0x020b000000000000"  # the stable ABI of torch 2.11, the oldes
 LONGEST = ("cross_attn", "rational_attn", "ffn_cosine_logits", "norm_cosine_logits")
 
 
-def decide(mode: str, compiler: str) -> str:
-    """Why there will be no CUDA library, or nothing; written down for `vtclip info`."""
+def decide(mode: str, compiler: str) -> toolchain.Architectures | None:
+    """What the CUDA library is for, if there will be one; written down for `vtclip info`."""
     home = toolchain.cuda_home()
     os.environ.update({"CUDA_HOME": home} if home else {})
     import torch
@@ -34,11 +34,11 @@ def decide(mode: str, compiler: str) -> str:
     refused = "VTCLIP_EXT=cpu" if mode == "cpu" else toolchain.why_no_cuda(home)
     if refused and mode == "cuda":
         sys.exit(f"VTCLIP_EXT=cuda cannot be met: {refused}")
-    cuda = f"not built: {refused}"
+    cuda, arches = f"not built: {refused}", None
     if not refused:
-        arches, why = toolchain.architectures(home)
-        os.environ["TORCH_CUDA_ARCH_LIST"] = arches
-        cuda = f"compiled by {home}/bin/nvcc for {arches} ({why})"
+        arches = toolchain.architectures(home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arches.names
+        cuda = f"compiled by {home}/bin/nvcc for {arches.names} ({arches.why})"
     info = {"mode": mode, "torch": torch.__version__, "cpu": f"by {compiler}", "cuda": cuda}
     print(f"vtclip: {info}", file=sys.stderr)
     entries = ", ".join(f'{{"{k}", "{v}"}}' for k, v in info.items())
@@ -46,7 +46,7 @@ def decide(mode: str, compiler: str) -> str:
     header.parent.mkdir(exist_ok=True)
     if not header.is_file() or header.read_text() != text:  # what includes it is compiled again
         header.write_text(text)
-    return refused
+    return arches
 
 
 def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
@@ -57,7 +57,8 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
             sys.exit(f"VTCLIP_EXT={mode} cannot be met: {missing}")
         print(f"vtclip: no extension: {missing}", file=sys.stderr)
         return [], {}
-    device = "cpu" if decide(mode, compiler) else "cuda"
+    arches = decide(mode, compiler)
+    device = "cuda" if arches else "cpu"
     from torch.utils import cpp_extension
 
     includes = cpp_extension.include_paths(device_type=device)  # pybind11's headers among them
@@ -70,7 +71,7 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
         # -O is the launchers' alone, ptxas always optimises
         "nvcc": ["-O1", "-Xfatbin=-compress-all", "-DUSE_CUDA=1"],
     }
-    flags["nvcc"] += [f"-isystem={path}" for path in includes]
+    flags["nvcc"] += [*(f"-isystem={path}" for path in includes), *(arches.flags if arches else ())]
 
     def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
         return Extension(

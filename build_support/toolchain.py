@@ -6,9 +6,12 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
-# where no GPU is visible: 8.0 serves 8.6 and 8.9, PTX what is newer than 9.0
-DEFAULT_ARCHES = "8.0;9.0+PTX"
+# where no GPU is visible: 8.0 serves 8.6 and 8.9, PTX what is newer than 9.0. Both come from one
+# PTX, which halves the front end's time: no kernel has code for 9.0 alone.
+DEFAULT_ARCHES = "8.0+PTX;9.0"
+DEFAULT_FLAGS = ("-gencode=arch=compute_80,code=[compute_80,sm_80,sm_90]",)
 OLDEST_GPU = (7, 5)
 JOB_BYTES = 2**30  # the largest file's compiler, about twice over
 
@@ -51,14 +54,21 @@ def visible_gpus() -> list[tuple[int, int]]:
     return sorted({(int(a), int(b)) for a, b in re.findall(r"^(\d+)\.(\d+)\s*$", listed, re.M)})
 
 
-def architectures(home: str) -> tuple[str, str]:
-    """What to compile for, in the form of TORCH_CUDA_ARCH_LIST, and why."""
+class Architectures(NamedTuple):
+    """TORCH_CUDA_ARCH_LIST, why it is so, and flags of nvcc where torch has no say."""
+
+    names: str
+    why: str
+    flags: tuple[str, ...] = ()
+
+
+def architectures(home: str) -> Architectures:
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
-        return given, "TORCH_CUDA_ARCH_LIST"
+        return Architectures(given, "TORCH_CUDA_ARCH_LIST")
     gpus = visible_gpus()
     if not gpus:
-        return DEFAULT_ARCHES, "no GPU is visible"
+        return Architectures(DEFAULT_ARCHES, "no GPU is visible", DEFAULT_FLAGS)
     known = re.findall(r"sm_(\d+)", _output(f"{home}/bin/nvcc", "--list-gpu-code"))
     own = [(a, b) for a, b in gpus if (a, b) >= OLDEST_GPU and f"{a}{b}" in known]
     text = {gpu: "{}.{}".format(*gpu) for gpu in gpus}
@@ -66,7 +76,9 @@ def architectures(home: str) -> tuple[str, str]:
     if len(own) < len(gpus):
         without = ", ".join(text[gpu] for gpu in gpus if gpu not in own)
         why += f"; nvcc or vtclip has no code of its own for {without}"
-    return (";".join(text[gpu] for gpu in own) + "+PTX" if own else DEFAULT_ARCHES), why
+    if not own:
+        return Architectures(DEFAULT_ARCHES, why, DEFAULT_FLAGS)
+    return Architectures(";".join(text[gpu] for gpu in own) + "+PTX", why)
 
 
 def _free_bytes() -> int | None:

@@ -129,9 +129,24 @@ def test_without_a_gpu_the_default_is_compiled_and_said(built):
     build, printed, calls = built
     if build.env["VTCLIP_EXT"] == "cpu":
         pytest.skip("this torch is a CPU build")
-    codes = {code for call in calls for code in re.findall(r",code=(\w+)", call)}
-    assert codes == {"sm_80", "sm_90", "compute_90"}
-    assert "for 8.0;9.0+PTX (no GPU is visible)" in printed
+    of_nvcc = [call for call in calls if call.startswith("nvcc")]
+    for call in of_nvcc:
+        codes = "-gencode=arch=compute_80,code=[compute_80,sm_80,sm_90]"
+        assert [word for word in call.split() if "arch=" in word] == [codes]
+    assert of_nvcc
+    assert "for 8.0+PTX;9.0 (no GPU is visible)" in printed
+
+
+def test_a_list_of_architectures_wins(built):
+    build, _, _ = built
+    if build.env["VTCLIP_EXT"] == "cpu":
+        pytest.skip("this torch is a CPU build")
+    printed, calls = build(TORCH_CUDA_ARCH_LIST="7.5;9.0+PTX")
+    for call in calls:
+        if call.startswith("nvcc"):
+            codes = set(re.findall(r"code=(\w+)", call.replace("arch=", " ")))
+            assert codes == {"sm_75", "sm_90", "compute_90"}
+    assert "for 7.5;9.0+PTX (TORCH_CUDA_ARCH_LIST)" in printed
 
 
 GPUS = "the visible GPUs; nvcc or vtclip has no code of its own for "
@@ -140,12 +155,12 @@ GPUS = "the visible GPUs; nvcc or vtclip has no code of its own for "
 @pytest.mark.parametrize(
     ("listed", "given", "wanted"),
     [
-        ("8.0\n9.0\n8.0\n", "", ("8.0;9.0+PTX", "the visible GPUs")),
+        ("8.0\n9.0\n8.0\n", "", ("8.0+PTX;9.0", "the visible GPUs")),
         ("12.0\n", "", ("12.0+PTX", "the visible GPUs")),
         ("9.0\n", "7.5", ("7.5", "TORCH_CUDA_ARCH_LIST")),
-        ("", "", ("8.0;9.0+PTX", "no GPU is visible")),
-        ("Failed to initialize NVML\n", "", ("8.0;9.0+PTX", "no GPU is visible")),
-        ("7.0\n13.0\n", "", ("8.0;9.0+PTX", f"{GPUS}7.0, 13.0")),
+        ("", "", ("8.0+PTX;9.0", "no GPU is visible")),
+        ("Failed to initialize NVML\n", "", ("8.0+PTX;9.0", "no GPU is visible")),
+        ("7.0\n13.0\n", "", ("8.0+PTX;9.0", f"{GPUS}7.0, 13.0")),
         ("7.0\n9.0\n", "", ("9.0+PTX", f"{GPUS}7.0")),
     ],
 )  # fmt: skip
@@ -153,7 +168,9 @@ def test_the_visible_gpus_are_compiled_for(monkeypatch, listed, given, wanted):
     outputs = {"nvidia-smi": listed, "/toolkit/bin/nvcc": "sm_75\nsm_80\nsm_90\nsm_120\n"}
     monkeypatch.setattr(toolchain, "_output", lambda command, *_: outputs[command])
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
-    assert toolchain.architectures("/toolkit") == wanted
+    found = toolchain.architectures("/toolkit")
+    assert found[:2] == wanted
+    assert bool(found.flags) == (found.names == toolchain.DEFAULT_ARCHES)
 
 
 @pytest.mark.parametrize(("gib", "jobs"), [(None, 8), (3.5, 3), (0.2, 1), (99.0, 8)])
