@@ -40,6 +40,7 @@ def decide(mode: str, compiler: str) -> toolchain.Architectures | None:
         os.environ["TORCH_CUDA_ARCH_LIST"] = arches.names
         cuda = f"compiled by {home}/bin/nvcc for {arches.names} ({arches.why})"
     info = {"mode": mode, "torch": torch.__version__, "cpu": f"by {compiler}", "cuda": cuda}
+    info.update({"arches": arches.names} if arches else {})
     print(f"vtclip: {info}", file=sys.stderr)
     entries = ", ".join(f'{{"{k}", "{v}"}}' for k, v in info.items())
     header, text = ROOT / "build" / "build_info.h", f"#define VTCLIP_BUILD_INFO {entries}\n"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,25 @@ def build_info() -> dict[str, str]:
     return dict(importlib.import_module("vtclip._C").build_info())
 
 
+def _runs(arches: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `arches`, as in TORCH_CUDA_ARCH_LIST, runs on a GPU of `capability`."""
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d+)[af]?(\+PTX)?", arches):
+        own = (int(major), int(minor))
+        if own <= capability and (ptx or own[0] == capability[0]):
+            return True
+    return not arches[:1].isdigit()  # names of architectures are not read
+
+
+@functools.cache
+def _no_code() -> str:
+    """Why the CUDA library has nothing for the current GPU, or the empty string."""
+    arches = build_info().get("arches", "")
+    if not torch.cuda.is_available() or _runs(arches, torch.cuda.get_device_capability()):
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"was compiled for {arches}, this GPU is {major}.{minor} (TORCH_CUDA_ARCH_LIST)"
+
+
 @functools.cache
 def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"vtclip::{op}_fwd", key)
@@ -66,7 +86,7 @@ def _has_kernel(op: str, key: str) -> bool:
 @constant_when_traced
 def _missing(op: str, key: str) -> str:
     """Why `op` cannot run on dispatch key `key`, or the empty string."""
-    reason = load_cpu() if key == "CPU" else load_cuda()
+    reason = load_cpu() if key == "CPU" else load_cuda() or _no_code()
     if reason:
         return reason
     if not _has_kernel(op, key):
