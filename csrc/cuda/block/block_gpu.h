@@ -12,7 +12,12 @@ class Shared {
 
   template <class T>
   VTCLIP_BOTH T* take(int64_t count) {
+#ifdef __CUDA_ARCH__
+    // without a test for null, behind which ptxas no longer sees that this is shared memory
+    T* start = reinterpret_cast<T*>(base_ + bytes_);
+#else
     T* start = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+#endif
     bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 128) * 128;
     return start;
   }

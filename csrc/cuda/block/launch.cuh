@@ -19,6 +19,7 @@
 #include "common/check.h"
 #include "common/dtype.h"
 #include "common/tensors.h"
+#include "kernel.cuh"
 #include "tile_io.h"
 
 namespace vtclip::cuda {
@@ -45,24 +46,6 @@ inline int64_t shared_limit(const char* op, const Tensor& like) {
              cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                     like.get_device_index()));
   return bytes;
-}
-
-// Bytes of shared memory a block of Body takes.
-template <class Body>
-int64_t shared_bytes() {
-  Shared counter(nullptr);
-  typename Body::Tiles tiles{counter};
-  (void)tiles;
-  return counter.bytes();
-}
-
-template <class Body>
-__global__ void __launch_bounds__(Body::kWarps* kWarpSize, 1)
-    body_kernel(const __grid_constant__ typename Body::Args args) {
-  extern __shared__ __align__(128) unsigned char raw[];
-  Shared shared(raw);
-  typename Body::Tiles tiles{shared};
-  Body::run(args, static_cast<int64_t>(blockIdx.x), tiles);
 }
 
 // Body::run for 0 <= index < blocks, on the current stream.
