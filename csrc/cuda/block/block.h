@@ -5,7 +5,9 @@
 // the same loops, masks and reductions run on the host under a sanitizer (block_host.h).
 //
 //   block.each(n, f)            f(i) for 0 <= i < n, over all threads
-//   block.loose().each(n, f)    the same without a barrier: a load that shares the next phase's
+//   block.loose().each(n, f)    the same without a barrier: what may share the next phase's
+//   copy_16(to, from, exists)   16 bytes into shared memory, by themselves from sm_80 on
+//   block.arrive()              a barrier behind which all copies are there
 //   block.each_warp(f)          f(warp) for every warp
 //   block.each_row<P>(n, f)     f(lanes, row) for 0 <= row < n, each row by P neighbouring lanes
 //   block.sum(n, f), max(n, f)  of f(i) over 0 <= i < n, for all threads the same value
