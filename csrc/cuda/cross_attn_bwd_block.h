@@ -9,7 +9,6 @@
 #pragma once
 
 #include "cuda/block/attn_block.h"
-#include "cuda/block/row.h"
 
 namespace vtclip::cuda {
 
@@ -63,7 +62,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
       load_values(args, tiles, step, place);
     }
     const auto add = [&](PerWarp<State, kWarps>& states, const AttnPlace& at, int64_t b) {
-      if (kChunks > 1 || n.L == 0) {
+      if (kChunks > 1) {
         row_statistics(args, tiles, b, at);
         tiles.block.sync();
       }
@@ -96,25 +95,53 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
                     args.shape.d, step.keep(tiles.keep));
   }
 
-  // lse and delta of the block's rows, in shared memory; delta in global memory too
+  // What one of two lanes adds to <left, right>, two rows of n elements: every other 16 bytes of
+  // them, as many loads at once as there are in a chunk.
+  static VTCLIP_DEVICE Acc half_of_dot(const Rows<const T>& left, const Rows<const T>& right,
+                                       int64_t n, int lane) {
+    using Packed = Vector<T>;
+    constexpr int kSize = Packed::kSize, kAtOnce = kChunks == 1 ? kC / (2 * kSize) : 4;
+    Acc sum = 0;
+    if (n % kSize != 0 || !vectors_fit(left) || !vectors_fit(right)) {
+      VTCLIP_ROLLED
+      for (int64_t c = lane; c < n; c += 2) {
+        sum += static_cast<Acc>(left.at(0, c)) * static_cast<Acc>(right.at(0, c));
+      }
+      return sum;
+    }
+    VTCLIP_ROLLED
+    for (int64_t first = lane * kSize; first < n; first += 2 * kSize * kAtOnce) {
+      Packed a[kAtOnce], b[kAtOnce];
+      VTCLIP_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t c = first + 2 * kSize * i;
+        if (c >= n) a[i] = b[i] = zeros<T>();
+        else a[i] = vector_at(left, c), b[i] = vector_at(right, c);
+      }
+      VTCLIP_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        VTCLIP_UNROLL
+        for (int e = 0; e < kSize; ++e) {
+          sum += static_cast<Acc>(a[i].element[e]) * static_cast<Acc>(b[i].element[e]);
+        }
+      }
+    }
+    return sum;
+  }
+
+  // lse and delta of the block's rows, in shared memory; delta in global memory too. A head in one
+  // chunk has its rows of d_out in place.
   static VTCLIP_DEVICE void row_statistics(const Args& args, Tiles& tiles, int64_t b,
                                            const AttnPlace& at) {
-    constexpr int kColumns = Vector<T>::kSize;
     const AttnShape& n = args.shape;
-    tiles.block.loose().template each_row<8>(kRows, [&](const auto& lanes, int r) {
+    tiles.block.loose().template each_row<2>(kRows, [&](const auto& lanes, int r) {
       const int64_t row = at.tile * kRows + r;
       Acc delta = 0, lse = 0;
       if (row < n.K) {
-        const Row<const T> d_o(args.d_out.at(b, at.head), row, n.d);
-        const Row<const T> out(args.out.at(b, at.head), row, n.d);
-        delta = lanes.sum(static_cast<int>(ceil_div(n.d, kColumns)), [&](int group) {
-          Acc left[kColumns], right[kColumns], sum = 0;
-          d_o.load(group * kColumns, left);
-          out.load(group * kColumns, right);
-          VTCLIP_UNROLL
-          for (int e = 0; e < kColumns; ++e) sum += left[e] * right[e];
-          return sum;
-        });
+        const Rows<const T> out = args.out.at(b, at.head).from(row);
+        const Rows<const T> d_o = kChunks == 1 ? Rows<const T>{tiles.d_o + r * kLd, 0, 1}
+                                               : args.d_out.at(b, at.head).from(row);
+        delta = lanes.sum(2, [&](int lane) { return half_of_dot(d_o, out, n.d, lane); });
         if (args.d_lse.base != nullptr) delta -= args.d_lse.at(b, at.head).at(row, 0);
         lse = lse_in_powers(args.lse.at(b, at.head).at(row, 0));
       }

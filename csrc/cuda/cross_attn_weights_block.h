@@ -50,7 +50,7 @@ struct AttnWeightsForward : AttnTile<T, kD> {
       states[warp].top.fill(-infinity<Acc>());
       states[warp].total.fill(0);
     });
-    if (kChunks == 1) load_query(args, tiles, at, 0);
+    if (kChunks == 1 && n.L > 0) load_query(args, tiles, at, 0);
     for (int64_t start = 0; start < n.L; start += kStep) {
       scores(args, tiles, states, at, start, [&](const Warp& warp) { soften(states[warp]); });
     }

@@ -72,15 +72,36 @@ VTCLIP_DEVICE void put(const Warp& warp, Tile& tile, T* strip, const Rows<S>& to
                        int64_t rows, int64_t column0, int64_t columns,
                        typename Tile::Acc factor) {
   constexpr int kSizeT = static_cast<int>(sizeof(T)), kSizeS = static_cast<int>(sizeof(S));
-  constexpr int kWide = lesser(kN, kStrip * kSizeT / kSizeS);
-  constexpr int kLd = tile_stride<S>(kWide);
+  constexpr int kWide = lesser(kN, kStrip * kSizeT / kSizeS), kLd = tile_stride<S>(kWide);
+  constexpr int kVector = Vector<S>::kSize, kGroups = kWide / kVector;
+  constexpr int kApart = kWarpSize / kGroups;  // rows from one vector of a lane to its next
   static_assert(kN % kWide == 0 && kLd * sizeof(S) <= tile_stride<T>(kStrip) * sizeof(T));
   S* own = reinterpret_cast<S*>(strip);
+  const Rows<S> out = to.from(row0, column0);
+  const int rows_left = static_cast<int>(lesser<int64_t>(16, rows - row0));
+  const int columns_left = static_cast<int>(lesser<int64_t>(kN, columns - column0));
+  const bool fits = columns % kVector == 0 && vectors_fit(out);
   VTCLIP_UNROLL
   for (int first = 0; first < kN; first += kWide) {
     tile.template store<kWide>(own, kLd, first, factor);
-    store_tile<16, kWide>(warp, to.from(row0, column0 + first), rows - row0,
-                          columns - column0 - first, own, kLd);
+    warp.each_thread([&](int lane) {
+      if (fits) {
+        const int row = lane / kGroups, column = lane % kGroups * kVector;
+        if (first + column >= columns_left) return;
+        VTCLIP_UNROLL
+        for (int r = 0; r < 16; r += kApart) {
+          if (row + r >= rows_left) return;
+          *reinterpret_cast<Vector<S>*>(&out.at(row + r, first + column)) =
+              *reinterpret_cast<const Vector<S>*>(own + (row + r) * kLd + column);
+        }
+        return;
+      }
+      VTCLIP_ROLLED
+      for (int i = lane; i < 16 * kWide; i += kWarpSize) {
+        const int r = i / kWide, c = i % kWide;
+        if (r < rows_left && first + c < columns_left) out.at(r, first + c) = own[r * kLd + c];
+      }
+    });
   }
 }
 

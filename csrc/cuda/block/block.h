@@ -27,9 +27,11 @@
 #ifdef __CUDACC__
 #define VTCLIP_DEVICE __device__ __forceinline__
 #define VTCLIP_UNROLL _Pragma("unroll")
+#define VTCLIP_ROLLED _Pragma("unroll 1")  // copies of a large body would only take registers
 #else
 #define VTCLIP_DEVICE inline
 #define VTCLIP_UNROLL
+#define VTCLIP_ROLLED
 #endif
 
 namespace vtclip::cuda {

@@ -5,13 +5,6 @@
 #include "block.h"
 #include "tile_io.h"
 
-// a loop whose body is large: unrolled, it spills
-#ifdef __CUDACC__
-#define VTCLIP_ROLLED _Pragma("unroll 1")
-#else
-#define VTCLIP_ROLLED
-#endif
-
 namespace vtclip::cuda {
 
 // Columns of T in 16 bytes: what one thread takes of a row at a time.

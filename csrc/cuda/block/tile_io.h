@@ -63,6 +63,19 @@ VTCLIP_DEVICE bool vectors_fit(const Rows<T>& rows) {
          rows.row * static_cast<int64_t>(sizeof(T)) % 16 == 0;
 }
 
+template <class T>
+VTCLIP_DEVICE Vector<T> zeros() {
+  Vector<T> vector;
+  VTCLIP_UNROLL
+  for (int e = 0; e < Vector<T>::kSize; ++e) vector.element[e] = static_cast<T>(0.0f);
+  return vector;
+}
+// elements column .. of the first row, where vectors fit
+template <class T>
+VTCLIP_DEVICE Vector<T> vector_at(const Rows<const T>& rows, int64_t column) {
+  return *reinterpret_cast<const Vector<T>*>(rows.base + column);
+}
+
 // As load_tile, one element at a time.
 template <int kRows, int kColumns, class Team, class S, class T, class Exists>
 VTCLIP_DEVICE void load_elements(const Team& team, S* to, int ld, const Rows<const T>& from,
@@ -86,9 +99,7 @@ VTCLIP_DEVICE void load_tile(const Team& team, S* to, int ld, const Rows<const T
     if (columns % kSize == 0 && vectors_fit(from)) {
       team.each(kRows * (kColumns / kSize), [&](int i) {
         const int r = i / (kColumns / kSize), c = i % (kColumns / kSize) * kSize;
-        Packed packed;
-        VTCLIP_UNROLL
-        for (int e = 0; e < kSize; ++e) packed.element[e] = static_cast<T>(0.0f);
+        Packed packed = zeros<T>();
         if (c < columns && exists(r)) packed = *reinterpret_cast<const Packed*>(&from.at(r, c));
         *reinterpret_cast<Packed*>(to + r * ld + c) = packed;
       });

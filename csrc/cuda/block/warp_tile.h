@@ -262,7 +262,8 @@ class WarpTile {
     const Place in_b = kBTransposed ? row_of_b_transposed(lane) : row_of_b(lane);
     a += in_a.row * lda + in_a.column;
     b += in_b.row * ldb + in_b.column;
-    for (int from = 0; from < k; from += 16) {
+    // a chunk of 64 in whole; a further copy would only be code
+    _Pragma("unroll 4") for (int from = 0; from < k; from += 16) {
       unsigned fragment_a[M / 16][4];
       VTCLIP_UNROLL
       for (int m = 0; m < M / 16; ++m) {
