@@ -77,6 +77,11 @@ VTCLIP_DEVICE float sqrt_of(float x) { return sqrtf(x); }
 VTCLIP_DEVICE double sqrt_of(double x) { return sqrt(x); }
 
 template <class T>
+VTCLIP_DEVICE constexpr T smallest_normal() {
+  return static_cast<T>(sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38);
+}
+
+template <class T>
 VTCLIP_DEVICE T infinity() { return static_cast<T>(INFINITY); }
 
 }  // namespace vtclip::cuda

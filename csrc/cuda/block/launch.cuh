@@ -20,6 +20,7 @@
 #include "common/dtype.h"
 #include "common/tensors.h"
 #include "kernel.cuh"
+#include "once_per_device.h"
 #include "tile_io.h"
 
 namespace vtclip::cuda {
@@ -55,9 +56,13 @@ void launch(const char* op, int64_t blocks, const Tensor& like, const typename B
   if (blocks > kMaxGridX) fail(op, "at most ", kMaxGridX, " blocks in one launch, got ", blocks);
   const int64_t bytes = shared_bytes<Body>();
   if (bytes > kDefaultShared) {
-    check_cuda(op, "cudaFuncSetAttribute",
-               cudaFuncSetAttribute(body_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)));
+    static OncePerDevice raised;
+    raised(like.get_device_index(), [&] {
+      check_cuda(op, "cudaFuncSetAttribute",
+                 cudaFuncSetAttribute(body_kernel<Body>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+    });
   }
   body_kernel<Body><<<dim3(static_cast<unsigned>(blocks)), Body::kWarps * kWarpSize,
                       static_cast<size_t>(bytes), current_stream(like)>>>(args);
