@@ -55,7 +55,8 @@ def rational_head_fwd_kernel(
     b = (pid // num_tiles % B).to(tl.int64)
     split = (pid // num_tiles // B).to(tl.int64)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n = split * columns + tl.arange(0, BLOCK_N)
+    # `columns` is a multiple of BLOCK_N: said, or 16 bytes of a row could not be loaded at once
+    offs_n = tl.multiple_of(split * columns, BLOCK_N) + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
     context_ptr += b * stride_context_b
