@@ -180,7 +180,7 @@ def _tiling(kind, hidden, of_a_thread):
     rows, block_c, num_warps = _configs.row_tile(C, elements, of_a_thread)
     tiles = max(1, triton.cdiv(K, rows))
     images = _configs.images_per_program(B, tiles, target)
-    settings = {"BLOCK_K": rows, "BLOCK_C": block_c, "WHOLE": C == block_c}
+    settings = {"BLOCK_K": rows, "BLOCK_C": block_c, "WHOLE": block_c == C}
     settings["num_warps"] = num_warps
     settings["enable_fp_fusion"] = True
     return tiles, images, triton.cdiv(B, images), settings
