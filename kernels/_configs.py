@@ -166,8 +166,8 @@ def images_per_program(B: int, programs_per_image: int, target: Target) -> int:
     return chosen
 
 
-def row_tile(width: int, elements: int) -> tuple[int, int, int]:
+def row_tile(width: int, elements: int, of_a_thread: int = 16) -> tuple[int, int, int]:
     """(rows, BLOCK_D, num_warps) of a kernel that holds whole rows in registers."""
     block_d = padded(width)
     rows = max(1, elements // block_d)
-    return rows, block_d, min(16, max(4, rows * block_d // 512))
+    return rows, block_d, min(16, max(4, rows * block_d // (32 * of_a_thread)))

@@ -176,7 +176,7 @@ _OTHER_TILES = {
     "cosine_gather": (32, 32, 64, 8, 2),
     "ffn_cosine_fwd": (16, 128, 4, 1),
     "ffn_cosine_bwd": (32, 64, 4, 1),
-    "norm_cosine_fwd": (8192,),
+    "norm_cosine_fwd": (2048,),
     "norm_cosine_bwd": (4096,),
     "rational_logits": (4096,),
     "unit_products_fwd": (4096,),
