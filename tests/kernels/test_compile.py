@@ -9,12 +9,11 @@ as torch was told to, never by Triton's default.
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from generated_code import compiled
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -60,18 +59,6 @@ MATRIX = [
 ]
 
 
-def compile_all(package, target, dtype, precision, widths, path):
-    command = [sys.executable, str(HERE / "_compile.py"), package, target, dtype, precision]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(path)}
-    result = subprocess.run(
-        [*command, *map(str, widths)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert rows
-    return rows
-
-
 def kernel_names():
     return {
         name
@@ -84,7 +71,7 @@ def kernel_names():
     ("target", "dtype", "precision", "widths"), MATRIX, ids=["-".join(case[:3]) for case in MATRIX]
 )
 def test_every_kernel_fits(target, dtype, precision, widths):
-    rows = compile_all("vtclip.kernels", target, dtype, precision, widths, ROOT)
+    rows = compiled("vtclip.kernels", target, dtype, precision, widths)
     allowed = SPILLS | (OLDER_SPILLS if TRITON < (3, 9) else NEWEST_SPILLS)
     allowed = allowed | (OLDEST_SPILLS if TRITON < (3, 7) else {})
     problems = [
@@ -110,7 +97,7 @@ def test_every_kernel_fits(target, dtype, precision, widths):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_tiles_that_tune_would_time_fit(target):
-    rows = compile_all("vtclip.kernels", target, "bfloat16", "tf32", (0,), ROOT)
+    rows = compiled("vtclip.kernels", target, "bfloat16", "tf32", (0,))
     large = [row for row in rows if row["shared"] > LIMITS[target]]
     assert not large
     assert len({json.dumps(row["options"]) for row in rows}) > 3
@@ -129,7 +116,7 @@ def test_a_lost_cast_and_a_lost_precision_are_seen(mutant):
     assert "input_precision=PRECISION, " in text
     file.write_text(text.replace("input_precision=PRECISION, ", ""))
     path = f"{mutant.parent}{os.pathsep}{ROOT}"
-    rows = compile_all("mutant", "sm_80", "float32", "ieee", (64,), path)
+    rows = compiled("mutant", "sm_80", "float32", "ieee", (64,), path)
     assert {tuple(row["dots"]) for row in rows} == {(), ("tf32",)}
     narrow = {row["kernel"] for row in rows if row["narrow"]}
     assert narrow == {"cross_attn_fwd_kernel"}
