@@ -142,12 +142,23 @@ def in_powers(natural):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded: what a sum over lanes adds up.
+
+    The compiler contracts a * b + c. Where c comes from another lane, both lanes would round the
+    other's product and not their own, and end with sums that differ in the last bit. `fma` is not
+    contracted again, and adding +0 is no identity (of -0), so that it is not simplified either.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def reciprocal_norm(x):
     """1 / |row| of x [rows, D] float32, 0 for a zero row; what it squares is at most 1."""
     top = row_max(tl.abs(x))
     top = tl.where(top > 0, top, 1.0)  # also when the row is NaN, which then shows in the sum
     unit = x / top[:, None]
-    squares = tl.sum(unit * unit, axis=1)
+    squares = tl.sum(product(unit, unit), axis=1)
     norm = tl.where(squares == 0, 1.0, tl.sqrt(squares))
     # the reciprocal of less than 2^-128 is beyond float32
     return tl.where(squares == 0, 0.0, 1.0 / norm / tl.maximum(top, 3.0e-39))
@@ -158,7 +169,7 @@ def unit_rows(x):
     """x / |row| of x [rows, D] float32, a zero row stays 0; what it squares is at most 1."""
     top = row_max(tl.abs(x))
     unit = x / tl.where(top > 0, top, 1.0)[:, None]  # also when the row is NaN
-    squares = tl.sum(unit * unit, axis=1)
+    squares = tl.sum(product(unit, unit), axis=1)
     return unit / tl.where(squares == 0, 1.0, tl.sqrt(squares))[:, None]
 
 

@@ -18,6 +18,7 @@ from vtclip.kernels._math import (
     load_row,
     load_rows,
     power_of_two,
+    product,
     reciprocal_norm,
     row_program,
     store_rows,
@@ -102,7 +103,7 @@ def cosine_logits_paired_fwd_kernel(
     text_ptr += b * stride_text_b
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
     rnorm_k = reciprocal_norm(t)  # [BLOCK_K]
-    logits = scale * tl.sum((x * rnorm_b[:, None]) * (t * rnorm_k[:, None]), axis=1)
+    logits = scale * tl.sum(product(x * rnorm_b[:, None], t * rnorm_k[:, None]), axis=1)
     tl.store(logits_ptr + b * K + offs_k, cast(logits, logits_ptr.dtype.element_ty), mask=in_k)
     tl.store(text_rnorm_ptr + b * K + offs_k, rnorm_k, mask=in_k)
     tl.store(image_rnorm_ptr + b, tl.sum(rnorm_b, axis=0), mask=tile == 0)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import cast, load_row, load_rows, power_of_two, row_max
+from vtclip.kernels._math import cast, load_row, load_rows, power_of_two, product, row_max
 from vtclip.kernels.cosine_logits import reciprocal_norm_kernel
 from vtclip.kernels.ffn_cosine_logits_bwd import centred, ffn_cosine_logits_bwd, products
 
@@ -104,15 +104,15 @@ def ffn_cosine_logits_fwd_kernel(
         norm_bias = load_row(norm_bias_ptr, cols, stride_norm_bias_c, C)
         d = (t.to(tl.float32) + residual * norm_bias[None, :]) / size[:, None]
         nz = n[None, :] * z
-        s0 += tl.sum(z * z, axis=1)
-        s1 += tl.sum(nz * nz, axis=1)
-        s2 += tl.sum(nz * v[None, :], axis=1)
-        s3 += tl.sum(nz * d, axis=1)
-        s4 += tl.sum(nz * n[None, :], axis=1)
+        s0 += tl.sum(product(z, z), axis=1)
+        s1 += tl.sum(product(nz, nz), axis=1)
+        s2 += tl.sum(product(nz, v[None, :]), axis=1)
+        s3 += tl.sum(product(nz, d), axis=1)
+        s4 += tl.sum(product(nz, n[None, :]), axis=1)
         s5 += tl.sum(z, axis=1)
-        dd += tl.sum(d * d, axis=1)
-        vd += tl.sum(d * v[None, :], axis=1)
-        nd += tl.sum(d * n[None, :], axis=1)
+        dd += tl.sum(product(d, d), axis=1)
+        vd += tl.sum(product(d, v[None, :]), axis=1)
+        nd += tl.sum(product(d, n[None, :]), axis=1)
         nv += n * v
         nn += n * n
     nv = tl.sum(nv, axis=0)

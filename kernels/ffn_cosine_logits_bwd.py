@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import column_program, load_row, load_rows, store_rows, sum_partials
+from vtclip.kernels._math import (
+    column_program,
+    load_row,
+    load_rows,
+    product,
+    store_rows,
+    sum_partials,
+)
 from vtclip.kernels.cosine_logits_bwd import project
 
 
@@ -109,16 +116,16 @@ def ffn_cosine_logits_bwd_kernel(
         u = y * rnorm[:, None]
         v = load_row(image_ptr + b * stride_image_b, cols, stride_image_c, C)
         off = (v * tl.load(image_rnorm_ptr + b))[None, :] - cosine[:, None] * u
-        d_n = residual * step[:, None] * off
+        d_n = product(residual * step[:, None], off)
         d_z = residual * norm_weight[None, :] * off - mean_g[:, None] - zh * mean_gz[:, None]
-        d_z *= (step * rstd)[:, None]
+        d_z = product(d_z, (step * rstd)[:, None])
         store_rows(d_z_ptr + b * K * C, d_z, offs_k, cols, C, 1, in_k, C)
         d_bias += tl.sum(d_z, axis=0)
-        d_norm_weight += tl.sum(d_n * zh, axis=0)
+        d_norm_weight += tl.sum(product(d_n, zh), axis=0)
         d_norm_bias += tl.sum(d_n, axis=0)
         if FEATURES:
             d_text += step[:, None] * off
-            d_unit = tl.sum(g[:, None] * u, axis=0)
+            d_unit = tl.sum(product(g[:, None], u), axis=0)
             tl.store(d_unit_ptr + tile * stride_slice + b * C + cols, d_unit, mask=in_n)
 
     slot = (chunk * tl.cdiv(K, BLOCK_K) + tile) * C + cols

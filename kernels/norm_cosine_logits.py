@@ -14,6 +14,7 @@ from vtclip.kernels._math import (
     cast,
     load_row,
     load_rows,
+    product,
     reciprocal_norm,
     row_program,
     store_rows,
@@ -64,11 +65,11 @@ def norm_cosine_logits_fwd_kernel(
         hidden = hidden.to(tl.float32)
         mean = tl.sum(hidden, axis=1) / width
         centred = tl.where(in_c[None, :], hidden - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
+        rstd = 1.0 / tl.sqrt(tl.sum(product(centred, centred), axis=1) / width + eps)
         z = centred * rstd[:, None] * weight[None, :] + bias[None, :]
         y = text + residual * z
         row_rnorm = reciprocal_norm(y)
-        cosine = tl.sum((x * image_rnorm[:, None]) * (y * row_rnorm[:, None]), axis=1)
+        cosine = tl.sum(product(x * image_rnorm[:, None], y * row_rnorm[:, None]), axis=1)
         rows = b * K + offs_k
         tl.store(logits_ptr + rows, cast(scale * cosine, logits_ptr.dtype.element_ty), mask=in_k)
         tl.store(mean_ptr + rows, mean, mask=in_k)
@@ -135,16 +136,16 @@ def norm_cosine_logits_bwd_kernel(
 
         n = tl.where(in_c[None, :], (hidden - mean[:, None]) * rstd[:, None], 0.0)
         y = (text + residual * (n * weight[None, :] + bias[None, :])) * row_rnorm[:, None]
-        cosine = tl.sum(x[None, :] * y, axis=1)
-        d_unit = tl.sum(g[:, None] * y, axis=0)  # [BLOCK_C]
+        cosine = tl.sum(product(x[None, :], y), axis=1)
+        d_unit = tl.sum(product(g[:, None], y), axis=0)  # [BLOCK_C]
         tl.store(d_unit_ptr + (tile * B + b) * C + offs_c, d_unit, mask=in_c)
 
         d_y = (g * row_rnorm)[:, None] * (x[None, :] - cosine[:, None] * y)
         d_text += d_y
-        d_weight += tl.sum(d_y * n, axis=0)
-        d_n = residual * d_y * weight[None, :]
+        d_weight += tl.sum(product(d_y, n), axis=0)
+        d_n = product(residual * d_y, weight[None, :])
         mean_d = tl.sum(d_n, axis=1) / width
-        mean_dn = tl.sum(d_n * n, axis=1) / width
+        mean_dn = tl.sum(product(d_n, n), axis=1) / width
         d_hidden = rstd[:, None] * (d_n - mean_d[:, None] - n * mean_dn[:, None])
         store_rows(d_hidden_ptr + b * K * C, d_hidden, offs_k, offs_c, C, 1, in_k, C)
 

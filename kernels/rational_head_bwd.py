@@ -18,6 +18,7 @@ from vtclip.kernels._math import (
     load_row,
     load_rows,
     opened,
+    product,
     store_rows,
     sum_partials,
 )
@@ -91,7 +92,7 @@ def rational_head_bwd_kernel(
         if FEATURES:
             weighed = g[:, None] * opened(m)
             d_text += weighed * x[None, :]
-            d_x = cast(tl.sum(weighed * t, axis=0), d_image_ptr.dtype.element_ty)
+            d_x = cast(tl.sum(product(weighed, t), axis=0), d_image_ptr.dtype.element_ty)
             tl.store(d_image_ptr + tile * stride_slice + b * D + offs_n, d_x, mask=in_n)
 
     slot = (chunk * tl.cdiv(K, BLOCK_K) + tile) * D + offs_n

@@ -17,6 +17,7 @@ from vtclip.kernels._math import (
     column_program,
     load_row,
     load_rows,
+    product,
     row_program,
     store_rows,
     unit_rows,
@@ -98,7 +99,7 @@ def unit_products_bwd_kernel(
         sum_t += g * v[None, :]
         grad_b = grad_image_ptr + b * stride_grad_image_b + offs_d * stride_grad_image_d
         own = tl.load(grad_b, mask=offs_d < tl.where(tile == 0, D, 0), other=0.0).to(tl.float32)
-        sum_v = own + tl.sum(g * t, axis=0)
+        sum_v = own + tl.sum(product(g, t), axis=0)
         tl.store(sum_image_ptr + (tile * B + b) * D + offs_d, sum_v, mask=in_d)
     store_rows(sum_text_ptr + chunk * K * D, sum_t, offs_k, offs_d, D, 1, in_k, D)
 
