@@ -99,7 +99,7 @@ def cross_attn_fwd_kernel(
 
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
-        acc = acc / total[:, None]
+        acc = acc * (1.0 / total)[:, None]  # one division a row, not one an element
         lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
         out_b = out_ptr + b * stride_out_b
         store_rows(out_b, acc, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D)

@@ -19,6 +19,7 @@ from vtclip.kernels._math import (
     dot,
     head_program,
     load_rows,
+    product,
     store_rows,
     sum_partials,
 )
@@ -78,7 +79,7 @@ def cross_attn_bwd_query_kernel(
         d_o = load_rows(d_out_b, offs_k, offs_d, stride_d_out_k, stride_d_out_d, in_k, D)
         out_b = out_ptr + b * stride_out_b + h * stride_out_h
         o = load_rows(out_b, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D)
-        delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), axis=1)  # [BLOCK_K]
+        delta = tl.sum(product(d_o.to(tl.float32), o.to(tl.float32)), axis=1)  # [BLOCK_K]
         if HAS_D_LSE:
             d_lse_b = d_lse_ptr + b * stride_d_lse_b + h * stride_d_lse_h
             d_lse = tl.load(d_lse_b + offs_k * stride_d_lse_k, mask=in_k, other=0.0)

@@ -16,6 +16,7 @@ from vtclip.kernels._math import (
     dot,
     head_program,
     load_rows,
+    product,
     row_max,
     scores,
     softmax_step,
@@ -86,7 +87,7 @@ def cross_attn_weights_fwd_kernel(
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, axis=1)
             total = tl.where(total == 0.0, 1.0, total)
-            p = tl.where(keep[None, :], p / total[:, None], 0.0)
+            p = tl.where(keep[None, :], p * (1.0 / total)[:, None], 0.0)
             store_weights(weights_b, p, offs_k, offs_l, in_k, L)
         else:
             top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
@@ -99,7 +100,7 @@ def cross_attn_weights_fwd_kernel(
                 )  # fmt: skip
                 _, _, top, total = softmax_step(s, top, total)
             top = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.where(total == 0.0, 1.0, total)
+            rtotal = 1.0 / tl.where(total == 0.0, 1.0, total)
 
             # the scores are recomputed: cheaper than keeping a row of them for any L
             for start in range(0, L, BLOCK_L):
@@ -108,7 +109,7 @@ def cross_attn_weights_fwd_kernel(
                     q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
                     scale_log2, L, D, HAS_MASK, PRECISION,
                 )  # fmt: skip
-                p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) / total[:, None], 0.0)
+                p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) * rtotal[:, None], 0.0)
                 store_weights(weights_b, p, offs_k, cols, in_k, L)
 
 
@@ -148,7 +149,7 @@ def cross_attn_weights_bwd_query_kernel(
                 p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
                 stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
             )  # fmt: skip
-            delta += tl.sum(p * d_p, axis=1)
+            delta += tl.sum(product(p, d_p), axis=1)
         tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
 
         for start in tl.range(0, L, BLOCK_L, disable_licm=True):

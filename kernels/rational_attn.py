@@ -25,6 +25,7 @@ from vtclip.kernels._math import (
     in_powers,
     load_row,
     load_rows,
+    product,
     row_max,
     store_rows,
 )
@@ -213,7 +214,7 @@ def leave(
     tl.store(partial_ptr + 2 * num_tiles, tile_total)
     tl.store(weight_ptr + offs_k, weight, mask=in_k)
     # of 16-bit types such rows, averages of values, neither overflow nor underflow
-    row = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    row = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     store_rows(parts_ptr, row, offs_k, offs_d, stride_k, stride_d, in_k, D)
 
 
@@ -230,7 +231,7 @@ def weigh(
     totals = tl.load(partial_ptr + 2 * num_tiles + offs_t, mask=in_t, other=0.0)
     base = tl.max(bases, axis=0)
     base = tl.where(base == float("-inf"), 0.0, base)
-    total = tl.sum(totals * tl.exp2(bases - base), axis=0)
+    total = tl.sum(product(totals, tl.exp2(bases - base)), axis=0)
     factor = tl.exp2(tl.load(partial_ptr + num_tiles + tile) - base)
     weight = tl.load(weight_ptr + offs_k, mask=in_k, other=0.0)
     part = load_rows(parts_ptr, offs_k, offs_d, stride_k, stride_d, in_k, D).to(tl.float32)
