@@ -23,11 +23,13 @@ from vtclip.kernels._math import (
     fused,
     head_program,
     in_powers,
+    indices,
     load_row,
     load_rows,
     product,
     row_max,
     store_rows,
+    tile_indices,
 )
 from vtclip.kernels.rational_attn_bwd import rational_attn_bwd
 
@@ -91,7 +93,7 @@ def rational_attn_fwd_kernel(
     stride_out_b, stride_out_h, stride_out_k, stride_out_d,
     scale, share, B, H, K, D,
     HAS_IMAGE: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr,
-    ONE_TILE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image, head, row tile); neighbours share the keys of an image and a head
@@ -101,11 +103,11 @@ def rational_attn_fwd_kernel(
     rows_in_all = K * MAPS + HAS_IMAGE
     num_tiles = tl.cdiv(rows_in_all, BLOCK_K)
     b, h, tile = head_program(H, rows_in_all, BLOCK_K)
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
     if not MAPS:
         offs_k += K  # the image's row alone
-    offs_j = tl.arange(0, BLOCK_J).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_j = indices(BLOCK_J, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
     is_image = offs_k == K
     index = b * H + h
@@ -336,7 +338,7 @@ def rational_attn_fwd(image_query, text_query, pair_query, key, value, scale, ke
             *strides, *key.stride(), *value.stride(), *out.stride(),
             scale, share, B, H, K, d,
             **has, ONE_TILE=one, KEEP=keep_parts,
-            PRECISION=precision,
+            PRECISION=precision, WIDE=_configs.wide(*queries, key, value, out),
             BLOCK_K=tile.block_k, BLOCK_J=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip

@@ -20,11 +20,13 @@ from vtclip.kernels._math import (
     cast,
     dot,
     head_program,
+    indices,
     load_row,
     load_rows,
     product,
     store_rows,
     sum_partials,
+    tile_indices,
 )
 from vtclip.kernels.rational_attn_one_bwd import (
     image_terms,
@@ -109,13 +111,13 @@ def rational_attn_bwd_key_kernel(
     stride_d_key_b, stride_d_key_h, stride_d_key_k, stride_d_key_d,
     scale, share, B, H, K, D,
     HAS_IMAGE: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, h, tile = head_program(H, K, BLOCK_J)
-    offs_j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_j = tile_indices(tile, BLOCK_J, WIDE)
+    offs_k = indices(BLOCK_K, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     keep = offs_j < K
     index = b * H + h
     maps = B.to(tl.int64) * H
@@ -200,14 +202,14 @@ def rational_attn_bwd_query_kernel(
     stride_d_text_b, stride_d_text_h, stride_d_text_k, stride_d_text_d,
     stride_d_pair_b, stride_d_pair_h, stride_d_pair_k, stride_d_pair_d,
     scale, share, B, H, K, D, images_per_program,
-    HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_j = tl.arange(0, BLOCK_J).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
+    offs_j = indices(BLOCK_J, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
     maps = B.to(tl.int64) * H
     scale_log2 = scale * LOG2E
@@ -294,6 +296,7 @@ def rational_attn_bwd(
     tile, precision, _ = _tiles.plan("rational_one_bwd", key, (B, H, K, K, d))
     queries, strides = _configs.query_arguments(image_query, text_query, pair_query, key)
     common = {**has, "PRECISION": precision, "BLOCK_D": _configs.padded(d)}
+    common["WIDE"] = _configs.wide(grad_out, *queries, key, value, parts, d_key)
     tensors = (grad_out, *queries, key, value, stats)
     lengths = (*grad_out.stride(), *strides, *key.stride(), *value.stride())
     numbers = (scale, 1.0 / sum(has.values()), B, H, K, d)

@@ -14,6 +14,7 @@ from vtclip.kernels._math import (
     dot,
     fused,
     in_powers,
+    indices,
     load_row,
     load_rows,
     power_of_two,
@@ -107,15 +108,15 @@ def rational_attn_one_bwd_kernel(
     stride_grad_b, stride_grad_h, stride_grad_k, stride_grad_d,
     scale, share, B, H, K, D,
     HAS_IMAGE: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # one program per image and head; d_pair, d_key and d_value have the same layout
     index = tl.program_id(0).to(tl.int64)
     maps = B.to(tl.int64) * H
     b = index // H
     h = index % H
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = indices(BLOCK_K, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
     scale_log2 = scale * LOG2E
     grad = b * stride_grad_b + h * stride_grad_h
