@@ -154,7 +154,7 @@ def rational_attn_bwd_key_kernel(
         d_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
         d_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     if HAS_TEXT or HAS_PAIR:
-        for start in range(0, K, BLOCK_K):
+        for start in tl.range(0, K, BLOCK_K, disable_licm=BLOCK_D > 64):
             rows = start + offs_k
             in_k = rows < K
             d_o = load_rows(d_out_ptr, rows, offs_d, stride_d_out_k, stride_d_out_d, in_k, D)
@@ -242,7 +242,7 @@ def rational_attn_bwd_query_kernel(
             acc_p = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
 
         # without FMA operands held over the loop, ieee tiles fit into registers
-        for start in tl.range(0, K, BLOCK_J, disable_licm=PRECISION == "ieee"):
+        for start in tl.range(0, K, BLOCK_J, disable_licm=PRECISION == "ieee" or BLOCK_D > 64):
             cols = start + offs_j
             keep = cols < K
             k = load_rows(key_b, cols, offs_d, stride_key_k, stride_key_d, keep, D)
