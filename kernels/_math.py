@@ -39,6 +39,21 @@ def column_program(K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def indices(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """0, 1, .. [BLOCK]; in 32 bits where no offset within a matrix needs more (`_configs.wide`)."""
+    if WIDE:
+        return tl.arange(0, BLOCK).to(tl.int64)
+    return tl.arange(0, BLOCK)
+
+
+@triton.jit
+def tile_indices(tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The indices [BLOCK] of a tile of rows or columns."""
+    offs = indices(BLOCK, WIDE)
+    return (tile * BLOCK).to(offs.dtype) + offs
+
+
+@triton.jit
 def load_rows(ptr, offs_row, offs_d, stride_row, stride_d, in_row, D):
     """[rows, BLOCK_D] tile; rows and columns that do not exist read as 0 and are never touched."""
     offs = offs_row[:, None] * stride_row + offs_d[None, :] * stride_d
@@ -106,8 +121,8 @@ def scores(
     """([BLOCK_K, BLOCK_L] scores in powers of two, -inf where not attended; attended [BLOCK_L])."""
     keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
     k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-    s = dot(q, tl.trans(k), PRECISION) * scale_log2
-    return tl.where(keep[None, :], s, float("-inf")), keep
+    hidden = tl.where(keep, 0.0, float("-inf"))  # a selection for each column, not each score
+    return dot(q, tl.trans(k), PRECISION) * scale_log2 + hidden[None, :], keep
 
 
 @triton.jit

@@ -47,6 +47,7 @@ _NARROW = re.compile(_START + r"ld\.global(?:\.\w+)*\.[bu]16\s")
 def launch(op, variant="", **sizes):
     """A launch of an operator's forward and backward on `sizes` by the letters of `OPS`.
 
+    Heads lie in memory as projections leave them.
     "column_sums" is the launcher of that name on B, K and D.
     """
     return [op, sizes, variant]

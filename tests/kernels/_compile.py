@@ -246,7 +246,8 @@ def listed(dtype):
             kernel(name)(*tensors)
             continue
         op = OPS[name]
-        op.run(kernel, op.draw(sizes, variant=variant, dtype=dtype, make=empty), empty)
+        inputs = op.draw(sizes, variant=variant, dtype=dtype, make=empty, heads_inside=True)
+        op.run(kernel, inputs, empty)
 
 
 def candidates(dtype, precision, target):

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from generated_code import compiled
+from generated_code import compiled, generated, launch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -59,6 +59,11 @@ MATRIX = [
 ]
 
 
+def narrow_by_mistake(row):
+    """Whether offsets have 32 bits though the launch did not say that they fit."""
+    return bool(row["narrow"]) and row["constants"].get("WIDE") is not False
+
+
 def kernel_names():
     return {
         name
@@ -83,7 +88,7 @@ def test_every_kernel_fits(target, dtype, precision, widths):
                 f"{row['spilled']} spilled",
                 row["spilled"] > allowed.get((dtype, row["kernel"]), 0),
             ),
-            (f"32-bit offsets {row['narrow']}", bool(row["narrow"])),
+            (f"32-bit offsets {row['narrow']}", narrow_by_mistake(row)),
             # dots of 16-bit operands have no precision; of float32 it is torch's, said in each
             (f"dots of float32 as {row['dots']}", row["dots"] not in ([], [precision])),
         )
@@ -105,18 +110,34 @@ def test_tiles_that_tune_would_time_fit(target):
     assert {"cross_attn_fwd_kernel", "rational_head_fwd_kernel"} <= kernels
 
 
+ATTENTION = [
+    launch(op, variant, B=32, H=8, K=1000, L=197, d=64)
+    for op, variant in (
+        ("cross_attn", "masked"),
+        ("cross_attn_weights", "masked"),
+        ("rational_attn", ""),
+    )
+]
+
+
+def changed(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 def test_a_lost_cast_and_a_lost_precision_are_seen(mutant):
     """The checks of offsets and of products fail for kernels without casts and precision."""
-    file = mutant / "cross_attn.py"
-    text = file.read_text()
-    assert ".to(tl.int64)" in text
-    file.write_text(text.replace(".to(tl.int64)", ""))
-    file = mutant / "_math.py"
-    text = file.read_text()
-    assert "input_precision=PRECISION, " in text
-    file.write_text(text.replace("input_precision=PRECISION, ", ""))
     path = f"{mutant.parent}{os.pathsep}{ROOT}"
-    rows = compiled("mutant", "sm_80", "float32", "ieee", (64,), path)
+    changed(mutant / "_configs.py", "        if tensor is not None:\n", "        return True\n")
+    rows = generated("sm_80", "float32", ATTENTION, "ieee", "mutant", path)
+    assert {row["constants"]["WIDE"] for row in rows if "WIDE" in row["constants"]} == {True}
+    assert not [row["kernel"] for row in rows if row["narrow"]]
+
+    changed(mutant / "_math.py", "tl.arange(0, BLOCK).to(tl.int64)", "tl.arange(0, BLOCK)")
+    changed(mutant / "_math.py", "input_precision=PRECISION, ", "")
+    rows = generated("sm_80", "float32", ATTENTION, "ieee", "mutant", path)
     assert {tuple(row["dots"]) for row in rows} == {(), ("tf32",)}
-    narrow = {row["kernel"] for row in rows if row["narrow"]}
-    assert narrow == {"cross_attn_fwd_kernel"}
+    narrow = {row["kernel"] for row in rows if narrow_by_mistake(row)}
+    assert narrow == {row["kernel"] for row in rows if "WIDE" in row["constants"]}
+    assert len(narrow) == 9
