@@ -167,7 +167,7 @@ class Standing(NamedTuple):
 def standing(device: torch.device) -> Standing:
     """What is known of `device`, as installed here."""
     known = identity(device)
-    name = f"{device.type} {known['device']}"
+    name = known["device"]
     path = place(device)
     if not path.exists():
         return _without_record(known, name)
@@ -187,8 +187,8 @@ def standing(device: torch.device) -> Standing:
     if missing:
         text = f"not proven: {', '.join(missing)} not tested; run vtclip selftest"
         return Standing("partial", f"{name}: {text} ({source})", path)
-    return Standing("proven", f"{name}: proven, {counts[RIGHT]} of {counts[RIGHT]} right ({source})",
-                    path)  # fmt: skip
+    text = f"proven: {several(counts[RIGHT], 'kernel')} right"
+    return Standing("proven", f"{name}: {text} ({source})", path)
 
 
 def _without_record(known: Mapping[str, str], name: str) -> Standing:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every operator, implementation and dtype on the device at hand, against the float64 reference.
 
-Children do the work (`selftest_worker`), because a fault of one kernel on a GPU makes every later call
-of its process fail. A child that crashes or hangs is ended, the item it was at is "failed", and
-another child goes on behind it.
+Children do the work (`selftest_worker`), because a fault of one kernel on a GPU makes every later
+call of its process fail. A child that crashes or hangs is ended, the item it was at is "failed",
+and another child goes on behind it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from vtclip.testing.problems import OPS
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 IMPLS = ("cpu", "triton", "cuda", "reference")
 WORKER = (sys.executable, "-m", "vtclip.testing.selftest_worker")
-ITEM_S = 180.0  # for one operator, implementation and dtype; most of it is the compiler's
+# limits: of one operator, implementation and dtype, most of it the compiler's; of a child's start
+ITEM_S, START_S = 180.0, 180.0
 TRITON_LANES = 4  # processes that compile Triton kernels side by side
 
 Item = tuple[str, str, str]
 Row = dict[str, Any]
-"""op, impl, dtype, status (`record.RIGHT`, ...), reason; of what ran: cases, and under "forward" and
-"backward" the worst part with its error and budget."""
+"""op, impl, dtype, status (`record.RIGHT`, ...), reason; of what ran: cases, and under "forward"
+and "backward" the worst part with its error and budget."""
 
 
-def items(impls: Sequence[str] = IMPLS, ops: Sequence[str] = tuple(OPS)) -> list[Item]:
+def items(impls: Sequence[str] = IMPLS) -> list[Item]:
     """What is tested, in the order of the table."""
-    return [(op, impl, dtype) for op in ops for impl in impls for dtype in DTYPES]
+    return [(op, impl, dtype) for op in OPS for impl in impls for dtype in DTYPES]
 
 
 @dataclass
@@ -50,7 +51,6 @@ class Lane:
     device: str
     folder: Path
     threads: int
-    limit_s: float
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,9 +84,11 @@ class Lane:
         self._read_lines()
         if code is not None:
             self._ended(code)
-        elif time.monotonic() - self.since > self.limit_s:
-            self.stop()
-            self._give_up(f"did not end within {self.limit_s:g} s")
+        else:
+            limit = ITEM_S if self.begun else START_S
+            if time.monotonic() - self.since > limit:
+                self.stop()
+                self._give_up(f"did not end within {limit:g} s")
         return bool(self.waiting) or self.child is not None
 
     def stop(self) -> None:
@@ -133,7 +135,7 @@ def _exit_words(code: int) -> str:
         return f"signal {-code}"
 
 
-def lanes_of(chosen: list[Item], device: str, folder: Path, limit_s: float) -> list[Lane]:
+def lanes_of(chosen: list[Item], device: str, folder: Path) -> list[Lane]:
     """Items shared out: one child per implementation, several for Triton, which compiles."""
     cores = os.cpu_count() or 1
     groups: dict[tuple[str, int], list[Item]] = {}
@@ -145,7 +147,7 @@ def lanes_of(chosen: list[Item], device: str, folder: Path, limit_s: float) -> l
         groups.setdefault((impl, part), []).append(item)
     threads = max(1, cores // max(1, len(groups)))
     return [
-        Lane(mine, device, folder / f"{impl}-{part}", threads, limit_s)
+        Lane(mine, device, folder / f"{impl}-{part}", threads)
         for (impl, part), mine in groups.items()
     ]
 
@@ -154,17 +156,15 @@ def run(
     device: str,
     impls: Sequence[str] = IMPLS,
     *,
-    ops: Sequence[str] = tuple(OPS),
-    limit_s: float = ITEM_S,
     tell: Callable[[int, int], object] = lambda done, of: None,
 ) -> list[Row]:
-    """Rows of everything that is tested, in the order of `items`; `tell` hears how many are done."""
-    chosen = items(impls, ops)
+    """Rows of everything that is tested, in the order of `items`; `tell` hears how many are."""
+    chosen = items(impls)
     order = {item: i for i, item in enumerate(chosen)}
     with tempfile.TemporaryDirectory(prefix="vtclip-selftest-") as name:
-        lanes = lanes_of(chosen, device, Path(name), limit_s)
+        lanes = lanes_of(chosen, device, Path(name))
         try:
-            while any([lane.look() for lane in lanes]):
+            while [lane for lane in lanes if lane.look()]:
                 tell(sum(len(lane.rows) for lane in lanes), len(chosen))
                 time.sleep(0.05)
         finally:

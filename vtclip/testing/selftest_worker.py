@@ -3,9 +3,10 @@
 
     python -m vtclip.testing.selftest_worker WORK.json LINES
 
-WORK.json holds {"device", "threads", "items": [[op, impl, dtype], ...]}. LINES gets a JSON line when an
-item is begun and one when it is done, so that the parent knows which one a crash or a hang belongs to.
-Where a kernel has left the device unusable, the process ends with `DEVICE_LOST` behind that item.
+WORK.json holds {"device", "threads", "items": [[op, impl, dtype], ...]}. LINES gets a JSON line
+when an item is begun and one when it is done, so that the parent knows which one a crash or a hang
+belongs to. Where a kernel has left the device unusable, the process ends with `DEVICE_LOST` behind
+that item.
 """
 
 from __future__ import annotations
