@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vtclip.backends import native, triton
+from vtclip.backends import native
 from vtclip.backends.problem import constant_when_traced
 from vtclip.files import default_cache, json_digest, read_json, several, to_json, write_atomic
+from vtclip.kernels import _limits
 
 FORMAT, VERSION = "vtclip self-test", 1
 WHAT = "a record of vtclip selftest"
@@ -49,14 +50,16 @@ def _driver() -> str:
         found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", DRIVER.read_text())
     except OSError:
         found = None
-    return found[1] if found else f"CUDA {torch._C._cuda_getDriverVersion()}"
+    if found is None:
+        return f"CUDA {getattr(torch._C, '_cuda_getDriverVersion')()}"  # noqa: B009
+    return found[1]
 
 
 @functools.cache
 def _build() -> str:
     """Digest of the compiled libraries and of the Triton kernels' sources."""
     package = Path(native.__file__).parents[1]
-    kernels = Path(triton._limits.__file__).parent
+    kernels = Path(_limits.__file__).parent
     digest = hashlib.sha256()
     for path in (*sorted(package.glob("_C*.so")), *sorted(kernels.glob("*.py"))):
         digest.update(path.name.encode() + path.read_bytes())

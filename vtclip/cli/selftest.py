@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,6 +36,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 where all that can run is right, 1 where something is wrong or failed."""
     from vtclip.backends import record
+    from vtclip.files import to_json, write_atomic
     from vtclip.machine import choose_device
     from vtclip.testing import selftest
 
@@ -42,28 +45,41 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--json {args.json!a}: its folder does not exist")
     start = time.monotonic()
     note(f"testing every operator on {device}; on a GPU the first time compiles, for minutes")
-    rows = selftest.run(str(device), args.impl or IMPLS, tell=_progress)
-    seconds, counts = time.monotonic() - start, selftest.counts(rows)
-    path = record.write(device, rows)
+    progress = Progress()
+    with contextlib.suppress(KeyboardInterrupt):
+        selftest.run(str(device), args.impl or IMPLS, tell=progress)
+    rows, counts = progress.rows, selftest.counts(progress.rows)
+    whole = len(rows) == progress.of
     value: dict[str, Any] = {
-        "record": str(path), "seconds": round(seconds, 1), "identity": record.identity(device),
-        "counts": counts, "rows": rows,
-    }  # fmt: skip
+        "record": str(record.write(device, rows)) if whole else None,
+        "seconds": round(time.monotonic() - start, 1),
+        "identity": record.identity(device),
+        "counts": counts,
+        "rows": rows,
+    }
     if args.json == "-":
         emit_json(value)
     else:
         if args.json is not None:
-            from vtclip.files import to_json, write_atomic
-
             write_atomic(Path(args.json).expanduser(), to_json(value))
         emit(selftest.table(rows))
         summed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        emit(f"{summed}, in {seconds:.0f} s")
+        emit(f"{summed}, in {value['seconds']:.0f} s")
         emit(record.standing(device).line)
+    if not whole:
+        note(f"interrupted: {len(rows)} of {progress.of} tested, no record is written")
+        return 128 + signal.SIGINT
     return 1 if any(counts[kind] for kind in record.BAD) else 0
 
 
-def _progress(done: int, of: int) -> None:
-    """A line that is written over, where somebody watches."""
-    if on_terminal():
-        sys.stderr.write(f"\r{done} of {of} " + ("\n" if done == of else ""))
+class Progress:
+    """The rows so far, of how many; a line of it, written over, where somebody watches."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.of = -1
+
+    def __call__(self, rows: list[dict[str, Any]], of: int) -> None:
+        if on_terminal() and (len(rows), of) != (len(self.rows), self.of):
+            sys.stderr.write(f"\r{len(rows)} of {of} " + ("\n" if len(rows) == of else ""))
+        self.rows, self.of = rows, of

@@ -50,7 +50,6 @@ class Lane:
     waiting: list[Item]
     device: str
     folder: Path
-    threads: int
     rows: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,7 +61,7 @@ class Lane:
         self.attempt += 1
         self.place = self.folder / str(self.attempt)
         self.place.mkdir(parents=True)
-        work = {"device": self.device, "threads": self.threads, "items": self.waiting}
+        work = {"device": self.device, "items": self.waiting}
         (self.place / "work.json").write_text(json.dumps(work))
         (self.place / "lines").touch()
         package = str(Path(vtclip.__file__).parents[1])
@@ -145,31 +144,33 @@ def lanes_of(chosen: list[Item], device: str, folder: Path) -> list[Lane]:
         compiles = impl == "triton" and device != "cpu"
         part = ops.index(op) % min(TRITON_LANES, max(1, cores // 2)) if compiles else 0
         groups.setdefault((impl, part), []).append(item)
-    threads = max(1, cores // max(1, len(groups)))
-    return [
-        Lane(mine, device, folder / f"{impl}-{part}", threads)
-        for (impl, part), mine in groups.items()
-    ]
+    return [Lane(mine, device, folder / f"{impl}-{part}") for (impl, part), mine in groups.items()]
 
 
 def run(
     device: str,
     impls: Sequence[str] = IMPLS,
     *,
-    tell: Callable[[int, int], object] = lambda done, of: None,
+    tell: Callable[[list[Row], int], object] = lambda rows, of: None,
 ) -> list[Row]:
-    """Rows of everything that is tested, in the order of `items`; `tell` hears how many are."""
+    """Rows of everything that is tested; `tell` hears those that are done, of how many."""
     chosen = items(impls)
-    order = {item: i for i, item in enumerate(chosen)}
     with tempfile.TemporaryDirectory(prefix="vtclip-selftest-") as name:
         lanes = lanes_of(chosen, device, Path(name))
         try:
             while [lane for lane in lanes if lane.look()]:
-                tell(sum(len(lane.rows) for lane in lanes), len(chosen))
+                tell(_rows(lanes), len(chosen))
                 time.sleep(0.05)
         finally:
             for lane in lanes:
                 lane.stop()
+    tell(_rows(lanes), len(chosen))
+    return _rows(lanes)
+
+
+def _rows(lanes: Sequence[Lane]) -> list[Row]:
+    """All that the lanes have found, in the order of `items`."""
+    order = {item: i for i, item in enumerate(items())}
     rows = [row for lane in lanes for row in lane.rows]
     return sorted(rows, key=lambda row: order[row["op"], row["impl"], row["dtype"]])
 

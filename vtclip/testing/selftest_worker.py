@@ -3,7 +3,7 @@
 
     python -m vtclip.testing.selftest_worker WORK.json LINES
 
-WORK.json holds {"device", "threads", "items": [[op, impl, dtype], ...]}. LINES gets a JSON line
+WORK.json holds {"device", "items": [[op, impl, dtype], ...]}. LINES gets a JSON line
 when an item is begun and one when it is done, so that the parent knows which one a crash or a hang
 belongs to. Where a kernel has left the device unusable, the process ends with `DEVICE_LOST` behind
 that item.
@@ -26,6 +26,7 @@ from vtclip.ops._select import BACKENDS, Problem
 from vtclip.testing.problems import FUNCTIONS, Function
 
 DEVICE_LOST = 9
+THREADS = 2  # a split of the work is tested, too; more, beside other lanes, only wait for a core
 # several tiles in every dimension and none of them full; then the widths that real features have
 SIZES = {
     "odd": {"B": 5, "K": 70, "L": 131, "H": 2, "d": 72, "C": 200, "D": 200, "F": 24},
@@ -154,7 +155,7 @@ def main(arguments: list[str]) -> int:
     """Works through the items; 0, or `DEVICE_LOST` where the rest needs a fresh process."""
     work = json.loads(Path(arguments[0]).read_text())
     device = work["device"]
-    torch.set_num_threads(work["threads"])
+    torch.set_num_threads(THREADS)
     with open(arguments[1], "a", buffering=1) as lines, record.ignored():
         for op, impl, dtype in work["items"]:
             row = {"op": op, "impl": impl, "dtype": dtype}
