@@ -3,10 +3,9 @@
 
     python -m vtclip.testing.selftest_worker WORK.json LINES
 
-WORK.json holds {"device", "items": [[op, impl, dtype], ...]}. LINES gets a JSON line
-when an item is begun and one when it is done, so that the parent knows which one a crash or a hang
-belongs to. Where a kernel has left the device unusable, the process ends with `DEVICE_LOST` behind
-that item.
+WORK.json holds {"device", "items": [[op, impl, dtype], ...]}. LINES gets a JSON line when an item
+is begun and one when it is done, so that the parent knows which one a crash or a hang belongs to.
+Where a kernel has left the device unusable, the process ends with `DEVICE_LOST` behind that item.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from vtclip.ops._select import BACKENDS, Problem
 from vtclip.testing.problems import FUNCTIONS, Function
 
 DEVICE_LOST = 9
-THREADS = 2  # a split of the work is tested, too; more, beside other lanes, only wait for a core
+THREADS = 2  # of the CPU kernels, which split their work; everything else is tiny and takes one
 # several tiles in every dimension and none of them full; then the widths that real features have
 SIZES = {
     "odd": {"B": 5, "K": 70, "L": 131, "H": 2, "d": 72, "C": 200, "D": 200, "F": 24},
@@ -75,6 +75,15 @@ def step(function: Function, leaves: list[Tensor], impl: str) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, leaves, seed.to(out.dtype))]
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within it torch has that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 def moved(leaves: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The same numbers as leaves on the CPU."""
     return [leaf.detach().to("cpu", dtype).requires_grad_() for leaf in leaves]
@@ -87,7 +96,8 @@ def compared(case: Case, impl: str, dtype: torch.dtype, device: str) -> Iterator
     """
     function = case.function
     leaves = function.draw(case.sizes, dtype=dtype, device=device)
-    found = [tensor.cpu() for tensor in step(function, leaves, impl)]
+    with threads(THREADS if impl == "cpu" else 1):
+        found = [tensor.cpu() for tensor in step(function, leaves, impl)]
     oracle = step(function, moved(leaves, torch.float64), "reference")
     home = moved(leaves, dtype) if impl == "reference" else leaves
     peer = [tensor.cpu() for tensor in step(function, home, "reference")]
@@ -155,7 +165,7 @@ def main(arguments: list[str]) -> int:
     """Works through the items; 0, or `DEVICE_LOST` where the rest needs a fresh process."""
     work = json.loads(Path(arguments[0]).read_text())
     device = work["device"]
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     with open(arguments[1], "a", buffering=1) as lines, record.ignored():
         for op, impl, dtype in work["items"]:
             row = {"op": op, "impl": impl, "dtype": dtype}
