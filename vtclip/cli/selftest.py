@@ -35,23 +35,26 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 where all that can run is right, 1 where something is wrong or failed."""
-    from vtclip.backends import record
+    from vtclip.backends import record, triton
     from vtclip.files import to_json, write_atomic
     from vtclip.machine import choose_device
     from vtclip.testing import selftest
 
     device = choose_device(args.device)
+    if device.type == "cuda" and triton.interpreted():
+        raise ValueError("TRITON_INTERPRET=1 runs no kernel on the GPU; unset it")
     if args.json not in (None, "-") and not Path(args.json).expanduser().parent.is_dir():
         raise ValueError(f"--json {args.json!a}: its folder does not exist")
     start = time.monotonic()
-    note(f"testing every operator on {device}; on a GPU the first time compiles, for minutes")
+    compiles = "; the first time compiles, for minutes" if device.type == "cuda" else ""
+    note(f"testing every operator on {device}{compiles}")
     progress = Progress()
     with contextlib.suppress(KeyboardInterrupt):
         selftest.run(str(device), args.impl or IMPLS, tell=progress)
     rows, counts = progress.rows, selftest.counts(progress.rows)
     whole = len(rows) == progress.of
     value: dict[str, Any] = {
-        "record": str(record.write(device, rows)) if whole else None,
+        "record": str(record.place(device)) if whole else None,
         "seconds": round(time.monotonic() - start, 1),
         "identity": record.identity(device),
         "counts": counts,
@@ -65,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
         emit(selftest.table(rows))
         summed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         emit(f"{summed}, in {value['seconds']:.0f} s")
-        emit(record.standing(device).line)
     if not whole:
         note(f"interrupted: {len(rows)} of {progress.of} tested, no record is written")
         return 128 + signal.SIGINT
+    record.write(device, rows)
+    note(record.standing(device).line)
     return 1 if any(counts[kind] for kind in record.BAD) else 0
 
 
