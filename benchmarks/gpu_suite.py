@@ -91,7 +91,7 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
                 os.killpg(process.pid, sign)
             except ProcessLookupError:
                 continue
-        until = time.monotonic() + GRACE_S
+        until = time.monotonic() + (GRACE_S if sign == signal.SIGINT else max(GRACE_S, 1.0))
         while time.monotonic() < until and any(process.poll() is None for process in running):
             time.sleep(0.05)
 

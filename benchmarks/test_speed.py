@@ -85,13 +85,14 @@ def _on_device(
     timed, columns, refused = {}, {}, {}
     for name, call in calls.items():
         try:
-            timed[name] = Captured(call) if graph else call
-            timed[name]()
+            ready = Captured(call) if graph else call
+            ready()
         except REFUSALS as error:
             if is_ours(name):
                 raise
             refused[name] = reason_of(error)
             continue
+        timed[name] = ready
         columns[name] = {"graph": "yes" if graph else "no", "backward_mib": ""}
     return timed, columns, refused
 
