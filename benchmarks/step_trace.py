@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step launches on a GPU, noted on meta tensors: no GPU, no memory, no value.
 
-    with tracing() as steps:
+    with tracing() as trace:
         head(image, spatial)        # on device "meta"
+    trace.steps
 
 Every operator of torch but views and allocations is one step: a matrix product with its sizes, or a
 pass over memory with the bytes it reads and writes. vtclip's own operators take Triton's kernels, as
@@ -24,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vtclip.backends.triton import TRITON
 from vtclip.ops import _select
 
 # allocate, or only say how memory is to be seen
@@ -37,6 +37,7 @@ FREE = {
     "aten::detach",
     "aten::_unsafe_view",
 }
+FILLS = {"ones_like", "zeros_like", "full_like", "new_zeros", "zeros", "fill_", "zero_"}
 PRODUCTS = {
     *("aten::mm", "aten::addmm", "aten::addmm_", "aten::_addmm_activation"),
     *("aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::mv", "aten::addmv", "aten::dot"),
@@ -86,8 +87,7 @@ def _product(name: str, args: Any, out: Tensor) -> Step:
     columns = right.shape[-1] if right.dim() > 1 else 1
     rows = left.shape[-2] if left.dim() > 1 else 1
     # cuBLAS adds one row of biases as it leaves; anything else is copied into the result first
-    copied = start is not None and start.dim() > 1 and start.data_ptr is not None
-    copied = copied and not name.endswith("_")
+    copied = start is not None and start.dim() > 1 and not name.endswith("_")
     traffic = stored_bytes(start) + stored_bytes(out) if copied else 0
     return Step(name, (batch, rows, columns, left.shape[-1]), traffic)
 
@@ -98,6 +98,7 @@ class Trace(TorchDispatchMode):
     def __init__(self, launched: Callable[[str, tuple[Any, ...]], Any] | None = None) -> None:
         super().__init__()
         self.steps: list[Step] = []
+        self.allocated = 0  # bytes, by operators of vtclip too
         self.launched = launched
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,10 +109,13 @@ class Trace(TorchDispatchMode):
                 return self.launched(name, args)
         out = func(*args, **kwargs)
         if func.is_view or name in FREE:
+            self.allocated += stored_bytes(out) if "empty" in name else 0
             return out
         short = name.removeprefix("aten::")
         if name in PRODUCTS:
             self.steps.append(_product(short, args[:3], out))
+        elif short in FILLS:
+            self.steps.append(Step(short, None, stored_bytes(out)))
         else:
             self.steps.append(Step(short, None, _traffic(args, kwargs, out)))
         return out
@@ -124,17 +128,14 @@ def triton_only() -> Iterator[None]:
     def against(backend: Any, problem: Any, *, asked_for: bool) -> tuple[str, ...]:
         return () if backend.name == "triton" else ("not asked for",)
 
-    load = TRITON.load if hasattr(TRITON, "load") else None
-    if load is not None:
-        load()
     with mock.patch.object(_select, "_against", against):
         yield
 
 
 @contextlib.contextmanager
-def tracing(launched: Callable[[str, tuple[Any, ...]], Any] | None = None) -> Iterator[list[Step]]:
-    """The steps of everything within it."""
+def tracing(launched: Callable[[str, tuple[Any, ...]], Any] | None = None) -> Iterator[Trace]:
+    """The trace of everything within it."""
     mode = Trace(launched)
     autocast = mock.patch.object(torch, "is_autocast_enabled", return_value=False)  # refuses meta
     with triton_only(), autocast, mode:
-        yield mode.steps
+        yield mode
