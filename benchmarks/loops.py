@@ -54,6 +54,7 @@ _COMPARE = {
     "sge": lambda a, b: a >= b,
 }
 _FOR = re.compile(r"scf\.for (%[\w#]+) = (%[\w#]+) to (%[\w#]+) step (%[\w#]+)")
+_IF = re.compile(r"^(?:(%\w+)(?::\d+)? = )?scf\.if (%[\w#]+)")
 _ASSIGN = re.compile(r"^(%[\w#]+)(?::\d+)? = (.*)$")
 
 
@@ -93,30 +94,54 @@ class _Scalars:
         return None if binary is None or len(operands) != 2 else binary(*operands)
 
 
+@dataclass
+class _Branch:
+    """An open `scf.if`: the name of its results, and whether this side is taken, if known."""
+
+    name: str
+    taken: bool | None
+
+
 def of_ttir(text: str, values: dict[str, int]) -> list[Loop]:
     """The outermost loops of a kernel, their trips for these values of its arguments."""
     scalars, root = _Scalars(values), Loop(1)
-    stack: list[Loop | None] = []  # one for every open brace; None where it is no loop
+    stack: list[Loop | _Branch | None] = []  # one for every open brace
     for line in text.splitlines():
-        line = line.strip()
+        line = line.split(" loc(")[0].strip()
+        opened: Loop | _Branch | None = None
         if line.startswith("}"):
-            if stack:
-                stack.pop()
-            if not line.split(" loc(")[0].endswith("{"):  # not `} else {`
-                continue
-        around = next((loop for loop in reversed(stack) if loop is not None), root)
-        opened = None
-        if "scf.for" in line:
+            closed = stack.pop() if stack else None
+            if isinstance(closed, _Branch) and closed.taken is not None:
+                opened = _Branch(closed.name, not closed.taken)  # where it goes on with `else`
+        elif "scf.for" in line:
             opened = _for(line, scalars)
         elif "scf.while" in line:
             opened = Loop(None)
+        elif found := _IF.match(line):
+            taken = scalars.of(found.group(2))
+            opened = _Branch(found.group(1) or "", None if taken is None else bool(taken))
+        elif line.startswith("scf.yield"):
+            _yielded(line, stack, scalars)
         elif found := _ASSIGN.match(line):
             scalars.assign(*found.groups())
-        if opened is not None:
-            around.inside.append(opened)
-        if line.split(" loc(")[0].endswith("{") or re.search(r"\{\s*(loc\(|$)", line):
+        if isinstance(opened, Loop):
+            around = next((x for x in reversed(stack) if isinstance(x, Loop)), root)
+            if not any(isinstance(x, _Branch) and x.taken is False for x in stack):
+                around.inside.append(opened)
+        if line.endswith("{"):
             stack.append(opened)
     return root.inside
+
+
+def _yielded(line: str, stack: list[Loop | _Branch | None], scalars: _Scalars) -> None:
+    """Results of the side of a branch that is taken."""
+    branch = stack[-1] if stack else None
+    if not isinstance(branch, _Branch) or branch.taken is not True:
+        return
+    names = re.findall(r"%[\w#]+", line.split(" : ")[0])
+    for at, name in enumerate(names):
+        result = branch.name if len(names) == 1 else f"{branch.name}#{at}"
+        scalars.known[result] = scalars.of(name)
 
 
 def _for(line: str, scalars: _Scalars) -> Loop:

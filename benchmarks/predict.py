@@ -26,7 +26,6 @@ from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"
@@ -41,7 +40,6 @@ from step_trace import Step, Trace, stored_bytes, tracing
 from table import markdown
 
 from vtclip.heads import _step_time
-from vtclip.testing import problems
 
 CSV = Path(__file__).parent / "results" / "gpu" / "predicted.csv"
 DEVICE = "H200, 132 x 1.75 GHz"
@@ -206,19 +204,19 @@ def step_seconds(step: Step, into: Prediction) -> tuple[float, str]:
 def calls(case: Any) -> dict[str, Callable[[], object]]:
     """By mode, what `test_speed.py` times; and the backward alone."""
 
-    def normal(device: str, seed: int | None = 0) -> problems.Make:  # none is drawn on "meta"
-        return lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
-
-    with mock.patch.object(problems, "normal", normal):
-        work = case.build("meta", case.dtype, **case.shape)
-    provider, wanted = work.providers["vtclip"], work.wanted("vtclip")
+    work = case.build("cpu", case.dtype, **case.shape)  # heads look at the values of their texts
+    leaves = [leaf.detach().to("meta").requires_grad_(leaf.requires_grad) for leaf in work.leaves]
+    provider, wanted = work.providers["vtclip"], [leaf for leaf in leaves if leaf.requires_grad]
+    if isinstance(provider, torch.nn.Module):
+        provider = provider.to("meta")
+        wanted = [x for x in provider.parameters() if x.requires_grad]
 
     def forward() -> object:
         with torch.no_grad():
-            return provider(*work.leaves)
+            return provider(*leaves)
 
     def both() -> object:
-        out = provider(*work.leaves)
+        out = provider(*leaves)
         return torch.autograd.grad(out, wanted, torch.ones_like(out))
 
     return {"forward": forward, "forward+backward": both}
