@@ -88,7 +88,7 @@ def launching(steps: Callable[[], list[Step]]) -> Iterator[Callable[[str, tuple[
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(configs, "target_of", lambda tensor: target),
+        mock.patch.object(configs, "target_of", return_value=target),
     ):
         yield launched
 

@@ -20,7 +20,6 @@ were measured, d = 64 gives 300 where 290 to 353 were.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil

@@ -5,16 +5,15 @@
         head(image, spatial)        # on device "meta"
     trace.steps
 
-Every operator of torch but views and allocations is one step: a matrix product with its sizes, or a
-pass over memory with the bytes it reads and writes. vtclip's own operators take Triton's kernels, as
-on an sm_90; they are steps of one operator each, or of one kernel each with `launched`, which runs
-the launchers and has every launch handed over.
+Every operator of torch but views and allocations is one step: a matrix product with its sizes, or
+a pass over memory with the bytes it reads and writes. vtclip's own operators take Triton's kernels,
+as on an sm_90; they are one step each, or with `launched`, which runs the launchers, one for each
+kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod

@@ -128,8 +128,8 @@ def hidden_units(
 
     attention: query [1|B, H, K, d], key and value [B, H, L, d], key_mask.
     """
-    if terms.absorb == 2:
-        return _absorbed_twice(layer, terms, attention)
+    if terms.absorb == 2 and terms.per_head is not None:
+        return _absorbed_twice(layer, terms.start, terms.per_head, attention)
     norm, linear = layer.norm2, layer.linear1
     norm_bias, bias = terms.biases or (norm.bias, linear.bias)
     # u is held by no name here: without gradients it is freed before h is computed
@@ -192,7 +192,7 @@ def _centred(layer: nn.TransformerDecoderLayer) -> Tensor:
 
 
 def _absorbed_twice(
-    layer: nn.TransformerDecoderLayer, terms: Terms, attention: Attention
+    layer: nn.TransformerDecoderLayer, start: Tensor, per_head: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor]:
     """h and x2 from one product of inner size H L per image; start = x1 + bias of u.
 
@@ -201,9 +201,8 @@ def _absorbed_twice(
     """
     query, key, value, key_mask = attention
     norm, linear = layer.norm2, layer.linear1
-    assert terms.per_head is not None
-    projected = _projected(value, terms.per_head)
-    mixed = torch.baddbmm(terms.start, _flat_weights(query, key, key_mask), projected)
+    projected = _projected(value, per_head)
+    mixed = torch.baddbmm(start, _flat_weights(query, key, key_mask), projected)
     u, t = mixed.split_with_sizes((linear.in_features, linear.out_features), -1)
     rstd = (u.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
     shift = linear.bias + linear.weight @ norm.bias

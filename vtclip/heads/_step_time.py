@@ -53,9 +53,8 @@ def rates(capability: int, dtype: torch.dtype, *, tf32: bool = False) -> Rates:
     """Those of the newest known device that is no newer than `capability`, else of the oldest."""
     known = max((key for key in _DEVICES if key <= capability), default=min(_DEVICES))
     half, fast, exact, terabytes, processors = _DEVICES[known]
-    products = half if dtype.itemsize == 2 else fast if tf32 else exact
-    if dtype.itemsize == 8:
-        products = exact / 2
+    single = fast if tf32 else exact
+    products = {2: half, 4: single, 8: exact / 2}[dtype.itemsize]
     return Rates(products * 1e12, terabytes * 1e12, processors, dtype.itemsize)
 
 
@@ -103,7 +102,6 @@ def _tiled(
 
 def pass_seconds(bytes: float, rates: Rates) -> float:
     return LAUNCH + bytes / rates.bytes
-
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,12 @@ def backward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, si
     return _steps((*pushed, *once[0]), passes, (weights,), size)
 
 
-def _steps(products: tuple, passes: tuple, attention: tuple, size: int) -> Steps:
+def _steps(
+    products: tuple[tuple[int, int, int, int], ...],
+    passes: tuple[int, ...],
+    attention: tuple[tuple[int, int], ...],
+    size: int,
+) -> Steps:
     """With numbers of memory in bytes."""
     counted = tuple((flops, numbers * size) for flops, numbers in attention)
     return Steps(products, tuple(numbers * size for numbers in passes), counted)
