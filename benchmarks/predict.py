@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every row of `targets.py` should take on one H200, from the kernels as they are compiled.
 
-    python benchmarks/predict.py               # prints the table, rewrites results/gpu/predicted.csv
+    python benchmarks/predict.py               # prints the table, rewrites CSV
     python benchmarks/predict.py --steps WORD  # the steps of the cases with WORD in their name
 
-Needs Triton and its compiler, no GPU. A step is traced on meta tensors; its matrix products take
+CSV is results/gpu/predicted.csv. Needs Triton and its compiler, no GPU. A step is traced on meta tensors; its matrix products take
 the library's rate with whole waves of tiles, its passes their bytes (`vtclip/heads/_step_time.py`),
 and Triton's kernels what their instructions take (`kernel_time.py`). Nothing here is measured: the
 first run on a GPU confirms or refutes it, row by row.

@@ -80,7 +80,8 @@ def layer_steps(tracing, sizes, form, training):
     names = ("linear1", "norm2", "multihead_attn.out")
     weights = [p for name, p in layer.named_parameters() if name.startswith(names)]
     with tracing() as trace, torch.set_grad_enabled(training):
-        terms = _decoder.terms(layer, x1, form, fold=False)
+        cross = _decoder.CrossWeights.of(layer)
+        terms = _decoder.terms(layer, x1, form, cross, fold=False)
         results = _decoder.hidden_units(layer, terms, (query, key, value, None))
         if training:
             leaves = [x1, query, key, value, *weights]

@@ -250,9 +250,10 @@ def test_absorbed_equals_direct(record, masked, absorb, shared):
     spatial.requires_grad_()
     results, grads = [], []
     for form in (0, absorb):
-        x1, query = _decoder.queries(layer, target)
-        attention = query, *_decoder.keys_values(layer, spatial), mask
-        terms = _decoder.terms(layer, x1, form, fold=False)
+        cross = _decoder.CrossWeights.of(layer)
+        x1, query = _decoder.queries(layer, target, cross)
+        attention = query, *_decoder.keys_values(layer, spatial, cross), mask
+        terms = _decoder.terms(layer, x1, form, cross, fold=False)
         state = _decoder.hidden_units(layer, terms, attention)
         out = _decoder.before_last_norm(layer, *state)
         results.append((out.detach(), *(part.detach() for part in state)))

@@ -29,6 +29,7 @@ from vtclip.heads._cost import TRACED_IMAGES, plan
 
 # scores of the aligned start for tokens of norm sqrt(C): this many times the cosine
 SHARPNESS = 4.0
+ALL = slice(None)
 Attention = tuple[Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, key_mask
 
 
@@ -54,7 +55,26 @@ def align(layer: nn.TransformerDecoderLayer, text: Tensor) -> None:
     nn.init.zeros_(layer.multihead_attn.in_proj_bias)
 
 
-def queries(layer: nn.TransformerDecoderLayer, target: Tensor) -> tuple[Tensor, Tensor]:
+class CrossWeights(NamedTuple):
+    """The cross-attention's packed parameters, cut once: their gradients are then joined once."""
+
+    query: Tensor  # [C, C]
+    keys_values: Tensor  # [2 C, C]
+    query_bias: Tensor  # [C]
+    value_bias: Tensor  # [C]
+
+    @classmethod
+    def of(cls, layer: nn.TransformerDecoderLayer) -> CrossWeights:
+        packed = layer.multihead_attn
+        C = packed.in_proj_weight.shape[1]
+        query, keys_values = packed.in_proj_weight.split_with_sizes((C, 2 * C))
+        query_bias, _, value_bias = packed.in_proj_bias.split_with_sizes((C, C, C))
+        return cls(query, keys_values, query_bias, value_bias)
+
+
+def queries(
+    layer: nn.TransformerDecoderLayer, target: Tensor, cross: CrossWeights
+) -> tuple[Tensor, Tensor]:
     """target [1|B, K, C] -> x1 [1|B, K, C] and the cross-attention's query [1|B, H, K, d]."""
     attn, H = layer.self_attn, layer.self_attn.num_heads
     packed = F.linear(target, attn.in_proj_weight, attn.in_proj_bias)
@@ -62,19 +82,16 @@ def queries(layer: nn.TransformerDecoderLayer, target: Tensor) -> tuple[Tensor, 
     attended = _merge(ops.cross_attn(query, key, value))
     attended = attn.out_proj(attended)
     x1 = _norm(layer.norm1, _add(attended, target))
-    cross = layer.multihead_attn
-    C = x1.shape[-1]
-    query = F.linear(x1, cross.in_proj_weight[:C], cross.in_proj_bias[:C])
-    return x1, _heads(query, H)
+    return x1, _heads(F.linear(x1, cross.query, cross.query_bias), H)
 
 
-def keys_values(layer: nn.TransformerDecoderLayer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def keys_values(
+    layer: nn.TransformerDecoderLayer, tokens: Tensor, cross: CrossWeights
+) -> tuple[Tensor, Tensor]:
     """tokens [B, L, C] -> key and value [B, H, L, d], both without bias."""
-    cross = layer.multihead_attn
-    C = tokens.shape[-1]
-    packed = F.linear(tokens, cross.in_proj_weight[C:])  # [B, L, 2 C]
-    key, value = packed.chunk(2, dim=-1)
-    return _heads(key, cross.num_heads), _heads(value, cross.num_heads)
+    H = layer.multihead_attn.num_heads
+    key, value = F.linear(tokens, cross.keys_values).chunk(2, dim=-1)  # of [B, L, 2 C]
+    return _heads(key, H), _heads(value, H)
 
 
 class Terms(NamedTuple):
@@ -94,7 +111,9 @@ class Terms(NamedTuple):
     biases: tuple[Tensor, Tensor] | None = None
 
     def of(self, classes: slice) -> Terms:
-        """Those of some classes."""
+        """Those of some classes; of all the same, which no gradient need be laid into."""
+        if classes == ALL:
+            return self
         return self._replace(start=self.start[:, classes])
 
 
@@ -107,9 +126,12 @@ def form(layer: nn.TransformerDecoderLayer, x1: Tensor, key: Tensor) -> int:
     return plan(*sizes, device=x1.device, dtype=x1.dtype, training=torch.is_grad_enabled()).absorb
 
 
-def terms(layer: nn.TransformerDecoderLayer, x1: Tensor, absorb: int, *, fold: bool) -> Terms:
+def terms(
+    layer: nn.TransformerDecoderLayer, x1: Tensor, absorb: int, cross: CrossWeights, *, fold: bool
+) -> Terms:
     """fold: leave x2 + c2 in place of x2, for `before_last_norm` to add its product to."""
-    start, weight = x1 + _out_bias(layer), layer.multihead_attn.out_proj.weight
+    out = layer.multihead_attn.out_proj
+    start, weight = x1 + (out.bias + out.weight @ cross.value_bias), out.weight
     biases = _feed_forward.folded_biases(layer) if fold and absorb < 2 else None
     if absorb == 0:
         return Terms(0, start, biases=biases)
@@ -158,21 +180,15 @@ def decode(
     layer: nn.TransformerDecoderLayer, target: Tensor, tokens: Tensor, key_mask: Tensor | None
 ) -> Tensor:
     """The layer without its last norm: target [1|B, K, C], tokens [B, L, C] -> [B, K, C]."""
-    x1, query = queries(layer, target)
-    attention = query, *keys_values(layer, tokens), key_mask
-    found = terms(layer, x1, form(layer, x1, attention[1]), fold=False)
+    cross = CrossWeights.of(layer)
+    x1, query = queries(layer, target, cross)
+    attention = query, *keys_values(layer, tokens, cross), key_mask
+    found = terms(layer, x1, form(layer, x1, attention[1]), cross, fold=False)
     return before_last_norm(layer, *hidden_units(layer, found, attention))
 
 
 def last_norm(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     return _norm(layer.norm3, x)
-
-
-def _out_bias(layer: nn.TransformerDecoderLayer) -> Tensor:
-    """bo + Wo bv [C]."""
-    cross = layer.multihead_attn
-    weight = cross.out_proj.weight
-    return cross.out_proj.bias + weight @ cross.in_proj_bias[2 * weight.shape[0] :]
 
 
 def _attended(layer: nn.TransformerDecoderLayer, terms: Terms, attention: Attention) -> Tensor:

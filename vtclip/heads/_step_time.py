@@ -77,6 +77,8 @@ def product_seconds(batch: int, m: int, n: int, k: int, rates: Rates) -> float:
     """One product, in the best of some tiles and splits of the sum."""
     if min(batch, m, n, k) < 1:
         return LAUNCH
+    if 1 in (m, n):  # each number of the matrix is used once
+        return pass_seconds(batch * max(m, n) * k * rates.size, rates)
     return LAUNCH + min(
         _tiled(batch, m, n, k, rates, tile, splits)
         for tile in ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64))

@@ -31,6 +31,7 @@ from vtclip.heads.config import FitConfig
 EPS = 1e-5
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 50, 16: 50}  # by shots
 INITS = ("zero", "aligned", "torch")
+WHOLE = (_decoder.ALL, _decoder.ALL)  # images, classes
 # without gradients, work on as many rows at a time as keep the intermediate results below this: on
 # a GPU this part of its memory, but no more than where chunks stop to matter
 DECODER_BYTES = 256 * 2**20
@@ -148,24 +149,28 @@ class VTCLIP(Head):
         B, K = image.shape[0], self.num_classes
         _check.check_same_batch("VTCLIP", image, tokens)
         first = self._decoder()[0]
-        x1, query = _decoder.queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
-        key, value = _decoder.keys_values(first, tokens)  # [B, H, L, d]
+        cross = _decoder.CrossWeights.of(first)
+        x1, query = _decoder.queries(first, self.text[None], cross)  # [1, K, C], [1, H, K, d]
+        key, value = _decoder.keys_values(first, tokens, cross)  # [B, H, L, d]
         last = self._decoder()[-1].norm3
         options: Options = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
         fold = _feed_forward.folds(x1, first.linear2.weight)
-        once = _decoder.terms(first, x1, _decoder.form(first, x1, key), fold=fold)
+        once = _decoder.terms(first, x1, _decoder.form(first, x1, key), cross, fold=fold)
 
         def part(images: slice, classes: slice) -> Tensor:
             mask = None if spatial_mask is None else spatial_mask[images]
             layer, terms = first, once.of(classes)
-            attention = query[:, :, classes], key[images], value[images], mask
+            attention = query, key, value, mask
+            if (images, classes) != WHOLE:
+                attention = query[:, :, classes], key[images], value[images], mask
             for below, layer in pairwise(self._decoder()):
                 units = _decoder.hidden_units(below, terms, attention)
                 z = _decoder.before_last_norm(below, *units, folded=terms.biases is not None)
-                above, its_query = _decoder.queries(layer, _decoder.last_norm(below, z))
-                attention = its_query, *_decoder.keys_values(layer, tokens[images]), mask
+                cross = _decoder.CrossWeights.of(layer)
+                above, its_query = _decoder.queries(layer, _decoder.last_norm(below, z), cross)
+                attention = its_query, *_decoder.keys_values(layer, tokens[images], cross), mask
                 absorb = _decoder.form(layer, above, attention[1])
-                terms = _decoder.terms(layer, above, absorb, fold=fold)
+                terms = _decoder.terms(layer, above, absorb, cross, fold=fold)
             hidden, x2 = _decoder.hidden_units(layer, terms, attention)
             tail = last.weight, last.bias, self.text[classes], image[images]
             # a choice by the number of images would tie a traced graph to that number
@@ -181,7 +186,7 @@ class VTCLIP(Head):
 
         b, k = self._chunk(B)
         if b >= B and k >= K:
-            return part(slice(None), slice(None))
+            return part(*WHOLE)
         return torch.cat([torch.cat([part(i, j) for j in _slices(K, k)], 1) for i in _slices(B, b)])
 
     @torch.no_grad()
@@ -192,8 +197,9 @@ class VTCLIP(Head):
         *below, layer = self._decoder()
         for lower in below:
             target = _decoder.last_norm(lower, _decoder.decode(lower, target, tokens, spatial_mask))
-        query = _decoder.queries(layer, target)[1]
-        key, _ = _decoder.keys_values(layer, tokens)
+        cross = _decoder.CrossWeights.of(layer)
+        query = _decoder.queries(layer, target, cross)[1]
+        key, _ = _decoder.keys_values(layer, tokens, cross)
         return ops.cross_attn_weights(query, key, key_mask=spatial_mask).mean(1)
 
     def load_decoder_layer(self, layer: nn.TransformerDecoderLayer) -> None:
