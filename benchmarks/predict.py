@@ -4,10 +4,11 @@
     python benchmarks/predict.py               # prints the table, rewrites CSV
     python benchmarks/predict.py --steps WORD  # the steps of the cases with WORD in their name
 
-CSV is results/gpu/predicted.csv. Needs Triton and its compiler, no GPU. A step is traced on meta tensors; its matrix products take
-the library's rate with whole waves of tiles, its passes their bytes (`vtclip/heads/_step_time.py`),
-and Triton's kernels what their instructions take (`kernel_time.py`). Nothing here is measured: the
-first run on a GPU confirms or refutes it, row by row.
+CSV is results/gpu/predicted.csv. Needs Triton and its compiler, no GPU. A step is traced on meta
+tensors; its matrix products take the library's rate with whole waves of tiles, its passes their
+bytes (`vtclip/heads/_step_time.py`), and Triton's kernels what their instructions take
+(`kernel_time.py`). Nothing here is measured: the first run on a GPU confirms or refutes it, row by
+row.
 
 floor: the operations at 790 TFLOP/s, or the bytes of operators that are all traffic, at 4.0 TB/s.
 library: the share of the time that is matrix products of cuBLAS.
