@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from vtclip import heads
+from vtclip.heads import _feed_forward
 from vtclip.testing.problems import FUNCTIONS
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
@@ -54,7 +55,8 @@ def test_an_unused_penalty_costs_nothing():
     assert len(backward) == 10, backward
 
 
-def test_vtclip_of_a_hundred_classes():
+def test_vtclip_of_a_hundred_classes(monkeypatch):
+    monkeypatch.setattr(_feed_forward, "on_gpu", lambda *_: True)
     head = heads.VTCLIP(unit(100, 1024), num_heads=8, init="torch")
     inputs = unit(32, 1024), unit(32, 49, 1024)
     forward, backward = kernels(lambda: (head(*inputs),), list(head.parameters()))
