@@ -56,9 +56,7 @@ def run(
         grads = torch.autograd.grad(
             [o for o, _ in pairs], list(wanted.values()), [s for _, s in pairs]
         )
-    return Results(
-        [out.detach() for out in outputs], dict(zip(wanted, grads, strict=True)), seeds
-    )
+    return Results([out.detach() for out in outputs], dict(zip(wanted, grads, strict=True)), seeds)
 
 
 def wide(tensors: dict[str, object]) -> dict[str, object]:

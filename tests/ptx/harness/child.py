@@ -22,6 +22,7 @@ import numpy as np
 
 from harness import build
 
+PIPE = subprocess.PIPE
 SETS = (("cuda", "sm_90"), ("triton", "sm_80"), ("triton", "sm_90"))
 HERE = Path(__file__).parents[1]
 
@@ -34,12 +35,15 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "0",
+        "CUDA_VISIBLE_DEVICES": "",
     }
 
 
-def start(arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+def start(
+    arguments: Sequence[str], module: str = "harness.child", **options: Any
+) -> subprocess.Popen[str]:
     """A child with these arguments."""
-    command = [sys.executable, "-m", "harness.child", *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(command, env=environment(), cwd=HERE, text=True, **options)
 
 
@@ -72,7 +76,7 @@ def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         errors = cases.wrong(case, dtype, backend)
-    except Exception as error:  # noqa: BLE001  the other cases still run
+    except Exception as error:
         errors = [f"{type(error).__name__}: {str(error)[:2000]}"]
     kernels: dict[str, dict[str, Any]] = {}
     findings = []

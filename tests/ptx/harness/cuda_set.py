@@ -95,5 +95,5 @@ class CudaSet:
                 packed[parameter.offset : parameter.offset + parameter.size] = value
             grid, block = tuple(sizes[:3]), tuple(sizes[3:6])
             self.recorder.execute(name, kernel, grid, block, bytes(packed), int(shared))
-        except BaseException as error:  # noqa: BLE001  no exception crosses the C++ above
+        except BaseException as error:
             self.recorder.error = self.recorder.error or error

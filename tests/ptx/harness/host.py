@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stand-in as a preloaded process sees it, and the recorder that hands launches to the executor.
+"""The stand-in as a preloaded process sees it; the recorder that hands launches to the executor.
 
 Global memory is the process's own: the blocks that torch took for tensors. Those of before a call
 are initialised; of those taken during it, the bytes that the host or a kernel wrote since.
@@ -28,7 +28,9 @@ class Standin:
     def __init__(self) -> None:
         self.library = ctypes.CDLL(None)
         if not hasattr(self.library, "standin_watch"):
-            raise RuntimeError("the stand-in is not preloaded: start a child by harness.child.start")
+            raise RuntimeError(
+                "the stand-in is not preloaded: start a child by harness.child.start"
+            )
         for name in ("standin_watch", "standin_blocks", "standin_lost"):
             getattr(self.library, name).restype = ctypes.c_uint64
         self._rows = np.zeros((BLOCKS, 3), np.uint64)
@@ -164,7 +166,9 @@ def _written(address: int, size: int) -> list[tuple[int, int]]:
 
 def entries(text: str) -> dict[str, str]:
     """Entry name -> a module of that entry alone, from a module of many."""
-    starts = [m.start() for m in re.finditer(r"^(?:\.visible |\.weak )*\.entry ", text, re.MULTILINE)]
+    starts = [
+        m.start() for m in re.finditer(r"^(?:\.visible |\.weak )*\.entry ", text, re.MULTILINE)
+    ]
     header = text[: starts[0]] if starts else text
     found: dict[str, str] = {}
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):

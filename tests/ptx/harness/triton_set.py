@@ -107,7 +107,9 @@ class TritonSet:
 
     def __init__(self, recorder: Recorder, arch: str) -> None:
         os.environ["TRITON_INTERPRET"] = "0"
-        os.environ["TRITON_CACHE_DIR"] = str(build.folder() / "triton")  # what lies there is no cubin
+        os.environ["TRITON_CACHE_DIR"] = str(
+            build.folder() / "triton"
+        )  # what lies there is no cubin
         from triton.backends.nvidia.compiler import CUDABackend
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
