@@ -275,6 +275,121 @@ class Effects(Moves):
         for word, register in zip(words, vectors[0], strict=True):
             self.write(register, word, types.name(kinds[0]), i)
 
+    def op_wgmma(self, i: Instruction, pc: int) -> None:
+        if i.parts[1] == "fence":
+            return
+        if i.parts[1] == "commit_group":
+            self.emit("M.commit_products()")
+            return
+        if i.parts[1] == "wait_group":
+            self.emit(f"M.wait_products({int(i.operands[0])}, {self.mask(i)}, {pc})")
+            return
+        shape = next(p for p in i.parts if re.fullmatch(r"m64n\d+k\d+", p))
+        n, k = (int(x) for x in re.findall(r"\d+", shape)[1:])
+        into, kind, other = i.types()
+        if kind != other or kind not in ("f16", "bf16", "tf32") or "sp" in i.parts:
+            raise PtxError("types")
+        d, a, b, keep, *flags = i.operands
+        have = "f32" if into == "f32" else "s32"
+        flags = [int(x) for x in flags]
+        negate, transposed = flags[:2], flags[2:]
+        transposed = [0] * (2 - len(transposed)) + transposed
+        old = ", ".join(self.read(x, have) for x in d)
+        if isinstance(a, tuple):
+            a = f"[{', '.join(self.read(x, 's32') for x in a)}]"
+        else:
+            a = self.read(a, "s64")
+        words = [self.temporary() for _ in d]
+        self.emit(
+            f"[{', '.join(words)}] = M.group_product({n}, {k}, {into!r}, {kind!r}, [{old}], "
+            f"{list(d)}, {a}, {self.read(b, 's64')}, {self.read(keep, 'pred')}, {negate}, "
+            f"{transposed}, {self.mask(i)}, {pc})"
+        )
+        for word, register in zip(words, d, strict=True):
+            self.write(register, word, types.name(have), i)
+
+    # ---- asynchronous copies
+    def op_cp(self, i: Instruction, pc: int) -> None:
+        words, mask = i.parts[2:], self.mask(i)
+        if i.parts[1] != "async":
+            raise PtxError("form")
+        if words[0] in ("cg", "ca"):
+            to, source, n, *have = i.operands
+            count = "None"
+            if have and self.program.body.registers.get(have[0]) == "?":
+                count = f"where({self.read(have[0], 'pred')}, 0, {int(n, 0)})"
+            elif have and "L2::cache_hint" not in words:
+                count = self.read(have[0], "s32")
+            place = f"{self.address(to)}, {self.address(source)}"
+            self.emit(f"M.copy_async({place}, {int(n, 0)}, {count}, {mask}, {pc})")
+        elif words[0] == "commit_group":
+            self.emit(f"M.commit_copies({mask})")
+        elif words[0] in ("wait_group", "wait_all"):
+            newest = int(i.operands[0], 0) if i.operands else None
+            self.emit(f"M.wait_copies({newest}, {mask}, {pc})")
+        elif words[0] == "mbarrier":
+            place = self.address(i.operands[0])
+            self.emit(f"M.copies_arrive({place}, {'noinc' in words}, {mask}, {pc})")
+        elif words[0] == "bulk":
+            self._bulk(i, words, mask, pc)
+        else:
+            raise PtxError("form")
+
+    def _bulk(self, i: Instruction, words, mask: str, pc: int) -> None:
+        if {"multicast::cluster", "im2col", "reduce", "tile::gather4"} & set(words):
+            raise PtxError("form")
+        if "commit_group" in words or "prefetch" in words:
+            return
+        if "wait_group" in words:
+            self.emit(f"M.wait_bulk({int(i.operands[0], 0)}, {mask}, {pc})")
+            return
+        load = any(w.startswith("mbarrier") for w in words)
+        to, source, *rest = (self.address(x) if isinstance(x, Address) else x for x in i.operands)
+        if "tensor" in words:
+            tensor = i.operands[1 if load else 0].coordinates
+            coordinates = f"[{', '.join(self.read(c, 's32') for c in tensor)}]"
+            if load:
+                self.emit(f"M.tensor_load({to}, {source}, {coordinates}, {rest[0]}, {mask}, {pc})")
+            else:
+                self.emit(f"M.tensor_store({to}, {coordinates}, {source}, {mask}, {pc})")
+            return
+        size = self.read(rest[0], "s32")
+        if load:
+            self.emit(f"M.bulk_load({to}, {source}, {size}, {rest[1]}, {mask}, {pc})")
+        else:
+            self.emit(f"M.bulk_store({to}, {source}, {size}, {mask}, {pc})")
+
+    def op_mbarrier(self, i: Instruction, pc: int) -> None:
+        how, operands = i.parts[1], list(i.operands)
+        target = "_" if isinstance(operands[0], Address) else operands.pop(0)
+        place, mask = self.address(operands[0]), self.mask(i)
+        values = [
+            self.read(x, "s64" if "wait" in how and "parity" not in i.parts else "s32")
+            for x in operands[1:]
+        ]
+        if how == "init":
+            self.emit(f"M.barrier_init({place}, {values[0]}, {mask}, {pc})")
+        elif how == "inval":
+            self.emit(f"M.barrier_end({place}, {mask}, {pc})")
+        elif how in ("expect_tx", "complete_tx"):
+            sign = 1 if how == "expect_tx" else -1
+            self.emit(f"M.expect_bytes({place}, {values[0]}, {mask}, {pc}, {sign})")
+        elif how in ("arrive", "arrive_drop"):
+            expect = "expect_tx" in i.parts
+            count = values[0] if values and not expect else "1"
+            state = self.temporary()
+            self.emit(
+                f"{state} = M.arrive({place}, {count}, {mask}, {pc}, "
+                f"{values[0] if expect else 0}, {how == 'arrive_drop'})"
+            )
+            self.write(target, state, "i8", i)
+        elif how in ("test_wait", "try_wait"):
+            done, parity = self.temporary(), "parity" in i.parts
+            self.emit(f"{done} = M.barrier_test({place}, {values[0]}, {parity}, {mask}, {pc})")
+            self.write(target, done, "?", i)
+        else:
+            raise PtxError("form")
+
 
 def _fragment(kind: str) -> str:
     """Type of the registers that hold a fragment."""

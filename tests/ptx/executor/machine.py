@@ -13,13 +13,16 @@ import time
 import numpy as np
 
 from .access import Accesses
+from .copies import Copies, Proxy
 from .memory import Bytes, Memory, Scratch
 from .parse import Kernel
 from .races import Detector, Folded, Race, Stamp
 from .report import Checks, Finding, PtxError, Report
 from .translate import Program
 from .warp import WarpLevel
+from .wgmma import WarpGroups
 
+LONGEST_WAIT = 2000  # tries of mbarriers while nothing else happens
 DEVICE_SHARED = 232448  # bytes: more than any block may have
 
 
@@ -44,7 +47,7 @@ def launch(
     return machine.report
 
 
-class Machine(Accesses, WarpLevel):
+class Machine(Accesses, WarpLevel, WarpGroups, Copies):
     def __init__(self, program: Program, grid, block, parameters, memory, shared_bytes, checks):
         kernel = program.kernel
         self.program, self.memory, self.checks = program, memory, checks or Checks()
@@ -133,7 +136,10 @@ class Machine(Accesses, WarpLevel):
         self.whole = bool(self.alive.all())
         self.waits: dict = {}
         self.arrived: dict = {}
-        self.prepare_warps()
+        self.prepare_copies()
+        self.prepare_groups()
+        asynchronous = {"wgmma", "cp.async.bulk"} & self.program.opcodes
+        self.proxy = Proxy(self.shared.shadow.size, size) if asynchronous else None
 
     def _special(self, thread, block) -> dict[str, np.ndarray]:
         special, n = {}, np.int32
@@ -159,6 +165,7 @@ class Machine(Accesses, WarpLevel):
         program, report = self.program, self.report
         groups: dict = {0: None if self.whole else self.alive.copy()}
         self.groups, self.delayed, self.stalled = groups, {}, None
+        self.stalls = self.idle = 0
         while groups or self.waits:
             if self.end and time.monotonic() > self.end:
                 raise PtxError("the time given for the launch is over")
@@ -188,14 +195,16 @@ class Machine(Accesses, WarpLevel):
         ready = [k for k in groups if k not in self.delayed]
         if not ready:
             if self.waits and self.release():
+                self.idle = 0
                 return None
             if not groups:
                 self.deadlock()
                 return None
-            k = min(groups, key=lambda g: self.delayed[g])
-            if self.delayed[k] > self.progress + 1:
+            self.idle += 1
+            if self.idle > LONGEST_WAIT:
                 self.deadlock()
                 return None
+            k = min(groups, key=lambda g: self.delayed[g])
             ready = [k]
         k = min(ready)
         mask = groups[k]

@@ -173,7 +173,10 @@ class Body:
         self.labels: dict[str, int] = {}
         self._scopes: list[dict[str, str]] = [{}]
         self._renamed = 0
+        self._branches: list[tuple[Instruction, list[dict[str, str]]]] = []
         self._read(*kernel.span)
+        for instruction, scopes in self._branches:
+            instruction.operands[0] = self._name(instruction.operands[0], scopes)
 
     def _read(self, at: int, end: int) -> None:
         text = self.module.text
@@ -193,7 +196,8 @@ class Body:
             elif match := SKIPPED.match(text, at):
                 at = match.end()
             elif match := LABEL.match(text, at):
-                self.labels[match[1]] = len(self.code)
+                label = match[1] if len(self._scopes) == 1 else self._rename(match[1])
+                self.labels[label] = len(self.code)
                 at = match.end()
             elif match := STATEMENT.match(text, at):
                 self._statement(match.group(), self.module.line(at))
@@ -215,16 +219,10 @@ class Body:
                 raise PtxError(f"line {line}: cannot read {text!r}")
             operands = [self._operand(part, line) for part in _split(match[4])]
             predicate = self._name(match[2]) if match[2] else None
-            self.code.append(
-                Instruction(
-                    tuple(match[3].split(".")),
-                    operands,
-                    predicate,
-                    match[1] == "!",
-                    line,
-                    " ".join(text[:-1].split()),
-                )
-            )
+            parts, words = tuple(match[3].split(".")), " ".join(text[:-1].split())
+            self.code.append(Instruction(parts, operands, predicate, match[1] == "!", line, words))
+            if parts[0] == "bra":
+                self._branches.append((self.code[-1], list(self._scopes)))
 
     def _registers(self, text: str) -> None:
         match = re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", text, re.S)
@@ -235,12 +233,16 @@ class Body:
             names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [word]
             for name in names:
                 if len(self._scopes) > 1 or name in self.registers:
-                    self._renamed += 1
-                    self._scopes[-1][name] = f"{name}__{self._renamed}"
+                    self._rename(name)
                 self.registers[self._name(name)] = kind
 
-    def _name(self, word: str) -> str:
-        for scope in reversed(self._scopes):
+    def _rename(self, name: str) -> str:
+        self._renamed += 1
+        self._scopes[-1][name] = f"{name}__{self._renamed}"
+        return self._scopes[-1][name]
+
+    def _name(self, word: str, scopes: list[dict[str, str]] | None = None) -> str:
+        for scope in reversed(scopes or self._scopes):
             if word in scope:
                 return scope[word]
         return word

@@ -68,6 +68,8 @@ class Program:
         self.static_shared = self.local_bytes = 0
         self._place_variables()
         self.opcodes = {i.base for i in self.body.code}
+        self.opcodes |= {".".join(i.parts[:3]) for i in self.body.code if i.base == "cp"}
+        self.accumulators = self._accumulators()
         self.blocks = self._cut()
         live = self._live_out()
         for block, registers in zip(self.blocks, live, strict=True):
@@ -103,6 +105,18 @@ class Program:
                 self.symbols[name] = ("shared", self.dynamic_start)
         for parameter in self.kernel.parameters:
             self.symbols[parameter.name] = ("param", parameter.offset)
+
+    def _accumulators(self) -> set[str]:
+        """Registers that wgmma writes, and those they are moved to."""
+        code = self.body.code
+        found = {r for i in code if i.parts[:2] == ("wgmma", "mma_async") for r in i.operands[0]}
+        moves = [i.operands for i in code if i.base == "mov" and isinstance(i.operands[1], str)]
+        grown = bool(found)
+        while grown:
+            more = {to for to, source in moves if source in found and isinstance(to, str)} - found
+            found |= more
+            grown = bool(more)
+        return found
 
     # ---- blocks
     def _cut(self) -> list[Block]:
@@ -365,6 +379,8 @@ class Writer:
 
     # ---- rows of the table
     def instruction(self, i: Instruction, pc: int) -> None:
+        if self.program.accumulators and i.base != "wgmma":
+            self._watch_accumulators(i, pc)
         special = getattr(self, f"op_{i.base}", None)
         if special is not None:
             special(i, pc)
@@ -381,6 +397,15 @@ class Writer:
         self._by_row(
             i, (f"rounded32({opcodes.ROUNDED[i.base]}, {mode!r})", *row[1:]) if mode else row, kind
         )
+
+    def _watch_accumulators(self, i: Instruction, pc: int) -> None:
+        reads, writes = self.program.reads_and_writes(i)
+        if i.base == "mov" and isinstance(i.operands[1], str) and writes:
+            if (reads | writes) & self.program.accumulators:
+                self.emit(f"M.accumulator_moved({i.operands[0]!r}, {i.operands[1]!r})")
+            return
+        for name in sorted(reads & self.program.accumulators):
+            self.emit(f"M.accumulator_read({name!r}, {self.mask(i)}, {pc})")
 
     def _by_row(self, i: Instruction, row: tuple[str, str, str], kind: str) -> None:
         template, letters, result = row

@@ -17,10 +17,6 @@ BITS = np.arange(32, dtype=np.uint32)
 class WarpLevel:
     """Needs of a machine: lanes, lane, warp_of, alive, find(), load and store."""
 
-    def prepare_warps(self) -> None:
-        """State of the blocks that start together."""
-        self.proxy, self.progress = None, 0
-
     def standing(self, mask) -> np.ndarray:
         """Active lanes as an array."""
         return self.exists if mask is None else np.broadcast_to(mask, self.lanes.shape)
