@@ -26,6 +26,7 @@ class Barrier:
     bytes: int = 0
     phase: int = 0
     clock: np.ndarray | None = None  # what those who arrived had seen
+    segment: np.ndarray | None = None  # their newest segment, of each warp
     copies: list = field(default_factory=list)
 
 
@@ -156,6 +157,9 @@ class Copies:
         clock = self.stamp.clock.copy()
         seen = clock[warps].max(0)
         barrier.clock = seen if barrier.clock is None else np.maximum(barrier.clock, seen)
+        if barrier.segment is None:
+            barrier.segment = np.zeros(clock.shape[0], np.int64)
+        np.maximum.at(barrier.segment, lanes // 32, self.stamp.segment[lanes])
         clock[warps, warps % (self.threads // 32)] += 1
         self.stamp = Stamp(self.stamp.segment, clock)
 
@@ -184,7 +188,10 @@ class Copies:
                 warps = np.unique(lanes[over] // 32)
                 clock = self.stamp.clock.copy()
                 clock[warps] = np.maximum(clock[warps], barrier.clock)
-                self.stamp = Stamp(self.stamp.segment, clock)
+                segment, passed = self.stamp.segment.copy(), lanes[over]
+                if barrier.segment is not None:
+                    segment[passed] = np.maximum(segment[passed], barrier.segment[passed // 32] + 1)
+                self.stamp = Stamp(segment, clock)
         if not done[self.standing(mask)].all():
             self.stalled = self.stalls = self.stalls + 1
         return done

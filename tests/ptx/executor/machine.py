@@ -360,11 +360,18 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         top = np.where(come[:, :, None], clock, 0).max(1, keepdims=True)
         clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
         clock[:, np.arange(warps), np.arange(warps)] += come
-        self.stamp = Stamp(self.stamp.segment + lanes, clock.reshape(-1, warps + 1))
+        self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 1))
 
     # ---- races
     def check_shared(self) -> None:
         log, self.shared_log = self.shared_log, []
+        known = self.stamp.clock[:, -1].reshape(self.blocks, -1).min(1)  # copies all have seen
+        for a in log:
+            if (
+                a.asynchronous
+                and a.stamp.clock[a.lanes[0] // 32, -1] > known[a.lanes[0] // self.threads]
+            ):
+                self.shared_log.append(a)
         for race in self.detector.races(log, self.shared.shadow.size):
             place = race.place % self.shared.stride
             self._report_race(race, f"shared byte {place}")

@@ -30,6 +30,11 @@ class Stamp:
     def __init__(self, segment: np.ndarray, clock: np.ndarray):
         self.segment, self.clock = segment, clock
 
+    def after(self, lanes: np.ndarray) -> np.ndarray:
+        """Segments once these lanes met, each with those of its warp."""
+        newest = np.where(lanes, self.segment, -1).reshape(-1, 32).max(1) + 1
+        return np.where(lanes, np.repeat(newest, 32), self.segment)
+
 
 class Access(NamedTuple):
     place: np.ndarray  # in bytes

@@ -310,10 +310,7 @@ class Writer:
         if operand.startswith("%"):
             return self._special(operand, want)
         if operand in self.program.symbols:
-            space, at = self.program.symbols[operand]
-            if space == "param":
-                at += PARAMETER_WINDOW
-            return self.constant(np.dtype(want).type(at))
+            return self.constant(np.dtype(want).type(self.program.symbols[operand][1]))
         return self.constant(immediate(operand, want))
 
     def _special(self, name: str, want: str) -> str:

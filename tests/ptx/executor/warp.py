@@ -61,8 +61,7 @@ class WarpLevel:
 
     def sync_warp(self, members, mask, pc: int) -> None:
         self.demand(members, mask, pc)
-        segment = self.stamp.segment + self.standing(mask)
-        self.stamp = Stamp(segment, self.stamp.clock)
+        self.stamp = Stamp(self.stamp.after(self.standing(mask)), self.stamp.clock)
 
     def barrier_arrive(self, name, count, mask, pc: int) -> None:
         """bar.arrive: counts the lanes without stopping them."""
