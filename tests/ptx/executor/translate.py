@@ -23,7 +23,7 @@ BRANCHES = {"bra", "ret", "exit", "trap"}
 # before these a warp waits until its lanes stand together
 WARP_LEVEL = {"shfl", "mma", "ldmatrix", "stmatrix", "vote", "match", "redux", "elect", "wgmma"}
 NO_DESTINATION = {"bar", "barrier", "bra", "nanosleep", "setmaxnreg", "cp", "fence"}
-ENVIRONMENT = {k: v for k, v in vars(numeric).items() if not k.startswith("__")}
+ENVIRONMENT = {k: v for k, v in (vars(types) | vars(numeric)).items() if k[0] != "_"}
 
 
 def is_barrier(instruction: Instruction) -> bool:
