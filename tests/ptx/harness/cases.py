@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is run: every operator, forward and backward, over a list of sizes, layouts and variants.
-
-The sizes were chosen by coverage: each remainder of the widths that are read at once, two passes of
-every loop, several tiles with a part of one, and one of everything.
-"""
+"""What is run: every operator, forward and backward, at the sizes of sizes.py, against float64."""
 
 from __future__ import annotations
 
@@ -18,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.build import ROOT
+from harness.sizes import TABLE, USUAL
 
 HELPERS = (ROOT / "tests" / "helpers", ROOT / "tests" / "ops")
 sys.path += [str(folder) for folder in HELPERS if str(folder) not in sys.path]
@@ -39,163 +36,28 @@ DTYPES = {
 EVERYTHING = "inference"  # instead of a variant's name: no tensor asks for a gradient
 
 
+# of the short list; compiling for two architectures takes most of its time
+SHORT_DTYPES = {
+    ("cuda", "sm_90"): ("float32", "float16", "bfloat16", "float64"),
+    ("triton", "sm_80"): ("float32", "bfloat16"),
+    ("triton", "sm_90"): ("float16",),
+}
+
+
 class Case(NamedTuple):
-    """One call. `short`: part of the list that every change is tested with."""
+    """One call. `stars`: 2 in the short list of every set, 1 in that of the CUDA library."""
 
     op: str
     sizes: str  # "B3 K5 D37"
     variant: str = ""
     layout: str = ""
-    short: bool = False
+    stars: int = 0
 
     @property
     def name(self) -> str:
         return " ".join(part for part in self[:4] if part)
 
 
-# operator -> (sizes; variant; layout), with a star where the case is in the short list
-TABLE = {
-    "rational_logits": """
-        * B3 K5 D37
-        * B2 K70 D136
-        B1 K1 D1
-        B2 K9 D64 ;; gaps
-        B4 K8 D129
-        B2 K65 D8 ;; misaligned
-        B33 K40 D200
-        B5 K7 D300 ;; transposed
-        B3 K5 D38
-        B3 K5 D39
-    """,
-    "unit_products": """
-        * B3 K5 D37
-        * B2 K300 D16
-        B1 K1 D1
-        B70 K90 D40
-        B2 K9 D64 ;; gaps
-        B4 K8 D129
-        B33 K40 D200 ;; misaligned
-        B5 K7 D300 ;; transposed
-        B3 K1100 D20
-    """,
-    "cosine_logits": """
-        * B5 K39 D37
-        * B3 K7 D37 ; text per image
-        * B130 K200 D24
-        B513 K961 D8
-        B1 K1 D1
-        B1 K1 D1 ; text per image
-        B2 K9 D64 ;; gaps
-        B2 K9 D64 ; text per image ; gaps
-        B4 K8 D129
-        B33 K40 D200 ;; misaligned
-        B5 K7 D300 ; text per image ; misaligned
-        B5 K70 D136 ; text per image
-        B5 K7 D300 ;; transposed
-    """,
-    "norm_cosine_logits": """
-        * B3 K5 C37
-        * B2 K9 C136
-        B1 K1 C2
-        B2 K9 C64 ;; gaps
-        B4 K8 C129
-        B33 K40 C200
-        B5 K7 C300 ;; misaligned
-        B2 K65 C8 ;; transposed
-    """,
-    "ffn_cosine_logits": """
-        * B3 K5 C37 F11
-        * B2 K18 C40 F8 ; features frozen
-        B1 K5 C1030 F3
-        B1 K1 C5 F1
-        B2 K9 C64 F5 ;; gaps
-        B4 K8 C129 F16
-        B33 K40 C200 F5
-        B5 K7 C300 F9 ;; misaligned
-        B2 K65 C8 F4 ;; transposed
-    """,
-    "cross_attn": """
-        * B2 H2 K19 L21 d24 ; masked
-        * B2 H1 K67 L70 d35 ; query per image
-        * B2 H1 K19 L21 d72 ; masked
-        * B2 H1 K19 L21 d136 ; masked
-        B1 H1 K1 L1 d1
-        B3 H1 K65 L16 d64 ; masked
-        B2 H3 K16 L129 d32 ; query per image, masked
-        B1 H2 K130 L65 d128 ; lse unused
-        B2 H1 K33 L63 d256 ; masked
-        B9 H1 K5 L3 d8
-        B2 H1 K67 L70 d64 ; masked ; misaligned
-        B2 H1 K19 L70 d128 ; masked ; gaps
-        B2 H2 K19 L21 d64 ;; heads-inner
-        B2 H1 K67 L130 d200 ; query per image ; transposed
-        B2 H1 K9 L9 d64 ; masked ; expanded
-    """,
-    "cross_attn_weights": """
-        * B2 H2 K19 L21 d24 ; masked
-        * B2 H1 K67 L70 d35 ; query per image
-        * B2 H1 K19 L21 d72 ; masked
-        * B2 H1 K19 L21 d136 ; masked
-        B1 H1 K1 L1 d1
-        B3 H1 K65 L16 d64 ; masked
-        B2 H3 K16 L129 d32 ; query per image, masked
-        B1 H2 K130 L65 d128
-        B2 H1 K33 L63 d256 ; masked
-        B9 H1 K5 L3 d8
-        B2 H1 K67 L70 d64 ; masked ; misaligned
-        B2 H1 K19 L72 d128 ; masked ; gaps
-    """,
-    "rational_attn": """
-        * B2 H2 K7 d24
-        * B2 H1 K70 d40
-        * B2 H1 K19 d104 ; text query per image
-        * B2 H1 K35 d64 ; inference
-        * B2 H1 K70 d200 ; no image query
-        B1 H1 K1 d1
-        B3 H1 K64 d64
-        B2 H2 K65 d16 ; no image query
-        B2 H1 K129 d65 ; text query per image
-        B1 H3 K33 d128 ; text query alone
-        B2 H1 K16 d129
-        B2 H1 K10 d256 ; text query alone
-        B2 H1 K70 d64 ;; misaligned
-        B2 H1 K19 d128 ;; gaps
-        B2 H2 K19 d64 ;; heads-inner
-        B40 H1 K130 d64
-    """,
-    "rational_head": """
-        * B3 K5 D37 ; none
-        * B2 K35 D70 ; l1, features frozen
-        * B3 K5 D37 ; mse
-        * B3 K5 D40 ; linf
-        B1 K300 D24 ; l1
-        B1 K1 D1 ; none
-        B2 K9 D64 ; none ; gaps
-        B4 K8 D129 ; linf
-        B2 K65 D8 ; mse ; misaligned
-        B33 K40 D200 ; linf
-        B5 K7 D300 ; none ; transposed
-        B5 K7 D300 ; linf ; gaps
-    """,
-    "column_sums": """
-        * R37 N40
-        R1 N1
-        R200 N100 ;; gaps
-    """,
-}
-
-
-def _parsed(op: str, line: str) -> Case:
-    text = line.removeprefix("*")
-    sizes, variant, layout = ([part.strip() for part in text.split(";")] + ["", ""])[:3]
-    return Case(op, sizes, variant, layout, text != line)
-
-
-# of an operator without sizes of its own
-USUAL = """
-    * B3 H2 K19 L21 d24 D37 C37 F11
-    * B2 H1 K70 L67 d136 D136 C136 F40
-"""
 CASES = tuple(
     _parsed(op, line.strip())
     for op in (*OPS, "column_sums")
@@ -206,7 +68,8 @@ CASES = tuple(
 def chosen(set_name: str, everything: bool, op: str = "") -> list[Case]:
     """The cases of a set ("cuda", "triton"), of one operator if it is named."""
     here = [case for case in CASES if case.op != "column_sums" or set_name == "triton"]
-    return [case for case in here if (everything or case.short) and op in ("", case.op)]
+    least = 0 if everything else 2 if set_name == "triton" else 1
+    return [case for case in here if case.stars >= least and op in ("", case.op)]
 
 
 def _floor(op: str, dtype: torch.dtype) -> Any:
@@ -292,10 +155,12 @@ def wrong(case: Case, dtype_name: str, backend: Any) -> list[str]:
     )
 
 
-def dtypes(set_name: str, kernels: list[str]) -> Iterator[str]:
-    """What a set's kernels are compiled for."""
-    yield from ("float32", "float16", "bfloat16")
-    if set_name == "triton":
-        yield "tf32"
-    elif any("Id" in kernel for kernel in kernels):
-        yield "float64"
+def dtypes(set_name: str, arch: str, kernels: list[str], everything: bool) -> Iterator[str]:
+    """What a set's kernels are compiled for, or what of it the short list runs."""
+    for dtype in DTYPES:
+        exists = {
+            "tf32": set_name == "triton",
+            "float64": any(re.search(r"IdL?[EN\d]", kernel) for kernel in kernels),
+        }.get(dtype, True)
+        if exists and (everything or dtype in SHORT_DTYPES.get((set_name, arch), DTYPES)):
+            yield dtype

@@ -73,7 +73,7 @@ def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
 
     recorder = backend.recorder
     recorder.start()
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         errors = cases.wrong(case, dtype, backend)
     except Exception as error:
@@ -102,8 +102,16 @@ def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
         "launches": len(recorder.launches),
         "thread_instructions": sum(x.report.thread_instructions for x in recorder.launches),
         "executing": round(sum(launch.seconds for launch in recorder.launches), 3),
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(time.process_time() - started, 3),
     }
+
+
+def _dtypes(arguments: argparse.Namespace, kernels: list[str]) -> list[str]:
+    from harness import cases
+
+    asked = arguments.dtypes.split(",") if arguments.dtypes else ()
+    listed = cases.dtypes(arguments.set, arguments.arch, kernels, arguments.all or bool(asked))
+    return [dtype for dtype in listed if dtype in asked or not asked]
 
 
 def outcomes(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -118,9 +126,8 @@ def outcomes(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for case in cases.chosen(arguments.set, arguments.all, op):
             if arguments.match not in case.name:
                 continue
-            for dtype in cases.dtypes(arguments.set, kernels):
-                if not arguments.dtypes or dtype in arguments.dtypes.split(","):
-                    yield outcome(backend, case, dtype)
+            for dtype in _dtypes(arguments, kernels):
+                yield outcome(backend, case, dtype)
 
 
 def main() -> None:

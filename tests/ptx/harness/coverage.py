@@ -74,7 +74,7 @@ class Summary:
             f"{self.name}: {len(self.exist)} kernels exist, {len(self.ran)} ran"
             f" ({len(self.kernels)} variants), {len(self.right)} were right;"
             f" {self.cases - wrong} of {self.cases} cases right, {len(self.findings)} findings;"
-            f" instructions reached: {reached if shares else 'none'}; {self.seconds:.0f} s"
+            f" instructions reached: {reached if shares else 'none'}; {self.seconds:.0f} s of CPU"
         )
 
 
