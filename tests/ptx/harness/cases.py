@@ -58,6 +58,12 @@ class Case(NamedTuple):
         return " ".join(part for part in self[:4] if part)
 
 
+def _parsed(op: str, line: str) -> Case:
+    text = line.lstrip("*")
+    sizes, variant, layout = ([part.strip() for part in text.split(";")] + ["", ""])[:3]
+    return Case(op, sizes, variant, layout, len(line) - len(text))
+
+
 CASES = tuple(
     _parsed(op, line.strip())
     for op in (*OPS, "column_sums")

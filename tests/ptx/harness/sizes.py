@@ -178,14 +178,6 @@ TABLE = {
         R200 N100 ;; gaps
     """,
 }
-
-
-def _parsed(op: str, line: str) -> Case:
-    text = line.lstrip("*")
-    sizes, variant, layout = ([part.strip() for part in text.split(";")] + ["", ""])[:3]
-    return Case(op, sizes, variant, layout, len(line) - len(text))
-
-
 # of an operator without sizes of its own
 USUAL = """
     ** B3 H2 K19 L21 d24 D37 C37 F11
