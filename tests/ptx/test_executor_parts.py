@@ -143,7 +143,7 @@ def test_pairs_pack_and_unpack():
 
 
 def test_what_is_not_modelled_is_refused_before_it_runs():
-    with pytest.raises(Unsupported, match="line 15: opcode vadd.s32.s32.s32"):
+    with pytest.raises(Unsupported, match="line 15: vadd.s32.s32.s32 is not modelled"):
         compute("vadd.s32.s32.s32 %r3, %r1, %r1;", [1])
 
 

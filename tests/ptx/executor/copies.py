@@ -68,7 +68,7 @@ class Copies:
         self.shared.mark(place, n, 0)
         self.pending.append((place, lanes, rows, self.groups_made[lanes], pc))
 
-    def commit_copies(self, mask) -> None:
+    def commit_copies(self, mask, pc: int) -> None:
         self.groups_made = self.groups_made + self.standing(mask)
 
     def wait_copies(self, newest: int | None, mask, pc: int) -> None:
@@ -92,7 +92,7 @@ class Copies:
         """cp.async.mbarrier.arrive: as if the copies so far were waited for at once."""
         self.wait_copies(None, mask, pc)
         if counted:
-            self.arrive(address, offset, 1, mask, pc)
+            self.arrive(address, offset, 1, 0, False, mask, pc)
 
     # ---- mbarrier
     def barriers_at(self, address, offset: int, mask, pc: int):
@@ -121,11 +121,11 @@ class Copies:
             self.shared.mark(np.array([place]), 8, 1)
             self.log_shared(np.array([place]), lanes[:1], 8, WRITE, pc, np.array([[n]], i8))
 
-    def barrier_end(self, address, offset: int, mask, pc: int) -> None:
+    def barrier_inval(self, address, offset: int, mask, pc: int) -> None:
         for place, _ in self.barriers_at(address, offset, mask, pc):
             self.barriers.pop(place, None)
 
-    def arrive(self, address, offset, count, mask, pc, expect=0, drop=False) -> np.ndarray:
+    def arrive(self, address, offset, count, expect, drop: bool, mask, pc: int) -> list:
         """Arrivals (and bytes to expect) at mbarriers; returns the number of the phase."""
         state = np.zeros(self.lanes.size, i8)
         for place, lanes in self.barriers_at(address, offset, mask, pc):
@@ -141,9 +141,9 @@ class Copies:
                 self.find("barrier", pc, "more arrivals than this mbarrier's phase wants", lanes)
             self._release_to(barrier, lanes)
             self._complete(barrier)
-        return state
+        return [state]
 
-    def expect_bytes(self, address, offset: int, count, mask, pc: int, sign: int = 1) -> None:
+    def expect_bytes(self, address, offset: int, count, sign: int, mask, pc: int) -> None:
         for place, lanes in self.barriers_at(address, offset, mask, pc):
             barrier = self.known(place, lanes, pc)
             if barrier:
@@ -173,7 +173,7 @@ class Copies:
             self.shared.scatter(place, rows, 16)
         barrier.copies = []
 
-    def barrier_test(self, address, offset: int, state, parity: bool, mask, pc: int) -> np.ndarray:
+    def barrier_test(self, address, offset: int, state, parity: bool, mask, pc: int) -> list:
         """Whether the phase of that number or parity is complete; lanes that wait are delayed."""
         done = np.zeros(self.lanes.size, bool)
         for place, lanes in self.barriers_at(address, offset, mask, pc):
@@ -194,7 +194,7 @@ class Copies:
                 self.stamp = Stamp(segment, clock)
         if not done[self.standing(mask)].all():
             self.stalled = self.stalls = self.stalls + 1
-        return done
+        return [done]
 
     # ---- bulk and tensor copies
     def bulk_load(self, to, to_offset, source, offset, size, barrier, at, mask, pc: int) -> None:
@@ -262,7 +262,7 @@ class Copies:
             rows = self._leaving(int(s[k]) + pieces, int(lane), pc)
             self.write("global", a[k] + pieces, rows, np.full(pieces.size, lane), pc)
 
-    def tensor_store(self, to, to_offset, coordinates, source, offset, mask, pc: int) -> None:
+    def tensor_store(self, to, to_offset, source, offset, coordinates, mask, pc: int) -> None:
         s, lanes = self.active(source, offset, mask)
         for k, lane in enumerate(lanes):
             tile = self._tensor_map(to, to_offset, int(lane), pc)
@@ -308,7 +308,7 @@ class Copies:
         return tensor_map.decode(raw.tobytes())
 
     # ---- proxies
-    def fence_proxy(self, mask) -> None:
+    def fence_proxy(self, mask, pc: int) -> None:
         if self.proxy is not None:
             self.proxy.fences = self.proxy.fences + self.standing(mask)
 

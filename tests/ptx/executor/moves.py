@@ -11,7 +11,6 @@ from .translate import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, Writer
 WINDOW_OF = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAMETER_WINDOW}
 TO_INTEGER = ("rzi", "rni", "rmi", "rpi")
 ROUND = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
-FP8 = {"e4m3x2": 4, "e5m2x2": 5}
 
 
 class Moves(Writer):
@@ -117,8 +116,6 @@ class Moves(Writer):
 
     def _converted(self, i: Instruction, into: str, kind: str, words: set[str]) -> tuple[str, str]:
         floats = types.FLOATS | types.HALVES
-        if into in FP8 or kind in FP8:
-            return self._converted_fp8(i, into, kind)
         if into in ("f16x2", "bf16x2"):
             high, low = (
                 self._to_half(self.read(s, "f32"), "f32", into[:-2], words) for s in i.operands[1:3]
@@ -161,17 +158,3 @@ class Moves(Writer):
         if directed:
             return f"directed({x}, {into}_bits, f32_of_{into}, {directed!r})"
         return f"{into}_bits({x})"
-
-    def _converted_fp8(self, i: Instruction, into: str, kind: str) -> tuple[str, str]:
-        if into in FP8:
-            e = FP8[into]
-            if kind == "f32":
-                high, low = (f"fp8({self.read(s, kind)}, {e})" for s in i.operands[1:3])
-            else:
-                x = self.temporary()
-                self.emit(f"{x} = {self.widened(i.operands[1], kind)}")
-                low, high = (f"fp8(column({x}, {k}), {e})" for k in (0, 1))
-            return f"pack2({low}, {high}, 1, i2)", "i2"
-        x = self.read(i.operands[1], "s16")
-        low, high = (f"f16_bits(f32_of_fp8(array({x}) >> {8 * k}, {FP8[kind]}))" for k in (0, 1))
-        return f"pack2({low}, {high}, 2, i4)", "i4"

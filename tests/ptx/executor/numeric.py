@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .types import UNSIGNED, f2, f4, f8, i2, i4, i8, u1, u2, u4, u8
+from .types import UNSIGNED, f2, f4, f8, i2, i4, u2, u4, u8
 
 where = np.where
 
@@ -123,11 +123,6 @@ def fma64(a, b, c):
     return where(np.isfinite(r), r, s)
 
 
-def minimum(a, b):
-    """NaN loses."""
-    return np.fmin(a, b)
-
-
 def saturate(x):
     return np.fmin(np.fmax(x, x.dtype.type(0)), x.dtype.type(1))
 
@@ -153,36 +148,6 @@ def saturated_int(x, t):
     return np.clip(x, x.dtype.type(low), x.dtype.type(high)).astype(t)
 
 
-def fp8(x, exponent_bits):
-    """float32 to e4m3 (no infinity, saturating) or e5m2 (saturating), nearest even."""
-    fraction = 7 - exponent_bits
-    largest = f4(448.0 if exponent_bits == 4 else 57344.0)
-    x = array(x)
-    bound = np.minimum(np.abs(x), largest).astype(f8)
-    least = -(2 ** (exponent_bits - 1) - 2)
-    exponent = np.maximum(np.frexp(bound)[1] - 1, least)
-    units = np.rint(np.ldexp(bound, fraction - exponent)).astype(i4)  # value / 2^(e - fraction)
-    code = ((exponent - least) << fraction) + units  # a carry moves into the exponent
-    code = where(x != x, 0x7F, code) | where(np.signbit(x) & (x == x), 0x80, 0)
-    return code.astype(u1)
-
-
-def f32_of_fp8(x, exponent_bits):
-    x = array(x).astype(i4) & i4(0xFF)
-    fraction = 7 - exponent_bits
-    least = -(2 ** (exponent_bits - 1) - 2)
-    e = (x & 0x7F) >> fraction
-    m = x & ((1 << fraction) - 1)
-    value = np.ldexp(
-        where(e > 0, m + (1 << fraction), m).astype(f4), np.maximum(e, 1) - 1 + least - fraction
-    )
-    if exponent_bits == 4:
-        value = where((x & 0x7F) == 0x7F, f4(np.nan), value)
-    else:
-        value = where(e == 31, where(m > 0, f4(np.nan), f4(np.inf)), value)
-    return where(x & 0x80, -value, value).astype(f4)
-
-
 # ---- integers
 
 
@@ -201,14 +166,18 @@ def remainder(a, b):
 
 
 def shift_left(a, s):
-    a, s = array(a), array(s)
     bits = 8 * a.dtype.itemsize
+    if np.ndim(s) == 0 and s < bits:
+        return a << a.dtype.type(s)
+    a, s = array(a), array(s)
     return where(s >= bits, a.dtype.type(0), a << (s & u4(bits - 1)).astype(a.dtype))
 
 
 def shift_right(a, s):
-    a, s = array(a), array(s)
     bits = 8 * a.dtype.itemsize
+    if np.ndim(s) == 0 and s < bits:
+        return a >> a.dtype.type(s)
+    a, s = array(a), array(s)
     r = a >> np.minimum(s, u4(bits - 1)).astype(a.dtype)
     return r if a.dtype.kind == "i" else where(s >= bits, a.dtype.type(0), r)
 
@@ -286,60 +255,38 @@ def extract_field(a, start, length):
     return where(sign, field | ~ones, field).view(a.dtype)
 
 
-def permute(a, b, selector, mode=""):
-    """prmt: four bytes chosen from the eight of (a, b)."""
-    a, b, c = (array(x).view(u4) for x in (a, b, selector))
-    both = a.astype(u8) | (b.astype(u8) << u8(32))
-    out = u8(0)
+def permute(a, b, selector):
+    """prmt: four bytes chosen from the eight of (a, b), or their signs."""
+    a, b = array(a).view(u4), array(b).view(u4)
+    if np.ndim(selector) == 0 and not int(selector) & 0x8888:
+        return array(_chosen(a, b, [int(selector) >> 4 * k & 7 for k in range(4)])).view(i4)
+    c, both, out = array(selector).view(u4), a.astype(u8) | (b.astype(u8) << u8(32)), u8(0)
     for k in range(4):
-        if mode:
-            nibble = _PERMUTED[mode]((c & u4(3)).astype(i8), k).astype(u8)
-        else:
-            nibble = ((c >> u4(4 * k)) & u4(15)).astype(u8)
+        nibble = ((c >> u4(4 * k)) & u4(15)).astype(u8)
         byte = (both >> ((nibble & u8(7)) << u8(3))) & u8(255)
         sign = where(byte & u8(128), u8(255), u8(0))
-        byte = where(nibble & u8(8), sign, byte)
-        out = out | (byte << u8(8 * k))
+        out = out | (where(nibble & u8(8), sign, byte) << u8(8 * k))
     return array(out).astype(u4).view(i4)
 
 
-_PERMUTED = {
-    "f4e": lambda c, k: (c + k) & 7,
-    "b4e": lambda c, k: (c - k) & 7,
-    "rc8": lambda c, k: c,
-    "ecl": lambda c, k: np.maximum(c, k),
-    "ecr": lambda c, k: np.minimum(c, k),
-    "rc16": lambda c, k: (c & 1) * 2 + k % 2,
-}
-
-
-def permute_bytes(a, b, selector):
-    """prmt with a selector known beforehand and without sign bits: few shifts and masks."""
-    a, b = array(a).view(u4), array(b).view(u4)
-    out, done = u4(0), set()
-    for k in range(4):
-        if k in done:
-            continue
-        source, shift = (a, b)[selector[k] // 4], selector[k] % 4 - k
-        same = [
-            j
-            for j in range(k, 4)
-            if selector[j] // 4 == selector[k] // 4 and selector[j] % 4 - j == shift
-        ]
-        done.update(same)
-        mask = u4(sum(0xFF << 8 * j for j in same))
-        moved = (
-            source >> u4(8 * shift) if shift > 0 else source << u4(-8 * shift) if shift else source
-        )
-        out = out | (moved & mask)
-    return array(out).view(i4)
+def _chosen(a, b, selector):
+    """Bytes of (a, b) by few shifts and masks: those that move alike move together."""
+    moves = {}
+    for k, s in enumerate(selector):
+        moves.setdefault((s // 4, s % 4 - k), []).append(k)
+    out = u4(0)
+    for (which, by), places in moves.items():
+        x = (a, b)[which]
+        x = x >> u4(8 * by) if by > 0 else x << u4(-8 * by)
+        out = out | (x & u4(sum(0xFF << 8 * k for k in places)))
+    return out
 
 
 def any_logic(a, b, c, table):
     """lop3: bit k of the table is the result where (a, b, c) spell k."""
     out = i4(0)
     for k in range(8):
-        if table >> k & 1:
+        if int(table) >> k & 1:
             out = out | ((a if k & 4 else ~a) & (b if k & 2 else ~b) & (c if k & 1 else ~c))
     return out
 
@@ -350,13 +297,3 @@ def funnel(low, high, amount, left, wrap):
     s = (s & u4(31) if wrap else np.minimum(s, u4(32))).astype(u8)
     r = (both << s) >> u8(32) if left else both >> s
     return array(r).astype(u4).view(i4)
-
-
-def dot4(a, b, c, signed_a, signed_b):
-    """dp4a: c + the sum of four products of bytes."""
-    total = array(c).astype(i8)
-    for k in range(4):
-        x = part(array(a).view(u4), k, "i1" if signed_a else "u1").astype(i8)
-        y = part(array(b).view(u4), k, "i1" if signed_b else "u1").astype(i8)
-        total = total + x * y
-    return total.astype(i4)

@@ -10,13 +10,16 @@ Halves are computed in float32 and rounded once.
 
 from __future__ import annotations
 
+import functools
+
+from . import types
+
 TABLE = {
     "add": ("{0} + {1}", "ss", "s"),
     "sub": ("{0} - {1}", "ss", "s"),
     "mul": ("{0} * {1}", "ss", "s"),
     "mul.hi": ("multiply_high({0}, {1})", "tt", "t"),
     "mul.wide": ("{0}.astype({w}) * {1}.astype({w})", "tt", "w"),
-    "mul24": ("({0} << 8 >> 8) * ({1} << 8 >> 8)", "tt", "t"),
     "mad": ("{0} * {1} + {2}", "sss", "s"),
     "mad.hi": ("multiply_high({0}, {1}) + {2}", "ttt", "t"),
     "mad.wide": ("{0}.astype({w}) * {1}.astype({w}) + {2}", "ttw", "w"),
@@ -61,12 +64,8 @@ TABLE = {
     "shf.l.clamp": ("funnel({0}, {1}, {2}, True, False)", "iiu", "i"),
     "shf.r.wrap": ("funnel({0}, {1}, {2}, False, True)", "iiu", "i"),
     "shf.r.clamp": ("funnel({0}, {1}, {2}, False, False)", "iiu", "i"),
-    "lop3": ("any_logic({0}, {1}, {2}, {lut})", "iii", "i"),
+    "lop3": ("any_logic({0}, {1}, {2}, {3})", "iiii", "i"),
     "prmt": ("permute({0}, {1}, {2})", "iii", "i"),
-    **{
-        f"prmt.{mode}": (f"permute({{0}}, {{1}}, {{2}}, {mode!r})", "iii", "i")
-        for mode in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
-    },
     "clz": ("leading_zeros({0})", "s", "i"),
     "popc": ("bits_set({0})", "s", "i"),
     "bfind": ("highest_bit({0}, False)", "t", "i"),
@@ -75,7 +74,6 @@ TABLE = {
     "bfi": ("insert_field({0}, {1}, {2}, {3})", "ssuu", "s"),
     "bfe": ("extract_field({0}, {1}, {2})", "tuu", "t"),
     "bmsk.clamp": ("insert_field(i4(-1), i4(0), {0}, {1})", "uu", "i"),
-    "dp4a": ("dot4({0}, {1}, {2}, {signed_a}, {signed_b})", "iii", "i"),
     "selp": ("where({2}, {0}, {1})", "ssp", "s"),
     "slct": ("where({2} >= 0, {0}, {1})", "ssi", "s"),
 }
@@ -93,7 +91,6 @@ ROUNDED = {
 MODIFIERS = {
     *("rn", "rz", "rm", "rp", "approx", "full", "ftz", "sat", "relu", "NaN", "lo", "hi", "wide"),
     *("l", "r", "wrap", "clamp", "finite", "infinite", "notanumber", "number", "shiftamt"),
-    *("f4e", "b4e", "rc8", "ecl", "ecr", "rc16"),
 }
 COMPARED = {
     "eq": "{0} == {1}",
@@ -122,13 +119,13 @@ FLOATS_COMPARED = {
 }
 
 
+@functools.cache
 def row(parts: tuple[str, ...], kind: str) -> tuple[str, str, str] | None:
     """The most special row for an opcode whose type is `kind`."""
-    base, modifiers = parts[0], [p for p in parts[1:] if p in MODIFIERS and p != "ftz"]
-    classes = [f":{kind}"] + [":f"] * (kind in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2"))
-    for end in (*classes, ""):
+    modifiers = [p for p in parts[1:] if p in MODIFIERS and p != "ftz"]
+    floats = [":f"] if kind in types.FLOATS | types.HALVES else []
+    for end in (f":{kind}", *floats, ""):
         for names in (modifiers, *([m] for m in modifiers), []):
-            found = TABLE.get(".".join([base, *names]) + end)
-            if found:
+            if found := TABLE.get(".".join([parts[0], *names]) + end):
                 return found
     return None

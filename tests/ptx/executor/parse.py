@@ -136,6 +136,15 @@ class Module:
             if variable:
                 self.variables[variable.name] = variable
 
+    def place(self, variable: Variable) -> int:
+        """Address of a module's variable, which the module keeps."""
+        if variable.name not in self.data:
+            room = np.zeros(variable.size + 256, np.uint8)
+            room = room[-room.ctypes.data % 256 :][: variable.size]
+            room[: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+            self.data[variable.name] = room
+        return self.data[variable.name].ctypes.data
+
     def line(self, position: int) -> int:
         return bisect.bisect_left(self.line_ends, position) + 1
 

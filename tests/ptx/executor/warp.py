@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from .numeric import f32_of_bf16, f32_of_f16, tf32
@@ -63,7 +61,7 @@ class WarpLevel:
         self.demand(members, mask, pc)
         self.stamp = Stamp(self.stamp.after(self.standing(mask)), self.stamp.clock)
 
-    def barrier_arrive(self, name, count, mask, pc: int) -> None:
+    def barrier_arrive(self, name, mask, pc: int) -> None:
         """bar.arrive: counts the lanes without stopping them."""
         name = int(np.ravel(name)[0])
         come = self.standing(mask).reshape(self.blocks, -1).sum(1)
@@ -97,8 +95,8 @@ class WarpLevel:
         here, p = self.standing(mask), np.broadcast_to(p, self.lanes.shape)
         yes, all_of = self.ballot(p & here), self.ballot(here)
         if how == "ballot":
-            return yes.view(i4)
-        return {"any": yes != 0, "all": yes == all_of, "uni": (yes == 0) | (yes == all_of)}[how]
+            return [yes.view(i4)]
+        return [{"any": yes != 0, "all": yes == all_of, "uni": (yes == 0) | (yes == all_of)}[how]]
 
     def match(self, how: str, a, members, mask, pc: int):
         self.demand(members, mask, pc)
@@ -111,7 +109,7 @@ class WarpLevel:
         whole = words == self.ballot(here.reshape(-1))
         return np.where(whole, words, u4(0)).view(i4), whole
 
-    def reduce(self, how: str, a, members, mask, pc: int) -> np.ndarray:
+    def reduce(self, how: str, a, members, mask, pc: int) -> list:
         """redux: over the lanes that stand here and share a member mask."""
         self.demand(members, mask, pc)
         a = self.full(a)
@@ -127,7 +125,7 @@ class WarpLevel:
         starts = np.flatnonzero(np.r_[True, np.diff(inverse[order]) != 0])
         out = np.zeros_like(a)
         out[here] = function.reduceat(a[here][order], starts)[inverse]
-        return out
+        return [out]
 
     def elect(self, members, mask, pc: int):
         """The lowest lane of the members, and whether this lane is it."""
@@ -189,17 +187,15 @@ class WarpLevel:
         self.executed[pc] = True
         self.write("shared", a, rows, lanes, pc)
 
-    def multiply(self, shape, into, a_kind, b_kind, c_kind, a, b, c, mask, pc: int) -> list:
+    def multiply(self, shape, kinds, a, b, c, mask, pc: int) -> list:
         """mma: D = A B + C with A [m, k] by rows and B [k, n] by columns, in float32 or float64."""
         warps = self.warps(mask, pc)
         self.report.matrix_products += warps.size
-        m, n, k = map(int, re.match(r"m(\d+)n(\d+)k(\d+)", shape).groups())
-        a_rows, b_rows, c_rows = ([self.by_warp(x, warps) for x in part] for part in (a, b, c))
-        left = fragment(a_rows, a_kind, m, k)
-        right = fragment(b_rows, b_kind, n, k).swapaxes(1, 2)
-        product = np.matmul(left, right)
-        total = accumulator(c_rows, c_kind, m, n) + product
-        return [self.to_lanes(x, warps) for x in scattered(total, into)]
+        m, n, k = shape
+        a, b, c = ([self.by_warp(x, warps) for x in part] for part in (a, b, c))
+        left, right = fragment(a, kinds[1], m, k), fragment(b, kinds[2], n, k)
+        total = accumulator(c, kinds[3], m, n) + np.matmul(left, right.swapaxes(1, 2))
+        return [self.to_lanes(x, warps) for x in scattered(total, kinds[0])]
 
 
 def numbers(x: np.ndarray, kind: str) -> np.ndarray:

@@ -94,7 +94,7 @@ class WarpGroups:
             x = (f32_of_f16 if kind == "f16" else f32_of_bf16)(x.view(np.int16))
         return x.reshape(-1, rows, k)
 
-    def commit_products(self) -> None:
+    def commit_products(self, mask, pc: int) -> None:
         self.products_made += 1
 
     def wait_products(self, newest: int, mask, pc: int) -> None:
