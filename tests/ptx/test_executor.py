@@ -71,7 +71,7 @@ VECTORS = [
     ("neighbour", {}, lambda: X[T ^ 1], []),
     ("neighbour_no_sync", {}, lambda: X[T ^ 1], ["race"]),
     ("shared_shifted", {"shared": 516}, lambda: X[:128], []),
-    ("shared_shifted", {"shared": 512}, None, ["bounds", "uninitialised"]),
+    ("shared_shifted", {"shared": 512}, None, ["bounds"]),
     ("shared_unwritten", {}, None, ["uninitialised"]),
     ("misaligned", {}, None, ["alignment"]),
     ("shuffle_sum", {}, lambda: np.repeat(X[:128].reshape(4, 32).sum(1), 32), []),

@@ -13,8 +13,8 @@ import numpy as np
 
 from . import tensor_map
 from .races import READ, WRITE, Stamp
-from .translate import PARAMETER_WINDOW
 from .types import i8, u1
+from .warp import space_of
 
 
 @dataclass
@@ -54,19 +54,15 @@ class Copies:
         whole, some = np.flatnonzero(count == n), np.flatnonzero((count > 0) & (count < n))
         if whole.size:
             self.aligned(s[whole], n, lanes[whole], pc, "global")
-            words = self._load("global", s[whole], lanes[whole], 4, n // 4, pc)
+            words = self.read("global", s[whole], lanes[whole], 4, n // 4, pc)
             rows[whole] = np.stack(words, 1).view(u1)
         for k in range(int(count[some].max()) if some.size else 0):
             j = some[count[some] > k]
-            rows[j, k] = self._load("global", s[j] + k, lanes[j], 1, 1, pc)[0]
-        a = self.aligned(a, n, lanes, pc, "shared")
-        inside = self.inside("shared", a, n, lanes, pc)
-        if inside is not None:
-            a, lanes, rows = a[inside], lanes[inside], rows[inside]
-        place = a + self.shared.base[lanes]
-        self.log_shared(place, lanes, n, WRITE, pc, rows)
-        self.shared.mark(place, n, 0)
-        self.pending.append((place, lanes, rows, self.groups_made[lanes], pc))
+            rows[j, k] = self.read("global", s[j] + k, lanes[j], 1, 1, pc)[0]
+        for memory, place, i in self.pieces(space_of(a), a, n, lanes, pc):
+            self.log(memory, place, lanes[i], n, WRITE, pc, rows[i])
+            memory.mark(place, n, 0)
+            self.pending.append((place, lanes[i], rows[i], self.groups_made[lanes[i]], pc))
 
     def commit_copies(self, mask, pc: int) -> None:
         self.groups_made = self.groups_made + self.standing(mask)
@@ -81,7 +77,7 @@ class Copies:
             if done.any():
                 p, w, r = place[done], lanes[done], np.ascontiguousarray(rows[done])
                 self.shared.scatter(p, r, r.shape[1])
-                self.log_shared(p, w, r.shape[1], WRITE, at, r)
+                self.log(self.shared, p, w, r.shape[1], WRITE, at, r)
                 if self.proxy is not None:
                     self.proxy.written(p, r.shape[1], w)
             if not done.all():
@@ -101,12 +97,9 @@ class Copies:
         if lanes.size == 0:
             return
         self.executed[pc] = True
-        if self.window(a)[0][0] == "shared":
-            a = self.window(a)[0][1]
-        a = self.aligned(a, 8, lanes, pc, "shared")
-        _, place = self.place("shared", a, 8, lanes, pc)
-        for p in np.unique(place):
-            yield int(p), lanes[place == p]
+        for _, place, s in self.pieces(space_of(a), a, 8, lanes, pc):
+            for p in np.unique(place):
+                yield int(p), lanes[s][place == p]
 
     def known(self, place: int, lanes, pc: int) -> Barrier | None:
         barrier = self.barriers.get(place)
@@ -119,7 +112,7 @@ class Copies:
             n = int(np.broadcast_to(count, self.lanes.shape)[lanes[0]])
             self.barriers[place] = Barrier(n, n)
             self.shared.mark(np.array([place]), 8, 1)
-            self.log_shared(np.array([place]), lanes[:1], 8, WRITE, pc, np.array([[n]], i8))
+            self.log(self.shared, np.array([place]), lanes[:1], 8, WRITE, pc, np.array([[n]], i8))
 
     def barrier_inval(self, address, offset: int, mask, pc: int) -> None:
         for place, _ in self.barriers_at(address, offset, mask, pc):
@@ -207,7 +200,7 @@ class Copies:
                 self.find("alignment", pc, "a bulk copy's addresses or size", lane)
             pieces = 16 * np.arange(n // 16)
             who = np.full(pieces.size, lane)
-            words = self._load("global", s[k] + pieces, who, 8, 2, pc)
+            words = self.read("global", s[k] + pieces, who, 8, 2, pc)
             rows = np.stack(words, 1).view(u1).reshape(-1, 16)
             self._arriving(int(a[k]) + pieces, rows, int(lane), barrier, at, pc)
 
@@ -221,7 +214,7 @@ class Copies:
             data = np.zeros(address.size, f"u{tile.element}")
             if good.any():
                 who = np.full(int(good.sum()), lane)
-                data[good] = self._load("global", address[good], who, tile.element, 1, pc)[0]
+                data[good] = self.read("global", address[good], who, tile.element, 1, pc)[0]
             rows = data.view(u1).reshape(-1, 16)
             place = tensor_map.swizzled(int(a[k]) + 16 * np.arange(len(rows)), tile.swizzle)
             self._arriving(place, rows, int(lane), barrier, at, pc)
@@ -229,24 +222,22 @@ class Copies:
     def _arriving(self, a, rows, lane: int, barrier, at: int, pc: int) -> None:
         """Rows of 16 bytes that reach shared memory with the phase of an mbarrier."""
         self.executed[pc] = True
-        who = np.full(a.size, lane)
-        inside = self.inside("shared", a, 16, who, pc)
-        if inside is not None:
-            a, rows, who = a[inside], rows[inside], who[inside]
-        place = a + self.shared.base[who]
         block, warp = lane // self.threads, lane // 32
         self.ticks[block] += 1
         clock = self.stamp.clock.copy()
         clock[warp, -1] = self.ticks[block]
         kept, self.stamp = self.stamp, Stamp(self.stamp.segment, clock)
-        self.log_shared(place, who, 16, WRITE, pc, np.ascontiguousarray(rows), asynchronous=True)
+        pieces = list(self.pieces(space_of(a), a, 16, np.full(a.size, lane), pc))
+        for memory, place, i in pieces:
+            who = np.full(place.size, lane)
+            self.log(memory, place, who, 16, WRITE, pc, rows[i], asynchronous=True)
+            memory.mark(place, 16, 0)
         self.stamp = kept
-        self.shared.mark(place, 16, 0)
         only = self.lanes == lane
         for p, lanes in self.barriers_at(barrier, at, only, pc):
             b = self.known(p, lanes, pc)
             if b is not None:
-                b.copies.append((place, np.ascontiguousarray(rows)))
+                b.copies += [(place, rows[i]) for _, place, i in pieces]
                 b.clock = clock[warp] if b.clock is None else np.maximum(b.clock, clock[warp])
                 b.bytes -= rows.size
                 self._complete(b)
@@ -278,8 +269,8 @@ class Copies:
         """Shared rows of 16 bytes as the asynchronous proxy reads them."""
         self.executed[pc] = True
         who = np.full(a.size, lane)
-        rows = np.stack(self._load("shared", a, who, 8, 2, pc), 1)
-        self.check_proxy(a + self.shared.base[who], who, 16, pc)
+        rows = np.stack(self.read("shared", a, who, 8, 2, pc), 1)
+        self.check_proxy(a, who, 16, pc)
         if self.shared_log:
             self.bulk_reads.append((lane, self.shared_log[-1]))
         return rows
@@ -291,20 +282,15 @@ class Copies:
         here = self.standing(mask)
         for lane, access in self.bulk_reads:
             if here[lane]:
-                self.log_shared(access.place, access.lanes, access.size, READ, access.pc)
+                self.log(self.shared, access.place, access.lanes, access.size, READ, access.pc)
         self.bulk_reads = [x for x in self.bulk_reads if not here[x[0]]]
 
     def _of_lane(self, values: list, lane: int) -> list[int]:
         return [int(np.broadcast_to(v, self.lanes.shape)[lane]) for v in values]
 
     def _tensor_map(self, address, offset: int, lane: int, pc: int) -> tensor_map.TensorMap:
-        at = self._of_lane([address], lane)[0] + offset
-        if at >= PARAMETER_WINDOW:
-            at -= PARAMETER_WINDOW
-            raw = self.parameters.words[1][at : at + 128]
-        else:
-            pieces = at + 16 * np.arange(8)
-            raw = np.stack(self._load("global", pieces, np.full(8, lane), 8, 2, pc), 1).view(u1)
+        pieces = self._of_lane([address], lane)[0] + offset + 16 * np.arange(8)
+        raw = np.stack(self.read("", pieces, np.full(8, lane), 8, 2, pc), 1)
         return tensor_map.decode(raw.tobytes())
 
     # ---- proxies
@@ -312,11 +298,12 @@ class Copies:
         if self.proxy is not None:
             self.proxy.fences = self.proxy.fences + self.standing(mask)
 
-    def check_proxy(self, place, lanes, size: int, pc: int) -> None:
-        """Bytes that are read asynchronously were fenced by the lane that wrote them."""
+    def check_proxy(self, a, lanes, size: int, pc: int) -> None:
+        """Shared bytes that are read asynchronously were fenced by the lane that wrote them."""
         if self.proxy is None or not self.checks.proxies:
             return
-        at, writer = self.proxy.unfenced(place, size)
+        inside = (a >= 0) & (a <= self.shared.size - size)
+        at, writer = self.proxy.unfenced((a + self.shared.base[lanes])[inside], size)
         if at.size:
             at, writer = int(at[0]) % self.shared.stride, int(writer[0]) % self.threads
             text = (

@@ -6,9 +6,8 @@ from __future__ import annotations
 from . import opcodes, types
 from .parse import Instruction, Pair
 from .report import PtxError
-from .translate import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, Writer
+from .translate import WINDOWS, Writer
 
-WINDOW_OF = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAMETER_WINDOW}
 TO_INTEGER = ("rzi", "rni", "rmi", "rpi")
 ROUND = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
 
@@ -90,18 +89,17 @@ class Moves(Writer):
 
     def op_cvta(self, i: Instruction, pc: int) -> None:
         space = next((p.split("::")[0] for p in i.parts[1:] if p not in ("to", "u64", "u32")), "")
-        text, window = self.read(i.operands[1], "s64"), WINDOW_OF.get(space)
-        if window:
-            text = f"({text} {'-' if 'to' in i.parts else '+'} i8({window}))"
+        text = self.read(i.operands[1], "s64")
+        if space in ("shared", "local", "param"):
+            text = f"({text} {'-' if 'to' in i.parts else '+'} i8({WINDOWS[space]}))"
         self.write(i.operands[0], text, "i8", i)
 
     def op_isspacep(self, i: Instruction, pc: int) -> None:
         a, space = self.read(i.operands[1], "s64"), i.parts[1].split("::")[0]
-        low = WINDOW_OF.get(space)
-        if low is None:
-            text = f"({a} < i8({PARAMETER_WINDOW}))"
-        else:
-            text = f"(({a} >= i8({low})) & ({a} < i8({2 * low})))"
+        low = WINDOWS[space]
+        text = f"(({a} >= i8({low})) & ({a} < i8({2 * low})))"
+        if space == "global":
+            text = f"({a} < i8({WINDOWS['param']}))"
         self.write(i.operands[0], text, "?", i)
 
     # ---- conversions

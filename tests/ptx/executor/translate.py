@@ -16,9 +16,8 @@ from . import numeric, opcodes, types
 from .parse import Address, Instruction, Kernel, Pair
 from .report import PtxError, Unsupported
 
-SHARED_WINDOW = 1 << 56  # of generic addresses; below, parameters and local memory
-LOCAL_WINDOW = 1 << 57
-PARAMETER_WINDOW = 1 << 55
+# generic addresses: where each space begins, up to twice that
+WINDOWS = {"local": 1 << 58, "shared": 1 << 57, "param": 1 << 56, "global": -(1 << 63)}
 BRANCHES = {"bra", "ret", "exit", "trap"}
 # before these a warp waits until its lanes stand together
 WARP_LEVEL = {"shfl", "mma", "ldmatrix", "stmatrix", "vote", "match", "redux", "elect", "wgmma"}

@@ -7,6 +7,7 @@ import numpy as np
 
 from .numeric import f32_of_bf16, f32_of_f16, tf32
 from .races import Stamp
+from .translate import WINDOWS
 from .types import f4, f8, i4, i8, u4, u8
 
 BITS = np.arange(32, dtype=np.uint32)
@@ -24,7 +25,7 @@ class WarpLevel:
         return x if x.ndim else np.full(self.lanes.size, x)
 
     def parameter(self, offset: int, t):
-        return np.frombuffer(self.parameters.words[1].data, t, 1, offset)[0]
+        return np.frombuffer(self.raw, t, 1, offset)[0]
 
     def trap(self, mask, pc: int) -> None:
         self.find("trap", pc, "a trap is reached", np.flatnonzero(self.standing(mask)))
@@ -165,27 +166,16 @@ class WarpLevel:
         """Lane 4 r + c gets columns 2 c, 2 c + 1 of row r; of column r where transposed."""
         warps = self.warps(mask, pc)
         a, lanes = self._rows(address, offset, count, warps)
-        if self.window(a)[0][0] == "shared":
-            a = self.window(a)[0][1]
-        words = self._load("shared", a, lanes, 8, 2, pc)
-        rows = np.stack(words, 1).view(np.uint16).reshape(-1, count, 8, 8)
-        if transposed:
-            rows = rows.swapaxes(2, 3)
-        rows = np.ascontiguousarray(rows).view(i4).reshape(-1, count, 32)
+        rows = np.stack(self.read(space_of(a), a, lanes, 8, 2, pc), 1)
+        rows = turned(rows, count, transposed).view(i4).reshape(-1, count, 32)
         return [self.to_lanes(rows[:, k], warps) for k in range(count)]
 
     def store_matrices(self, address, offset: int, values: list, transposed: bool, mask, pc: int):
         warps, count = self.warps(mask, pc), len(values)
         a, lanes = self._rows(address, offset, count, warps)
         rows = np.stack([self.by_warp(v, warps) for v in values], 1)
-        rows = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, count, 8, 8)
-        if transposed:
-            rows = rows.swapaxes(2, 3)
-        rows = np.ascontiguousarray(rows).view(u8).reshape(-1, 2)
-        if self.window(a)[0][0] == "shared":
-            a = self.window(a)[0][1]
-        self.executed[pc] = True
-        self.write("shared", a, rows, lanes, pc)
+        rows = turned(rows, count, transposed).view(u8).reshape(-1, 2)
+        self.write(space_of(a), a, rows, lanes, pc)
 
     def multiply(self, shape, kinds, a, b, c, mask, pc: int) -> list:
         """mma: D = A B + C with A [m, k] by rows and B [k, n] by columns, in float32 or float64."""
@@ -196,6 +186,17 @@ class WarpLevel:
         left, right = fragment(a, kinds[1], m, k), fragment(b, kinds[2], n, k)
         total = accumulator(c, kinds[3], m, n) + np.matmul(left, right.swapaxes(1, 2))
         return [self.to_lanes(x, warps) for x in scattered(total, kinds[0])]
+
+
+def space_of(a: np.ndarray) -> str:
+    """Shared addresses may be given as generic ones."""
+    return "" if (a >= WINDOWS["param"]).any() else "shared"
+
+
+def turned(rows: np.ndarray, count: int, transposed: bool) -> np.ndarray:
+    """[warps, matrix, row, column] of 16 bits, transposed or not."""
+    rows = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, count, 8, 8)
+    return np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows)
 
 
 def numbers(x: np.ndarray, kind: str) -> np.ndarray:

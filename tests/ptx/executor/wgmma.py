@@ -72,22 +72,11 @@ class WarpGroups:
         if (words != words[:, :1]).any():
             self.find("barrier", pc, "the descriptor differs within a warpgroup", groups * 128)
         places = np.stack([layout(int(w), rows, k, size, transposed) for w in words[:, 0]])
-        lanes = groups * 128
-        limit = self.shared.size - size
-        bad = (places < 0) | (places > limit)
-        if bad.any():
-            text = f"shared byte {int(places[bad][0])} of {self.shared.size}"
-            self.find("bounds", pc, text, lanes)
-            places = np.where(bad, 0, places)
-        place = (places + self.shared.base[lanes][:, None, None]).ravel()
-        who = np.repeat(lanes, rows * k)
-        self.log_shared(place, who, size, READ, pc)
+        who = np.repeat(groups * 128, rows * k)
+        x = self.read("shared", places.ravel(), who, size, 1, pc)[0]
         if self.shared_log:
             self.open_reads.append((self.products_made, self.shared_log[-1]))
-        if self.checks.uninitialised:
-            self._report_unwritten(self.shared, place, size, who, pc, "shared")
-        self.check_proxy(place, who, size, pc)
-        x = self.shared.gather(place, size, 1)[0]
+        self.check_proxy(places.ravel(), who, size, pc)
         if kind == "tf32":
             x = tf32(x, "rz")
         else:
@@ -103,7 +92,7 @@ class WarpGroups:
         self.unfinished = {r: g for r, g in self.unfinished.items() if g >= done}
         for group, access in self.open_reads:
             if group < done:
-                self.log_shared(access.place, access.lanes, access.size, READ, access.pc)
+                self.log(self.shared, access.place, access.lanes, access.size, READ, access.pc)
         self.open_reads = [x for x in self.open_reads if x[0] >= done]
 
     def accumulator_read(self, name: str, mask, pc: int) -> None:
