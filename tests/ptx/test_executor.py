@@ -233,7 +233,13 @@ def test_a_product_in_tf32(run):
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("group", []), ("group_rs", []), ("group_no_fence", ["proxy"]), ("group_no_wait", ["proxy"])],
+    [
+        ("group", []),
+        ("group_rs", []),
+        ("group_no_fence", ["proxy"]),
+        ("group_no_wait", ["proxy"]),
+        ("group_overwritten", ["race"]),
+    ],
 )
 def test_a_product_of_a_warpgroup(run, name, kinds):
     a, b, c = floats(64, 16, t="f2"), floats(8, 16, t="f2", seed=1), np.zeros((64, 8), "f4")

@@ -128,11 +128,11 @@ class Accesses:
             return [w[0] for w in words]
         return words if mask is None else [self.spread(w, lanes) for w in words]
 
-    def read(self, space: str, a, lanes, n: int, v: int, pc: int) -> list[np.ndarray]:
+    def read(self, space: str, a, lanes, n: int, v: int, pc: int, engine: int = 0) -> list:
         """As `load`, of some lanes; all bits are set where an address is bad."""
         words = None
         for memory, place, s in self.pieces(space, a, n * v, lanes, pc):
-            self.log(memory, place, lanes[s], n * v, READ, pc)
+            self.log(memory, place, lanes[s], n * v, READ, pc, engine=engine)
             self.demand_written(memory, place, n * v, lanes[s], pc)
             part = memory.gather(place, n, v)
             if s is ALL:
@@ -193,16 +193,17 @@ class Accesses:
         return self.spread(old, lanes)
 
     # ---- logs for the check of races
-    def log(self, memory: Bytes, place, lanes, size: int, kind: int, pc: int, values=None, **more):
+    def log(
+        self, memory: Bytes, place, lanes, size: int, kind: int, pc: int, values=None, engine=0
+    ):
+        access = Access(place, lanes, size, kind, pc, values, self.stamp, self.first, engine)
         if isinstance(memory, Allocation):
             if self.checks.global_races:
-                access = Access(place, lanes, size, kind, pc, values, self.stamp, self.first)
                 memory.accesses.append(access)
                 self.logged += place.size
                 if self.logged > LONGEST_LOG:
                     self.check_global(last=False)
         elif memory is self.shared and self.checks.shared_races:
-            access = Access(place, lanes, size, kind, pc, values, self.stamp, self.first, **more)
             self.shared_log.append(access)
             self.logged_shared += place.size
             if self.logged_shared > LONGEST_LOG:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from . import tensor_map
-from .races import READ, WRITE, Stamp
+from .races import WRITE, Stamp
 from .types import i8, u1
 from .warp import space_of
 
@@ -37,8 +37,6 @@ class Copies:
         self.pending: list = []  # cp.async: (place, lanes, rows, group, pc)
         self.groups_made = np.zeros(self.lanes.size, np.int64)
         self.barriers: dict[int, Barrier] = {}
-        self.ticks = np.zeros(self.blocks, np.int64)  # of bulk copies
-        self.bulk_reads: list = []  # of shared memory, until wait_group
 
     # ---- cp.async
     def copy_async(self, to, to_offset, source, offset, n: int, have, mask, pc: int) -> None:
@@ -222,15 +220,12 @@ class Copies:
     def _arriving(self, a, rows, lane: int, barrier, at: int, pc: int) -> None:
         """Rows of 16 bytes that reach shared memory with the phase of an mbarrier."""
         self.executed[pc] = True
-        block, warp = lane // self.threads, lane // 32
-        self.ticks[block] += 1
-        clock = self.stamp.clock.copy()
-        clock[warp, -1] = self.ticks[block]
-        kept, self.stamp = self.stamp, Stamp(self.stamp.segment, clock)
+        warp, kept = lane // 32, self.stamp
+        self.stamp = self.started(lane, 1)
+        clock = self.stamp.clock[warp]
         pieces = list(self.pieces(space_of(a), a, 16, np.full(a.size, lane), pc))
         for memory, place, i in pieces:
-            who = np.full(place.size, lane)
-            self.log(memory, place, who, 16, WRITE, pc, rows[i], asynchronous=True)
+            self.log(memory, place, np.full(place.size, lane), 16, WRITE, pc, rows[i], engine=1)
             memory.mark(place, 16, 0)
         self.stamp = kept
         only = self.lanes == lane
@@ -238,7 +233,7 @@ class Copies:
             b = self.known(p, lanes, pc)
             if b is not None:
                 b.copies += [(place, rows[i]) for _, place, i in pieces]
-                b.clock = clock[warp] if b.clock is None else np.maximum(b.clock, clock[warp])
+                b.clock = clock if b.clock is None else np.maximum(b.clock, clock)
                 b.bytes -= rows.size
                 self._complete(b)
 
@@ -269,21 +264,17 @@ class Copies:
         """Shared rows of 16 bytes as the asynchronous proxy reads them."""
         self.executed[pc] = True
         who = np.full(a.size, lane)
-        rows = np.stack(self.read("shared", a, who, 8, 2, pc), 1)
+        kept, self.stamp = self.stamp, self.started(lane, 1)
+        rows = np.stack(self.read("shared", a, who, 8, 2, pc, engine=1), 1)
+        self.stamp = kept
         self.check_proxy(a, who, 16, pc)
-        if self.shared_log:
-            self.bulk_reads.append((lane, self.shared_log[-1]))
         return rows
 
     def wait_bulk(self, newest: int, mask, pc: int) -> None:
-        """Reads of the lanes' bulk stores last until here (groups are waited for together)."""
-        if newest:
-            return
-        here = self.standing(mask)
-        for lane, access in self.bulk_reads:
-            if here[lane]:
-                self.log(self.shared, access.place, access.lanes, access.size, READ, access.pc)
-        self.bulk_reads = [x for x in self.bulk_reads if not here[x[0]]]
+        """The lanes' bulk stores have read shared memory (groups are waited for together)."""
+        if newest == 0:
+            warps = np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+            self.waited(warps, 1, self.ticks[warps * 32 // self.threads, 1])
 
     def _of_lane(self, values: list, lane: int) -> list[int]:
         return [int(np.broadcast_to(v, self.lanes.shape)[lane]) for v in values]

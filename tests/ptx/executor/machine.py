@@ -126,7 +126,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             "local": Scratch("local", self.program.local_bytes, self.lanes),
             "param": Scratch("param", self.raw.size, 0 * self.lanes, self.raw),
         }
-        clock = np.zeros((size // 32, warps + 1), np.int64)
+        clock = np.zeros((size // 32, warps + 2), np.int64)
         clock[np.arange(size // 32), np.arange(size // 32) % warps] = 1
         self.stamp = Stamp(np.zeros(size, np.int32), clock)
         self.shared_log: list = []
@@ -135,6 +135,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.whole = bool(self.alive.all())
         self.waits: dict = {}
         self.arrived: dict = {}
+        self.ticks = np.zeros((blocks, 3), np.int64)  # of asynchronous work, by engine
         self.prepare_copies()
         self.prepare_groups()
         asynchronous = {"wgmma", "cp.async.bulk"} & self.program.opcodes
@@ -322,20 +323,35 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
     def meet(self, lanes) -> None:
         """Lanes that met at a barrier: what each did before happened before what follows."""
         warps = self.threads // 32
-        clock = self.stamp.clock.reshape(self.blocks, warps, warps + 1).copy()
+        clock = self.stamp.clock.reshape(self.blocks, warps, warps + 2).copy()
         come = lanes.reshape(self.blocks, warps, 32).any(2)
         top = np.where(come[:, :, None], clock, 0).max(1, keepdims=True)
         clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
         clock[:, np.arange(warps), np.arange(warps)] += come
-        self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 1))
+        self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 2))
+
+    def started(self, lane: int, engine: int) -> Stamp:
+        """The stamp of asynchronous work that a lane starts."""
+        clock = self.stamp.clock.copy()
+        self.ticks[lane // self.threads, engine] += 1
+        clock[lane // 32, -engine] = self.ticks[lane // self.threads, engine]
+        return Stamp(self.stamp.segment, clock)
+
+    def waited(self, warps, engine: int, ticks) -> None:
+        """These warps know of asynchronous work up to its ticks."""
+        clock = self.stamp.clock.copy()
+        clock[warps, -engine] = np.maximum(clock[warps, -engine], ticks)
+        self.stamp = Stamp(self.stamp.segment, clock)
 
     # ---- races
     def check_shared(self) -> None:
         log, self.logged_shared = self.shared_log, 0
-        known = self.stamp.clock[:, -1].reshape(self.blocks, -1).min(1)  # copies all have seen
+        # asynchronous work that not all have waited for is kept
+        known = self.stamp.clock[:, -2:].reshape(self.blocks, -1, 2).min(1)
         self.shared_log = [
-            a for a in log if a.asynchronous
-            and a.stamp.clock[a.lanes[0] // 32, -1] > known[a.lanes[0] // self.threads]
+            a for a in log if a.engine
+            and a.stamp.clock[a.lanes[0] // 32, -a.engine]
+            > known[a.lanes[0] // self.threads, -a.engine]
         ]  # fmt: skip
         self._report_races(self.shared, log)
 

@@ -21,8 +21,8 @@ READ, WRITE, ATOMIC = 0, 1, 2
 class Stamp:
     """Synchronisation so far: a segment for each lane, a vector clock for each warp.
 
-    clock[w, u]: up to which of its own ticks warp u of the same block is known to warp w; the last
-    column counts asynchronous copies.
+    clock[w, u]: up to which of its own ticks warp u of the same block is known to warp w. Two more
+    columns count asynchronous work, wgmma and bulk copies: known to those who waited for it.
     """
 
     __slots__ = ("clock", "segment")
@@ -45,7 +45,7 @@ class Access(NamedTuple):
     values: np.ndarray | None  # contiguous, size bytes a row
     stamp: Stamp
     first: int  # thread of the grid that is lane 0
-    asynchronous: bool = False
+    engine: int = 0  # 1: a bulk copy, 2: wgmma; it counts in that column from the end
 
 
 class Race(NamedTuple):
@@ -77,7 +77,7 @@ class Detector:
         seen = owner[granule]
         conflict = (seen >= 0) & (seen != who)
         owner[written] = -1
-        if any(a.asynchronous for a in log):  # a lane races with its own copies, too
+        if any(a.engine for a in log):  # a lane races with its own copies, too
             conflict |= np.isin(granule, written)
         if not conflict.any():
             return []
@@ -137,7 +137,7 @@ class Detector:
         number = {id(s): k for k, s in enumerate(stamps)}
         stamp = np.array([number[id(a.stamp)] for a in log])
         first = np.array([a.first for a in log])
-        own = np.array([a.asynchronous for a in log])
+        own = np.array([a.engine for a in log])
         lengths = {s.segment.size for s in stamps}
         width = max(lengths)
         segments = np.full((len(stamps), width), -1, np.int64)
@@ -149,12 +149,12 @@ class Detector:
         lx, ly = (tx - first[ex]) % width, (ty - first[ey]) % width
         sx, sy = stamp[ex], stamp[ey]
         wx, wy = lx >> 5, ly >> 5
-        column = np.where(own[ex], clocks.shape[2] - 1, wx % (self.threads >> 5))
+        column = np.where(own[ex] > 0, columns - own[ex], wx % (self.threads >> 5))
         known = clocks[sy, wy, column] >= clocks[sx, wx, column]
         warp = (tx >> 5) == (ty >> 5)
         by_warp = (tx == ty) | (segments[sx, lx] < segments[sy, ly])
         block = tx // self.threads == ty // self.threads
-        return block & np.where(warp & ~own[ex], by_warp, known)
+        return block & np.where(warp & (own[ex] == 0), by_warp, known)
 
 
 def folded(log: list[Access], length: int) -> list[Access]:

@@ -7,6 +7,7 @@ block registers are local variables; at its end those that live on are written b
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -145,16 +146,16 @@ class Program:
     def reads_and_writes(self, i: Instruction) -> tuple[set[str], set[str]]:
         reads, writes = set(), set()
         for n, operand in enumerate(i.operands):
-            written = n == 0 and not isinstance(operand, Address) and i.base not in NO_DESTINATION
-            words = operand if isinstance(operand, tuple) else (operand,)
-            if isinstance(operand, Address):
+            kind, words = type(operand), (operand,)
+            if kind is tuple:
+                words = operand
+            elif kind is Address:
                 words = (operand.base, *operand.coordinates)
-            elif isinstance(operand, Pair):
+            elif kind is Pair:
                 words = (operand.first, operand.second)
-            for word in words:
-                word = word.removeprefix("!")
-                if word in self.index:
-                    (writes if written else reads).add(word)
+            written = n == 0 and kind is not Address and i.base not in NO_DESTINATION
+            words = [w.lstrip("!") for w in words]
+            (writes if written else reads).update(w for w in words if w in self.index)
         if i.predicate:
             reads.add(i.predicate)
         if i.predicate or i.base == "wgmma":
@@ -390,6 +391,7 @@ class Writer:
         self.write(i.operands[0], value, types.name(kinds[result]), i)
 
 
+@functools.cache
 def immediate(text: str, want: str):
     """A literal as a NumPy scalar; hexadecimal floats are bits."""
     dtype = np.dtype(want)

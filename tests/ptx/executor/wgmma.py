@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 
 from .numeric import f32_of_bf16, f32_of_f16, tf32
-from .races import READ
 from .report import PtxError
 from .tensor_map import swizzled
 from .types import f4
@@ -21,8 +20,7 @@ class WarpGroups:
     """Needs of a machine: standing(), by lanes, shared memory with its checks."""
 
     def prepare_groups(self) -> None:
-        self.open_reads: list = []  # of shared memory, until the group is waited for
-        self.products_made = 0  # groups committed
+        self.committed: list[np.ndarray] = []  # ticks of each block by then
         self.unfinished: dict[str, int] = {}  # accumulators in flight: register to group
 
     def warpgroups(self, mask, pc: int) -> np.ndarray:
@@ -56,7 +54,7 @@ class WarpGroups:
         keep = np.broadcast_to(keep, self.lanes.shape).reshape(-1, 32)[warps][:, :1, None]
         total = np.where(keep, old, f4(0)) + product
         for name in names:
-            self.unfinished[name] = self.products_made
+            self.unfinished[name] = len(self.committed)
         results = []
         for x, before in zip(scattered(total, into), d, strict=True):
             x = self.to_lanes(x, warps)
@@ -73,9 +71,11 @@ class WarpGroups:
             self.find("barrier", pc, "the descriptor differs within a warpgroup", groups * 128)
         places = np.stack([layout(int(w), rows, k, size, transposed) for w in words[:, 0]])
         who = np.repeat(groups * 128, rows * k)
-        x = self.read("shared", places.ravel(), who, size, 1, pc)[0]
-        if self.shared_log:
-            self.open_reads.append((self.products_made, self.shared_log[-1]))
+        kept = self.stamp
+        for lane in groups * 128:
+            self.stamp = self.started(int(lane), 2)
+        x = self.read("shared", places.ravel(), who, size, 1, pc, engine=2)[0]
+        self.stamp = kept
         self.check_proxy(places.ravel(), who, size, pc)
         if kind == "tf32":
             x = tf32(x, "rz")
@@ -84,16 +84,15 @@ class WarpGroups:
         return x.reshape(-1, rows, k)
 
     def commit_products(self, mask, pc: int) -> None:
-        self.products_made += 1
+        self.committed.append(self.ticks[:, 2].copy())
 
     def wait_products(self, newest: int, mask, pc: int) -> None:
         """All groups but the newest are done: accumulators may be read, operands written."""
-        done = self.products_made - newest
+        done = len(self.committed) - newest
         self.unfinished = {r: g for r, g in self.unfinished.items() if g >= done}
-        for group, access in self.open_reads:
-            if group < done:
-                self.log(self.shared, access.place, access.lanes, access.size, READ, access.pc)
-        self.open_reads = [x for x in self.open_reads if x[0] >= done]
+        if done > 0:
+            warps = np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+            self.waited(warps, 2, self.committed[done - 1][warps * 32 // self.threads])
 
     def accumulator_read(self, name: str, mask, pc: int) -> None:
         if name in self.unfinished and self.checks.proxies:
