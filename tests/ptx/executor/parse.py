@@ -65,8 +65,13 @@ class Instruction:
     def __post_init__(self):
         self.base = self.parts[0]
 
-    def types(self) -> list[str]:
-        return [part for part in self.parts[1:] if part in types.TYPES]
+    def types(self) -> tuple[str, ...]:
+        return _types(self.parts)
+
+
+@functools.cache
+def _types(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in parts[1:] if part in types.TYPES)
 
 
 @dataclass(frozen=True)
@@ -179,7 +184,7 @@ class Body:
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self._scopes: list[dict[str, str]] = [{}]
-        self._renamed = 0
+        self._renamed, self._operands = 0, {}
         self._branches: list[tuple[Instruction, list[dict[str, str]]]] = []
         self._read(*kernel.span)
         for instruction, scopes in self._branches:
@@ -249,6 +254,13 @@ class Body:
         return word
 
     def _operand(self, text: str, line: int) -> Operand:
+        if any(self._scopes):
+            return self._read_operand(text, line)
+        if text not in self._operands:
+            self._operands[text] = self._read_operand(text, line)
+        return self._operands[text]
+
+    def _read_operand(self, text: str, line: int) -> Operand:
         if text.startswith("{"):
             return tuple(self._word(part) for part in _split(text[1:-1]))
         if text.startswith("["):

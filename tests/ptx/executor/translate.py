@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,6 +177,10 @@ class Program:
                 done |= writes
             used.append(before)
             defined.append(done)
+        # what one block alone touches is not followed
+        touched = Counter(r for a, b in zip(used, defined, strict=True) for r in a | b)
+        wide = {r for r, n in touched.items() if n > 1}
+        used, defined = ([x & wide for x in y] for y in (used, defined))
         count = len(self.blocks)
         follow: list[list[int]] = [[] for _ in range(count)]
         for k, block in enumerate(self.blocks):
