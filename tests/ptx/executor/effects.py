@@ -272,13 +272,11 @@ class Effects(Moves):
         load = any(w.startswith("mbarrier") for w in words)
         to, source, *rest = (self.address(x) if isinstance(x, Address) else x for x in i.operands)
         if "tensor" in words:
-            place = self.values(i.operands[1 if load else 0].coordinates, "s32")
-            method = "tensor_load" if load else "tensor_store"
-            self.call(i, pc, method, to, source, place, *rest[:1] if load else ())
+            extent = self.values(i.operands[1 if load else 0].coordinates, "s32")
         else:
-            barrier = rest[1:2] if load else ()
-            place = (to, source, self.read(rest[0], "s32"), *barrier)
-            self.call(i, pc, "bulk_load" if load else "bulk_store", *place)
+            extent = self.read(rest.pop(0), "s32")
+        barrier = rest[:1] if load else ()
+        self.call(i, pc, "bulk_load" if load else "bulk_store", to, source, extent, *barrier)
 
     def op_mbarrier(self, i: Instruction, pc: int) -> None:
         how, operands, parity = i.parts[1], list(i.operands), "parity" in i.parts

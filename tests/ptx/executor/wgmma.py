@@ -51,7 +51,7 @@ class WarpGroups:
         product = np.matmul(left * f4(negate[0]), (right * f4(negate[1])).swapaxes(1, 2))
         product = product.reshape(-1, 16, n)
         old = accumulator([self.by_warp(x, warps) for x in d], into, 16, n)
-        keep = np.broadcast_to(keep, self.lanes.shape).reshape(-1, 32)[warps][:, :1, None]
+        keep = self.full(keep).reshape(-1, 32)[warps][:, :1, None]
         total = np.where(keep, old, f4(0)) + product
         for name in names:
             self.unfinished[name] = len(self.committed)
