@@ -141,7 +141,7 @@ class Moves(Writer):
                     raise PtxError("rounding other than to nearest")
                 return f"rounded32(array({x}).astype(f8), {mode!r})", t
             x = f"array({x}).astype({t})"
-            return (f"saturate({x})" if "sat" in words else x), t
+            return (f"np.fmin(np.fmax({x}, 0), 1)" if "sat" in words else x), t
         if kind in floats:
             mode = next(w for w in TO_INTEGER if w in words)
             return f"float_to_int({x}, {t}, {mode!r})", t
@@ -151,7 +151,7 @@ class Moves(Writer):
         if held not in types.FLOATS:
             x = f"array({x}).astype(f8)"
         x = f"np.maximum({x}, f4(0))" if "relu" in words else x
-        x = f"saturate({x})" if "sat" in words else x
+        x = f"np.fmin(np.fmax({x}, 0), 1)" if "sat" in words else x
         directed = next((w for w in ("rz", "rm", "rp") if w in words), None)
         if directed:
             return f"directed({x}, {into}_bits, f32_of_{into}, {directed!r})"

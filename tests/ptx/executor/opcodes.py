@@ -2,8 +2,8 @@
 """Opcodes without side effects: one row each.
 
 A row is an expression of the operands {0}, {1}, ..., their types and the result's type:
-t the instruction's type, s that type without regard to sign, w twice as wide, u and i 32 bits
-without and with sign, p a predicate. {t} is the NumPy type of the instruction's type. A key may
+t the instruction's type, s and n that type as signed and unsigned, w twice as wide, u and i 32
+bits unsigned and signed, p a predicate. {t} is the NumPy type of the instruction's type. A key may
 name a modifier (mul.hi) and a class of types (:f floats); the most special key is taken.
 Halves are computed in float32 and rounded once.
 """
@@ -23,15 +23,15 @@ TABLE = {
     "mad": ("{0} * {1} + {2}", "sss", "s"),
     "mad.hi": ("multiply_high({0}, {1}) + {2}", "ttt", "t"),
     "mad.wide": ("{0}.astype({w}) * {1}.astype({w}) + {2}", "ttw", "w"),
-    "mad:f32": ("fma32({0}, {1}, {2})", "ttt", "t"),
+    "mad:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
     "mad:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
-    "fma:f32": ("fma32({0}, {1}, {2})", "ttt", "t"),
+    "fma:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
     "fma:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
     "fma:f": ("{0}.astype(f8) * {1} + {2}", "ttt", "t"),
     "sad": ("np.maximum({0}, {1}) - np.minimum({0}, {1}) + {2}", "ttt", "t"),
     "div": ("divide({0}, {1})", "tt", "t"),
     "div:f": ("{0} / {1}", "tt", "t"),
-    "rem": ("remainder({0}, {1})", "tt", "t"),
+    "rem": ("{0} - divide({0}, {1}) * {1}", "tt", "t"),
     "abs": ("np.abs({0})", "t", "t"),
     "neg": ("-{0}", "s", "s"),
     "min": ("np.minimum({0}, {1})", "tt", "t"),
@@ -66,8 +66,8 @@ TABLE = {
     "shf.r.clamp": ("funnel({0}, {1}, {2}, False, False)", "iiu", "i"),
     "lop3": ("any_logic({0}, {1}, {2}, {3})", "iiii", "i"),
     "prmt": ("permute({0}, {1}, {2})", "iii", "i"),
-    "clz": ("leading_zeros({0})", "s", "i"),
-    "popc": ("bits_set({0})", "s", "i"),
+    "clz": ("leading_zeros({0})", "n", "i"),
+    "popc": ("np.bitwise_count({0}).astype(i4)", "n", "i"),
     "bfind": ("highest_bit({0}, False)", "t", "i"),
     "bfind.shiftamt": ("highest_bit({0}, True)", "t", "i"),
     "brev": ("reversed_bits({0})", "s", "s"),

@@ -381,6 +381,7 @@ class Writer:
         if kind in types.HALVES and not half:
             kind = f"s{types.bits(kind)}"
         kinds = {"t": kind, "s": types.signless(kind), "u": "u32", "i": "s32", "p": "pred"}
+        kinds["n"] = f"u{types.bits(kind)}"
         if "w" in letters + result:
             kinds["w"] = f"{kind[0]}{2 * int(kind[1:])}"
         sources = [
@@ -391,7 +392,7 @@ class Writer:
         names["w"] = types.name(kinds["w"]) if "w" in kinds else ""
         value = f"({template.format(*sources, **names)})"
         value = f"np.maximum({value}, f4(0))" if "relu" in i.parts else value
-        value = f"saturate({value})" if "sat" in i.parts else value
+        value = f"np.fmin(np.fmax({value}, 0), 1)" if "sat" in i.parts else value
         value = self.narrowed(value, kind) if half and result in "ts" else value
         self.write(i.operands[0], value, types.name(kinds[result]), i)
 
