@@ -31,6 +31,31 @@ ATOMICS = {
     "dec": "where((o == 0) | (o > b), b, o - o.dtype.type(1))",
     "cas": "where(o == b, c, o)",
 }
+# method of the machine, types of the operands: t that of the instruction, i 32 bits, p a predicate
+WARP_LEVEL = {
+    "shfl": ("shuffle", "iiii"),
+    "vote": ("vote", "pi"),
+    "match": ("match", "ti"),
+    "redux": ("reduce", "ti"),
+    "elect": ("elect", "i"),
+    "activemask": ("active_mask", ""),
+}
+HOW = {
+    "up",
+    "down",
+    "bfly",
+    "idx",
+    "any",
+    "all",
+    "uni",
+    "ballot",
+    "add",
+    "min",
+    "max",
+    "and",
+    "or",
+    "xor",
+}
 WITHOUT_EFFECT = (
     *("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "membar", "setmaxnreg"),
     *("griddepcontrol", "brkpt", "pmevent", "createpolicy"),
@@ -129,39 +154,21 @@ class Effects(Moves):
             self.call(i, pc, "fence_proxy")
 
     # ---- lanes of a warp
-    def pair(self, i: Instruction, have: str) -> list[tuple[str, str]]:
-        """A target of the given type, and a predicate beside it or none."""
-        target = i.operands[0]
-        first, second = (target.first, target.second) if isinstance(target, Pair) else (target, "_")
-        return [(first, have), (second, "?")]
-
     def op_shfl(self, i: Instruction, pc: int) -> None:
-        how = next(p for p in i.parts if p in ("up", "down", "bfly", "idx"))
-        values = [self.read(x, "s32") for x in (*i.operands[1:], "-1")][:4]
-        self.call(i, pc, "shuffle", repr(how), *values, give=self.pair(i, "i4"))
+        """Results are a value and a predicate beside it, `a|p`, or the first alone."""
+        method, letters = WARP_LEVEL[i.base]
+        how = [repr(p) for p in i.parts if p in HOW]
+        kind = next(iter(i.types()), "b32")
+        kinds = {"t": f"u{kind[1:]}" if kind[0] == "b" else kind, "i": "s32", "p": "pred"}
+        operands = (*i.operands[1:], *["-1"] * (i.base == "shfl"))
+        values = [self.read(x, kinds[t]) for t, x in zip(letters, operands, strict=False)]
+        target, have = i.operands[0], "?" if kind == "pred" else types.name(kinds["t"])
+        target = target if isinstance(target, Pair) else Pair(target, "_")
+        have = "i4" if i.base in ("shfl", "match", "elect") else have
+        give = [(target.first, have), (target.second, "?")]
+        self.call(i, pc, method, *how, *values, give=give)
 
-    def op_vote(self, i: Instruction, pc: int) -> None:
-        target, p, members = i.operands
-        how = i.parts[2]
-        values = self.read(p, "pred"), self.read(members, "s32")
-        give = [(target, "i4" if how == "ballot" else "?")]
-        self.call(i, pc, "vote", repr(how), *values, give=give)
-
-    def op_match(self, i: Instruction, pc: int) -> None:
-        values = self.read(i.operands[1], i.types()[-1]), self.read(i.operands[2], "s32")
-        self.call(i, pc, "match", repr(i.parts[1]), *values, give=self.pair(i, "i4"))
-
-    def op_redux(self, i: Instruction, pc: int) -> None:
-        target, a, members = i.operands
-        kind = i.types()[-1].replace("b", "u")
-        values = self.read(a, kind), self.read(members, "s32")
-        self.call(i, pc, "reduce", repr(i.parts[2]), *values, give=[(target, types.name(kind))])
-
-    def op_elect(self, i: Instruction, pc: int) -> None:
-        self.call(i, pc, "elect", self.read(i.operands[1], "s32"), give=self.pair(i, "i4"))
-
-    def op_activemask(self, i: Instruction, pc: int) -> None:
-        self.write(i.operands[0], f"M.active_mask({self.mask(i)})", "i4", i)
+    op_vote = op_match = op_redux = op_elect = op_activemask = op_shfl
 
     # ---- barriers
     def op_bar(self, i: Instruction, pc: int) -> None:

@@ -138,8 +138,8 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.ticks = np.zeros((blocks, 3), np.int64)  # of asynchronous work, by engine
         self.prepare_copies()
         self.prepare_groups()
-        asynchronous = {"wgmma", "cp.async.bulk"} & self.program.opcodes
-        self.proxy = Proxy(self.shared.shadow.size, size) if asynchronous else None
+        needed = self.program.asynchronous
+        self.proxy = Proxy(self.shared.shadow.size, size) if needed else None
 
     def _special(self, thread, block) -> dict[str, np.ndarray]:
         special, n = {}, np.int32
@@ -172,8 +172,8 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             block = program.blocks[k]
             active = self.lanes.size if mask is None else int(np.count_nonzero(mask))
             mask = None if active == self.lanes.size else mask
-            report.steps += block.count
-            report.thread_instructions += block.count * active
+            report.steps += block.end - block.start
+            report.thread_instructions += (block.end - block.start) * active
             self.executed[block.always] = True
             function = block.function or program.function(block)
             self.stalled = None

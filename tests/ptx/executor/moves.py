@@ -43,27 +43,6 @@ class Moves(Writer):
         else:
             self.write(target, first, "?", i)
 
-    def op_set(self, i: Instruction, pc: int) -> None:
-        into, kind = i.types()
-        value = self.compared(i, kind, *i.operands[1:3])
-        combine = next((p for p in i.parts if p in ("and", "or", "xor")), None)
-        if combine:
-            sign = {"and": "&", "or": "|", "xor": "^"}[combine]
-            value = f"({value} {sign} {self.read(i.operands[3], 'pred')})"
-        if into in ("f16x2", "bf16x2"):
-            one = "0x3C00" if into == "f16x2" else "0x3F80"
-            value, have = f"packed(where({value}, i2({one}), i2(0)))", "i4"
-        elif into in ("f16", "bf16"):
-            one = "0x3C00" if into == "f16" else "0x3F80"
-            value, have = f"where({value}, i2({one}), i2(0))", "i2"
-        elif kind.endswith("x2"):
-            value, have = f"packed(-{value}.astype(i2))", "i4"
-        elif into == "f32":
-            value, have = f"{value}.astype(f4)", "f4"
-        else:
-            value, have = f"(-{value}.astype(i4))", "i4"
-        self.write(i.operands[0], value, have, i)
-
     # ---- moves
     def op_mov(self, i: Instruction, pc: int) -> None:
         kind, target, source = i.types()[-1], i.operands[0], i.operands[1]

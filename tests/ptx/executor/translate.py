@@ -37,10 +37,6 @@ def is_barrier(instruction: Instruction) -> bool:
     return False
 
 
-def is_guarded(i: Instruction) -> bool:
-    return i.predicate is not None and i.base in ("ld", "st", "atom", "red")
-
-
 def is_plain(i: Instruction) -> bool:
     """Whether a move has one source and one target."""
     return all(isinstance(x, str) for x in i.operands)
@@ -62,10 +58,6 @@ class Block:
     reduction: tuple[str, int, str] | None = None  # of bar.red: operation, register, type
     always: slice | np.ndarray | None = None  # instructions reached whenever the block is
 
-    @property
-    def count(self) -> int:
-        return self.end - self.start
-
 
 class Program:
     """Basic blocks of a kernel, its registers and its variables' places."""
@@ -73,15 +65,11 @@ class Program:
     def __init__(self, kernel: Kernel):
         self.kernel, self.body = kernel, kernel.body
         self.index = {name: i for i, name in enumerate(self.body.registers)}
-        self.zeros = [
-            np.dtype("?" if t == "?" else "i8" if t == "pair" else t).type(0)
-            for t in self.body.registers.values()
-        ]
+        self.zeros = [np.dtype(t).type(0) for t in self.body.registers.values()]
         self.symbols: dict[str, tuple[str, int]] = {}  # name to (space, address)
         self.dynamic_start = 0  # of shared memory
         self._place_variables()
-        self.opcodes = {i.base for i in self.body.code}
-        self.opcodes |= {".".join(i.parts[:3]) for i in self.body.code if i.base == "cp"}
+        self.asynchronous = any(i.base == "wgmma" or "bulk" in i.parts for i in self.body.code)
         self.accumulators = self._accumulators()
         self.blocks = self._cut()
         for block, live in zip(self.blocks, self._live_out(), strict=True):
@@ -138,9 +126,11 @@ class Program:
             elif is_barrier(last):
                 block.kind = "barrier"
             # under a predicate loads and stores count as reached only where it holds
-            always = [k for k in range(block.start, block.end) if not is_guarded(code[k])]
-            whole = len(always) == block.count
-            block.always = slice(block.start, block.end) if whole else np.array(always)
+            memory = ("ld", "st", "atom", "red")
+            always = [not (i.predicate and i.base in memory) for i in body]
+            block.always = np.flatnonzero(always) + block.start
+            if all(always):
+                block.always = slice(block.start, block.end)
         blocks.append(Block(len(code), len(code), "exit", always=slice(0, 0)))
         return blocks
 
@@ -201,7 +191,7 @@ class Program:
 
     # ---- code
     def _translate(self, block: Block, live: set[str]) -> None:
-        from .effects import Effects
+        from .effects import Effects  # which needs Writer
 
         writer = Effects(self)
         result = "None"

@@ -34,8 +34,6 @@ def name(ptx: str) -> str:
 
 def register(ptx: str) -> str:
     """NumPy name of the registers that hold a PTX type."""
-    if ptx == "b128":
-        return "pair"
     return REGISTERS.get(NAMES[ptx], NAMES[ptx])
 
 

@@ -55,8 +55,8 @@ class WarpLevel:
         words = (p.reshape(-1, 32).astype(u4) << BITS).sum(1, dtype=u4)
         return words[self.warp_of]
 
-    def active_mask(self, mask) -> np.ndarray:
-        return self.ballot(self.standing(mask)).view(i4)
+    def active_mask(self, mask, pc: int):
+        return self.ballot(self.standing(mask)), None
 
     def sync_warp(self, members, mask, pc: int) -> None:
         self.demand(members, mask, pc)
@@ -96,8 +96,9 @@ class WarpLevel:
         here, p = self.standing(mask), np.broadcast_to(p, self.lanes.shape)
         yes, all_of = self.ballot(p & here), self.ballot(here)
         if how == "ballot":
-            return [yes.view(i4)]
-        return [{"any": yes != 0, "all": yes == all_of, "uni": (yes == 0) | (yes == all_of)}[how]]
+            return yes, None
+        every = yes == all_of
+        return {"any": yes != 0, "all": every, "uni": (yes == 0) | every}[how], None
 
     def match(self, how: str, a, members, mask, pc: int):
         self.demand(members, mask, pc)
@@ -110,7 +111,7 @@ class WarpLevel:
         whole = words == self.ballot(here.reshape(-1))
         return np.where(whole, words, u4(0)).view(i4), whole
 
-    def reduce(self, how: str, a, members, mask, pc: int) -> list:
+    def reduce(self, how: str, a, members, mask, pc: int):
         """redux: over the lanes that stand here and share a member mask."""
         self.demand(members, mask, pc)
         a = self.full(a)
@@ -126,7 +127,7 @@ class WarpLevel:
         starts = np.flatnonzero(np.r_[True, np.diff(inverse[order]) != 0])
         out = np.zeros_like(a)
         out[here] = function.reduceat(a[here][order], starts)[inverse]
-        return [out]
+        return out, None
 
     def elect(self, members, mask, pc: int):
         """The lowest lane of the members, and whether this lane is it."""
