@@ -9,6 +9,7 @@ is taken instead. The one state is which function the launchers ask, `choosing` 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -345,16 +346,23 @@ def images_at_a_time(B: int, K: int) -> int:
     return min(B, max(1, WORKSPACE_ROWS // K))
 
 
+FINISH = 16  # a second launch costs about so many steps of rational_head
+
+
+@functools.lru_cache(maxsize=4096)
 def head_splits(programs: int, D: int, tile: HeadTile, target: Target) -> tuple[int, int]:
     """(columns of one split, number of splits) of rational_head's forward.
 
-    A second launch costs as much as some dozens of steps, so short problems are not split; others
-    are, while their programs do not fill a device.
+    The number that is done first: waves * steps of a program, and a second launch where there is
+    more than one; of equals the least.
     """
     interpreted = target.backend == "interpreter"
-    tiles = triton.cdiv(D, tile.block_n)
-    short = tiles * triton.cdiv(D, tile.block_d) <= (3 if interpreted else 64)
-    wanted = 4 if interpreted else 128
-    splits = 1 if short else min(tiles, triton.cdiv(wanted, programs))
-    columns = triton.cdiv(tiles, splits) * tile.block_n
-    return columns, triton.cdiv(D, columns)
+    at_once, finish = (4, 1) if interpreted else (multiprocessors(target), FINISH)
+    tiles, steps = triton.cdiv(D, tile.block_n), triton.cdiv(D, tile.block_d)
+    chosen, least = tiles, math.inf
+    for held in range(tiles, 0, -1):
+        splits = triton.cdiv(tiles, held)
+        cost = triton.cdiv(programs * splits, at_once) * held * steps + finish * (splits > 1)
+        if cost < least:
+            chosen, least = held, cost
+    return chosen * tile.block_n, triton.cdiv(tiles, chosen)

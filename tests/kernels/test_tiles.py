@@ -134,3 +134,22 @@ def test_offsets_take_32_bits_where_a_matrix_allows_it():
     assert _configs.wide(torch.empty(4, 4), strided(1, 1, 2**23, 1))
     assert _configs.wide(torch.empty(1).expand(2**31 - 256, 1))
     assert not _configs.wide(torch.empty(1).expand(2**31 - 600, 1))
+
+
+@pytest.mark.parametrize(
+    ("programs", "D", "splits"),
+    [
+        # 64 steps by an image each on a quarter of the device, or 16 by four programs and a finish
+        (32, 512, 4),
+        (1, 512, 8),
+        (128, 512, 1),  # the device is full
+        (512, 1024, 1),
+        (16, 128, 1),  # four steps: shorter than a second launch
+    ],
+)
+def test_columns_of_the_head_are_split_where_that_is_done_first(programs, D, splits):
+    tile = _tiles.HeadTile(64, 64, 64, 8, 3)
+    columns, number = _tiles.head_splits(programs, D, tile, TARGETS["sm_90"])
+    assert number == splits
+    assert columns % tile.block_n == 0
+    assert (number - 1) * columns < D <= number * columns

@@ -71,7 +71,7 @@ VECTORS = [
     ("neighbour", {}, lambda: X[T ^ 1], []),
     ("neighbour_no_sync", {}, lambda: X[T ^ 1], ["race"]),
     ("shared_shifted", {"shared": 516}, lambda: X[:128], []),
-    ("shared_shifted", {"shared": 512}, None, ["bounds", "uninitialised"]),
+    ("shared_shifted", {"shared": 512}, None, ["bounds"]),
     ("shared_unwritten", {}, None, ["uninitialised"]),
     ("misaligned", {}, None, ["alignment"]),
     ("shuffle_sum", {}, lambda: np.repeat(X[:128].reshape(4, 32).sum(1), 32), []),
@@ -233,7 +233,13 @@ def test_a_product_in_tf32(run):
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("group", []), ("group_rs", []), ("group_no_fence", ["proxy"]), ("group_no_wait", ["proxy"])],
+    [
+        ("group", []),
+        ("group_rs", []),
+        ("group_no_fence", ["proxy"]),
+        ("group_no_wait", ["proxy"]),
+        ("group_overwritten", ["race"]),
+    ],
 )
 def test_a_product_of_a_warpgroup(run, name, kinds):
     a, b, c = floats(64, 16, t="f2"), floats(8, 16, t="f2", seed=1), np.zeros((64, 8), "f4")

@@ -34,6 +34,10 @@ class Bytes:
         self.shadow_words = views(self.shadow)
         self.whole = written  # every byte was written
 
+    def offset(self, place: int) -> int:
+        """A place as it is told to people."""
+        return place
+
     def gather(self, index: np.ndarray, n: int, v: int) -> list[np.ndarray]:
         """v words of n bytes at each place (in bytes)."""
         size = n * v
@@ -91,17 +95,16 @@ class Allocation(Bytes):
         super().__init__(start, np.frombuffer(raw, np.uint8), initialised)
         self.address, self.size, self.name = address, size, name
         self.accesses: list = []  # of the launch in progress, for the check of races
-        self.folded = None
 
     def of(self, address: int, size: int) -> np.ndarray:
         return self.shadow[address - self.start : address - self.start + size]
 
+    def offset(self, place: int) -> int:
+        return place + self.start - self.address
+
     def __str__(self) -> str:
-        return (
-            f"buffer {self.name!r} of {self.size} bytes"
-            if self.name
-            else (f"buffer of {self.size} bytes")
-        )
+        name = f"{self.name!r} " if self.name else ""
+        return f"buffer {name}of {self.size} bytes"
 
 
 class Memory:
@@ -149,12 +152,20 @@ class Memory:
 class Scratch(Bytes):
     """The same number of bytes for each unit in flight: shared of blocks, local of lanes."""
 
-    def __init__(self, size: int, units: np.ndarray, written: bool = False):
-        self.size = size
+    def __init__(self, name: str, size: int, units: np.ndarray, data: np.ndarray | None = None):
+        self.name, self.size = name, size
         self.stride = max(16, -(-size // 16) * 16)
-        count = int(units[-1]) + 1 if units.size else 0
+        count = int(units[-1]) + 1
         room = np.empty(count * self.stride + 16, np.uint8)
         room = room[-room.ctypes.data % 16 :][: count * self.stride]
         room[:] = 0xFF
-        super().__init__(0, room, written)
+        if data is not None:
+            room[:size] = data
+        super().__init__(0, room, data is not None)
         self.base = units.astype(np.int64) * self.stride  # by lane
+
+    def offset(self, place: int) -> int:
+        return place % self.stride
+
+    def __str__(self) -> str:
+        return self.name

@@ -20,7 +20,6 @@ NAMES = {
     **{f"b{8 * n}": f"i{n}" for n in (1, 2, 4, 8)},
     **{"b8": "u1", "f32": "f4", "f64": "f8", "tf32": "f4", "pred": "?"},
     **{"f16": "i2", "bf16": "i2", "f16x2": "i4", "bf16x2": "i4"},
-    **{"e4m3": "u1", "e5m2": "u1", "e4m3x2": "i2", "e5m2x2": "i2"},
 }
 TYPES = frozenset(NAMES) | {"b128"}
 HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
@@ -35,8 +34,6 @@ def name(ptx: str) -> str:
 
 def register(ptx: str) -> str:
     """NumPy name of the registers that hold a PTX type."""
-    if ptx == "b128":
-        return "pair"
     return REGISTERS.get(NAMES[ptx], NAMES[ptx])
 
 
