@@ -64,15 +64,16 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
 
     includes = cpp_extension.include_paths(device_type=device)  # pybind11's headers among them
     strict = ["-Werror"] * (os.environ.get("VTCLIP_WERROR") == "1")
-    # Python's own flags ask for debug information, five times the code; a sanitizer's CFLAGS may
-    keep = "-g" in os.environ.get("CFLAGS", "")
+    keep = "-g" in os.environ.get("CFLAGS", "")  # else what Python's own flags ask for is dropped
     host = ["-O3", *["-g0"] * (not keep), "-Wall", "-Wextra", *strict]
     flags = {
         "cxx": [*host, *(f"-isystem{path}" for path in includes)],
         # -O is the launchers' alone, ptxas always optimises
         "nvcc": ["-O1", "-Xfatbin=-compress-all", "-DUSE_CUDA=1"],
     }
-    flags["nvcc"] += [*(f"-isystem={path}" for path in includes), *(arches.flags if arches else ())]
+    flags["nvcc"] += [f"-isystem={path}" for path in includes]
+    if arches:  # given here: torch gives none where "arch" occurs in any flag, as in a path
+        flags["nvcc"] += arches.flags or cpp_extension._get_cuda_arch_flags()
 
     def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
         return Extension(

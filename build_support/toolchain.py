@@ -55,7 +55,7 @@ def visible_gpus() -> list[tuple[int, int]]:
 
 
 class Architectures(NamedTuple):
-    """TORCH_CUDA_ARCH_LIST, why it is so, and flags of nvcc where torch has no say."""
+    """TORCH_CUDA_ARCH_LIST, why, and nvcc's flags where they are not what torch makes of it."""
 
     names: str
     why: str

@@ -137,11 +137,16 @@ def test_without_a_gpu_the_default_is_compiled_and_said(built):
     assert "for 8.0+PTX;9.0 (no GPU is visible)" in printed
 
 
-def test_a_list_of_architectures_wins(built):
+def test_a_list_of_architectures_wins(built, tmp_path):
+    """Also where torch lies in a folder whose name holds "arch", for which it gives no flags."""
     build, _, _ = built
     if build.env["VTCLIP_EXT"] == "cpu":
         pytest.skip("this torch is a CPU build")
-    printed, calls = build(TORCH_CUDA_ARCH_LIST="7.5;9.0+PTX")
+    (tmp_path / "research").mkdir()
+    (tmp_path / "research" / "torch").symlink_to(Path(torch.__file__).parent)
+    paths = os.pathsep.join([str(tmp_path / "research"), os.environ.get("PYTHONPATH", "")])
+    printed, calls = build(TORCH_CUDA_ARCH_LIST="7.5;9.0+PTX", PYTHONPATH=paths)
+    assert "research/torch/include" in " ".join(calls)
     for call in calls:
         if call.startswith("nvcc"):
             codes = set(re.findall(r"code=(\w+)", call.replace("arch=", " ")))
@@ -155,7 +160,7 @@ GPUS = "the visible GPUs; nvcc or vtclip has no code of its own for "
 @pytest.mark.parametrize(
     ("listed", "given", "wanted"),
     [
-        ("8.0\n9.0\n8.0\n", "", ("8.0+PTX;9.0", "the visible GPUs")),
+        ("8.0\n9.0\n8.0\n", "", ("8.0;9.0+PTX", "the visible GPUs")),
         ("12.0\n", "", ("12.0+PTX", "the visible GPUs")),
         ("9.0\n", "7.5", ("7.5", "TORCH_CUDA_ARCH_LIST")),
         ("", "", ("8.0+PTX;9.0", "no GPU is visible")),
