@@ -47,7 +47,7 @@ TILES = {
     ),
 }
 # {body: kilobytes}: one copy of the code for rows in vectors, one for rows by elements
-ROWS = {"NormGradient<BFloat16>": 42, "NormForward<BFloat16>": 71}
+ROWS = {"NormGradient<BFloat16>": 37, "NormForward<BFloat16>": 65}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,11 @@ def test_statistics_read_a_row_at_once(sm_90):
 def test_a_row_of_the_norm_is_read_in_one_step(sm_90):
     # input, text; image, weight, bias: once in the code, without a branch between them
     assert sm_90["NormGradient<BFloat16>"].count("LDG.E.128") == 5
+
+
+@pytest.mark.parametrize("body", ROWS)
+def test_rows_leave_room_for_blocks(sm_90, body):
+    assert sm_90[body].blocks_per_sm >= 4
 
 
 def test_before_sm_80_tiles_pass_through_registers(compile_bodies):

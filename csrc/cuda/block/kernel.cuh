@@ -19,15 +19,8 @@ int64_t shared_bytes() {
   return counter.bytes();
 }
 
-// Blocks of Body that registers leave room for on an SM, if it asks.
 template <class Body>
-constexpr int resident_blocks() {
-  if constexpr (requires { Body::kResident; }) return Body::kResident;
-  return 1;
-}
-
-template <class Body>
-__global__ void __launch_bounds__(Body::kWarps* kWarpSize, resident_blocks<Body>())
+__global__ void __launch_bounds__(Body::kWarps* kWarpSize, 1)
     body_kernel(const __grid_constant__ typename Body::Args args) {
   extern __shared__ __align__(128) unsigned char raw[];
   Shared shared(raw);

@@ -242,7 +242,6 @@ template <class T, class Input>
 struct NormRowGradient {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4, kColumns = kGroup<T>;
-  static constexpr int kResident = Input::kBias ? 2 : 3;  // more would spill
   struct Args : NormArgs<T, Input> {
     Rows<const T> d_logits;  // [B, K]
     T* d_input;              // [B, K, C], contiguous: written

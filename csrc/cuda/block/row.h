@@ -51,9 +51,13 @@ class Row {
         for (int e = 0; e < kSize; ++e) to[at + e] = static_cast<Acc>(packed.element[e]);
       }
     } else {
+      // one address after the other: all of them would be kept over loops, and spill
+      const int left = static_cast<int>(lesser<int64_t>(N, n_ - first));
+      T* at = base_ + first * stride_;
       VTCLIP_UNROLL
       for (int e = 0; e < N; ++e) {
-        to[e] = first + e < n_ ? static_cast<Acc>(base_[(first + e) * stride_]) : 0;
+        to[e] = e < left ? static_cast<Acc>(*at) : 0;
+        if (e + 1 < left) at += stride_;
       }
     }
   }
@@ -78,9 +82,13 @@ class Row {
         *reinterpret_cast<Packed*>(base_ + first + at) = packed;
       }
     } else {
+      const int left = static_cast<int>(lesser<int64_t>(N, n_ - first));
+      T* at = base_ + first * stride_;
       VTCLIP_UNROLL
       for (int e = 0; e < N; ++e) {
-        if (first + e < n_) base_[(first + e) * stride_] = static_cast<Element>(from[e]);
+        if (e >= left) break;
+        *at = static_cast<Element>(from[e]);
+        at += stride_;
       }
     }
   }
