@@ -97,6 +97,17 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_dot(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b. Of float32 without tensor cores a @ b is summed by itself and then added.
+
+    As one chain over all steps, each product would be rounded with the whole sum.
+    """
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        return tl.fma(dot(a, b, PRECISION), 1.0, acc)  # a sum would be made one chain again
+    return acc + dot(a, b, PRECISION)
+
+
+@triton.jit
 def attended(mask_ptr, offs_l, stride_l, L, HAS_MASK: tl.constexpr):
     """[BLOCK_L] bool: the column exists and may be attended to."""
     keep = offs_l < L

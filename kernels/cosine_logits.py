@@ -13,8 +13,8 @@ import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
 from vtclip.kernels._math import (
+    add_dot,
     cast,
-    dot,
     load_row,
     load_rows,
     power_of_two,
@@ -77,7 +77,7 @@ def cosine_logits_fwd_kernel(
         t = load_rows(text_ptr, offs_k, cols, stride_text_k, stride_text_d, in_k, D)
         x = cast(x.to(tl.float32) * unit_b[:, None], image_ptr.dtype.element_ty)
         t = cast(t.to(tl.float32) * unit_k[:, None], text_ptr.dtype.element_ty)
-        acc += dot(x, tl.trans(t), PRECISION)
+        acc = add_dot(acc, x, tl.trans(t), PRECISION)
     acc *= (rnorm_b / unit_b * scale)[:, None] * (rnorm_k / unit_k)[None, :]
     store_rows(logits_ptr, acc, offs_b, offs_k, K, 1, in_b, K)
 

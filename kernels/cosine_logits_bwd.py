@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import cast, dot, load_row, load_rows, product, row_program, store_rows
+from vtclip.kernels._math import (
+    add_dot,
+    cast,
+    load_row,
+    load_rows,
+    product,
+    row_program,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["N", "J", "rows_per_split"])
@@ -45,7 +53,7 @@ def cosine_logits_bwd_gather_kernel(
         g = tl.load(g_ptr + g_offs, mask=in_n[:, None] & in_j[None, :], other=0.0).to(tl.float32)
         y = load_rows(y_ptr, rows, offs_d, stride_y_j, stride_y_d, in_j, D).to(tl.float32)
         rnorm = tl.load(rnorm_ptr + rows, mask=in_j, other=0.0)
-        acc += dot(g, y * rnorm[:, None], PRECISION)
+        acc = add_dot(acc, g, y * rnorm[:, None], PRECISION)
     store_rows(partial_ptr + split * N * D, acc, offs_n, offs_d, D, 1, in_n, D)
 
 
