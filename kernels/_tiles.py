@@ -158,7 +158,7 @@ _HALF = _TILES["half"]
 _HALF_OF_90 = {
     "fwd": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["fwd"][2]),
     "bwd_query": ((64, 64, 4, 1), (64, 64, 4, 1), _HALF["bwd_query"][2]),
-    "bwd_key": ((64, 64, 4, 2), (64, 64, 4, 1), _HALF["bwd_key"][2]),
+    "bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["bwd_key"][2]),
     "weights": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["weights"][2]),
     "rational_fwd": ((64, 64, 4, 2), (64, 32, 4, 2), _HALF["rational_fwd"][2]),
     "rational_bwd_query": ((64, 64, 4, 1), *_HALF["rational_bwd_query"][1:]),
