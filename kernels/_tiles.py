@@ -117,7 +117,7 @@ _ATTENTION = [name for name, kind in KINDS.items() if kind.tile is Tile]
 _TILES = {
     "half": {
         "fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
-        "bwd_query": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
+        "bwd_query": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         "bwd_key": ((32, 64, 4, 1), (32, 64, 8, 2), (32, 32, 8, 2)),
         "weights": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
@@ -159,7 +159,7 @@ _HALF = _TILES["half"]
 _HALF_OF_90 = {
     "fwd": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["fwd"][2]),
     "bwd_query": ((64, 64, 4, 1), (64, 64, 4, 1), _HALF["bwd_query"][2]),
-    "bwd_key": ((64, 64, 4, 2), (64, 64, 4, 1), _HALF["bwd_key"][2]),
+    "bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["bwd_key"][2]),
     "weights": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["weights"][2]),
     "rational_fwd": ((64, 64, 4, 2), (64, 32, 4, 2), _HALF["rational_fwd"][2]),
     "rational_bwd_query": ((64, 64, 4, 1), *_HALF["rational_bwd_query"][1:]),

@@ -118,7 +118,7 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
     if lse.numel() == 0:
         return out, lse
     tile, precision, target = _tiles.plan("fwd", query, (B, H, K, L, d))
-    if key_mask is not None and d > 64 and target.capability == 90:
+    if key_mask is not None and 80 <= target.capability < 100:
         # the masks of a tile that is loaded ahead would take more registers than there are
         tile = tile._replace(num_stages=1)
     programs = H * triton.cdiv(K, tile.block_k)

@@ -32,12 +32,12 @@ def load_map(stats_ptr, kind, maps, index):
 
 @triton.jit
 def unit_of(most):
-    """Power of two, at least 1, that the largest entry `most` of A = K softmax is less than twice.
+    """Power of two, at least 1, above the largest entry `most` of A = K softmax.
 
     A / unit and what is made of it by gradients of a scaled loss stay within float16; small entries
     of a flat map, of unit 1, are no smaller than in A.
     """
-    return tl.maximum(power_of_two(most), 1.0)
+    return tl.maximum(2.0 * power_of_two(most), 1.0)
 
 
 @triton.jit
