@@ -250,8 +250,11 @@ def test_absorbed_equals_direct(record, masked, absorb, shared):
     spatial.requires_grad_()
     results, grads = [], []
     for form in (0, absorb):
-        attention = *_decoder.queries(layer, target), *_decoder.keys_values(layer, spatial)
-        state = _decoder.hidden_units(layer, *attention, mask, absorb=form)
+        cross = _decoder.CrossWeights.of(layer)
+        x1, query = _decoder.queries(layer, target, cross)
+        attention = query, *_decoder.keys_values(layer, spatial, cross), mask
+        terms = _decoder.terms(layer, x1, form, cross, fold=False)
+        state = _decoder.hidden_units(layer, terms, attention)
         out = _decoder.before_last_norm(layer, *state)
         results.append((out.detach(), *(part.detach() for part in state)))
         grads.append(torch.autograd.grad(out.square().sum(), [*used, spatial]))

@@ -12,16 +12,24 @@ first feed-forward matrix (`ffn_direct`, `ffn_absorbed`): LayerNorm's centring f
 matrix, its 1 / std multiplies the product. It saves arithmetic from a few hundred classes on, and
 writes and reads B H L F numbers for it.
 
-Everything here is arithmetic on integers, but for what was measured on a kind of device.
+On CPU operations decide, with a margin that was measured; on a GPU the time of a whole step does,
+products and passes over memory (`_step_time.py`), which is not what saves most operations.
 """
 
+from __future__ import annotations
+
+import functools
 from dataclasses import dataclass
+
+import torch
+
+from vtclip.heads._step_time import FORMS, Rates, rates_of, step_seconds
 
 # near the crossover the extra traffic of the absorbed form eats what it saves
 MARGIN = 2
 
-# kinds of device on which the twice absorbed form is used where it saves operations
-ABSORB_FFN = ("cuda",)
+CLEARLY = 0.97  # of the plainer form's time: less is within what the model leaves out
+TRACED_IMAGES = 32  # what a traced graph, which takes any number of images, is made for
 
 # rows from which the fused tail is used on CPU: twice those at which it was measured to be even
 FUSED_ROWS = 1024
@@ -71,18 +79,30 @@ def crossover_ffn(B: int, C: int, L: int, H: int, F: int) -> int | None:
     return (B * L * C + C * C) // gain + 1 if gain > 0 else None
 
 
-def plan(B: int, K: int, C: int, L: int, H: int, F: int, device: str = "cpu") -> Plan:
+def plan(
+    B: int,
+    K: int,
+    C: int,
+    L: int,
+    H: int,
+    F: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    training: bool = False,
+) -> Plan:
     """The form for B images, K classes, width C, L tokens, H heads and hidden width F.
 
     `flops` counts one forward pass of one layer with what does not depend on the image done once;
     `naive_flops` the same layer on the class texts repeated for each image.
     """
+    device = torch.device(device)
     count = flops(B, K, C, L, H, F)
-    crossover = crossover_out(C, L, H)
-    absorb = int(crossover is not None and crossover * MARGIN <= K)
-    if absorb and device in ABSORB_FFN:
-        crossover = crossover_ffn(B, C, L, H, F)
-        absorb += int(crossover is not None and crossover * MARGIN <= K)
+    if device.type == "cpu":
+        crossover = crossover_out(C, L, H)
+        absorb = int(crossover is not None and crossover * MARGIN <= K)
+    else:
+        absorb = fastest((B, K, C, L, H, F), rates_of(device, dtype), training)
     shared = 8 * K * C * C + 4 * K * K * C + 2 * K * C * C  # self-attention and the query
     scores = 2 * K * L * C
     keys_values = 4 * L * C * C
@@ -91,6 +111,14 @@ def plan(B: int, K: int, C: int, L: int, H: int, F: int, device: str = "cpu") ->
     each = rest + first + (count.out_absorbed if absorb else count.out_direct)
     naive = shared + rest + count.out_direct + count.ffn_direct
     return Plan(absorb=absorb, flops=shared + B * each, naive_flops=B * naive)
+
+
+@functools.cache
+def fastest(sizes: tuple[int, int, int, int, int, int], rates: Rates, training: bool) -> int:
+    """The plainest form, or another whose step takes clearly less."""
+    seconds = [step_seconds(form, *sizes, rates, training=training) for form in FORMS]
+    least = min(seconds)
+    return next(form for form in FORMS if least >= CLEARLY * seconds[form])
 
 
 def fuse_tail(rows: int, device: str, *, training: bool) -> bool:

@@ -7,7 +7,7 @@ share it, else [B, K, C]; what follows from a shared target stays shared.
     x1  = LN1(target + SelfAttn(target))
     Q   = x1 Wq^T + bq                                                   `queries`
     K_b = F_b Wk^T   V_b = F_b Wv^T                                      `keys_values`
-    u   = x1 + Attn(Q, K_b, V_b) Wo^T + (bo + Wo bv)
+    u   = x1 + Attn(Q, K_b, V_b) Wo^T + (bo + Wo bv)                     `terms`
     x2  = LN2(u)      h = relu(W1 x2 + c1)                               `hidden_units`
     z   = x2 + W2 h + c2, the input of LN3                               `before_last_norm`
 
@@ -15,15 +15,21 @@ The key bias adds a constant to each row of scores, which a softmax does not see
 The value bias passes through the attention unchanged (weights sum to 1) and joins the output bias.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads._cost import plan
+from vtclip.heads import _feed_forward
+from vtclip.heads._cost import TRACED_IMAGES, plan
 
 # scores of the aligned start for tokens of norm sqrt(C): this many times the cosine
 SHARPNESS = 4.0
+ALL = slice(None)
 Attention = tuple[Tensor, Tensor, Tensor, Tensor | None]  # query, key, value, key_mask
 
 
@@ -49,7 +55,26 @@ def align(layer: nn.TransformerDecoderLayer, text: Tensor) -> None:
     nn.init.zeros_(layer.multihead_attn.in_proj_bias)
 
 
-def queries(layer: nn.TransformerDecoderLayer, target: Tensor) -> tuple[Tensor, Tensor]:
+class CrossWeights(NamedTuple):
+    """The cross-attention's packed parameters, cut once: their gradients are then joined once."""
+
+    query: Tensor  # [C, C]
+    keys_values: Tensor  # [2 C, C]
+    query_bias: Tensor  # [C]
+    value_bias: Tensor  # [C]
+
+    @classmethod
+    def of(cls, layer: nn.TransformerDecoderLayer) -> CrossWeights:
+        packed = layer.multihead_attn
+        C = packed.in_proj_weight.shape[1]
+        query, keys_values = packed.in_proj_weight.split_with_sizes((C, 2 * C))
+        query_bias, _, value_bias = packed.in_proj_bias.split_with_sizes((C, C, C))
+        return cls(query, keys_values, query_bias, value_bias)
+
+
+def queries(
+    layer: nn.TransformerDecoderLayer, target: Tensor, cross: CrossWeights
+) -> tuple[Tensor, Tensor]:
     """target [1|B, K, C] -> x1 [1|B, K, C] and the cross-attention's query [1|B, H, K, d]."""
     attn, H = layer.self_attn, layer.self_attn.num_heads
     packed = F.linear(target, attn.in_proj_weight, attn.in_proj_bias)
@@ -57,53 +82,97 @@ def queries(layer: nn.TransformerDecoderLayer, target: Tensor) -> tuple[Tensor, 
     attended = _merge(ops.cross_attn(query, key, value))
     attended = attn.out_proj(attended)
     x1 = _norm(layer.norm1, _add(attended, target))
-    cross = layer.multihead_attn
-    C = x1.shape[-1]
-    query = F.linear(x1, cross.in_proj_weight[:C], cross.in_proj_bias[:C])
-    return x1, _heads(query, H)
+    return x1, _heads(F.linear(x1, cross.query, cross.query_bias), H)
 
 
-def keys_values(layer: nn.TransformerDecoderLayer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def keys_values(
+    layer: nn.TransformerDecoderLayer, tokens: Tensor, cross: CrossWeights
+) -> tuple[Tensor, Tensor]:
     """tokens [B, L, C] -> key and value [B, H, L, d], both without bias."""
-    cross = layer.multihead_attn
-    C = tokens.shape[-1]
-    packed = F.linear(tokens, cross.in_proj_weight[C:])  # [B, L, 2 C]
-    key, value = packed.chunk(2, dim=-1)
-    return _heads(key, cross.num_heads), _heads(value, cross.num_heads)
+    H = layer.multihead_attn.num_heads
+    key, value = F.linear(tokens, cross.keys_values).chunk(2, dim=-1)  # of [B, L, 2 C]
+    return _heads(key, H), _heads(value, H)
+
+
+class Terms(NamedTuple):
+    """What one step takes of a layer beside its weights, for all images and chunks of classes.
+
+    absorb: how many of the matrices after the attention are pushed through the values: 0 none, 1
+        the output projection, 2 the first feed-forward matrix too.
+    start: what the attention is added to, x1 + bo + Wo bv, [1|B, K, C]; absorbed twice
+        [start | start W~^T], see `_absorbed_twice`.
+    per_head: [H, d, n], the matrix that the values of each head are pushed through.
+    biases: of the second norm and the first feed-forward matrix where c2 is in x2 already.
+    """
+
+    absorb: int
+    start: Tensor
+    per_head: Tensor | None = None
+    biases: tuple[Tensor, Tensor] | None = None
+
+    def of(self, classes: slice) -> Terms:
+        """Those of some classes; of all the same, which no gradient need be laid into."""
+        if classes == ALL:
+            return self
+        return self._replace(start=self.start[:, classes])
+
+
+def form(layer: nn.TransformerDecoderLayer, x1: Tensor, key: Tensor) -> int:
+    """`Terms.absorb` by what a step costs: x1 [1|B, K, C], key [B, H, L, d]."""
+    B, H, L, _ = key.shape
+    if torch.compiler.is_compiling():
+        B = TRACED_IMAGES  # a choice by the number of images would tie a traced graph to it
+    sizes = B, x1.shape[1], x1.shape[-1], L, H, layer.linear1.out_features
+    return plan(*sizes, device=x1.device, dtype=x1.dtype, training=torch.is_grad_enabled()).absorb
+
+
+def terms(
+    layer: nn.TransformerDecoderLayer, x1: Tensor, absorb: int, cross: CrossWeights, *, fold: bool
+) -> Terms:
+    """fold: leave x2 + c2 in place of x2, for `before_last_norm` to add its product to."""
+    out = layer.multihead_attn.out_proj
+    start, weight = x1 + (out.bias + out.weight @ cross.value_bias), out.weight
+    biases = _feed_forward.folded_biases(layer) if fold and absorb < 2 else None
+    if absorb == 0:
+        return Terms(0, start, biases=biases)
+    per_head = _per_head(weight, layer.multihead_attn.num_heads)
+    if absorb == 2:
+        centred = _centred(layer)
+        per_head = torch.cat([per_head, per_head @ centred.T], -1)
+        start = torch.cat([start, start @ centred.T], -1)
+    return Terms(absorb, start, per_head, biases)
 
 
 def hidden_units(
-    layer: nn.TransformerDecoderLayer,
-    x1: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    absorb: int | None = None,
+    layer: nn.TransformerDecoderLayer, terms: Terms, attention: Attention
 ) -> tuple[Tensor, Tensor]:
-    """x1 [1|B, K, C], query [1|B, H, K, d], key, value [B, H, L, d] -> h [B, K, F], x2 [B, K, C].
+    """h [B, K, F] and x2 [B, K, C], x2 + c2 where `terms.biases` are given.
 
-    absorb: how many of the matrices after the attention are pushed through the values: 0 none, 1
-    the output projection, 2 the first feed-forward matrix too; None asks `plan`, which never says 2
-    to a traced graph.
+    attention: query [1|B, H, K, d], key and value [B, H, L, d], key_mask.
     """
-    if absorb is None:
-        (B, H, L, _), C = key.shape, x1.shape[-1]
-        if torch.compiler.is_compiling():
-            B = 1  # a choice by the number of images would tie a traced graph to that number
-        sizes = B, x1.shape[1], C, L, H, layer.linear1.out_features
-        absorb = plan(*sizes, device=x1.device.type).absorb
-    if absorb == 2:
-        return _absorbed_twice(layer, x1, (query, key, value, key_mask))
+    if terms.absorb == 2 and terms.per_head is not None:
+        return _absorbed_twice(layer, terms.start, terms.per_head, attention)
+    norm, linear = layer.norm2, layer.linear1
+    norm_bias, bias = terms.biases or (norm.bias, linear.bias)
     # u is held by no name here: without gradients it is freed before h is computed
-    x2 = _norm(layer.norm2, _attended(layer, x1, (query, key, value, key_mask), absorb == 1))
+    x2 = F.layer_norm(
+        _attended(layer, terms, attention), norm.normalized_shape, norm.weight, norm_bias, norm.eps
+    )
     # the product of a matrix is not a view: changing a view in place costs its backward four copies
-    hidden = F.relu(layer.linear1(x2.flatten(0, 1)), inplace=True)  # [B K, F]
+    hidden = _feed_forward.hidden(x2.flatten(0, 1), linear.weight, bias)  # [B K, F]
     return hidden.view(*x2.shape[:2], hidden.shape[1]), x2
 
 
-def before_last_norm(layer: nn.TransformerDecoderLayer, hidden: Tensor, x2: Tensor) -> Tensor:
-    """h [B, K, F] and x2 [B, K, C], as `hidden_units` returns them -> z [B, K, C]."""
+def before_last_norm(
+    layer: nn.TransformerDecoderLayer, hidden: Tensor, x2: Tensor, *, folded: bool = False
+) -> Tensor:
+    """h [B, K, F] and x2 [B, K, C], as `hidden_units` returns them -> z [B, K, C].
+
+    folded: x2 + c2 is given, and overwritten.
+    """
+    if folded:
+        x2.flatten(0, 1).addmm_(hidden.flatten(0, 1), layer.linear2.weight.t())
+        return x2
     return _add(layer.linear2(hidden.flatten(0, 1)).view_as(x2), x2)
 
 
@@ -111,54 +180,46 @@ def decode(
     layer: nn.TransformerDecoderLayer, target: Tensor, tokens: Tensor, key_mask: Tensor | None
 ) -> Tensor:
     """The layer without its last norm: target [1|B, K, C], tokens [B, L, C] -> [B, K, C]."""
-    attention = *queries(layer, target), *keys_values(layer, tokens)
-    return before_last_norm(layer, *hidden_units(layer, *attention, key_mask))
+    cross = CrossWeights.of(layer)
+    x1, query = queries(layer, target, cross)
+    attention = query, *keys_values(layer, tokens, cross), key_mask
+    found = terms(layer, x1, form(layer, x1, attention[1]), cross, fold=False)
+    return before_last_norm(layer, *hidden_units(layer, found, attention))
 
 
 def last_norm(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
     return _norm(layer.norm3, x)
 
 
-def _out_bias(layer: nn.TransformerDecoderLayer) -> Tensor:
-    """bo + Wo bv [C]."""
-    cross = layer.multihead_attn
-    weight = cross.out_proj.weight
-    return cross.out_proj.bias + weight @ cross.in_proj_bias[2 * weight.shape[0] :]
-
-
-def _attended(
-    layer: nn.TransformerDecoderLayer, x1: Tensor, attention: Attention, absorbed: bool
-) -> Tensor:
+def _attended(layer: nn.TransformerDecoderLayer, terms: Terms, attention: Attention) -> Tensor:
     """u [B, K, C]; absorbed: sum_h P_h (V_h W[:, h]^T), one product of inner size H L per image."""
     query, key, value, key_mask = attention
-    weight, bias = layer.multihead_attn.out_proj.weight, _out_bias(layer)
-    if absorbed:
-        projected = _projected(value, _per_head(weight, value.shape[1]))
-        return _add(_flat_weights(query, key, key_mask) @ projected, x1 + bias)
+    if terms.per_head is not None:
+        projected = _projected(value, terms.per_head)
+        return _add(_flat_weights(query, key, key_mask) @ projected, terms.start)
     attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
-    return _add(F.linear(attended, weight, bias), x1)
+    return _add(F.linear(attended, layer.multihead_attn.out_proj.weight), terms.start)
+
+
+def _centred(layer: nn.TransformerDecoderLayer) -> Tensor:
+    """W~ = W1 diag(g2) (I - 1 1^T / C), [F, C]: LN2's weight and centring."""
+    scaled = layer.linear1.weight * layer.norm2.weight
+    return scaled - scaled.mean(1, keepdim=True)
 
 
 def _absorbed_twice(
-    layer: nn.TransformerDecoderLayer, x1: Tensor, attention: Attention
+    layer: nn.TransformerDecoderLayer, start: Tensor, per_head: Tensor, attention: Attention
 ) -> tuple[Tensor, Tensor]:
     """h and x2 from one product of inner size H L per image; start = x1 + bias of u.
 
-    W~    = W1 diag(g2) (I - 1 1^T / C)                        LN2's weight and centring
     [u|t] = [start | start W~^T] + sum_h P_h (V_h [Wo_h^T | Wo_h^T W~^T])
     x2    = LN2(u)      h = relu(t / std(u) + W1 b2 + c1)      as W1 x2 + c1 = W~ u / std + ..
     """
     query, key, value, key_mask = attention
     norm, linear = layer.norm2, layer.linear1
-    C, width = x1.shape[-1], linear.out_features
-    scaled = linear.weight * norm.weight
-    centred = scaled - scaled.mean(1, keepdim=True)  # [F, C]
-    per_head = _per_head(layer.multihead_attn.out_proj.weight, value.shape[1])
-    projected = _projected(value, torch.cat([per_head, per_head @ centred.T], -1))
-    start = x1 + _out_bias(layer)
-    start = torch.cat([start, start @ centred.T], -1)
+    projected = _projected(value, per_head)
     mixed = torch.baddbmm(start, _flat_weights(query, key, key_mask), projected)
-    u, t = mixed.split_with_sizes((C, width), -1)
+    u, t = mixed.split_with_sizes((linear.in_features, linear.out_features), -1)
     rstd = (u.var(-1, correction=0, keepdim=True) + norm.eps).rsqrt()
     shift = linear.bias + linear.weight @ norm.bias
     return F.relu(torch.addcmul(shift, t, rstd), inplace=True), _norm(norm, u)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtclip import ops
-from vtclip.heads import _check, _decoder
+from vtclip.heads import _check, _decoder, _feed_forward
 from vtclip.heads._cost import fuse_tail
 from vtclip.heads._head import Head, Options
 from vtclip.heads.config import FitConfig
@@ -31,8 +31,11 @@ from vtclip.heads.config import FitConfig
 EPS = 1e-5
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 50, 16: 50}  # by shots
 INITS = ("zero", "aligned", "torch")
-# without gradients, work on as many rows at a time as keep the intermediate results below this
+WHOLE = (_decoder.ALL, _decoder.ALL)  # images, classes
+# without gradients, work on as many rows at a time as keep the intermediate results below this: on
+# a GPU this part of its memory, but no more than where chunks stop to matter
 DECODER_BYTES = 256 * 2**20
+GPU_PART, GPU_BYTES = 1 / 32, 2 * 2**30
 
 
 class VTCLIP(Head):
@@ -146,36 +149,44 @@ class VTCLIP(Head):
         B, K = image.shape[0], self.num_classes
         _check.check_same_batch("VTCLIP", image, tokens)
         first = self._decoder()[0]
-        x1, query = _decoder.queries(first, self.text[None])  # [1, K, C], [1, H, K, d]
-        key, value = _decoder.keys_values(first, tokens)  # [B, H, L, d]
+        cross = _decoder.CrossWeights.of(first)
+        x1, query = _decoder.queries(first, self.text[None], cross)  # [1, K, C], [1, H, K, d]
+        key, value = _decoder.keys_values(first, tokens, cross)  # [B, H, L, d]
         last = self._decoder()[-1].norm3
         options: Options = {"residual": self.residual, "scale": self.logit_scale, "eps": EPS}
+        fold = _feed_forward.folds(x1, first.linear2.weight)
+        once = _decoder.terms(first, x1, _decoder.form(first, x1, key), cross, fold=fold)
 
         def part(images: slice, classes: slice) -> Tensor:
             mask = None if spatial_mask is None else spatial_mask[images]
-            layer, state = first, (x1[:, classes], query[:, :, classes], key[images], value[images])
+            layer, terms = first, once.of(classes)
+            attention = query, key, value, mask
+            if (images, classes) != WHOLE:
+                attention = query[:, :, classes], key[images], value[images], mask
             for below, layer in pairwise(self._decoder()):
-                z = _decoder.before_last_norm(below, *_decoder.hidden_units(below, *state, mask))
-                state = (
-                    *_decoder.queries(layer, _decoder.last_norm(below, z)),
-                    *_decoder.keys_values(layer, tokens[images]),
-                )
-            hidden, x2 = _decoder.hidden_units(layer, *state, mask)
+                units = _decoder.hidden_units(below, terms, attention)
+                z = _decoder.before_last_norm(below, *units, folded=terms.biases is not None)
+                cross = _decoder.CrossWeights.of(layer)
+                above, its_query = _decoder.queries(layer, _decoder.last_norm(below, z), cross)
+                attention = its_query, *_decoder.keys_values(layer, tokens[images], cross), mask
+                absorb = _decoder.form(layer, above, attention[1])
+                terms = _decoder.terms(layer, above, absorb, cross, fold=fold)
+            hidden, x2 = _decoder.hidden_units(layer, terms, attention)
             tail = last.weight, last.bias, self.text[classes], image[images]
             # a choice by the number of images would tie a traced graph to that number
             rows = 0 if torch.compiler.is_compiling() else x2.shape[0] * x2.shape[1]
-            if fuse_tail(rows, x2.device.type, training=torch.is_grad_enabled()):
+            training = torch.is_grad_enabled()
+            if not fold and fuse_tail(rows, x2.device.type, training=training):
                 linear = layer.linear2
                 return ops.ffn_cosine_logits(
                     hidden, linear.weight, linear.bias, x2, *tail, **options
                 )
-            return ops.norm_cosine_logits(
-                _decoder.before_last_norm(layer, hidden, x2), *tail, **options
-            )
+            z = _decoder.before_last_norm(layer, hidden, x2, folded=terms.biases is not None)
+            return ops.norm_cosine_logits(z, *tail, **options)
 
         b, k = self._chunk(B)
         if b >= B and k >= K:
-            return part(slice(None), slice(None))
+            return part(*WHOLE)
         return torch.cat([torch.cat([part(i, j) for j in _slices(K, k)], 1) for i in _slices(B, b)])
 
     @torch.no_grad()
@@ -186,8 +197,9 @@ class VTCLIP(Head):
         *below, layer = self._decoder()
         for lower in below:
             target = _decoder.last_norm(lower, _decoder.decode(lower, target, tokens, spatial_mask))
-        query = _decoder.queries(layer, target)[1]
-        key, _ = _decoder.keys_values(layer, tokens)
+        cross = _decoder.CrossWeights.of(layer)
+        query = _decoder.queries(layer, target, cross)[1]
+        key, _ = _decoder.keys_values(layer, tokens, cross)
         return ops.cross_attn_weights(query, key, key_mask=spatial_mask).mean(1)
 
     def load_decoder_layer(self, layer: nn.TransformerDecoderLayer) -> None:
@@ -252,9 +264,16 @@ class VTCLIP(Head):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return B, K
         row_bytes = (4 * C + self.ffn_dim) * self.text.element_size()
-        rows = max(DECODER_BYTES // row_bytes, 1)
+        rows = max(_decoder_bytes(self.text.device) // row_bytes, 1)
         # classes meet only in the self-attention, which the first layer has done for all of them
         return max(rows // K, 1), K if self.num_layers > 1 else min(rows, K)
+
+
+def _decoder_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DECODER_BYTES if device.type == "cpu" else GPU_BYTES
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(DECODER_BYTES, min(int(GPU_PART * memory), GPU_BYTES))
 
 
 def _slices(total: int, step: int) -> Iterator[slice]:
