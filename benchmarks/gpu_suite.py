@@ -417,9 +417,9 @@ class Suite:
 
     def step(self, step: str) -> None:
         began = time.monotonic()
-        print(f"gpu_suite: {step}, at most {self.left(step):.0f} s", flush=True)
         entry: dict[str, Any] = {"step": step, "seconds": 0.0, "note": "was ended in it"}
         self.state["steps"].append(entry)
+        print(f"gpu_suite: {step}, at most {self.left(step):.0f} s", flush=True)
         try:
             entry["note"] = self.action(step)()
         except OSError as error:

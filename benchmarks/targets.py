@@ -47,7 +47,7 @@ def _heads():
     yield from _times(rada.format(1000), 0.6, 1.9)
     yield from _times(rada.format(500), 0.2, 0.6)
     yield from _times(rada.format(50), 0.040, 0.120, graph=True)
-    yield from _kernels(rada.format(50), (7, 3), (20, 8))
+    yield from _kernels(rada.format(50), (8, 3), (21, 8))
     # 0.9 and 2.8 ms, 1.35 and 4.2 ms were less than the matrix products alone take at cuBLAS's rate
     products = "matrix products alone: about 1.0 ms forward, 2.5 to 2.9 ms with the backward"
     yield from _times("VTCLIP[B32,K1000,C1024,L49,F4096,bfloat16]", 1.15, 3.6, note=products)

@@ -177,7 +177,9 @@ def test_tests_of_the_device_are_collected_without_numpy(tmp_path, bare, benchma
     command += ["-p", "streamed", "--stream", str(log), *paths]
     command += [f"--ignore={path}" for path in suite.LEFT_OUT]
     done = subprocess.run(command, **place, capture_output=True, text=True)
-    assert benchmarks.streamed.read(log) == {}, done.stdout[-2000:]
+    found = benchmarks.streamed.read(log)
+    # others are skipped where Triton's interpreter cannot be had, as it needs NumPy
+    assert {file for file, e in found.items() if e["outcome"] == "not collected"} == set()
     names = [line for line in done.stdout.splitlines() if "::" in line]
     assert names[0].startswith("tests/gpu/")
     assert len(names) > 1000, done.stdout[-2000:]
