@@ -6,10 +6,9 @@ build of torch. cpu, cuda: that, or an error. off: pure Python. `vtclip info` sh
 """
 
 import os
-import re
 import shutil
-import subprocess
 import sys
+from copy import deepcopy
 from glob import glob
 from pathlib import Path
 
@@ -17,33 +16,38 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "build_support"))
+import toolchain  # noqa: E402
+
 MODES = ("auto", "cpu", "cuda", "off")
 TARGET_VERSION = "0x020b000000000000"  # the stable ABI of torch 2.11, the oldest supported
-DEFAULT_ARCHES = "7.5;8.0;9.0+PTX"  # 8.0 serves 8.6 and 8.9, PTX what is newer
+# what takes longest is begun first; the rest in any order
+LONGEST = ("cross_attn", "rational_attn", "ffn_cosine_logits", "norm_cosine_logits")
 
 
-def cuda_home() -> str:
-    """The toolkit behind CUDA_HOME or nvcc; nvcc may be a link or a script outside its toolkit."""
-    nvcc = shutil.which("nvcc")
-    if os.environ.get("CUDA_HOME") or nvcc is None:
-        return os.environ.get("CUDA_HOME", "")
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
-    top = re.search(r"^#\$ TOP=(.+)$", dry.stdout + dry.stderr, re.MULTILINE)
-    return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1])
-
-
-def why_no_cuda(home: str) -> str:
+def decide(mode: str, compiler: str) -> toolchain.Architectures | None:
+    """What the CUDA library is for, if there will be one; written down for `vtclip info`."""
+    home = toolchain.cuda_home()
+    os.environ.update({"CUDA_HOME": home} if home else {})
     import torch
 
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a CPU build"
-    if not Path(home, "bin", "nvcc").is_file():
-        return f"no CUDA toolkit found (no nvcc on PATH or in CUDA_HOME = {home!r})"
-    done = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True)
-    release = re.search(r"release (\d+)\.", done.stdout)
-    if release is not None and release[1] == torch.version.cuda.split(".")[0]:
-        return ""
-    return f"toolkit at {home} is CUDA {release and release[1]}, torch has {torch.version.cuda}"
+    refused = "VTCLIP_EXT=cpu" if mode == "cpu" else toolchain.why_no_cuda(home)
+    if refused and mode == "cuda":
+        sys.exit(f"VTCLIP_EXT=cuda cannot be met: {refused}")
+    cuda, arches = f"not built: {refused}", None
+    if not refused:
+        arches = toolchain.architectures(home)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arches.names
+        cuda = f"compiled by {home}/bin/nvcc for {arches.names} ({arches.why})"
+    info = {"mode": mode, "torch": torch.__version__, "cpu": f"by {compiler}", "cuda": cuda}
+    info.update({"arches": arches.names} if arches else {})
+    print(f"vtclip: {info}", file=sys.stderr)
+    entries = ", ".join(f'{{"{k}", "{v}"}}' for k, v in info.items())
+    header, text = ROOT / "build" / "build_info.h", f"#define VTCLIP_BUILD_INFO {entries}\n"
+    header.parent.mkdir(exist_ok=True)
+    if not header.is_file() or header.read_text() != text:  # what includes it is compiled again
+        header.write_text(text)
+    return arches
 
 
 def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
@@ -54,49 +58,44 @@ def native_extensions(mode: str) -> tuple[list[Extension], dict[str, type]]:
             sys.exit(f"VTCLIP_EXT={mode} cannot be met: {missing}")
         print(f"vtclip: no extension: {missing}", file=sys.stderr)
         return [], {}
-    home = cuda_home()
-    os.environ.update({"CUDA_HOME": home} if home else {})
-    import torch
+    arches = decide(mode, compiler)
+    device = "cuda" if arches else "cpu"
     from torch.utils import cpp_extension
 
-    refused = "VTCLIP_EXT=cpu" if mode == "cpu" else why_no_cuda(home)
-    if refused and mode == "cuda":
-        sys.exit(f"VTCLIP_EXT=cuda cannot be met: {refused}")
-    arches = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHES)
-    cuda = f"not built: {refused}" if refused else f"compiled by {home}/bin/nvcc for {arches}"
-    info = {"mode": mode, "torch": torch.__version__, "cpu": f"by {compiler}", "cuda": cuda}
-    print(f"vtclip: {info}", file=sys.stderr)
-    entries = ", ".join(f'{{"{k}", "{v}"}}' for k, v in info.items())
-    (ROOT / "build").mkdir(exist_ok=True)
-    (ROOT / "build" / "build_info.h").write_text(f"#define VTCLIP_BUILD_INFO {entries}\n")
-
-    includes = cpp_extension.include_paths()  # pybind11's headers among them: torch brings a copy
+    includes = cpp_extension.include_paths(device_type=device)  # pybind11's headers among them
     strict = ["-Werror"] * (os.environ.get("VTCLIP_WERROR") == "1")
-    host = ["-O3", "-Wall", "-Wextra", *strict, *(f"-isystem{path}" for path in includes)]
-    common = {
-        "include_dirs": [str(ROOT / "build"), str(ROOT / "csrc")],
-        "define_macros": [("TORCH_TARGET_VERSION", TARGET_VERSION)],
-        "library_dirs": cpp_extension.library_paths(),
-        "libraries": ["torch", "torch_cpu", "c10"],
-        "language": "c++",
+    # Python's own flags ask for debug information, five times the code; a sanitizer's CFLAGS may
+    keep = "-g" in os.environ.get("CFLAGS", "")
+    host = ["-O3", *["-g0"] * (not keep), "-Wall", "-Wextra", *strict]
+    flags = {
+        "cxx": [*host, *(f"-isystem{path}" for path in includes)],
+        # -O is the launchers' alone, ptxas always optimises
+        "nvcc": ["-O1", "-Xfatbin=-compress-all", "-DUSE_CUDA=1"],
     }
+    flags["nvcc"] += [*(f"-isystem={path}" for path in includes), *(arches.flags if arches else ())]
+
+    def extension(name: str, sources: list[str], libraries: list[str]) -> Extension:
+        return Extension(
+            name,
+            sources,
+            extra_compile_args=deepcopy(flags),  # the same for all: they are compiled in one run
+            extra_link_args=["-Wl,-s"] * (sys.platform == "linux" and not keep),
+            include_dirs=[str(ROOT / "build"), str(ROOT / "csrc")],
+            define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION)],
+            library_dirs=cpp_extension.library_paths(device_type=device),
+            libraries=["torch", "torch_cpu", "c10", *libraries],
+            language="c++",
+        )
+
     files = ["csrc/module.cpp", *sorted(glob("csrc/cpu/**/*.cpp", root_dir=ROOT, recursive=True))]
-    built = [Extension("vtclip._C", files, extra_compile_args={"cxx": host}, **common)]
-    if not refused:
-        common["libraries"] = [*common["libraries"], "torch_cuda", "c10_cuda"]
-        common["library_dirs"] = cpp_extension.library_paths(device_type="cuda")
-        common["define_macros"] = [*common["define_macros"], ("USE_CUDA", "1")]
-        cuda_includes = cpp_extension.include_paths(device_type="cuda")
-        args = {"cxx": host, "nvcc": ["-O3", *(f"-isystem={path}" for path in cuda_includes)]}
-        files = sorted(glob("csrc/cuda/*.cu", root_dir=ROOT))
-        built.append(Extension("vtclip._C_cuda", files, extra_compile_args=args, **common))
+    built = [extension("vtclip._C", files, [])]
+    if device == "cuda":
+        files = sorted(glob("csrc/cuda/**/*.cu", root_dir=ROOT, recursive=True))
+        built.append(extension("vtclip._C_cuda", files, ["torch_cuda", "c10_cuda"]))
+    from one_run import one_run
 
-    class Build(cpp_extension.BuildExtension):
-        def finalize_options(self) -> None:  # the folder is kept: reinstalls compile what changed
-            super().finalize_options()
-            self.build_temp = str(ROOT / "build" / "temp")
-
-    return built, {"build_ext": Build}
+    build = one_run(cpp_extension.BuildExtension, ROOT / "build" / "temp", LONGEST)
+    return built, {"build_ext": build}
 
 
 class BuildPython(build_py):

@@ -22,10 +22,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-threads", type=int, default=2, help="threads of every provider")
     group.addoption("--bench-budget", type=float, default=6.0, help="seconds for one case and mode")
     group.addoption("--bench-device", default="cuda" if torch.cuda.is_available() else "cpu")
+    group.addoption("--bench-count", action="store_true", help="count kernels, time nothing")
     group.addoption("--bench-no-compile", action="store_true", help="leave torch.compile out")
     group.addoption(
         "--bench-tiny", action="store_true", help="the CUDA cases at tiny sizes, any device"
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Either times or counts: a process that has counted is slower."""
+    other = "test_speed.py" if config.getoption("--bench-count") else "test_kernels.py"
+    return True if collection_path.name == other else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -81,6 +88,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     write(f"{'median ms':>10} {'x ours':>7} {'peak MiB':>9} {'error':>9}  provider")
     group = None
     for row in ROWS:
+        if "kernels" in row:
+            write(f"{row['kernels']:>10}  {row['case']} {row['mode']} {row['provider']}: kernels")
+            continue
         if group != (row["case"], row["mode"]):
             group = (row["case"], row["mode"])
             write(f"{row['case']} {row['mode']}")

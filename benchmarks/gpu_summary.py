@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run of gpu_suite.sh leaves to read: summary.md, junit.xml, targets.csv.
+"""What a run of gpu_suite.sh leaves: summary.md to read, junit.xml, targets.csv, an archive of all.
 
 python benchmarks/gpu_summary.py OUT_DIR        # again, from the files of a run
 """
@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import sys
+import tarfile
+import tempfile
 from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +24,10 @@ import streamed
 import targets
 from table import markdown
 
-STATE = "state.json"
+STATE, ARCHIVE = "state.json", "everything.tar.gz"
+PACKED = ("summary.md", "targets.csv", "junit.xml", STATE, ARCHIVE)  # all that OUT_DIR holds
+NOT_PACKED = ("cache", "record")  # folders of a run that nobody reads later
+COLUMNS = ("median_ms", "p20_ms", "p80_ms", "times_ours", "kernels", "peak_mib")
 SHOWN = 40  # failed tests named on the page; junit.xml has them all
 
 
@@ -107,21 +112,20 @@ def _targets_page(lines: list[dict[str, str]]) -> list[str]:
 def _rows_page(rows: list[dict[str, str]]) -> list[str]:
     if not rows:
         return ["No benchmark was finished."]
-    columns = ("median_ms", "p20_ms", "p80_ms", "times_ours", "kernels", "peak_mib")
     lines = []
     for row in rows:
-        texts = [row.get(column) or "" for column in columns]
+        texts = [row.get(column) or "" for column in COLUMNS]
         if row.get("note"):
-            cells = [row["note"].replace("|", "/"), *[""] * (len(columns) - 1)]
+            cells = [row["note"].replace("|", "/"), *[""] * (len(COLUMNS) - 1)]
         else:
             cells = [f"{float(t):.4g}" if t else "-" for t in texts]
         lines.append([row["case"], row["mode"], row["provider"], *cells])
-    return markdown(["case", "mode", "provider", *columns], lines)
+    return markdown(["case", "mode", "provider", *COLUMNS], lines)
 
 
 def _sanitizer_page(found: list[dict[str, object]]) -> list[str]:
     if not found:
-        return ["Not reached."]
+        return ["Not run: `--sanitizer` is a run of its own."]
     rows = []
     for entry in found:
         kernels = ", ".join(entry["kernels"]) or "-"  # type: ignore[arg-type]
@@ -131,16 +135,32 @@ def _sanitizer_page(found: list[dict[str, object]]) -> list[str]:
     return markdown(head, rows)
 
 
-def page(out: Path, state: dict[str, object]) -> str:
+def rows_of(work: Path) -> list[dict[str, str]]:
+    """Rows of the benchmarks, each once, with the kernels that another process has counted."""
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for folder in ("benchmarks", "benchmarks-compiled"):
+        for row in targets.read(work / folder / "results.csv"):
+            rows.setdefault(_key(row), row)
+    for row in targets.read(work / "kernel-counts" / "results.csv"):
+        counted = rows.setdefault(_key(row), row)
+        counted["kernels"] = row.get("kernels", "")
+    return list(rows.values())
+
+
+def _key(row: dict[str, str]) -> tuple[str, str, str]:
+    return row["case"], row["mode"], row["provider"]
+
+
+def _selftest_page(work: Path) -> list[str]:
+    path = work / "selftest.log"
+    text = path.read_text(errors="replace").strip() if path.is_file() else ""
+    return ["```", *text.splitlines(), "```"] if text else ["Not reached."]
+
+
+def page(work: Path, state: dict[str, object], table: list[dict[str, str]]) -> str:
     """summary.md."""
     environment: dict[str, str] = state["environment"]  # type: ignore[assignment]
     steps: list[dict[str, object]] = state["steps"]  # type: ignore[assignment]
-    compiled = targets.read(out / "benchmarks-compiled" / "results.csv")
-    rows = targets.read(out / "benchmarks" / "results.csv")
-    seen = {(row["case"], row["mode"], row["provider"]) for row in rows}
-    rows += [row for row in compiled if (row["case"], row["mode"], row["provider"]) not in seen]
-    table = targets.table(rows)
-    targets.write(out / "targets.csv", table)
     lines = ["# vtclip on a device", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in environment.items()]
     notes = [[s["step"], s["seconds"], str(s["note"]).replace("|", "/")] for s in steps]
@@ -148,23 +168,58 @@ def page(out: Path, state: dict[str, object]) -> str:
     lines += markdown(["step", "seconds", "note"], notes)
     left: list[str] = state["not_reached"]  # type: ignore[assignment]
     lines += ["", f"Not reached in the time: {', '.join(left) or 'nothing'}."]
-    lines += ["", "## Tests", "", *_tests_page(tests(out))]
+    lines += [f"The run was {state['ended']}."] if "ended" in state else []
+    lines += ["", "## Self-test", "", *_selftest_page(work)]
+    lines += ["", "## Tests", "", *_tests_page(tests(work))]
     lines += ["", "## Targets", "", *_targets_page(table)]
     sanitized: list[dict[str, object]] = state.get("sanitizer", [])  # type: ignore[assignment]
     lines += ["", "## compute-sanitizer", "", *_sanitizer_page(sanitized)]
     lines += ["", "## Benchmarks", ""]
     lines += ["Medians between CUDA events, the L2 cache flushed before each call or replay;"]
-    lines += ["`times_ours` is the provider over vtclip in the same run.", "", *_rows_page(rows)]
+    lines += [
+        "`times_ours` is the provider over vtclip in the same run.",
+        "",
+        *_rows_page(rows_of(work)),
+    ]
     return "\n".join(lines) + "\n"
 
 
-def write(out: Path, state: dict[str, object]) -> None:
-    """All three files, from what the steps have left so far."""
-    (out / STATE).write_text(json.dumps(state, indent=1) + "\n")
-    junit(tests(out)).write(out / "junit.xml", encoding="utf-8", xml_declaration=True)
-    (out / "summary.md").write_text(page(out, state))
+def write(work: Path, out: Path, state: dict[str, object]) -> None:
+    """All files of `PACKED`, from what the steps have left in `work` so far; each in one step."""
+    table = targets.table(rows_of(work))
+
+    def write_targets(path: Path) -> None:
+        targets.write(path, table)
+
+    def write_tests(path: Path) -> None:
+        junit(tests(work)).write(path, encoding="utf-8", xml_declaration=True)
+
+    def write_archive(path: Path) -> None:
+        with tarfile.open(path, "w:gz", compresslevel=3) as archive:
+            for file in sorted(work.iterdir()):
+                if file.name not in NOT_PACKED:
+                    archive.add(file, file.name)
+
+    writers = {
+        STATE: lambda path: path.write_text(json.dumps(state, indent=1) + "\n"),
+        "junit.xml": write_tests,
+        "targets.csv": write_targets,
+        "summary.md": lambda path: path.write_text(page(work, state, table)),
+        ARCHIVE: write_archive,
+    }
+    for name, make in writers.items():
+        fresh = out / f".{name}.new"
+        make(fresh)
+        os.replace(fresh, out / name)
+
+
+def again(out: Path) -> None:
+    """Rewrites the pages of a run from its archive."""
+    with tempfile.TemporaryDirectory() as name:
+        with tarfile.open(out / ARCHIVE) as archive:
+            archive.extractall(name, filter="data")
+        write(Path(name), out, json.loads((out / STATE).read_text()))
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    write(folder, json.loads((folder / STATE).read_text()))
+    again(Path(sys.argv[1]))

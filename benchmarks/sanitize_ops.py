@@ -15,6 +15,8 @@ import shutil
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)  # where vtclip is not installed
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # odd sizes; width 24 fills neither a tile nor a vector
 ODD = {"B": 3, "K": 19, "L": 35, "H": 2, "d": 24, "D": 37, "C": 37, "F": 4}

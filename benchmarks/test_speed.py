@@ -17,7 +17,10 @@ import pytest
 import torch
 from registry import Case, Work
 from results import ROWS
-from timing import Captured, Timing, interleaved, kernel_count, peak_bytes
+from timing import Captured, Timing, interleaved, peak_bytes
+
+# a warning is an error here: torch warns of each fused attention that refuses a call
+REFUSALS = (RuntimeError, NotImplementedError, UserWarning)
 
 
 class Replay:
@@ -30,7 +33,7 @@ class Replay:
         Replay.now += Replay.left.pop(0)
 
 
-def _providers(case: Case, work: Work, compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
+def providers_of(case: Case, work: Work, compiled: bool) -> dict[str, Callable[..., torch.Tensor]]:
     providers = dict(work.providers)
     if compiled:
         for name in case.compiled:
@@ -44,7 +47,7 @@ def _providers(case: Case, work: Work, compiled: bool) -> dict[str, Callable[...
     }
 
 
-def _call(work: Work, name: str, provider: Callable[..., torch.Tensor], mode: str):
+def call_of(work: Work, name: str, provider: Callable[..., torch.Tensor], mode: str):
     if mode == "forward":
 
         def forward() -> torch.Tensor:
@@ -61,12 +64,12 @@ def _call(work: Work, name: str, provider: Callable[..., torch.Tensor], mode: st
     return both
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:160]
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
     """Whether a failure is a failure of the test; a baseline may not run on a device."""
     return name == "vtclip" or not torch.cuda.is_available()
 
@@ -82,14 +85,15 @@ def _on_device(
     timed, columns, refused = {}, {}, {}
     for name, call in calls.items():
         try:
-            count = kernel_count(call)
-            timed[name] = Captured(call) if graph else call
-        except (RuntimeError, NotImplementedError) as error:
-            if _is_ours(name):
+            ready = Captured(call) if graph else call
+            ready()
+        except REFUSALS as error:
+            if is_ours(name):
                 raise
-            refused[name] = _reason(error)
+            refused[name] = reason_of(error)
             continue
-        columns[name] = {"graph": "yes" if graph else "no", "kernels": count, "backward_mib": ""}
+        timed[name] = ready
+        columns[name] = {"graph": "yes" if graph else "no", "backward_mib": ""}
     return timed, columns, refused
 
 
@@ -108,7 +112,7 @@ def test_speed(case: Case, mode: str, benchmark, request: pytest.FixtureRequest)
     torch.set_num_threads(option("--bench-threads"))
     torch.manual_seed(0)
     work = case.build(device, case.dtype, **case.shape)
-    providers = _providers(case, work, not option("--bench-no-compile"))
+    providers = providers_of(case, work, not option("--bench-no-compile"))
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     with torch.no_grad():
@@ -116,14 +120,14 @@ def test_speed(case: Case, mode: str, benchmark, request: pytest.FixtureRequest)
         for name, provider in providers.items():
             try:
                 errors[name] = _error(provider(*work.leaves), oracle)
-            except (RuntimeError, NotImplementedError) as error:
-                if _is_ours(name) and not name.startswith("sdpa "):
+            except REFUSALS as error:
+                if is_ours(name) and not name.startswith("sdpa "):
                     raise
-                refused[name] = _reason(error)
+                refused[name] = reason_of(error)
     loose = 100 * torch.finfo(case.dtype).eps
     assert max(errors.values()) < loose, errors
     calls = {
-        name: _call(work, name, providers[name], mode)
+        name: call_of(work, name, providers[name], mode)
         for name in errors
         if mode == "forward" or name not in work.forward_only
     }

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """setuptools' build hooks, with the torch that is already installed.
 
-An isolated build would download torch a second time. Where the target environment has a torch the
+An isolated build would install torch a second time. Where the target environment has a torch the
 extension can be built against (the stable ABI makes any version from 2.11 on good), its folder is
-appended to the path; only where it lacks one is torch asked for. VTCLIP_EXT=off needs none.
+appended to the path; only where it lacks one is torch asked for. pip installs what a build requires
+before what the package does, and always with all dependencies, so that an empty environment pays
+for two torches unless `pip install torch` comes first. VTCLIP_EXT=off needs none.
 setuptools' own requirement hooks are not called: they run setup.py, which imports torch.
 """
 
@@ -31,6 +33,10 @@ def _installed_torch() -> bool:
 def _requirements(config_settings=None):
     if os.environ.get("VTCLIP_EXT", "auto") == "off" or _installed_torch():
         return []
+    sys.stderr.write(
+        "vtclip: no torch here yet: pip installs one for the build and then yours;"
+        " `pip install torch` first saves that\n"
+    )
     return ["torch>=2.11", "numpy"]
 
 

@@ -31,7 +31,7 @@ def fits(
     """Whether a tile leaves room in shared memory and registers, by an estimate from above."""
     if isinstance(tile, RowTile):
         return 512 <= tile.elements <= 16384
-    if not (4 <= tile.num_warps <= 8 and 1 <= tile.num_stages <= 4):
+    if not (2 <= tile.num_warps <= 8 and 1 <= tile.num_stages <= 4):
         return False
     threads, width = 32 * tile.num_warps, dtype.itemsize
     if isinstance(tile, HeadTile):

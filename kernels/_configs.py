@@ -77,6 +77,20 @@ def mask_argument(
     return key_mask.view(torch.uint8), (stride_b, key_mask.stride(1))
 
 
+def wide(*matrices: torch.Tensor | None) -> bool:
+    """Whether an offset within the last two dimensions of a tensor may need 64 bits.
+
+    Indices go a tile, of 256 at most, beyond the sizes; offsets of images and heads always have 64.
+    """
+    for tensor in matrices:
+        if tensor is not None:
+            (rows, columns), (row, column) = tensor.shape[-2:], tensor.stride()[-2:]
+            reach = (rows + 256) * max(abs(row), 1) + (columns + 256) * max(abs(column), 1)
+            if reach >= 1 << 31:
+                return True
+    return False
+
+
 def query_strides(query: torch.Tensor) -> tuple[int, ...]:
     """Strides that repeat a shared query [1, H, K, d] for every image."""
     return (0 if query.shape[0] == 1 else query.stride(0), *query.stride()[1:])
@@ -166,8 +180,8 @@ def images_per_program(B: int, programs_per_image: int, target: Target) -> int:
     return chosen
 
 
-def row_tile(width: int, elements: int) -> tuple[int, int, int]:
+def row_tile(width: int, elements: int, of_a_thread: int = 16) -> tuple[int, int, int]:
     """(rows, BLOCK_D, num_warps) of a kernel that holds whole rows in registers."""
     block_d = padded(width)
     rows = max(1, elements // block_d)
-    return rows, block_d, min(16, max(4, rows * block_d // 512))
+    return rows, block_d, min(16, max(4, rows * block_d // (32 * of_a_thread)))

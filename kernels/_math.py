@@ -39,6 +39,21 @@ def column_program(K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def indices(BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """0, 1, .. [BLOCK]; in 32 bits where no offset within a matrix needs more (`_configs.wide`)."""
+    if WIDE:
+        return tl.arange(0, BLOCK).to(tl.int64)
+    return tl.arange(0, BLOCK)
+
+
+@triton.jit
+def tile_indices(tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The indices [BLOCK] of a tile of rows or columns."""
+    offs = indices(BLOCK, WIDE)
+    return (tile * BLOCK).to(offs.dtype) + offs
+
+
+@triton.jit
 def load_rows(ptr, offs_row, offs_d, stride_row, stride_d, in_row, D):
     """[rows, BLOCK_D] tile; rows and columns that do not exist read as 0 and are never touched."""
     offs = offs_row[:, None] * stride_row + offs_d[None, :] * stride_d
@@ -91,11 +106,11 @@ def attended(mask_ptr, offs_l, stride_l, L, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def row_max(x):
+def row_max(x, axis: tl.constexpr = 1):
     """[rows] largest entry of x [rows, columns]; NaN is passed over."""
     if INTERPRETED:
         x = tl.where(x == x, x, float("-inf"))  # a row of NaN makes NumPy warn
-    return tl.max(x, axis=1)
+    return tl.max(x, axis=axis)
 
 
 @triton.jit
@@ -106,8 +121,8 @@ def scores(
     """([BLOCK_K, BLOCK_L] scores in powers of two, -inf where not attended; attended [BLOCK_L])."""
     keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
     k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-    s = dot(q, tl.trans(k), PRECISION) * scale_log2
-    return tl.where(keep[None, :], s, float("-inf")), keep
+    hidden = tl.where(keep, 0.0, float("-inf"))  # a selection for each column, not each score
+    return dot(q, tl.trans(k), PRECISION) * scale_log2 + hidden[None, :], keep
 
 
 @triton.jit
@@ -142,24 +157,84 @@ def in_powers(natural):
 
 
 @triton.jit
+def product(a, b):
+    """a * b, rounded: what a sum over lanes adds up.
+
+    The compiler contracts a * b + c. Where c comes from another lane, both lanes would round the
+    other's product and not their own, and end with sums that differ in the last bit. `fma` is not
+    contracted again, and adding +0 is no identity (of -0), so that it is not simplified either.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def add_pairs(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def pair_sum(a, b, axis: tl.constexpr):
+    """(sum of a, sum of b) over one axis, with one exchange between warps for both."""
+    if INTERPRETED:  # which would call add_pairs for every entry
+        return tl.sum(a, axis=axis), tl.sum(b, axis=axis)
+    return tl.reduce((a, b), axis, add_pairs)
+
+
+@triton.jit
+def range_factor(top):
+    """Power of two by which to multiply entries up to `top`, which then is in [1, 2).
+
+    It loses no bits. Of a subnormal `top`, 2^126; of 0 and NaN, 1; of infinity, -infinity: what it
+    multiplies has a norm of infinity, whose reciprocal times this is NaN.
+    """
+    bits = tl.maximum(top.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000)
+    bits = 0x7F000000 - bits
+    bits = tl.where(bits == 0, 0x00400000, bits)  # 2^-127 is subnormal
+    return tl.where(top > 0, bits.to(tl.float32, bitcast=True), 1.0)
+
+
+@triton.jit
+def reciprocal_root(squares, factor):
+    """1 / sqrt(squares), 0 of 0; times `factor` no more than 2^126.
+
+    That bounds the reciprocal norm only of rows shorter than the smallest normal number, and
+    leaves their gradients room.
+    """
+    zero = squares < 1.1754943508222875e-38  # what the device's rsqrt takes for 0
+    root = tl.where(zero, 0.0, tl.rsqrt(tl.where(zero, 1.0, squares)))
+    cap = 8.507059173023462e37 / tl.maximum(factor, 1.0)
+    return tl.where(root > cap, cap, root)  # NaN stays
+
+
+@triton.jit
 def reciprocal_norm(x):
-    """1 / |row| of x [rows, D] float32, 0 for a zero row; what it squares is at most 1."""
-    top = row_max(tl.abs(x))
-    top = tl.where(top > 0, top, 1.0)  # also when the row is NaN, which then shows in the sum
-    unit = x / top[:, None]
-    squares = tl.sum(unit * unit, axis=1)
-    norm = tl.where(squares == 0, 1.0, tl.sqrt(squares))
-    # the reciprocal of less than 2^-128 is beyond float32
-    return tl.where(squares == 0, 0.0, 1.0 / norm / tl.maximum(top, 3.0e-39))
+    """1 / |row| of x [rows, D] float32, 0 for a zero row; what it squares is below 2."""
+    factor = range_factor(row_max(tl.abs(x)))
+    scaled = x * factor[:, None]
+    return reciprocal_root(tl.sum(product(scaled, scaled), axis=1), factor) * factor
+
+
+@triton.jit
+def vector_reciprocal_norm(x):
+    """reciprocal_norm of one vector [D]: as a row [1, D] its layout would be exchanged."""
+    factor = range_factor(row_max(tl.abs(x), axis=0))
+    scaled = x * factor
+    return reciprocal_root(tl.sum(product(scaled, scaled), axis=0), factor) * factor
 
 
 @triton.jit
 def unit_rows(x):
-    """x / |row| of x [rows, D] float32, a zero row stays 0; what it squares is at most 1."""
-    top = row_max(tl.abs(x))
-    unit = x / tl.where(top > 0, top, 1.0)[:, None]  # also when the row is NaN
-    squares = tl.sum(unit * unit, axis=1)
-    return unit / tl.where(squares == 0, 1.0, tl.sqrt(squares))[:, None]
+    """x / |row| of x [rows, D] float32, a zero row stays 0; what it squares is below 2."""
+    scaled = x * range_factor(row_max(tl.abs(x)))[:, None]
+    squares = tl.sum(product(scaled, scaled), axis=1)
+    return scaled * reciprocal_root(squares, 1.0)[:, None]
+
+
+@triton.jit
+def unit_vector(x):
+    """The same of one vector [D]."""
+    scaled = x * range_factor(row_max(tl.abs(x), axis=0))
+    return scaled * reciprocal_root(tl.sum(product(scaled, scaled), axis=0), 1.0)
 
 
 @triton.jit

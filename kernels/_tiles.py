@@ -9,6 +9,7 @@ is taken instead. The one state is which function the launchers ask, `choosing` 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -117,13 +118,13 @@ _TILES = {
     "half": {
         "fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
         "bwd_query": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-        "bwd_key": ((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        "bwd_key": ((32, 64, 4, 1), (32, 64, 8, 2), (32, 32, 8, 2)),
         "weights": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
-        "rational_fwd": ((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
+        "rational_fwd": ((64, 32, 4, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
         "rational_bwd_query": ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
-        "rational_bwd_key": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
-        "rational_one_bwd": ((32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_key": ((32, 64, 4, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
+        "rational_one_bwd": ((32, 32, 2, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     },
     "tf32": {
         "fwd": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 1)),
@@ -151,16 +152,30 @@ _TILES = {
     "small float32": dict.fromkeys(_ATTENTION, ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1))),
     "interpreter": dict.fromkeys(_ATTENTION, ((32, 64, 4, 1),) * 3),
 }
-# where sm_90 and later differ: two stages of bwd_query spill there, larger rational tiles do not
-_TILES_FROM_90 = {
-    "half": {
-        "bwd_query": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
-        "rational_fwd": ((64, 64, 8, 2), *_TILES["half"]["rational_fwd"][1:]),
-        "rational_bwd_query": ((64, 64, 8, 2), *_TILES["half"]["rational_bwd_query"][1:]),
-        "rational_bwd_key": ((64, 64, 8, 2), *_TILES["half"]["rational_bwd_key"][1:]),
-        "rational_one_bwd": ((64, 64, 8, 1), *_TILES["half"]["rational_one_bwd"][1:]),
-    }
+_HALF = _TILES["half"]
+# Tensor cores of sm_90 take 64 rows of four warps, and all warps of chained products lie along the
+# rows: eight warps compute 64 rows twice. Up to width 128 four warps leave two blocks to a
+# multiprocessor, so that the exponentials of one overlap the products of the other.
+_HALF_OF_90 = {
+    "fwd": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["fwd"][2]),
+    "bwd_query": ((64, 64, 4, 1), (64, 64, 4, 1), _HALF["bwd_query"][2]),
+    "bwd_key": ((64, 64, 4, 2), (64, 64, 4, 1), _HALF["bwd_key"][2]),
+    "weights": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["weights"][2]),
+    "rational_fwd": ((64, 64, 4, 2), (64, 32, 4, 2), _HALF["rational_fwd"][2]),
+    "rational_bwd_query": ((64, 64, 4, 1), *_HALF["rational_bwd_query"][1:]),
+    "rational_bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["rational_bwd_key"][2]),
+    "rational_one_bwd": ((64, 64, 4, 1), *_HALF["rational_one_bwd"][1:]),
 }
+# Two stages of bwd_query spill on sm_100, larger rational tiles do not
+_HALF_OF_100 = {
+    "bwd_query": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
+    "rational_fwd": ((64, 64, 8, 2), *_HALF["rational_fwd"][1:]),
+    "rational_bwd_query": ((64, 64, 8, 2), *_HALF["rational_bwd_query"][1:]),
+    "rational_bwd_key": ((64, 64, 8, 2), *_HALF["rational_bwd_key"][1:]),
+    "rational_one_bwd": ((64, 64, 8, 1), *_HALF["rational_one_bwd"][1:]),
+}
+# by the first digits of the capability: sm_120 multiplies as sm_80 does
+_HALF_OF = {9: _HALF_OF_90, 10: _HALF_OF_100}
 # in the order of HeadTile
 _HEAD_TILES = {
     "half": {"head_fwd": (64, 64, 64, 8, 3), "head_bwd": (64, 64, 64, 8, 3)},
@@ -176,7 +191,7 @@ _OTHER_TILES = {
     "cosine_gather": (32, 32, 64, 8, 2),
     "ffn_cosine_fwd": (16, 128, 4, 1),
     "ffn_cosine_bwd": (32, 64, 4, 1),
-    "norm_cosine_fwd": (8192,),
+    "norm_cosine_fwd": (2048,),
     "norm_cosine_bwd": (4096,),
     "rational_logits": (4096,),
     "unit_products_fwd": (4096,),
@@ -208,8 +223,8 @@ def built_in(
         return HeadTile(*_HEAD_TILES[part][kind])
     B, H, K, _, d = sizes
     table = _TILES[part]
-    if target.capability >= 90:
-        table = table | _TILES_FROM_90.get(part, {})
+    if part == "half":
+        table = table | _HALF_OF.get(target.capability // 10, {})
     width = 0 if padded(d) <= 64 else 1 if padded(d) <= 128 else 2
     tile = Tile(*table[kind][width])
     if kind in _BY_WAVES and K <= SMALL_K and part != "interpreter":
@@ -222,6 +237,7 @@ def by_waves(tile: Tile, maps: int, K: int, precision: str, target: Target) -> T
 
     Time is taken to be waves * (rows of a tile + KEYS_AS_ROWS). From sm_90 on, tensor cores reach
     their rate with 64 rows; with fewer a row costs twice as much. Of equals the longest is taken.
+    A warp has 16 rows; where they are few, four warps share the loads and repeat each other.
     """
     full_rate = 64 if target.capability >= 90 and precision != "ieee" else 16
     chosen, least = tile, None
@@ -233,7 +249,8 @@ def by_waves(tile: Tile, maps: int, K: int, precision: str, target: Target) -> T
             chosen, least = tile, cost
         if rows <= 16:
             return chosen
-        tile = tile._replace(block_k=rows // 2)  # on as many threads: half the warps would spill
+        warps = min(tile.num_warps, max(4, rows // 32))
+        tile = tile._replace(block_k=rows // 2, num_warps=warps)
 
 
 # sizes of the problem that bound the blocks of a tile
@@ -329,16 +346,23 @@ def images_at_a_time(B: int, K: int) -> int:
     return min(B, max(1, WORKSPACE_ROWS // K))
 
 
+FINISH = 16  # a second launch costs about so many steps of rational_head
+
+
+@functools.lru_cache(maxsize=4096)
 def head_splits(programs: int, D: int, tile: HeadTile, target: Target) -> tuple[int, int]:
     """(columns of one split, number of splits) of rational_head's forward.
 
-    A second launch costs as much as some dozens of steps, so short problems are not split; others
-    are, while their programs do not fill a device.
+    The number that is done first: waves * steps of a program, and a second launch where there is
+    more than one; of equals the least.
     """
     interpreted = target.backend == "interpreter"
-    tiles = triton.cdiv(D, tile.block_n)
-    short = tiles * triton.cdiv(D, tile.block_d) <= (3 if interpreted else 64)
-    wanted = 4 if interpreted else 128
-    splits = 1 if short else min(tiles, triton.cdiv(wanted, programs))
-    columns = triton.cdiv(tiles, splits) * tile.block_n
-    return columns, triton.cdiv(D, columns)
+    at_once, finish = (4, 1) if interpreted else (multiprocessors(target), FINISH)
+    tiles, steps = triton.cdiv(D, tile.block_n), triton.cdiv(D, tile.block_d)
+    chosen, least = tiles, math.inf
+    for held in range(tiles, 0, -1):
+        splits = triton.cdiv(tiles, held)
+        cost = triton.cdiv(programs * splits, at_once) * held * steps + finish * (splits > 1)
+        if cost < least:
+            chosen, least = held, cost
+    return chosen * tile.block_n, triton.cdiv(tiles, chosen)

@@ -18,9 +18,11 @@ from vtclip.kernels._math import (
     load_row,
     load_rows,
     power_of_two,
+    product,
     reciprocal_norm,
     row_program,
     store_rows,
+    vector_reciprocal_norm,
 )
 from vtclip.kernels.cosine_logits_bwd import cosine_logits_bwd
 
@@ -97,15 +99,16 @@ def cosine_logits_paired_fwd_kernel(
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
-    x = load_row(image_ptr + b * stride_image_b, offs_d, stride_image_d, D)[None, :]
-    rnorm_b = reciprocal_norm(x)  # [1]
+    x = load_row(image_ptr + b * stride_image_b, offs_d, stride_image_d, D)
+    rnorm_b = vector_reciprocal_norm(x)
+    x *= rnorm_b
     text_ptr += b * stride_text_b
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D).to(tl.float32)
     rnorm_k = reciprocal_norm(t)  # [BLOCK_K]
-    logits = scale * tl.sum((x * rnorm_b[:, None]) * (t * rnorm_k[:, None]), axis=1)
+    logits = scale * tl.sum(product(x[None, :], t * rnorm_k[:, None]), axis=1)
     tl.store(logits_ptr + b * K + offs_k, cast(logits, logits_ptr.dtype.element_ty), mask=in_k)
     tl.store(text_rnorm_ptr + b * K + offs_k, rnorm_k, mask=in_k)
-    tl.store(image_rnorm_ptr + b, tl.sum(rnorm_b, axis=0), mask=tile == 0)
+    tl.store(image_rnorm_ptr + b, rnorm_b, mask=tile == 0)
 
 
 def reciprocal_norms(x):

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import cast, dot, load_row, load_rows, row_program, store_rows
+from vtclip.kernels._math import cast, dot, load_row, load_rows, product, row_program, store_rows
 
 
 @triton.jit(do_not_specialize=["N", "J", "rows_per_split"])
@@ -75,10 +75,10 @@ def cosine_logits_paired_bwd_kernel(
     rnorm = tl.load(text_rnorm_ptr + b * K + offs_k, mask=in_k, other=0.0)
     t = t * rnorm[:, None]  # [BLOCK_K, BLOCK_D], unit rows
     g = tl.load(g_ptr + b * stride_g_b + offs_k * stride_g_k, mask=in_k, other=0.0).to(tl.float32)
-    cosine = tl.sum(t * x[None, :], axis=1)
+    cosine = tl.sum(product(t, x[None, :]), axis=1)
     d_t = (scale * g * rnorm)[:, None] * (x[None, :] - cosine[:, None] * t)
     store_rows(d_text_ptr + b * K * D, d_t, offs_k, offs_d, D, 1, in_k, D)
-    u = tl.sum(g[:, None] * t, axis=0)  # [BLOCK_D]
+    u = tl.sum(product(g[:, None], t), axis=0)  # [BLOCK_D]
     tl.store(partial_ptr + (tile * B + b) * D + offs_d, u, mask=offs_d < D)
 
 
@@ -103,7 +103,7 @@ def project_kernel(
         u += tl.sum(tile, axis=0)
     rnorm = tl.load(rnorm_ptr + n)
     x = load_row(x_ptr + n * stride_x_n, offs_d, stride_x_d, D) * rnorm
-    d_x = (scale * rnorm) * (u - tl.sum(u * x, axis=0) * x)
+    d_x = (scale * rnorm) * (u - tl.sum(product(u, x), axis=0) * x)
     tl.store(d_x_ptr + n * D + offs_d, cast(d_x, d_x_ptr.dtype.element_ty), mask=offs_d < D)
 
 

@@ -16,11 +16,13 @@ from vtclip.kernels._math import (
     LOG2E,
     dot,
     head_program,
+    indices,
     load_rows,
     row_max,
     scores,
     softmax_step,
     store_rows,
+    tile_indices,
 )
 from vtclip.kernels.cross_attn_bwd import cross_attn_bwd
 
@@ -42,15 +44,15 @@ def cross_attn_fwd_kernel(
     stride_out_b, stride_out_h, stride_out_k, stride_out_d,
     scale, B, H, K, L, D, images_per_program,
     SHARED_QUERY: tl.constexpr, HAS_MASK: tl.constexpr, ONE_TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile); neighbours share the keys of an image and a head
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
+    offs_l = indices(BLOCK_L, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
 
     query_ptr += h * stride_query_h
@@ -86,7 +88,7 @@ def cross_attn_fwd_kernel(
             top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
             total = tl.zeros((BLOCK_K,), tl.float32)
             acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-            for start in range(0, L, BLOCK_L):
+            for start in tl.range(0, L, BLOCK_L, disable_licm=BLOCK_D > 64):
                 cols = start + offs_l
                 s, keep = scores(
                     q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
@@ -99,7 +101,7 @@ def cross_attn_fwd_kernel(
 
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
-        acc = acc / total[:, None]
+        acc = acc * (1.0 / total)[:, None]  # one division a row, not one an element
         lse = tl.where(empty, float("-inf"), (top + tl.log2(total)) * LN2)
         out_b = out_ptr + b * stride_out_b
         store_rows(out_b, acc, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D)
@@ -116,6 +118,9 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
     if lse.numel() == 0:
         return out, lse
     tile, precision, target = _tiles.plan("fwd", query, (B, H, K, L, d))
+    if key_mask is not None and d > 64 and target.capability == 90:
+        # the masks of a tile that is loaded ahead would take more registers than there are
+        tile = tile._replace(num_stages=1)
     programs = H * triton.cdiv(K, tile.block_k)
     shared = query.shape[0] == 1
     images = _configs.images_per_program(B, programs, target) if shared else 1
@@ -126,7 +131,7 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
             *query.stride(), *key.stride(), *value.stride(), *mask_strides, *out.stride(),
             scale, B, H, K, L, d, images,
             SHARED_QUERY=shared, HAS_MASK=key_mask is not None, ONE_TILE=tile.block_l >= L,
-            PRECISION=precision,
+            PRECISION=precision, WIDE=_configs.wide(query, key, value, key_mask, out),
             BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip

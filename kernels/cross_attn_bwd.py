@@ -18,9 +18,12 @@ from vtclip.kernels._math import (
     attended,
     dot,
     head_program,
+    indices,
     load_rows,
+    product,
     store_rows,
     sum_partials,
+    tile_indices,
 )
 
 
@@ -53,14 +56,14 @@ def cross_attn_bwd_query_kernel(
     stride_d_query_b, stride_d_query_h, stride_d_query_k, stride_d_query_d,
     scale, B, H, K, L, D, images_per_program,
     HAS_MASK: tl.constexpr, HAS_D_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
+    offs_l = indices(BLOCK_L, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
 
     query_ptr += first * stride_query_b + h * stride_query_h
@@ -73,21 +76,21 @@ def cross_attn_bwd_query_kernel(
         key_b = key_ptr + b * stride_key_b + h * stride_key_h
         value_b = value_ptr + b * stride_value_b + h * stride_value_h
         mask_b = mask_ptr + b * stride_mask_b
-        rows = (b * H + h) * K + offs_k
+        first_row = (b * H + h) * K
         d_out_b = d_out_ptr + b * stride_d_out_b + h * stride_d_out_h
         d_o = load_rows(d_out_b, offs_k, offs_d, stride_d_out_k, stride_d_out_d, in_k, D)
         out_b = out_ptr + b * stride_out_b + h * stride_out_h
         o = load_rows(out_b, offs_k, offs_d, stride_out_k, stride_out_d, in_k, D)
-        delta = tl.sum(d_o.to(tl.float32) * o.to(tl.float32), axis=1)  # [BLOCK_K]
+        delta = tl.sum(product(d_o.to(tl.float32), o.to(tl.float32)), axis=1)  # [BLOCK_K]
         if HAS_D_LSE:
             d_lse_b = d_lse_ptr + b * stride_d_lse_b + h * stride_d_lse_h
             d_lse = tl.load(d_lse_b + offs_k * stride_d_lse_k, mask=in_k, other=0.0)
             delta -= d_lse.to(tl.float32)
-        tl.store(delta_ptr + rows, delta, mask=in_k)
-        lse = load_lse(lse_ptr + rows, in_k)
+        tl.store(delta_ptr + first_row + offs_k, delta, mask=in_k)
+        lse = load_lse(lse_ptr + first_row + offs_k, in_k)
 
         # without FMA operands of q and d_o held over the loop, ieee tiles fit into registers
-        for start in tl.range(0, L, BLOCK_L, disable_licm=PRECISION == "ieee"):
+        for start in tl.range(0, L, BLOCK_L, disable_licm=PRECISION == "ieee" or BLOCK_D > 64):
             cols = start + offs_l
             keep = attended(mask_b, cols, stride_mask_l, L, HAS_MASK)
             k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, keep, D)
@@ -122,13 +125,13 @@ def cross_attn_bwd_key_kernel(
     stride_d_key_b, stride_d_key_h, stride_d_key_l, stride_d_key_d,
     stride_d_value_b, stride_d_value_h, stride_d_value_l, stride_d_value_d,
     scale, H, K, L, D,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, h, tile = head_program(H, L, BLOCK_L)
-    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_l = tile_indices(tile, BLOCK_L, WIDE)
+    offs_k = indices(BLOCK_K, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_l = offs_l < L
 
     query_ptr += b * stride_query_b + h * stride_query_h
@@ -144,7 +147,7 @@ def cross_attn_bwd_key_kernel(
     d_k = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
 
-    for start in range(0, K, BLOCK_K):
+    for start in tl.range(0, K, BLOCK_K, disable_licm=BLOCK_D > 64):
         rows = start + offs_k
         in_k = rows < K
         q = load_rows(query_ptr, rows, offs_d, stride_query_k, stride_query_d, in_k, D)
@@ -180,6 +183,7 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
     tile, precision, target = _tiles.plan("bwd_query", query, (B, H, K, L, d))
     settings = {"HAS_MASK": key_mask is not None, "PRECISION": precision}
     settings["BLOCK_D"] = _configs.padded(d)
+    settings["WIDE"] = _configs.wide(grad_out, query, key, value, key_mask, out, d_key)
 
     programs = H * triton.cdiv(K, tile.block_k)
     images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1

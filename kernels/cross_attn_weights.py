@@ -15,12 +15,15 @@ from vtclip.kernels._math import (
     cast,
     dot,
     head_program,
+    indices,
     load_rows,
+    product,
     row_max,
     scores,
     softmax_step,
     store_rows,
     sum_partials,
+    tile_indices,
 )
 
 
@@ -55,15 +58,15 @@ def cross_attn_weights_fwd_kernel(
     stride_key_b, stride_key_h, stride_key_l, stride_key_d,
     stride_mask_b, stride_mask_l,
     scale, B, H, K, L, D, images_per_program,
-    HAS_MASK: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, head, query tile), one image a chunk unless they share the query
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
+    offs_l = indices(BLOCK_L, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
 
     query_ptr += first * stride_query_b + h * stride_query_h
@@ -86,7 +89,7 @@ def cross_attn_weights_fwd_kernel(
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, axis=1)
             total = tl.where(total == 0.0, 1.0, total)
-            p = tl.where(keep[None, :], p / total[:, None], 0.0)
+            p = tl.where(keep[None, :], p * (1.0 / total)[:, None], 0.0)
             store_weights(weights_b, p, offs_k, offs_l, in_k, L)
         else:
             top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
@@ -99,7 +102,7 @@ def cross_attn_weights_fwd_kernel(
                 )  # fmt: skip
                 _, _, top, total = softmax_step(s, top, total)
             top = tl.where(top == float("-inf"), 0.0, top)
-            total = tl.where(total == 0.0, 1.0, total)
+            rtotal = 1.0 / tl.where(total == 0.0, 1.0, total)
 
             # the scores are recomputed: cheaper than keeping a row of them for any L
             for start in range(0, L, BLOCK_L):
@@ -108,7 +111,7 @@ def cross_attn_weights_fwd_kernel(
                     q, key_b, mask_b, cols, offs_d, stride_key_l, stride_key_d, stride_mask_l,
                     scale_log2, L, D, HAS_MASK, PRECISION,
                 )  # fmt: skip
-                p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) / total[:, None], 0.0)
+                p = tl.where(keep[None, :], tl.exp2(s - top[:, None]) * rtotal[:, None], 0.0)
                 store_weights(weights_b, p, offs_k, cols, in_k, L)
 
 
@@ -124,14 +127,14 @@ def cross_attn_weights_bwd_query_kernel(
     stride_key_b, stride_key_h, stride_key_l, stride_key_d,
     stride_d_query_b, stride_d_query_h, stride_d_query_k, stride_d_query_d,
     scale, B, H, K, L, D, images_per_program,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_l = tl.arange(0, BLOCK_L).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
+    offs_l = indices(BLOCK_L, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
     acc = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
 
@@ -148,7 +151,7 @@ def cross_attn_weights_bwd_query_kernel(
                 p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
                 stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
             )  # fmt: skip
-            delta += tl.sum(p * d_p, axis=1)
+            delta += tl.sum(product(p, d_p), axis=1)
         tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
 
         for start in tl.range(0, L, BLOCK_L, disable_licm=True):
@@ -179,13 +182,13 @@ def cross_attn_weights_bwd_key_kernel(
     stride_query_b, stride_query_h, stride_query_k, stride_query_d,
     stride_d_key_b, stride_d_key_h, stride_d_key_l, stride_d_key_d,
     scale, H, K, L, D,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, h, tile = head_program(H, L, BLOCK_L)
-    offs_l = tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_l = tile_indices(tile, BLOCK_L, WIDE)
+    offs_k = indices(BLOCK_K, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_l = offs_l < L
 
     weights_ptr += b * stride_weights_b + h * stride_weights_h
@@ -231,6 +234,7 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
             *_configs.query_strides(query), *key.stride(), *mask_strides,
             scale, B, H, K, L, d, images,
             HAS_MASK=key_mask is not None, ONE_TILE=tile.block_l >= L, PRECISION=precision,
+            WIDE=_configs.wide(query, key, key_mask, weights),
             BLOCK_K=tile.block_k, BLOCK_L=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip
@@ -248,6 +252,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     tile, precision, target = _tiles.plan("weights_bwd", query, (B, H, K, L, d))
     settings = {"PRECISION": precision, "BLOCK_D": _configs.padded(d), **tile.launch}
     settings |= {"BLOCK_K": tile.block_k, "BLOCK_L": tile.block_l}
+    settings["WIDE"] = _configs.wide(grad_weights, weights, query, key, d_key)
 
     programs = H * triton.cdiv(K, tile.block_k)
     images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1

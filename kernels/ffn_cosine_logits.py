@@ -18,11 +18,20 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import cast, load_row, load_rows, power_of_two, row_max
+from vtclip.kernels._math import cast, load_row, load_rows, power_of_two, product, row_max
 from vtclip.kernels.cosine_logits import reciprocal_norm_kernel
 from vtclip.kernels.ffn_cosine_logits_bwd import centred, ffn_cosine_logits_bwd, products
 
 __all__ = ["ffn_cosine_logits_bwd", "ffn_cosine_logits_fwd"]
+
+
+@triton.jit
+def group_sums(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """[ROWS, COLUMNS / GROUP] sums of a * b [ROWS, COLUMNS] over GROUP neighbouring columns.
+
+    A thread holds such neighbours, so that nothing is exchanged before the loop ends.
+    """
+    return tl.sum(tl.reshape(product(a, b), (ROWS, COLUMNS // GROUP, GROUP)), axis=2)
 
 
 @triton.jit(do_not_specialize=["K", "stride_stat"])
@@ -44,6 +53,7 @@ def ffn_cosine_logits_fwd_kernel(
     stride_image_b, stride_image_c,
     stride_stat,
     residual, scale, eps, K, C,
+    WHOLE: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # program = (image, class tile). With z centred but for `shift`, n = norm_weight / largest,
@@ -62,59 +72,74 @@ def ffn_cosine_logits_fwd_kernel(
     image_rnorm = tl.load(image_rnorm_ptr + b)
     width = tl.maximum(C, 1).to(tl.float32)
 
-    mean = tl.zeros((BLOCK_K,), tl.float32)
-    size = tl.zeros((BLOCK_K,), tl.float32)
+    mean = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    size = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
     gain = tl.zeros((BLOCK_N,), tl.float32)
     for begin in range(0, C, BLOCK_N):
         cols = begin + offs_n
         x = load_rows(state_ptr, offs_k, cols, stride_state_k, stride_state_c, in_k, C)
-        mean += tl.sum(x.to(tl.float32) + load_row(bias_ptr, cols, stride_bias_c, C), axis=1)
+        x = x.to(tl.float32) + load_row(bias_ptr, cols, stride_bias_c, C)
+        mean += tl.sum(tl.reshape(x, (BLOCK_K, BLOCK_N // GROUP, GROUP)), axis=2)
         t = load_rows(text_ptr, offs_k, cols, stride_text_k, stride_text_c, in_k, C)
         norm_bias = load_row(norm_bias_ptr, cols, stride_norm_bias_c, C)
-        d = t.to(tl.float32) + residual * norm_bias[None, :]
-        size = tl.maximum(size, row_max(tl.abs(d)))
+        d = tl.abs(t.to(tl.float32) + residual * norm_bias[None, :])
+        d = row_max(tl.reshape(d, (BLOCK_K, BLOCK_N // GROUP, GROUP)), axis=2)
+        size = tl.maximum(size, d)
         n = load_row(norm_weight_ptr, cols, stride_norm_weight_c, C)
         gain = tl.maximum(gain, tl.abs(n))
-    mean /= width
+    mean = tl.sum(mean, axis=1) / width
     # powers of two that keep every square below in range
-    largest = power_of_two(tl.max(gain, axis=0))
-    size = power_of_two(tl.maximum(size, tl.abs(residual * largest)))
+    largest = power_of_two(row_max(gain, axis=0))
+    size = power_of_two(tl.maximum(row_max(size), tl.abs(residual * largest)))
+    to_n = 1.0 / largest
+    to_d = 1.0 / size
 
-    s0 = tl.zeros((BLOCK_K,), tl.float32)
-    s1 = tl.zeros((BLOCK_K,), tl.float32)
-    s2 = tl.zeros((BLOCK_K,), tl.float32)
-    s3 = tl.zeros((BLOCK_K,), tl.float32)
-    s4 = tl.zeros((BLOCK_K,), tl.float32)
-    s5 = tl.zeros((BLOCK_K,), tl.float32)
-    dd = tl.zeros((BLOCK_K,), tl.float32)
-    vd = tl.zeros((BLOCK_K,), tl.float32)
-    nd = tl.zeros((BLOCK_K,), tl.float32)
+    s0 = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    s1 = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    s2 = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    s3 = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    s4 = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    s5 = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    dd = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    vd = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
+    nd = tl.zeros((BLOCK_K, BLOCK_N // GROUP), tl.float32)
     nv = tl.zeros((BLOCK_N,), tl.float32)
     nn = tl.zeros((BLOCK_N,), tl.float32)
     for begin in range(0, C, BLOCK_N):
         cols = begin + offs_n
-        in_n = cols < C
         z = load_rows(product_ptr, offs_k, cols, C, 1, in_k, C).to(tl.float32)
         x = load_rows(state_ptr, offs_k, cols, stride_state_k, stride_state_c, in_k, C)
         x = x.to(tl.float32) + load_row(bias_ptr, cols, stride_bias_c, C)[None, :]
-        z += tl.where(in_n[None, :], x - mean[:, None], 0.0)
-        n = load_row(norm_weight_ptr, cols, stride_norm_weight_c, C) / largest
+        x -= mean[:, None]
+        if not WHOLE:
+            x = tl.where((cols < C)[None, :], x, 0.0)
+        z += x
+        n = load_row(norm_weight_ptr, cols, stride_norm_weight_c, C) * to_n
         v = load_row(image_ptr, cols, stride_image_c, C) * image_rnorm
         t = load_rows(text_ptr, offs_k, cols, stride_text_k, stride_text_c, in_k, C)
         norm_bias = load_row(norm_bias_ptr, cols, stride_norm_bias_c, C)
-        d = (t.to(tl.float32) + residual * norm_bias[None, :]) / size[:, None]
+        d = (t.to(tl.float32) + residual * norm_bias[None, :]) * to_d[:, None]
         nz = n[None, :] * z
-        s0 += tl.sum(z * z, axis=1)
-        s1 += tl.sum(nz * nz, axis=1)
-        s2 += tl.sum(nz * v[None, :], axis=1)
-        s3 += tl.sum(nz * d, axis=1)
-        s4 += tl.sum(nz * n[None, :], axis=1)
-        s5 += tl.sum(z, axis=1)
-        dd += tl.sum(d * d, axis=1)
-        vd += tl.sum(d * v[None, :], axis=1)
-        nd += tl.sum(d * n[None, :], axis=1)
+        s0 += group_sums(z, z, BLOCK_K, BLOCK_N, GROUP)
+        s1 += group_sums(nz, nz, BLOCK_K, BLOCK_N, GROUP)
+        s2 += group_sums(nz, v[None, :], BLOCK_K, BLOCK_N, GROUP)
+        s3 += group_sums(nz, d, BLOCK_K, BLOCK_N, GROUP)
+        s4 += group_sums(nz, n[None, :], BLOCK_K, BLOCK_N, GROUP)
+        s5 += tl.sum(tl.reshape(z, (BLOCK_K, BLOCK_N // GROUP, GROUP)), axis=2)
+        dd += group_sums(d, d, BLOCK_K, BLOCK_N, GROUP)
+        vd += group_sums(d, v[None, :], BLOCK_K, BLOCK_N, GROUP)
+        nd += group_sums(d, n[None, :], BLOCK_K, BLOCK_N, GROUP)
         nv += n * v
         nn += n * n
+    s0 = tl.sum(s0, axis=1)
+    s1 = tl.sum(s1, axis=1)
+    s2 = tl.sum(s2, axis=1)
+    s3 = tl.sum(s3, axis=1)
+    s4 = tl.sum(s4, axis=1)
+    s5 = tl.sum(s5, axis=1)
+    dd = tl.sum(dd, axis=1)
+    vd = tl.sum(vd, axis=1)
+    nd = tl.sum(nd, axis=1)
     nv = tl.sum(nv, axis=0)
     nn = tl.sum(nn, axis=0)
 
@@ -176,6 +201,7 @@ def ffn_cosine_logits_fwd(
                 image_rnorm[part], logits[part], stats[:, part],
                 *bias.stride(), *state.stride(), *norm_weight.stride(), *norm_bias.stride(),
                 *text.stride(), *images.stride(), B * K, residual, scale, eps, K, C,
+                WHOLE=C % tile.block_n == 0, GROUP=16 // hidden.element_size(),
                 BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, **tile.launch,
             )  # fmt: skip
     return logits, stats, image_rnorm

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import column_program, load_row, load_rows, store_rows, sum_partials
+from vtclip.kernels._math import (
+    column_program,
+    load_row,
+    load_rows,
+    product,
+    store_rows,
+    sum_partials,
+)
 from vtclip.kernels.cosine_logits_bwd import project
 
 
@@ -41,6 +48,15 @@ def centred_kernel(
         store_rows(out_ptr, w.to(tl.float32) - mean[None, :], rows, offs_f, F, 1, in_c, F)
 
 
+@triton.jit
+def pass_sums(x, PASSES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS / PASSES, COLUMNS] sums over rows that are ROWS / PASSES apart.
+
+    A thread holds them all, so that nothing is exchanged before the loop ends.
+    """
+    return tl.sum(tl.reshape(x, (PASSES, ROWS // PASSES, COLUMNS)), axis=0)
+
+
 @triton.jit(do_not_specialize=["B", "K", "images_per_program", "stride_stat"])
 def ffn_cosine_logits_bwd_kernel(
     d_logits_ptr,  # [B, K]
@@ -67,7 +83,7 @@ def ffn_cosine_logits_bwd_kernel(
     stride_image_b, stride_image_c,
     stride_stat, stride_slice,
     residual, scale, B, K, C, images_per_program,
-    FEATURES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    FEATURES: tl.constexpr, PASSES: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, class tile, column tile); with v = image / |image|, u = y / |y|:
     # d_y = step (v - cosine u),  step = scale d_logit / |y|,
@@ -81,9 +97,9 @@ def ffn_cosine_logits_bwd_kernel(
     bias = load_row(bias_ptr, cols, stride_bias_c, C)
     norm_weight = load_row(norm_weight_ptr, cols, stride_norm_weight_c, C)
     norm_bias = load_row(norm_bias_ptr, cols, stride_norm_bias_c, C)
-    d_bias = tl.zeros((BLOCK_N,), tl.float32)
-    d_norm_weight = tl.zeros((BLOCK_N,), tl.float32)
-    d_norm_bias = tl.zeros((BLOCK_N,), tl.float32)
+    d_bias = tl.zeros((BLOCK_K // PASSES, BLOCK_N), tl.float32)
+    d_norm_weight = tl.zeros((BLOCK_K // PASSES, BLOCK_N), tl.float32)
+    d_norm_bias = tl.zeros((BLOCK_K // PASSES, BLOCK_N), tl.float32)
     if FEATURES:
         d_text = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
 
@@ -109,22 +125,22 @@ def ffn_cosine_logits_bwd_kernel(
         u = y * rnorm[:, None]
         v = load_row(image_ptr + b * stride_image_b, cols, stride_image_c, C)
         off = (v * tl.load(image_rnorm_ptr + b))[None, :] - cosine[:, None] * u
-        d_n = residual * step[:, None] * off
+        d_y = product(step[:, None], off)
         d_z = residual * norm_weight[None, :] * off - mean_g[:, None] - zh * mean_gz[:, None]
-        d_z *= (step * rstd)[:, None]
+        d_z = product(d_z, (step * rstd)[:, None])
         store_rows(d_z_ptr + b * K * C, d_z, offs_k, cols, C, 1, in_k, C)
-        d_bias += tl.sum(d_z, axis=0)
-        d_norm_weight += tl.sum(d_n * zh, axis=0)
-        d_norm_bias += tl.sum(d_n, axis=0)
+        d_bias += pass_sums(d_z, PASSES, BLOCK_K, BLOCK_N)
+        d_norm_weight += pass_sums(product(d_y, zh), PASSES, BLOCK_K, BLOCK_N)
+        d_norm_bias += pass_sums(d_y, PASSES, BLOCK_K, BLOCK_N)
         if FEATURES:
-            d_text += step[:, None] * off
-            d_unit = tl.sum(g[:, None] * u, axis=0)
+            d_text += d_y
+            d_unit = tl.sum(product(g[:, None], u), axis=0)
             tl.store(d_unit_ptr + tile * stride_slice + b * C + cols, d_unit, mask=in_n)
 
     slot = (chunk * tl.cdiv(K, BLOCK_K) + tile) * C + cols
-    tl.store(d_bias_ptr + slot, d_bias, mask=in_n)
-    tl.store(d_norm_weight_ptr + slot, d_norm_weight, mask=in_n)
-    tl.store(d_norm_bias_ptr + slot, d_norm_bias, mask=in_n)
+    tl.store(d_bias_ptr + slot, tl.sum(d_bias, axis=0), mask=in_n)
+    tl.store(d_norm_weight_ptr + slot, residual * tl.sum(d_norm_weight, axis=0), mask=in_n)
+    tl.store(d_norm_bias_ptr + slot, residual * tl.sum(d_norm_bias, axis=0), mask=in_n)
     if FEATURES:
         store_rows(d_text_ptr + chunk * K * C, d_text, offs_k, cols, C, 1, in_k, C)
 
@@ -153,6 +169,12 @@ def products(hidden, weight):
         rows = hidden[part].reshape(count * K, F)
         torch.mm(rows, weight.t(), out=product.view(count * K, -1))
         yield part, product
+
+
+def _passes(tile, tensor):
+    """How often a block's threads, at 16 bytes each, go over the rows of a tile."""
+    at_once = 32 * tile.num_warps * (16 // tensor.element_size())
+    return max(1, tile.block_k * tile.block_n // at_once)
 
 
 def ffn_cosine_logits_bwd(
@@ -195,7 +217,8 @@ def ffn_cosine_logits_bwd(
                 *grad.stride(), *bias.stride(), *state.stride(), *norm_weight.stride(),
                 *norm_bias.stride(), *text.stride(), *some.stride(), B * K, B * C,
                 residual, scale, some.shape[0], K, C, images,
-                FEATURES=features, BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, **tile.launch,
+                FEATURES=features, PASSES=_passes(tile, hidden),
+                BLOCK_K=tile.block_k, BLOCK_N=tile.block_n, **tile.launch,
             )  # fmt: skip
             done += count
         rows = d_z.view(-1, C)

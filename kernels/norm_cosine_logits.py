@@ -14,10 +14,15 @@ from vtclip.kernels._math import (
     cast,
     load_row,
     load_rows,
-    reciprocal_norm,
+    pair_sum,
+    product,
+    range_factor,
+    reciprocal_root,
+    row_max,
     row_program,
     store_rows,
     sum_partials,
+    vector_reciprocal_norm,
 )
 from vtclip.kernels.cosine_logits_bwd import project
 
@@ -41,7 +46,7 @@ def norm_cosine_logits_fwd_kernel(
     stride_text_k, stride_text_c,
     stride_image_b, stride_image_c,
     residual, scale, eps, B, K, C, images_per_program,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     chunk, tile = row_program(K, BLOCK_K)
     first = chunk * images_per_program
@@ -49,32 +54,40 @@ def norm_cosine_logits_fwd_kernel(
     offs_c = tl.arange(0, BLOCK_C).to(tl.int64)
     in_k = offs_k < K
     in_c = offs_c < C
-    width = tl.maximum(C, 1).to(tl.float32)
-    weight = load_row(weight_ptr, offs_c, stride_weight_c, C)
-    bias = load_row(bias_ptr, offs_c, stride_bias_c, C)
+    share = 1.0 / tl.maximum(C, 1).to(tl.float32)
+    # y = base + gain (hidden - mean) rstd; with |(hidden - mean) rstd| <= sqrt(C) its entries are
+    # below 130 * bound, and `factor` lets its squares neither overflow nor, from 1e-30 bound on,
+    # vanish
+    gain = residual * load_row(weight_ptr, offs_c, stride_weight_c, C)
+    bias = residual * load_row(bias_ptr, offs_c, stride_bias_c, C)
     text = load_rows(text_ptr, offs_k, offs_c, stride_text_k, stride_text_c, in_k, C)
-    text = text.to(tl.float32)  # [BLOCK_K, BLOCK_C]
+    base = text.to(tl.float32) + bias[None, :]  # [BLOCK_K, BLOCK_C]
+    bound = tl.maximum(row_max(tl.abs(base)), row_max(tl.abs(gain), axis=0))
+    factor = range_factor(tl.maximum(bound, 8.271806125530277e-25)) * 1.099511627776e12
 
     for i in range(0, tl.minimum(images_per_program, B - first)):
         b = first + i
-        x = load_row(image_ptr + b * stride_image_b, offs_c, stride_image_c, C)[None, :]
-        image_rnorm = reciprocal_norm(x)  # [1]
+        x = load_row(image_ptr + b * stride_image_b, offs_c, stride_image_c, C)
+        image_rnorm = vector_reciprocal_norm(x)
         hidden_b = hidden_ptr + b * stride_hidden_b
         hidden = load_rows(hidden_b, offs_k, offs_c, stride_hidden_k, stride_hidden_c, in_k, C)
         hidden = hidden.to(tl.float32)
-        mean = tl.sum(hidden, axis=1) / width
-        centred = tl.where(in_c[None, :], hidden - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / width + eps)
-        z = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-        y = text + residual * z
-        row_rnorm = reciprocal_norm(y)
-        cosine = tl.sum((x * image_rnorm[:, None]) * (y * row_rnorm[:, None]), axis=1)
+        mean = tl.sum(hidden, axis=1) * share
+        centred = hidden - mean[:, None]
+        if not WHOLE:
+            centred = tl.where(in_c[None, :], centred, 0.0)
+        rstd = tl.rsqrt(tl.sum(product(centred, centred), axis=1) * share + eps)
+        y = (base + centred * rstd[:, None] * gain[None, :]) * factor[:, None]
+        x *= image_rnorm
+        squares, cosine = pair_sum(product(y, y), product(x[None, :], y), axis=1)
+        root = reciprocal_root(squares, factor)
         rows = b * K + offs_k
-        tl.store(logits_ptr + rows, cast(scale * cosine, logits_ptr.dtype.element_ty), mask=in_k)
+        logits = cast(scale * (cosine * root), logits_ptr.dtype.element_ty)
+        tl.store(logits_ptr + rows, logits, mask=in_k)
         tl.store(mean_ptr + rows, mean, mask=in_k)
         tl.store(rstd_ptr + rows, rstd, mask=in_k)
-        tl.store(row_rnorm_ptr + rows, row_rnorm, mask=in_k)
-        tl.store(image_rnorm_ptr + b, tl.sum(image_rnorm, axis=0), mask=tile == 0)
+        tl.store(row_rnorm_ptr + rows, root * factor, mask=in_k)
+        tl.store(image_rnorm_ptr + b, image_rnorm, mask=tile == 0)
 
 
 @triton.jit(do_not_specialize=["B", "K", "images_per_program"])
@@ -100,23 +113,23 @@ def norm_cosine_logits_bwd_kernel(
     stride_text_k, stride_text_c,
     stride_image_b, stride_image_c,
     residual, scale, B, K, C, images_per_program,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # program = (image chunk, class tile); with unit rows x = image / |image| and y / |y|:
     # d_y = scale d_logit / |y| (x - cosine y),  d_z = residual d_y,
     # d_hidden = rstd (d_n - mean(d_n) - n mean(d_n n)),  d_n = weight d_z,
-    # n = (hidden - mean) rstd
+    # n = (hidden - mean) rstd;  residual is in `gain` and `base`
     chunk, tile = row_program(K, BLOCK_K)
     first = chunk * images_per_program
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_c = tl.arange(0, BLOCK_C).to(tl.int64)
     in_k = offs_k < K
     in_c = offs_c < C
-    width = tl.maximum(C, 1).to(tl.float32)
-    weight = load_row(weight_ptr, offs_c, stride_weight_c, C)
-    bias = load_row(bias_ptr, offs_c, stride_bias_c, C)
+    share = 1.0 / tl.maximum(C, 1).to(tl.float32)
+    gain = residual * load_row(weight_ptr, offs_c, stride_weight_c, C)
+    bias = residual * load_row(bias_ptr, offs_c, stride_bias_c, C)
     text = load_rows(text_ptr, offs_k, offs_c, stride_text_k, stride_text_c, in_k, C)
-    text = text.to(tl.float32)  # [BLOCK_K, BLOCK_C]
+    base = text.to(tl.float32) + bias[None, :]  # [BLOCK_K, BLOCK_C]
     d_weight = tl.zeros((BLOCK_C,), tl.float32)
     d_text = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
 
@@ -133,19 +146,21 @@ def norm_cosine_logits_bwd_kernel(
         row_rnorm = tl.load(row_rnorm_ptr + rows, mask=in_k, other=0.0)
         g = load_row(d_logits_ptr + b * stride_d_logits_b, offs_k, stride_d_logits_k, K) * scale
 
-        n = tl.where(in_c[None, :], (hidden - mean[:, None]) * rstd[:, None], 0.0)
-        y = (text + residual * (n * weight[None, :] + bias[None, :])) * row_rnorm[:, None]
-        cosine = tl.sum(x[None, :] * y, axis=1)
-        d_unit = tl.sum(g[:, None] * y, axis=0)  # [BLOCK_C]
+        n = (hidden - mean[:, None]) * rstd[:, None]
+        if not WHOLE:
+            n = tl.where(in_c[None, :], n, 0.0)
+        y = (base + n * gain[None, :]) * row_rnorm[:, None]
+        cosine = tl.sum(product(x[None, :], y), axis=1)
+        d_unit = tl.sum(product(g[:, None], y), axis=0)  # [BLOCK_C]
         tl.store(d_unit_ptr + (tile * B + b) * C + offs_c, d_unit, mask=in_c)
 
         d_y = (g * row_rnorm)[:, None] * (x[None, :] - cosine[:, None] * y)
         d_text += d_y
-        d_weight += tl.sum(d_y * n, axis=0)
-        d_n = residual * d_y * weight[None, :]
-        mean_d = tl.sum(d_n, axis=1) / width
-        mean_dn = tl.sum(d_n * n, axis=1) / width
-        d_hidden = rstd[:, None] * (d_n - mean_d[:, None] - n * mean_dn[:, None])
+        d_weight += tl.sum(product(d_y, n), axis=0)
+        d_n = product(d_y, gain[None, :])
+        sum_d, sum_dn = pair_sum(d_n, product(d_n, n), axis=1)
+        d_hidden = d_n - (sum_d * share)[:, None] - n * (sum_dn * share)[:, None]
+        d_hidden *= rstd[:, None]
         store_rows(d_hidden_ptr + b * K * C, d_hidden, offs_k, offs_c, C, 1, in_k, C)
 
     store_rows(d_text_ptr + chunk * K * C, d_text, offs_k, offs_c, C, 1, in_k, C)
@@ -155,15 +170,18 @@ def norm_cosine_logits_bwd_kernel(
     tl.store(d_bias_ptr + program, residual * tl.sum(d_text, axis=0), mask=in_c)
 
 
-def _tiling(kind, hidden):
+def _tiling(kind, hidden, of_a_thread):
     B, K, C = hidden.shape
     _configs.check("norm_cosine_logits", hidden, C, _limits.MAX_WIDTH)
     target = _configs.target_of(hidden)
     tile = _tiles.choose(kind, hidden.dtype, "", (B, K, C), target)
-    rows, block_c, num_warps = _configs.row_tile(C, tile.elements)
+    # of narrow rows no more than 16: a thread holds some numbers of each
+    elements = min(tile.elements, 16 * _configs.padded(C))
+    rows, block_c, num_warps = _configs.row_tile(C, elements, of_a_thread)
     tiles = max(1, triton.cdiv(K, rows))
     images = _configs.images_per_program(B, tiles, target)
-    settings = {"BLOCK_K": rows, "BLOCK_C": block_c, "num_warps": num_warps}
+    settings = {"BLOCK_K": rows, "BLOCK_C": block_c, "WHOLE": block_c == C}
+    settings["num_warps"] = num_warps
     settings["enable_fp_fusion"] = True
     return tiles, images, triton.cdiv(B, images), settings
 
@@ -171,7 +189,7 @@ def _tiling(kind, hidden):
 def norm_cosine_logits_fwd(hidden, weight, bias, text, image, residual, scale, eps):
     """(logits [B, K]; mean, rstd [B, K], image_rnorm [B], row_rnorm [B, K], all float32)."""
     B, K, C = hidden.shape
-    tiles, images, chunks, settings = _tiling("norm_cosine_fwd", hidden)
+    tiles, images, chunks, settings = _tiling("norm_cosine_fwd", hidden, 16)
     logits = hidden.new_empty((B, K))
     mean, rstd, row_rnorm = (hidden.new_empty((B, K), dtype=torch.float32) for _ in range(3))
     image_rnorm = hidden.new_empty((B,), dtype=torch.float32)
@@ -191,7 +209,7 @@ def norm_cosine_logits_bwd(
 ):  # fmt: skip
     """(d_hidden [B, K, C], d_weight [C], d_bias [C], d_text [K, C], d_image [B, C])."""
     B, K, C = hidden.shape
-    tiles, images, chunks, settings = _tiling("norm_cosine_bwd", hidden)
+    tiles, images, chunks, settings = _tiling("norm_cosine_bwd", hidden, 32)
     if K == 0:
         tiles = 0
     programs = tiles * chunks

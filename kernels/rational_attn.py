@@ -23,10 +23,13 @@ from vtclip.kernels._math import (
     fused,
     head_program,
     in_powers,
+    indices,
     load_row,
     load_rows,
+    product,
     row_max,
     store_rows,
+    tile_indices,
 )
 from vtclip.kernels.rational_attn_bwd import rational_attn_bwd
 
@@ -90,7 +93,7 @@ def rational_attn_fwd_kernel(
     stride_out_b, stride_out_h, stride_out_k, stride_out_d,
     scale, share, B, H, K, D,
     HAS_IMAGE: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr,
-    ONE_TILE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # program = (image, head, row tile); neighbours share the keys of an image and a head
@@ -100,11 +103,11 @@ def rational_attn_fwd_kernel(
     rows_in_all = K * MAPS + HAS_IMAGE
     num_tiles = tl.cdiv(rows_in_all, BLOCK_K)
     b, h, tile = head_program(H, rows_in_all, BLOCK_K)
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
     if not MAPS:
         offs_k += K  # the image's row alone
-    offs_j = tl.arange(0, BLOCK_J).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_j = indices(BLOCK_J, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
     is_image = offs_k == K
     index = b * H + h
@@ -213,7 +216,7 @@ def leave(
     tl.store(partial_ptr + 2 * num_tiles, tile_total)
     tl.store(weight_ptr + offs_k, weight, mask=in_k)
     # of 16-bit types such rows, averages of values, neither overflow nor underflow
-    row = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    row = acc * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     store_rows(parts_ptr, row, offs_k, offs_d, stride_k, stride_d, in_k, D)
 
 
@@ -230,7 +233,7 @@ def weigh(
     totals = tl.load(partial_ptr + 2 * num_tiles + offs_t, mask=in_t, other=0.0)
     base = tl.max(bases, axis=0)
     base = tl.where(base == float("-inf"), 0.0, base)
-    total = tl.sum(totals * tl.exp2(bases - base), axis=0)
+    total = tl.sum(product(totals, tl.exp2(bases - base)), axis=0)
     factor = tl.exp2(tl.load(partial_ptr + num_tiles + tile) - base)
     weight = tl.load(weight_ptr + offs_k, mask=in_k, other=0.0)
     part = load_rows(parts_ptr, offs_k, offs_d, stride_k, stride_d, in_k, D).to(tl.float32)
@@ -335,7 +338,7 @@ def rational_attn_fwd(image_query, text_query, pair_query, key, value, scale, ke
             *strides, *key.stride(), *value.stride(), *out.stride(),
             scale, share, B, H, K, d,
             **has, ONE_TILE=one, KEEP=keep_parts,
-            PRECISION=precision,
+            PRECISION=precision, WIDE=_configs.wide(*queries, key, value, out),
             BLOCK_K=tile.block_k, BLOCK_J=tile.block_l, BLOCK_D=_configs.padded(d),
             **tile.launch,
         )  # fmt: skip

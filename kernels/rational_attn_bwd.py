@@ -19,14 +19,22 @@ from vtclip.kernels._math import (
     LOG2E,
     cast,
     dot,
-    fused,
     head_program,
+    indices,
     load_row,
     load_rows,
+    product,
     store_rows,
     sum_partials,
+    tile_indices,
 )
-from vtclip.kernels.rational_attn_one_bwd import image_terms, load_map, rational_attn_one_bwd_kernel
+from vtclip.kernels.rational_attn_one_bwd import (
+    image_terms,
+    load_map,
+    rational_attn_one_bwd_kernel,
+    unit_of,
+    weighed,
+)
 
 
 @triton.jit(do_not_specialize=["B", "H", "K"])
@@ -65,15 +73,15 @@ def rational_attn_bwd_sums_kernel(
         row += tl.sum(d_o, axis=0)
         if MAPS:
             part = load_rows(parts_ptr, rows, offs_d, stride_parts_k, stride_parts_d, in_k, D)
-            c_a += tl.sum(d_o * part.to(tl.float32), axis=0)
+            c_a += tl.sum(product(d_o, part.to(tl.float32)), axis=0)
         if BOTH:
             pair_ptr = parts_ptr + tl.cast(stride_parts_x, tl.int64)
             part = load_rows(pair_ptr, rows, offs_d, stride_parts_k, stride_parts_d, in_k, D)
-            c_c += tl.sum(d_o * part.to(tl.float32), axis=0)
+            c_c += tl.sum(product(d_o, part.to(tl.float32)), axis=0)
     tl.store(row_ptr + index * D + offs_d, row, mask=offs_d < D)
     if HAS_IMAGE:
         o = load_row(image_out_ptr + index * D, offs_d, 1, D)
-        tl.store(c_ptr + index, tl.sum(row * o, axis=0))
+        tl.store(c_ptr + index, tl.sum(product(row, o), axis=0))
     if MAPS:
         tl.store(c_ptr + FIRST * maps + index, tl.sum(c_a, axis=0) / K)
     if BOTH:
@@ -103,13 +111,13 @@ def rational_attn_bwd_key_kernel(
     stride_d_key_b, stride_d_key_h, stride_d_key_k, stride_d_key_d,
     scale, share, B, H, K, D,
     HAS_IMAGE: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     b, h, tile = head_program(H, K, BLOCK_J)
-    offs_j = tile * BLOCK_J + tl.arange(0, BLOCK_J)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_j = tile_indices(tile, BLOCK_J, WIDE)
+    offs_k = indices(BLOCK_K, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     keep = offs_j < K
     index = b * H + h
     maps = B.to(tl.int64) * H
@@ -122,6 +130,15 @@ def rational_attn_bwd_key_kernel(
     value_ptr += b * stride_value_b + h * stride_value_h
     k = load_rows(key_ptr, offs_j, offs_d, stride_key_k, stride_key_d, keep, D)
     v = load_rows(value_ptr, offs_j, offs_d, stride_value_k, stride_value_d, keep, D)
+    unit = 1.0
+    if HAS_TEXT:
+        base_t, rtotal_t = load_map(stats_ptr, 1, maps, index)
+        c_t = tl.load(c_ptr + maps + index)
+        unit = tl.maximum(unit, unit_of(K * rtotal_t))
+    if HAS_PAIR:
+        base_p, rtotal_p = load_map(stats_ptr, 2, maps, index)
+        c_p = tl.load(c_ptr + 2 * maps + index)
+        unit = tl.maximum(unit, unit_of(K * rtotal_p))
     if HAS_IMAGE:  # first, while no sums take up registers
         row = load_row(row_ptr + index * D, offs_d, 1, D)
         p, d_s, q1, d_q = image_terms(
@@ -129,22 +146,15 @@ def rational_attn_bwd_key_kernel(
             stats_ptr, maps, index, tl.load(c_ptr + index), scale_log2, offs_d, D,
             PRECISION,
         )  # fmt: skip
-        d_v = p[:, None] * row[None, :]
-        d_k = d_s[:, None] * q1[None, :]
+        d_v = (p / unit)[:, None] * row[None, :]
+        d_k = (d_s / unit)[:, None] * q1[None, :]
         d_q = cast(d_q * (scale * share), d_image_ptr.dtype.element_ty)
         tl.store(d_image_ptr + (tile * maps + index) * D + offs_d, d_q, mask=offs_d < D)
     else:
         d_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
         d_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
-    if HAS_TEXT:
-        base_t, rtotal_t = load_map(stats_ptr, 1, maps, index)
-        c_t = tl.load(c_ptr + maps + index)
-    if HAS_PAIR:
-        base_p, rtotal_p = load_map(stats_ptr, 2, maps, index)
-        c_p = tl.load(c_ptr + 2 * maps + index)
-
     if HAS_TEXT or HAS_PAIR:
-        for start in range(0, K, BLOCK_K):
+        for start in tl.range(0, K, BLOCK_K, disable_licm=BLOCK_D > 64):
             rows = start + offs_k
             in_k = rows < K
             d_o = load_rows(d_out_ptr, rows, offs_d, stride_d_out_k, stride_d_out_d, in_k, D)
@@ -152,26 +162,25 @@ def rational_attn_bwd_key_kernel(
             a = tl.zeros((BLOCK_J, BLOCK_K), tl.float32)
             if HAS_TEXT:
                 q = load_rows(text_ptr, rows, offs_d, stride_text_k, stride_text_d, in_k, D)
-                shift = tl.where(in_k, base_t, float("inf"))  # rows that are not there weigh 0
                 s = dot(k, tl.trans(q), PRECISION)
-                a_t = tl.exp2(fused(s, scale_log2, shift[None, :])) * (K * rtotal_t)
+                a_t = weighed(s, scale_log2, base_t, K * rtotal_t / unit, in_k)
                 a += a_t
                 d_k += dot((a_t * (d_a - c_t)).to(q.dtype), q, PRECISION)
             if HAS_PAIR:
                 q = load_rows(pair_ptr, rows, offs_d, stride_pair_k, stride_pair_d, in_k, D)
-                shift = tl.where(in_k, base_p, float("inf"))
                 s = dot(k, tl.trans(q), PRECISION)
-                a_p = tl.exp2(fused(s, scale_log2, shift[None, :])) * (K * rtotal_p)
+                a_p = weighed(s, scale_log2, base_p, K * rtotal_p / unit, in_k)
                 a += a_p
                 d_k += dot((a_p * (d_a - c_p)).to(q.dtype), q, PRECISION)
             d_v += dot(a.to(d_o.dtype), d_o, PRECISION)
 
     offset = b * stride_d_key_b + h * stride_d_key_h
     d_key_ptr += offset
-    d_k = d_k * (scale * share)
+    d_k = d_k * (scale * share * unit)
+    d_v = d_v * (share * unit)
     store_rows(d_key_ptr, d_k, offs_j, offs_d, stride_d_key_k, stride_d_key_d, keep, D)
     d_value_ptr += offset
-    store_rows(d_value_ptr, d_v * share, offs_j, offs_d, stride_d_key_k, stride_d_key_d, keep, D)
+    store_rows(d_value_ptr, d_v, offs_j, offs_d, stride_d_key_k, stride_d_key_d, keep, D)
 
 
 @triton.jit(do_not_specialize=["B", "H", "K", "images_per_program"])
@@ -193,14 +202,14 @@ def rational_attn_bwd_query_kernel(
     stride_d_text_b, stride_d_text_h, stride_d_text_k, stride_d_text_d,
     stride_d_pair_b, stride_d_pair_h, stride_d_pair_k, stride_d_pair_d,
     scale, share, B, H, K, D, images_per_program,
-    HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     chunk, h, tile = head_program(H, K, BLOCK_K)
     first = chunk * images_per_program
-    offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_j = tl.arange(0, BLOCK_J).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = tile_indices(tile, BLOCK_K, WIDE)
+    offs_j = indices(BLOCK_J, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
     maps = B.to(tl.int64) * H
     scale_log2 = scale * LOG2E
@@ -210,6 +219,7 @@ def rational_attn_bwd_query_kernel(
         text_ptr += first * stride_text_b + h * stride_text_h
         q_t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D)
         acc_t = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        unit_t = 1.0
     for i in range(0, tl.minimum(images_per_program, B - first)):
         b = first + i
         index = b * H + h
@@ -220,38 +230,42 @@ def rational_attn_bwd_query_kernel(
         if HAS_TEXT:
             base_t, rtotal_t = load_map(stats_ptr, 1, maps, index)
             c_t = tl.load(c_ptr + maps + index)
+            unit = unit_of(K * rtotal_t)
+            acc_t *= unit_t / unit  # powers of two: nothing is lost
+            unit_t = unit
         if HAS_PAIR:
             base_p, rtotal_p = load_map(stats_ptr, 2, maps, index)
             c_p = tl.load(c_ptr + 2 * maps + index)
+            unit_p = unit_of(K * rtotal_p)
             pair_b = pair_ptr + b * stride_pair_b + h * stride_pair_h
             q_p = load_rows(pair_b, offs_k, offs_d, stride_pair_k, stride_pair_d, in_k, D)
             acc_p = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
 
         # without FMA operands held over the loop, ieee tiles fit into registers
-        for start in tl.range(0, K, BLOCK_J, disable_licm=PRECISION == "ieee"):
+        for start in tl.range(0, K, BLOCK_J, disable_licm=PRECISION == "ieee" or BLOCK_D > 64):
             cols = start + offs_j
             keep = cols < K
             k = load_rows(key_b, cols, offs_d, stride_key_k, stride_key_d, keep, D)
             v = load_rows(value_b, cols, offs_d, stride_value_k, stride_value_d, keep, D)
             d_a = dot(d_o, tl.trans(v), PRECISION)  # [BLOCK_K, BLOCK_J]
             if HAS_TEXT:
-                shift = tl.where(keep, base_t, float("inf"))  # columns that are not there weigh 0
                 s = dot(q_t, tl.trans(k), PRECISION)
-                d_s = tl.exp2(fused(s, scale_log2, shift[None, :])) * (K * rtotal_t) * (d_a - c_t)
+                a_t = weighed(s, scale_log2, base_t, K * rtotal_t / unit_t, keep)
+                d_s = a_t * (d_a - c_t)
                 acc_t += dot(d_s.to(k.dtype), k, PRECISION)
             if HAS_PAIR:
-                shift = tl.where(keep, base_p, float("inf"))
                 s = dot(q_p, tl.trans(k), PRECISION)
-                d_s = tl.exp2(fused(s, scale_log2, shift[None, :])) * (K * rtotal_p) * (d_a - c_p)
+                a_p = weighed(s, scale_log2, base_p, K * rtotal_p / unit_p, keep)
+                d_s = a_p * (d_a - c_p)
                 acc_p += dot(d_s.to(k.dtype), k, PRECISION)
 
         if HAS_PAIR:
             d_pair_b = d_pair_ptr + b * stride_d_pair_b + h * stride_d_pair_h
-            acc_p = acc_p * (scale * share)
+            acc_p = acc_p * (scale * share * unit_p)
             store_rows(d_pair_b, acc_p, offs_k, offs_d, stride_d_pair_k, stride_d_pair_d, in_k, D)
     if HAS_TEXT:
         d_text_ptr += chunk * stride_d_text_b + h * stride_d_text_h
-        acc_t = acc_t * (scale * share)
+        acc_t = acc_t * (scale * share * unit_t)
         store_rows(d_text_ptr, acc_t, offs_k, offs_d, stride_d_text_k, stride_d_text_d, in_k, D)
 
 
@@ -282,6 +296,7 @@ def rational_attn_bwd(
     tile, precision, _ = _tiles.plan("rational_one_bwd", key, (B, H, K, K, d))
     queries, strides = _configs.query_arguments(image_query, text_query, pair_query, key)
     common = {**has, "PRECISION": precision, "BLOCK_D": _configs.padded(d)}
+    common["WIDE"] = _configs.wide(grad_out, *queries, key, value, parts, d_key)
     tensors = (grad_out, *queries, key, value, stats)
     lengths = (*grad_out.stride(), *strides, *key.stride(), *value.stride())
     numbers = (scale, 1.0 / sum(has.values()), B, H, K, d)

@@ -8,7 +8,19 @@ text query's are one float32 slice per image, added by `sum_partials` in their o
 import triton
 import triton.language as tl
 
-from vtclip.kernels._math import LOG2E, cast, dot, fused, in_powers, load_row, load_rows, store_rows
+from vtclip.kernels._math import (
+    LOG2E,
+    cast,
+    dot,
+    fused,
+    in_powers,
+    indices,
+    load_row,
+    load_rows,
+    power_of_two,
+    product,
+    store_rows,
+)
 
 
 @triton.jit
@@ -16,6 +28,23 @@ def load_map(stats_ptr, kind, maps, index):
     """(maximum in powers of two, 1 / sum) of stats [3, 2, maps]."""
     stats_ptr += kind * 2 * maps + index
     return in_powers(tl.load(stats_ptr)), 1.0 / tl.load(stats_ptr + maps)
+
+
+@triton.jit
+def unit_of(most):
+    """Power of two, at least 1, that the largest entry `most` of A = K softmax is less than twice.
+
+    A / unit and what is made of it by gradients of a scaled loss stay within float16; small entries
+    of a flat map, of unit 1, are no smaller than in A.
+    """
+    return tl.maximum(power_of_two(most), 1.0)
+
+
+@triton.jit
+def weighed(s, scale_log2, base, factor, there):
+    """factor exp2(s scale_log2 - base) of s [rows, columns], 0 where no column is `there`."""
+    shift = tl.where(there, base, float("inf"))
+    return tl.exp2(fused(s, scale_log2, shift[None, :])) * factor
 
 
 @triton.jit
@@ -32,22 +61,23 @@ def image_terms(
     s = tl.sum(dot(k, tl.trans(q), PRECISION), axis=1)
     base, rtotal = load_map(stats_ptr, 0, maps, index)
     p = tl.where(keep, tl.exp2(fused(s, scale_log2, base)) * rtotal, 0.0)
-    d_s = p * (tl.sum(v.to(tl.float32) * row[None, :], axis=1) - c)
-    d_q = tl.sum(d_s[:, None] * k.to(tl.float32), axis=0)
+    d_s = p * (tl.sum(product(v.to(tl.float32), row[None, :]), axis=1) - c)
+    d_q = tl.sum(product(d_s[:, None], k.to(tl.float32)), axis=0)
     return p, d_s, load_row(image_ptr, offs_d, stride_d, D), d_q
 
 
 @triton.jit
 def one_map(
-    q, part, d_o, k, d_a, in_k, stats_ptr, kind, maps, index, scale_log2, K,
+    q, part, d_o, k, d_a, in_k, stats_ptr, kind, maps, index, scale_log2, K, unit,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(A, dS) [rows, keys] of one kind, zero where a row or a key does not exist."""
+    """(A, dS) / unit [rows, keys] of one kind, zero where a row or a key does not exist."""
     base, rtotal = load_map(stats_ptr, kind, maps, index)
-    c = tl.sum(tl.sum(d_o.to(tl.float32) * part.to(tl.float32), axis=1), axis=0) / K
+    each = product(d_o.to(tl.float32), part.to(tl.float32))
+    c = tl.sum(tl.sum(each, axis=1), axis=0) / K
     exponent = fused(dot(q, tl.trans(k), PRECISION), scale_log2, base)
     exponent = tl.where(in_k[:, None] & in_k[None, :], exponent, float("-inf"))
-    a = tl.exp2(exponent) * (K * rtotal)
+    a = tl.exp2(exponent) * (K * rtotal / unit)
     return a, a * (d_a - c)
 
 
@@ -78,15 +108,15 @@ def rational_attn_one_bwd_kernel(
     stride_grad_b, stride_grad_h, stride_grad_k, stride_grad_d,
     scale, share, B, H, K, D,
     HAS_IMAGE: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_PAIR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # one program per image and head; d_pair, d_key and d_value have the same layout
     index = tl.program_id(0).to(tl.int64)
     maps = B.to(tl.int64) * H
     b = index // H
     h = index % H
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    offs_k = indices(BLOCK_K, WIDE)
+    offs_d = indices(BLOCK_D, WIDE)
     in_k = offs_k < K
     scale_log2 = scale * LOG2E
     grad = b * stride_grad_b + h * stride_grad_h
@@ -97,15 +127,21 @@ def rational_attn_one_bwd_kernel(
     d_o = load_rows(d_out_ptr, offs_k, offs_d, stride_d_out_k, stride_d_out_d, in_k, D)
     k = load_rows(key_ptr, offs_k, offs_d, stride_key_k, stride_key_d, in_k, D)
     v = load_rows(value_ptr, offs_k, offs_d, stride_value_k, stride_value_d, in_k, D)
+    unit = 1.0
+    if HAS_TEXT:
+        unit = tl.maximum(unit, unit_of(K / tl.load(stats_ptr + 3 * maps + index)))
+    if HAS_PAIR:
+        unit = tl.maximum(unit, unit_of(K / tl.load(stats_ptr + 5 * maps + index)))
     if HAS_IMAGE:  # first, while no sums take up registers
         row = tl.sum(d_o.to(tl.float32), axis=0)
-        c = tl.sum(row * load_row(image_out_ptr + index * D, offs_d, 1, D), axis=0)
+        o = load_row(image_out_ptr + index * D, offs_d, 1, D)
+        c = tl.sum(product(row, o), axis=0)
         p, d_s1, q1, d_q1 = image_terms(
             image_ptr + b * stride_image_b + h * stride_image_h, stride_image_d, row, k, v, in_k,
             stats_ptr, maps, index, c, scale_log2, offs_d, D, PRECISION,
         )  # fmt: skip
-        d_v = p[:, None] * row[None, :]
-        d_k = d_s1[:, None] * q1[None, :]
+        d_v = (p / unit)[:, None] * row[None, :]
+        d_k = (d_s1 / unit)[:, None] * q1[None, :]
         d_q1 = cast(d_q1 * (scale * share), d_image_ptr.dtype.element_ty)
         tl.store(d_image_ptr + index * D + offs_d, d_q1, mask=offs_d < D)
     else:
@@ -119,11 +155,12 @@ def rational_attn_one_bwd_kernel(
         part = load_rows(parts_ptr, offs_k, offs_d, stride_parts_k, stride_parts_d, in_k, D)
         parts_ptr += tl.cast(stride_parts_x, tl.int64)
         a_x, d_s = one_map(
-            q, part, d_o, k, d_a, in_k, stats_ptr, 1, maps, index, scale_log2, K, PRECISION
-        )
+            q, part, d_o, k, d_a, in_k, stats_ptr, 1, maps, index, scale_log2, K,
+            unit, PRECISION,
+        )  # fmt: skip
         a += a_x
         d_k += dot(tl.trans(d_s.to(q.dtype)), q, PRECISION)
-        d_q = dot(d_s.to(k.dtype), k, PRECISION) * (scale * share)
+        d_q = dot(d_s.to(k.dtype), k, PRECISION) * (scale * share * unit)
         d_text_ptr += b * stride_d_text_b + h * stride_d_text_h
         store_rows(d_text_ptr, d_q, offs_k, offs_d, stride_d_text_k, stride_d_text_d, in_k, D)
     if HAS_PAIR:
@@ -131,14 +168,15 @@ def rational_attn_one_bwd_kernel(
         q = load_rows(pair_ptr, offs_k, offs_d, stride_pair_k, stride_pair_d, in_k, D)
         part = load_rows(parts_ptr, offs_k, offs_d, stride_parts_k, stride_parts_d, in_k, D)
         a_x, d_s = one_map(
-            q, part, d_o, k, d_a, in_k, stats_ptr, 2, maps, index, scale_log2, K, PRECISION
-        )
+            q, part, d_o, k, d_a, in_k, stats_ptr, 2, maps, index, scale_log2, K,
+            unit, PRECISION,
+        )  # fmt: skip
         a += a_x
         d_k += dot(tl.trans(d_s.to(q.dtype)), q, PRECISION)
-        d_q = dot(d_s.to(k.dtype), k, PRECISION) * (scale * share)
+        d_q = dot(d_s.to(k.dtype), k, PRECISION) * (scale * share * unit)
         store_rows(d_pair_ptr + grad, d_q, offs_k, offs_d, stride_grad_k, stride_grad_d, in_k, D)
     d_v += dot(tl.trans(a.to(d_o.dtype)), d_o, PRECISION)
-    d_k = d_k * (scale * share)
+    d_k = d_k * (scale * share * unit)
     store_rows(d_key_ptr + grad, d_k, offs_k, offs_d, stride_grad_k, stride_grad_d, in_k, D)
-    d_v = d_v * share
+    d_v = d_v * (share * unit)
     store_rows(d_value_ptr + grad, d_v, offs_k, offs_d, stride_grad_k, stride_grad_d, in_k, D)

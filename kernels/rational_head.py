@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
-from vtclip.kernels._math import cast, dot, load_row, load_rows, opened
+from vtclip.kernels._math import cast, dot, load_row, load_rows, opened, product
 from vtclip.kernels.rational_head_bwd import rational_head_bwd
 
 __all__ = ["rational_head_bwd", "rational_head_fwd"]
@@ -55,7 +55,8 @@ def rational_head_fwd_kernel(
     b = (pid // num_tiles % B).to(tl.int64)
     split = (pid // num_tiles // B).to(tl.int64)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_n = split * columns + tl.arange(0, BLOCK_N)
+    # `columns` is a multiple of BLOCK_N: said, or 16 bytes of a row could not be loaded at once
+    offs_n = tl.multiple_of(split * columns, BLOCK_N) + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
     context_ptr += b * stride_context_b
@@ -77,7 +78,7 @@ def rational_head_fwd_kernel(
         m += load_row(bias_ptr, cols, stride_bias_d, D)[None, :]
         x = load_row(image_ptr, cols, stride_image_d, D)
         t = load_rows(text_ptr, offs_k, cols, stride_text_k, stride_text_d, in_k, D)
-        total += tl.sum(opened(m) * (x[None, :] * t.to(tl.float32)), axis=1)
+        total += tl.sum(product(opened(m), x[None, :] * t.to(tl.float32)), axis=1)
         if PENALTY != 0:
             # relu(1 + m) - 1, without the rounding of 1 + m
             off = tl.abs(tl.where(m <= -1.0, -1.0, m))
@@ -85,7 +86,7 @@ def rational_head_fwd_kernel(
             if PENALTY == 1:
                 size += tl.sum(tl.where(there, off, 0.0), axis=1)
             elif PENALTY == 2:
-                size += tl.sum(tl.where(there, off * off, 0.0), axis=1)
+                size += tl.sum(tl.where(there, product(off, off), 0.0), axis=1)
             else:
                 is_nan = off != off
                 size += tl.sum(tl.where(there & is_nan, off, 0.0), axis=1)

@@ -18,6 +18,7 @@ from vtclip.kernels._math import (
     load_row,
     load_rows,
     opened,
+    product,
     store_rows,
     sum_partials,
 )
@@ -54,7 +55,7 @@ def rational_head_bwd_kernel(
     in_k = offs_k < K
     in_n = offs_n < D
     bias = load_row(bias_ptr, offs_n, stride_bias_d, D)
-    d_bias = tl.zeros((BLOCK_N,), tl.float32)
+    d_bias = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     if FEATURES:
         d_text = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
 
@@ -87,15 +88,15 @@ def rational_head_bwd_kernel(
         # relu has slope 0 at 0; rows that do not exist have no gradient
         d_m = tl.where((m <= -1.0) | (offs_k >= K)[:, None], 0.0, d_m)
         store_rows(d_m_ptr + b * K * D, d_m, offs_k, offs_n, D, 1, in_k, D)
-        d_bias += tl.sum(d_m, axis=0)
+        d_bias += d_m
         if FEATURES:
             weighed = g[:, None] * opened(m)
             d_text += weighed * x[None, :]
-            d_x = cast(tl.sum(weighed * t, axis=0), d_image_ptr.dtype.element_ty)
+            d_x = cast(tl.sum(product(weighed, t), axis=0), d_image_ptr.dtype.element_ty)
             tl.store(d_image_ptr + tile * stride_slice + b * D + offs_n, d_x, mask=in_n)
 
     slot = (chunk * tl.cdiv(K, BLOCK_K) + tile) * D + offs_n
-    tl.store(d_bias_ptr + slot, d_bias, mask=in_n)
+    tl.store(d_bias_ptr + slot, tl.sum(d_bias, axis=0), mask=in_n)
     if FEATURES:
         store_rows(d_text_ptr + chunk * K * D, d_text, offs_k, offs_n, D, 1, in_k, D)
 

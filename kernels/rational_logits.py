@@ -16,6 +16,7 @@ from vtclip.kernels._math import (
     load_row,
     load_rows,
     opened,
+    product,
     row_program,
     store_rows,
     sum_partials,
@@ -46,7 +47,7 @@ def rational_logits_fwd_kernel(
         x = load_row(image_ptr, cols, stride_image_d, D)
         t = load_rows(text_ptr, offs_k, cols, stride_text_k, stride_text_d, in_k, D)
         m = load_rows(mask_ptr, offs_k, cols, stride_mask_k, stride_mask_d, in_k, D)
-        total += tl.sum(opened(m.to(tl.float32)) * (x[None, :] * t.to(tl.float32)), axis=1)
+        total += tl.sum(product(opened(m.to(tl.float32)), x[None, :] * t.to(tl.float32)), axis=1)
     logits = cast(scale * total, logits_ptr.dtype.element_ty)
     tl.store(logits_ptr + b * K + offs_k, logits, mask=in_k)
 
@@ -84,7 +85,7 @@ def rational_logits_bwd_kernel(
         d_text += weighed * x[None, :]
         d_m = tl.where(m <= -1.0, 0.0, (g[:, None] * x[None, :]) * t)
         store_rows(d_mask_ptr + b * K * D, d_m, offs_k, offs_d, D, 1, in_k, D)
-        d_x = cast(tl.sum(weighed * t, axis=0), d_image_ptr.dtype.element_ty)
+        d_x = cast(tl.sum(product(weighed, t), axis=0), d_image_ptr.dtype.element_ty)
         tl.store(d_image_ptr + (tile * B + b) * D + offs_d, d_x, mask=offs_d < D)
     store_rows(d_text_ptr + chunk * K * D, d_text, offs_k, offs_d, D, 1, in_k, D)
 

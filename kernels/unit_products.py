@@ -14,12 +14,15 @@ import triton.language as tl
 
 from vtclip.kernels import _configs, _limits, _tiles
 from vtclip.kernels._math import (
+    cast,
     column_program,
     load_row,
     load_rows,
+    product,
     row_program,
     store_rows,
     unit_rows,
+    unit_vector,
 )
 from vtclip.kernels.cosine_logits import reciprocal_norms
 from vtclip.kernels.cosine_logits_bwd import project
@@ -39,19 +42,18 @@ def unit_products_fwd_kernel(
 ):  # fmt: skip
     # program = (image, class tile), at least one of either; it holds whole rows
     b, tile = row_program(K, BLOCK_K)
-    offs_b = b + tl.arange(0, 1)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    in_b = offs_b < B
     in_k = offs_k < K
-    v = load_rows(image_ptr, offs_b, offs_d, stride_image_b, stride_image_d, in_b, D)
-    v = unit_rows(v.to(tl.float32)) * root  # [1, BLOCK_D]
-    store_rows(v_ptr, v, offs_b, offs_d, D, 1, offs_b < tl.where(tile == 0, B, 0), D)
+    width = tl.where(b < B, D, 0)
+    v = unit_vector(load_row(image_ptr + b * stride_image_b, offs_d, stride_image_d, width)) * root
+    first = offs_d < tl.where(tile == 0, width, 0)
+    tl.store(v_ptr + b * D + offs_d, cast(v, v_ptr.dtype.element_ty), mask=first)
     t = load_rows(text_ptr, offs_k, offs_d, stride_text_k, stride_text_d, in_k, D)
     t = unit_rows(t.to(tl.float32)) * root
     store_rows(t_ptr, t, offs_k, offs_d, D, 1, offs_k < tl.where(b == 0, K, 0), D)
     in_k = offs_k < tl.where(b < B, K, 0)
-    store_rows(products_ptr + b * K * D, v * t, offs_k, offs_d, D, 1, in_k, D)
+    store_rows(products_ptr + b * K * D, v[None, :] * t, offs_k, offs_d, D, 1, in_k, D)
 
 
 @triton.jit(do_not_specialize=["B", "K", "images_per_program"])
@@ -98,7 +100,7 @@ def unit_products_bwd_kernel(
         sum_t += g * v[None, :]
         grad_b = grad_image_ptr + b * stride_grad_image_b + offs_d * stride_grad_image_d
         own = tl.load(grad_b, mask=offs_d < tl.where(tile == 0, D, 0), other=0.0).to(tl.float32)
-        sum_v = own + tl.sum(g * t, axis=0)
+        sum_v = own + tl.sum(product(g, t), axis=0)
         tl.store(sum_image_ptr + (tile * B + b) * D + offs_d, sum_v, mask=in_d)
     store_rows(sum_text_ptr + chunk * K * D, sum_t, offs_k, offs_d, D, 1, in_k, D)
 

@@ -10,10 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 import torch
-from tables import ANIMALS, animal_features
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
@@ -35,6 +33,17 @@ ONE_THREAD = (
     "train",
 )  # folders of tests on tiny tensors
 IMPLS = ("cpu", "triton", "cuda", "reference")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads the user's records, tables or features, nor writes into them."""
+    before = os.environ.get("VTCLIP_CACHE")
+    os.environ["VTCLIP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("VTCLIP_CACHE")
+    if before is not None:
+        os.environ["VTCLIP_CACHE"] = before
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +136,9 @@ def trees() -> ModuleType:
 @pytest.fixture(scope="session")
 def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of features on which VT-CLIP has something to learn."""
+    import numpy as np  # late: operators are tested on machines without it
+    from tables import animal_features
+
     path = tmp_path_factory.mktemp("source") / "animals.npz"
     np.savez(path, **animal_features())
     return path
@@ -135,6 +147,8 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def records() -> Records:
     """The same table in memory, at a logit scale of 20."""
+    from tables import ANIMALS, animal_features
+
     from vtclip.data.records import Records
 
     features = animal_features()

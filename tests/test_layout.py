@@ -76,9 +76,9 @@ ARROWS = {
     "kernels": set(),
     "clip": {"names", "files"},
     "reference": {"names"},
-    "backends": {"kernels", "reference"},
+    "backends": {"kernels", "reference", "files"},
     "ops": {"backends", "reference", "names"},
-    "testing": {"ops", "names"},
+    "testing": {"ops", "backends", "names"},
     "info": {"ops", "backends", "testing"},
     "heads": {"ops", "names"},
     "data": {"clip", *BASE},
@@ -89,6 +89,7 @@ ARROWS = {
     "demo": {"runs", "data", "clip", "files", "machine"},
     "cli": {
         *("bench", "demo", "tune", "info", "runs", "train", "data", "backends"),
+        "testing",
         *("clip", "names", "files", "machine"),
     },
 }

@@ -10,7 +10,7 @@ import sys
 import torch
 
 import vtclip
-from vtclip.backends import native, triton
+from vtclip.backends import native, record, triton
 from vtclip.ops._select import Problem, explain
 from vtclip.testing.problems import OPS
 
@@ -41,6 +41,10 @@ def report() -> dict[str, object]:
             "cuda": native.load_cuda() or "loaded",
             "triton": triton.load() or "loaded",
             "reference": "loaded",
+        },
+        "proven": {
+            device: record.standing(torch.device(device)).line
+            for device in ("cpu", *[f"cuda:{i}" for i in range(torch.cuda.device_count())] * cuda)
         },
         "choice": {
             device: {op: explain(Problem(op, device, torch.float32, 64)) for op in OPS}

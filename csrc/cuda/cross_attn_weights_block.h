@@ -25,14 +25,16 @@ struct AttnWeightsForward : AttnTile<T, kD> {
   using Base = AttnTile<T, kD>;
   using Acc = AccOf<T>;
   using Args = AttnWeightsArgs<T>;
-  using Base::kC, Base::kChunks, Base::kLd, Base::kRows, Base::kStep, Base::kWarps;
+  using Base::kC, Base::kChunks, Base::kLd, Base::kLdStep, Base::kRows, Base::kStep;
+  using Base::kWarps;
 
   struct Tiles {
     Shared& shared;
     Block<kWarps> block{shared};
-    T* q = shared.take<T>(kRows * kLd);     // [kRows, kLd]
-    T* k = shared.take<T>(kStep * kLd);     // [kStep, kLd]
-    bool* keep = shared.take<bool>(kStep);  // [kStep]
+    T* q = shared.take<T>(kRows * kLd);      // [kRows, kLd]
+    T* k = shared.take<T>(kStep * kLd);      // [kStep, kLd]
+    T* p = shared.take<T>(kRows * kLdStep);  // [kRows, kLdStep]: weights on their way out
+    bool* keep = shared.take<bool>(kStep);   // [kStep]
   };
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
@@ -48,7 +50,7 @@ struct AttnWeightsForward : AttnTile<T, kD> {
       states[warp].top.fill(-infinity<Acc>());
       states[warp].total.fill(0);
     });
-    if (kChunks == 1) load_query(args, tiles, at, 0);
+    if (kChunks == 1 && n.L > 0) load_query(args, tiles, at, 0);
     for (int64_t start = 0; start < n.L; start += kStep) {
       scores(args, tiles, states, at, start, [&](const Warp& warp) { soften(states[warp]); });
     }
@@ -61,12 +63,12 @@ struct AttnWeightsForward : AttnTile<T, kD> {
     });
     // scores that did not fit are recomputed: cheaper than keeping a row of them for any L
     if (n.L <= kStep) {
-      block.each_warp([&](const Warp& warp) { write(args, states[warp], at, warp, 0); });
+      block.each_warp([&](const Warp& warp) { write(args, states[warp], tiles, at, warp, 0); });
       return;
     }
     for (int64_t start = 0; start < n.L; start += kStep) {
       scores(args, tiles, states, at, start, [&](const Warp& warp) {
-        write(args, states[warp], at, warp, start);
+        write(args, states[warp], tiles, at, warp, start);
       });
     }
   }
@@ -95,6 +97,7 @@ struct AttnWeightsForward : AttnTile<T, kD> {
       if (kChunks > 1) load_query(args, tiles, at, c);
       Base::load_kept(block, tiles.k, args.key.at(at.image, at.head).from(start), c * kC, n.d,
                       tiles.keep);
+      block.arrive();
       block.each_warp([&](const Warp& warp) {
         State& own = states[warp];
         if (c == 0) own.s.fill(0);
@@ -126,14 +129,15 @@ struct AttnWeightsForward : AttnTile<T, kD> {
     own.total.each([&](const Spot& spot, Acc& total) { total += sum[spot]; });
   }
 
-  static VTCLIP_DEVICE void write(const Args& args, State& own, const AttnPlace& at,
-                                  const Warp& warp, int64_t start) {
+  static VTCLIP_DEVICE void write(const Args& args, State& own, const Tiles& tiles,
+                                  const AttnPlace& at, const Warp& warp, int64_t start) {
     const AttnShape& n = args.shape;
     own.s.each([&](const Spot& spot, Acc& s) {
       s = s == -infinity<Acc>() ? 0 : exp2_of(s - own.top[spot]) / own.total[spot];
     });
     const Rows<T> weights{args.weights + (at.image * n.H + at.head) * n.K * n.L, n.L, 1};
-    put(own.s, weights, at.tile * kRows + 16 * warp.index, n.K, start, n.L, Acc(1));
+    put<kStep, kStep>(warp, own.s, tiles.p + 16 * warp.index * kLdStep, weights,
+                      at.tile * kRows + 16 * warp.index, n.K, start, n.L, Acc(1));
   }
 };
 
@@ -170,13 +174,13 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
   static VTCLIP_BOTH int64_t blocks(const Args& args) { return Base::query_blocks(args); }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
-    const auto add = [&](PerWarp<State, kWarps>& states, const AttnPlace& at, int64_t b, bool) {
+    const auto add = [&](PerWarp<State, kWarps>& states, const AttnPlace& at, int64_t b) {
       deltas(args, tiles, b, at);
       for (int64_t start = 0; start < args.shape.L; start += kStep) {
         step(args, tiles, states, b, at, start);
       }
     };
-    Base::template query_gradient<State>(args, index, tiles.block, add);
+    Base::template query_gradient<State>(args, index, tiles.block, tiles.d_s, add);
   }
 
  private:
@@ -239,7 +243,8 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
     Shared& shared;
     Block<kWarps> block{shared};
     T* q = shared.take<T>(kStep * kLd);        // [kStep, kLd]
-    T* d_s = shared.take<T>(kStep * kLdRows);  // [kStep, kLdRows]: rows are queries, columns keys
+    // [kStep, kLdRows]: rows are queries, columns keys; then [kRows, kLdStep]: d_key on its way out
+    T* d_s = shared.take<T>(larger(kStep * kLdRows, kRows * Base::kLdStep));
     bool* used = shared.take<bool>(kRows);     // [kRows]: some weight of the key counts
   };
 
@@ -260,7 +265,9 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
       for (int c = 0; c < kOutChunks; ++c) {
         auto& d_k = states[warp].d_k[c];
         Base::keep_rows(d_k, warp, tiles.used);
-        Base::put_key(n, args.d_key, d_k, at, warp, c, args.scale);
+        Base::template put_key<kStep>(n, args.d_key, d_k,
+                                      tiles.d_s + 16 * warp.index * Base::kLdStep, at, warp, c,
+                                      args.scale);
       }
     });
   }
@@ -296,9 +303,10 @@ struct AttnWeightsKeyGradient : AttnTile<T, kD> {
     VTCLIP_UNROLL
     for (int c = 0; c < kOutChunks; ++c) {
       const int64_t column = at.part * kOut + c * kC;
-      load_tile<kStep, kC>(block, tiles.q, kLd,
+      copy_tile<kStep, kC>(block.loose(), tiles.q, kLd,
                            args.query.at(at.image, at.head).from(start, column), n.d - column,
                            [&](int r) { return r < rows; });
+      block.arrive();
       block.each_warp([&](const Warp& warp) {
         states[warp].d_k[c].template add_product<true, false>(
             tiles.d_s + 16 * warp.index, kLdRows, tiles.q, kLd, kStep);

@@ -22,16 +22,21 @@ struct FfnInput {
   const T* bias;          // [C]
   int64_t bias_stride, K, C;
 
-  template <int N>
+  VTCLIP_DEVICE bool packed() const {
+    return vectors_fit(Rows<const T>{product, C, 1}) && vectors_fit(state.at(0)) &&
+           vectors_fit(Rows<const T>{state.base, state.batch, 1}) &&
+           vectors_fit(Rows<const T>{bias, 0, bias_stride});
+  }
+  template <bool kPacked, int N>
   VTCLIP_DEVICE void load(int64_t b, int64_t k, int64_t column, Acc mean, Acc (&to)[N]) const {
     Acc made[N], added[N];
-    Row<const T>(state.at(b), k, C).load(column, to);
-    Row<const T>(product + (b * K + k) * C, 1, C).load(column, made);
-    Row<const T>(bias, bias_stride, C).load(column, added);
+    Row<const T>(state.at(b), k, C).template load<kPacked>(column, to);
+    Row<const T>(product + (b * K + k) * C, 1, C).template load<kPacked>(column, made);
+    Row<const T>(bias, bias_stride, C).template load<kPacked>(column, added);
     VTCLIP_UNROLL
     for (int e = 0; e < N; ++e) {
       // a large mean is gone before the product is added
-      to[e] = column + e < C ? (to[e] + added[e] - mean) + made[e] : 0;
+      to[e] = kPacked || column + e < C ? (to[e] + added[e] - mean) + made[e] : 0;
     }
   }
 };
@@ -94,9 +99,15 @@ struct FfnForward {
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
+    with_packed(args, [&](auto packed) { rows<packed.value>(args, index, tiles); });
+  }
+
+ private:
+  template <bool kPacked>
+  static VTCLIP_DEVICE void rows(const Args& args, int64_t index, Tiles& tiles) {
     tiles.each_row(index, args.K, [&](const auto& lanes, int64_t b, int64_t k, Acc* slots) {
-      const NormRow<Acc> row = norm_row(lanes, slots, args, b, k);
-      const NormMeans<Acc> means = norm_means(lanes, slots, args, b, k, row.norm(), row.rnorm);
+      const NormRow<Acc> row = norm_row<kPacked>(lanes, slots, args, b, k);
+      const NormMeans<Acc> means = norm_means<kPacked>(lanes, slots, args, b, k, row.norm(), row.rnorm);
       lanes.once([&] {
         const int64_t at = b * args.K + k;
         args.logits[at] = static_cast<T>(args.scale * row.cosine);

@@ -14,11 +14,14 @@ struct NormInput {
   Images<const T> hidden;  // [B, K, C]
   int64_t C;
 
-  template <int N>
+  VTCLIP_DEVICE bool packed() const {
+    return vectors_fit(hidden.at(0)) && vectors_fit(Rows<const T>{hidden.base, hidden.batch, 1});
+  }
+  template <bool kPacked, int N>
   VTCLIP_DEVICE void load(int64_t b, int64_t k, int64_t column, Acc mean, Acc (&to)[N]) const {
-    Row<const T>(hidden.at(b), k, C).load(column, to);
+    Row<const T>(hidden.at(b), k, C).template load<kPacked>(column, to);
     VTCLIP_UNROLL
-    for (int e = 0; e < N; ++e) to[e] = column + e < C ? to[e] - mean : 0;
+    for (int e = 0; e < N; ++e) to[e] = kPacked || column + e < C ? to[e] - mean : 0;
   }
 };
 
@@ -33,8 +36,14 @@ struct NormForward {
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
+    with_packed(args, [&](auto packed) { rows<packed.value>(args, index, tiles); });
+  }
+
+ private:
+  template <bool kPacked>
+  static VTCLIP_DEVICE void rows(const Args& args, int64_t index, Tiles& tiles) {
     tiles.each_row(index, args.K, [&](const auto& lanes, int64_t b, int64_t k, Acc* slots) {
-      const NormRow<Acc> row = norm_row(lanes, slots, args, b, k);
+      const NormRow<Acc> row = norm_row<kPacked>(lanes, slots, args, b, k);
       lanes.once([&] {
         const int64_t at = b * args.K + k;
         args.logits[at] = static_cast<T>(args.scale * row.cosine);
@@ -55,14 +64,20 @@ struct NormScalars {
   using Args = NormArgs<T, NormInput<T>>;
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
+    with_packed(args, [&](auto packed) { rows<packed.value>(args, index, tiles); });
+  }
+
+ private:
+  template <bool kPacked>
+  static VTCLIP_DEVICE void rows(const Args& args, int64_t index, Tiles& tiles) {
     tiles.each_row(index, args.K, [&](const auto& lanes, int64_t b, int64_t k, Acc* slots) {
       const int64_t at = b * args.K + k;
       const Acc mean = args.stats.mean[at], rstd = args.stats.rstd[at];
       Acc spread[2];
-      norm_spread(lanes, slots, args, b, k, mean, spread);
+      norm_spread<kPacked>(lanes, slots, args, b, k, mean, spread);
       const Acc shift = spread[0] / static_cast<Acc>(args.C);
       const NormMeans<Acc> means =
-          norm_means(lanes, slots, args, b, k, {mean, rstd, -shift * rstd}, args.stats.rnorm[at]);
+          norm_means<kPacked>(lanes, slots, args, b, k, {mean, rstd, -shift * rstd}, args.stats.rnorm[at]);
       lanes.once([&] {
         args.stats.shift[at] = shift;
         args.stats.cosine[at] = means.cosine;

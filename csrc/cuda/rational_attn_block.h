@@ -18,13 +18,6 @@
 #include "cuda/block/tile_io.h"
 #include "cuda/block/warp_tile.h"
 
-// a loop whose copies would only take registers
-#ifdef __CUDACC__
-#define VTCLIP_ROLLED _Pragma("unroll 1")
-#else
-#define VTCLIP_ROLLED
-#endif
-
 namespace vtclip::cuda {
 
 constexpr int kRationalRows = 64;  // of a block
@@ -38,6 +31,20 @@ VTCLIP_BOTH constexpr int rational_step(int columns, int results) {
   return columns * results == 64 ? 64 : 32;
 }
 
+template <class T>
+struct RationalInputs {
+  int64_t B, H, K, d;
+  bool has[kQueryKinds];
+  Heads<const T> query[kQueryKinds];  // [B, H, 1, d], [B|1, H, K, d], [B, H, K, d]
+  Heads<const T> key, value;          // [B, H, K, d]
+  AccOf<T> scale, share;
+
+  VTCLIP_BOTH int maps() const { return has[kText] + has[kPair]; }
+  VTCLIP_DEVICE AccOf<T> scale_log2() const {
+    return scale * static_cast<AccOf<T>>(1.4426950408889634074);
+  }
+};
+
 template <class T, int kColumns, int kStepOf>
 struct RationalTile {
   static constexpr int kC = kColumns;
@@ -47,20 +54,27 @@ struct RationalTile {
   static constexpr int kLd = tile_stride<T>(kC);
   static constexpr int kLdStep = tile_stride<T>(kStep);
 
+  // of a head; `with_columns` gives 64 columns of a half type to heads they hold
+  static VTCLIP_BOTH int chunks(const RationalInputs<T>& n) {
+    if constexpr (sizeof(T) == 2 && kC == 64) return 1;
+    return static_cast<int>(larger<int64_t>(1, ceil_div(n.d, kC)));
+  }
   // rows of a warp that exist, of `rows` from the block's first
   static VTCLIP_DEVICE bool idle(const Warp& warp, int64_t rows) {
     return 16 * warp.index >= rows;
   }
+  // Loads are copies: they are there after block.arrive().
+  //
   // chunk c of a block's own rows, of which `rows` exist
   static VTCLIP_DEVICE void load_own(const Block<kWarps>& block, T* to, const Rows<const T>& from,
                                      int64_t rows, int64_t d, int c) {
-    load_tile<kRows, kC>(block, to, kLd, from.from(0, int64_t{c} * kC), d - c * kC,
+    copy_tile<kRows, kC>(block.loose(), to, kLd, from.from(0, int64_t{c} * kC), d - c * kC,
                          [&](int r) { return r < rows; });
   }
   // chunk c of the rows that pass
   static VTCLIP_DEVICE void load_step(const Block<kWarps>& block, T* to, const Rows<const T>& from,
                                       int64_t rows, int64_t d, int c) {
-    load_tile<kStep, kC>(block, to, kLd, from.from(0, int64_t{c} * kC), d - c * kC,
+    copy_tile<kStep, kC>(block.loose(), to, kLd, from.from(0, int64_t{c} * kC), d - c * kC,
                          [&](int r) { return r < rows; });
   }
   // columns of chunk c a product sums over
@@ -79,23 +93,6 @@ void with_columns(int64_t d, Run run) {
     return run(std::integral_constant<int, sizeof(T) == 4 ? 64 : 32>{});
   }
 }
-
-template <class T>
-struct RationalInputs {
-  int64_t B, H, K, d;
-  bool has[kQueryKinds];
-  Heads<const T> query[kQueryKinds];  // [B, H, 1, d], [B|1, H, K, d], [B, H, K, d]
-  Heads<const T> key, value;          // [B, H, K, d]
-  AccOf<T> scale, share;
-
-  VTCLIP_BOTH int maps() const { return has[kText] + has[kPair]; }
-  VTCLIP_BOTH int chunks(int columns) const {
-    return static_cast<int>(larger<int64_t>(1, ceil_div(d, columns)));
-  }
-  VTCLIP_DEVICE AccOf<T> scale_log2() const {
-    return scale * static_cast<AccOf<T>>(1.4426950408889634074);
-  }
-};
 
 // 2^(s scale_log2 - base), the product not rounded before the difference
 VTCLIP_DEVICE float power(float s, float scale_log2, float base) {

@@ -143,37 +143,51 @@ struct RationalSums {
   }
 };
 
-// What a block of the next two keeps: two tiles of its own rows and two that pass.
+// What a block of the next two keeps: two tiles of its own rows, and two that pass, each twice, so
+// that the next one comes while one is multiplied.
 template <class T, class Tile>
 struct RationalBackwardTiles {
   Shared& shared;
   Block<Tile::kWarps> block{shared};
   T* own_a = shared.take<T>(Tile::kRows * Tile::kLd);   // [kRows, kLd]
   T* own_b = shared.take<T>(Tile::kRows * Tile::kLd);   // [kRows, kLd]
-  T* step_a = shared.take<T>(Tile::kStep * Tile::kLd);  // [kStep, kLd]
-  T* step_b = shared.take<T>(Tile::kStep * Tile::kLd);  // [kStep, kLd]
-  T* p = shared.take<T>(Tile::kRows * Tile::kLdStep);   // [kRows, kLdStep]
+  T* steps_a = shared.take<T>(2 * Tile::kStep * Tile::kLd);  // [2, kStep, kLd]
+  T* steps_b = shared.take<T>(2 * Tile::kStep * Tile::kLd);  // [2, kStep, kLd]
+  T* p = shared.take<T>(Tile::kRows * Tile::kLdStep);        // [kRows, kLdStep]
+
+  VTCLIP_DEVICE T* step_a(int slot) const { return steps_a + slot * Tile::kStep * Tile::kLd; }
+  VTCLIP_DEVICE T* step_b(int slot) const { return steps_b + slot * Tile::kStep * Tile::kLd; }
 };
 
-// own step^T over all columns into a tile of each warp: `pick(warp)`. A head of one chunk has its
-// own rows in place; of the rest the last chunk stays.
+// own step^T of a warp, one chunk, into `scores`
+template <class Tile, class T, class Scores>
+VTCLIP_DEVICE void rational_product(const Warp& warp, Scores& scores, const T* own, const T* step,
+                                    int64_t d, int c) {
+  if (c == 0) scores.fill(0);
+  scores.template add_product<false, true>(own + 16 * warp.index * Tile::kLd, Tile::kLd, step,
+                                           Tile::kLd, Tile::summed(d, c));
+}
+
+// The same over all of several chunks, one after the other, into a tile of each warp: pick(warp).
+// `own` and `step` are shared tiles; of `step` chunk `part` stays.
 template <class T, class Tile, class Pick>
 VTCLIP_DEVICE void rational_scores(RationalBackwardTiles<T, Tile>& tiles, T* own, T* step,
                                    const Rows<const T>& own_rows, int64_t rows,
                                    const Rows<const T>& step_rows, int64_t steps, int64_t d,
-                                   int chunks, Pick pick) {
+                                   int chunks, int part, Pick pick) {
+  const auto& block = tiles.block;
   VTCLIP_ROLLED
   for (int c = 0; c < chunks; ++c) {
-    if (chunks > 1) Tile::load_own(tiles.block, own, own_rows, rows, d, c);
-    Tile::load_step(tiles.block, step, step_rows, steps, d, c);
-    tiles.block.each_warp([&](const Warp& warp) {
-      if (Tile::idle(warp, rows)) return;
-      auto& scores = pick(warp);
-      if (c == 0) scores.fill(0);
-      scores.template add_product<false, true>(own + 16 * warp.index * Tile::kLd, Tile::kLd, step,
-                                               Tile::kLd, Tile::summed(d, c));
+    Tile::load_own(block, own, own_rows, rows, d, c);
+    Tile::load_step(block, step, step_rows, steps, d, c);
+    block.arrive();
+    block.each_warp([&](const Warp& warp) {
+      if (!Tile::idle(warp, rows)) rational_product<Tile>(warp, pick(warp), own, step, d, c);
     });
   }
+  if (part == chunks - 1) return;
+  Tile::load_step(block, step, step_rows, steps, d, part);
+  block.arrive();
 }
 
 // One block per (image, head, chunk of columns, key tile).
@@ -186,13 +200,13 @@ struct RationalKeys : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)> {
   using Tile::kC, Tile::kLd, Tile::kLdStep, Tile::kRows, Tile::kStep, Tile::kWarps;
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    return args.B * args.H * args.chunks(kC) * ceil_div(args.K, kRows);
+    return args.B * args.H * Tile::chunks(args) * ceil_div(args.K, kRows);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     const int64_t tiles_of_map = ceil_div(args.K, kRows), row0 = index % tiles_of_map * kRows;
     index /= tiles_of_map;
-    const int chunks = args.chunks(kC), part = static_cast<int>(index % chunks);
+    const int chunks = Tile::chunks(args), part = static_cast<int>(index % chunks);
     index /= chunks;
     const int64_t b = index / args.H, h = index % args.H, rows = args.K - row0;
     const Rows<const T> key = args.key.at(b, h).from(row0);
@@ -202,29 +216,16 @@ struct RationalKeys : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)> {
       states[warp].d_k.fill(0);
       states[warp].d_v.fill(0);
     });
-    if (chunks == 1 && args.maps() > 0) {
-      Tile::load_own(tiles.block, tiles.own_a, key, rows, args.d, 0);
-      Tile::load_own(tiles.block, tiles.own_b, value, rows, args.d, 0);
-    }
-    for (int64_t start = 0; args.maps() > 0 && start < args.K; start += kStep) {
-      const int64_t steps = args.K - start;
-      const Rows<const T> d_out = args.d_out.at(b, h).from(start);
-      rational_scores(tiles, tiles.own_b, tiles.step_b, value, rows, d_out, steps, args.d, chunks,
-                      [&](const Warp& warp) -> auto& { return states[warp].d_a; });
-      if (part < chunks - 1) Tile::load_step(tiles.block, tiles.step_b, d_out, steps, args.d, part);
-      tiles.block.each_warp([&](const Warp& warp) { states[warp].a.fill(0); });
-      VTCLIP_ROLLED
-      for (int kind = kText; kind <= kPair; ++kind) {
-        if (!args.has[kind]) continue;
-        const Rows<const T> query = args.query[kind].at(b, h).from(start);
-        rational_scores(tiles, tiles.own_a, tiles.step_a, key, rows, query, steps, args.d, chunks,
-                        [&](const Warp& warp) -> auto& { return states[warp].s; });
-        if (part < chunks - 1) {
-          Tile::load_step(tiles.block, tiles.step_a, query, steps, args.d, part);
+    if (args.maps() > 0) {
+      if (chunks == 1) {
+        Tile::load_own(tiles.block, tiles.own_a, key, rows, args.d, 0);
+        Tile::load_own(tiles.block, tiles.own_b, value, rows, args.d, 0);
+        stream(args, tiles, states, b, h, rows);
+      } else {
+        for (int64_t start = 0; start < args.K; start += kStep) {
+          add_chunks(args, tiles, states, b, h, part, key, value, rows, start);
         }
-        add_keys(tiles, states, RationalMade<T>::of(args, kind, b, h), rows, steps);
       }
-      add_values(tiles, states, rows);
     }
     finish(args, tiles, states, index, part, row0);
   }
@@ -236,28 +237,88 @@ struct RationalKeys : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)> {
   };
   using States = PerWarp<State, kWarps>;
 
-  static VTCLIP_DEVICE void add_keys(Tiles& tiles, States& states, const RationalMade<T>& made,
-                                     int64_t rows, int64_t steps) {
-    tiles.block.each_warp([&](const Warp& warp) {
-      if (Tile::idle(warp, rows)) return;
-      State& own = states[warp];
-      own.s.each([&](const Spot& at, Acc& s) { s = at.column < steps ? made(s) : 0; });
-      own.a.with(own.s, [](const Spot&, Acc& a, Acc one) { a += one; });
-      own.s.with(own.d_a, [&](const Spot&, Acc& s, Acc d_a) { s *= d_a - made.c; });
-      T* p = tiles.p + 16 * warp.index * kLdStep;
-      own.s.store(p, kLdStep);
-      own.d_k.template add_product<false, false>(p, kLdStep, tiles.step_a, kLd, kStep);
+  // All steps of a head in one chunk. A turn is one map's queries of a step; the next turn's come
+  // while it is multiplied, and in a step's last turn the next step's d_out.
+  static VTCLIP_DEVICE void stream(const Args& args, Tiles& tiles, States& states, int64_t b,
+                                   int64_t h, int64_t rows) {
+    const Block<kWarps>& block = tiles.block;
+    const int first = args.has[kText] ? kText : kPair, last = args.has[kPair] ? kPair : kText;
+    const auto load = [&](int64_t start, int kind, int slot) {
+      Tile::load_step(block, tiles.step_a(slot), args.query[kind].at(b, h).from(start),
+                      args.K - start, args.d, 0);
+      if (kind != first) return;
+      Tile::load_step(block, tiles.step_b(static_cast<int>(start / kStep % 2)),
+                      args.d_out.at(b, h).from(start), args.K - start, args.d, 0);
+    };
+    load(0, first, 0);
+    int64_t start = 0;
+    int slot = 0, kind = first;
+    VTCLIP_ROLLED
+    while (start < args.K) {
+      const int64_t next_start = kind == last ? start + kStep : start;
+      const int next_kind = kind == last ? first : last;
+      block.arrive();  // this turn is there, the one before is read
+      if (next_start < args.K) load(next_start, next_kind, 1 - slot);
+      const T* d_out = tiles.step_b(static_cast<int>(start / kStep % 2));
+      const T* query = tiles.step_a(slot);
+      const RationalMade<T> made = RationalMade<T>::of(args, kind, b, h);
+      block.loose().each_warp([&](const Warp& warp) {
+        if (Tile::idle(warp, rows)) return;
+        State& own = states[warp];
+        if (kind == first) {
+          rational_product<Tile>(warp, own.d_a, tiles.own_b, d_out, args.d, 0);
+          own.a.fill(0);
+        }
+        rational_product<Tile>(warp, own.s, tiles.own_a, query, args.d, 0);
+        add_key(own, tiles, warp, made, query, args.K - start);
+        if (kind == last) add_value(own, tiles, warp, d_out);
+      });
+      start = next_start;
+      kind = next_kind;
+      slot = 1 - slot;
+    }
+  }
+
+  // A step of a head in several chunks.
+  static VTCLIP_DEVICE void add_chunks(const Args& args, Tiles& tiles, States& states, int64_t b,
+                                       int64_t h, int part, const Rows<const T>& key,
+                                       const Rows<const T>& value, int64_t rows, int64_t start) {
+    const Block<kWarps>& block = tiles.block;
+    const int64_t steps = args.K - start;
+    const int chunks = Tile::chunks(args);
+    rational_scores(tiles, tiles.own_b, tiles.step_b(0), value, rows,
+                    args.d_out.at(b, h).from(start), steps, args.d, chunks, part,
+                    [&](const Warp& warp) -> auto& { return states[warp].d_a; });
+    block.loose().each_warp([&](const Warp& warp) { states[warp].a.fill(0); });
+    VTCLIP_ROLLED
+    for (int kind = kText; kind <= kPair; ++kind) {
+      if (!args.has[kind]) continue;
+      rational_scores(tiles, tiles.own_a, tiles.step_a(0), key, rows,
+                      args.query[kind].at(b, h).from(start), steps, args.d, chunks, part,
+                      [&](const Warp& warp) -> auto& { return states[warp].s; });
+      const RationalMade<T> made = RationalMade<T>::of(args, kind, b, h);
+      block.each_warp([&](const Warp& warp) {
+        if (!Tile::idle(warp, rows)) {
+          add_key(states[warp], tiles, warp, made, tiles.step_a(0), steps);
+        }
+      });
+    }
+    block.each_warp([&](const Warp& warp) {
+      if (!Tile::idle(warp, rows)) add_value(states[warp], tiles, warp, tiles.step_b(0));
     });
   }
 
-  static VTCLIP_DEVICE void add_values(Tiles& tiles, States& states, int64_t rows) {
-    tiles.block.each_warp([&](const Warp& warp) {
-      if (Tile::idle(warp, rows)) return;
-      State& own = states[warp];
-      T* p = tiles.p + 16 * warp.index * kLdStep;
-      own.a.store(p, kLdStep);
-      own.d_v.template add_product<false, false>(p, kLdStep, tiles.step_b, kLd, kStep);
-    });
+  static VTCLIP_DEVICE void add_key(State& own, Tiles& tiles, const Warp& warp,
+                                    const RationalMade<T>& made, const T* query, int64_t steps) {
+    own.s.each([&](const Spot& at, Acc& s) { s = at.column < steps ? made(s) : 0; });
+    own.a.with(own.s, [](const Spot&, Acc& a, Acc one) { a += one; });
+    own.s.with(own.d_a, [&](const Spot&, Acc& s, Acc d_a) { s *= d_a - made.c; });
+    own.d_k.add_product(own.s, tiles.p + 16 * warp.index * kLdStep, kLdStep, query, kLd);
+  }
+
+  static VTCLIP_DEVICE void add_value(State& own, Tiles& tiles, const Warp& warp,
+                                      const T* d_out) {
+    own.d_v.add_product(own.a, tiles.p + 16 * warp.index * kLdStep, kLdStep, d_out, kLd);
   }
 
   static VTCLIP_DEVICE void finish(const Args& args, Tiles& tiles, States& states, int64_t index,
@@ -305,7 +366,7 @@ struct RationalQueries : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)
   using Tile::kC, Tile::kLd, Tile::kLdStep, Tile::kRows, Tile::kStep, Tile::kWarps;
 
   static VTCLIP_BOTH int64_t blocks_of_image(const Args& args) {
-    return args.H * args.chunks(kC) * ceil_div(args.K, kRows);
+    return args.H * Tile::chunks(args) * ceil_div(args.K, kRows);
   }
   static VTCLIP_BOTH int64_t text_blocks(const Args& args) {
     return args.has[kText] ? ceil_div(args.B, args.images) * blocks_of_image(args) : 0;
@@ -320,7 +381,7 @@ struct RationalQueries : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)
     if (!text) index -= of_text;
     const int64_t tiles_of_map = ceil_div(args.K, kRows), row0 = index % tiles_of_map * kRows;
     index /= tiles_of_map;
-    const int chunks = args.chunks(kC), part = static_cast<int>(index % chunks);
+    const int chunks = Tile::chunks(args), part = static_cast<int>(index % chunks);
     index /= chunks;
     const int64_t h = index % args.H, group = index / args.H, images = text ? args.images : 1;
     const int64_t first = group * images, last = lesser(args.B, first + images);
@@ -328,27 +389,28 @@ struct RationalQueries : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)
     const int kind = text ? kText : kPair;
     States states;
     tiles.block.each_warp([&](const Warp& warp) { states[warp].d_q.fill(0); });
+    if (chunks == 1 && first < last) {
+      // images share the text
+      Tile::load_own(tiles.block, tiles.own_a, args.query[kind].at(first, h).from(row0), rows,
+                     args.d, 0);
+      load_steps(args, tiles, first, h, 0, 0);
+    }
+    int slot = 0;
     for (int64_t b = first; b < last; ++b) {
-      const Rows<const T> query = args.query[kind].at(b, h).from(row0);
       const Rows<const T> d_out = args.d_out.at(b, h).from(row0);
+      const auto made = RationalMade<T>::of(args, kind, b, h);
       if (chunks == 1) {
-        // more than one image: they share the text
-        if (b == first) Tile::load_own(tiles.block, tiles.own_a, query, rows, args.d, 0);
+        if (b != first) tiles.block.sync();  // d_out of the image before is read
         Tile::load_own(tiles.block, tiles.own_b, d_out, rows, args.d, 0);
       }
-      const auto made = RationalMade<T>::of(args, kind, b, h);
       for (int64_t start = 0; start < args.K; start += kStep) {
-        const int64_t steps = args.K - start;
-        const Rows<const T> key = args.key.at(b, h).from(start);
-        rational_scores(tiles, tiles.own_b, tiles.step_b, d_out, rows,
-                        args.value.at(b, h).from(start), steps, args.d, chunks,
-                        [&](const Warp& warp) -> auto& { return states[warp].d_a; });
-        rational_scores(tiles, tiles.own_a, tiles.step_a, query, rows, key, steps, args.d, chunks,
-                        [&](const Warp& warp) -> auto& { return states[warp].s; });
-        if (part < chunks - 1) {
-          Tile::load_step(tiles.block, tiles.step_a, key, steps, args.d, part);
+        if (chunks == 1) {
+          add(args, tiles, states, made, b, last, h, rows, start, slot);
+          slot = 1 - slot;
+        } else {
+          add_chunks(args, tiles, states, made, b, h, part, args.query[kind].at(b, h).from(row0),
+                     d_out, rows, start);
         }
-        add(tiles, states, made, rows, steps);
       }
     }
     finish(args, tiles, states, group, h, part, kind, row0);
@@ -361,18 +423,62 @@ struct RationalQueries : RationalTile<T, kColumns, rational_step<T>(kColumns, 2)
   };
   using States = PerWarp<State, kWarps>;
 
-  static VTCLIP_DEVICE void add(Tiles& tiles, States& states, const RationalMade<T>& made,
-                                int64_t rows, int64_t steps) {
-    tiles.block.each_warp([&](const Warp& warp) {
+  // keys and values of a step of a head in one chunk
+  static VTCLIP_DEVICE void load_steps(const Args& args, Tiles& tiles, int64_t b, int64_t h,
+                                       int64_t start, int slot) {
+    const int64_t steps = args.K - start;
+    Tile::load_step(tiles.block, tiles.step_a(slot), args.key.at(b, h).from(start), steps, args.d,
+                    0);
+    Tile::load_step(tiles.block, tiles.step_b(slot), args.value.at(b, h).from(start), steps, args.d,
+                    0);
+  }
+
+  // A step of a head in one chunk; the next one's keys and values, of this image or the next, come
+  // meanwhile.
+  static VTCLIP_DEVICE void add(const Args& args, Tiles& tiles, States& states,
+                                const RationalMade<T>& made, int64_t b, int64_t last, int64_t h,
+                                int64_t rows, int64_t start, int slot) {
+    const Block<kWarps>& block = tiles.block;
+    block.arrive();  // this step is there, the one before is read
+    const bool goes_on = start + kStep < args.K;
+    if (goes_on || b + 1 < last) {
+      load_steps(args, tiles, goes_on ? b : b + 1, h, goes_on ? start + kStep : 0, 1 - slot);
+    }
+    block.loose().each_warp([&](const Warp& warp) {
       if (Tile::idle(warp, rows)) return;
       State& own = states[warp];
-      own.s.with(own.d_a, [&](const Spot& at, Acc& s, Acc d_a) {
-        s = at.column < steps ? made(s) * (d_a - made.c) : 0;
-      });
-      T* p = tiles.p + 16 * warp.index * kLdStep;
-      own.s.store(p, kLdStep);
-      own.d_q.template add_product<false, false>(p, kLdStep, tiles.step_a, kLd, kStep);
+      rational_product<Tile>(warp, own.d_a, tiles.own_b, tiles.step_b(slot), args.d, 0);
+      rational_product<Tile>(warp, own.s, tiles.own_a, tiles.step_a(slot), args.d, 0);
+      add_query(own, tiles, warp, made, tiles.step_a(slot), args.K - start);
     });
+  }
+
+  // A step of a head in several chunks.
+  static VTCLIP_DEVICE void add_chunks(const Args& args, Tiles& tiles, States& states,
+                                       const RationalMade<T>& made, int64_t b, int64_t h, int part,
+                                       const Rows<const T>& query, const Rows<const T>& d_out,
+                                       int64_t rows, int64_t start) {
+    const int64_t steps = args.K - start;
+    const int chunks = Tile::chunks(args);
+    rational_scores(tiles, tiles.own_b, tiles.step_b(0), d_out, rows,
+                    args.value.at(b, h).from(start), steps, args.d, chunks, chunks - 1,
+                    [&](const Warp& warp) -> auto& { return states[warp].d_a; });
+    rational_scores(tiles, tiles.own_a, tiles.step_a(0), query, rows,
+                    args.key.at(b, h).from(start), steps, args.d, chunks, part,
+                    [&](const Warp& warp) -> auto& { return states[warp].s; });
+    tiles.block.each_warp([&](const Warp& warp) {
+      if (!Tile::idle(warp, rows)) {
+        add_query(states[warp], tiles, warp, made, tiles.step_a(0), steps);
+      }
+    });
+  }
+
+  static VTCLIP_DEVICE void add_query(State& own, Tiles& tiles, const Warp& warp,
+                                      const RationalMade<T>& made, const T* key, int64_t steps) {
+    own.s.with(own.d_a, [&](const Spot& at, Acc& s, Acc d_a) {
+      s = at.column < steps ? made(s) * (d_a - made.c) : 0;
+    });
+    own.d_q.add_product(own.s, tiles.p + 16 * warp.index * kLdStep, kLdStep, key, kLd);
   }
 
   static VTCLIP_DEVICE void finish(const Args& args, Tiles& tiles, States& states, int64_t group,

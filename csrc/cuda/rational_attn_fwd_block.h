@@ -72,41 +72,57 @@ struct RationalStream : RationalTile<T, kColumns, rational_step<T>(kColumns, kRe
   using States = PerWarp<State, kWarps>;
 
   // Rows row0.. of query `kind`, of which the first `rows` exist, and columns of chunk `part` of
-  // the values. `loaded`: the only step of keys and values is there already.
+  // the values. `loaded`: the only step of keys and values is there already. Values come while
+  // scores are computed, of a head in one chunk the next keys while values are added.
   static VTCLIP_DEVICE void run(const RationalInputs<T>& n, Tiles& tiles, States& states, int64_t b,
                                 int64_t h, int part, int kind, int64_t row0, int64_t rows,
                                 bool loaded) {
     const Block<kWarps>& block = tiles.block;
-    const int chunks = n.chunks(kC);
+    const int chunks = Tile::chunks(n);
     const Rows<const T> query = n.query[kind].at(b, h).from(row0);
-    block.each_warp([&](const Warp& warp) {
+    const auto load_keys = [&](int64_t start, int c) {
+      if (loaded) return;
+      Tile::load_step(block, tiles.k, n.key.at(b, h).from(start), n.K - start, n.d, c);
+    };
+    block.loose().each_warp([&](const Warp& warp) {
       State& own = states[warp];
       own.out.fill(0);
       own.base.fill(-infinity<Acc>());
       own.total.fill(0);
     });
-    if (chunks == 1) Tile::load_own(block, tiles.q, query, rows, n.d, 0);
+    if (chunks == 1) {
+      Tile::load_own(block, tiles.q, query, rows, n.d, 0);
+      load_keys(0, 0);
+    }
     for (int64_t start = 0; start < n.K; start += kStep) {
       const int64_t keys = n.K - start;
-      if (!loaded) {
-        Tile::load_step(block, tiles.v, n.value.at(b, h).from(start), keys, n.d, part);
-      }
+      VTCLIP_ROLLED
       for (int c = 0; c < chunks; ++c) {
-        if (chunks > 1) Tile::load_own(block, tiles.q, query, rows, n.d, c);
-        if (!loaded) Tile::load_step(block, tiles.k, n.key.at(b, h).from(start), keys, n.d, c);
-        block.each_warp([&](const Warp& warp) {
+        if (chunks > 1) {
+          if (c > 0) block.sync();  // the chunk before is read
+          Tile::load_own(block, tiles.q, query, rows, n.d, c);
+          load_keys(start, c);
+        }
+        block.arrive();
+        if (c == chunks - 1 && !loaded) {
+          Tile::load_step(block, tiles.v, n.value.at(b, h).from(start), keys, n.d, part);
+        }
+        block.loose().each_warp([&](const Warp& warp) {
           if (Tile::idle(warp, rows)) return;
           State& own = states[warp];
           if (c == 0) own.s.fill(0);
           own.s.template add_product<false, true>(tiles.q + 16 * warp.index * kLd, kLd, tiles.k,
                                                   kLd, Tile::summed(n.d, c));
-          if (c < chunks - 1) return;
-          soften(own, n.scale_log2(), keys);
-          T* p = tiles.p + 16 * warp.index * kLdStep;
-          own.s.store(p, kLdStep);
-          own.out.template add_product<false, false>(p, kLdStep, tiles.v, kLd, kStep);
+          if (c == chunks - 1) soften(own, n.scale_log2(), keys);
         });
       }
+      block.arrive();
+      if (chunks == 1 && start + kStep < n.K) load_keys(start + kStep, 0);
+      block.loose().each_warp([&](const Warp& warp) {
+        if (Tile::idle(warp, rows)) return;
+        State& own = states[warp];
+        own.out.add_product(own.s, tiles.p + 16 * warp.index * kLdStep, kLdStep, tiles.v, kLd);
+      });
     }
     block.each_warp([&](const Warp& warp) {
       const State& own = states[warp];
@@ -126,10 +142,11 @@ struct RationalStream : RationalTile<T, kColumns, rational_step<T>(kColumns, kRe
     tiles.block.once([&] {
       if (part == 0) args.store_stats(kImage, index, map.base, map.total);
     });
+    const Acc factor = 1 / map.total;
     tiles.block.each_warp([&](const Warp& warp) {
       if (Tile::idle(warp, 1)) return;
       states[warp].out.each([&](const Spot& at, Acc& element) {
-        if (at.row == 0) tiles.image[at.column] = element / map.total;
+        if (at.row == 0) tiles.image[at.column] = element * factor;
       });
     });
     const int columns = static_cast<int>(lesser<int64_t>(kC, args.d - part * kC));
@@ -172,12 +189,12 @@ struct RationalOne : RationalStream<T, kColumns, sizeof(T) == 4 ? 1 : 2> {
   using Stream::kC, Stream::kLd, Stream::kRows, Stream::kStep, Stream::kWarps;
 
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    return args.B * args.H * args.chunks(kC);
+    return args.B * args.H * Stream::chunks(args);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     const Block<kWarps>& block = tiles.block;
-    const int chunks = args.chunks(kC), part = static_cast<int>(index % chunks);
+    const int chunks = Stream::chunks(args), part = static_cast<int>(index % chunks);
     index /= chunks;
     const int64_t b = index / args.H, h = index % args.H;
     const bool one_step = chunks == 1 && args.K <= kStep;
@@ -222,7 +239,7 @@ struct RationalOne : RationalStream<T, kColumns, sizeof(T) == 4 ? 1 : 2> {
       own.base.each([&](const Spot&, Acc& base) { base = exp2_of(base - map.base) * factor; });
       own.out.each([&](const Spot& at, Acc& element) { element *= own.base[at]; });
       sums[warp].with(own.out, [](const Spot&, Acc& sum, Acc one) { sum += one; });
-      own.out.store(tiles.q + 16 * warp.index * kLd, kLd);
+      if (args.keep_parts) own.out.store(tiles.q + 16 * warp.index * kLd, kLd);
     });
     if (!args.keep_parts) return;
     const Rows<T> parts = args.parts[kind].at(index / args.H, index % args.H);
@@ -266,25 +283,22 @@ struct RationalRows : RationalStream<T, kColumns, 1> {
     return args.has[kImage] + args.maps() * ceil_div(args.K, kRows);
   }
   static VTCLIP_BOTH int64_t blocks(const Args& args) {
-    return args.B * args.H * args.chunks(kC) * jobs(args);
+    return args.B * args.H * Stream::chunks(args) * jobs(args);
   }
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     const int64_t tiles_of_map = ceil_div(args.K, kRows), all = jobs(args);
     const int64_t job = index % all - args.has[kImage];
     index /= all;
-    const int chunks = args.chunks(kC), part = static_cast<int>(index % chunks);
+    const int chunks = Stream::chunks(args), part = static_cast<int>(index % chunks);
     index /= chunks;
     const int64_t b = index / args.H, h = index % args.H;
+    const bool image = job < 0;
+    const int kind = image ? kImage : args.has[kText] && job < tiles_of_map ? kText : kPair;
+    const int64_t row0 = image ? 0 : job % tiles_of_map * kRows;
     States states;
-    if (job < 0) {
-      Stream::run(args, tiles, states, b, h, part, kImage, 0, 1, false);
-      Stream::finish_image(args, tiles, states, index, part);
-      return;
-    }
-    const int kind = args.has[kText] && job < tiles_of_map ? kText : kPair;
-    const int64_t row0 = job % tiles_of_map * kRows;
-    Stream::run(args, tiles, states, b, h, part, kind, row0, args.K - row0, false);
+    Stream::run(args, tiles, states, b, h, part, kind, row0, image ? 1 : args.K - row0, false);
+    if (image) return Stream::finish_image(args, tiles, states, index, part);
     leave(args, tiles, states, index, part, kind, row0);
   }
 
@@ -300,9 +314,8 @@ struct RationalRows : RationalStream<T, kColumns, 1> {
     tiles.block.each_warp([&](const Warp& warp) {
       auto& own = states[warp];
       // of 16-bit types such rows, averages of values, neither overflow nor underflow
-      own.out.each([&](const Spot& at, Acc& element) {
-        element = own.total[at] == 0 ? 0 : element / own.total[at];
-      });
+      own.total.each([](const Spot&, Acc& total) { total = total == 0 ? 0 : 1 / total; });
+      own.out.each([&](const Spot& at, Acc& element) { element *= own.total[at]; });
       own.out.store(tiles.q + 16 * warp.index * kLd, kLd);
     });
     store_tile<kRows, kC>(tiles.block, parts.from(row0, int64_t{part} * kC), rows,

@@ -329,7 +329,7 @@ struct HeadFeatures {
     int64_t image_slice;
     Walk<T> walk;
   };
-  using Tiles = BlockTiles<kWarps>;
+  using Tiles = WalkTiles<T, kWarps>;
 
   struct Unit {
     const Args& args;
@@ -354,7 +354,7 @@ struct HeadFeatures {
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
-    args.walk.run(tiles.block, index, args.d_image, args.image_slice, args.d_text,
+    args.walk.run(tiles.block, tiles.sums, index, args.d_image, args.image_slice, args.d_text,
                   [&](int64_t) { return Unit{args, {}}; });
   }
 };

@@ -69,7 +69,7 @@ struct RationalGradient {
     Acc* d_text;             // [chunks, K, D], contiguous: written
     Walk<T> walk;
   };
-  using Tiles = BlockTiles<kWarps>;
+  using Tiles = WalkTiles<T, kWarps>;
 
   struct Unit {
     const Args& args;
@@ -98,8 +98,8 @@ struct RationalGradient {
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
-    args.walk.run(tiles.block, index, args.d_image, args.walk.B * args.walk.D, args.d_text,
-                  [&](int64_t) { return Unit{args, {}}; });
+    args.walk.run(tiles.block, tiles.sums, index, args.d_image, args.walk.B * args.walk.D,
+                  args.d_text, [&](int64_t) { return Unit{args, {}}; });
   }
 };
 

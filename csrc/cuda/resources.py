@@ -10,8 +10,11 @@ counted by `shared_bytes`.
 from __future__ import annotations
 
 import csv
+import functools
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +48,7 @@ def nvcc_version() -> str:
     return found[1] if found else "unknown"
 
 
+@functools.cache
 def readable(mangled: str) -> str:
     """RationalForward<float> for body_kernel<vtclip::cuda::RationalForward<float>>(...)."""
     done = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True)
@@ -73,6 +77,41 @@ def parse(file: str, arch: str, report: str) -> list[Row]:
         )
         rows.append(Row(file, readable(mangled), arch, *numbers))
     return rows
+
+
+class Usage(NamedTuple):
+    """What a library says of one kernel. It keeps no count of spills, and counts 1 KiB of the
+    driver's as shared from sm_90 on."""
+
+    registers: int
+    stack: int
+
+
+def of_library(library: Path) -> dict[tuple[str, str], set[Usage]]:
+    """(kernel, arch) -> what the code in a compiled library takes."""
+    command = [str(cuobjdump()), "-res-usage", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return parse_usage(done.stdout)
+
+
+def cuobjdump() -> Path | None:
+    """The tool that reads libraries; Triton brings one."""
+    found, triton = shutil.which("cuobjdump"), importlib.util.find_spec("triton")
+    if found is None and triton is not None and triton.origin is not None:
+        path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(path) if path.is_file() else None
+    return Path(found) if found else None
+
+
+def parse_usage(report: str) -> dict[tuple[str, str], set[Usage]]:
+    """The kernels in the output of cuobjdump -res-usage; several files may hold the same one."""
+    found: dict[tuple[str, str], set[Usage]] = {}
+    for part in re.split(r"^arch = sm_", report, flags=re.MULTILINE)[1:]:
+        arch = part.split()[0]
+        for mangled, text in re.findall(r"Function (\w+):\s+(.+)", part):
+            usage = Usage(number(r"REG:(\d+)", text), number(r"STACK:(\d+)", text))
+            found.setdefault((readable(mangled), arch), set()).add(usage)
+    return found
 
 
 def compiled(source: Path, arch: str) -> list[Row]:

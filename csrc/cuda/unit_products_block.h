@@ -181,6 +181,7 @@ struct UnitGradient {
     Shared& shared;
     Block<kWarps> block{shared};
     UnitNorms<T, kImages, kTexts> norms{shared};
+    Acc* sums = shared.take<Acc>(Walk<T>::kSums * Block<kWarps>::kThreads);  // [kSums, kThreads]
   };
 
   struct Unit {
@@ -219,7 +220,7 @@ struct UnitGradient {
     const int64_t b0 = index / per_chunk * walk.images, b1 = lesser(walk.B, b0 + walk.images);
     tiles.norms.make(tiles.block, args.image, b0, static_cast<int>(b1 - b0), args.text, k0,
                      static_cast<int>(k1 - k0), walk.D);
-    walk.run(tiles.block, index, args.d_image, walk.B * walk.D, args.d_text,
+    walk.run(tiles.block, tiles.sums, index, args.d_image, walk.B * walk.D, args.d_text,
              [&](int64_t) { return Unit{args, tiles.norms, b0, k0, {}}; });
   }
 };

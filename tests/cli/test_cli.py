@@ -88,6 +88,9 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["predict", "nowhere", "x.jpg", "--topk", "0"], "--topk: must be in"),
         (["explain", "nowhere", "x.jpg"], "required: --out"),
         (["info", "extra"], "unknown argument 'extra'"),
+        (["selftest", "--impl", "cpu,trition"], "unknown name 'trition'; did you mean 'triton'"),
+        (["selftest", "--device", "gpu"], "--device must be cpu, cuda or cuda:N, got 'gpu'"),
+        (["selftest", "--json", "no/x.json"], "--json 'no/x.json': its folder does not exist"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(capsys, words, message):

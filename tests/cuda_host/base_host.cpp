@@ -2,6 +2,7 @@
 // The base of the bodies by itself. The first int chooses what is run.
 #include "host.h"
 #include "cuda/block/mma.h"
+#include "cuda/block/once_per_device.h"
 #include "cuda/block/sum_partials.h"
 #include "cuda/block/warp_tile.h"
 
@@ -127,12 +128,12 @@ Fragment ldmatrix(const float* stored, RowOf row_of, bool transposed) {
   return to;
 }
 
-void emulated(const host::Input& in) {
-  const bool a_transposed = in.ints.at(1) != 0, b_transposed = in.ints.at(2) != 0;
-  const Fragment a = ldmatrix(in.tensors.at(0).data<float>(),
-                              a_transposed ? row_of_a_transposed : row_of_a, a_transposed);
-  const Fragment b = ldmatrix(in.tensors.at(1).data<float>(),
-                              b_transposed ? row_of_b_transposed : row_of_b, !b_transposed);
+// what mma adds: element i of the accumulators n of a lane, of left [16, 16] right [16, 16]
+struct Accumulated {
+  float held[32][2][4];  // [lane, n, i]
+};
+
+Accumulated multiplied(const Fragment& a, const Fragment& b) {
   float left[16][16], right[16][16];
   for (int lane = 0; lane < 32; ++lane) {
     const int group = lane / 4, pair = lane % 4 * 2;
@@ -143,18 +144,49 @@ void emulated(const host::Input& in) {
       }
     }
   }
+  Accumulated to{};
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int n = 0; n < 2; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        const Place at = accumulator_place(lane, i);
+        float& sum = to.held[lane][n][i];
+        for (int k = 0; k < 16; ++k) sum += left[at.row][k] * right[k][8 * n + at.column];
+      }
+    }
+  }
+  return to;
+}
+
+void write(const Accumulated& from) {
   host::Tensor out = host::Tensor::empty<float>({16, 16});
   for (int lane = 0; lane < 32; ++lane) {
     for (int n = 0; n < 2; ++n) {
       for (int i = 0; i < 4; ++i) {
         const Place at = accumulator_place(lane, i);
-        float sum = 0;
-        for (int k = 0; k < 16; ++k) sum += left[at.row][k] * right[k][8 * n + at.column];
-        out.data<float>()[at.row * 16 + 8 * n + at.column] = sum;
+        out.data<float>()[at.row * 16 + 8 * n + at.column] = from.held[lane][n][i];
       }
     }
   }
   out.write();
+}
+
+// a b, and (a b) b by its accumulators as operand a
+void emulated(const host::Input& in) {
+  const bool a_transposed = in.ints.at(1) != 0, b_transposed = in.ints.at(2) != 0;
+  const Fragment a = ldmatrix(in.tensors.at(0).data<float>(),
+                              a_transposed ? row_of_a_transposed : row_of_a, a_transposed);
+  const Fragment b = ldmatrix(in.tensors.at(1).data<float>(),
+                              b_transposed ? row_of_b_transposed : row_of_b, !b_transposed);
+  const Accumulated once = multiplied(a, b);
+  Fragment again;
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int reg = 0; reg < 4; ++reg) {
+      const Accumulators from = accumulators_of_a(reg);
+      for (int e = 0; e < 2; ++e) again.pair[lane][reg][e] = once.held[lane][from.n][from.i + e];
+    }
+  }
+  write(once);
+  write(multiplied(again, b));
 }
 
 template <class T>
@@ -181,6 +213,45 @@ void fault(bool overrun) {
   out.write();
 }
 
+// How often f is called for the devices given, one after the other; device -1 stands for a call
+// that fails.
+void once(const host::Input& in) {
+  OncePerDevice once;
+  host::Tensor out = host::Tensor::empty<float>({1});
+  out.data<float>()[0] = 0;
+  for (size_t i = 1; i < in.ints.size(); ++i) {
+    const bool fails = in.ints.at(i) < 0;
+    try {
+      once(fails ? 0 : static_cast<int>(in.ints.at(i)), [&] {
+        out.data<float>()[0] += 1;
+        if (fails) throw 0;
+      });
+    } catch (int) {
+    }
+  }
+  out.write();
+}
+
+// The first half of x [8] and zeros, copied into shared memory and read: right after block.arrive(),
+// a fault without it, and another if a copy overwrites what is still read.
+void copied(const host::Input& in) {
+  const bool waits = in.ints.at(1) != 0, overwrites = in.ints.at(2) != 0;
+  Shared shared;
+  const Block<1> block(shared);
+  float* piece = shared.take<float>(8);
+  const float* x = in.tensors.at(0).data<float>();
+  host::Tensor out = host::Tensor::empty<float>({8});
+  block.each(8, [&](int i) { piece[i] = 0; });
+  block.loose().each_thread([&](int i) {
+    if (i < 2) copy_16(piece + 4 * i, x + 4 * i, i == 0);
+  });
+  if (waits) block.arrive();
+  if (overwrites) copy_16(piece, x + 4, true);
+  block.each(8, [&](int i) { out.data<float>()[i] = piece[i]; });
+  block.arrive();
+  out.write();
+}
+
 }  // namespace
 
 int main() {
@@ -199,6 +270,10 @@ int main() {
   } else if (what == 2) {
     if (in.tensors.at(0).dtype == host::kFloat64) reductions<double>(in);
     else reductions<float>(in);
+  } else if (what == 6) {
+    once(in);
+  } else if (what == 7) {
+    copied(in);
   } else if (what >= 4) {
     fault(what == 4);
   } else {

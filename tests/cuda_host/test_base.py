@@ -10,7 +10,7 @@ from layouts import LAYOUTS
 from vtclip import testing
 from vtclip.reference._dtypes import acc_dtype
 
-PRODUCT, EMULATED, REDUCTIONS, PARTIALS, OVERRUN, NO_BARRIER = range(6)
+PRODUCT, EMULATED, REDUCTIONS, PARTIALS, OVERRUN, NO_BARRIER, ONCE, COPIED = range(8)
 ARRANGED = {"dense": torch.Tensor.contiguous, **LAYOUTS}
 
 
@@ -70,8 +70,10 @@ def test_rows_that_do_not_exist_are_not_read(base, dtype, k):
 @pytest.mark.parametrize("a_transposed", [False, True], ids=["a", "aT"])
 def test_lanes_name_the_rows_and_elements_of_a_product(base, a_transposed, b_transposed):
     a, b = drawn(16, 16, torch.float32).round(), drawn(16, 16, torch.float32).round()
-    (out,) = base((a, b), (EMULATED, a_transposed, b_transposed))
-    assert torch.equal(out, (a.t() if a_transposed else a) @ (b.t() if b_transposed else b))
+    out, again = base((a, b), (EMULATED, a_transposed, b_transposed))
+    a, b = a.t() if a_transposed else a, b.t() if b_transposed else b
+    assert torch.equal(out, a @ b)
+    assert torch.equal(again, a @ b @ b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -107,3 +109,25 @@ def test_an_overrun_of_shared_memory_is_seen(base):
 def test_a_missing_barrier_is_seen(base):
     with pytest.raises(AssertionError, match="shares of a phase depend on each other"):
         base((), (NO_BARRIER,))
+
+
+@pytest.mark.parametrize(
+    ("waits", "overwrites", "right"), [(1, 0, True), (0, 0, False), (1, 1, False)]
+)
+def test_a_copy_that_is_not_waited_for_or_comes_too_early_is_seen(base, waits, overwrites, right):
+    x = torch.arange(1.0, 9.0)
+    if right:
+        assert base((x,), (COPIED, waits, overwrites))[0].tolist() == [1, 2, 3, 4, 0, 0, 0, 0]
+        return
+    with pytest.raises(AssertionError, match="shares of a phase depend on each other"):
+        base((x,), (COPIED, waits, overwrites))
+
+
+def test_what_is_done_once_per_device(base):
+    def calls(*devices: int) -> float:
+        return base((torch.zeros(1),), (ONCE, *devices))[0].item()
+
+    assert calls(0, 0, 0) == 1
+    assert calls(0, 1, 63, 1, 63, 0) == 3
+    assert calls(64, 64) == 2  # beyond the bits there are: every time
+    assert calls(-1, 0, 0) == 2  # a call that failed does not count

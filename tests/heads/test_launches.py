@@ -38,13 +38,17 @@ def unit(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("penalty", ["none", "mse"])
 def test_rada_of_fifty_classes(penalty):
-    """Products, 3 projections, attention, head; backward 4 of the head, 2 of the attention, 4."""
+    """Products, 3 projections, attention, 2 of the head; backward 4 of it, 2 of the attention, 4.
+
+    The head's columns are split over four times the programs, whose sums a second kernel adds up.
+    """
     head = heads.RAda(unit(50, 512), penalty=penalty)
     image = unit(32, 512)
     forward, backward = kernels(lambda: head.forward_with_penalty(image), list(head.parameters()))
-    assert len(forward) == 6, forward
+    assert len(forward) == 7, forward
     assert len(backward) == 10, backward
-    assert forward[-2:] == ["rational_attn_fwd_kernel", "rational_head_fwd_kernel"]
+    assert forward[-3] == "rational_attn_fwd_kernel"
+    assert forward[-2:] == ["rational_head_fwd_kernel", "rational_head_finish_kernel"]
 
 
 def test_an_unused_penalty_costs_nothing():

@@ -212,6 +212,19 @@ def test_chunks_of_images_do_not_change_the_result(grad, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+def test_chunks_ask_for_no_random_state(monkeypatch):
+    """While a CUDA graph is captured it cannot be read, neither in the forward nor when remade."""
+    head = RAda(torch.randn(7, 24))
+    monkeypatch.setattr(rada, "MASK_BYTES", 0)
+
+    def refuse():
+        raise RuntimeError("Cannot call get_state during capture")
+
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    head(torch.randn(3, 24)).sum().backward()
+    assert head.pairs.weight.grad is not None
+
+
 @pytest.mark.parametrize("queries", [rada.QUERIES, ("text",), ("image", "pair")])
 def test_a_state_of_separate_projections_loads(queries):
     """As written before pair query, key and value were one matrix; also inside another module."""

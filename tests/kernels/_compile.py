@@ -5,7 +5,8 @@ Launchers run on CPU tensors with `JITFunction.run` replaced: instead of a launc
 are specialised the way Triton does it and compiled for the target. One JSON line per kernel.
 
 Usage: TRITON_INTERPRET=0 python _compile.py PACKAGE TARGET DTYPE PRECISION WIDTH...
-A width of 0 stands for the tiles that `vtclip tune` would time next to the built-in ones.
+A width of 0 stands for the tiles that `vtclip tune` would time next to the built-in ones, "-" for
+the launches that standard input lists in JSON: [operator, sizes, variant].
 """
 
 import importlib
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
+from generated_code import counts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -154,16 +156,29 @@ def record(rows, target):
         seen.add(key)
         compiled = triton.compile(launch, target=target, options=options)
         registers, spilled = spills(compiled, target)
+        shared, ptx = compiled.metadata.shared, compiled.asm.get("ptx")
+        found = {}
+        if ptx is not None:
+            found = counts(
+                compiled.asm["ttir"], ptx, f"sm_{target.arch}", options["num_warps"],
+                registers, shared,
+            )  # fmt: skip
         rows.append(
             {
                 "kernel": self.__name__,
-                "shared": compiled.metadata.shared,
+                "shared": shared,
                 "registers": registers,
                 "spilled": spilled,
                 "narrow": narrow_offsets(compiled.asm["ttir"]),
                 "dots": float32_dots(compiled.asm["ttir"]),
                 "grid": grid,
                 "options": options,
+                "constants": {
+                    name: value
+                    for name, value in kwargs.items()
+                    if isinstance(value, int | str) and name not in options
+                },
+                **found,
             }
         )
 
@@ -223,6 +238,19 @@ def launches(dtype, width):
     kernel("relu_gradient")(empty((640, 4 * D), dtype), empty((640, 4 * D), dtype))
 
 
+def listed(dtype):
+    """The launches that standard input lists."""
+    for name, sizes, variant in json.load(sys.stdin):
+        if name == "column_sums":
+            B, K, D = (sizes[letter] for letter in "BKD")
+            tensors = empty((B, D), dtype), empty((K, D), dtype), empty((B * K, 3 * D), dtype)
+            kernel(name)(*tensors)
+            continue
+        op = OPS[name]
+        inputs = op.draw(sizes, variant=variant, dtype=dtype, make=empty, heads_inside=True)
+        op.run(kernel, inputs, empty)
+
+
 def candidates(dtype, precision, target):
     """Launchers once for each neighbour of a built-in tile."""
     B, H, K, L, d, D = 32, 8, 1000, 49, 128, 1024
@@ -257,13 +285,16 @@ def main(package, target_name, dtype_name, precision, *widths):
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     rows = []
     JITFunction.run = record(rows, gpu)
+    dtype = getattr(torch, dtype_name)
     for width in widths:
-        if int(width):
-            launches(getattr(torch, dtype_name), int(width))
+        if width == "-":
+            listed(dtype)
+        elif int(width):
+            launches(dtype, int(width))
         else:
-            candidates(getattr(torch, dtype_name), precision, target)
+            candidates(dtype, precision, target)
         for row in rows:
-            sys.stdout.write(json.dumps({"width": int(width), **row}) + "\n")
+            sys.stdout.write(json.dumps({"width": width, **row}) + "\n")
         rows.clear()
 
 

@@ -9,12 +9,11 @@ as torch was told to, never by Triton's default.
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from generated_code import compiled, generated, launch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -60,16 +59,9 @@ MATRIX = [
 ]
 
 
-def compile_all(package, target, dtype, precision, widths, path):
-    command = [sys.executable, str(HERE / "_compile.py"), package, target, dtype, precision]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(path)}
-    result = subprocess.run(
-        [*command, *map(str, widths)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert rows
-    return rows
+def narrow_by_mistake(row):
+    """Whether offsets have 32 bits though the launch did not say that they fit."""
+    return bool(row["narrow"]) and row["constants"].get("WIDE") is not False
 
 
 def kernel_names():
@@ -84,7 +76,7 @@ def kernel_names():
     ("target", "dtype", "precision", "widths"), MATRIX, ids=["-".join(case[:3]) for case in MATRIX]
 )
 def test_every_kernel_fits(target, dtype, precision, widths):
-    rows = compile_all("vtclip.kernels", target, dtype, precision, widths, ROOT)
+    rows = compiled("vtclip.kernels", target, dtype, precision, widths)
     allowed = SPILLS | (OLDER_SPILLS if TRITON < (3, 9) else NEWEST_SPILLS)
     allowed = allowed | (OLDEST_SPILLS if TRITON < (3, 7) else {})
     problems = [
@@ -96,7 +88,7 @@ def test_every_kernel_fits(target, dtype, precision, widths):
                 f"{row['spilled']} spilled",
                 row["spilled"] > allowed.get((dtype, row["kernel"]), 0),
             ),
-            (f"32-bit offsets {row['narrow']}", bool(row["narrow"])),
+            (f"32-bit offsets {row['narrow']}", narrow_by_mistake(row)),
             # dots of 16-bit operands have no precision; of float32 it is torch's, said in each
             (f"dots of float32 as {row['dots']}", row["dots"] not in ([], [precision])),
         )
@@ -110,7 +102,7 @@ def test_every_kernel_fits(target, dtype, precision, widths):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_tiles_that_tune_would_time_fit(target):
-    rows = compile_all("vtclip.kernels", target, "bfloat16", "tf32", (0,), ROOT)
+    rows = compiled("vtclip.kernels", target, "bfloat16", "tf32", (0,))
     large = [row for row in rows if row["shared"] > LIMITS[target]]
     assert not large
     assert len({json.dumps(row["options"]) for row in rows}) > 3
@@ -118,18 +110,34 @@ def test_tiles_that_tune_would_time_fit(target):
     assert {"cross_attn_fwd_kernel", "rational_head_fwd_kernel"} <= kernels
 
 
+ATTENTION = [
+    launch(op, variant, B=32, H=8, K=1000, L=197, d=64)
+    for op, variant in (
+        ("cross_attn", "masked"),
+        ("cross_attn_weights", "masked"),
+        ("rational_attn", ""),
+    )
+]
+
+
+def changed(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 def test_a_lost_cast_and_a_lost_precision_are_seen(mutant):
     """The checks of offsets and of products fail for kernels without casts and precision."""
-    file = mutant / "cross_attn.py"
-    text = file.read_text()
-    assert ".to(tl.int64)" in text
-    file.write_text(text.replace(".to(tl.int64)", ""))
-    file = mutant / "_math.py"
-    text = file.read_text()
-    assert "input_precision=PRECISION, " in text
-    file.write_text(text.replace("input_precision=PRECISION, ", ""))
     path = f"{mutant.parent}{os.pathsep}{ROOT}"
-    rows = compile_all("mutant", "sm_80", "float32", "ieee", (64,), path)
+    changed(mutant / "_configs.py", "        if tensor is not None:\n", "        return True\n")
+    rows = generated("sm_80", "float32", ATTENTION, "ieee", "mutant", path)
+    assert {row["constants"]["WIDE"] for row in rows if "WIDE" in row["constants"]} == {True}
+    assert not [row["kernel"] for row in rows if row["narrow"]]
+
+    changed(mutant / "_math.py", "tl.arange(0, BLOCK).to(tl.int64)", "tl.arange(0, BLOCK)")
+    changed(mutant / "_math.py", "input_precision=PRECISION, ", "")
+    rows = generated("sm_80", "float32", ATTENTION, "ieee", "mutant", path)
     assert {tuple(row["dots"]) for row in rows} == {(), ("tf32",)}
-    narrow = {row["kernel"] for row in rows if row["narrow"]}
-    assert narrow == {"cross_attn_fwd_kernel"}
+    narrow = {row["kernel"] for row in rows if narrow_by_mistake(row)}
+    assert narrow == {row["kernel"] for row in rows if "WIDE" in row["constants"]}
+    assert len(narrow) == 9

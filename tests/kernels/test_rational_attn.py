@@ -124,6 +124,34 @@ def test_fp16_values_do_not_overflow_before_they_are_weighed(device):
     assert (outputs[0] == 6e4).all()
 
 
+@pytest.mark.parametrize(("K", "gradient", "value"), [(16, 256.0, 128.0), (1000, 16.0, 64.0)])
+def test_fp16_gradients_of_a_scaled_loss_do_not_overflow(K, gradient, value, device):
+    """A row that two keys share alike: A is K / 2 there and A (dA - c) beyond float16."""
+    tensors, grad_out = problem(
+        1, 1, K, 8, kinds=("text", "pair"), dtype=torch.float16, device=device
+    )
+    _, text, pair, key, values = tensors
+    for query in text, pair:
+        query *= 0.001
+        query[0, 0, 0] = 0.0
+        query[0, 0, 0, 0] = 0.1
+    key *= 0.05
+    key[0, 0, :2, 0] = 300.0
+    key[0, 0, :2, 1] = torch.tensor([0.05, -0.05])
+    grad_out[0, 0, 0] = 0.0
+    grad_out[0, 0, 0, 0] = gradient
+    values[0, 0, :2] = 0.0
+    values[0, 0, :2, 0] = torch.tensor([value, -value])
+    assert K / 2 * gradient * value > torch.finfo(torch.float16).max
+    _, grads = run(tensors, grad_out, scale=1.0)
+    leaves = [None if t is None else t.cpu().double().requires_grad_() for t in tensors]
+    wanted = oracle(leaves, 1.0)[0]
+    expected = torch.autograd.grad(wanted, leaves[1:], grad_out.cpu().double())
+    for name, actual, want in zip(NAMES[1:], grads[1:], expected, strict=True):
+        assert actual.isfinite().all(), name
+        assert relative(actual, want) < 8 * torch.finfo(torch.float16).eps, name
+
+
 @pytest.mark.parametrize("K", [9, 40])
 def test_out_is_the_same_without_parts(K, device):
     from vtclip.kernels.rational_attn import rational_attn_fwd

@@ -90,7 +90,8 @@ def test_by_waves_is_never_later_than_the_table(name, maps, K):
     assert time(chosen.block_k) == best
     longer = [rows for rows in (128, 64, 32, 16) if rows > chosen.block_k]
     assert all(time(rows) > best for rows in longer)
-    assert chosen[1:] == start[1:]
+    assert (chosen.block_l, chosen.num_stages) == (start.block_l, start.num_stages)
+    assert chosen.num_warps == max(4, chosen.block_k // 16)
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_86", "sm_90", "sm_100"])
@@ -120,3 +121,35 @@ def test_image_chunks_fill_the_device(name, B, per_image):
 def test_no_image_is_no_problem(target):
     assert _configs.images_per_program(0, 8, target) == 1
     assert _configs.images_per_program(8, 0, target) >= 1
+
+
+def test_offsets_take_32_bits_where_a_matrix_allows_it():
+    def strided(*strides):
+        return torch.empty(1).as_strided((2, 3, 1, 1), strides)
+
+    assert not _configs.wide(torch.empty(2, 3, 1000, 64), None, torch.empty(2, 49))
+    assert not _configs.wide(strided(2**40, 2**40, 2**22, 1))  # images and heads have 64 bits
+    assert _configs.wide(strided(1, 1, 2**23, 1))  # 257 rows of it pass 2^31
+    assert _configs.wide(strided(1, 1, 1, 2**23))
+    assert _configs.wide(torch.empty(4, 4), strided(1, 1, 2**23, 1))
+    assert _configs.wide(torch.empty(1).expand(2**31 - 256, 1))
+    assert not _configs.wide(torch.empty(1).expand(2**31 - 600, 1))
+
+
+@pytest.mark.parametrize(
+    ("programs", "D", "splits"),
+    [
+        # 64 steps by an image each on a quarter of the device, or 16 by four programs and a finish
+        (32, 512, 4),
+        (1, 512, 8),
+        (128, 512, 1),  # the device is full
+        (512, 1024, 1),
+        (16, 128, 1),  # four steps: shorter than a second launch
+    ],
+)
+def test_columns_of_the_head_are_split_where_that_is_done_first(programs, D, splits):
+    tile = _tiles.HeadTile(64, 64, 64, 8, 3)
+    columns, number = _tiles.head_splits(programs, D, tile, TARGETS["sm_90"])
+    assert number == splits
+    assert columns % tile.block_n == 0
+    assert (number - 1) * columns < D <= number * columns

@@ -11,6 +11,7 @@ import torch
 from vtclip import ops
 from vtclip.backends import native, triton
 from vtclip.ops._select import Problem, explain, only_reference, select
+from vtclip.testing.problems import OPS
 
 CPU_PROBLEM = Problem("cross_attn", "cpu", torch.float32, 64)
 
@@ -66,6 +67,44 @@ def test_wide_heads_go_to_the_reference_with_the_limit_as_reason():
     reasons = dict(explain(problem))
     assert any("257 is above 256" in reason for reason in reasons["cpu"])
     assert select(problem, None).name == "reference"
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_float64_on_a_gpu_goes_to_the_reference_with_the_dtype_as_reason(monkeypatch, op, impl):
+    monkeypatch.setattr(native, "load_cuda", lambda: "")
+    monkeypatch.setattr(native, "_has_kernel", lambda op, key: True)
+    monkeypatch.setattr(triton, "load", lambda: "")
+    problem = Problem(op, "cuda", torch.float64, 64)
+    assert dict(explain(problem))[impl] == ("has no float64 kernel",)
+    assert select(problem, None).name == "reference"
+    assert dict(explain(problem._replace(dtype=torch.float32)))["cuda"] == ()
+
+
+@pytest.mark.parametrize(
+    ("arches", "runs", "not_on"),
+    [
+        ("9.0+PTX", [(9, 0), (10, 0), (12, 1)], [(7, 5), (8, 0), (8, 9)]),
+        ("8.0;9.0", [(8, 0), (8, 6), (8, 9), (9, 0)], [(7, 5), (10, 0), (12, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("", [(9, 0)], []),
+        ("Hopper", [(9, 0)], []),
+    ],
+)
+def test_a_gpu_the_library_was_not_compiled_for_is_a_reason(monkeypatch, arches, runs, not_on):
+    monkeypatch.setattr(native, "load_cuda", lambda: "")
+    monkeypatch.setattr(native, "_has_kernel", lambda op, key: True)
+    monkeypatch.setattr(native, "build_info", lambda: {"arches": arches})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    problem = Problem("cross_attn", "cuda", torch.float32, 64)
+    for capability in [*runs, *not_on]:
+        native._no_code.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=capability: gpu)
+        (reason,) = native.CUDA.why_not(problem) or ("",)
+        name = "{}.{}".format(*capability)
+        told = f"was compiled for {arches}, this GPU is {name} (TORCH_CUDA_ARCH_LIST)"
+        assert reason == (told if capability in not_on else "")
+    native._no_code.cache_clear()
 
 
 def test_broken_extension_is_a_reason_with_its_cause(monkeypatch):

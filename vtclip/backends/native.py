@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,7 @@ from typing import Any, Literal
 import torch
 
 from vtclip.backends.problem import ATTENTION, Problem, constant_when_traced
-from vtclip.kernels._limits import MAX_HEAD_WIDTH
-
-HALF_TO_DOUBLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from vtclip.kernels._limits import DTYPES, MAX_HEAD_WIDTH
 
 
 @functools.cache
@@ -60,6 +59,25 @@ def build_info() -> dict[str, str]:
     return dict(importlib.import_module("vtclip._C").build_info())
 
 
+def _runs(arches: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `arches`, as in TORCH_CUDA_ARCH_LIST, runs on a GPU of `capability`."""
+    for major, minor, ptx in re.findall(r"(\d+)\.(\d+)[af]?(\+PTX)?", arches):
+        own = (int(major), int(minor))
+        if own <= capability and (ptx or own[0] == capability[0]):
+            return True
+    return not arches[:1].isdigit()  # names of architectures are not read
+
+
+@functools.cache
+def _no_code() -> str:
+    """Why the CUDA library has nothing for the current GPU, or the empty string."""
+    arches = build_info().get("arches", "")
+    if not torch.cuda.is_available() or _runs(arches, torch.cuda.get_device_capability()):
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    return f"was compiled for {arches}, this GPU is {major}.{minor} (TORCH_CUDA_ARCH_LIST)"
+
+
 @functools.cache
 def _has_kernel(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"vtclip::{op}_fwd", key)
@@ -68,7 +86,7 @@ def _has_kernel(op: str, key: str) -> bool:
 @constant_when_traced
 def _missing(op: str, key: str) -> str:
     """Why `op` cannot run on dispatch key `key`, or the empty string."""
-    reason = load_cpu() if key == "CPU" else load_cuda()
+    reason = load_cpu() if key == "CPU" else load_cuda() or _no_code()
     if reason:
         return reason
     if not _has_kernel(op, key):
@@ -77,9 +95,10 @@ def _missing(op: str, key: str) -> str:
 
 
 class _Native:
-    def __init__(self, name: Literal["cpu", "cuda"]) -> None:
+    def __init__(self, name: Literal["cpu", "cuda"], dtypes: tuple[torch.dtype, ...]) -> None:
         self.name = name  # and the type of its tensors' device
         self.dispatch_key = name.upper()
+        self.dtypes = dtypes
 
     def why_not(self, problem: Problem) -> tuple[str, ...]:
         if problem.device != self.name:
@@ -88,8 +107,8 @@ class _Native:
         missing = _missing(problem.op, self.dispatch_key)
         if missing:
             reasons.append(missing)
-        if problem.dtype not in HALF_TO_DOUBLE:
-            reasons.append(f"has no {problem.dtype} kernel")
+        if problem.dtype not in self.dtypes:
+            reasons.append(f"has no {str(problem.dtype).removeprefix('torch.')} kernel")
         if problem.op in ATTENTION and problem.width > MAX_HEAD_WIDTH:
             reasons.append(f"head width {problem.width} is above {MAX_HEAD_WIDTH}")
         return tuple(reasons)
@@ -99,5 +118,6 @@ class _Native:
         return function
 
 
-CPU = _Native("cpu")
-CUDA = _Native("cuda")
+CPU = _Native("cpu", (*DTYPES, torch.float64))
+# on GPUs float64 is the reference's: a third of the library's code, for checks of gradients
+CUDA = _Native("cuda", DTYPES)

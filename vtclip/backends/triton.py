@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from vtclip.backends import native
 from vtclip.backends.problem import ATTENTION, Problem, constant_when_traced
 from vtclip.backends.schemas import FAKES
 from vtclip.kernels import _limits
@@ -40,6 +41,21 @@ def _missing() -> str:
     return load()
 
 
+OLDEST_CAPABILITY = 80  # before it Triton multiplies without tensor cores, and spills registers
+
+
+@constant_when_traced
+def _outdated() -> str:
+    """Why the CUDA library is the better choice on the current device, or the empty string."""
+    if torch.version.hip is not None or not torch.cuda.is_available() or native.load_cuda():
+        return ""
+    _, capability = gpu_identity()
+    if capability >= OLDEST_CAPABILITY:
+        return ""
+    oldest, found = (f"{number // 10}.{number % 10}" for number in (OLDEST_CAPABILITY, capability))
+    return f"needs compute capability {oldest} where the CUDA library loads, got {found}"
+
+
 class _Triton:
     name: Literal["triton"] = "triton"
 
@@ -50,6 +66,9 @@ class _Triton:
         missing = _missing()
         if missing:
             reasons.append(missing)
+        outdated = "" if interpreted() else _outdated()
+        if outdated:
+            reasons.append(outdated)
         limit = _limits.MAX_HEAD_WIDTH if problem.op in ATTENTION else _limits.MAX_WIDTH
         return (*reasons, *_limits.why_not(problem.dtype, problem.width, limit))
 

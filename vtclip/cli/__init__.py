@@ -31,6 +31,7 @@ from vtclip.cli import (
     predict,
     repeat,
     report,
+    selftest,
     tune,
 )
 from vtclip.cli.errors import line_of
@@ -61,6 +62,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("bench", bench, "sources x methods x shots x seeds"),
     ("tune", tune, "time the GPU kernels' tiles, and keep a table"),
     ("demo", demo, "the whole way on bundled data, without network"),
+    ("selftest", selftest, "every kernel on this device against the reference, and a record of it"),
     ("info", info, "what is installed, which kernels run, and why others do not"),
 )
 BAD_INPUT = (

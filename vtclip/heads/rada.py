@@ -178,7 +178,9 @@ class RAda(Head):
         for images in torch.split(image, step):
             if torch.is_grad_enabled():
                 inputs = images, text, logit_scale
-                chunks.append(checkpoint(self._logits, *inputs, use_reentrant=False))
+                # nothing in it is random, and a CUDA graph cannot read the generator's state
+                kept = {"use_reentrant": False, "preserve_rng_state": False}
+                chunks.append(checkpoint(self._logits, *inputs, **kept))
             else:
                 chunks.append(self._logits(images, text, logit_scale))
         logits, penalty = zip(*chunks, strict=True)

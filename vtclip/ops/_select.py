@@ -3,7 +3,8 @@
 
 A backend's `why_not(problem)` returns reasons; no reasons means that it can run. `impl=None` takes
 the first backend without reasons; a named `impl` runs or raises. Only static facts are looked at
-(device, dtype, sizes, what loaded), so the choice can be traced by `torch.compile`.
+(device, dtype, sizes, what loaded, what `vtclip selftest` found wrong here), so the choice can be
+traced by `torch.compile`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
-from vtclip.backends import native, triton
+from vtclip.backends import native, record, triton
 from vtclip.backends.problem import Backend, Impl, Problem, constant_when_traced
 
 __all__ = ["BACKENDS", "Backend", "Impl", "Problem", "explain", "only_reference", "select"]
@@ -47,7 +48,8 @@ def _against(backend: Backend, problem: Problem, *, asked_for: bool) -> tuple[st
     if not asked_for and backend.name == "triton" and problem.device == "cpu":
         # Triton's interpreter takes CPU tensors, a thousand times slower than anything else
         return (f"needs cuda tensors, got {problem.device}",)
-    return backend.why_not(problem)
+    failed = record.why_failed(problem.op, backend.name, problem.device, problem.dtype)
+    return (*backend.why_not(problem), failed) if failed else backend.why_not(problem)
 
 
 def select(problem: Problem, impl: Impl | None) -> Backend:

@@ -34,6 +34,7 @@ from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.opening import open_all
+from vtclip.runs.proven import say_unless_proven
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train.auto import fit_auto, refit_auto
@@ -181,6 +182,7 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
     with run_files.claimed(folder):
         if run_files.can_return_finished(folder, request):
             return run_files.finished_run(folder, request)
+        say_unless_proven(request.device)
         if request.overwrite:
             (folder / run_files.CHECKPOINT).unlink(missing_ok=True)
         rows = draw_rows(request, open_or_take(request, records, listed, watch))

@@ -37,6 +37,7 @@ from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
+from vtclip.runs.proven import say_unless_proven
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.train import finetune
@@ -97,6 +98,7 @@ def _fit(request: FitRequest, world: World) -> Run:
         world.by_first(enter)
         if run_files.can_return_finished(folder, request):
             return run_files.finished_run(folder, request)
+        say_unless_proven(request.device)
         checkpoint = Checkpoint(folder / run_files.CHECKPOINT, identity)
         with watch.stage("train"):
             module = train(request, rows, features, settings, clip, world, checkpoint)

@@ -64,15 +64,45 @@ VTCLIP_BOTH constexpr int64_t attn_parts(int64_t d, int kOut) {
   return larger<int64_t>(1, ceil_div(d, kOut));
 }
 
-// Rows `row0`.. of a warp's result, times `factor`, to a strided matrix of rows x columns; its
-// first column is `column0` there.
-template <class T, class Tile>
-VTCLIP_DEVICE void put(Tile& tile, const Rows<T>& to, int64_t row0, int64_t rows, int64_t column0,
-                       int64_t columns, typename Tile::Acc factor) {
-  tile.each([&](const Spot& at, typename Tile::Acc& element) {
-    const int64_t r = row0 + at.row, c = column0 + at.column;
-    if (r < rows && c < columns) to.at(r, c) = static_cast<T>(element * factor);
-  });
+// Rows `row0`.. of a warp's result of kN columns, times `factor`, to a strided matrix of
+// rows x columns; its first column is `column0` there. They pass through a strip of shared memory
+// of the warp, [16, tile_stride<T>(kStrip)], so that 16 bytes are written at a time.
+template <int kN, int kStrip, class T, class S, class Tile>
+VTCLIP_DEVICE void put(const Warp& warp, Tile& tile, T* strip, const Rows<S>& to, int64_t row0,
+                       int64_t rows, int64_t column0, int64_t columns,
+                       typename Tile::Acc factor) {
+  constexpr int kSizeT = static_cast<int>(sizeof(T)), kSizeS = static_cast<int>(sizeof(S));
+  constexpr int kWide = lesser(kN, kStrip * kSizeT / kSizeS), kLd = tile_stride<S>(kWide);
+  constexpr int kVector = Vector<S>::kSize, kGroups = kWide / kVector;
+  constexpr int kApart = kWarpSize / kGroups;  // rows from one vector of a lane to its next
+  static_assert(kN % kWide == 0 && kLd * sizeof(S) <= tile_stride<T>(kStrip) * sizeof(T));
+  S* own = reinterpret_cast<S*>(strip);
+  const Rows<S> out = to.from(row0, column0);
+  const int rows_left = static_cast<int>(lesser<int64_t>(16, rows - row0));
+  const int columns_left = static_cast<int>(lesser<int64_t>(kN, columns - column0));
+  const bool fits = columns % kVector == 0 && vectors_fit(out);
+  VTCLIP_UNROLL
+  for (int first = 0; first < kN; first += kWide) {
+    tile.template store<kWide>(own, kLd, first, factor);
+    warp.each_thread([&](int lane) {
+      if (fits) {
+        const int row = lane / kGroups, column = lane % kGroups * kVector;
+        if (first + column >= columns_left) return;
+        VTCLIP_UNROLL
+        for (int r = 0; r < 16; r += kApart) {
+          if (row + r >= rows_left) return;
+          *reinterpret_cast<Vector<S>*>(&out.at(row + r, first + column)) =
+              *reinterpret_cast<const Vector<S>*>(own + (row + r) * kLd + column);
+        }
+        return;
+      }
+      VTCLIP_ROLLED
+      for (int i = lane; i < 16 * kWide; i += kWarpSize) {
+        const int r = i / kWide, c = i % kWide;
+        if (r < rows_left && first + c < columns_left) out.at(r, first + c) = own[r * kLd + c];
+      }
+    });
+  }
 }
 
 template <class T, int kDOf>
@@ -102,18 +132,41 @@ struct AttnTile {
     return attn_place(index, n.H, attn_parts(n.d, kOut), ceil_div(rows, kRows));
   }
 
+  // Keys `start`.. of image b; `slot` of keep [2, kStep] says which of them count.
+  struct Step {
+    int64_t b, start;
+    int slot;
+
+    // the step after this one, of this image or the next
+    VTCLIP_DEVICE Step next(int64_t L) const {
+      if (start + kStep < L) return {b, start + kStep, 1 - slot};
+      return {b + 1, 0, 1 - slot};
+    }
+    VTCLIP_DEVICE const bool* keep(const bool* both) const { return both + slot * kStep; }
+  };
+  // Which keys of a step count, none from image `last` on; without a barrier.
+  static VTCLIP_DEVICE void keep_step(const Block<kWarps>& block, const AttnShape& n, bool* keep,
+                                      const Step& step, int64_t last) {
+    static_assert(kStep <= Block<kWarps>::kThreads);
+    block.loose().each_thread([&](int l) {
+      if (l >= kStep) return;
+      keep[step.slot * kStep + l] = step.b < last && n.keeps(step.b, step.start + l);
+    });
+  }
+
+  // Loads are copies: they are there after block.arrive().
+  //
   // Chunk c of a tile of the rows of one head, as many as there are.
   static VTCLIP_DEVICE void load_rows(const Block<kWarps>& block, T* to, const Rows<const T>& from,
                                       int64_t rows, int64_t d, int64_t tile, int c) {
     const int64_t left = rows - tile * kRows;
-    load_tile<kRows, kC>(block.loose(), to, kLd, from.from(tile * kRows, c * kC), d - c * kC,
+    copy_tile<kRows, kC>(block.loose(), to, kLd, from.from(tile * kRows, c * kC), d - c * kC,
                          [&](int r) { return r < left; });
   }
   // A step of rows, from a column on: those that `keep` [kStep] says.
-  template <class Team>
-  static VTCLIP_DEVICE void load_kept(const Team& team, T* to, const Rows<const T>& from,
+  static VTCLIP_DEVICE void load_kept(const Block<kWarps>& block, T* to, const Rows<const T>& from,
                                       int64_t column, int64_t d, const bool* keep) {
-    load_tile<kStep, kC>(team, to, kLd, from.from(0, column), d - column,
+    copy_tile<kStep, kC>(block.loose(), to, kLd, from.from(0, column), d - column,
                          [&](int r) { return keep[r]; });
   }
 
@@ -123,17 +176,20 @@ struct AttnTile {
     for (int c = 0; c < kOutChunks; ++c) output[c].fill(0);
   }
 
-  // d_query of a block: add(states, at, b, first) adds what image b contributes to each warp's d_q.
+  // d_query of a block: add(states, at, b) adds what image b contributes to each warp's d_q.
+  // `strip` is shared memory [kRows, kLdStep].
   template <class State, class Args, class Add>
   static VTCLIP_DEVICE void query_gradient(const Args& args, int64_t index,
-                                           const Block<kWarps>& block, Add add) {
+                                           const Block<kWarps>& block, T* strip, Add add) {
     const AttnShape& n = args.shape;
     const AttnPlace at = place(n, index, n.K);
     const int64_t first = at.image * args.images, last = lesser(n.B, first + args.images);
     PerWarp<State, kWarps> states;
-    block.each_warp([&](const Warp& warp) { clear(states[warp].d_q); });
-    for (int64_t b = first; b < last; ++b) add(states, at, b, b == first);
-    block.each_warp([&](const Warp& warp) { put_query(args, states[warp].d_q, at, warp); });
+    block.loose().each_warp([&](const Warp& warp) { clear(states[warp].d_q); });
+    for (int64_t b = first; b < last; ++b) add(states, at, b);
+    block.loose().each_warp([&](const Warp& warp) {
+      put_query(args, states[warp].d_q, strip, at, warp);
+    });
   }
 
   // d_q += dS k for a step of keys, of which `keep` [kStep] counts; dS lies in tiles.d_s.
@@ -143,6 +199,7 @@ struct AttnTile {
     VTCLIP_UNROLL
     for (int c = 0; c < kOutChunks; ++c) {
       load_kept(tiles.block, tiles.k, key, at.part * kOut + c * kC, d, keep);
+      tiles.block.arrive();
       tiles.block.each_warp([&](const Warp& warp) {
         states[warp].d_q[c].template add_product<false, false>(
             tiles.d_s + 16 * warp.index * kLdStep, kLdStep, tiles.k, kLd, kStep);
@@ -152,17 +209,20 @@ struct AttnTile {
 
   // A warp's rows of d_query, or of the partial sum of a chunk of images.
   template <class Args, class Tile>
-  static VTCLIP_DEVICE void put_query(const Args& args, Tile (&d_query)[kOutChunks],
+  static VTCLIP_DEVICE void put_query(const Args& args, Tile (&d_query)[kOutChunks], T* strips,
                                       const AttnPlace& at, const Warp& warp) {
     const AttnShape& n = args.shape;
     const int64_t row0 = at.tile * kRows + 16 * warp.index;
+    T* strip = strips + 16 * warp.index * kLdStep;
     VTCLIP_UNROLL
     for (int c = 0; c < kOutChunks; ++c) {
       const int64_t column0 = at.part * kOut + c * kC;
       if (args.partial.base != nullptr) {
-        put(d_query[c], args.partial.at(at.image, at.head), row0, n.K, column0, n.d, args.scale);
+        put<kC, kStep>(warp, d_query[c], strip, args.partial.at(at.image, at.head), row0, n.K,
+                       column0, n.d, args.scale);
       } else {
-        put(d_query[c], args.d_query.at(at.image, at.head), row0, n.K, column0, n.d, args.scale);
+        put<kC, kStep>(warp, d_query[c], strip, args.d_query.at(at.image, at.head), row0, n.K,
+                       column0, n.d, args.scale);
       }
     }
   }
@@ -176,13 +236,13 @@ struct AttnTile {
     });
   }
 
-  // Chunk c of a warp's rows of d_key or d_value.
-  template <class Tile>
+  // Chunk c of a warp's rows of d_key or d_value; `strip` [16, tile_stride(kStrip)] is the warp's.
+  template <int kStrip, class Tile>
   static VTCLIP_DEVICE void put_key(const AttnShape& n, const Heads<T>& to, Tile& gradient,
-                                    const AttnPlace& at, const Warp& warp, int c,
+                                    T* strip, const AttnPlace& at, const Warp& warp, int c,
                                     typename Tile::Acc factor) {
-    put(gradient, to.at(at.image, at.head), at.tile * kRows + 16 * warp.index, n.L,
-        at.part * kOut + c * kC, n.d, factor);
+    put<kC, kStrip>(warp, gradient, strip, to.at(at.image, at.head),
+                    at.tile * kRows + 16 * warp.index, n.L, at.part * kOut + c * kC, n.d, factor);
   }
 };
 

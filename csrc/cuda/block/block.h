@@ -5,7 +5,9 @@
 // the same loops, masks and reductions run on the host under a sanitizer (block_host.h).
 //
 //   block.each(n, f)            f(i) for 0 <= i < n, over all threads
-//   block.loose().each(n, f)    the same without a barrier: a load that shares the next phase's
+//   block.loose().each(n, f)    the same without a barrier: what may share the next phase's
+//   copy_16(to, from, exists)   16 bytes into shared memory, by themselves from sm_80 on
+//   block.arrive()              a barrier behind which all copies are there
 //   block.each_warp(f)          f(warp) for every warp
 //   block.each_row<P>(n, f)     f(lanes, row) for 0 <= row < n, each row by P neighbouring lanes
 //   block.sum(n, f), max(n, f)  of f(i) over 0 <= i < n, for all threads the same value
@@ -25,9 +27,11 @@
 #ifdef __CUDACC__
 #define VTCLIP_DEVICE __device__ __forceinline__
 #define VTCLIP_UNROLL _Pragma("unroll")
+#define VTCLIP_ROLLED _Pragma("unroll 1")  // copies of a large body would only take registers
 #else
 #define VTCLIP_DEVICE inline
 #define VTCLIP_UNROLL
+#define VTCLIP_ROLLED
 #endif
 
 namespace vtclip::cuda {
@@ -71,6 +75,11 @@ VTCLIP_DEVICE float log2_of(float x) { return log2f(x); }
 VTCLIP_DEVICE double log2_of(double x) { return log2(x); }
 VTCLIP_DEVICE float sqrt_of(float x) { return sqrtf(x); }
 VTCLIP_DEVICE double sqrt_of(double x) { return sqrt(x); }
+
+template <class T>
+VTCLIP_DEVICE constexpr T smallest_normal() {
+  return static_cast<T>(sizeof(T) == 8 ? 2.2250738585072014e-308 : 1.1754943508222875e-38);
+}
 
 template <class T>
 VTCLIP_DEVICE T infinity() { return static_cast<T>(INFINITY); }

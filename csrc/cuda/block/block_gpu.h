@@ -12,7 +12,12 @@ class Shared {
 
   template <class T>
   VTCLIP_BOTH T* take(int64_t count) {
+#ifdef __CUDA_ARCH__
+    // without a test for null, behind which ptxas no longer sees that this is shared memory
+    T* start = reinterpret_cast<T*>(base_ + bytes_);
+#else
     T* start = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + bytes_);
+#endif
     bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 128) * 128;
     return start;
   }
@@ -23,10 +28,27 @@ class Shared {
   int64_t bytes_ = 0;
 };
 
+// Puts 16 bytes on their way from global to shared memory, or zeros unless `exists`; they are there
+// after block.arrive().
+VTCLIP_DEVICE void copy_16(void* to, const void* from, bool exists) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(__cvta_generic_to_global(from)), "r"(exists ? 16 : 0)
+               : "memory");
+#else
+  uint4 words = {};
+  if (exists) words = *static_cast<const uint4*>(from);
+  *static_cast<uint4*>(to) = words;
+#endif
+}
+
 // P neighbouring lanes of a warp, P a power of two.
 template <int P>
 class Lanes {
  public:
+  static constexpr int kThreads = P;
   template <class I, class F>
   VTCLIP_DEVICE void each(I n, F f) const {
     _Pragma("unroll 2") for (I i = lane(); i < n; i += P) f(i);
@@ -49,6 +71,12 @@ class Lanes {
       top = larger(top, __shfl_xor_sync(members(), top, step));
     }
     return top;
+  }
+  // f(lane) for every lane
+  template <class F>
+  VTCLIP_DEVICE void each_thread(F f) const {
+    f(lane());
+    sync();
   }
   VTCLIP_DEVICE void sync() const { __syncwarp(members()); }
   // f() once, on the first lane
@@ -96,14 +124,43 @@ class Block {
 
   VTCLIP_BOTH explicit Block(Shared& shared) : slots_(shared.take<double>(kWarps)) {}
 
-  // `each` without the barrier at its end: for several loads in one phase, all but the last
+  // `each`, `each_warp`, `each_row` without the barrier at their end
   struct Loose {
+    static constexpr int kThreads = Block::kThreads;
+    template <class F>
+    VTCLIP_DEVICE void each_thread(F f) const {
+      f(static_cast<int>(threadIdx.x));
+    }
     template <class I, class F>
     VTCLIP_DEVICE void each(I n, F f) const {
       _Pragma("unroll 2") for (I i = static_cast<int>(threadIdx.x); i < n; i += kThreads) f(i);
     }
+    template <class F>
+    VTCLIP_DEVICE void each_warp(F f) const {
+      f(Warp(static_cast<int>(threadIdx.x) / kWarpSize));
+    }
+    template <int P, class I, class F>
+    VTCLIP_DEVICE void each_row(I n, F f) const {
+      for (I row = static_cast<int>(threadIdx.x) / P; row < n; row += kThreads / P) {
+        f(Lanes<P>(), row);
+      }
+    }
   };
   VTCLIP_DEVICE Loose loose() const { return {}; }
+  template <class F>
+  VTCLIP_DEVICE void each_thread(F f) const {
+    f(static_cast<int>(threadIdx.x));
+    sync();
+  }
+
+  // a barrier before which every copy has landed
+  VTCLIP_DEVICE void arrive() const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+#endif
+    sync();
+  }
 
   template <class I, class F>
   VTCLIP_DEVICE void each(I n, F f) const {
@@ -112,14 +169,12 @@ class Block {
   }
   template <class F>
   VTCLIP_DEVICE void each_warp(F f) const {
-    f(Warp(static_cast<int>(threadIdx.x) / kWarpSize));
+    loose().each_warp(f);
     sync();
   }
   template <int P, class I, class F>
   VTCLIP_DEVICE void each_row(I n, F f) const {
-    for (I row = static_cast<int>(threadIdx.x) / P; row < n; row += kThreads / P) {
-      f(Lanes<P>(), row);
-    }
+    loose().template each_row<P>(n, f);
     sync();
   }
   template <class I, class F>
@@ -140,9 +195,9 @@ class Block {
     if (threadIdx.x == 0) f();
   }
 
- private:
   VTCLIP_DEVICE static void sync() { __syncthreads(); }
 
+ private:
   template <class Acc, class Combine>
   VTCLIP_DEVICE Acc meet(Acc value, Combine combine) const {
     VTCLIP_UNROLL

@@ -21,6 +21,27 @@ void in_turn(I n, F f) {
   for (I i = 0; i < n; ++i) f(backwards ? n - 1 - i : i);
 }
 
+// Copies on their way to shared memory. A run forwards lets them land as late as a GPU may, when
+// the block waits for them, a run backwards at once: a body that reads too early or overwrites what
+// is still read gives two different results.
+struct Copy {
+  void* to;
+  const void* from;
+  bool exists;
+
+  void land() const {
+    if (exists) std::memcpy(to, from, 16);
+    else std::memset(to, 0, 16);
+  }
+};
+inline std::vector<Copy> copies;
+
+inline void copy_16(void* to, const void* from, bool exists) {
+  const Copy copy{to, from, exists};
+  if (backwards) copy.land();
+  else copies.push_back(copy);
+}
+
 // Each piece is a heap block of its own, filled with bytes that read as NaN, so that a sanitizer
 // sees an index beyond it and a test sees a value that was never written.
 class Shared {
@@ -77,6 +98,9 @@ auto strided_tops(I n, F f) {
 template <int P>
 class Lanes {
  public:
+  static constexpr int kThreads = P;
+  template <class F>
+  void each_thread(F f) const { in_turn(P, f); }
   template <class I, class F>
   void each(I n, F f) const { in_turn(n, f); }
   template <class I, class F>
@@ -128,21 +152,36 @@ class Block {
   explicit Block(Shared& shared) { shared.take<double>(kWarps); }
 
   struct Loose {
+    static constexpr int kThreads = Block::kThreads;
+    template <class F>
+    void each_thread(F f) const { in_turn(kThreads, f); }
     template <class I, class F>
     void each(I n, F f) const { in_turn(n, f); }
+    template <class F>
+    void each_warp(F f) const {
+      in_turn(kWarps, [&](int warp) { f(Warp(warp)); });
+    }
+    template <int P, class I, class F>
+    void each_row(I n, F f) const {
+      in_turn(n, [&](I row) { f(Lanes<P>(), row); });
+    }
   };
   Loose loose() const { return {}; }
+  template <class F>
+  void each_thread(F f) const { loose().each_thread(f); }
+
+  void sync() const {}
+  void arrive() const {
+    for (const Copy& copy : copies) copy.land();
+    copies.clear();
+  }
 
   template <class I, class F>
   void each(I n, F f) const { in_turn(n, f); }
   template <class F>
-  void each_warp(F f) const {
-    in_turn(kWarps, [&](int warp) { f(Warp(warp)); });
-  }
+  void each_warp(F f) const { loose().each_warp(f); }
   template <int P, class I, class F>
-  void each_row(I n, F f) const {
-    in_turn(n, [&](I row) { f(Lanes<P>(), row); });
-  }
+  void each_row(I n, F f) const { loose().template each_row<P>(n, f); }
   template <class I, class F>
   auto sum(I n, F f) const {
     auto part = strided_sums<kThreads>(n, f);

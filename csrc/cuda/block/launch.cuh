@@ -19,6 +19,8 @@
 #include "common/check.h"
 #include "common/dtype.h"
 #include "common/tensors.h"
+#include "kernel.cuh"
+#include "once_per_device.h"
 #include "tile_io.h"
 
 namespace vtclip::cuda {
@@ -47,24 +49,6 @@ inline int64_t shared_limit(const char* op, const Tensor& like) {
   return bytes;
 }
 
-// Bytes of shared memory a block of Body takes.
-template <class Body>
-int64_t shared_bytes() {
-  Shared counter(nullptr);
-  typename Body::Tiles tiles{counter};
-  (void)tiles;
-  return counter.bytes();
-}
-
-template <class Body>
-__global__ void __launch_bounds__(Body::kWarps* kWarpSize, 1)
-    body_kernel(const __grid_constant__ typename Body::Args args) {
-  extern __shared__ __align__(128) unsigned char raw[];
-  Shared shared(raw);
-  typename Body::Tiles tiles{shared};
-  Body::run(args, static_cast<int64_t>(blockIdx.x), tiles);
-}
-
 // Body::run for 0 <= index < blocks, on the current stream.
 template <class Body>
 void launch(const char* op, int64_t blocks, const Tensor& like, const typename Body::Args& args) {
@@ -72,9 +56,13 @@ void launch(const char* op, int64_t blocks, const Tensor& like, const typename B
   if (blocks > kMaxGridX) fail(op, "at most ", kMaxGridX, " blocks in one launch, got ", blocks);
   const int64_t bytes = shared_bytes<Body>();
   if (bytes > kDefaultShared) {
-    check_cuda(op, "cudaFuncSetAttribute",
-               cudaFuncSetAttribute(body_kernel<Body>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(bytes)));
+    static OncePerDevice raised;
+    raised(like.get_device_index(), [&] {
+      check_cuda(op, "cudaFuncSetAttribute",
+                 cudaFuncSetAttribute(body_kernel<Body>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      static_cast<int>(bytes)));
+    });
   }
   body_kernel<Body><<<dim3(static_cast<unsigned>(blocks)), Body::kWarps * kWarpSize,
                       static_cast<size_t>(bytes), current_stream(like)>>>(args);
@@ -85,12 +73,11 @@ void launch(const char* op, int64_t blocks, const Tensor& like, const typename B
 template <class Run>
 void with_dtype(const char* op, const char* name, const Tensor& like, Run run) {
   switch (like.scalar_type()) {
-    case ScalarType::Double: return run(double{});
     case ScalarType::Float: return run(float{});
     case ScalarType::Half: return run(torch::headeronly::Half{});
     case ScalarType::BFloat16: return run(torch::headeronly::BFloat16{});
     default:
-      fail(op, name, " must have dtype Float, Double, Half or BFloat16, got ",
+      fail(op, name, " must have dtype Float, Half or BFloat16, got ",
            torch::headeronly::toString(like.scalar_type()));
   }
 }

@@ -4,6 +4,11 @@
 // The maps are plain functions: tests multiply with them by an emulation of both instructions.
 #pragma once
 
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
 #include "block.h"
 
 namespace vtclip::cuda {
@@ -32,7 +37,24 @@ VTCLIP_BOTH constexpr Place accumulator_place(int lane, int i) {
   return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
 }
 
+// Accumulators of a 16 x 16 result, two of 16 x 8 side by side, are operand a of the next product:
+// register `reg` of a lane holds elements i, i + 1 of result n.
+struct Accumulators {
+  int n, i;
+};
+VTCLIP_BOTH constexpr Accumulators accumulators_of_a(int reg) { return {reg / 2, reg % 2 * 2}; }
+
 #ifdef __CUDACC__
+
+// two of them, the first in the lower half
+VTCLIP_DEVICE unsigned packed_half(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return reinterpret_cast<const unsigned&>(pair);
+}
+VTCLIP_DEVICE unsigned packed_bfloat16(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const unsigned&>(pair);
+}
 
 template <bool kTransposed>
 VTCLIP_DEVICE void ldmatrix(unsigned (&to)[4], const void* row) {

@@ -9,9 +9,12 @@
 //   d_h = rstd step (g - mean(g) - n mean(g n)),  g = residual weight (x - cosine u)
 //   the gradient of x is sum_k scale d_logit u
 //
-// An Input has load(b, k, column, mean, to): to = h - mean, 0 beyond the row; and kBias, whether
-// the sum of d_h over rows is a gradient too.
+// An Input has load<kPacked>(b, k, column, mean, to): to = h - mean, 0 beyond the row; packed(),
+// whether 16-byte vectors fit everywhere; and kBias, whether the sum of d_h over rows is a gradient
+// too. Bodies are written for kPacked: rows in vectors, or all of them by elements.
 #pragma once
+
+#include <type_traits>
 
 #include "block.h"
 #include "row.h"
@@ -40,7 +43,18 @@ struct NormArgs {
   int64_t K, C;
 
   VTCLIP_BOTH int64_t tiles() const { return ceil_div(K, kNormClasses); }
+  VTCLIP_DEVICE bool packed() const {
+    return C % kGroup<T> == 0 && vectors_fit(text) && vectors_fit(image) && vectors_fit(weight) &&
+           vectors_fit(bias) && input.packed();
+  }
 };
+
+// f(std::bool_constant<kPacked>{}) as the arguments allow
+template <class Args, class F>
+VTCLIP_DEVICE void with_packed(const Args& args, F f) {
+  if (args.packed()) f(std::true_type{});
+  else f(std::false_type{});
+}
 
 // mean, rstd and -shift rstd of a row
 template <class Acc>
@@ -48,29 +62,39 @@ struct Norm {
   Acc mean, rstd, offset;
 };
 
-// A group of columns of row (b, k).
-template <class T>
+// A group of columns of an image and of what is the same for all rows.
+template <class T, bool kPacked>
+struct NormColumns {
+  using Acc = AccOf<T>;
+  Acc x[kGroup<T>], weight[kGroup<T>], bias[kGroup<T>];
+
+  template <class Input>
+  VTCLIP_DEVICE void load(const NormArgs<T, Input>& args, int64_t b, int64_t column) {
+    Row<const T>(args.image, b, args.C).template load<kPacked>(column, x);
+    Row<const T>(args.weight, 0, args.C).template load<kPacked>(column, weight);
+    Row<const T>(args.bias, 0, args.C).template load<kPacked>(column, bias);
+    const Acc rx = args.image_rnorm[b];
+    VTCLIP_UNROLL
+    for (Acc& element : x) element *= rx;
+  }
+};
+
+// The same columns of row (b, k).
+template <class T, bool kPacked>
 struct NormGroup {
   using Acc = AccOf<T>;
   static constexpr int kColumns = kGroup<T>;
-
-  Acc n[kColumns], y[kColumns], x[kColumns], weight[kColumns];
+  Acc n[kColumns], y[kColumns];
 
   template <class Input>
   VTCLIP_DEVICE NormGroup(const NormArgs<T, Input>& args, int64_t b, int64_t k, int64_t column,
-                          const Norm<Acc>& norm) {
-    Acc bias[kColumns];
-    args.input.load(b, k, column, norm.mean, n);
-    Row<const T>(args.text, k, args.C).load(column, y);
-    Row<const T>(args.image, b, args.C).load(column, x);
-    Row<const T>(args.weight, 0, args.C).load(column, weight);
-    Row<const T>(args.bias, 0, args.C).load(column, bias);
-    const Acc rx = args.image_rnorm[b];
+                          const Norm<Acc>& norm, const NormColumns<T, kPacked>& of) {
+    args.input.template load<kPacked>(b, k, column, norm.mean, n);
+    Row<const T>(args.text, k, args.C).template load<kPacked>(column, y);
     VTCLIP_UNROLL
     for (int e = 0; e < kColumns; ++e) {
-      n[e] = column + e < args.C ? n[e] * norm.rstd + norm.offset : 0;
-      y[e] += args.residual * (weight[e] * n[e] + bias[e]);
-      x[e] *= rx;
+      n[e] = kPacked || column + e < args.C ? n[e] * norm.rstd + norm.offset : 0;
+      y[e] += args.residual * (of.weight[e] * n[e] + of.bias[e]);
     }
   }
 };
@@ -95,7 +119,7 @@ struct NormTiles {
 };
 
 // sum h - mean over the row, and its square
-template <class T, class Input>
+template <bool kPacked, class T, class Input>
 VTCLIP_DEVICE void norm_spread(const Lanes<kWarpSize>& lanes, AccOf<T>* slots,
                                const NormArgs<T, Input>& args, int64_t b, int64_t k, AccOf<T> mean,
                                AccOf<T> (&totals)[2]) {
@@ -103,7 +127,7 @@ VTCLIP_DEVICE void norm_spread(const Lanes<kWarpSize>& lanes, AccOf<T>* slots,
   constexpr int kColumns = kGroup<T>;
   row_sums<2>(lanes, slots, ceil_div(args.C, kColumns), [&](int64_t group, Acc (&part)[2]) {
     Acc d[kColumns];
-    args.input.load(b, k, group * kColumns, mean, d);
+    args.input.template load<kPacked>(b, k, group * kColumns, mean, d);
     VTCLIP_UNROLL
     for (int e = 0; e < kColumns; ++e) {
       part[0] += d[e];
@@ -123,7 +147,7 @@ struct NormRow {
 template <class Acc>
 VTCLIP_DEVICE constexpr Acc tiny_square() { return static_cast<Acc>(1e-25f); }
 
-template <class T, class Input>
+template <bool kPacked, class T, class Input>
 VTCLIP_DEVICE NormRow<AccOf<T>> norm_row(const Lanes<kWarpSize>& lanes, AccOf<T>* slots,
                                          const NormArgs<T, Input>& args, int64_t b, int64_t k) {
   using Acc = AccOf<T>;
@@ -133,48 +157,52 @@ VTCLIP_DEVICE NormRow<AccOf<T>> norm_row(const Lanes<kWarpSize>& lanes, AccOf<T>
   NormRow<Acc> found;
   found.mean = lanes.sum(groups, [&](int64_t group) {
     Acc h[kColumns], sum = 0;
-    args.input.load(b, k, group * kColumns, 0, h);
+    args.input.template load<kPacked>(b, k, group * kColumns, 0, h);
     VTCLIP_UNROLL
     for (int e = 0; e < kColumns; ++e) sum += h[e];
     return sum;
   }) / width;
   Acc spread[2];
-  norm_spread(lanes, slots, args, b, k, found.mean, spread);
+  norm_spread<kPacked>(lanes, slots, args, b, k, found.mean, spread);
   found.shift = spread[0] / width;
   const Acc square = spread[1] / width;
   // where the square overflows, so may the correction
   const Acc variance = square < infinity<Acc>() ? square - found.shift * found.shift : square;
   found.rstd = 1 / sqrt_of(variance + args.eps);
   const Norm<Acc> norm = found.norm();
-  const auto sums = [&](Acc divisor, Acc (&totals)[2]) {
+  const auto group_of = [&](int64_t group, NormColumns<T, kPacked>& of) {
+    of.load(args, b, group * kColumns);
+    return NormGroup<T, kPacked>(args, b, k, group * kColumns, norm, of);
+  };
+  Acc totals[2], factor = 1;
+  VTCLIP_ROLLED
+  for (bool again = false;; again = true) {
     row_sums<2>(lanes, slots, groups, [&](int64_t group, Acc (&part)[2]) {
-      const NormGroup<T> g(args, b, k, group * kColumns, norm);
+      NormColumns<T, kPacked> of;
+      const NormGroup<T, kPacked> g = group_of(group, of);
       VTCLIP_UNROLL
       for (int e = 0; e < kColumns; ++e) {
-        const Acc y = g.y[e] / divisor;
+        const Acc y = g.y[e] * factor;
         part[0] += y * y;
-        part[1] += y * g.x[e];
+        part[1] += y * of.x[e];
       }
     }, totals);
-  };
-  Acc totals[2];
-  sums(1, totals);
-  Acc largest = 1;
-  // recomputed from the row divided by its largest entry
-  if (totals[0] < tiny_square<Acc>() || totals[0] > 1 / tiny_square<Acc>()) {
-    largest = lanes.max(groups, [&](int64_t group) {
-      const NormGroup<T> g(args, b, k, group * kColumns, norm);
+    if (again || (totals[0] >= tiny_square<Acc>() && totals[0] <= 1 / tiny_square<Acc>())) break;
+    // once more, from the row over its largest entry
+    const Acc largest = lanes.max(groups, [&](int64_t group) {
+      NormColumns<T, kPacked> of;
+      const NormGroup<T, kPacked> g = group_of(group, of);
       Acc top = 0;
       VTCLIP_UNROLL
       for (int e = 0; e < kColumns; ++e) top = larger(top, g.y[e] < 0 ? -g.y[e] : g.y[e]);
       return top;
     });
-    if (largest == 0) largest = 1;  // a zero row
-    sums(largest, totals);
+    if (largest == 0) break;  // a zero row
+    factor = lesser(1 / largest, 1 / smallest_normal<Acc>());
   }
   const Acc rnorm = totals[0] == 0 ? 0 : 1 / sqrt_of(totals[0]);
   found.cosine = totals[1] * rnorm;
-  found.rnorm = rnorm / largest;
+  found.rnorm = rnorm * factor;
   return found;
 }
 
@@ -184,7 +212,7 @@ struct NormMeans {
 };
 
 // The means by their terms: sums of weight x, weight u, and these times n.
-template <class T, class Input>
+template <bool kPacked, class T, class Input>
 VTCLIP_DEVICE NormMeans<AccOf<T>> norm_means(const Lanes<kWarpSize>& lanes, AccOf<T>* slots,
                                              const NormArgs<T, Input>& args, int64_t b, int64_t k,
                                              const Norm<AccOf<T>>& norm, AccOf<T> rnorm) {
@@ -193,11 +221,13 @@ VTCLIP_DEVICE NormMeans<AccOf<T>> norm_means(const Lanes<kWarpSize>& lanes, AccO
   Acc sums[kNormSums];
   row_sums<kNormSums>(
       lanes, slots, ceil_div(args.C, kColumns), [&](int64_t group, Acc (&part)[kNormSums]) {
-        const NormGroup<T> g(args, b, k, group * kColumns, norm);
+        NormColumns<T, kPacked> of;
+        of.load(args, b, group * kColumns);
+        const NormGroup<T, kPacked> g(args, b, k, group * kColumns, norm, of);
         VTCLIP_UNROLL
         for (int e = 0; e < kColumns; ++e) {
-          const Acc u = g.y[e] * rnorm, wx = g.weight[e] * g.x[e], wu = g.weight[e] * u;
-          part[0] += g.x[e] * u;
+          const Acc u = g.y[e] * rnorm, wx = of.weight[e] * of.x[e], wu = of.weight[e] * u;
+          part[0] += of.x[e] * u;
           part[1] += wx;
           part[2] += wu;
           part[3] += wx * g.n[e];
@@ -212,6 +242,7 @@ template <class T, class Input>
 struct NormRowGradient {
   using Acc = AccOf<T>;
   static constexpr int kWarps = 4, kColumns = kGroup<T>;
+  static constexpr int kResident = Input::kBias ? 2 : 3;  // more would spill
   struct Args : NormArgs<T, Input> {
     Rows<const T> d_logits;  // [B, K]
     T* d_input;              // [B, K, C], contiguous: written
@@ -222,37 +253,44 @@ struct NormRowGradient {
     Acc* d_input_bias;       // [chunks * tiles, C], contiguous: written if Input::kBias
     int64_t image_slice;
     Walk<T> walk;
-  };
-  using Tiles = BlockTiles<kWarps>;
 
+    VTCLIP_DEVICE bool packed() const {
+      return NormArgs<T, Input>::packed() && vectors_fit(Rows<T>{d_input, C, 1});
+    }
+    using NormArgs<T, Input>::C;
+  };
+  using Tiles = WalkTiles<T, kWarps>;
+
+  template <bool kPacked>
   struct Unit {
     const Args& args;
     int64_t slot;
     Acc d_weight[kColumns], d_input[Input::kBias ? kColumns : 1];
+    NormColumns<T, kPacked> of;
 
-    VTCLIP_DEVICE void image(int64_t, int64_t) {}
+    VTCLIP_DEVICE void image(int64_t b, int64_t column) { of.load(args, b, column); }
     VTCLIP_DEVICE void contribute(int64_t b, int64_t k, int64_t column, Acc (&to_image)[kColumns],
                                   Acc (&to_text)[kColumns]) {
       const int64_t at = b * args.K + k;
       const NormStats<Acc>& stats = args.stats;
       const Acc rstd = stats.rstd[at], rnorm = stats.rnorm[at], cosine = stats.cosine[at];
       const Norm<Acc> norm{stats.mean[at], rstd, -stats.shift[at] * rstd};
-      const NormGroup<T> g(args, b, k, column, norm);
+      const NormGroup<T, kPacked> g(args, b, k, column, norm, of);
       const Acc delta = args.scale * static_cast<Acc>(args.d_logits.at(b, k));
       const Acc step = delta * rnorm;
       const Acc mean_g = step * stats.mean_g[at], mean_gn = step * stats.mean_gn[at];
       Acc d_h[kColumns];
       VTCLIP_UNROLL
       for (int e = 0; e < kColumns; ++e) {
-        const Acc u = g.y[e] * rnorm, d_y = step * (g.x[e] - cosine * u);
+        const Acc u = g.y[e] * rnorm, d_y = step * (of.x[e] - cosine * u);
         to_image[e] = delta * u;
         to_text[e] = d_y;
         d_weight[e] += d_y * g.n[e];
-        const Acc d_n = args.residual * g.weight[e] * d_y;
+        const Acc d_n = args.residual * of.weight[e] * d_y;
         d_h[e] = rstd * (d_n - mean_g - g.n[e] * mean_gn);
         if constexpr (Input::kBias) d_input[e] += d_h[e];
       }
-      Row<T>(args.d_input + at * args.C, 1, args.C).store(column, d_h);
+      Row<T>(args.d_input + at * args.C, 1, args.C).template store<kPacked>(column, d_h);
     }
     VTCLIP_DEVICE void finish(int64_t column, const Acc (&d_text)[kColumns]) {
       Acc d_bias[kColumns];
@@ -271,8 +309,10 @@ struct NormRowGradient {
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
-    args.walk.run(tiles.block, index, args.d_unit, args.image_slice, args.d_text,
-                  [&](int64_t slot) { return Unit{args, slot, {}, {}}; });
+    with_packed(args, [&](auto packed) {
+      args.walk.run(tiles.block, tiles.sums, index, args.d_unit, args.image_slice, args.d_text,
+                    [&](int64_t slot) { return Unit<packed.value>{args, slot, {}, {}, {}}; });
+    });
   }
 };
 

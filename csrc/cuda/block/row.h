@@ -5,13 +5,6 @@
 #include "block.h"
 #include "tile_io.h"
 
-// a loop whose body is large: unrolled, it spills
-#ifdef __CUDACC__
-#define VTCLIP_ROLLED _Pragma("unroll 1")
-#else
-#define VTCLIP_ROLLED
-#endif
-
 namespace vtclip::cuda {
 
 // Columns of T in 16 bytes: what one thread takes of a row at a time.
@@ -41,19 +34,27 @@ class Row {
   template <int N>
   VTCLIP_DEVICE void load(int64_t first, Acc (&to)[N]) const {
     if constexpr (N % kSize == 0) {
-      if (packed_ && first + N <= n_) {
-        VTCLIP_UNROLL
-        for (int at = 0; at < N; at += kSize) {
-          const Packed packed = *reinterpret_cast<const Packed*>(base_ + first + at);
-          VTCLIP_UNROLL
-          for (int e = 0; e < kSize; ++e) to[at + e] = static_cast<Acc>(packed.element[e]);
-        }
-        return;
-      }
+      if (packed_ && first + N <= n_) return load<true>(first, to);
     }
-    VTCLIP_UNROLL
-    for (int e = 0; e < N; ++e) {
-      to[e] = first + e < n_ ? static_cast<Acc>(base_[(first + e) * stride_]) : 0;
+    load<false>(first, to);
+  }
+  // the same where the caller knows that the row is dense, aligned and as long as that, or takes it
+  // element by element: without a test, loads of several rows are under way together
+  template <bool kPacked, int N>
+  VTCLIP_DEVICE void load(int64_t first, Acc (&to)[N]) const {
+    if constexpr (kPacked) {
+      static_assert(N % kSize == 0);
+      VTCLIP_UNROLL
+      for (int at = 0; at < N; at += kSize) {
+        const Packed packed = *reinterpret_cast<const Packed*>(base_ + first + at);
+        VTCLIP_UNROLL
+        for (int e = 0; e < kSize; ++e) to[at + e] = static_cast<Acc>(packed.element[e]);
+      }
+    } else {
+      VTCLIP_UNROLL
+      for (int e = 0; e < N; ++e) {
+        to[e] = first + e < n_ ? static_cast<Acc>(base_[(first + e) * stride_]) : 0;
+      }
     }
   }
 
@@ -61,20 +62,26 @@ class Row {
   template <int N>
   VTCLIP_DEVICE void store(int64_t first, const Acc (&from)[N]) const {
     if constexpr (N % kSize == 0) {
-      if (packed_ && first + N <= n_) {
-        VTCLIP_UNROLL
-        for (int at = 0; at < N; at += kSize) {
-          Packed packed;
-          VTCLIP_UNROLL
-          for (int e = 0; e < kSize; ++e) packed.element[e] = static_cast<Element>(from[at + e]);
-          *reinterpret_cast<Packed*>(base_ + first + at) = packed;
-        }
-        return;
-      }
+      if (packed_ && first + N <= n_) return store<true>(first, from);
     }
-    VTCLIP_UNROLL
-    for (int e = 0; e < N; ++e) {
-      if (first + e < n_) base_[(first + e) * stride_] = static_cast<Element>(from[e]);
+    store<false>(first, from);
+  }
+  template <bool kPacked, int N>
+  VTCLIP_DEVICE void store(int64_t first, const Acc (&from)[N]) const {
+    if constexpr (kPacked) {
+      static_assert(N % kSize == 0);
+      VTCLIP_UNROLL
+      for (int at = 0; at < N; at += kSize) {
+        Packed packed;
+        VTCLIP_UNROLL
+        for (int e = 0; e < kSize; ++e) packed.element[e] = static_cast<Element>(from[at + e]);
+        *reinterpret_cast<Packed*>(base_ + first + at) = packed;
+      }
+    } else {
+      VTCLIP_UNROLL
+      for (int e = 0; e < N; ++e) {
+        if (first + e < n_) base_[(first + e) * stride_] = static_cast<Element>(from[e]);
+      }
     }
   }
 
@@ -89,7 +96,7 @@ class Row {
 template <int kSums, class Acc, class F>
 VTCLIP_DEVICE void row_sums(const Lanes<kWarpSize>& lanes, Acc* slots, int64_t n, F f,
                             Acc (&totals)[kSums]) {
-  lanes.each(kWarpSize, [&](int lane) {
+  lanes.each_thread([&](int lane) {
     Acc part[kSums] = {};
     VTCLIP_ROLLED
     for (int64_t i = lane; i < n; i += kWarpSize) f(i, part);

@@ -37,7 +37,7 @@ class Stage {
     const int rows_left = first.column < columns_ ? rows_ - first.row : 0;
     VTCLIP_UNROLL
     for (int v = 0; v < kShare; ++v) {
-      held_[v] = zeros();
+      held_[v] = zeros<T>();
       if (v * kApart < rows_left) held_[v] = *reinterpret_cast<const Packed*>(at);
       at += kApart * from.row;
     }
@@ -53,7 +53,7 @@ class Stage {
     VTCLIP_ROLLED
     for (int v = 0; v < kShare; ++v) {
       const Place at = place(thread, v);
-      Packed packed = zeros();
+      Packed packed = zeros<T>();
       VTCLIP_UNROLL
       for (int e = 0; e < kSize; ++e) {
         if (at.row < rows_ && at.column + e < columns_) {
@@ -68,13 +68,6 @@ class Stage {
   static VTCLIP_DEVICE Place place(int thread, int v) {
     return {thread / kGroups + v * kApart, thread % kGroups * kSize};
   }
-  static VTCLIP_DEVICE Packed zeros() {
-    Packed packed;
-    VTCLIP_UNROLL
-    for (int e = 0; e < kSize; ++e) packed.element[e] = static_cast<T>(0.0f);
-    return packed;
-  }
-
   Packed held_[kShare];
   Rows<const T> from_;
   int rows_, columns_;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gradients of what images [B, D] and texts [K, D] contribute to rows (b, k): a thread keeps the
-// sums of a few classes and one group of columns in registers and walks over the images.
+// sums of a few classes and one group of columns in shared memory and walks over the images.
 #pragma once
 
 #include "block.h"
@@ -12,8 +12,9 @@ namespace vtclip::cuda {
 template <class T>
 struct Walk {
   using Acc = AccOf<T>;
-  // at most 32 sums of d_text per thread
+  // at most 32 sums of d_text per thread; in registers they would ask for a copy of the code per class
   static constexpr int kColumns = kGroup<T>, kClasses = kColumns > 4 ? 4 : 8;
+  static constexpr int kSums = kColumns * kClasses;
 
   int64_t B, K, D;
   int64_t images;  // per chunk
@@ -29,51 +30,95 @@ struct Walk {
   // row.image(b, column) begins an image, row.contribute(b, k, column, to_image, to_text) says what
   // row (b, k) adds to both gradients, row.finish(column, d_text) ends with the sum over the tile.
   // d_image [tiles, B, D], slices `image_slice` apart, and d_text [chunks, K, D] are written where
-  // they are not null.
+  // they are not null. `sums` is shared memory [kSums, kThreads].
   template <class Block, class Start>
-  VTCLIP_DEVICE void run(const Block& block, int64_t index, Acc* d_image, int64_t image_slice,
-                         Acc* d_text, Start start) const {
+  VTCLIP_DEVICE void run(const Block& block, Acc* sums, int64_t index, Acc* d_image,
+                         int64_t image_slice, Acc* d_text, Start start) const {
     const int64_t per_chunk = blocks_per_chunk(Block::kThreads);
     const int64_t chunk = index / per_chunk, first_unit = index % per_chunk * Block::kThreads;
     const int64_t first = chunk * images, end = lesser(B, first + images);
-    block.each(static_cast<int>(Block::kThreads), [&](int i) {
+    block.each_thread([&](int i) {
       const int64_t unit = first_unit + i;
       if (unit >= units()) return;
       const int64_t tile = unit / groups(), column = unit % groups() * kColumns;
       const int64_t k0 = tile * kClasses;
+      const int classes = static_cast<int>(lesser<int64_t>(kClasses, K - k0));
       auto row = start(chunk * tiles() + tile);
-      Acc texts[kClasses][kColumns] = {};
+      Texts<Block::kThreads> texts{sums, i};
+      texts.clear();
+      VTCLIP_ROLLED
       for (int64_t b = first; b < end; ++b) {
         Acc image[kColumns] = {};
         row.image(b, column);
-        VTCLIP_UNROLL
-        for (int r = 0; r < kClasses; ++r) {
-          if (k0 + r < K) {
-            Acc to_image[kColumns], to_text[kColumns];
-            row.contribute(b, k0 + r, column, to_image, to_text);
-            VTCLIP_UNROLL
-            for (int e = 0; e < kColumns; ++e) {
-              image[e] += to_image[e];
-              texts[r][e] += to_text[e];
-            }
-          }
+        VTCLIP_ROLLED
+        for (int r = 0; r < classes; ++r) {
+          Acc to_image[kColumns], to_text[kColumns];
+          row.contribute(b, k0 + r, column, to_image, to_text);
+          VTCLIP_UNROLL
+          for (int e = 0; e < kColumns; ++e) image[e] += to_image[e];
+          texts.add(r, to_text);
         }
         if (d_image != nullptr) {
           Row<Acc>(d_image + tile * image_slice + b * D, 1, D).store(column, image);
         }
       }
       Acc total[kColumns] = {};
-      VTCLIP_UNROLL
-      for (int r = 0; r < kClasses; ++r) {
-        if (d_text != nullptr && k0 + r < K) {
-          Row<Acc>(d_text + (chunk * K + k0 + r) * D, 1, D).store(column, texts[r]);
+      VTCLIP_ROLLED
+      for (int r = 0; r < classes; ++r) {
+        Acc text[kColumns];
+        texts.get(r, text);
+        if (d_text != nullptr) {
+          Row<Acc>(d_text + (chunk * K + k0 + r) * D, 1, D).store(column, text);
         }
         VTCLIP_UNROLL
-        for (int e = 0; e < kColumns; ++e) total[e] += texts[r][e];
+        for (int e = 0; e < kColumns; ++e) total[e] += text[e];
       }
       row.finish(column, total);
     });
   }
+
+ private:
+  // The sums of thread `thread`: 16 bytes of them beside those of its neighbours.
+  template <int kThreads>
+  struct Texts {
+    using Packed = Vector<Acc>;
+    static constexpr int kVectors = kColumns / Packed::kSize;
+    Acc* sums;
+    int thread;
+
+    VTCLIP_DEVICE Packed& at(int r, int vector) const {
+      return reinterpret_cast<Packed*>(sums)[(r * kVectors + vector) * kThreads + thread];
+    }
+    VTCLIP_DEVICE void clear() const {
+      for (int i = 0; i < kClasses * kVectors; ++i) at(0, i) = zeros<Acc>();
+    }
+    VTCLIP_DEVICE void add(int r, const Acc (&text)[kColumns]) const {
+      VTCLIP_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        Packed sum = at(r, v);
+        VTCLIP_UNROLL
+        for (int e = 0; e < Packed::kSize; ++e) sum.element[e] += text[v * Packed::kSize + e];
+        at(r, v) = sum;
+      }
+    }
+    VTCLIP_DEVICE void get(int r, Acc (&text)[kColumns]) const {
+      VTCLIP_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        const Packed sum = at(r, v);
+        VTCLIP_UNROLL
+        for (int e = 0; e < Packed::kSize; ++e) text[v * Packed::kSize + e] = sum.element[e];
+      }
+    }
+  };
+};
+
+// The shared memory of a body that is nothing but a walk.
+template <class T, int kWarps>
+struct WalkTiles {
+  Shared& shared;
+  Block<kWarps> block{shared};
+  // [kSums, kThreads]
+  AccOf<T>* sums = shared.take<AccOf<T>>(Walk<T>::kSums * Block<kWarps>::kThreads);
 };
 
 }  // namespace vtclip::cuda

@@ -8,9 +8,12 @@
 //   tile.add_product<AT, BT>(a, lda, b, ldb, k)
 //                                           += a b; a is stored [M, k], or [k, M] with AT,
 //                                           b is stored [k, N], or [N, k] with BT
+//   tile.add_product(a, p, ldp, b, ldb)     += a b, a another warp tile, its elements converted to
+//                                           T; p [M, ldp] is shared memory of the warp
 //   tile.each(f)                            f(spot, element&): spot.row, spot.column
 //   tile.with(other, f)                     f(spot, element&, element of other)
 //   tile.store(to, ld)                      to[row * ld + column], converted; then warp.sync
+//   tile.store<W>(to, ld, first, factor)    of W columns from `first` on, times a factor
 //   RowValues<Acc, M>                       one value per row: v[spot], each(f), store
 //   tile.sum_rows(v), max_rows(v)           of the elements of each row
 //
@@ -53,6 +56,22 @@ struct TensorCores<BFloat16> {
   static constexpr bool value = true;
 };
 #endif
+
+// two neighbours of a row, written in one instruction
+template <class S>
+struct alignas(2 * sizeof(S)) Pair {
+  S first, second;
+};
+template <class S, class Acc>
+VTCLIP_DEVICE void store_pair(S* to, Acc first, Acc second) {
+  if constexpr (std::is_same_v<S, Half>) {
+    *reinterpret_cast<unsigned*>(to) = packed_half(first, second);
+  } else if constexpr (std::is_same_v<S, BFloat16>) {
+    *reinterpret_cast<unsigned*>(to) = packed_bfloat16(first, second);
+  } else {
+    *reinterpret_cast<Pair<S>*>(to) = {static_cast<S>(first), static_cast<S>(second)};
+  }
+}
 
 VTCLIP_DEVICE int lane_of_warp() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 
@@ -143,11 +162,42 @@ class WarpTile {
     }
   }
 
+  template <int kK>
+  VTCLIP_DEVICE void add_product(WarpTile<T, M, kK>& a, T* p, int ldp, const T* b, int ldb) {
+    if constexpr (TensorCores<T>::value) {
+      const Place in_b = row_of_b(lane_of_warp());
+      b += in_b.row * ldb + in_b.column;
+      VTCLIP_UNROLL
+      for (int from = 0; from < kK; from += 16) {
+        unsigned fragment_a[M / 16][4];
+        a.fragments(fragment_a, from);
+        add_fragments<false>(fragment_a, b + from * ldb, ldb);
+      }
+    } else {
+      a.store(p, ldp);
+      add_fma<false, false>(p, ldp, b, ldb, kK);
+      __syncwarp();
+    }
+  }
+
   template <class S>
   VTCLIP_DEVICE void store(S* to, int ld) {
-    each([&](const Spot& at, Acc& element) {
-      to[at.row * ld + at.column] = static_cast<S>(element);
-    });
+    store<N>(to, ld, 0, 1);
+  }
+  template <int kWide, class S>
+  VTCLIP_DEVICE void store(S* to, int ld, int first, Acc factor) {
+    to += lane_of_warp() / 4 * ld + lane_of_warp() % 4 * 2;
+    VTCLIP_UNROLL
+    for (int m = 0; m < M / 16; ++m) {
+      VTCLIP_UNROLL
+      for (int n = 0; n < kWide / 8; ++n) {
+        VTCLIP_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+          const Acc* pair = &own_[m][first / 8 + n][i];
+          store_pair(to + (16 * m + 4 * i) * ld + 8 * n, pair[0] * factor, pair[1] * factor);
+        }
+      }
+    }
     __syncwarp();
   }
 
@@ -170,32 +220,57 @@ class WarpTile {
   }
 
  private:
+  template <class, int, int>
+  friend class WarpTile;
+
+  // columns from .. from + 15 as operand a
+  VTCLIP_DEVICE void fragments(unsigned (&to)[M / 16][4], int from) const {
+    VTCLIP_UNROLL
+    for (int m = 0; m < M / 16; ++m) {
+      VTCLIP_UNROLL
+      for (int reg = 0; reg < 4; ++reg) {
+        const Accumulators held = accumulators_of_a(reg);
+        const Acc* pair = &own_[m][from / 8 + held.n][held.i];
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          to[m][reg] = packed_bfloat16(pair[0], pair[1]);
+        } else {
+          to[m][reg] = packed_half(pair[0], pair[1]);
+        }
+      }
+    }
+  }
+
+  // += a b for 16 rows of b, from the element of b that this lane names
+  template <bool kBTransposed>
+  VTCLIP_DEVICE void add_fragments(const unsigned (&a)[M / 16][4], const T* b, int ldb) {
+    VTCLIP_UNROLL
+    for (int n = 0; n < N / 16; ++n) {
+      unsigned fragment_b[4];
+      ldmatrix<!kBTransposed>(fragment_b, b + 16 * n * (kBTransposed ? ldb : 1));
+      VTCLIP_UNROLL
+      for (int m = 0; m < M / 16; ++m) {
+        mma<std::is_same_v<T, BFloat16>>(own_[m][2 * n], a[m], fragment_b[0], fragment_b[1]);
+        mma<std::is_same_v<T, BFloat16>>(own_[m][2 * n + 1], a[m], fragment_b[2], fragment_b[3]);
+      }
+    }
+  }
+
   template <bool kATransposed, bool kBTransposed>
   VTCLIP_DEVICE void add_mma(const T* a, int lda, const T* b, int ldb, int k) {
-    constexpr bool kBFloat16 = std::is_same_v<T, BFloat16>;
     const int lane = lane_of_warp();
     const Place in_a = kATransposed ? row_of_a_transposed(lane) : row_of_a(lane);
     const Place in_b = kBTransposed ? row_of_b_transposed(lane) : row_of_b(lane);
     a += in_a.row * lda + in_a.column;
     b += in_b.row * ldb + in_b.column;
-    for (int from = 0; from < k; from += 16) {
+    // a chunk of 64 in whole; a further copy would only be code
+    _Pragma("unroll 4") for (int from = 0; from < k; from += 16) {
       unsigned fragment_a[M / 16][4];
       VTCLIP_UNROLL
       for (int m = 0; m < M / 16; ++m) {
         ldmatrix<kATransposed>(fragment_a[m],
                                kATransposed ? a + from * lda + 16 * m : a + 16 * m * lda + from);
       }
-      VTCLIP_UNROLL
-      for (int n = 0; n < N / 16; ++n) {
-        unsigned fragment_b[4];
-        ldmatrix<!kBTransposed>(fragment_b,
-                                kBTransposed ? b + 16 * n * ldb + from : b + from * ldb + 16 * n);
-        VTCLIP_UNROLL
-        for (int m = 0; m < M / 16; ++m) {
-          mma<kBFloat16>(own_[m][2 * n], fragment_a[m], fragment_b[0], fragment_b[1]);
-          mma<kBFloat16>(own_[m][2 * n + 1], fragment_a[m], fragment_b[2], fragment_b[3]);
-        }
-      }
+      add_fragments<kBTransposed>(fragment_a, b + from * (kBTransposed ? 1 : ldb), ldb);
     }
   }
 
@@ -315,10 +390,19 @@ class WarpTile {
     }
   }
 
+  template <int kK>
+  void add_product(WarpTile<T, M, kK>& a, T* p, int ldp, const T* b, int ldb) {
+    a.store(p, ldp);
+    add_product<false, false>(p, ldp, b, ldb, kK);
+  }
+
   template <class S>
-  void store(S* to, int ld) {
-    each([&](const Spot& at, Acc& element) {
-      to[at.row * ld + at.column] = static_cast<S>(element);
+  void store(S* to, int ld) { store<N>(to, ld, 0, 1); }
+  template <int kWide, class S>
+  void store(S* to, int ld, int first, Acc factor) {
+    in_turn(M * kWide, [&](int i) {
+      const int row = i / kWide, column = i % kWide;
+      to[row * ld + column] = static_cast<S>(all_[row][first + column] * factor);
     });
   }
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opcodes without side effects: one row each.
+
+A row is an expression of the operands {0}, {1}, ..., their types and the result's type:
+t the instruction's type, s and n that type as signed and unsigned, w twice as wide, u and i 32
+bits unsigned and signed, p a predicate. {t} is the NumPy type of the instruction's type. A key may
+name a modifier (mul.hi) and a class of types (:f floats); the most special key is taken.
+Halves are computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from . import types
+
+TABLE = {
+    "add": ("{0} + {1}", "ss", "s"),
+    "sub": ("{0} - {1}", "ss", "s"),
+    "mul": ("{0} * {1}", "ss", "s"),
+    "mul.hi": ("multiply_high({0}, {1})", "tt", "t"),
+    "mul.wide": ("{0}.astype({w}) * {1}.astype({w})", "tt", "w"),
+    "mad": ("{0} * {1} + {2}", "sss", "s"),
+    "mad.hi": ("multiply_high({0}, {1}) + {2}", "ttt", "t"),
+    "mad.wide": ("{0}.astype({w}) * {1}.astype({w}) + {2}", "ttw", "w"),
+    "mad:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
+    "mad:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
+    "fma:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
+    "fma:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
+    "fma:f": ("{0}.astype(f8) * {1} + {2}", "ttt", "t"),
+    "sad": ("np.maximum({0}, {1}) - np.minimum({0}, {1}) + {2}", "ttt", "t"),
+    "div": ("divide({0}, {1})", "tt", "t"),
+    "div:f": ("{0} / {1}", "tt", "t"),
+    "rem": ("{0} - divide({0}, {1}) * {1}", "tt", "t"),
+    "abs": ("np.abs({0})", "t", "t"),
+    "neg": ("-{0}", "s", "s"),
+    "min": ("np.minimum({0}, {1})", "tt", "t"),
+    "max": ("np.maximum({0}, {1})", "tt", "t"),
+    "min:f": ("np.fmin({0}, {1})", "tt", "t"),
+    "max:f": ("np.fmax({0}, {1})", "tt", "t"),
+    "min.NaN:f": ("np.minimum({0}, {1})", "tt", "t"),
+    "max.NaN:f": ("np.maximum({0}, {1})", "tt", "t"),
+    "copysign:f": ("np.copysign({1}, {0})", "tt", "t"),
+    "testp.finite:f": ("np.isfinite({0})", "t", "p"),
+    "testp.infinite:f": ("np.isinf({0})", "t", "p"),
+    "testp.notanumber:f": ("np.isnan({0})", "t", "p"),
+    "testp.number:f": ("~np.isnan({0})", "t", "p"),
+    "rcp:f": ("{t}(1) / {0}", "t", "t"),
+    "sqrt:f": ("np.sqrt({0})", "t", "t"),
+    "rsqrt:f": ("{t}(1) / np.sqrt({0})", "t", "t"),
+    "ex2:f": ("np.exp2({0})", "t", "t"),
+    "lg2:f": ("np.log2({0})", "t", "t"),
+    "sin:f": ("np.sin({0})", "t", "t"),
+    "cos:f": ("np.cos({0})", "t", "t"),
+    "tanh:f": ("np.tanh({0})", "t", "t"),
+    "and": ("{0} & {1}", "ss", "s"),
+    "or": ("{0} | {1}", "ss", "s"),
+    "xor": ("{0} ^ {1}", "ss", "s"),
+    "not": ("~{0}", "s", "s"),
+    "cnot": ("({0} == 0).astype({t})", "s", "s"),
+    "shl": ("shift_left({0}, {1})", "su", "s"),
+    "shr": ("shift_right({0}, {1})", "tu", "t"),
+    "shf.l.wrap": ("funnel({0}, {1}, {2}, True, True)", "iiu", "i"),
+    "shf.l.clamp": ("funnel({0}, {1}, {2}, True, False)", "iiu", "i"),
+    "shf.r.wrap": ("funnel({0}, {1}, {2}, False, True)", "iiu", "i"),
+    "shf.r.clamp": ("funnel({0}, {1}, {2}, False, False)", "iiu", "i"),
+    "lop3": ("any_logic({0}, {1}, {2}, {3})", "iiii", "i"),
+    "prmt": ("permute({0}, {1}, {2})", "iii", "i"),
+    "clz": ("leading_zeros({0})", "n", "i"),
+    "popc": ("np.bitwise_count({0}).astype(i4)", "n", "i"),
+    "bfind": ("highest_bit({0}, False)", "t", "i"),
+    "bfind.shiftamt": ("highest_bit({0}, True)", "t", "i"),
+    "brev": ("reversed_bits({0})", "s", "s"),
+    "bfi": ("insert_field({0}, {1}, {2}, {3})", "ssuu", "s"),
+    "bfe": ("extract_field({0}, {1}, {2})", "tuu", "t"),
+    "bmsk.clamp": ("insert_field(i4(-1), i4(0), {0}, {1})", "uu", "i"),
+    "selp": ("where({2}, {0}, {1})", "ssp", "s"),
+    "slct": ("where({2} >= 0, {0}, {1})", "ssi", "s"),
+}
+# of float32, rounded otherwise than to nearest; .ftz is accepted, and subnormals are kept
+ROUNDED = {
+    "add": "{0}.astype(f8) + {1}",
+    "sub": "{0}.astype(f8) - {1}",
+    "mul": "{0}.astype(f8) * {1}",
+    "fma": "{0}.astype(f8) * {1} + {2}",
+    "mad": "{0}.astype(f8) * {1} + {2}",
+    "div": "{0}.astype(f8) / {1}",
+    "rcp": "f8(1) / {0}",
+    "sqrt": "np.sqrt({0}.astype(f8))",
+}
+MODIFIERS = {
+    *("rn", "rz", "rm", "rp", "approx", "full", "ftz", "sat", "relu", "NaN", "lo", "hi", "wide"),
+    *("l", "r", "wrap", "clamp", "finite", "infinite", "notanumber", "number", "shiftamt"),
+}
+COMPARED = {
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "gt": "{0} > {1}",
+    "ge": "{0} >= {1}",
+    "lo": "{0} < {1}",
+    "ls": "{0} <= {1}",
+    "hi": "{0} > {1}",
+    "hs": "{0} >= {1}",
+}
+# of floats: ordered unless the name ends in u
+FLOATS_COMPARED = {
+    **{name: COMPARED[name] for name in ("eq", "lt", "le", "gt", "ge")},
+    "ne": "({0} < {1}) | ({0} > {1})",
+    "equ": "~(({0} < {1}) | ({0} > {1}))",
+    "neu": "{0} != {1}",
+    "ltu": "~({0} >= {1})",
+    "leu": "~({0} > {1})",
+    "gtu": "~({0} <= {1})",
+    "geu": "~({0} < {1})",
+    "num": "({0} == {0}) & ({1} == {1})",
+    "nan": "({0} != {0}) | ({1} != {1})",
+}
+
+
+@functools.cache
+def row(parts: tuple[str, ...], kind: str) -> tuple[str, str, str] | None:
+    """The most special row for an opcode whose type is `kind`."""
+    modifiers = [p for p in parts[1:] if p in MODIFIERS and p != "ftz"]
+    floats = [":f"] if kind in types.FLOATS | types.HALVES else []
+    for end in (f":{kind}", *floats, ""):
+        for names in (modifiers, *([m] for m in modifiers), []):
+            if found := TABLE.get(".".join([parts[0], *names]) + end):
+                return found
+    return None

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PTX text to kernels of instructions."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import types
+from .report import PtxError
+
+NAME = r"[%$\w][\w$]*(?:\.\w+)?"
+SKIPPED = re.compile(r"(?:\.(?:loc|pragma|file)\b[^\n;]*;?|[\s;])+")
+LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
+STATEMENT = re.compile(r"([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);")
+ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
+VARIABLE = re.compile(
+    r"(?:\.(?:extern|visible|weak|common)\s+)*\.(shared|global|const|local)\s+"
+    r"(?:\.align\s+(\d+)\s+)?(?:\.v(\d)\s+)?\.(\w+)\s+([\w$]+)((?:\s*\[\s*\d*\s*\])*)"
+    r"\s*(?:=\s*(.*?))?\s*$",
+    re.S,
+)
+PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b(?:\s*\.(?:global|shared|const|local))?"
+    r"(?:\s*\.align\s+\d+)?\s+)?(?:\.align\s+(\d+)\s+)?([\w$]+)\s*(?:\[(\d+)\])?"
+)
+INSTRUCTION = re.compile(rf"(?:@(!?)({NAME})\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+ADDRESS = re.compile(rf"({NAME})\s*(?:([+-])\s*(-?\w+))?(?:\s*,\s*(\{{.*\}}))?$", re.S)
+
+
+@dataclass(frozen=True)
+class Address:
+    """[base + offset], with coordinates where a tensor map is addressed."""
+
+    base: str
+    offset: int = 0
+    coordinates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """p|q: two destinations of one instruction."""
+
+    first: str
+    second: str
+
+
+Operand = str | tuple | Address | Pair
+
+
+@dataclass
+class Instruction:
+    parts: tuple[str, ...]  # the opcode between its dots
+    operands: list[Operand]
+    predicate: str | None
+    negated: bool
+    line: int
+    text: str
+
+    def __post_init__(self):
+        self.base = self.parts[0]
+
+    def types(self) -> tuple[str, ...]:
+        return _types(self.parts)
+
+
+@functools.cache
+def _types(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in parts[1:] if part in types.TYPES)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    name: str
+    offset: int
+    size: int
+    alignment: int
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A named piece of memory; `size` 0 stands for dynamic shared memory."""
+
+    space: str
+    name: str
+    size: int
+    alignment: int
+    data: bytes = b""
+
+
+class Kernel:
+    """An entry; its body is read when it is first asked for."""
+
+    def __init__(self, name: str, module: Module, span: tuple[int, int]):
+        self.name, self.module, self.span = name, module, span
+        self.parameters: tuple[Parameter, ...] = ()
+        self.parameter_bytes = 0
+        self.maximum_threads: tuple[int, ...] | None = None
+        self.required_threads: tuple[int, ...] | None = None
+        self.program = None  # the translated form, once made
+
+    @functools.cached_property
+    def body(self) -> Body:
+        return Body(self)
+
+    @property
+    def code(self) -> list[Instruction]:
+        return self.body.code
+
+    @property
+    def instructions(self) -> int:
+        return len(self.body.code)
+
+
+class Module:
+    """All kernels of a PTX text; bodies are read when a kernel is first asked for."""
+
+    def __init__(self, text: str):
+        blank = lambda m: "\n" * m.group().count("\n") or " "  # noqa: E731
+        self.text = re.sub(r"/\*.*?\*/|//[^\n]*", blank, text, flags=re.S)
+        self.line_ends = [m.start() for m in re.finditer("\n", self.text)]
+        target = re.search(r"^\s*\.target\s+(\w+)", self.text, re.M)
+        if target is None:
+            raise PtxError("line 1: wanted a .target directive, got none")
+        self.target = target[1]
+        self.kernels: dict[str, Kernel] = {}
+        self.data: dict[str, np.ndarray] = {}  # module variables, once a kernel uses them
+        outside, at = "", 0
+        for found in ENTRY.finditer(self.text):
+            outside += self.text[at : found.start()]
+            at = _closing(self.text, found.end())
+            self.kernels[found[1]] = self._kernel(found, at - 1)
+        statements = re.findall(r"\.(?:shared|global|const)\b[^;]*", outside + self.text[at:])
+        found = [_variable(statement) for statement in statements]
+        self.variables = {v.name: v for v in found if v}
+
+    def place(self, variable: Variable) -> int:
+        """Address of a module's variable, which the module keeps."""
+        if variable.name not in self.data:
+            room = np.zeros(variable.size + 256, np.uint8)
+            room = room[-room.ctypes.data % 256 :][: variable.size]
+            room[: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+            self.data[variable.name] = room
+        return self.data[variable.name].ctypes.data
+
+    def line(self, position: int) -> int:
+        return bisect.bisect_left(self.line_ends, position) + 1
+
+    def _kernel(self, found: re.Match, end: int) -> Kernel:
+        parameters, offset = [], 0
+        for text in _split(found[2] or ""):
+            match = PARAMETER.match(text)
+            if match is None:
+                raise PtxError(
+                    f"line {self.line(found.start())}: parameter {text!r} not understood"
+                )
+            width = types.bits(match[2]) // 8
+            alignment = int(match[1] or match[3] or width)
+            size = width * int(match[5] or 1)
+            offset = -(-offset // alignment) * alignment
+            parameters.append(Parameter(match[4], offset, size, alignment))
+            offset += size
+        kernel = Kernel(found[1], self, (found.end(), end))
+        kernel.parameters, kernel.parameter_bytes = tuple(parameters), offset
+        for key, limit in (("maxntid", "maximum_threads"), ("reqntid", "required_threads")):
+            match = re.search(rf"\.{key}\s+([\d\s,]+)", found[3])
+            if match:
+                setattr(kernel, limit, tuple(int(x) for x in match[1].split(",")))
+        return kernel
+
+
+class Body:
+    """One kernel's statements; registers of inner scopes get names of their own."""
+
+    def __init__(self, kernel: Kernel):
+        self.module = kernel.module
+        self.registers: dict[str, str] = {}  # name to NumPy type
+        self.variables: dict[str, Variable] = {}
+        self.code: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        self._scopes: list[dict[str, str]] = [{}]
+        self._renamed, self._operands = 0, {}
+        self._branches: list[tuple[Instruction, list[dict[str, str]]]] = []
+        self._read(*kernel.span)
+        for instruction, scopes in self._branches:
+            instruction.operands[0] = self._name(instruction.operands[0], scopes)
+
+    def _read(self, at: int, end: int) -> None:
+        text = self.module.text
+        while True:
+            if match := SKIPPED.match(text, at, end):
+                at = match.end()
+            if at >= end:
+                return
+            if text[at] == "{":
+                self._scopes.append({})
+                at += 1
+            elif text[at] == "}":
+                self._scopes.pop()
+                at += 1
+            elif match := LABEL.match(text, at):
+                label = match[1] if len(self._scopes) == 1 else self._rename(match[1])
+                self.labels[label] = len(self.code)
+                at = match.end()
+            elif match := STATEMENT.match(text, at):
+                self._statement(match[1], self.module.line(at))
+                at = match.end()
+            else:
+                raise PtxError(f"line {self.module.line(at)}: cannot read {text[at : at + 60]!r}")
+
+    def _statement(self, text: str, line: int) -> None:
+        if text.startswith(".reg"):
+            self._registers(text)
+        elif text.startswith("."):
+            variable = _variable(text)
+            if variable is None:
+                raise PtxError(f"line {line}: directive {text!r} not understood")
+            self.variables[variable.name] = variable
+        else:
+            match = INSTRUCTION.match(text)
+            if match is None:
+                raise PtxError(f"line {line}: cannot read {text!r}")
+            negated, predicate, opcode, rest = match.groups()
+            operands = [self._operand(part, line) for part in _split(rest)]
+            predicate, words = predicate and self._name(predicate), " ".join(text.split())
+            parts = tuple(opcode.split("."))
+            self.code.append(Instruction(parts, operands, predicate, negated == "!", line, words))
+            if parts[0] == "bra":
+                self._branches.append((self.code[-1], list(self._scopes)))
+
+    def _registers(self, text: str) -> None:
+        match = re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", text, re.S)
+        kind = types.register(match[1])
+        for word in match[2].split(","):
+            stem, _, count = word.strip().rstrip(">").partition("<")
+            for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
+                if len(self._scopes) > 1 or name in self.registers:
+                    self._rename(name)
+                self.registers[self._name(name)] = kind
+
+    def _rename(self, name: str) -> str:
+        self._renamed += 1
+        self._scopes[-1][name] = f"{name}__{self._renamed}"
+        return self._scopes[-1][name]
+
+    def _name(self, word: str, scopes: list[dict[str, str]] | None = None) -> str:
+        for scope in reversed(scopes or self._scopes):
+            word = scope.get(word, word) if scope else word
+        return word
+
+    def _operand(self, text: str, line: int) -> Operand:
+        if any(self._scopes):
+            return self._read_operand(text, line)
+        if text not in self._operands:
+            self._operands[text] = self._read_operand(text, line)
+        return self._operands[text]
+
+    def _read_operand(self, text: str, line: int) -> Operand:
+        if text.startswith("{"):
+            return tuple(self._word(part) for part in _split(text[1:-1]))
+        if text.startswith("["):
+            match = ADDRESS.match(text[1:-1].strip())
+            if match is None:
+                raise PtxError(f"line {line}: address {text!r} not understood")
+            offset = int(match[3].rstrip("U"), 0) if match[3] else 0
+            inner = tuple(self._word(p) for p in _split(match[4][1:-1])) if match[4] else ()
+            return Address(self._name(match[1]), -offset if match[2] == "-" else offset, inner)
+        if "|" in text:
+            return Pair(*(self._word(part) for part in text.split("|")))
+        return self._word(text)
+
+    def _word(self, text: str) -> str:
+        text = text.strip()
+        if text.startswith("!"):
+            return "!" + self._name(text[1:].strip())
+        return self._name(text)
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas outside brackets."""
+    if not any(bracket in text for bracket in "{[("):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
+    parts, depth, start = [], 0, 0
+    for at, character in enumerate(text):
+        if character in "{[(":
+            depth += 1
+        elif character in "}])":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    last = text[start:].strip()
+    return [*parts, last] if last else parts
+
+
+def _closing(text: str, at: int) -> int:
+    """Position behind the brace that closes a body which starts at `at`."""
+    depth = 1
+    for match in re.compile(r"[{}]").finditer(text, at):
+        depth += 1 if match.group() == "{" else -1
+        if depth == 0:
+            return match.end()
+    raise PtxError("a kernel's body is not closed")
+
+
+def _variable(text: str) -> Variable | None:
+    match = VARIABLE.match(text.strip())
+    if match is None:
+        return None
+    space, alignment, vector, kind, name, extents, values = match.groups()
+    width = types.bits(kind) // 8 * int(vector or 1)
+    count = math.prod(int(extent or 0) for extent in re.findall(r"\[\s*(\d*)\s*\]", extents))
+    numbers = [_number(x, kind) for x in re.findall(r"[-\w.]+", values or "")]
+    data = np.array(numbers).astype(types.name(kind)).tobytes() if numbers else b""
+    return Variable(space, name, width * count, int(alignment or width), data)
+
+
+def _number(text: str, kind: str) -> int | float:
+    if text[:2] in ("0f", "0F", "0d", "0D"):
+        bits, wide = int(text[2:], 16), text[1] in "dD"
+        return float(np.array(bits, "u8" if wide else "u4").view("f8" if wide else "f4"))
+    if not re.match(r"-?\d", text):
+        raise PtxError(f"initial value {text!r} is not a number")
+    return int(text.rstrip("U"), 0) & (2 ** types.bits(kind) - 1)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Races: two accesses to a byte, one a write, that nothing orders.
+
+Accesses are logged with the state of synchronisation at their time and looked at together. A first
+pass only asks whether a byte that was written was touched by two lanes. Where it was, neighbouring
+accesses in time are compared exactly: lanes of a warp are ordered by bar.warp.sync and barriers,
+warps of a block by vector clocks, blocks by nothing. Writes of equal values are no race.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .types import UNSIGNED
+
+READ, WRITE, ATOMIC = 0, 1, 2
+
+
+class Stamp:
+    """Synchronisation so far: a segment for each lane, a vector clock for each warp.
+
+    clock[w, u]: up to which of its own ticks warp u of the same block is known to warp w. Two more
+    columns count asynchronous work, wgmma and bulk copies: known to those who waited for it.
+    """
+
+    __slots__ = ("clock", "segment")
+
+    def __init__(self, segment: np.ndarray, clock: np.ndarray):
+        self.segment, self.clock = segment, clock
+
+    def after(self, lanes: np.ndarray) -> np.ndarray:
+        """Segments once these lanes met, each with those of its warp."""
+        newest = np.where(lanes, self.segment, -1).reshape(-1, 32).max(1) + 1
+        return np.where(lanes, np.repeat(newest, 32), self.segment)
+
+
+class Access(NamedTuple):
+    place: np.ndarray  # in bytes
+    lanes: np.ndarray
+    size: int
+    kind: int
+    pc: int
+    values: np.ndarray | None  # contiguous, size bytes a row
+    stamp: Stamp
+    first: int  # thread of the grid that is lane 0
+    engine: int = 0  # 1: a bulk copy, 2: wgmma; it counts in that column from the end
+
+
+class Race(NamedTuple):
+    place: int
+    earlier: tuple[int, int, int]  # pc, thread of the grid, kind
+    later: tuple[int, int, int]
+    count: int
+
+
+class Detector:
+    def __init__(self, threads: int):
+        self.threads = threads  # of a block, padded to whole warps
+        self.scratch: dict[int, np.ndarray] = {}
+
+    def races(self, log: list[Access], length: int) -> list[Race]:
+        """Races between logged accesses to places below `length`."""
+        if not any(a.kind for a in log):
+            return []
+        shift = _shift(log)
+        owner = self._scratch((length >> shift) + 1)
+        thread = np.concatenate([_repeated(a.lanes + a.first, a.size >> shift) for a in log])
+        granule = np.concatenate([_granules(a, shift) for a in log])
+        kind = np.concatenate(
+            [np.full(a.place.size * (a.size >> shift), a.kind, np.int8) for a in log]
+        )
+        who = np.where(kind == ATOMIC, 0, thread + 1) if (kind == ATOMIC).any() else thread + 1
+        written = granule[kind != READ]
+        owner[written] = who[kind != READ]
+        seen = owner[granule]
+        conflict = (seen >= 0) & (seen != who)
+        owner[written] = -1
+        if any(a.engine for a in log):  # a lane races with its own copies, too
+            conflict |= np.isin(granule, written)
+        if not conflict.any():
+            return []
+        hit = granule[conflict]
+        owner[hit] = 0
+        chosen = np.flatnonzero(owner[granule] >= 0)
+        owner[hit] = -1
+        return self._compare(log, shift, granule, thread, kind, chosen)
+
+    def _scratch(self, length: int) -> np.ndarray:
+        length = 1 << length.bit_length()
+        if length not in self.scratch:
+            self.scratch[length] = np.full(length, -1, np.int64)
+        return self.scratch[length]
+
+    def _compare(self, log, shift, granule, thread, kind, chosen) -> list[Race]:
+        entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
+        value = np.concatenate([_values(a, shift) for a in log])
+        order = chosen[np.argsort(granule[chosen], kind="stable")]
+        granule, thread, kind = granule[order], thread[order], kind[order]
+        entry, value = entry[order], value[order]
+        n = np.arange(order.size)
+        fresh = np.r_[True, granule[1:] != granule[:-1]]
+        start = np.maximum.accumulate(np.where(fresh, n, 0))
+        last_write = np.maximum.accumulate(np.where(kind != READ, n, -1))
+        before = np.r_[-1, last_write[:-1]]
+        later = n[before >= start]
+        pairs = [(before[later], later)]
+        # each read and the next write behind it
+        ends = np.r_[fresh[1:], True]
+        end = np.minimum.accumulate(np.where(ends, n, order.size)[::-1])[::-1]
+        next_write = np.minimum.accumulate(np.where(kind != READ, n, order.size)[::-1])[::-1]
+        reads = n[(kind == READ) & (next_write <= end)]
+        pairs.append((reads, next_write[reads]))
+        x, y = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        free = (kind[x] != READ) & (kind[y] != READ)
+        free &= ((kind[x] == ATOMIC) & (kind[y] == ATOMIC)) | (value[x] == value[y])
+        x, y = x[~free], y[~free]
+        bad = ~self._ordered(log, entry[x], entry[y], thread[x], thread[y])
+        x, y = x[bad], y[bad]
+        found = {}
+        pcs = np.array([a.pc for a in log])[entry]
+        for pair in np.unique(pcs[x] * (1 << 32) + pcs[y])[:16] if x.size else ():
+            same = np.flatnonzero(pcs[x] * (1 << 32) + pcs[y] == pair)
+            i, j = x[same[0]], y[same[0]]
+            found[int(pair)] = Race(
+                int(granule[i]) << shift,
+                (int(pcs[i]), int(thread[i]), int(kind[i])),
+                (int(pcs[j]), int(thread[j]), int(kind[j])),
+                same.size,
+            )
+        return list(found.values())
+
+    def _ordered(self, log, ex, ey, tx, ty) -> np.ndarray:
+        """Whether access ex of thread tx happens before the later ey of ty."""
+        stamps = list({id(a.stamp): a.stamp for a in log}.values())
+        number = {id(s): k for k, s in enumerate(stamps)}
+        stamp = np.array([number[id(a.stamp)] for a in log])
+        first = np.array([a.first for a in log])
+        own = np.array([a.engine for a in log])
+        lengths = {s.segment.size for s in stamps}
+        width = max(lengths)
+        segments = np.full((len(stamps), width), -1, np.int64)
+        columns = max(s.clock.shape[1] for s in stamps)
+        clocks = np.zeros((len(stamps), width // 32, columns), np.int64)
+        for k, s in enumerate(stamps):  # a last batch of blocks may be shorter
+            segments[k, : s.segment.size] = s.segment
+            clocks[k, : s.clock.shape[0], : s.clock.shape[1]] = s.clock
+        lx, ly = (tx - first[ex]) % width, (ty - first[ey]) % width
+        sx, sy = stamp[ex], stamp[ey]
+        wx, wy = lx >> 5, ly >> 5
+        column = np.where(own[ex] > 0, columns - own[ex], wx % (self.threads >> 5))
+        known = clocks[sy, wy, column] >= clocks[sx, wx, column]
+        warp = (tx >> 5) == (ty >> 5)
+        by_warp = (tx == ty) | (segments[sx, lx] < segments[sy, ly])
+        block = tx // self.threads == ty // self.threads
+        return block & np.where(warp & (own[ex] == 0), by_warp, known)
+
+
+def folded(log: list[Access], length: int) -> list[Access]:
+    """A log as one read and one write of each granule, the last ones; a block's own are ordered."""
+    shift = _shift(log)
+    before = Stamp(np.full(32, -1), np.zeros((1, 1), np.int64))
+    short = []
+    for kind in (READ, WRITE):
+        thread = np.full((length >> shift) + 1, -1, np.int64)
+        values, pc = np.zeros(thread.size, UNSIGNED[1 << shift]), 0
+        for a in log:
+            if a.kind == kind:
+                place, pc = _granules(a, shift), a.pc
+                thread[place] = _repeated(a.lanes + a.first, a.size >> shift)
+                values[place] = _values(a, shift)
+        at = np.flatnonzero(thread >= 0)
+        if at.size:
+            given = values[at] if kind == WRITE else None
+            short.append(Access(at << shift, thread[at], 1 << shift, kind, pc, given, before, 0))
+    return short
+
+
+def _shift(log: list[Access]) -> int:
+    """log2 of the largest granule that no access cuts, 8 bytes at most."""
+    bits = 8
+    for a in log:
+        bits |= a.size | int(np.bitwise_or.reduce(a.place))
+    return (bits & -bits).bit_length() - 1
+
+
+def _repeated(x: np.ndarray, times: int) -> np.ndarray:
+    return x if times == 1 else np.repeat(x, times)
+
+
+def _granules(a: Access, shift: int) -> np.ndarray:
+    times = a.size >> shift
+    first = a.place >> shift
+    return first if times == 1 else (first[:, None] + np.arange(times)).ravel()
+
+
+def _values(a: Access, shift: int) -> np.ndarray:
+    count = a.place.size * (a.size >> shift)
+    if a.values is None:
+        return np.zeros(count, np.uint64)
+    return a.values.view(UNSIGNED[1 << shift]).ravel().astype(np.uint64)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PTX types and the NumPy types their registers are held in.
+
+A register is a signed integer of 16, 32 or 64 bits, a float, or a bool; an instruction views it as
+the type it names. 8-bit values live in 16-bit registers, halves as their bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+i1, i2, i4, i8 = np.int8, np.int16, np.int32, np.int64
+u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
+f2, f4, f8 = np.float16, np.float32, np.float64
+
+UNSIGNED = {1: u1, 2: u2, 4: u4, 8: u8}
+NAMES = {
+    **{f"s{8 * n}": f"i{n}" for n in (1, 2, 4, 8)},
+    **{f"u{8 * n}": f"u{n}" for n in (1, 2, 4, 8)},
+    **{f"b{8 * n}": f"i{n}" for n in (1, 2, 4, 8)},
+    **{"b8": "u1", "f32": "f4", "f64": "f8", "tf32": "f4", "pred": "?"},
+    **{"f16": "i2", "bf16": "i2", "f16x2": "i4", "bf16x2": "i4"},
+}
+TYPES = frozenset(NAMES) | {"b128"}
+HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
+FLOATS = {"f32", "f64"}
+REGISTERS = {"?": "?", "i1": "i2", "u1": "i2", "u2": "i2", "u4": "i4", "u8": "i8"}
+
+
+def name(ptx: str) -> str:
+    """NumPy name of a PTX type."""
+    return NAMES[ptx]
+
+
+def register(ptx: str) -> str:
+    """NumPy name of the registers that hold a PTX type."""
+    return REGISTERS.get(NAMES[ptx], NAMES[ptx])
+
+
+def signless(ptx: str) -> str:
+    """The signed type of equal width: two's complement makes + - * and bits the same."""
+    return f"s{ptx[1:]}" if ptx[0] in "ub" and ptx not in HALVES else ptx
+
+
+def bits(ptx: str) -> int:
+    return 8 * np.dtype(NAMES[ptx]).itemsize
+
+
+def size(numpy_name: str) -> int:
+    return np.dtype(numpy_name).itemsize

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is run: every operator, forward and backward, at the sizes of sizes.py, against float64."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from harness.build import ROOT
+from harness.sizes import TABLE, USUAL
+
+HELPERS = (ROOT / "tests" / "helpers", ROOT / "tests" / "ops")
+sys.path += [str(folder) for folder in HELPERS if str(folder) not in sys.path]
+
+from layouts import ATTENTION_LAYOUTS, LAYOUTS  # noqa: E402
+from op_budget import out_of_budget  # noqa: E402
+
+from vtclip import ops  # noqa: E402
+from vtclip.names import PENALTIES  # noqa: E402
+from vtclip.testing.problems import OPS  # noqa: E402
+
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+EVERYTHING = "inference"  # instead of a variant's name: no tensor asks for a gradient
+
+
+# of the short list; compiling for two architectures takes most of its time
+SHORT_DTYPES = {
+    ("cuda", "sm_90"): ("float32", "float16", "bfloat16", "float64"),
+    ("triton", "sm_80"): ("float32", "bfloat16"),
+    ("triton", "sm_90"): ("float16",),
+}
+
+
+class Case(NamedTuple):
+    """One call. `stars`: 2 in the short list of every set, 1 in that of the CUDA library."""
+
+    op: str
+    sizes: str  # "B3 K5 D37"
+    variant: str = ""
+    layout: str = ""
+    stars: int = 0
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in self[:4] if part)
+
+
+def _parsed(op: str, line: str) -> Case:
+    text = line.lstrip("*")
+    sizes, variant, layout = ([part.strip() for part in text.split(";")] + ["", ""])[:3]
+    return Case(op, sizes, variant, layout, len(line) - len(text))
+
+
+CASES = tuple(
+    _parsed(op, line.strip())
+    for op in (*OPS, "column_sums")
+    for line in TABLE.get(op, USUAL).strip().splitlines()
+)
+
+
+def chosen(set_name: str, everything: bool, op: str = "") -> list[Case]:
+    """The cases of a set ("cuda", "triton"), of one operator if it is named."""
+    here = [case for case in CASES if case.op != "column_sums" or set_name == "triton"]
+    least = 0 if everything else 2 if set_name == "triton" else 1
+    return [case for case in here if case.stars >= least and op in ("", case.op)]
+
+
+def _floor(op: str, dtype: torch.dtype) -> Any:
+    """The operator's own error budget, as its tests in tests/ops have it."""
+    names = {
+        "cross_attn": "cancelling",
+        "rational_attn": "cancelling",
+        "unit_products": "cancelling",
+        "ffn_cosine_logits": "cancelling_everywhere",
+        "rational_head": "edges",
+    }
+    if op not in names or (op == "unit_products" and dtype.itemsize < 4):
+        return None
+    floor = getattr(importlib.import_module(f"test_{op}"), names[op])
+    return functools.partial(floor, exact=False) if op == "rational_attn" else floor
+
+
+def _column_sums(backend: Any) -> Callable[..., Tensor]:
+    def column_sums(*tensors: Tensor, impl: str) -> Tensor:
+        if impl == "reference":
+            return torch.cat([x.sum(0) for x in tensors])
+        return backend.function("column_sums")(*tensors)
+
+    return column_sums
+
+
+class Call(NamedTuple):
+    """Arguments of `out_of_budget`."""
+
+    function: Callable[..., Any]
+    inputs: dict[str, Tensor]
+    frozen: tuple[str, ...]
+    fixed: dict[str, object]
+
+
+def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
+    """A call of the public function, on tensors laid out as the case says."""
+    sizes = {letter: int(n) for letter, n in re.findall(r"([A-Za-z])(\d+)", case.sizes)}
+    lay_out = {**LAYOUTS, **ATTENTION_LAYOUTS}.get(case.layout, lambda tensor: tensor)
+    if case.op == "column_sums":
+        R, N = sizes["R"], sizes["N"]
+        shapes = {"x0": (R, N), "x1": (2 * R + 1, N + 3), "x2": (R + 5, 3 * N)}
+        inputs = {name: lay_out(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+        return Call(_column_sums(backend), inputs, tuple(inputs), {})
+    op = OPS[case.op]
+    variant = "" if case.variant == EVERYTHING else case.variant
+    numbers: dict[str, Any] = {"scale": 0.3 if "H" in op.sizes else 10.0}
+    drawn = op.draw(sizes, variant=variant, dtype=dtype, **numbers)
+    tensors = {n: lay_out(drawn[n]) for n in op.differentiable if drawn[n] is not None}
+    fixed = {n: drawn[n] for n in ("scale", "residual", "eps", "key_mask") if n in drawn}
+    if fixed.get("key_mask") is not None and len(fixed["key_mask"]) > 1:
+        fixed["key_mask"][1] = False  # an image with nothing to see
+    if "penalty" in drawn:
+        fixed["penalty"] = PENALTIES[drawn["penalty"]]
+    frozen: tuple[str, ...] = tuple(tensors) if case.variant == EVERYTHING else ()
+    if drawn.get("feature_grads") is False:
+        frozen = ("text", "image")
+    function: Callable[..., Any] = getattr(ops, case.op)
+    if case.op == "cross_attn" and case.variant != "lse unused":
+        function = ops.cross_attn_lse
+    if case.op == "rational_attn":
+        tensors = {name.removesuffix("_query"): tensor for name, tensor in tensors.items()}
+        asked = importlib.import_module("test_rational_attn").asked
+        function = functools.partial(asked, list(tensors)[:-2])
+    return Call(function, tensors, frozen, fixed)
+
+
+def wrong(case: Case, dtype_name: str, backend: Any) -> list[str]:
+    """What the kernels get wrong in this case, a line each."""
+    dtype = DTYPES[dtype_name]
+    tf32 = dtype_name == "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
+    torch.manual_seed(0)
+    call = prepared(case, dtype, backend)
+    return out_of_budget(
+        call.function,
+        call.inputs,
+        backend.name,
+        floor=_floor(case.op, dtype),
+        frozen=call.frozen,
+        tf32=tf32,
+        **call.fixed,
+    )
+
+
+def dtypes(set_name: str, arch: str, kernels: list[str], everything: bool) -> Iterator[str]:
+    """What a set's kernels are compiled for, or what of it the short list runs."""
+    for dtype in DTYPES:
+        exists = {
+            "tf32": set_name == "triton",
+            "float64": any(re.search(r"IdL?[EN\d]", kernel) for kernel in kernels),
+        }.get(dtype, True)
+        if exists and (everything or dtype in SHORT_DTYPES.get((set_name, arch), DTYPES)):
+            yield dtype

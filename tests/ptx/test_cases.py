@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every compiled kernel, executed: right results, no findings, all kernels, nearly all lines."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from harness import cases
+from harness.coverage import FLOOR, Summary
+
+# kernels that the short list does not run -> why; the long list runs all
+LEFT_OUT: dict[str, str] = {}
+# kernel -> (share that can be reached, what cannot and why), where that is below the floor
+OUT_OF_REACH: dict[str, tuple[float, str]] = {}
+# letter of a size -> smallest with two passes of the loop over it and a rest; images, and images of
+# operators with heads, of which a block takes one until there are many blocks
+TWO_PASSES = {"K": 129, "L": 129, "D": 257, "C": 257, "d": 129, "B": 33}
+IMAGES_OF_HEADS = 513
+VECTOR = 8  # 16-bit elements of one load
+
+
+def test_results_are_in_budget(found: Summary) -> None:
+    assert found.cases
+    assert not found.errors, "\n".join(found.errors)
+
+
+def test_checks_find_nothing(found: Summary) -> None:
+    """Bounds, alignment, initialisation, races, barriers, member masks, proxy fences."""
+    assert not found.findings, "\n".join(found.findings)
+
+
+def test_every_kernel_ran(found: Summary, everything: bool) -> None:
+    expected = set(found.exist)
+    if not everything:
+        expected -= {name for name in expected if any(re.search(p, name) for p in LEFT_OUT)}
+    assert sorted(expected - found.ran) == []
+
+
+def test_most_instructions_were_reached(found: Summary, everything: bool) -> None:
+    if not everything:
+        pytest.skip("the short list has no floor of its own: --ptx-all")
+    low = {}
+    for name, share in found.shares().items():
+        reach = [low for pattern, (low, _) in OUT_OF_REACH.items() if re.search(pattern, name)]
+        if share < min([FLOOR, *reach]):
+            low[name] = round(share, 3)
+    assert not low
+
+
+@pytest.mark.parametrize("op", cases.TABLE)
+def test_sizes_bind_every_bound(op: str) -> None:
+    """Each remainder of a vector load, and two passes of each loop, are in the long list."""
+    sizes: dict[str, set[int]] = {}
+    for case in cases.CASES:
+        if case.op == op:
+            for letter, size in re.findall(r"([A-Za-z])(\d+)", case.sizes):
+                sizes.setdefault(letter, set()).add(int(size))
+    least = TWO_PASSES | ({"B": IMAGES_OF_HEADS} if "H" in sizes else {})
+    for letter, seen in sizes.items():
+        assert max(seen) >= least.get(letter, 1), f"{letter}: {sorted(seen)}"
+    width = next((letter for letter in ("d", "D", "C") if letter in sizes), None)
+    if width is not None:
+        assert {size % VECTOR for size in sizes[width]} == set(range(VECTOR)), sorted(sizes[width])

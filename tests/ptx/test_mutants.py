@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Damaged copies of the real kernels are noticed, each kind at the rate stated here."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+
+import pytest
+from conftest import missing
+from harness import mutants
+
+# kind -> (noticed of the short run, of all), in per cent
+RATES = {
+    "barrier deleted": (50, 50),
+    "bound off by one": (50, 50),
+    "access moved": (90, 90),
+    "mma registers swapped": (90, 90),
+}
+SHORT = 40  # one of so many
+
+
+def test_damage_is_noticed(everything, output, say) -> None:
+    if reason := missing("cuda"):
+        pytest.skip(reason)
+    every = 1 if everything else SHORT
+    rows = [json.loads(line) for line in output("--every", str(every), module="harness.mutants")]
+    tried = defaultdict(list)
+    for row in rows:
+        tried[row["kind"]].append(row)
+    assert set(tried) == set(RATES)
+    low = []
+    for kind, some in tried.items():
+        noticed = sum(bool(row["noticed"]) for row in some)
+        say(f"mutants, {kind}: {noticed} of {len(some)} noticed")
+        if 100 * noticed < RATES[kind][everything] * len(some):
+            low += [row for row in some if not row["noticed"]]
+    assert not low
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "changed"),
+    [
+        ("barrier deleted", "bar.sync 0;", ""),
+        ("barrier deleted", "bar.warp.sync -1;", ""),
+        ("bound off by one", "setp.ge.s64 %p1, %rd1, %rd2;", "setp.gt.s64 %p1, %rd1, %rd2;"),
+        ("bound off by one", "setp.lt.s32 %p1, %r1, 8;", "setp.le.s32 %p1, %r1, 8;"),
+        ("access moved", "ld.global.nc.f32 %f1, [%rd4];", "ld.global.nc.f32 %f1, [%rd4+4];"),
+        ("access moved", "st.shared.v4.u32 [%r4+16], {%r1};", "st.shared.v4.u32 [%r4+20], {%r1};"),
+        (
+            "mma registers swapped",
+            "mma.sync.aligned.m16n8k8 {%f1,%f2}, {%r1,%r2}, {%r3}, {%f1,%f2};",
+            "mma.sync.aligned.m16n8k8 {%f1,%f2}, {%r2,%r1}, {%r3}, {%f1,%f2};",
+        ),
+    ],
+)
+def test_damage_is_what_it_says(kind: str, line: str, changed: str) -> None:
+    found = {name: text for name, _, text in mutants.sites(line, {1})}
+    assert found == {kind: changed}
+
+
+@pytest.mark.parametrize(
+    "line", ["\tld.param.u64 \t%rd1, [x_param_0];", "\tadd.s32 \t%r1, %r2, 1;"]
+)
+def test_other_lines_stay(line: str) -> None:
+    assert list(mutants.sites(line, {1})) == []

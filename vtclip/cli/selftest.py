@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vtclip selftest`: every kernel on the device at hand against the reference, and a record."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from vtclip.cli.parsing import Parser, emit, emit_json, note, on_terminal, one_of, several
+
+IMPLS = ("cpu", "triton", "cuda", "reference")
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_shared("--device")
+    parser.add_argument(
+        "--impl",
+        type=several(one_of(*IMPLS)),
+        metavar="LIST",
+        help=f"of {', '.join(IMPLS)}; default: all that the device can run",
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print JSON, or write it to FILE and print the table",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 where all that can run is right, 1 where something is wrong or failed."""
+    from vtclip.backends import record, triton
+    from vtclip.files import to_json, write_atomic
+    from vtclip.machine import choose_device
+    from vtclip.testing import selftest
+
+    device = choose_device(args.device)
+    if device.type == "cuda" and triton.interpreted():
+        raise ValueError("TRITON_INTERPRET=1 runs no kernel on the GPU; unset it")
+    if args.json not in (None, "-") and not Path(args.json).expanduser().parent.is_dir():
+        raise ValueError(f"--json {args.json!a}: its folder does not exist")
+    start = time.monotonic()
+    compiles = "; the first time compiles, for minutes" if device.type == "cuda" else ""
+    note(f"testing every operator on {device}{compiles}")
+    progress = Progress()
+    with contextlib.suppress(KeyboardInterrupt):
+        selftest.run(str(device), args.impl or IMPLS, tell=progress)
+    rows, counts = progress.rows, selftest.counts(progress.rows)
+    whole = len(rows) == progress.of
+    value: dict[str, Any] = {
+        "record": str(record.place(device)) if whole else None,
+        "seconds": round(time.monotonic() - start, 1),
+        "identity": record.identity(device),
+        "counts": counts,
+        "rows": rows,
+    }
+    if args.json == "-":
+        emit_json(value)
+    else:
+        if args.json is not None:
+            write_atomic(Path(args.json).expanduser(), to_json(value))
+        emit(selftest.table(rows))
+        summed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        emit(f"{summed}, in {value['seconds']:.0f} s")
+    if not whole:
+        note(f"interrupted: {len(rows)} of {progress.of} tested, no record is written")
+        return 128 + signal.SIGINT
+    record.write(device, rows)
+    note(record.standing(device).line)
+    return 1 if any(counts[kind] for kind in record.BAD) else 0
+
+
+class Progress:
+    """The rows so far, of how many; a line of it, written over, where somebody watches."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.of = -1
+
+    def __call__(self, rows: list[dict[str, Any]], of: int) -> None:
+        if on_terminal() and (len(rows), of) != (len(self.rows), self.of):
+            sys.stderr.write(f"\r{len(rows)} of {of} " + ("\n" if len(rows) == of else ""))
+        self.rows, self.of = rows, of
