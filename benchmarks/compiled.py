@@ -59,7 +59,11 @@ def _compile_test() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(sys, "argv", [str(path), "vtclip.kernels"]):
+    helpers = [str(ROOT / "tests" / "helpers"), *sys.path]
+    with (
+        mock.patch.object(sys, "argv", [str(path), "vtclip.kernels"]),
+        mock.patch.object(sys, "path", helpers),
+    ):
         spec.loader.exec_module(module)
     return module
 
