@@ -243,7 +243,10 @@ def predictions(only: str = "") -> dict[tuple[str, str], Prediction]:
     for case in cuda_registry.CASES:
         if only in case.name:
             for mode, call in calls(case).items():
-                found[case.name, mode] = predict(call)
+                found[case.name, mode] = one = predict(call)
+                print(
+                    f"{case.name} {mode}: {one.seconds * 1e3:.4g} ms", file=sys.stderr, flush=True
+                )
     return found
 
 
