@@ -59,7 +59,11 @@ def _compile_test() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(sys, "argv", [str(path), "vtclip.kernels"]):
+    helpers = [str(ROOT / "tests" / "helpers"), *sys.path]
+    with (
+        mock.patch.object(sys, "argv", [str(path), "vtclip.kernels"]),
+        mock.patch.object(sys, "path", helpers),
+    ):
         spec.loader.exec_module(module)
     return module
 
@@ -111,6 +115,12 @@ def _disassembled(compiled: Any) -> str:
     return _DISASSEMBLED[compiled.hash]
 
 
+def _registers(cubin: bytes) -> int:
+    """Of a thread, from the binary's attributes: EIATTR_REGCOUNT is (symbol, number)."""
+    at = cubin.index(b"\x04\x2f\x08\x00")
+    return int.from_bytes(cubin[at + 8 : at + 12], "little")
+
+
 def kernel(launch: Launch) -> tuple[Kernel, list[str]]:
     """What a launch compiles to, and what of its loops had to be guessed."""
     import triton
@@ -125,7 +135,7 @@ def kernel(launch: Launch) -> tuple[Kernel, list[str]]:
     values = dict(zip(parameters, launch.args, strict=False)) | launch.options
     numbers = {name: int(v) for name, v in values.items() if isinstance(v, int)}
     guesses = loops.with_trips(body, loops.of_ttir(compiled.asm["ttir"], numbers))
-    registers = test.spills(compiled, test.TARGETS[TARGET][0])[0]
+    registers = _registers(compiled.asm["cubin"])
     metadata = compiled.metadata
     return Kernel(
         launch.function.__name__,

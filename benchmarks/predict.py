@@ -10,6 +10,7 @@ bytes (`vtclip/heads/_step_time.py`), and Triton's kernels what their instructio
 (`kernel_time.py`). Nothing here is measured: the first run on a GPU confirms or refutes it, row by
 row.
 
+ms: our call alone, whatever the target is about.
 floor: the operations at 790 TFLOP/s, or the bytes of operators that are all traffic, at 4.0 TB/s.
 library: the share of the time that is matrix products of cuBLAS.
 """
@@ -48,8 +49,19 @@ PEAK, BANDWIDTH = 790e12, 4.0e12
 RATES = _step_time.rates(90, torch.bfloat16)
 NOT_PREDICTED = "not predicted"
 COLUMNS = (
-    *("case", "mode", "what", "graph", "at_most", "predicted", "within", "floor", "library"),
-    *("launches", "source", "device", "torch", "triton", "commit", "note"),
+    *("case", "mode", "what", "graph", "at_most", "predicted", "within"),
+    *(
+        "ms",
+        "floor",
+        "library",
+        "launches",
+        "source",
+        "device",
+        "torch",
+        "triton",
+        "commit",
+        "note",
+    ),
 )
 Sizes = dict[str, torch.Size]  # of the tensors among an operator's arguments, by name
 
@@ -231,7 +243,10 @@ def predictions(only: str = "") -> dict[tuple[str, str], Prediction]:
     for case in cuda_registry.CASES:
         if only in case.name:
             for mode, call in calls(case).items():
-                found[case.name, mode] = predict(call)
+                found[case.name, mode] = one = predict(call)
+                print(
+                    f"{case.name} {mode}: {one.seconds * 1e3:.4g} ms", file=sys.stderr, flush=True
+                )
     return found
 
 
@@ -239,7 +254,8 @@ def value(target: Any, found: Predictions) -> tuple[float | None, str]:
     """What is predicted for one target, in its own unit, and a remark."""
     here = found[target.case, target.mode]
     if target.what == "median_ms":
-        return here.seconds * 1e3, ""
+        parts = {"products": here.products, "passes": here.passes, "own kernels": here.kernels}
+        return here.seconds * 1e3, ", ".join(f"{k} {v * 1e3:.3f} ms" for k, v in parts.items())
     if target.what == "kernels":
         return float(here.launches), "operators of torch count as one kernel each"
     if target.what == "backward_mib":
@@ -265,12 +281,11 @@ def table(found: Predictions, where: dict[str, str]) -> list[dict[str, str]]:
         line |= {"case": target.case, "mode": target.mode, "what": target.what}
         line |= {"graph": "yes" if target.graph else "no", "at_most": f"{target.at_most:g}"}
         line |= {"source": "predicted", "note": note, "predicted": NOT_PREDICTED}
-        line |= {"launches": str(here.launches)}
+        line |= {"ms": f"{here.seconds * 1e3:.4g}", "launches": str(here.launches)}
+        line |= {"floor": f"{here.floor * 1e3:.3g}", "library": f"{here.library:.0%}"}
         if number is not None:
             line |= {"predicted": f"{number:.4g}"}
             line |= {"within": "yes" if number <= target.at_most else "no"}
-        if target.what == "median_ms":
-            line |= {"floor": f"{here.floor * 1e3:.3g}", "library": f"{here.library:.0%}"}
         lines.append(line)
     return lines
 
@@ -307,7 +322,8 @@ def main(arguments: list[str]) -> None:
         return show(predictions(args.steps))
     found = predictions()
     lines = table(found, place())
-    shown = ("case", "mode", "what", "at_most", "predicted", "within", "floor", "library", "note")
+    shown = ("case", "mode", "what", "at_most", "predicted", "within", "ms", "floor", "library")
+    shown = (*shown, "note")
     print("\n".join(markdown(shown, [[line[name] for name in shown] for line in lines])))
     guesses = sorted({guess for one in found.values() for guess in one.guesses})
     print(f"\nloops whose length was guessed: {len(guesses)}")

@@ -60,6 +60,7 @@ def main(package):
         sizes = {"B": B, "H": H, "K": K, "L": L, "d": d, "D": d, "C": d, "F": 2 * d + 1}
         columns = [make(shape, torch.float32) for shape in ((B, d), (K, d), (B * K, 3 * d))]
         results = [kernel("column_sums")(*columns)]
+        results += kernel("relu_gradient")(*(make((K, d), torch.float32) for _ in range(2)))
         for op in OPS.values():
             for variant in ("", *op.variants):
                 inputs = op.draw(sizes, variant=variant, make=make)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vtclip.ops._any_order import is_transformed
 from vtclip.ops._autograd import bound_once
+from vtclip.ops._select import Problem, select
 
 
 def on_gpu(x: Tensor, weight: Tensor) -> bool:
@@ -38,23 +39,29 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     @bound_once
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(one_kernel: bool, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return torch._addmm_activation(bias, x, weight.t())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _ = inputs
+        ctx.one_kernel, x, weight, _ = inputs
         ctx.save_for_backward(x, weight, output)
 
     @staticmethod
     def backward(ctx: Any, d_hidden: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, hidden = ctx.saved_tensors
-        to_x, to_weight, to_bias = ctx.needs_input_grad
-        d_sum = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)
+        _, to_x, to_weight, to_bias = ctx.needs_input_grad
+        # where a graph of this is wanted, all of it is torch's own
+        if ctx.one_kernel and to_bias and not (torch.is_grad_enabled() or is_transformed()):
+            d_sum, d_bias = torch.ops.vtclip.relu_gradient_triton(d_hidden, hidden)
+        else:
+            d_sum = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)
+            d_bias = d_sum.sum(0) if to_bias else None
         return (
+            None,
             d_sum @ weight if to_x else None,
             d_sum.t() @ x if to_weight else None,
-            d_sum.sum(0) if to_bias else None,
+            d_bias,
         )
 
 
@@ -63,7 +70,10 @@ def hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not on_gpu(x, weight):
         return F.relu(F.linear(x, weight, bias), inplace=True)
     if torch.is_grad_enabled():
-        result: Tensor = _Hidden.apply(x, weight, bias)
+        # where Triton serves the operators of the same head
+        problem = Problem("norm_cosine_logits", x.device.type, x.dtype, x.shape[-1])
+        one_kernel = select(problem, None).name == "triton"
+        result: Tensor = _Hidden.apply(one_kernel, x, weight, bias)
         return result
     return torch._addmm_activation(bias, x, weight.t())
 

@@ -156,7 +156,7 @@ def backward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, si
     """The gradients of what `forward_steps` reads."""
     R, HL, n = B * K, H * L, C + F
     keys = 2 * B * L * C
-    cut = (3 * R * F, R * F)  # where h is 0; the sum of c1's gradient
+    cut = (3 * R * F,)  # where h is 0, with the sum of c1's gradient
     norm = (3 * R * C, 3 * R * C, R * C)  # of x2 twice, LN2, the sum over images
     hidden = ((1, R, C, F), (1, F, C, R))
     if form == 0:
@@ -173,7 +173,7 @@ def backward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, si
     # 1 / std and its product; two sums; the norm by hand and LN2; [du | dt], its sum over images
     scaled = (2 * R * F, 2 * R * F, 3 * R * F, R * F)
     of_std = (R * C, 2 * R * C, 2 * R * C, 3 * R * C, 3 * R * C)
-    passes = (*cut, *scaled, *of_std, 2 * R * n, R * n, laid_out, *once[1])
+    passes = (*cut, R * F, *scaled, *of_std, 2 * R * n, R * n, laid_out, *once[1])
     return _steps((*pushed, *once[0]), passes, (weights,), size)
 
 
