@@ -157,7 +157,7 @@ def test_what_is_not_modelled_is_refused_before_it_runs():
 )
 def test_errors_name_the_line(text, message):
     with pytest.raises(PtxError, match=message):
-        _ = Module(text).kernels["k"].code
+        _ = Module(text).kernels["k"].instructions
 
 
 def test_parameters_have_offsets():

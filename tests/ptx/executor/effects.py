@@ -104,7 +104,7 @@ class Effects(Moves):
     def op_ld(self, i: Instruction, pc: int) -> None:
         targets, address = listed(i.operands[0]), i.operands[1]
         kind, n, space = self.access(i, address)
-        have = types.name(kind)
+        have = types.NAMES[kind]
         if kind[0] == "b" or kind in types.HALVES:  # zeros are put before bits
             have = f"u{n}"
         if space == "param" and address.base in self.program.symbols:
@@ -133,7 +133,7 @@ class Effects(Moves):
         how = next(p for p in i.parts[1:] if p in ATOMICS)
         unless(isinstance(target, tuple), "vector")
         kind, n, space = self.access(i, address, how)
-        t, names = types.name(kind), "o, b, c" if how == "cas" else "o, b"
+        t, names = types.NAMES[kind], "o, b, c" if how == "cas" else "o, b"
         change = f"(lambda {names}: {ATOMICS[how]})(o.view({t}), {names[3:]})"
         if kind in types.HALVES and how != "exch":
             unless(how != "add", f"{how} of {kind}")
@@ -162,7 +162,7 @@ class Effects(Moves):
         kinds = {"t": f"u{kind[1:]}" if kind[0] == "b" else kind, "i": "s32", "p": "pred"}
         operands = (*i.operands[1:], *["-1"] * (i.base == "shfl"))
         values = [self.read(x, kinds[t]) for t, x in zip(letters, operands, strict=False)]
-        target, have = i.operands[0], "?" if kind == "pred" else types.name(kinds["t"])
+        target, have = i.operands[0], "?" if kind == "pred" else types.NAMES[kinds["t"]]
         target = target if isinstance(target, Pair) else Pair(target, "_")
         have = "i4" if i.base in ("shfl", "match", "elect") else have
         give = [(target.first, have), (target.second, "?")]
@@ -221,7 +221,7 @@ class Effects(Moves):
         held = [kind if kind in ("f32", "f64", "s32") else "s32" for kind in kinds]
         d, *sources = (listed(v) for v in i.operands)
         values = [self.values(v, kind) for v, kind in zip(sources, held[1:], strict=True)]
-        give = [(register, types.name(held[0])) for register in d]
+        give = [(register, types.NAMES[held[0]]) for register in d]
         self.call(i, pc, "multiply", shape, kinds, *values, give=give)
 
     def op_wgmma(self, i: Instruction, pc: int) -> None:
@@ -242,7 +242,7 @@ class Effects(Moves):
             values = (
                 self.values(d, have), list(d), left, self.read(b, "s64"), self.read(keep, "pred")
             )  # fmt: skip
-            give = [(register, types.name(have)) for register in d]
+            give = [(register, types.NAMES[have]) for register in d]
             call = ("group_product", n, k, repr(into), repr(kind), *values, flags[:2], transposed)
             self.call(i, pc, *call, give=give)
 

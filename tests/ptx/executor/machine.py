@@ -9,6 +9,7 @@ lanes. Barriers open when nothing else can run.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,17 +28,10 @@ DEVICE_SHARED = 232448  # bytes: more than any block may have
 
 
 def launch(
-    kernel: Kernel,
-    *,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    parameters,
-    memory: Memory,
-    shared_bytes: int = 0,
-    checks: Checks | None = None,
-    lanes: int = 2048,
+    kernel: Kernel, *, grid: Sequence[int], block: Sequence[int], parameters, memory: Memory,
+    shared_bytes: int = 0, checks: Checks | None = None, lanes: int = 2048,
     seconds: float | None = None,
-) -> Report:
+) -> Report:  # fmt: skip
     """Runs a kernel's grid; `shared_bytes` is the dynamic part, `lanes` run at once."""
     if kernel.program is None:
         kernel.program = Program(kernel)
@@ -58,10 +52,9 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             if len(got) != 3 or min(got) < 1:
                 raise PtxError(f"{name}: wanted three positive extents, got {got}")
         raw = np.frombuffer(bytes(parameters), np.uint8)
-        if raw.size != kernel.parameter_bytes:
-            raise PtxError(
-                f"parameters: {kernel.name} wants {kernel.parameter_bytes} bytes, got {raw.size}"
-            )
+        wanted = kernel.parameter_bytes
+        if raw.size != wanted:
+            raise PtxError(f"parameters: {kernel.name} wants {wanted} bytes, got {raw.size}")
         limit = int(np.prod(kernel.maximum_threads or kernel.required_threads or (1024,)))
         if self.count > limit:
             raise PtxError(f"block: {kernel.name} has at most {limit} threads, got {self.count}")
@@ -144,13 +137,12 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
     def _special(self, thread, block) -> dict[str, np.ndarray]:
         special, n = {}, np.int32
         for name, at, extents in (("tid", thread, self.block), ("ctaid", block, self.grid)):
-            for axis in "xyz":
-                special[f"%{name}.{axis}"] = (at % extents["xyz".index(axis)]).astype(n)
-                at = at // extents["xyz".index(axis)]
-                special[f"%n{name}.{axis}"] = n(extents["xyz".index(axis)])
-        if self.blocks == 1:
-            for axis in "xyz":
-                special[f"%ctaid.{axis}"] = special[f"%ctaid.{axis}"][0]
+            for axis, extent in zip("xyz", extents, strict=True):
+                value = (at % extent).astype(n)
+                uniform = name == "ctaid" and self.blocks == 1
+                special[f"%{name}.{axis}"] = value[0] if uniform else value
+                special[f"%n{name}.{axis}"] = n(extent)
+                at = at // extent
         special["%laneid"], special["%warpid"] = self.lane, (thread // 32).astype(n)
         special["%dynamic_smem_size"] = n(self.shared_bytes - self.program.static_shared)
         special["%total_smem_size"] = n(self.shared_bytes)
