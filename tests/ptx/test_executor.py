@@ -82,6 +82,7 @@ VECTORS = [
     ("copy_wait_one", {}, None, ["uninitialised"]),
     ("copy_no_barrier", {}, lambda: X[:512].reshape(128, 4)[::-1].ravel(), ["race"]),
     ("paired", {}, lambda: np.r_[np.zeros(64), X[63::-1]], []),
+    ("paired_again", {}, lambda: np.r_[np.zeros(64), X[63::-1]], []),
     ("paired_late", {}, lambda: np.r_[np.zeros(64), X[63::-1]], ["race"]),
     ("bulk", {}, lambda: X[:128] + X[128:256], []),
     ("bulk_no_wait", {}, lambda: X[:128] + X[128:256], ["race"]),

@@ -197,3 +197,26 @@ def test_tensor_maps_refuse_what_the_driver_refuses():
     ):
         with pytest.raises(PtxError, match=f"wanted {message}"):
             tensor_map.encode(**(good | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("code", "function"),
+    [
+        ("vote.sync.ballot.b32 %r3, %p1, -1;", lambda t: 0x11111111),
+        ("vote.sync.any.pred %p2, %p1, -1; selp.u32 %r3, 1, 0, %p2;", lambda t: 1),
+        ("vote.sync.all.pred %p2, %p1, -1; selp.u32 %r3, 1, 0, %p2;", lambda t: 0),
+        ("match.any.sync.b32 %r3, %r2, -1;", lambda t: 0x11111111 << t % 4),
+        ("redux.sync.add.s32 %r3, %r2, -1;", lambda t: 48),
+        ("redux.sync.max.u32 %r3, %r2, -1;", lambda t: 3),
+        ("elect.sync %r3|%p2, -1; @%p2 add.u32 %r3, %r3, 7;", lambda t: 7 if t == 0 else 0),
+        ("activemask.b32 %r3;", lambda t: 2**32 - 1),
+        ("shfl.sync.up.b32 %r3, %r1, 1, 0, -1;", lambda t: max(t - 1, 0)),
+        ("shfl.sync.down.b32 %r3|%p2, %r1, 2, 31, -1;", lambda t: t + 2 if t < 30 else t),
+        ("shfl.sync.idx.b32 %r3, %r1, 5, 0x181f, -1;", lambda t: t // 8 * 8 + 5),
+        ("shfl.sync.bfly.b32 %r3, %r1, 3, 31, -1;", lambda t: t ^ 3),
+    ],
+)
+def test_lanes_of_a_warp(code, function):
+    """%r2 is the thread's number modulo 4, %p1 whether that is 0."""
+    code = f"and.b32 %r2, %r1, 3; setp.eq.u32 %p1, %r2, 0; {code} st.global.u32 [%rd5], %r3;"
+    assert compute(code, np.zeros(32, "u8")).tolist() == [function(t) for t in range(32)]

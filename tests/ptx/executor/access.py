@@ -190,7 +190,7 @@ class Accesses:
             self.demand_written(memory, place, n, lanes[s], pc)
             self.log(memory, place, lanes[s], n, ATOMIC, pc)
             old[s] = _in_turn(memory, place, change, [g[s] for g in given], n)
-        return self.spread(old, lanes)
+        return [self.spread(old, lanes)]
 
     # ---- logs for the check of races
     def log(

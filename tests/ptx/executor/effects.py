@@ -40,22 +40,7 @@ WARP_LEVEL = {
     "elect": ("elect", "i"),
     "activemask": ("active_mask", ""),
 }
-HOW = {
-    "up",
-    "down",
-    "bfly",
-    "idx",
-    "any",
-    "all",
-    "uni",
-    "ballot",
-    "add",
-    "min",
-    "max",
-    "and",
-    "or",
-    "xor",
-}
+HOW = re.compile("up|down|bfly|idx|any|all|uni|ballot|add|min|max|and|or|xor")
 WITHOUT_EFFECT = (
     *("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "membar", "setmaxnreg"),
     *("griddepcontrol", "brkpt", "pmevent", "createpolicy"),
@@ -79,7 +64,7 @@ class Effects(Moves):
         given = ", ".join(str(x) for x in (*arguments, self.mask(i), pc))
         self.emit(f"{target}M.{method}({given})")
         for word, (register, have) in zip(words, give, strict=True):
-            self.write(register, word, have, i)
+            self.write(register, word if have[0] == "?" else f"{word}.view({have})", have, i)
 
     def values(self, operands, kind: str) -> str:
         return f"[{', '.join(self.read(x, kind) for x in operands)}]"
@@ -112,13 +97,8 @@ class Effects(Moves):
             for k, register in enumerate(targets):
                 self.write(register, f"M.parameter({at + k * n}, {have})", have, i)
             return
-        words = [self.temporary() for _ in targets]
-        self.emit(
-            f"[{', '.join(words)}] = M.load({space!r}, {self.address(address)}, {n}, {len(words)}, "
-            f"{self.mask(i)}, {pc})"
-        )
-        for word, register in zip(words, targets, strict=True):
-            self.write(register, word if have == f"u{n}" else f"{word}.view({have})", have, i)
+        give = [(register, have) for register in targets]
+        self.call(i, pc, "load", repr(space), self.address(address), n, len(targets), give=give)
 
     op_ldu = op_ld
 
@@ -142,9 +122,7 @@ class Effects(Moves):
             change = self.narrowed(f"{o} + {b}", kind)
         values = self.values(sources[: 2 if how == "cas" else 1], kind)
         arguments = (repr(space), self.address(address), f"lambda {names}: {change}", values, n)
-        old = self.temporary()
-        self.emit(f"{old} = M.atomic({', '.join(map(str, arguments))}, {self.mask(i)}, {pc})")
-        self.write(target, f"{old}.view({t})", t, i)
+        self.call(i, pc, "atomic", *arguments, give=[(target, t)])
 
     def op_red(self, i: Instruction, pc: int) -> None:
         self.op_atom(replace(i, operands=["_", *i.operands]), pc)
@@ -157,7 +135,7 @@ class Effects(Moves):
     def op_shfl(self, i: Instruction, pc: int) -> None:
         """Results are a value and a predicate beside it, `a|p`, or the first alone."""
         method, letters = WARP_LEVEL[i.base]
-        how = [repr(p) for p in i.parts if p in HOW]
+        how = [repr(p) for p in i.parts[1:] if HOW.fullmatch(p)]
         kind = next(iter(i.types()), "b32")
         kinds = {"t": f"u{kind[1:]}" if kind[0] == "b" else kind, "i": "s32", "p": "pred"}
         operands = (*i.operands[1:], *["-1"] * (i.base == "shfl"))

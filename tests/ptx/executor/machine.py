@@ -248,7 +248,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             here = {key: wait for key, wait in self.waits.items() if key[:2] == (name, needed)}
             waiting = np.logical_or.reduce([lanes for lanes, _ in here.values()])
             by_block = waiting.reshape(self.blocks, -1)
-            come = by_block.sum(1) + self.arrived.get(name, 0)
+            come = by_block.sum(1) + self.arrived.get(name, (0,))[0]
             alive = self.alive.reshape(self.blocks, -1).sum(1)
             ready = (by_block.any(1)) & (come == (needed or self.count))
             pc = min(key[3] for key in here)
@@ -260,12 +260,10 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 ready |= late
             if ready.any():
                 opened = True
-                self.open(here, waiting, np.repeat(ready, self.threads))
-                if name in self.arrived:
-                    self.arrived[name] = np.where(ready, 0, self.arrived[name])
+                self.open(here, waiting, np.repeat(ready, self.threads), name)
         return opened
 
-    def open(self, waits: dict, waiting, ready) -> None:
+    def open(self, waits: dict, waiting, ready, name: int) -> None:
         alive = self.alive.reshape(-1, 32)
         for key, (lanes, values) in waits.items():
             go = lanes & ready
@@ -286,8 +284,13 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 self.waits[key] = (rest, values)
             else:
                 del self.waits[key]
+        count, seen = self.arrived.get(name, (0, 0))
+        if name in self.arrived:
+            done = ready[:: self.threads]
+            self.arrived[name] = (np.where(done, 0, count), np.where(done[:, None], 0, seen))
+            seen = seen[:, None]
         met = waiting & ready
-        self.meet(met)
+        self.meet(met, seen)
         if (met == self.alive).all():
             self.check_shared()
 
@@ -312,12 +315,15 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.groups.clear()
         self.delayed.clear()
 
-    def meet(self, lanes) -> None:
-        """Lanes that met at a barrier: what each did before happened before what follows."""
+    def meet(self, lanes, seen) -> None:
+        """Lanes that met at a barrier: what each did before happened before what follows.
+
+        `seen` is what those knew who arrived without waiting.
+        """
         warps = self.threads // 32
         clock = self.stamp.clock.reshape(self.blocks, warps, warps + 2).copy()
         come = lanes.reshape(self.blocks, warps, 32).any(2)
-        top = np.where(come[:, :, None], clock, 0).max(1, keepdims=True)
+        top = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1, keepdims=True))
         clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
         clock[:, np.arange(warps), np.arange(warps)] += come
         self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 2))
