@@ -48,20 +48,14 @@ class Accesses:
         if a.size == 0:
             return
         if not space:
-            space, start = next((s, w) for s, w in WINDOWS.items() if a[0] >= w)
-            here = a >= start if space == "global" else (a >= start) & (a < 2 * start)
-            start = 0 if space == "global" else start
-            if here.all():
-                yield from self.pieces(space, a - start, size, lanes, pc)
-                return
-            for chosen, where, shift in (
-                (np.flatnonzero(here), space, start),
-                (np.flatnonzero(~here), "", 0),
-            ):
-                for memory, place, s in self.pieces(
-                    where, a[chosen] - shift, size, lanes[chosen], pc
-                ):
-                    yield memory, place, chosen[s]
+            for name, start in WINDOWS.items():
+                end = 2 * start if start > 0 else WINDOWS["param"]
+                here, offset = np.flatnonzero((a >= start) & (a < end)), max(start, 0)
+                if here.size == a.size:
+                    yield from self.pieces(name, a - offset, size, lanes, pc)
+                    return
+                for memory, place, s in self.pieces(name, a[here] - offset, size, lanes[here], pc):
+                    yield memory, place, here[s]
             return
         a = self.aligned(a, size, lanes, pc, space)
         if space == "global":

@@ -18,7 +18,7 @@ from .parse import Address, Instruction, Kernel, Pair
 from .report import PtxError, Unsupported
 
 # generic addresses: where each space begins, up to twice that
-WINDOWS = {"local": 1 << 58, "shared": 1 << 57, "param": 1 << 56, "global": -(1 << 63)}
+WINDOWS = {"shared": 1 << 57, "global": -(1 << 63), "local": 1 << 58, "param": 1 << 56}
 BRANCHES = {"bra", "ret", "exit", "trap"}
 # before these a warp waits until its lanes stand together
 WARP_LEVEL = {"shfl", "mma", "ldmatrix", "stmatrix", "vote", "match", "redux", "elect", "wgmma"}
