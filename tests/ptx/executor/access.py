@@ -13,7 +13,7 @@ from .translate import WINDOWS
 from .types import UNSIGNED
 
 ALL = slice(None)
-LONGEST_LOG = 1 << 20  # accesses of lanes that are kept before races are looked for
+LONGEST_LOG = 1 << 20  # words of 4 bytes whose accesses are kept before races are looked for
 Pieces = Iterator[tuple[Bytes, np.ndarray, np.ndarray | slice]]
 
 
@@ -194,12 +194,12 @@ class Accesses:
         if isinstance(memory, Allocation):
             if self.checks.global_races:
                 memory.accesses.append(access)
-                self.logged += place.size
+                self.logged += place.size * size // 4 + 1
                 if self.logged > LONGEST_LOG:
                     self.check_global(last=False)
         elif memory is self.shared and self.checks.shared_races:
             self.shared_log.append(access)
-            self.logged_shared += place.size
+            self.logged_shared += place.size * size // 4 + 1
             if self.logged_shared > LONGEST_LOG:
                 self.check_shared()
 

@@ -47,10 +47,11 @@ class Bytes:
 
     def unwritten(self, index: np.ndarray, size: int) -> np.ndarray | None:
         """Which places hold bytes nobody wrote; None: all are written."""
-        step, bad = min(size, 8), np.zeros(index.shape, bool)
+        step, bad = min(size, 8), False
         for k in range(0, size, step):
-            got = self.shadow_words[step].take((index + k) >> SHIFT[step], mode="clip")
-            bad |= got != WRITTEN[step]
+            place = (index + k if k else index) >> SHIFT[step]
+            wrong = self.shadow_words[step].take(place, mode="clip") != WRITTEN[step]
+            bad = wrong | bad if k else wrong
         return bad if bad.any() else None
 
     def scatter(self, index: np.ndarray, values: np.ndarray, size: int, written: int = 1) -> None:
