@@ -76,6 +76,8 @@ VECTORS = [
     ("misaligned", {}, None, ["alignment"]),
     ("shuffle_sum", {}, lambda: np.repeat(X[:128].reshape(4, 32).sum(1), 32), []),
     ("shuffle_in_branch", {}, None, ["member mask"]),
+    ("twice_equal", {}, lambda: X[T // 2], []),
+    ("twice_unequal", {}, lambda: X[T // 2], ["race"]),
     ("either_space", {}, lambda: np.where(T % 2, 2 * X[:128], X[:128]), []),
     ("odd_block", {"threads": 100}, lambda: X[99::-1], []),
     ("copy", {}, lambda: X[:512].reshape(128, 4)[::-1].ravel(), []),
