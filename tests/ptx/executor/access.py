@@ -13,7 +13,7 @@ from .translate import WINDOWS
 from .types import UNSIGNED
 
 ALL = slice(None)
-LONGEST_LOG = 1 << 20  # accesses of lanes that are kept before races are looked for
+LONGEST_LOG = 1 << 20  # words of 4 bytes whose accesses are kept before races are looked for
 Pieces = Iterator[tuple[Bytes, np.ndarray, np.ndarray | slice]]
 
 
@@ -48,20 +48,14 @@ class Accesses:
         if a.size == 0:
             return
         if not space:
-            space, start = next((s, w) for s, w in WINDOWS.items() if a[0] >= w)
-            here = a >= start if space == "global" else (a >= start) & (a < 2 * start)
-            start = 0 if space == "global" else start
-            if here.all():
-                yield from self.pieces(space, a - start, size, lanes, pc)
-                return
-            for chosen, where, shift in (
-                (np.flatnonzero(here), space, start),
-                (np.flatnonzero(~here), "", 0),
-            ):
-                for memory, place, s in self.pieces(
-                    where, a[chosen] - shift, size, lanes[chosen], pc
-                ):
-                    yield memory, place, chosen[s]
+            for name, start in WINDOWS.items():
+                end = 2 * start if start > 0 else WINDOWS["param"]
+                here, offset = np.flatnonzero((a >= start) & (a < end)), max(start, 0)
+                if here.size == a.size:
+                    yield from self.pieces(name, a - offset, size, lanes, pc)
+                    return
+                for memory, place, s in self.pieces(name, a[here] - offset, size, lanes[here], pc):
+                    yield memory, place, here[s]
             return
         a = self.aligned(a, size, lanes, pc, space)
         if space == "global":
@@ -190,7 +184,7 @@ class Accesses:
             self.demand_written(memory, place, n, lanes[s], pc)
             self.log(memory, place, lanes[s], n, ATOMIC, pc)
             old[s] = _in_turn(memory, place, change, [g[s] for g in given], n)
-        return self.spread(old, lanes)
+        return [self.spread(old, lanes)]
 
     # ---- logs for the check of races
     def log(
@@ -200,12 +194,12 @@ class Accesses:
         if isinstance(memory, Allocation):
             if self.checks.global_races:
                 memory.accesses.append(access)
-                self.logged += place.size
+                self.logged += place.size * size // 4 + 1
                 if self.logged > LONGEST_LOG:
                     self.check_global(last=False)
         elif memory is self.shared and self.checks.shared_races:
             self.shared_log.append(access)
-            self.logged_shared += place.size
+            self.logged_shared += place.size * size // 4 + 1
             if self.logged_shared > LONGEST_LOG:
                 self.check_shared()
 

@@ -40,22 +40,7 @@ WARP_LEVEL = {
     "elect": ("elect", "i"),
     "activemask": ("active_mask", ""),
 }
-HOW = {
-    "up",
-    "down",
-    "bfly",
-    "idx",
-    "any",
-    "all",
-    "uni",
-    "ballot",
-    "add",
-    "min",
-    "max",
-    "and",
-    "or",
-    "xor",
-}
+HOW = re.compile("up|down|bfly|idx|any|all|uni|ballot|add|min|max|and|or|xor")
 WITHOUT_EFFECT = (
     *("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "membar", "setmaxnreg"),
     *("griddepcontrol", "brkpt", "pmevent", "createpolicy"),
@@ -79,7 +64,7 @@ class Effects(Moves):
         given = ", ".join(str(x) for x in (*arguments, self.mask(i), pc))
         self.emit(f"{target}M.{method}({given})")
         for word, (register, have) in zip(words, give, strict=True):
-            self.write(register, word, have, i)
+            self.write(register, word if have[0] == "?" else f"{word}.view({have})", have, i)
 
     def values(self, operands, kind: str) -> str:
         return f"[{', '.join(self.read(x, kind) for x in operands)}]"
@@ -104,7 +89,7 @@ class Effects(Moves):
     def op_ld(self, i: Instruction, pc: int) -> None:
         targets, address = listed(i.operands[0]), i.operands[1]
         kind, n, space = self.access(i, address)
-        have = types.name(kind)
+        have = types.NAMES[kind]
         if kind[0] == "b" or kind in types.HALVES:  # zeros are put before bits
             have = f"u{n}"
         if space == "param" and address.base in self.program.symbols:
@@ -112,13 +97,8 @@ class Effects(Moves):
             for k, register in enumerate(targets):
                 self.write(register, f"M.parameter({at + k * n}, {have})", have, i)
             return
-        words = [self.temporary() for _ in targets]
-        self.emit(
-            f"[{', '.join(words)}] = M.load({space!r}, {self.address(address)}, {n}, {len(words)}, "
-            f"{self.mask(i)}, {pc})"
-        )
-        for word, register in zip(words, targets, strict=True):
-            self.write(register, word if have == f"u{n}" else f"{word}.view({have})", have, i)
+        give = [(register, have) for register in targets]
+        self.call(i, pc, "load", repr(space), self.address(address), n, len(targets), give=give)
 
     op_ldu = op_ld
 
@@ -133,7 +113,7 @@ class Effects(Moves):
         how = next(p for p in i.parts[1:] if p in ATOMICS)
         unless(isinstance(target, tuple), "vector")
         kind, n, space = self.access(i, address, how)
-        t, names = types.name(kind), "o, b, c" if how == "cas" else "o, b"
+        t, names = types.NAMES[kind], "o, b, c" if how == "cas" else "o, b"
         change = f"(lambda {names}: {ATOMICS[how]})(o.view({t}), {names[3:]})"
         if kind in types.HALVES and how != "exch":
             unless(how != "add", f"{how} of {kind}")
@@ -142,9 +122,7 @@ class Effects(Moves):
             change = self.narrowed(f"{o} + {b}", kind)
         values = self.values(sources[: 2 if how == "cas" else 1], kind)
         arguments = (repr(space), self.address(address), f"lambda {names}: {change}", values, n)
-        old = self.temporary()
-        self.emit(f"{old} = M.atomic({', '.join(map(str, arguments))}, {self.mask(i)}, {pc})")
-        self.write(target, f"{old}.view({t})", t, i)
+        self.call(i, pc, "atomic", *arguments, give=[(target, t)])
 
     def op_red(self, i: Instruction, pc: int) -> None:
         self.op_atom(replace(i, operands=["_", *i.operands]), pc)
@@ -157,12 +135,12 @@ class Effects(Moves):
     def op_shfl(self, i: Instruction, pc: int) -> None:
         """Results are a value and a predicate beside it, `a|p`, or the first alone."""
         method, letters = WARP_LEVEL[i.base]
-        how = [repr(p) for p in i.parts if p in HOW]
+        how = [repr(p) for p in i.parts[1:] if HOW.fullmatch(p)]
         kind = next(iter(i.types()), "b32")
         kinds = {"t": f"u{kind[1:]}" if kind[0] == "b" else kind, "i": "s32", "p": "pred"}
         operands = (*i.operands[1:], *["-1"] * (i.base == "shfl"))
         values = [self.read(x, kinds[t]) for t, x in zip(letters, operands, strict=False)]
-        target, have = i.operands[0], "?" if kind == "pred" else types.name(kinds["t"])
+        target, have = i.operands[0], "?" if kind == "pred" else types.NAMES[kinds["t"]]
         target = target if isinstance(target, Pair) else Pair(target, "_")
         have = "i4" if i.base in ("shfl", "match", "elect") else have
         give = [(target.first, have), (target.second, "?")]
@@ -221,7 +199,7 @@ class Effects(Moves):
         held = [kind if kind in ("f32", "f64", "s32") else "s32" for kind in kinds]
         d, *sources = (listed(v) for v in i.operands)
         values = [self.values(v, kind) for v, kind in zip(sources, held[1:], strict=True)]
-        give = [(register, types.name(held[0])) for register in d]
+        give = [(register, types.NAMES[held[0]]) for register in d]
         self.call(i, pc, "multiply", shape, kinds, *values, give=give)
 
     def op_wgmma(self, i: Instruction, pc: int) -> None:
@@ -242,7 +220,7 @@ class Effects(Moves):
             values = (
                 self.values(d, have), list(d), left, self.read(b, "s64"), self.read(keep, "pred")
             )  # fmt: skip
-            give = [(register, types.name(have)) for register in d]
+            give = [(register, types.NAMES[have]) for register in d]
             call = ("group_product", n, k, repr(into), repr(kind), *values, flags[:2], transposed)
             self.call(i, pc, *call, give=give)
 

@@ -9,6 +9,7 @@ lanes. Barriers open when nothing else can run.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,17 +28,10 @@ DEVICE_SHARED = 232448  # bytes: more than any block may have
 
 
 def launch(
-    kernel: Kernel,
-    *,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    parameters,
-    memory: Memory,
-    shared_bytes: int = 0,
-    checks: Checks | None = None,
-    lanes: int = 2048,
+    kernel: Kernel, *, grid: Sequence[int], block: Sequence[int], parameters, memory: Memory,
+    shared_bytes: int = 0, checks: Checks | None = None, lanes: int = 2048,
     seconds: float | None = None,
-) -> Report:
+) -> Report:  # fmt: skip
     """Runs a kernel's grid; `shared_bytes` is the dynamic part, `lanes` run at once."""
     if kernel.program is None:
         kernel.program = Program(kernel)
@@ -58,10 +52,9 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             if len(got) != 3 or min(got) < 1:
                 raise PtxError(f"{name}: wanted three positive extents, got {got}")
         raw = np.frombuffer(bytes(parameters), np.uint8)
-        if raw.size != kernel.parameter_bytes:
-            raise PtxError(
-                f"parameters: {kernel.name} wants {kernel.parameter_bytes} bytes, got {raw.size}"
-            )
+        wanted = kernel.parameter_bytes
+        if raw.size != wanted:
+            raise PtxError(f"parameters: {kernel.name} wants {wanted} bytes, got {raw.size}")
         limit = int(np.prod(kernel.maximum_threads or kernel.required_threads or (1024,)))
         if self.count > limit:
             raise PtxError(f"block: {kernel.name} has at most {limit} threads, got {self.count}")
@@ -144,13 +137,12 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
     def _special(self, thread, block) -> dict[str, np.ndarray]:
         special, n = {}, np.int32
         for name, at, extents in (("tid", thread, self.block), ("ctaid", block, self.grid)):
-            for axis in "xyz":
-                special[f"%{name}.{axis}"] = (at % extents["xyz".index(axis)]).astype(n)
-                at = at // extents["xyz".index(axis)]
-                special[f"%n{name}.{axis}"] = n(extents["xyz".index(axis)])
-        if self.blocks == 1:
-            for axis in "xyz":
-                special[f"%ctaid.{axis}"] = special[f"%ctaid.{axis}"][0]
+            for axis, extent in zip("xyz", extents, strict=True):
+                value = (at % extent).astype(n)
+                uniform = name == "ctaid" and self.blocks == 1
+                special[f"%{name}.{axis}"] = value[0] if uniform else value
+                special[f"%n{name}.{axis}"] = n(extent)
+                at = at // extent
         special["%laneid"], special["%warpid"] = self.lane, (thread // 32).astype(n)
         special["%dynamic_smem_size"] = n(self.shared_bytes - self.program.static_shared)
         special["%total_smem_size"] = n(self.shared_bytes)
@@ -256,7 +248,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             here = {key: wait for key, wait in self.waits.items() if key[:2] == (name, needed)}
             waiting = np.logical_or.reduce([lanes for lanes, _ in here.values()])
             by_block = waiting.reshape(self.blocks, -1)
-            come = by_block.sum(1) + self.arrived.get(name, 0)
+            come = by_block.sum(1) + self.arrived.get(name, (0,))[0]
             alive = self.alive.reshape(self.blocks, -1).sum(1)
             ready = (by_block.any(1)) & (come == (needed or self.count))
             pc = min(key[3] for key in here)
@@ -268,12 +260,10 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 ready |= late
             if ready.any():
                 opened = True
-                self.open(here, waiting, np.repeat(ready, self.threads))
-                if name in self.arrived:
-                    self.arrived[name] = np.where(ready, 0, self.arrived[name])
+                self.open(here, waiting, np.repeat(ready, self.threads), name)
         return opened
 
-    def open(self, waits: dict, waiting, ready) -> None:
+    def open(self, waits: dict, waiting, ready, name: int) -> None:
         alive = self.alive.reshape(-1, 32)
         for key, (lanes, values) in waits.items():
             go = lanes & ready
@@ -294,8 +284,13 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 self.waits[key] = (rest, values)
             else:
                 del self.waits[key]
+        count, seen = self.arrived.get(name, (0, 0))
+        if name in self.arrived:
+            done = ready[:: self.threads]
+            self.arrived[name] = (np.where(done, 0, count), np.where(done[:, None], 0, seen))
+            seen = seen[:, None]
         met = waiting & ready
-        self.meet(met)
+        self.meet(met, seen)
         if (met == self.alive).all():
             self.check_shared()
 
@@ -320,12 +315,15 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.groups.clear()
         self.delayed.clear()
 
-    def meet(self, lanes) -> None:
-        """Lanes that met at a barrier: what each did before happened before what follows."""
+    def meet(self, lanes, seen) -> None:
+        """Lanes that met at a barrier: what each did before happened before what follows.
+
+        `seen` is what those knew who arrived without waiting.
+        """
         warps = self.threads // 32
         clock = self.stamp.clock.reshape(self.blocks, warps, warps + 2).copy()
         come = lanes.reshape(self.blocks, warps, 32).any(2)
-        top = np.where(come[:, :, None], clock, 0).max(1, keepdims=True)
+        top = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1, keepdims=True))
         clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
         clock[:, np.arange(warps), np.arange(warps)] += come
         self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 2))

@@ -20,18 +20,14 @@ SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 WRITTEN = {n: t(int("01" * n, 16)) for n, t in UNSIGNED.items()}
 
 
-def views(data: np.ndarray) -> dict[int, np.ndarray]:
-    return {n: data.view(t) for n, t in WORDS.items()}
-
-
 class Bytes:
     """Data and shadow; `start` is the address of the first byte, a multiple of 16."""
 
     def __init__(self, start: int, data: np.ndarray, written: bool):
         self.start = start
-        self.words = views(data)
+        self.words = {n: data.view(t) for n, t in WORDS.items()}
         self.shadow = np.full(data.size, written, np.uint8)
-        self.shadow_words = views(self.shadow)
+        self.shadow_words = {n: self.shadow.view(t) for n, t in UNSIGNED.items()}
         self.whole = written  # every byte was written
 
     def offset(self, place: int) -> int:
@@ -51,19 +47,12 @@ class Bytes:
 
     def unwritten(self, index: np.ndarray, size: int) -> np.ndarray | None:
         """Which places hold bytes nobody wrote; None: all are written."""
-        if self.whole:
-            return None
-        if size > 16:
-            parts = [self.unwritten(index + k, 16) for k in range(0, size, 16)]
-            found = [p for p in parts if p is not None]
-            return np.logical_or.reduce(found) if found else None
-        got = self.shadow_words[size].take(index >> SHIFT[size], mode="clip")
-        if size == 16:
-            got = got.view(np.uint64)
-        bad = got != WRITTEN[min(size, 8)]
-        if not bad.any():
-            return None
-        return bad.reshape(-1, 2).any(1) if size == 16 else bad
+        step, bad = min(size, 8), False
+        for k in range(0, size, step):
+            place = (index + k if k else index) >> SHIFT[step]
+            wrong = self.shadow_words[step].take(place, mode="clip") != WRITTEN[step]
+            bad = wrong | bad if k else wrong
+        return bad if bad.any() else None
 
     def scatter(self, index: np.ndarray, values: np.ndarray, size: int, written: int = 1) -> None:
         """Rows of `values` ([k, size] bytes, contiguous) to their places."""

@@ -64,7 +64,7 @@ class Moves(Writer):
             if kind in types.HALVES:
                 kind = "s16" if types.bits(kind) == 16 else "s32"
             kind = types.signless(kind)
-            self.write(target, self.read(source, kind), types.name(kind), i)
+            self.write(target, self.read(source, kind), types.NAMES[kind], i)
 
     def op_cvta(self, i: Instruction, pc: int) -> None:
         space = next((p.split("::")[0] for p in i.parts[1:] if p not in ("to", "u64", "u32")), "")
@@ -109,7 +109,7 @@ class Moves(Writer):
             integral = next((w for w in TO_INTEGER if w in words), None)
             x = f"{ROUND[integral]}({x})" if integral else x
             return self._to_half(x, held, into, words), "i2"
-        t = types.name(into)
+        t = types.NAMES[into]
         if into in types.FLOATS:
             integral = next((w for w in TO_INTEGER if w in words), None)
             x = f"{ROUND[integral]}({x})" if integral and kind in floats else x

@@ -109,10 +109,6 @@ class Kernel:
         return Body(self)
 
     @property
-    def code(self) -> list[Instruction]:
-        return self.body.code
-
-    @property
     def instructions(self) -> int:
         return len(self.body.code)
 
@@ -156,9 +152,8 @@ class Module:
         for text in _split(found[2] or ""):
             match = PARAMETER.match(text)
             if match is None:
-                raise PtxError(
-                    f"line {self.line(found.start())}: parameter {text!r} not understood"
-                )
+                line = self.line(found.start())
+                raise PtxError(f"line {line}: parameter {text!r} not understood")
             width = types.bits(match[2]) // 8
             alignment = int(match[1] or match[3] or width)
             size = width * int(match[5] or 1)
@@ -197,11 +192,8 @@ class Body:
                 at = match.end()
             if at >= end:
                 return
-            if text[at] == "{":
-                self._scopes.append({})
-                at += 1
-            elif text[at] == "}":
-                self._scopes.pop()
+            if text[at] in "{}":
+                self._scopes = [*self._scopes, {}] if text[at] == "{" else self._scopes[:-1]
                 at += 1
             elif match := LABEL.match(text, at):
                 label = match[1] if len(self._scopes) == 1 else self._rename(match[1])
@@ -227,11 +219,11 @@ class Body:
                 raise PtxError(f"line {line}: cannot read {text!r}")
             negated, predicate, opcode, rest = match.groups()
             operands = [self._operand(part, line) for part in _split(rest)]
-            predicate, words = predicate and self._name(predicate), " ".join(text.split())
-            parts = tuple(opcode.split("."))
+            predicate, parts = predicate and self._name(predicate), tuple(opcode.split("."))
+            words = " ".join(text.split())
             self.code.append(Instruction(parts, operands, predicate, negated == "!", line, words))
             if parts[0] == "bra":
-                self._branches.append((self.code[-1], list(self._scopes)))
+                self._branches.append((self.code[-1], self._scopes))
 
     def _registers(self, text: str) -> None:
         match = re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", text, re.S)
@@ -315,15 +307,6 @@ def _variable(text: str) -> Variable | None:
     space, alignment, vector, kind, name, extents, values = match.groups()
     width = types.bits(kind) // 8 * int(vector or 1)
     count = math.prod(int(extent or 0) for extent in re.findall(r"\[\s*(\d*)\s*\]", extents))
-    numbers = [_number(x, kind) for x in re.findall(r"[-\w.]+", values or "")]
-    data = np.array(numbers).astype(types.name(kind)).tobytes() if numbers else b""
+    numbers = re.findall(r"[-\w.]+", values or "")
+    data = b"".join(types.immediate(x, types.NAMES[kind]).tobytes() for x in numbers)
     return Variable(space, name, width * count, int(alignment or width), data)
-
-
-def _number(text: str, kind: str) -> int | float:
-    if text[:2] in ("0f", "0F", "0d", "0D"):
-        bits, wide = int(text[2:], 16), text[1] in "dD"
-        return float(np.array(bits, "u8" if wide else "u4").view("f8" if wide else "f4"))
-    if not re.match(r"-?\d", text):
-        raise PtxError(f"initial value {text!r} is not a number")
-    return int(text.rstrip("U"), 0) & (2 ** types.bits(kind) - 1)

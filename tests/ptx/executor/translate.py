@@ -7,7 +7,6 @@ block registers are local variables; at its end those that live on are written b
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from .parse import Address, Instruction, Kernel, Pair
 from .report import PtxError, Unsupported
 
 # generic addresses: where each space begins, up to twice that
-WINDOWS = {"local": 1 << 58, "shared": 1 << 57, "param": 1 << 56, "global": -(1 << 63)}
+WINDOWS = {"shared": 1 << 57, "global": -(1 << 63), "local": 1 << 58, "param": 1 << 56}
 BRANCHES = {"bra", "ret", "exit", "trap"}
 # before these a warp waits until its lanes stand together
 WARP_LEVEL = {"shfl", "mma", "ldmatrix", "stmatrix", "vote", "match", "redux", "elect", "wgmma"}
@@ -30,16 +29,13 @@ CONSTANT = {r"%cluster_n": 1, r"%cluster": 0, r"%(clock|globaltimer|n?smid)": 0}
 ENVIRONMENT = {k: v for k, v in (vars(types) | vars(numeric)).items() if k[0] != "_"}
 
 
-def is_barrier(instruction: Instruction) -> bool:
-    parts = instruction.parts
-    if parts[0] in ("bar", "barrier"):
-        return "warp" not in parts and not ("cluster" in parts and "arrive" in parts)
-    return False
+def is_barrier(i: Instruction) -> bool:
+    return i.base in ("bar", "barrier") and not {"warp", "arrive"} & set(i.parts)
 
 
 def is_plain(i: Instruction) -> bool:
-    """Whether a move has one source and one target."""
-    return all(isinstance(x, str) for x in i.operands)
+    """A move of one register or value."""
+    return i.base == "mov" and all(isinstance(x, str) for x in i.operands)
 
 
 @dataclass
@@ -56,7 +52,7 @@ class Block:
     constants: dict | None = None
     function: object = None
     reduction: tuple[str, int, str] | None = None  # of bar.red: operation, register, type
-    always: slice | np.ndarray | None = None  # instructions reached whenever the block is
+    always: np.ndarray | None = None  # instructions reached whenever the block is
 
 
 class Program:
@@ -97,7 +93,7 @@ class Program:
         """Registers that wgmma writes, and those they are moved to."""
         code = self.body.code
         found = {r for i in code if i.parts[:2] == ("wgmma", "mma_async") for r in i.operands[0]}
-        moves = [i.operands for i in code if i.base == "mov" and is_plain(i)]
+        moves = [i.operands for i in code if is_plain(i)]
         while more := {to for to, source in moves if source in found} - found:
             found |= more
         return found
@@ -115,8 +111,7 @@ class Program:
             body = code[block.start : block.end]
             last = body[-1]
             block.warp_level = any(
-                i.base in WARP_LEVEL or i.parts[:2] == ("bar", "warp") or "arrive" in i.parts[1:2]
-                for i in body
+                i.base in WARP_LEVEL or i.base == "bar" and not is_barrier(i) for i in body
             )
             block.predicated = last.predicate is not None
             if last.base == "bra":
@@ -127,11 +122,9 @@ class Program:
                 block.kind = "barrier"
             # under a predicate loads and stores count as reached only where it holds
             memory = ("ld", "st", "atom", "red")
-            always = [not (i.predicate and i.base in memory) for i in body]
-            block.always = np.flatnonzero(always) + block.start
-            if all(always):
-                block.always = slice(block.start, block.end)
-        blocks.append(Block(len(code), len(code), "exit", always=slice(0, 0)))
+            always = np.array([not (i.predicate and i.base in memory) for i in body])
+            block.always = block.start + np.flatnonzero(always)
+        blocks.append(Block(len(code), len(code), "exit", always=np.array([], int)))
         return blocks
 
     def reads_and_writes(self, i: Instruction) -> tuple[set[str], set[str]]:
@@ -151,33 +144,27 @@ class Program:
             reads.add(i.predicate)
         if i.predicate or i.base == "wgmma":
             reads |= writes
-        if i.parts[:2] in (("bar", "red"), ("barrier", "red")):
-            word = i.operands[0]
-            reads, writes = reads | {word}, {word}
+        if i.base in ("bar", "barrier") and "red" in i.parts:
+            writes = {i.operands[0]}
         return reads, writes
 
     def _live_out(self) -> list[set[str]]:
         """Registers read after each block."""
-        used, defined = [], []
-        for block in self.blocks:
-            before, done = set(), set()
+        used: list[set[str]] = [set() for _ in self.blocks]
+        defined: list[set[str]] = [set() for _ in self.blocks]
+        for block, before, done in zip(self.blocks, used, defined, strict=True):
             for i in self.body.code[block.start : block.end]:
                 reads, writes = self.reads_and_writes(i)
                 before |= reads - done
                 done |= writes
-            used.append(before)
-            defined.append(done)
         # what one block alone touches is not followed
         touched = Counter(r for a, b in zip(used, defined, strict=True) for r in a | b)
         wide = {r for r, n in touched.items() if n > 1}
         used, defined = ([x & wide for x in y] for y in (used, defined))
-        count = len(self.blocks)
-        follow: list[list[int]] = [[] for _ in range(count)]
+        count, follow = len(self.blocks), []
         for k, block in enumerate(self.blocks):
-            if block.kind == "branch":
-                follow[k].append(block.target)
-            if block.kind in ("next", "barrier") or block.predicated and k + 1 < count:
-                follow[k].append(k + 1)
+            falls = block.kind in ("next", "barrier") or block.predicated and k + 1 < count
+            follow.append([block.target] * (block.kind == "branch") + [k + 1] * falls)
         live_in, live_out = used, [set() for _ in range(count)]
         changed = True
         while changed:
@@ -220,8 +207,7 @@ class Program:
     def function(self, block: Block):
         """The block's Python function, compiled when it is first reached."""
         environment = ENVIRONMENT | block.constants
-        name = f"<{self.kernel.name[:60]}: {block.start}>"
-        exec(compile(block.source, name, "exec"), environment)
+        exec(compile(block.source, f"<{self.kernel.name}: {block.start}>", "exec"), environment)
         block.function = environment["f"]
         return block.function
 
@@ -230,13 +216,11 @@ class Writer:
     """Python lines of one basic block: operands, destinations and rows of the table."""
 
     def __init__(self, program: Program):
-        self.program = program
-        self.lines: list[str] = []
-        self.live_in: dict[str, None] = {}
+        self.program, self.lines, self.temporaries = program, [], 0
+        self.live_in: dict[str, None] = {}  # in order
         self.defined: dict[str, None] = {}
         self.constants: dict[str, object] = {}
         self.known: dict[tuple, str] = {}
-        self.temporaries = 0
 
     def emit(self, line: str) -> None:
         self.lines.append(line)
@@ -263,7 +247,7 @@ class Writer:
     # ---- operands
     def read(self, operand: str, kind: str) -> str:
         """Python expression of an operand seen as a PTX type."""
-        want = types.name(kind)
+        want = types.NAMES[kind]
         if kind == "pred":
             if operand.startswith("!"):
                 return f"(~{self.register(operand[1:])})"
@@ -285,10 +269,10 @@ class Writer:
             return self._special(operand, want)
         if operand in self.program.symbols:
             return self.constant(np.dtype(want).type(self.program.symbols[operand][1]))
-        return self.constant(immediate(operand, want))
+        return self.constant(types.immediate(operand, want))
 
     def _special(self, name: str, want: str) -> str:
-        if name in SPECIAL or re.match(r"%n?(tid|ctaid)\.[xyz]$|%lanemask_\w\w$", name):
+        if name in SPECIAL or re.match(r"%n?(tid|ctaid)\.[xyz]$", name):
             text = f"M.special[{name!r}]"
             return text if want == "i4" else f"{text}.astype({want})"
         for pattern, value in CONSTANT.items():
@@ -356,7 +340,7 @@ class Writer:
 
     def _watch_accumulators(self, i: Instruction, pc: int) -> None:
         reads, writes = self.program.reads_and_writes(i)
-        if i.base == "mov" and is_plain(i):
+        if is_plain(i):
             if (reads | writes) & self.program.accumulators:
                 self.emit(f"M.accumulator_moved({i.operands[0]!r}, {i.operands[1]!r})")
             return
@@ -378,28 +362,10 @@ class Writer:
             (self.widened if half and letter in "ts" else self.read)(operand, kinds[letter])
             for letter, operand in zip(letters, i.operands[1:], strict=True)
         ]
-        names = {"t": "f4" if half else types.name(kinds["s"])}
-        names["w"] = types.name(kinds["w"]) if "w" in kinds else ""
+        names = {"t": "f4" if half else types.NAMES[kinds["s"]]}
+        names["w"] = types.NAMES[kinds["w"]] if "w" in kinds else ""
         value = f"({template.format(*sources, **names)})"
         value = f"np.maximum({value}, f4(0))" if "relu" in i.parts else value
         value = f"np.fmin(np.fmax({value}, 0), 1)" if "sat" in i.parts else value
         value = self.narrowed(value, kind) if half and result in "ts" else value
-        self.write(i.operands[0], value, types.name(kinds[result]), i)
-
-
-@functools.cache
-def immediate(text: str, want: str):
-    """A literal as a NumPy scalar; hexadecimal floats are bits."""
-    dtype = np.dtype(want)
-    bits = np.dtype(f"u{dtype.itemsize}")
-    if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
-        double = match[1] in "dD"
-        value = np.array(int(match[2], 16), "u8" if double else "u4")
-        value = value.view("f8" if double else "f4")
-        return (value if dtype.kind == "f" else value.view(bits)).astype(dtype)[()]
-    if re.fullmatch(r"-?\d+\.\d+", text):
-        return dtype.type(float(text))
-    if not re.match(r"-?\d", text):
-        raise PtxError(f"name {text!r}")
-    value = int(text.rstrip("U"), 0) % 2 ** (8 * dtype.itemsize)
-    return np.array(value, bits).view(dtype)[()]
+        self.write(i.operands[0], value, types.NAMES[kinds[result]], i)

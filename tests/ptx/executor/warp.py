@@ -10,6 +10,8 @@ from .races import Stamp
 from .translate import WINDOWS
 from .types import f4, f8, i4, i8, u4, u8
 
+REDUCED = {"min": "minimum", "max": "maximum", "add": "add"}
+REDUCED |= {how: f"bitwise_{how}" for how in ("and", "or", "xor")}
 BITS = np.arange(32, dtype=np.uint32)
 
 
@@ -33,9 +35,8 @@ class WarpLevel:
     # ---- who takes part
     def demand(self, members, mask, pc: int) -> None:
         """Every lane of a member mask stands here, and no other does."""
-        if mask is None and np.ndim(members) == 0 and int(members) == -1:
-            return
-        if not self.checks.barriers:
+        everyone = mask is None and np.ndim(members) == 0 and int(members) == -1
+        if everyone or not self.checks.barriers:
             return
         here = self.standing(mask)
         members = np.broadcast_to(np.asarray(members).view(u4), here.shape)
@@ -52,8 +53,7 @@ class WarpLevel:
 
     def ballot(self, p: np.ndarray) -> np.ndarray:
         """For each lane the 32 bits of its warp."""
-        words = (p.reshape(-1, 32).astype(u4) << BITS).sum(1, dtype=u4)
-        return words[self.warp_of]
+        return (p.reshape(-1, 32).astype(u4) << BITS).sum(1, dtype=u4)[self.warp_of]
 
     def active_mask(self, mask, pc: int):
         return self.ballot(self.standing(mask)), None
@@ -63,10 +63,16 @@ class WarpLevel:
         self.stamp = Stamp(self.stamp.after(self.standing(mask)), self.stamp.clock)
 
     def barrier_arrive(self, name, mask, pc: int) -> None:
-        """bar.arrive: counts the lanes without stopping them."""
-        name = int(np.ravel(name)[0])
-        come = self.standing(mask).reshape(self.blocks, -1).sum(1)
-        self.arrived[name] = self.arrived.get(name, 0) + come
+        """bar.arrive: counts the lanes and what they have seen, without stopping them."""
+        name, here = int(np.ravel(name)[0]), self.standing(mask)
+        count, seen = self.arrived.get(name, (0, 0))
+        come = here.reshape(self.blocks, -1, 32).any(2)
+        clock = self.stamp.clock.reshape(self.blocks, -1, self.threads // 32 + 2).copy()
+        seen = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1))
+        self.arrived[name] = (count + here.reshape(self.blocks, -1).sum(1), seen)
+        own = np.arange(self.threads // 32)
+        clock[:, own, own] += come
+        self.stamp = Stamp(self.stamp.segment, clock.reshape(self.stamp.clock.shape))
 
     # ---- exchange
     def shuffle(self, how: str, a, b, c, members, mask, pc: int):
@@ -75,12 +81,8 @@ class WarpLevel:
         b, c = np.asarray(b).astype(i8) & 31, np.asarray(c).astype(i8)
         segment, clamp = (c >> 8) & 31, c & 31
         low, high = lane & segment, (lane & segment) | (clamp & ~segment)
-        source = {
-            "up": lambda: lane - b,
-            "down": lambda: lane + b,
-            "bfly": lambda: lane ^ b,
-            "idx": lambda: low | (b & ~segment),
-        }[how]()
+        sources = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": low | (b & ~segment)}
+        source = sources[how]
         inside = source >= high if how == "up" else source <= high
         source = self.warp_of * 32 + np.where(inside, source, lane)
         if mask is not None:
@@ -115,14 +117,10 @@ class WarpLevel:
         """redux: over the lanes that stand here and share a member mask."""
         self.demand(members, mask, pc)
         a = self.full(a)
-        members = np.broadcast_to(np.asarray(members).view(u4), a.shape)
-        group = self.warp_of.astype(i8) << 32 | members
+        group = self.warp_of.astype(i8) << 32 | self.full(members).view(u4)
         here = np.flatnonzero(self.standing(mask))
         _, inverse = np.unique(group[here], return_inverse=True)
-        function = {
-            **{"add": np.add, "min": np.minimum, "max": np.maximum},
-            **{"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
-        }[how]
+        function = getattr(np, REDUCED[how])
         order = np.argsort(inverse, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(inverse[order]) != 0])
         out = np.zeros_like(a)
@@ -132,9 +130,8 @@ class WarpLevel:
     def elect(self, members, mask, pc: int):
         """The lowest lane of the members, and whether this lane is it."""
         self.demand(members, mask, pc)
-        members = np.broadcast_to(np.asarray(members).view(u4), self.lanes.shape)
-        lowest = members & (~members + u4(1))
-        leader = np.bitwise_count(lowest - u4(1)).astype(i4)
+        members = self.full(members)
+        leader = np.bitwise_count((members & -members).view(u4) - u4(1)).astype(i4)
         return leader, leader == self.lane
 
     # ---- matrices
@@ -203,15 +200,9 @@ def turned(rows: np.ndarray, count: int, transposed: bool) -> np.ndarray:
 def numbers(x: np.ndarray, kind: str) -> np.ndarray:
     """[W, 32] registers to [W, 32, values of a register] in the type of computation."""
     x = np.ascontiguousarray(x)[:, :, None]
-    if kind == "f16":
-        return f32_of_f16(x.view(np.int16))
-    if kind == "bf16":
-        return f32_of_bf16(x.view(np.int16))
-    if kind == "tf32":
-        return tf32(x, "rz")
-    if kind in ("s8", "u8"):
-        return x.view(np.int8 if kind == "s8" else np.uint8).astype(i4)
-    return x  # f64, f32
+    if kind in ("f16", "bf16"):
+        return (f32_of_f16 if kind == "f16" else f32_of_bf16)(x.view(np.int16))
+    return tf32(x, "rz") if kind == "tf32" else x
 
 
 def placed(values: list, rows: int, columns: int) -> np.ndarray:
@@ -244,14 +235,12 @@ def accumulator(registers: list, kind: str, rows: int, columns: int) -> np.ndarr
 def scattered(total: np.ndarray, kind: str) -> list[np.ndarray]:
     """[W, rows, columns] to registers of [W, 32]."""
     w, rows, columns = total.shape
-    t = {"f32": f4, "f64": f8, "s32": i4}.get(kind, np.float16)
+    t = {"f32": f4, "f64": f8, "f16": np.float16}[kind]
     blocks = total.astype(t).reshape(w, rows // 8, 8, columns // 8, 4, 2)
     out = []
     for c in range(columns // 8):
         for r in range(rows // 8):
             x = blocks[:, r, :, c].reshape(w, 32, 2)
-            if t is np.float16:
-                out.append(np.ascontiguousarray(x).view(i4)[:, :, 0])
-            else:
-                out += [x[:, :, 0], x[:, :, 1]]
+            x = np.ascontiguousarray(x).view(i4) if kind == "f16" else x
+            out += [x[:, :, k] for k in range(x.shape[2])]
     return out
