@@ -8,11 +8,13 @@ build/ptx of the checkout), one object per source and content of what it may inc
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -89,39 +91,64 @@ def nvcc() -> str | None:
 
 
 def modules(text: str) -> list[str]:
-    """The PTX modules in what cuobjdump or a file of several prints."""
+    """The PTX modules that cuobjdump prints."""
     parts = re.split(r"(?=^\.version )", text, flags=re.MULTILINE)
-    return [part for part in parts if ".entry" in part]
+    return [part.partition("\nFatbin ")[0] for part in parts if ".entry" in part]
 
 
 def _ptx_of(library: Path, arch: str) -> str:
-    """All modules of `library` for `arch`, as cuobjdump prints them; empty without any."""
-    text = _run(cuobjdump(), "-ptx", library)
+    """All modules of `library` for `arch`; empty without any."""
     wanted = re.compile(rf"^\.target {arch}\b", re.MULTILINE)
-    return "\n".join(part for part in modules(text) if wanted.search(part))
+    return "\n".join(m for m in modules(_run(cuobjdump(), "-ptx", library)) if wanted.search(m))
+
+
+def _installed(arch: str) -> tuple[Library | None, str]:
+    """The installed CUDA library if it will do, and why it will not."""
+    from vtclip.backends import native
+
+    path = native.cuda_library()
+    if path is None:
+        return None, "no CUDA library is installed"
+    newest = max(p.stat().st_mtime for p in SOURCES.rglob("*") if p.suffix != ".csv")
+    if path.stat().st_mtime <= newest:
+        return None, f"{path.name} is older than its sources"
+    kept = folder() / f"installed-{arch}-{_digest(path)}.ptx"
+    if not kept.exists():
+        kept.write_text(_ptx_of(path, arch))
+    if not kept.stat().st_size:
+        return None, f"{path.name} holds no PTX of {arch}"
+    return Library(path, kept, True), ""
+
+
+def why_not(arch: str) -> str:
+    """Why there can be no CUDA library with PTX of `arch`, or the empty string."""
+    found, reason = _installed(arch)
+    return "" if found or nvcc() else f"{reason}, and there is no nvcc to compile one"
+
+
+@functools.cache
+def missing(set_name: str) -> str:
+    """Why the kernels of a set cannot be had on this machine, or the empty string."""
+    if sys.platform != "linux":
+        return "the stand-in of the CUDA runtime is for Linux"
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        return "no C++ compiler for the stand-in of the CUDA runtime"
+    if set_name == "cuda":
+        return why_not("sm_90")
+    from vtclip.backends import triton
+
+    return triton.load()
 
 
 def library(arch: str) -> Library:
     """The CUDA library whose host code runs, and a file with its PTX for `arch` ("sm_90")."""
-    from vtclip.backends import native
-
-    installed = native.cuda_library()
-    newest = max(p.stat().st_mtime for p in SOURCES.rglob("*") if p.suffix != ".csv")
-    if installed is not None and installed.stat().st_mtime > newest:
-        kept = folder() / f"installed-{arch}-{_digest(installed)}.ptx"
-        if not kept.exists():
-            kept.write_text(_ptx_of(installed, arch))
-        if kept.stat().st_size:
-            return Library(installed, kept, True)
-    return _built(arch)
+    return _installed(arch)[0] or _built(arch)
 
 
 def _built(arch: str) -> Library:
     compiler = nvcc()
     if compiler is None:
-        raise RuntimeError(
-            f"no installed CUDA library with PTX of {arch}, and no nvcc to compile one"
-        )
+        raise RuntimeError(why_not(arch))
     from torch.utils import cpp_extension
 
     sources = sorted((SOURCES / "cuda").rglob("*.cu"))
@@ -162,8 +189,6 @@ def _target_version() -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.stdout.write(f"{standin()}\n")
     for name in sys.argv[1:]:
         sys.stdout.write(f"{library(name)}\n")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes, variants and layouts that every operator is run with.
 
-They were chosen by coverage: each remainder of the widths that are read at once, two passes of every
+They were chosen by coverage: each remainder of the widths read at once, two passes of every
 loop, several tiles with a part of one, and one of everything. One star puts a case into the short
 list of the CUDA library, two into that of every set.
 """
