@@ -145,6 +145,16 @@ def library(arch: str) -> Library:
     return _installed(arch)[0] or _built(arch)
 
 
+def _included(source: Path, seen: set[Path]) -> set[Path]:
+    """`source` and every file of csrc that it includes, by whatever it includes."""
+    seen.add(source)
+    for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
+        for path in (source.parent / name, SOURCES / name):
+            if path.exists() and path.resolve() not in seen:
+                _included(path.resolve(), seen)
+    return seen
+
+
 def _built(arch: str) -> Library:
     compiler = nvcc()
     if compiler is None:
@@ -152,7 +162,6 @@ def _built(arch: str) -> Library:
     from torch.utils import cpp_extension
 
     sources = sorted((SOURCES / "cuda").rglob("*.cu"))
-    headers = [p for p in sorted(SOURCES.rglob("*")) if p.suffix in (".h", ".cuh")]
     virtual = arch.replace("sm", "compute")
     # as setup.py and torch's build helper pass them; -O concerns the host code alone
     flags = [
@@ -161,12 +170,12 @@ def _built(arch: str) -> Library:
         *(f"-isystem={path}" for path in cpp_extension.include_paths()),
         f"-I{SOURCES}", f"-DTORCH_TARGET_VERSION={_target_version()}",
     ]  # fmt: skip
-    state = _digest(_run(compiler, "--version"), " ".join(flags), *headers)
+    state = _digest(_run(compiler, "--version"), " ".join(flags))
     place = folder() / arch
     place.mkdir(exist_ok=True)
 
     def compiled(source: Path) -> Path:
-        path = place / f"{source.stem}-{_digest(state, source)}.o"
+        path = place / f"{source.stem}-{_digest(state, *sorted(_included(source, set())))}.o"
         return _replaced(path, compiler, *flags, "-c", source)
 
     with ThreadPoolExecutor(JOBS) as pool:

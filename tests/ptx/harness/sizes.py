@@ -159,7 +159,7 @@ TABLE = {
         ** B2 K35 D70 ; l1, features frozen
         * B3 K5 D37 ; mse
         ** B3 K5 D40 ; linf
-        B1 K300 D24 ; l1
+        ** B1 K300 D24 ; l1
         B1 K1 D1 ; none
         B2 K9 D64 ; none ; gaps
         B4 K8 D129 ; linf
