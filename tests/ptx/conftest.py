@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,8 @@ HERE = Path(__file__).parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))  # executor and harness, for their own imports too
 
-from harness import build, child  # noqa: E402
+from harness import child  # noqa: E402
+from harness.build import missing  # noqa: E402
 from harness.coverage import Summary, summary  # noqa: E402
 
 LINES: list[str] = []  # for the end of the run
@@ -46,24 +46,6 @@ def everything(request: pytest.FixtureRequest) -> bool:
 def say() -> Callable[[str], None]:
     """Keeps a line for the end of the run."""
     return LINES.append
-
-
-def missing(set_name: str) -> str:
-    """Why the kernels of a set cannot be had on this machine, or the empty string."""
-    if sys.platform != "linux":
-        return "the stand-in of the CUDA runtime is for Linux"
-    if shutil.which("c++") is None:
-        return "no C++ compiler for the stand-in of the CUDA runtime"
-    if set_name == "cuda":
-        from vtclip.backends import native
-
-        if native.cuda_library() is None and build.nvcc() is None:
-            return "the CUDA library is neither installed nor can it be compiled: no nvcc"
-    else:
-        from vtclip.backends import triton
-
-        return triton.load()
-    return ""
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import textwrap
 
 import pytest
 import torch
-from conftest import missing
 from harness import child
+from harness.build import missing
 from harness.coverage import summary
 from harness.host import entries
 from op_budget import out_of_budget

@@ -7,8 +7,8 @@ import json
 from collections import defaultdict
 
 import pytest
-from conftest import missing
 from harness import mutants
+from harness.build import missing
 
 # kind -> (noticed of the short run, of all), in per cent
 RATES = {

@@ -8,11 +8,13 @@ build/ptx of the checkout), one object per source and content of what it may inc
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -89,43 +91,77 @@ def nvcc() -> str | None:
 
 
 def modules(text: str) -> list[str]:
-    """The PTX modules in what cuobjdump or a file of several prints."""
+    """The PTX modules that cuobjdump prints."""
     parts = re.split(r"(?=^\.version )", text, flags=re.MULTILINE)
-    return [part for part in parts if ".entry" in part]
+    return [part.partition("\nFatbin ")[0] for part in parts if ".entry" in part]
 
 
 def _ptx_of(library: Path, arch: str) -> str:
-    """All modules of `library` for `arch`, as cuobjdump prints them; empty without any."""
-    text = _run(cuobjdump(), "-ptx", library)
+    """All modules of `library` for `arch`; empty without any."""
     wanted = re.compile(rf"^\.target {arch}\b", re.MULTILINE)
-    return "\n".join(part for part in modules(text) if wanted.search(part))
+    return "\n".join(m for m in modules(_run(cuobjdump(), "-ptx", library)) if wanted.search(m))
+
+
+def _installed(arch: str) -> tuple[Library | None, str]:
+    """The installed CUDA library if it will do, and why it will not."""
+    from vtclip.backends import native
+
+    path = native.cuda_library()
+    if path is None:
+        return None, "no CUDA library is installed"
+    newest = max(p.stat().st_mtime for p in SOURCES.rglob("*") if p.suffix != ".csv")
+    if path.stat().st_mtime <= newest:
+        return None, f"{path.name} is older than its sources"
+    kept = folder() / f"installed-{arch}-{_digest(path)}.ptx"
+    if not kept.exists():
+        kept.write_text(_ptx_of(path, arch))
+    if not kept.stat().st_size:
+        return None, f"{path.name} holds no PTX of {arch}"
+    return Library(path, kept, True), ""
+
+
+def why_not(arch: str) -> str:
+    """Why there can be no CUDA library with PTX of `arch`, or the empty string."""
+    found, reason = _installed(arch)
+    return "" if found or nvcc() else f"{reason}, and there is no nvcc to compile one"
+
+
+@functools.cache
+def missing(set_name: str) -> str:
+    """Why the kernels of a set cannot be had on this machine, or the empty string."""
+    if sys.platform != "linux":
+        return "the stand-in of the CUDA runtime is for Linux"
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        return "no C++ compiler for the stand-in of the CUDA runtime"
+    if set_name == "cuda":
+        return why_not("sm_90")
+    from vtclip.backends import triton
+
+    return triton.load()
 
 
 def library(arch: str) -> Library:
     """The CUDA library whose host code runs, and a file with its PTX for `arch` ("sm_90")."""
-    from vtclip.backends import native
+    return _installed(arch)[0] or _built(arch)
 
-    installed = native.cuda_library()
-    newest = max(p.stat().st_mtime for p in SOURCES.rglob("*") if p.suffix != ".csv")
-    if installed is not None and installed.stat().st_mtime > newest:
-        kept = folder() / f"installed-{arch}-{_digest(installed)}.ptx"
-        if not kept.exists():
-            kept.write_text(_ptx_of(installed, arch))
-        if kept.stat().st_size:
-            return Library(installed, kept, True)
-    return _built(arch)
+
+def _included(source: Path, seen: set[Path]) -> set[Path]:
+    """`source` and every file of csrc that it includes, by whatever it includes."""
+    seen.add(source)
+    for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
+        for path in (source.parent / name, SOURCES / name):
+            if path.exists() and path.resolve() not in seen:
+                _included(path.resolve(), seen)
+    return seen
 
 
 def _built(arch: str) -> Library:
     compiler = nvcc()
     if compiler is None:
-        raise RuntimeError(
-            f"no installed CUDA library with PTX of {arch}, and no nvcc to compile one"
-        )
+        raise RuntimeError(why_not(arch))
     from torch.utils import cpp_extension
 
     sources = sorted((SOURCES / "cuda").rglob("*.cu"))
-    headers = [p for p in sorted(SOURCES.rglob("*")) if p.suffix in (".h", ".cuh")]
     virtual = arch.replace("sm", "compute")
     # as setup.py and torch's build helper pass them; -O concerns the host code alone
     flags = [
@@ -134,12 +170,12 @@ def _built(arch: str) -> Library:
         *(f"-isystem={path}" for path in cpp_extension.include_paths()),
         f"-I{SOURCES}", f"-DTORCH_TARGET_VERSION={_target_version()}",
     ]  # fmt: skip
-    state = _digest(_run(compiler, "--version"), " ".join(flags), *headers)
+    state = _digest(_run(compiler, "--version"), " ".join(flags))
     place = folder() / arch
     place.mkdir(exist_ok=True)
 
     def compiled(source: Path) -> Path:
-        path = place / f"{source.stem}-{_digest(state, source)}.o"
+        path = place / f"{source.stem}-{_digest(state, *sorted(_included(source, set())))}.o"
         return _replaced(path, compiler, *flags, "-c", source)
 
     with ThreadPoolExecutor(JOBS) as pool:
@@ -162,8 +198,6 @@ def _target_version() -> str:
 
 
 if __name__ == "__main__":
-    import sys
-
     sys.stdout.write(f"{standin()}\n")
     for name in sys.argv[1:]:
         sys.stdout.write(f"{library(name)}\n")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes, variants and layouts that every operator is run with.
 
-They were chosen by coverage: each remainder of the widths that are read at once, two passes of every
+They were chosen by coverage: each remainder of the widths read at once, two passes of every
 loop, several tiles with a part of one, and one of everything. One star puts a case into the short
 list of the CUDA library, two into that of every set.
 """
@@ -159,7 +159,7 @@ TABLE = {
         ** B2 K35 D70 ; l1, features frozen
         * B3 K5 D37 ; mse
         ** B3 K5 D40 ; linf
-        B1 K300 D24 ; l1
+        ** B1 K300 D24 ; l1
         B1 K1 D1 ; none
         B2 K9 D64 ; none ; gaps
         B4 K8 D129 ; linf
