@@ -63,14 +63,15 @@ def test_matrices_are_loaded_16_bytes_at_a_time(rows):
 @pytest.mark.parametrize(
     ("kernel", "loop", "stores", "barriers", "instructions"),
     [
+        # bounds between today's counts, in Triton 3.6 too, and those of sums exchanged at every step
         # an image: five sums, and four numbers of every row that change their place
-        ("norm_cosine_logits_fwd_kernel", 0, 6, 12, 600),
+        ("norm_cosine_logits_fwd_kernel", 0, 18, 18, 620),
         # an image: its cosines, and a pair of sums of every row
-        ("norm_cosine_logits_bwd_kernel", 0, 5, 8, 1200),
+        ("norm_cosine_logits_bwd_kernel", 0, 18, 10, 1200),
         # a step: four vectors over columns; sums are exchanged after the loop
-        ("ffn_cosine_logits_fwd_kernel", 1, 4, 8, 580),
+        ("ffn_cosine_logits_fwd_kernel", 1, 12, 12, 580),
         # an image: two vectors, and the gradient of its unit row
-        ("ffn_cosine_logits_bwd_kernel", 0, 4, 6, 700),
+        ("ffn_cosine_logits_bwd_kernel", 0, 18, 10, 700),
         ("column_sums_kernel", 0, 0, 0, 140),
     ],
 )
@@ -96,7 +97,7 @@ def test_a_row_is_not_divided_by_its_norm(rows):
     [
         ("norm_cosine_logits_fwd_kernel", 6),
         ("norm_cosine_logits_bwd_kernel", 2),
-        ("ffn_cosine_logits_fwd_kernel", 4),
+        ("ffn_cosine_logits_fwd_kernel", 3),
         ("ffn_cosine_logits_bwd_kernel", 2),
         ("rational_head_fwd_kernel", 2),
         ("unit_products_fwd_kernel", 5),
