@@ -227,11 +227,14 @@ def ignored() -> Iterator[None]:
 
 def forget() -> None:
     """Read records again when they are asked for next."""
-    _failures.cache_clear()
+    _known.clear()
 
 
-@functools.cache
-def _failures(device_type: str) -> dict[tuple[str, str, torch.dtype], str]:
+Failures = dict[tuple[str, str, torch.dtype], str]
+_known: dict[str, Failures] = {}  # by type of device
+
+
+def _failures(device_type: str) -> Failures:
     """(op, impl, dtype) -> why it is left out, on any of the devices of that type."""
     if device_type == "cpu":
         devices = [torch.device("cpu")]
@@ -251,4 +254,9 @@ def _failures(device_type: str) -> dict[tuple[str, str, torch.dtype], str]:
 @constant_when_traced
 def why_failed(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
     """What the self-test said against a kernel, or the empty string."""
-    return "" if _ignored else _failures(device_type).get((op, impl, dtype), "")
+    failures = _known.get(device_type)  # of every call: the usual way through is two lookups
+    if failures is None:
+        failures = _known[device_type] = _failures(device_type)
+    if not failures or _ignored:
+        return ""
+    return failures.get((op, impl, dtype), "")

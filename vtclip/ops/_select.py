@@ -48,8 +48,11 @@ def _against(backend: Backend, problem: Problem, *, asked_for: bool) -> tuple[st
     if not asked_for and backend.name == "triton" and problem.device == "cpu":
         # Triton's interpreter takes CPU tensors, a thousand times slower than anything else
         return (f"needs cuda tensors, got {problem.device}",)
+    reasons = backend.why_not(problem)
+    if reasons:
+        return reasons
     failed = record.why_failed(problem.op, backend.name, problem.device, problem.dtype)
-    return (*backend.why_not(problem), failed) if failed else backend.why_not(problem)
+    return (failed,) if failed else ()
 
 
 def select(problem: Problem, impl: Impl | None) -> Backend:
