@@ -28,7 +28,7 @@ from vtclip.heads._step_time import FORMS, Rates, rates_of, step_seconds
 # near the crossover the extra traffic of the absorbed form eats what it saves
 MARGIN = 2
 
-CLEARLY = 0.97  # of the plainer form's time: less is within what the model leaves out
+CLEARLY = 0.98  # of the plainer form's time: less is within what the model leaves out
 TRACED_IMAGES = 32  # what a traced graph, which takes any number of images, is made for
 
 # rows from which the fused tail is used on CPU: twice those at which it was measured to be even

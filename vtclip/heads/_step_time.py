@@ -24,7 +24,8 @@ FORMS = (0, 1, 2)  # matrices pushed through the values
 HALF_RATE_DEPTH = 180  # inner size at which a product reaches half of its peak
 SPLITS = (1, 2, 4, 8)  # parts of a long sum over k
 LEAST_DEPTH = 1024  # of one such part
-ATTENTION_SHARE = 0.4  # of that peak: exponentials take the rest
+# of that peak that attention reaches at few tokens: forward, backward, weights and their backward
+ATTENTION, ATTENTION_BACK, WEIGHTS, WEIGHTS_BACK = 0.4, 0.25, 0.2, 0.07
 LAUNCH = 1e-6  # seconds between one kernel's end and the next one's first results
 
 
@@ -108,11 +109,11 @@ def pass_seconds(bytes: float, rates: Rates) -> float:
 
 @dataclass(frozen=True)
 class Steps:
-    """What is launched: products (batch, m, n, k), bytes of passes, attention (flops, bytes)."""
+    """What is launched: products, bytes of passes, attention (flops, share of the peak, bytes)."""
 
     products: tuple[tuple[int, int, int, int], ...]
     passes: tuple[int, ...]
-    attention: tuple[tuple[int, int], ...]
+    attention: tuple[tuple[int, float, int], ...]
 
     def __add__(self, other: Steps) -> Steps:
         return Steps(
@@ -125,8 +126,8 @@ class Steps:
         products = sum(product_seconds(*sizes, rates) for sizes in self.products)
         passes = sum(pass_seconds(bytes, rates) for bytes in self.passes)
         attention = (
-            max(flops / (ATTENTION_SHARE * rates.flops), bytes / rates.bytes)
-            for flops, bytes in self.attention
+            max(flops / (share * rates.flops), bytes / rates.bytes)
+            for flops, share, bytes in self.attention
         )
         return products + passes + sum(LAUNCH + seconds for seconds in attention)
 
@@ -138,9 +139,9 @@ def forward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, siz
     norms = (2 * R * C, 2 * R * C)  # start is added; LN2
     hidden = (1, R, F, C)
     if form == 0:
-        attention = (4 * R * L * C, keys + R * C)
+        attention = (4 * R * L * C, ATTENTION, keys + R * C)
         return _steps(((1, R, C, C), hidden), norms, (attention,), size)
-    weights = (2 * R * L * C, keys // 2 + R * HL)
+    weights = (2 * R * L * C, WEIGHTS, keys // 2 + R * HL)
     width = C if form == 1 else n
     pushed = ((H, B * L, width, C // H), (B, K, width, HL))
     laid_out = (2 * B * HL * width, 2 * R * HL)  # values and weights as the product wants them
@@ -160,10 +161,10 @@ def backward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, si
     norm = (3 * R * C, 3 * R * C, R * C)  # of x2 twice, LN2, the sum over images
     hidden = ((1, R, C, F), (1, F, C, R))
     if form == 0:
-        attention = (10 * R * L * C, 2 * keys + 2 * R * C)
+        attention = (10 * R * L * C, ATTENTION_BACK, 2 * keys + 2 * R * C)
         products = (*hidden, (1, C, C, R), (1, R, C, C))
         return _steps(products, (*cut, *norm), (attention,), size)
-    weights = (4 * R * L * C, keys + 2 * R * HL)
+    weights = (4 * R * L * C, WEIGHTS_BACK, keys + 2 * R * HL)
     width, d = C if form == 1 else n, C // H
     pushed = ((B, HL, width, K), (B, K, HL, width), (H, d, width, B * L), (H, B * L, d, width))
     laid_out = 2 * B * HL * width
@@ -180,11 +181,11 @@ def backward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, si
 def _steps(
     products: tuple[tuple[int, int, int, int], ...],
     passes: tuple[int, ...],
-    attention: tuple[tuple[int, int], ...],
+    attention: tuple[tuple[int, float, int], ...],
     size: int,
 ) -> Steps:
     """With numbers of memory in bytes."""
-    counted = tuple((flops, numbers * size) for flops, numbers in attention)
+    counted = tuple((flops, share, numbers * size) for flops, share, numbers in attention)
     return Steps(products, tuple(numbers * size for numbers in passes), counted)
 
 
