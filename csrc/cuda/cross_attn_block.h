@@ -100,7 +100,8 @@ struct CrossAttnForward : AttnTile<T, kD> {
   }
 
   // A step of a head in one chunk. Its keys are on their way when it begins; its values come while
-  // the scores are computed, the next step's keys, of this image or the next, while these are added.
+  // the scores are computed, the next step's keys, of this image or the next, while values are
+  // added.
   static VTCLIP_DEVICE Step add(const Args& args, Tiles& tiles, PerWarp<State, kWarps>& states,
                                 const Step& step, int64_t last, const AttnPlace& at) {
     const AttnShape& n = args.shape;

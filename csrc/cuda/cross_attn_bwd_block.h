@@ -5,7 +5,8 @@
 //   dS = P * (dP - delta), d_query = scale dS k, d_key = scale dS^T q, d_value = P^T d_out
 //
 // CrossAttnQueryGradient keeps a tile of queries and streams images, where they share the queries,
-// and keys past it; it leaves delta behind. CrossAttnKeyGradient keeps a tile of keys of one image and streams queries.
+// and keys past it; it leaves delta behind. CrossAttnKeyGradient keeps a tile of keys of one image
+// and streams queries.
 #pragma once
 
 #include "cuda/block/attn_block.h"

@@ -107,7 +107,8 @@ struct FfnForward {
   static VTCLIP_DEVICE void rows(const Args& args, int64_t index, Tiles& tiles) {
     tiles.each_row(index, args.K, [&](const auto& lanes, int64_t b, int64_t k, Acc* slots) {
       const NormRow<Acc> row = norm_row<kPacked>(lanes, slots, args, b, k);
-      const NormMeans<Acc> means = norm_means<kPacked>(lanes, slots, args, b, k, row.norm(), row.rnorm);
+      const NormMeans<Acc> means =
+          norm_means<kPacked>(lanes, slots, args, b, k, row.norm(), row.rnorm);
       lanes.once([&] {
         const int64_t at = b * args.K + k;
         args.logits[at] = static_cast<T>(args.scale * row.cosine);

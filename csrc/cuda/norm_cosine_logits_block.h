@@ -76,8 +76,9 @@ struct NormScalars {
       Acc spread[2];
       norm_spread<kPacked>(lanes, slots, args, b, k, mean, spread);
       const Acc shift = spread[0] / static_cast<Acc>(args.C);
+      const Norm<Acc> norm{mean, rstd, -shift * rstd};
       const NormMeans<Acc> means =
-          norm_means<kPacked>(lanes, slots, args, b, k, {mean, rstd, -shift * rstd}, args.stats.rnorm[at]);
+          norm_means<kPacked>(lanes, slots, args, b, k, norm, args.stats.rnorm[at]);
       lanes.once([&] {
         args.stats.shift[at] = shift;
         args.stats.cosine[at] = means.cosine;

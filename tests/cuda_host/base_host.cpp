@@ -232,8 +232,8 @@ void once(const host::Input& in) {
   out.write();
 }
 
-// The first half of x [8] and zeros, copied into shared memory and read: right after block.arrive(),
-// a fault without it, and another if a copy overwrites what is still read.
+// The first half of x [8] and zeros, copied into shared memory and read: right after
+// block.arrive(), a fault without it, and another if a copy overwrites what is still read.
 void copied(const host::Input& in) {
   const bool waits = in.ints.at(1) != 0, overwrites = in.ints.at(2) != 0;
   Shared shared;

@@ -109,8 +109,8 @@ VTCLIP_DEVICE void load_tile(const Team& team, S* to, int ld, const Rows<const T
   load_elements<kRows, kColumns>(team, to, ld, from, columns, exists);
 }
 
-// As load_tile, by copies that are there after block.arrive(); `team` is block.loose(). `exists` may
-// read what an earlier phase wrote.
+// As load_tile, by copies that are there after block.arrive(); `team` is block.loose(). `exists`
+// may read what an earlier phase wrote.
 template <int kRows, int kColumns, class Team, class T, class Exists>
 VTCLIP_DEVICE void copy_tile(const Team& team, T* to, int ld, const Rows<const T>& from,
                              int64_t columns, Exists exists) {

@@ -12,7 +12,8 @@ namespace vtclip::cuda {
 template <class T>
 struct Walk {
   using Acc = AccOf<T>;
-  // at most 32 sums of d_text per thread; in registers they would ask for a copy of the code per class
+  // at most 32 sums of d_text per thread; in registers they would ask for a copy of the code for
+  // each class
   static constexpr int kColumns = kGroup<T>, kClasses = kColumns > 4 ? 4 : 8;
   static constexpr int kSums = kColumns * kClasses;
 
