@@ -55,7 +55,8 @@ def rational_head_bwd_kernel(
     in_k = offs_k < K
     in_n = offs_n < D
     bias = load_row(bias_ptr, offs_n, stride_bias_d, D)
-    d_bias = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+    # one row or, where registers allow, a tile whose rows are added up after the loop
+    d_bias = tl.zeros((1 if PENALTY == 3 else BLOCK_K, BLOCK_N), tl.float32)
     if FEATURES:
         d_text = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
 
@@ -88,7 +89,10 @@ def rational_head_bwd_kernel(
         # relu has slope 0 at 0; rows that do not exist have no gradient
         d_m = tl.where((m <= -1.0) | (offs_k >= K)[:, None], 0.0, d_m)
         store_rows(d_m_ptr + b * K * D, d_m, offs_k, offs_n, D, 1, in_k, D)
-        d_bias += d_m
+        if PENALTY == 3:
+            d_bias += tl.sum(d_m, axis=0)[None, :]
+        else:
+            d_bias += d_m
         if FEATURES:
             weighed = g[:, None] * opened(m)
             d_text += weighed * x[None, :]

@@ -63,7 +63,7 @@ def test_matrices_are_loaded_16_bytes_at_a_time(rows):
 @pytest.mark.parametrize(
     ("kernel", "loop", "stores", "barriers", "instructions"),
     [
-        # bounds between today's counts, in Triton 3.6 too, and those of sums exchanged at every step
+        # bounds between today's counts, Triton 3.6's too, and those of sums exchanged at each step
         # an image: five sums, and four numbers of every row that change their place
         ("norm_cosine_logits_fwd_kernel", 0, 18, 18, 620),
         # an image: its cosines, and a pair of sums of every row
