@@ -84,6 +84,8 @@ VECTORS = [
     ("copy_no_wait", {}, None, ["uninitialised"]),
     ("copy_wait_one", {}, None, ["uninitialised"]),
     ("copy_no_barrier", {}, lambda: X[:512].reshape(128, 4)[::-1].ravel(), ["race"]),
+    ("overwritten", {}, lambda: X[:128], []),
+    ("overwritten_no_sync", {}, lambda: X[:128], ["race"]),
     ("paired", {}, lambda: np.r_[np.zeros(64), X[63::-1]], []),
     ("paired_again", {}, lambda: np.r_[np.zeros(64), X[63::-1]], []),
     ("paired_late", {}, lambda: np.r_[np.zeros(64), X[63::-1]], ["race"]),

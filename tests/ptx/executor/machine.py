@@ -347,7 +347,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         # asynchronous work that not all have waited for is kept
         known = self.stamp.clock[:, -2:].reshape(self.blocks, -1, 2).min(1)
         self.shared_log = [
-            a for a in log if a.engine
+            a for a in log if a.engine > 0
             and a.stamp.clock[a.lanes[0] // 32, -a.engine]
             > known[a.lanes[0] // self.threads, -a.engine]
         ]  # fmt: skip

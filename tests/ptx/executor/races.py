@@ -45,7 +45,7 @@ class Access(NamedTuple):
     values: np.ndarray | None  # contiguous, size bytes a row
     stamp: Stamp
     first: int  # thread of the grid that is lane 0
-    engine: int = 0  # 1: a bulk copy, 2: wgmma; it counts in that column from the end
+    engine: int = 0  # 1: a bulk copy, 2: wgmma, that column from the end; -1: all lanes together
 
 
 class Race(NamedTuple):
@@ -77,7 +77,7 @@ class Detector:
         seen = owner[granule]
         conflict = (seen >= 0) & (seen != who)
         owner[written] = -1
-        if any(a.engine for a in log):  # a lane races with its own copies, too
+        if any(a.engine > 0 for a in log):  # a lane races with its own copies, too
             conflict |= np.isin(granule, written)
         if not conflict.any():
             return []
@@ -152,9 +152,9 @@ class Detector:
         column = np.where(own[ex] > 0, columns - own[ex], wx % (self.threads >> 5))
         known = clocks[sy, wy, column] >= clocks[sx, wx, column]
         warp = (tx >> 5) == (ty >> 5)
-        by_warp = (tx == ty) | (segments[sx, lx] < segments[sy, ly])
+        by_warp = (tx == ty) | (own[ex] < 0) | (segments[sx, lx] < segments[sy, ly])
         block = tx // self.threads == ty // self.threads
-        return block & np.where(warp & (own[ex] == 0), by_warp, known)
+        return block & np.where(warp & (own[ex] <= 0), by_warp, known)
 
 
 def folded(log: list[Access], length: int) -> list[Access]:

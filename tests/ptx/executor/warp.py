@@ -161,10 +161,13 @@ class WarpLevel:
         return a, self.by_warp(self.lanes, warps)[:, : 8 * count].ravel()
 
     def load_matrices(self, address, offset: int, count: int, transposed: bool, mask, pc: int):
-        """Lane 4 r + c gets columns 2 c, 2 c + 1 of row r; of column r where transposed."""
+        """Lane 4 r + c gets columns 2 c, 2 c + 1 of row r; of column r where transposed.
+
+        The lanes wait for each other: what any of them writes later comes after the read.
+        """
         warps = self.warps(mask, pc)
         a, lanes = self._rows(address, offset, count, warps)
-        rows = np.stack(self.read(space_of(a), a, lanes, 8, 2, pc), 1)
+        rows = np.stack(self.read(space_of(a), a, lanes, 8, 2, pc, engine=-1), 1)
         rows = turned(rows, count, transposed).view(i4).reshape(-1, count, 32)
         return [self.to_lanes(rows[:, k], warps) for k in range(count)]
 

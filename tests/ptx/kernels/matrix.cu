@@ -31,6 +31,22 @@ PRODUCT(product, 1, 2, ".trans")
 PRODUCT(product_swapped, 2, 1, ".trans")
 PRODUCT(product_untransposed, 1, 2, "")
 
+// rows that other lanes wrote are read by ldmatrix, and overwritten after it
+#define OVERWRITTEN(NAME, SYNC)                                                                   \
+  __global__ void NAME(const unsigned* x, unsigned* y) {                                          \
+    __shared__ __align__(16) unsigned s[128];                                                     \
+    int t = threadIdx.x, first = t / 32 * 32;                                                     \
+    unsigned r;                                                                                   \
+    s[t] = x[t];                                                                                  \
+    SYNC;                                                                                         \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"                           \
+                 : "=r"(r) : "r"(SHARED(s + first + t % 8 * 4)) : "memory");                      \
+    s[first + 31 - t % 32] = 0;                                                                   \
+    y[t] = r;                                                                                     \
+  }
+OVERWRITTEN(overwritten, __syncwarp())
+OVERWRITTEN(overwritten_no_sync, )
+
 // c [16, 8] = a [16, 8] b [8, 8] in tf32, both by rows
 __global__ void product_tf32(const float* a, const float* b, float* c) {
   int t = threadIdx.x, g = t / 4, k = t % 4;
