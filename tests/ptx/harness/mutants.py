@@ -102,7 +102,7 @@ def sites(text: str, lines: set[int]) -> Iterator[tuple[str, int, str]]:
 def _reached(backend: Any, key: str, chosen: list[cases.Case], dtype: str) -> set[int]:
     """Lines of a kernel that its cases execute."""
     lines: set[int] = set()
-    code = backend.recorder.kernel(key, key, backend.text(key)).code
+    code = backend.recorder.kernel(key, key, backend.text(key)).body.code
     for case in chosen:
         row = child.outcome(backend, case, dtype)
         if row["errors"] or row["findings"]:
