@@ -63,7 +63,7 @@ def floats(*shape, t="f4", seed=0):
 
 
 X = floats(2048)
-# kernel, what it is called with behind x and y, what y shall hold (None: a wrong result is due), reports
+# kernel, how it is launched on x and y, what y shall hold (None: nothing is asked), what is found
 VECTORS = [
     ("tree", {}, lambda: [X[:128].sum()], []),
     ("tree_no_barrier", {}, lambda: [X[:128].sum()], ["race"]),
@@ -71,17 +71,21 @@ VECTORS = [
     ("neighbour", {}, lambda: X[T ^ 1], []),
     ("neighbour_no_sync", {}, lambda: X[T ^ 1], ["race"]),
     ("shared_shifted", {"shared": 516}, lambda: X[:128], []),
-    ("shared_shifted", {"shared": 512}, None, ["bounds", "uninitialised"]),
+    ("shared_shifted", {"shared": 512}, None, ["bounds"]),
     ("shared_unwritten", {}, None, ["uninitialised"]),
     ("misaligned", {}, None, ["alignment"]),
     ("shuffle_sum", {}, lambda: np.repeat(X[:128].reshape(4, 32).sum(1), 32), []),
     ("shuffle_in_branch", {}, None, ["member mask"]),
+    ("twice_equal", {}, lambda: X[T // 2], []),
+    ("twice_unequal", {}, lambda: X[T // 2], ["race"]),
+    ("either_space", {}, lambda: np.where(T % 2, 2 * X[:128], X[:128]), []),
     ("odd_block", {"threads": 100}, lambda: X[99::-1], []),
     ("copy", {}, lambda: X[:512].reshape(128, 4)[::-1].ravel(), []),
     ("copy_no_wait", {}, None, ["uninitialised"]),
     ("copy_wait_one", {}, None, ["uninitialised"]),
     ("copy_no_barrier", {}, lambda: X[:512].reshape(128, 4)[::-1].ravel(), ["race"]),
     ("paired", {}, lambda: np.r_[np.zeros(64), X[63::-1]], []),
+    ("paired_again", {}, lambda: np.r_[np.zeros(64), X[63::-1]], []),
     ("paired_late", {}, lambda: np.r_[np.zeros(64), X[63::-1]], ["race"]),
     ("bulk", {}, lambda: X[:128] + X[128:256], []),
     ("bulk_no_wait", {}, lambda: X[:128] + X[128:256], ["race"]),
@@ -233,7 +237,13 @@ def test_a_product_in_tf32(run):
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("group", []), ("group_rs", []), ("group_no_fence", ["proxy"]), ("group_no_wait", ["proxy"])],
+    [
+        ("group", []),
+        ("group_rs", []),
+        ("group_no_fence", ["proxy"]),
+        ("group_no_wait", ["proxy"]),
+        ("group_overwritten", ["race"]),
+    ],
 )
 def test_a_product_of_a_warpgroup(run, name, kinds):
     a, b, c = floats(64, 16, t="f2"), floats(8, 16, t="f2", seed=1), np.zeros((64, 8), "f4")

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import tensor_map
-from .races import READ, WRITE, Stamp
-from .translate import PARAMETER_WINDOW
+from .races import WRITE, Stamp
+from .tensor_map import TensorMap, decode, swizzled
 from .types import i8, u1
+from .warp import space_of
 
 
 @dataclass
@@ -23,22 +23,20 @@ class Barrier:
 
     expected: int
     pending: int
+    clock: np.ndarray  # what those who arrived had seen
+    segment: np.ndarray  # their newest segment, of each warp
     bytes: int = 0
     phase: int = 0
-    clock: np.ndarray | None = None  # what those who arrived had seen
-    segment: np.ndarray | None = None  # their newest segment, of each warp
-    copies: list = field(default_factory=list)
+    copies: list = field(default_factory=list)  # of the phase: (place, rows)
 
 
 class Copies:
-    """Needs of a machine: active(), _load(), write(), find(), stamp, shared."""
+    """Needs of a machine: active(), pieces(), read(), write(), find(), stamp, shared."""
 
     def prepare_copies(self) -> None:
         self.pending: list = []  # cp.async: (place, lanes, rows, group, pc)
         self.groups_made = np.zeros(self.lanes.size, np.int64)
         self.barriers: dict[int, Barrier] = {}
-        self.ticks = np.zeros(self.blocks, np.int64)  # of bulk copies
-        self.bulk_reads: list = []  # of shared memory, until wait_group
 
     # ---- cp.async
     def copy_async(self, to, to_offset, source, offset, n: int, have, mask, pc: int) -> None:
@@ -47,281 +45,206 @@ class Copies:
             return
         self.executed[pc] = True
         s, _ = self.active(source, offset, mask)
-        count = np.broadcast_to(n if have is None else have, self.lanes.shape)[lanes]
+        count = self.full(n if have is None else have)[lanes]
         if ((count < 0) | (count > n)).any():
             self.find("bounds", pc, f"a source of {int(count.max())} of {n} bytes", lanes)
         rows = np.zeros((lanes.size, n), u1)
         whole, some = np.flatnonzero(count == n), np.flatnonzero((count > 0) & (count < n))
         if whole.size:
             self.aligned(s[whole], n, lanes[whole], pc, "global")
-            words = self._load("global", s[whole], lanes[whole], 4, n // 4, pc)
+            words = self.read("global", s[whole], lanes[whole], 4, n // 4, pc)
             rows[whole] = np.stack(words, 1).view(u1)
         for k in range(int(count[some].max()) if some.size else 0):
             j = some[count[some] > k]
-            rows[j, k] = self._load("global", s[j] + k, lanes[j], 1, 1, pc)[0]
-        a = self.aligned(a, n, lanes, pc, "shared")
-        inside = self.inside("shared", a, n, lanes, pc)
-        if inside is not None:
-            a, lanes, rows = a[inside], lanes[inside], rows[inside]
-        place = a + self.shared.base[lanes]
-        self.log_shared(place, lanes, n, WRITE, pc, rows)
-        self.shared.mark(place, n, 0)
-        self.pending.append((place, lanes, rows, self.groups_made[lanes], pc))
+            rows[j, k] = self.read("global", s[j] + k, lanes[j], 1, 1, pc)[0]
+        for memory, place, i in self.pieces(space_of(a), a, n, lanes, pc):
+            self.log(memory, place, lanes[i], n, WRITE, pc, rows[i])
+            memory.mark(place, n, 0)
+            self.pending.append((place, lanes[i], rows[i], self.groups_made[lanes[i]], pc))
 
-    def commit_copies(self, mask) -> None:
+    def commit_copies(self, mask, pc: int) -> None:
         self.groups_made = self.groups_made + self.standing(mask)
 
     def wait_copies(self, newest: int | None, mask, pc: int) -> None:
         """Delivers groups of the lanes but their `newest`; None: everything."""
         here, kept = self.standing(mask), []
-        for place, lanes, rows, group, at in self.pending:
+        for copy in self.pending:
+            place, lanes, rows, group, at = copy
             done = here[lanes]
             if newest is not None:
                 done = done & (group < self.groups_made[lanes] - newest)
             if done.any():
                 p, w, r = place[done], lanes[done], np.ascontiguousarray(rows[done])
                 self.shared.scatter(p, r, r.shape[1])
-                self.log_shared(p, w, r.shape[1], WRITE, at, r)
+                self.log(self.shared, p, w, r.shape[1], WRITE, at, r)
                 if self.proxy is not None:
                     self.proxy.written(p, r.shape[1], w)
             if not done.all():
-                kept.append((place[~done], lanes[~done], rows[~done], group[~done], at))
+                kept.append((*(x[~done] for x in copy[:4]), at))
         self.pending = kept
 
     def copies_arrive(self, address, offset: int, counted: bool, mask, pc: int) -> None:
         """cp.async.mbarrier.arrive: as if the copies so far were waited for at once."""
         self.wait_copies(None, mask, pc)
         if counted:
-            self.arrive(address, offset, 1, mask, pc)
+            self.arrive(address, offset, 1, 0, False, mask, pc)
 
     # ---- mbarrier
-    def barriers_at(self, address, offset: int, mask, pc: int):
-        """(place, lanes that name it, lanes) for each mbarrier; unknown ones are reported."""
+    def places(self, address, offset: int, mask, pc: int):
+        """(place, lanes that name it) for each mbarrier."""
         a, lanes = self.active(address, offset, mask)
-        if lanes.size == 0:
-            return
-        self.executed[pc] = True
-        if self.window(a)[0][0] == "shared":
-            a = self.window(a)[0][1]
-        a = self.aligned(a, 8, lanes, pc, "shared")
-        _, place = self.place("shared", a, 8, lanes, pc)
-        for p in np.unique(place):
-            yield int(p), lanes[place == p]
+        for _, place, s in self.pieces(space_of(a), a, 8, lanes, pc):
+            self.executed[pc] = True
+            for p in np.unique(place):
+                yield int(p), lanes[s][place == p]
 
-    def known(self, place: int, lanes, pc: int) -> Barrier | None:
-        barrier = self.barriers.get(place)
-        if barrier is None:
-            self.find("barrier", pc, "this mbarrier was never initialised", lanes)
-        return barrier
+    def known(self, address, offset: int, mask, pc: int):
+        """(mbarrier, lanes that name it); what was never initialised is reported."""
+        for place, lanes in self.places(address, offset, mask, pc):
+            if place in self.barriers:
+                yield self.barriers[place], lanes
+            else:
+                self.find("barrier", pc, "this mbarrier was never initialised", lanes)
 
     def barrier_init(self, address, offset: int, count, mask, pc: int) -> None:
-        for place, lanes in self.barriers_at(address, offset, mask, pc):
-            n = int(np.broadcast_to(count, self.lanes.shape)[lanes[0]])
-            self.barriers[place] = Barrier(n, n)
+        for place, lanes in self.places(address, offset, mask, pc):
+            n, clock = int(self.full(count)[lanes[0]]), self.stamp.clock
+            self.barriers[place] = Barrier(n, n, 0 * clock[0], np.zeros(clock.shape[0], i8))
             self.shared.mark(np.array([place]), 8, 1)
-            self.log_shared(np.array([place]), lanes[:1], 8, WRITE, pc, np.array([[n]], i8))
+            self.log(self.shared, np.array([place]), lanes[:1], 8, WRITE, pc, np.array([[n]], i8))
 
-    def barrier_end(self, address, offset: int, mask, pc: int) -> None:
-        for place, _ in self.barriers_at(address, offset, mask, pc):
+    def barrier_inval(self, address, offset: int, mask, pc: int) -> None:
+        for place, _ in self.places(address, offset, mask, pc):
             self.barriers.pop(place, None)
 
-    def arrive(self, address, offset, count, mask, pc, expect=0, drop=False) -> np.ndarray:
+    def arrive(self, address, offset, count, expect, drop: bool, mask, pc: int) -> list:
         """Arrivals (and bytes to expect) at mbarriers; returns the number of the phase."""
-        state = np.zeros(self.lanes.size, i8)
-        for place, lanes in self.barriers_at(address, offset, mask, pc):
-            barrier = self.known(place, lanes, pc)
-            if barrier is None:
-                continue
+        state, count, expect = np.zeros(self.lanes.size, i8), self.full(count), self.full(expect)
+        for barrier, lanes in self.known(address, offset, mask, pc):
             state[lanes] = barrier.phase
-            total = int(np.broadcast_to(count, self.lanes.shape)[lanes].sum())
-            barrier.bytes += int(np.broadcast_to(expect, self.lanes.shape)[lanes].sum())
+            total = int(count[lanes].sum())
+            barrier.bytes += int(expect[lanes].sum())
             barrier.pending -= total
             barrier.expected -= total if drop else 0
             if barrier.pending < 0:
                 self.find("barrier", pc, "more arrivals than this mbarrier's phase wants", lanes)
-            self._release_to(barrier, lanes)
+            # what the lanes' warps did so far is known to whoever waits for the phase
+            warps, clock = np.unique(lanes // 32), self.stamp.clock.copy()
+            barrier.clock = np.maximum(barrier.clock, clock[warps].max(0))
+            np.maximum.at(barrier.segment, lanes // 32, self.stamp.segment[lanes])
+            clock[warps, warps % (self.threads // 32)] += 1
+            self.stamp = Stamp(self.stamp.segment, clock)
             self._complete(barrier)
-        return state
+        return [state]
 
-    def expect_bytes(self, address, offset: int, count, mask, pc: int, sign: int = 1) -> None:
-        for place, lanes in self.barriers_at(address, offset, mask, pc):
-            barrier = self.known(place, lanes, pc)
-            if barrier:
-                n = int(np.broadcast_to(count, self.lanes.shape)[lanes].sum())
-                barrier.bytes += sign * n
-                self._complete(barrier)
-
-    def _release_to(self, barrier: Barrier, lanes: np.ndarray) -> None:
-        """What the lanes' warps did so far is known to whoever waits for the phase."""
-        warps = np.unique(lanes // 32)
-        clock = self.stamp.clock.copy()
-        seen = clock[warps].max(0)
-        barrier.clock = seen if barrier.clock is None else np.maximum(barrier.clock, seen)
-        if barrier.segment is None:
-            barrier.segment = np.zeros(clock.shape[0], np.int64)
-        np.maximum.at(barrier.segment, lanes // 32, self.stamp.segment[lanes])
-        clock[warps, warps % (self.threads // 32)] += 1
-        self.stamp = Stamp(self.stamp.segment, clock)
+    def expect_bytes(self, address, offset: int, count, sign: int, mask, pc: int) -> None:
+        for barrier, lanes in self.known(address, offset, mask, pc):
+            barrier.bytes += sign * int(self.full(count)[lanes].sum())
+            self._complete(barrier)
 
     def _complete(self, barrier: Barrier) -> None:
         if barrier.pending > 0 or barrier.bytes != 0:
             return
         barrier.phase += 1
-        barrier.pending = barrier.expected
+        barrier.pending, copies, barrier.copies = barrier.expected, barrier.copies, []
         self.idle = 0
-        for place, rows in barrier.copies:
+        for place, rows in copies:
             self.shared.scatter(place, rows, 16)
-        barrier.copies = []
 
-    def barrier_test(self, address, offset: int, state, parity: bool, mask, pc: int) -> np.ndarray:
+    def barrier_test(self, address, offset: int, state, parity: bool, mask, pc: int) -> list:
         """Whether the phase of that number or parity is complete; lanes that wait are delayed."""
-        done = np.zeros(self.lanes.size, bool)
-        for place, lanes in self.barriers_at(address, offset, mask, pc):
-            barrier = self.known(place, lanes, pc)
-            if barrier is None:
-                done[lanes] = True
-                continue
-            want = np.broadcast_to(state, self.lanes.shape)[lanes]
-            over = (barrier.phase & 1) != (want & 1) if parity else barrier.phase > want
-            done[lanes] = over
-            if over.any() and barrier.clock is not None:
-                warps = np.unique(lanes[over] // 32)
-                clock = self.stamp.clock.copy()
-                clock[warps] = np.maximum(clock[warps], barrier.clock)
-                segment, passed = self.stamp.segment.copy(), lanes[over]
-                if barrier.segment is not None:
-                    segment[passed] = np.maximum(segment[passed], barrier.segment[passed // 32] + 1)
-                self.stamp = Stamp(segment, clock)
-        if not done[self.standing(mask)].all():
+        done = np.ones(self.lanes.size, bool)
+        for barrier, lanes in self.known(address, offset, mask, pc):
+            want = self.full(state)[lanes]
+            done[lanes] = (barrier.phase ^ want) & 1 if parity else barrier.phase > want
+            passed = lanes[done[lanes]]
+            warps, clock = np.unique(passed // 32), self.stamp.clock.copy()
+            clock[warps] = np.maximum(clock[warps], barrier.clock)
+            segment = self.stamp.segment.copy()
+            segment[passed] = np.maximum(segment[passed], barrier.segment[passed // 32] + 1)
+            self.stamp = Stamp(segment, clock)
+        if not done.all():
             self.stalled = self.stalls = self.stalls + 1
-        return done
+        return [done]
 
     # ---- bulk and tensor copies
-    def bulk_load(self, to, to_offset, source, offset, size, barrier, at, mask, pc: int) -> None:
-        a, lanes = self.active(to, to_offset, mask)
-        s, _ = self.active(source, offset, mask)
-        sizes = np.broadcast_to(size, self.lanes.shape)[lanes]
-        for k, lane in enumerate(lanes):
-            n = int(sizes[k])
-            if n % 16 or s[k] % 16 or a[k] % 16:
-                self.find("alignment", pc, "a bulk copy's addresses or size", lane)
-            pieces = 16 * np.arange(n // 16)
-            who = np.full(pieces.size, lane)
-            words = self._load("global", s[k] + pieces, who, 8, 2, pc)
-            rows = np.stack(words, 1).view(u1).reshape(-1, 16)
-            self._arriving(int(a[k]) + pieces, rows, int(lane), barrier, at, pc)
+    def tiles(self, shared, shared_offset, far, offset: int, extent, mask, pc: int):
+        """(lane, its shared places of 16 bytes, the tensor map, global addresses, which exist).
 
-    def tensor_load(self, to, to_offset, source, offset, coordinates, barrier, at, mask, pc):
-        a, lanes = self.active(to, to_offset, mask)
-        for k, lane in enumerate(lanes):
-            tile = self._tensor_map(source, offset, int(lane), pc)
-            if a[k] % 128:
-                self.find("alignment", pc, "a tensor copy's shared address (128 bytes)", lane)
-            address, good = tile.elements(self._of_lane(coordinates, int(lane)))
-            data = np.zeros(address.size, f"u{tile.element}")
-            if good.any():
-                who = np.full(int(good.sum()), lane)
-                data[good] = self._load("global", address[good], who, tile.element, 1, pc)[0]
-            rows = data.view(u1).reshape(-1, 16)
-            place = tensor_map.swizzled(int(a[k]) + 16 * np.arange(len(rows)), tile.swizzle)
-            self._arriving(place, rows, int(lane), barrier, at, pc)
+        `extent` is a number of bytes, or a list of coordinates where `far` points to a tensor map.
+        """
+        a, lanes = self.active(shared, shared_offset, mask)
+        for at, lane in zip(a.tolist(), lanes.tolist(), strict=True):
+            self.executed[pc] = True
+            first = int(self.full(far)[lane]) + offset
+            if isinstance(extent, list):
+                pieces = first + 16 * np.arange(8)
+                raw = np.stack(self.read("", pieces, np.full(8, lane), 8, 2, pc), 1)
+                tile, corner = decode(raw.tobytes()), [self.full(x)[lane] for x in extent]
+                bad = at % 128
+            else:
+                n, corner = int(self.full(extent)[lane]), [0]
+                tile = TensorMap(first, (n // 8,), (), (n // 8,), 8, steps=(1,))
+                bad = (at | first | n) % 16
+            if bad:
+                self.find("alignment", pc, "addresses or size of a bulk copy", lane)
+            address, good = tile.elements(corner)
+            places = at + 16 * np.arange(address.size * tile.element // 16)
+            yield lane, swizzled(places, tile.swizzle), tile, address, good
 
-    def _arriving(self, a, rows, lane: int, barrier, at: int, pc: int) -> None:
-        """Rows of 16 bytes that reach shared memory with the phase of an mbarrier."""
-        self.executed[pc] = True
-        who = np.full(a.size, lane)
-        inside = self.inside("shared", a, 16, who, pc)
-        if inside is not None:
-            a, rows, who = a[inside], rows[inside], who[inside]
-        place = a + self.shared.base[who]
-        block, warp = lane // self.threads, lane // 32
-        self.ticks[block] += 1
-        clock = self.stamp.clock.copy()
-        clock[warp, -1] = self.ticks[block]
-        kept, self.stamp = self.stamp, Stamp(self.stamp.segment, clock)
-        self.log_shared(place, who, 16, WRITE, pc, np.ascontiguousarray(rows), asynchronous=True)
-        self.stamp = kept
-        self.shared.mark(place, 16, 0)
-        only = self.lanes == lane
-        for p, lanes in self.barriers_at(barrier, at, only, pc):
-            b = self.known(p, lanes, pc)
-            if b is not None:
-                b.copies.append((place, np.ascontiguousarray(rows)))
-                b.clock = clock[warp] if b.clock is None else np.maximum(b.clock, clock[warp])
+    def bulk_load(self, to, to_offset, far, offset, extent, barrier, at, mask, pc: int) -> None:
+        """Global to shared memory; the bytes arrive with the phase of an mbarrier."""
+        for lane, a, tile, address, good in self.tiles(
+            to, to_offset, far, offset, extent, mask, pc
+        ):
+            data, who = np.zeros(address.size, f"u{tile.element}"), np.full(address.size, lane)
+            data[good] = self.read("global", address[good], who[good], tile.element, 1, pc)[0]
+            rows, kept = data.view(u1).reshape(-1, 16), self.stamp
+            self.stamp = self.started(lane, 1)
+            clock, pieces = self.stamp.clock[lane // 32], []
+            for memory, place, i in self.pieces(space_of(a), a, 16, who[: a.size], pc):
+                self.log(memory, place, who[: place.size], 16, WRITE, pc, rows[i], engine=1)
+                memory.mark(place, 16, 0)
+                pieces.append((place, rows[i]))
+            self.stamp = kept
+            for b, _ in self.known(barrier, at, self.lanes == lane, pc):
+                b.copies += pieces
+                b.clock = np.maximum(b.clock, clock)
                 b.bytes -= rows.size
                 self._complete(b)
 
-    def bulk_store(self, to, to_offset, source, offset, size, mask, pc: int) -> None:
-        s, lanes = self.active(source, offset, mask)
-        a, _ = self.active(to, to_offset, mask)
-        sizes = np.broadcast_to(size, self.lanes.shape)[lanes]
-        for k, lane in enumerate(lanes):
-            pieces = 16 * np.arange(int(sizes[k]) // 16)
-            if sizes[k] % 16 or s[k] % 16 or a[k] % 16:
-                self.find("alignment", pc, "a bulk copy's addresses or size", lane)
-            rows = self._leaving(int(s[k]) + pieces, int(lane), pc)
-            self.write("global", a[k] + pieces, rows, np.full(pieces.size, lane), pc)
-
-    def tensor_store(self, to, to_offset, coordinates, source, offset, mask, pc: int) -> None:
-        s, lanes = self.active(source, offset, mask)
-        for k, lane in enumerate(lanes):
-            tile = self._tensor_map(to, to_offset, int(lane), pc)
-            address, good = tile.elements(self._of_lane(coordinates, int(lane)))
-            pieces = 16 * np.arange(address.size * tile.element // 16)
-            place = tensor_map.swizzled(int(s[k]) + pieces, tile.swizzle)
-            data = self._leaving(place, int(lane), pc).view(f"u{tile.element}").reshape(-1, 1)
-            if good.any():
-                who = np.full(int(good.sum()), lane)
-                self.write("global", address[good], data[good], who, pc)
-
-    def _leaving(self, a, lane: int, pc: int) -> np.ndarray:
-        """Shared rows of 16 bytes as the asynchronous proxy reads them."""
-        self.executed[pc] = True
-        who = np.full(a.size, lane)
-        rows = np.stack(self._load("shared", a, who, 8, 2, pc), 1)
-        self.check_proxy(a + self.shared.base[who], who, 16, pc)
-        if self.shared_log:
-            self.bulk_reads.append((lane, self.shared_log[-1]))
-        return rows
+    def bulk_store(self, far, offset, source, source_offset, extent, mask, pc: int) -> None:
+        """Shared to global memory, at once."""
+        tiles = self.tiles(source, source_offset, far, offset, extent, mask, pc)
+        for lane, a, tile, address, good in tiles:
+            who, kept = np.full(address.size, lane), self.stamp
+            self.stamp = self.started(lane, 1)
+            rows = np.stack(self.read("shared", a, who[: a.size], 8, 2, pc, engine=1), 1)
+            self.stamp = kept
+            self.check_proxy(a, who[: a.size], 16, pc)
+            data = rows.view(f"u{tile.element}").reshape(-1, 1)
+            self.write("global", address[good], data[good], who[good], pc)
 
     def wait_bulk(self, newest: int, mask, pc: int) -> None:
-        """Reads of the lanes' bulk stores last until here (groups are waited for together)."""
-        if newest:
-            return
-        here = self.standing(mask)
-        for lane, access in self.bulk_reads:
-            if here[lane]:
-                self.log_shared(access.place, access.lanes, access.size, READ, access.pc)
-        self.bulk_reads = [x for x in self.bulk_reads if not here[x[0]]]
-
-    def _of_lane(self, values: list, lane: int) -> list[int]:
-        return [int(np.broadcast_to(v, self.lanes.shape)[lane]) for v in values]
-
-    def _tensor_map(self, address, offset: int, lane: int, pc: int) -> tensor_map.TensorMap:
-        at = self._of_lane([address], lane)[0] + offset
-        if at >= PARAMETER_WINDOW:
-            at -= PARAMETER_WINDOW
-            raw = self.parameters.words[1][at : at + 128]
-        else:
-            pieces = at + 16 * np.arange(8)
-            raw = np.stack(self._load("global", pieces, np.full(8, lane), 8, 2, pc), 1).view(u1)
-        return tensor_map.decode(raw.tobytes())
+        """The lanes' bulk stores have read shared memory (groups are waited for together)."""
+        if newest == 0:
+            warps = np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+            self.waited(warps, 1, self.ticks[warps * 32 // self.threads, 1])
 
     # ---- proxies
-    def fence_proxy(self, mask) -> None:
+    def fence_proxy(self, mask, pc: int) -> None:
         if self.proxy is not None:
             self.proxy.fences = self.proxy.fences + self.standing(mask)
 
-    def check_proxy(self, place, lanes, size: int, pc: int) -> None:
-        """Bytes that are read asynchronously were fenced by the lane that wrote them."""
+    def check_proxy(self, a, lanes, size: int, pc: int) -> None:
+        """Shared bytes that are read asynchronously were fenced by the lane that wrote them."""
         if self.proxy is None or not self.checks.proxies:
             return
-        at, writer = self.proxy.unfenced(place, size)
+        inside = (a >= 0) & (a <= self.shared.size - size)
+        at, writer = self.proxy.unfenced((a + self.shared.base[lanes])[inside], size)
         if at.size:
-            at, writer = int(at[0]) % self.shared.stride, int(writer[0]) % self.threads
-            text = (
-                f"shared byte {at}, written by thread {writer}, is read without fence.proxy.async"
-            )
+            text = f"byte {self.shared.offset(int(at[0]))} of shared, written by thread "
+            text += f"{int(writer[0]) % self.threads}, is read without fence.proxy.async"
             self.find("proxy", pc, text, lanes[:1])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions that act on memory, on other lanes or on the schedule, as calls of the machine."""
+"""Instructions that act on memory, on other lanes or on the schedule: calls of the machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .report import PtxError
 from .translate import Block
 
 SPACES = {"global", "shared", "local", "param", "const"}
-CACHE_HINTS = re.compile(
+# of loads, stores and atomics: how far they are seen and where they are cached
+ACCEPTED = re.compile(
     r"(weak|relaxed|acquire|release|acq_rel|volatile|mmio|gpu|sys|cta|cluster|nc|ca|cg|cs|lu|cv|wb|wt"
-    r"|unified|global|local|const|param(::\w+)?|shared(::\w+)?|v[248]|noftz|L[12]::\w+|b128)$"
+    r"|unified|global|local|const|param(::\w+)?|shared(::\w+)?|v[248]|noftz|L[12]::\w+)$"
 )
-# old and b are of the instruction's type
+# o is the old value, b and c the operands, all of the instruction's type
 ATOMICS = {
     "add": "o + b",
     "min": "np.minimum(o, b)",
@@ -30,37 +31,65 @@ ATOMICS = {
     "dec": "where((o == 0) | (o > b), b, o - o.dtype.type(1))",
     "cas": "where(o == b, c, o)",
 }
+# method of the machine, types of the operands: t that of the instruction, i 32 bits, p a predicate
+WARP_LEVEL = {
+    "shfl": ("shuffle", "iiii"),
+    "vote": ("vote", "pi"),
+    "match": ("match", "ti"),
+    "redux": ("reduce", "ti"),
+    "elect": ("elect", "i"),
+    "activemask": ("active_mask", ""),
+}
+HOW = re.compile("up|down|bfly|idx|any|all|uni|ballot|add|min|max|and|or|xor")
+WITHOUT_EFFECT = (
+    *("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "membar", "setmaxnreg"),
+    *("griddepcontrol", "brkpt", "pmevent", "createpolicy"),
+)
+
+
+def listed(operand) -> tuple:
+    return operand if isinstance(operand, tuple) else (operand,)
+
+
+def unless(condition: bool, text: str) -> None:
+    if condition:
+        raise PtxError(text)
 
 
 class Effects(Moves):
-    # ---- memory
-    def space(self, i: Instruction, address: Address) -> str:
-        named = next((p.split("::")[0] for p in i.parts[1:] if p.split("::")[0] in SPACES), "")
-        if not named and address.base in self.program.symbols:
-            named = self.program.symbols[address.base][0]
-        return {"const": "global"}.get(named, named)
+    def call(self, i: Instruction, pc: int, method: str, *arguments, give=()) -> None:
+        """Assigns what M.method(arguments, mask, pc) returns to (register, NumPy type), ..."""
+        words = [self.temporary() for _ in give]
+        target = f"[{', '.join(words)}] = " if words else ""
+        given = ", ".join(str(x) for x in (*arguments, self.mask(i), pc))
+        self.emit(f"{target}M.{method}({given})")
+        for word, (register, have) in zip(words, give, strict=True):
+            self.write(register, word if have[0] == "?" else f"{word}.view({have})", have, i)
+
+    def values(self, operands, kind: str) -> str:
+        return f"[{', '.join(self.read(x, kind) for x in operands)}]"
 
     def address(self, address: Address) -> str:
         """Base and offset as two arguments; registers in their own width."""
-        base = address.base
-        if base in self.program.index:
-            register = self.register(base)
-            return f"{register}, {address.offset}"
-        return f"{self.read(base, 's64')}, {address.offset}"
+        known = address.base in self.program.index
+        base = self.register(address.base) if known else self.read(address.base, "s64")
+        return f"{base}, {address.offset}"
 
-    def _access(self, i: Instruction, address: Address) -> tuple[str, int, str]:
-        """Type, its bytes, and the space of a load or store."""
+    # ---- memory
+    def access(self, i: Instruction, address: Address, *known: str) -> tuple[str, int, str]:
+        """Type, its bytes, and the space of a load, store or atomic."""
         for p in i.parts[1:]:
-            if p not in types.TYPES and not CACHE_HINTS.match(p):
-                raise PtxError(f"modifier {p}")
+            unless(p not in types.TYPES | set(known) and not ACCEPTED.match(p), f"modifier {p}")
+        space = next((p.split("::")[0] for p in i.parts[1:] if p.split("::")[0] in SPACES), "")
+        if not space and address.base in self.program.symbols:
+            space = self.program.symbols[address.base][0]
         kind = i.types()[-1]
-        return kind, types.bits(kind) // 8, self.space(i, address)
+        return kind, types.bits(kind) // 8, {"const": "global"}.get(space, space)
 
     def op_ld(self, i: Instruction, pc: int) -> None:
-        target, address = i.operands[:2]
-        kind, n, space = self._access(i, address)
-        targets = target if isinstance(target, tuple) else (target,)
-        have = types.name(kind)
+        targets, address = listed(i.operands[0]), i.operands[1]
+        kind, n, space = self.access(i, address)
+        have = types.NAMES[kind]
         if kind[0] == "b" or kind in types.HALVES:  # zeros are put before bits
             have = f"u{n}"
         if space == "param" and address.base in self.program.symbols:
@@ -68,251 +97,137 @@ class Effects(Moves):
             for k, register in enumerate(targets):
                 self.write(register, f"M.parameter({at + k * n}, {have})", have, i)
             return
-        words = [self.temporary() for _ in targets]
-        place, mask = self.address(address), self.mask(i)
-        self.emit(
-            f"[{', '.join(words)}] = M.load({space!r}, {place}, {n}, {len(words)}, {mask}, {pc})"
-        )
-        for word, register in zip(words, targets, strict=True):
-            view = word if have == f"u{n}" else f"{word}.view({have})"
-            self.write(register, view, have, i)
+        give = [(register, have) for register in targets]
+        self.call(i, pc, "load", repr(space), self.address(address), n, len(targets), give=give)
 
     op_ldu = op_ld
 
     def op_st(self, i: Instruction, pc: int) -> None:
         address, source = i.operands[:2]
-        kind, n, space = self._access(i, address)
-        sources = source if isinstance(source, tuple) else (source,)
-        kind = kind if kind in types.FLOATS else f"u{8 * n}"
-        values = ", ".join(self.read(s, kind) for s in sources)
-        place, mask = self.address(address), self.mask(i)
-        self.emit(f"M.store({space!r}, {place}, [{values}], {n}, {mask}, {pc})")
+        kind, n, space = self.access(i, address)
+        values = self.values(listed(source), kind if kind in types.FLOATS else f"u{8 * n}")
+        self.call(i, pc, "store", repr(space), self.address(address), values, n)
 
     def op_atom(self, i: Instruction, pc: int) -> None:
         target, address, *sources = i.operands
         how = next(p for p in i.parts[1:] if p in ATOMICS)
-        for p in i.parts[1:]:
-            if p not in types.TYPES and p != how and not CACHE_HINTS.match(p):
-                raise PtxError(f"modifier {p}")
-        if isinstance(target, tuple):
-            raise PtxError("vector")
-        kind = i.types()[-1]
-        n, t = types.bits(kind) // 8, types.name(kind)
-        names = "o, b, c" if how == "cas" else "o, b"
+        unless(isinstance(target, tuple), "vector")
+        kind, n, space = self.access(i, address, how)
+        t, names = types.NAMES[kind], "o, b, c" if how == "cas" else "o, b"
+        change = f"(lambda {names}: {ATOMICS[how]})(o.view({t}), {names[3:]})"
         if kind in types.HALVES and how != "exch":
+            unless(how != "add", f"{how} of {kind}")
             wide = "f32_of_" + kind.removesuffix("x2")
-            o, b = (f"halves({x})" if kind.endswith("x2") else x for x in "ob")
-            if how != "add":
-                raise PtxError(f"{how} of {kind}")
-            change = self.narrowed(f"{wide}({o}) + {wide}({b})", kind)
-        else:
-            change = ATOMICS[how]
-            change = f"(lambda {names}: {change})(o.view({t}), {names[3:]})"
-        values = ", ".join(self.read(s, kind) for s in sources[: 2 if how == "cas" else 1])
-        old = self.temporary()
-        self.emit(
-            f"{old} = M.atomic({self.space(i, address)!r}, {self.address(address)}, "
-            f"lambda {names}: {change}, [{values}], {n}, {self.mask(i)}, {pc})"
-        )
-        if target != "_":
-            self.write(target, f"{old}.view({t})", t, i)
+            o, b = (f"{wide}(halves({x}))" if kind.endswith("x2") else f"{wide}({x})" for x in "ob")
+            change = self.narrowed(f"{o} + {b}", kind)
+        values = self.values(sources[: 2 if how == "cas" else 1], kind)
+        arguments = (repr(space), self.address(address), f"lambda {names}: {change}", values, n)
+        self.call(i, pc, "atomic", *arguments, give=[(target, t)])
 
     def op_red(self, i: Instruction, pc: int) -> None:
-        if i.parts[1] == "async":
-            raise PtxError("red.async")
         self.op_atom(replace(i, operands=["_", *i.operands]), pc)
-
-    # ---- no effect that is modelled
-    def op_prefetch(self, i: Instruction, pc: int) -> None:
-        """Hints to caches, clocks and registers."""
-
-    op_prefetchu = op_discard = op_applypriority = op_nanosleep = op_membar = op_prefetch
-    op_setmaxnreg = op_griddepcontrol = op_brkpt = op_pmevent = op_createpolicy = op_prefetch
 
     def op_fence(self, i: Instruction, pc: int) -> None:
         if "proxy" in i.parts:
-            self.emit(f"M.fence_proxy({self.mask(i)})")
+            self.call(i, pc, "fence_proxy")
 
     # ---- lanes of a warp
     def op_shfl(self, i: Instruction, pc: int) -> None:
-        target, a, b, c, *members = i.operands
-        value, inside = self.temporary(), self.temporary()
-        mask = self.read(members[0], "s32") if members else "i4(-1)"
-        how = next(p for p in i.parts if p in ("up", "down", "bfly", "idx"))
-        self.emit(
-            f"{value}, {inside} = M.shuffle({how!r}, "
-            f"{self.read(a, 's32')}, {self.read(b, 's32')}, {self.read(c, 's32')}, {mask}, "
-            f"{self.mask(i)}, {pc})"
-        )
-        if isinstance(target, Pair):
-            self.write(target.second, inside, "?", i)
-            target = target.first
-        self.write(target, value, "i4", i)
+        """Results are a value and a predicate beside it, `a|p`, or the first alone."""
+        method, letters = WARP_LEVEL[i.base]
+        how = [repr(p) for p in i.parts[1:] if HOW.fullmatch(p)]
+        kind = next(iter(i.types()), "b32")
+        kinds = {"t": f"u{kind[1:]}" if kind[0] == "b" else kind, "i": "s32", "p": "pred"}
+        operands = (*i.operands[1:], *["-1"] * (i.base == "shfl"))
+        values = [self.read(x, kinds[t]) for t, x in zip(letters, operands, strict=False)]
+        target, have = i.operands[0], "?" if kind == "pred" else types.NAMES[kinds["t"]]
+        target = target if isinstance(target, Pair) else Pair(target, "_")
+        have = "i4" if i.base in ("shfl", "match", "elect") else have
+        give = [(target.first, have), (target.second, "?")]
+        self.call(i, pc, method, *how, *values, give=give)
 
-    def op_vote(self, i: Instruction, pc: int) -> None:
-        target, p, members = i.operands
-        how = i.parts[2]
-        value = (
-            f"M.vote({how!r}, {self.read(p, 'pred')}, {self.read(members, 's32')}, "
-            f"{self.mask(i)}, {pc})"
-        )
-        self.write(target, value, "i4" if how == "ballot" else "?", i)
-
-    def op_match(self, i: Instruction, pc: int) -> None:
-        target, a, members = i.operands
-        kind = types.signless(i.types()[-1])
-        value, same = self.temporary(), self.temporary()
-        self.emit(
-            f"{value}, {same} = M.match({i.parts[1]!r}, {self.read(a, kind)}, "
-            f"{self.read(members, 's32')}, {self.mask(i)}, {pc})"
-        )
-        if isinstance(target, Pair):
-            self.write(target.second, same, "?", i)
-            target = target.first
-        self.write(target, value, "i4", i)
-
-    def op_redux(self, i: Instruction, pc: int) -> None:
-        target, a, members = i.operands
-        kind = i.types()[-1]
-        kind = f"u{kind[1:]}" if kind[0] == "b" else kind
-        value = (
-            f"M.reduce({i.parts[2]!r}, {self.read(a, kind)}, {self.read(members, 's32')}, "
-            f"{self.mask(i)}, {pc})"
-        )
-        self.write(target, value, types.name(kind), i)
-
-    def op_elect(self, i: Instruction, pc: int) -> None:
-        target, members = i.operands
-        leader, chosen = self.temporary(), self.temporary()
-        self.emit(
-            f"{leader}, {chosen} = M.elect({self.read(members, 's32')}, {self.mask(i)}, {pc})"
-        )
-        self.write(target.second, chosen, "?", i)
-        self.write(target.first, leader, "i4", i)
-
-    def op_activemask(self, i: Instruction, pc: int) -> None:
-        self.write(i.operands[0], f"M.active_mask({self.mask(i)})", "i4", i)
+    op_vote = op_match = op_redux = op_elect = op_activemask = op_shfl
 
     # ---- barriers
     def op_bar(self, i: Instruction, pc: int) -> None:
+        values = [self.read(x, "s32") for x in i.operands]
         if "warp" in i.parts:
-            self.emit(f"M.sync_warp({self.read(i.operands[0], 's32')}, {self.mask(i)}, {pc})")
-        elif "arrive" in i.parts and "cluster" not in i.parts:
-            name, count = (self.read(x, "s32") for x in i.operands)
-            self.emit(f"M.barrier_arrive({name}, {count}, {self.mask(i)}, {pc})")
-        elif "arrive" not in i.parts:
-            raise PtxError("a barrier within a block")
+            self.call(i, pc, "sync_warp", *values)
+        elif "cluster" not in i.parts:
+            self.call(i, pc, "barrier_arrive", values[0])
 
     op_barrier = op_bar
 
     def ending(self, i: Instruction, pc: int, block: Block) -> str:
         """What a block's function returns: a condition, or a barrier's name and count."""
         p = self.predicate(i)
-        if block.kind == "branch":
+        if i.base == "trap":
+            self.call(i, pc, "trap")
+        if block.kind != "barrier":
             return p or "None"
-        if block.kind == "exit":
-            if i.base == "trap":
-                self.emit(f"M.trap({self.mask(i)}, {pc})")
-            return p or "None"
-        operands = list(i.operands)
-        value = "None"
+        operands, value = ["-1"] if "cluster" in i.parts else list(i.operands), "None"
         if "red" in i.parts:
             target, *operands, source = operands
             value = self.read(source, "pred")
-            how = i.parts[2] if i.base == "bar" else i.parts[i.parts.index("red") + 1]
             have = self.program.body.registers[target]
+            how = i.parts[i.parts.index("red") + 1]
             block.reduction = (how, self.program.index[target], have)
-            self.register(target)
-        if "cluster" in i.parts:
-            operands = ["-1"]
         name, count = (
-            f"int(np.ravel({self.read(x, 's32')})[0])" if x else "0"
-            for x in (operands + [""] * 2)[:2]
+            f"int(np.ravel({self.read(x, 's32')})[0])" for x in (*operands, "0", "0")[:2]
         )
         result = f"({name}, {count}, {value})"
         return f"({result}, np.broadcast_to({p}, M.lanes.shape))" if p else result
 
     # ---- matrices
     def op_ldmatrix(self, i: Instruction, pc: int) -> None:
-        count = int(next(p for p in i.parts if re.fullmatch(r"x[124]", p))[1:])
-        if "m8n8" not in i.parts or "b16" not in i.parts:
-            raise PtxError("shape or type")
-        targets = i.operands[0] if isinstance(i.operands[0], tuple) else (i.operands[0],)
-        words = [self.temporary() for _ in range(count)]
-        self.emit(
-            f"[{', '.join(words)}] = M.load_matrices({self.address(i.operands[1])}, {count}, "
-            f"{'trans' in i.parts}, {self.mask(i)}, {pc})"
-        )
-        for word, register in zip(words, targets, strict=True):
-            self.write(register, word, "i4", i)
+        unless("m8n8" not in i.parts or "b16" not in i.parts, "shape or type")
+        targets, trans = listed(i.operands[0]), "trans" in i.parts
+        give = [(register, "i4") for register in targets]
+        place = self.address(i.operands[1])
+        self.call(i, pc, "load_matrices", place, len(targets), trans, give=give)
 
     def op_stmatrix(self, i: Instruction, pc: int) -> None:
-        if "m8n8" not in i.parts or "b16" not in i.parts:
-            raise PtxError("shape or type")
-        sources = i.operands[1] if isinstance(i.operands[1], tuple) else (i.operands[1],)
-        values = ", ".join(self.read(s, "s32") for s in sources)
-        self.emit(
-            f"M.store_matrices({self.address(i.operands[0])}, [{values}], {'trans' in i.parts}, "
-            f"{self.mask(i)}, {pc})"
-        )
+        unless("m8n8" not in i.parts or "b16" not in i.parts, "shape or type")
+        values = self.values(listed(i.operands[1]), "s32")
+        place = self.address(i.operands[0])
+        self.call(i, pc, "store_matrices", place, values, "trans" in i.parts)
 
     def op_mma(self, i: Instruction, pc: int) -> None:
-        shape = next(p for p in i.parts if re.fullmatch(r"m\d+n\d+k\d+", p))
-        into, a_kind, b_kind, c_kind = i.types()
-        if "row" not in i.parts or "col" not in i.parts or "sp" in i.parts:
-            raise PtxError("layout")
-        vectors = [v if isinstance(v, tuple) else (v,) for v in i.operands]
-        kinds = [_fragment(k) for k in (into, a_kind, b_kind, c_kind)]
-        a, b, c = (
-            ", ".join(self.read(x, kind) for x in v)
-            for v, kind in zip(vectors[1:], kinds[1:], strict=True)
-        )
-        words = [self.temporary() for _ in vectors[0]]
-        self.emit(
-            f"[{', '.join(words)}] = M.multiply({shape!r}, {into!r}, {a_kind!r}, {b_kind!r}, "
-            f"{c_kind!r}, [{a}], [{b}], [{c}], {self.mask(i)}, {pc})"
-        )
-        for word, register in zip(words, vectors[0], strict=True):
-            self.write(register, word, types.name(kinds[0]), i)
+        unless("row" not in i.parts or "col" not in i.parts or "sp" in i.parts, "layout")
+        shape = tuple(int(x) for x in re.search(r"m(\d+)n(\d+)k(\d+)", i.text).groups())
+        kinds = tuple(i.types())  # of D, A, B, C
+        held = [kind if kind in ("f32", "f64", "s32") else "s32" for kind in kinds]
+        d, *sources = (listed(v) for v in i.operands)
+        values = [self.values(v, kind) for v, kind in zip(sources, held[1:], strict=True)]
+        give = [(register, types.NAMES[held[0]]) for register in d]
+        self.call(i, pc, "multiply", shape, kinds, *values, give=give)
 
     def op_wgmma(self, i: Instruction, pc: int) -> None:
-        if i.parts[1] == "fence":
-            return
         if i.parts[1] == "commit_group":
-            self.emit("M.commit_products()")
-            return
-        if i.parts[1] == "wait_group":
-            self.emit(f"M.wait_products({int(i.operands[0])}, {self.mask(i)}, {pc})")
-            return
-        shape = next(p for p in i.parts if re.fullmatch(r"m64n\d+k\d+", p))
-        n, k = (int(x) for x in re.findall(r"\d+", shape)[1:])
-        into, kind, other = i.types()
-        if kind != other or kind not in ("f16", "bf16", "tf32") or "sp" in i.parts:
-            raise PtxError("types")
-        d, a, b, keep, *flags = i.operands
-        have = "f32" if into == "f32" else "s32"
-        flags = [int(x) for x in flags]
-        negate, transposed = flags[:2], flags[2:]
-        transposed = [0] * (2 - len(transposed)) + transposed
-        old = ", ".join(self.read(x, have) for x in d)
-        if isinstance(a, tuple):
-            a = f"[{', '.join(self.read(x, 's32') for x in a)}]"
-        else:
-            a = self.read(a, "s64")
-        words = [self.temporary() for _ in d]
-        self.emit(
-            f"[{', '.join(words)}] = M.group_product({n}, {k}, {into!r}, {kind!r}, [{old}], "
-            f"{list(d)}, {a}, {self.read(b, 's64')}, {self.read(keep, 'pred')}, {negate}, "
-            f"{transposed}, {self.mask(i)}, {pc})"
-        )
-        for word, register in zip(words, d, strict=True):
-            self.write(register, word, types.name(have), i)
+            self.call(i, pc, "commit_products")
+        elif i.parts[1] == "wait_group":
+            self.call(i, pc, "wait_products", int(i.operands[0]))
+        elif i.parts[1] == "mma_async":
+            n, k = (int(x) for x in re.search(r"m64n(\d+)k(\d+)", i.text).groups())
+            into, kind, other = i.types()
+            unless(kind != other or kind not in ("f16", "bf16", "tf32"), "types")
+            unless("sp" in i.parts, "sparse")
+            d, a, b, keep, *flags = i.operands
+            flags = [int(x) for x in flags]
+            transposed = [0] * (4 - len(flags)) + flags[2:]
+            have = "f32" if into == "f32" else "s32"
+            left = self.values(a, "s32") if isinstance(a, tuple) else self.read(a, "s64")
+            values = (
+                self.values(d, have), list(d), left, self.read(b, "s64"), self.read(keep, "pred")
+            )  # fmt: skip
+            give = [(register, types.NAMES[have]) for register in d]
+            call = ("group_product", n, k, repr(into), repr(kind), *values, flags[:2], transposed)
+            self.call(i, pc, *call, give=give)
 
     # ---- asynchronous copies
     def op_cp(self, i: Instruction, pc: int) -> None:
-        words, mask = i.parts[2:], self.mask(i)
-        if i.parts[1] != "async":
-            raise PtxError("form")
+        words = i.parts[2:]
+        unless(i.parts[1] != "async", "form")
         if words[0] in ("cg", "ca"):
             to, source, n, *have = i.operands
             count = "None"
@@ -320,77 +235,52 @@ class Effects(Moves):
                 count = f"where({self.read(have[0], 'pred')}, 0, {int(n, 0)})"
             elif have and "L2::cache_hint" not in words:
                 count = self.read(have[0], "s32")
-            place = f"{self.address(to)}, {self.address(source)}"
-            self.emit(f"M.copy_async({place}, {int(n, 0)}, {count}, {mask}, {pc})")
+            places = self.address(to), self.address(source)
+            self.call(i, pc, "copy_async", *places, int(n, 0), count)
         elif words[0] == "commit_group":
-            self.emit(f"M.commit_copies({mask})")
+            self.call(i, pc, "commit_copies")
         elif words[0] in ("wait_group", "wait_all"):
-            newest = int(i.operands[0], 0) if i.operands else None
-            self.emit(f"M.wait_copies({newest}, {mask}, {pc})")
+            self.call(i, pc, "wait_copies", int(i.operands[0], 0) if i.operands else None)
         elif words[0] == "mbarrier":
-            place = self.address(i.operands[0])
-            self.emit(f"M.copies_arrive({place}, {'noinc' in words}, {mask}, {pc})")
-        elif words[0] == "bulk":
-            self._bulk(i, words, mask, pc)
+            self.call(i, pc, "copies_arrive", self.address(i.operands[0]), "noinc" in words)
         else:
-            raise PtxError("form")
+            unless(words[0] != "bulk", "form")
+            self._bulk(i, words, pc)
 
-    def _bulk(self, i: Instruction, words, mask: str, pc: int) -> None:
-        if {"multicast::cluster", "im2col", "reduce", "tile::gather4"} & set(words):
-            raise PtxError("form")
+    def _bulk(self, i: Instruction, words: tuple[str, ...], pc: int) -> None:
+        unless(bool({"multicast::cluster", "im2col", "tile::gather4"} & set(words)), "form")
         if "commit_group" in words or "prefetch" in words:
             return
         if "wait_group" in words:
-            self.emit(f"M.wait_bulk({int(i.operands[0], 0)}, {mask}, {pc})")
+            self.call(i, pc, "wait_bulk", int(i.operands[0], 0))
             return
         load = any(w.startswith("mbarrier") for w in words)
         to, source, *rest = (self.address(x) if isinstance(x, Address) else x for x in i.operands)
         if "tensor" in words:
-            tensor = i.operands[1 if load else 0].coordinates
-            coordinates = f"[{', '.join(self.read(c, 's32') for c in tensor)}]"
-            if load:
-                self.emit(f"M.tensor_load({to}, {source}, {coordinates}, {rest[0]}, {mask}, {pc})")
-            else:
-                self.emit(f"M.tensor_store({to}, {coordinates}, {source}, {mask}, {pc})")
-            return
-        size = self.read(rest[0], "s32")
-        if load:
-            self.emit(f"M.bulk_load({to}, {source}, {size}, {rest[1]}, {mask}, {pc})")
+            extent = self.values(i.operands[1 if load else 0].coordinates, "s32")
         else:
-            self.emit(f"M.bulk_store({to}, {source}, {size}, {mask}, {pc})")
+            extent = self.read(rest.pop(0), "s32")
+        barrier = rest[:1] if load else ()
+        self.call(i, pc, "bulk_load" if load else "bulk_store", to, source, extent, *barrier)
 
     def op_mbarrier(self, i: Instruction, pc: int) -> None:
-        how, operands = i.parts[1], list(i.operands)
+        how, operands, parity = i.parts[1], list(i.operands), "parity" in i.parts
         target = "_" if isinstance(operands[0], Address) else operands.pop(0)
-        place, mask = self.address(operands[0]), self.mask(i)
-        values = [
-            self.read(x, "s64" if "wait" in how and "parity" not in i.parts else "s32")
-            for x in operands[1:]
-        ]
-        if how == "init":
-            self.emit(f"M.barrier_init({place}, {values[0]}, {mask}, {pc})")
-        elif how == "inval":
-            self.emit(f"M.barrier_end({place}, {mask}, {pc})")
-        elif how in ("expect_tx", "complete_tx"):
-            sign = 1 if how == "expect_tx" else -1
-            self.emit(f"M.expect_bytes({place}, {values[0]}, {mask}, {pc}, {sign})")
+        kind = "s64" if "wait" in how and not parity else "s32"
+        place, values = self.address(operands[0]), [self.read(x, kind) for x in operands[1:]]
+        if how in ("test_wait", "try_wait"):
+            self.call(i, pc, "barrier_test", place, values[0], parity, give=[(target, "?")])
         elif how in ("arrive", "arrive_drop"):
-            expect = "expect_tx" in i.parts
-            count = values[0] if values and not expect else "1"
-            state = self.temporary()
-            self.emit(
-                f"{state} = M.arrive({place}, {count}, {mask}, {pc}, "
-                f"{values[0] if expect else 0}, {how == 'arrive_drop'})"
-            )
-            self.write(target, state, "i8", i)
-        elif how in ("test_wait", "try_wait"):
-            done, parity = self.temporary(), "parity" in i.parts
-            self.emit(f"{done} = M.barrier_test({place}, {values[0]}, {parity}, {mask}, {pc})")
-            self.write(target, done, "?", i)
+            first = values[0] if values else 1
+            counts = (1, first) if "expect_tx" in i.parts else (first, 0)
+            give = [(target, "i8")]
+            self.call(i, pc, "arrive", place, *counts, how == "arrive_drop", give=give)
+        elif how in ("expect_tx", "complete_tx"):
+            self.call(i, pc, "expect_bytes", place, values[0], 1 if how == "expect_tx" else -1)
         else:
-            raise PtxError("form")
+            unless(how not in ("init", "inval"), "form")
+            self.call(i, pc, f"barrier_{how}", place, *values)
 
 
-def _fragment(kind: str) -> str:
-    """Type of the registers that hold a fragment."""
-    return kind if kind in ("f32", "f64", "s32") else "s32"
+for name in WITHOUT_EFFECT:
+    setattr(Effects, f"op_{name}", lambda self, i, pc: None)

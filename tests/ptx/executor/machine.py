@@ -9,6 +9,7 @@ lanes. Barriers open when nothing else can run.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from .access import Accesses
 from .copies import Copies, Proxy
 from .memory import Bytes, Memory, Scratch
 from .parse import Kernel
-from .races import Detector, Folded, Race, Stamp
+from .races import Detector, Stamp, folded
 from .report import Checks, Finding, PtxError, Report
 from .translate import Program
 from .warp import WarpLevel
@@ -27,17 +28,10 @@ DEVICE_SHARED = 232448  # bytes: more than any block may have
 
 
 def launch(
-    kernel: Kernel,
-    *,
-    grid: tuple[int, int, int],
-    block: tuple[int, int, int],
-    parameters,
-    memory: Memory,
-    shared_bytes: int = 0,
-    checks: Checks | None = None,
-    lanes: int = 2048,
+    kernel: Kernel, *, grid: Sequence[int], block: Sequence[int], parameters, memory: Memory,
+    shared_bytes: int = 0, checks: Checks | None = None, lanes: int = 2048,
     seconds: float | None = None,
-) -> Report:
+) -> Report:  # fmt: skip
     """Runs a kernel's grid; `shared_bytes` is the dynamic part, `lanes` run at once."""
     if kernel.program is None:
         kernel.program = Program(kernel)
@@ -58,28 +52,22 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             if len(got) != 3 or min(got) < 1:
                 raise PtxError(f"{name}: wanted three positive extents, got {got}")
         raw = np.frombuffer(bytes(parameters), np.uint8)
-        if raw.size != kernel.parameter_bytes:
-            raise PtxError(
-                f"parameters: {kernel.name} wants {kernel.parameter_bytes} bytes, got {raw.size}"
-            )
+        wanted = kernel.parameter_bytes
+        if raw.size != wanted:
+            raise PtxError(f"parameters: {kernel.name} wants {wanted} bytes, got {raw.size}")
         limit = int(np.prod(kernel.maximum_threads or kernel.required_threads or (1024,)))
         if self.count > limit:
             raise PtxError(f"block: {kernel.name} has at most {limit} threads, got {self.count}")
-        room = np.zeros(-(-raw.size // 16) * 16 + 32, np.uint8)
-        room = room[-room.ctypes.data % 16 :][: -(-raw.size // 16) * 16 + 16]
-        room[: raw.size] = raw
-        self.parameters = Bytes(0, room, True)
-        self.parameter_bytes = raw.size
-        self.shared_bytes = (
-            program.dynamic_start + shared_bytes if shared_bytes else (program.static_shared)
-        )
+        self.raw, self.shared_bytes = raw, program.static_shared
+        if shared_bytes:
+            self.shared_bytes = program.dynamic_start + shared_bytes
         if self.shared_bytes > DEVICE_SHARED:
             raise PtxError(f"shared_bytes: at most {DEVICE_SHARED} in all, got {self.shared_bytes}")
         self.report = Report(np.zeros(kernel.instructions, bool))
         self.executed = self.report.executed
         self.findings: dict[tuple[str, int], Finding] = {}
         self.detector = Detector(self.threads)
-        self.logged = 0
+        self.logged = self.logged_shared = 0
         for name, data in kernel.module.data.items():
             if name in program.symbols and memory.at(data.ctypes.data + data.size - 1) is None:
                 memory.add(data.ctypes.data, data.size, name)
@@ -107,7 +95,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         at_once = max(1, lanes // self.threads)
         self.end = time.monotonic() + seconds if seconds else None
         for buffer in self.memory.allocations:
-            buffer.accesses, buffer.folded = [], None
+            buffer.accesses = []
             if not buffer.whole:
                 buffer.whole = bool(buffer.of(buffer.address, buffer.size).all())
         for first in range(0, total, at_once):
@@ -125,9 +113,13 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.warp_of, self.block_of = self.lanes // 32, self.lanes // self.threads
         thread = self.lanes % self.threads
         self.special = self._special(thread, self.block_of + first_block)
-        self.shared = Scratch(self.shared_bytes, self.block_of)
-        self.local = Scratch(self.program.local_bytes, self.lanes)
-        clock = np.zeros((size // 32, warps + 1), np.int64)
+        self.shared = Scratch("shared", self.shared_bytes, self.block_of)
+        self.spaces = {
+            "shared": self.shared,
+            "local": Scratch("local", self.program.local_bytes, self.lanes),
+            "param": Scratch("param", self.raw.size, 0 * self.lanes, self.raw),
+        }
+        clock = np.zeros((size // 32, warps + 2), np.int64)
         clock[np.arange(size // 32), np.arange(size // 32) % warps] = 1
         self.stamp = Stamp(np.zeros(size, np.int32), clock)
         self.shared_log: list = []
@@ -136,26 +128,22 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.whole = bool(self.alive.all())
         self.waits: dict = {}
         self.arrived: dict = {}
+        self.ticks = np.zeros((blocks, 3), np.int64)  # of asynchronous work, by engine
         self.prepare_copies()
         self.prepare_groups()
-        asynchronous = {"wgmma", "cp.async.bulk"} & self.program.opcodes
-        self.proxy = Proxy(self.shared.shadow.size, size) if asynchronous else None
+        needed = self.program.asynchronous
+        self.proxy = Proxy(self.shared.shadow.size, size) if needed else None
 
     def _special(self, thread, block) -> dict[str, np.ndarray]:
         special, n = {}, np.int32
         for name, at, extents in (("tid", thread, self.block), ("ctaid", block, self.grid)):
-            for axis in "xyz":
-                special[f"%{name}.{axis}"] = (at % extents["xyz".index(axis)]).astype(n)
-                at = at // extents["xyz".index(axis)]
-                special[f"%n{name}.{axis}"] = n(extents["xyz".index(axis)])
-        if self.blocks == 1:
-            for axis in "xyz":
-                special[f"%ctaid.{axis}"] = special[f"%ctaid.{axis}"][0]
+            for axis, extent in zip("xyz", extents, strict=True):
+                value = (at % extent).astype(n)
+                uniform = name == "ctaid" and self.blocks == 1
+                special[f"%{name}.{axis}"] = value[0] if uniform else value
+                special[f"%n{name}.{axis}"] = n(extent)
+                at = at // extent
         special["%laneid"], special["%warpid"] = self.lane, (thread // 32).astype(n)
-        bit = np.uint32(1) << self.lane.astype(np.uint32)
-        masks = {"eq": bit, "lt": bit - 1, "le": bit | (bit - 1), "ge": ~(bit - 1)}
-        masks["gt"] = ~masks["le"]
-        special |= {f"%lanemask_{k}": v.astype(np.uint32).view(n) for k, v in masks.items()}
         special["%dynamic_smem_size"] = n(self.shared_bytes - self.program.static_shared)
         special["%total_smem_size"] = n(self.shared_bytes)
         return special
@@ -174,79 +162,54 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 continue
             k, mask = chosen
             block = program.blocks[k]
-            if mask is not None:
-                active = int(np.count_nonzero(mask))
-                if active == 0:
-                    continue
-                if active == self.lanes.size:
-                    mask = None
-            else:
-                active = self.lanes.size
-            report.steps += block.count
-            report.thread_instructions += block.count * active
+            active = self.lanes.size if mask is None else int(np.count_nonzero(mask))
+            mask = None if active == self.lanes.size else mask
+            report.steps += block.end - block.start
+            report.thread_instructions += (block.end - block.start) * active
             self.executed[block.always] = True
             function = block.function or program.function(block)
             self.stalled = None
             self.follow(block, k, mask, function(self.registers, self, mask))
 
     def choose(self):
-        """The next group, taken out: its lowest block whose warps stand together."""
-        groups = self.groups
-        ready = [k for k in groups if k not in self.delayed]
+        """The next group, taken out; before warp-level code only warps that have come whole."""
+        groups, blocks = self.groups, self.program.blocks
+        ready = sorted(k for k in groups if k not in self.delayed)
         if not ready:
             if self.waits and self.release():
                 self.idle = 0
                 return None
-            if not groups:
-                self.deadlock()
-                return None
             self.idle += 1
-            if self.idle > LONGEST_WAIT:
+            if not groups or self.idle > LONGEST_WAIT:
                 self.deadlock()
                 return None
-            k = min(groups, key=lambda g: self.delayed[g])
-            ready = [k]
-        k = min(ready)
-        mask = groups[k]
-        if mask is None or not self.program.blocks[k].warp_level:
-            del groups[k]
-            self.delayed.pop(k, None)
-            return k, mask
-        return self.whole_warps(sorted(ready))
-
-    def whole_warps(self, ready: list[int]):
-        """Before warp-level code: warps all of whose lanes have come, else whatever there is."""
-        alive = self.alive.reshape(-1, 32)
+            ready = [min(groups, key=self.delayed.get)]
         for k in ready:
-            mask = self.groups[k]
-            if mask is None or not self.program.blocks[k].warp_level:
-                del self.groups[k]
-                self.delayed.pop(k, None)
-                return k, mask
+            mask = groups[k]
+            if mask is None or not blocks[k].warp_level:
+                return self.take(k, mask)
             lanes = mask.reshape(-1, 32)
-            some = lanes.any(1)
-            complete = some & (lanes == alive).all(1)
+            complete = lanes.any(1) & (lanes == self.alive.reshape(-1, 32)).all(1)
             if complete.any():
-                if (some == complete).all():
-                    del self.groups[k]
-                    self.delayed.pop(k, None)
-                    return k, mask
-                mask = (lanes & complete[:, None]).reshape(-1)
-                self.groups[k] = self.groups[k] & ~mask
-                return k, mask
-        k = ready[0]
-        mask = self.groups.pop(k)
-        self.delayed.pop(k, None)
+                return self.take(k, (lanes & complete[:, None]).reshape(-1))
+        return self.take(ready[0], groups[ready[0]])
+
+    def take(self, k: int, mask):
+        rest = None if mask is None else self.groups[k] & ~mask
+        if rest is None or not rest.any():
+            del self.groups[k]
+            self.delayed.pop(k, None)
+        else:
+            self.groups[k] = rest
         return k, mask
 
     def follow(self, block, k: int, mask, result) -> None:
         """Sends the lanes that ran a block on."""
-        if block.kind == "next" or (block.kind == "branch" and not block.predicated):
-            self.join(k + 1 if block.kind == "next" else block.target, mask)
+        if block.kind == "next":
+            self.join(k + 1, mask)
+        elif block.kind == "branch" and (result is None or np.ndim(result) == 0):
+            self.join(block.target if result is None or result else k + 1, mask)
         elif block.kind == "branch":
-            if np.ndim(result) == 0:
-                self.join(block.target if result else k + 1, mask)
-                return
             taken = result if mask is None else result & mask
             other = ~result if mask is None else ~result & mask
             if taken.any():
@@ -270,15 +233,12 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 self.waits[key] = (lanes, result[2] if len(result) > 2 else None)
 
     def join(self, k: int, mask) -> None:
-        groups = self.groups
         if self.stalled is not None:
             self.delayed[k] = self.stalled
-        elif k in self.delayed:
-            del self.delayed[k]
-        if k in groups:
-            other = groups[k]
-            mask = None if mask is None or other is None else other | mask
-        groups[k] = mask
+        else:
+            self.delayed.pop(k, None)
+        other = self.groups.get(k, mask)
+        self.groups[k] = None if mask is None or other is None else other | mask
 
     # ---- barriers
     def release(self) -> bool:
@@ -288,7 +248,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
             here = {key: wait for key, wait in self.waits.items() if key[:2] == (name, needed)}
             waiting = np.logical_or.reduce([lanes for lanes, _ in here.values()])
             by_block = waiting.reshape(self.blocks, -1)
-            come = by_block.sum(1) + self.arrived.get(name, 0)
+            come = by_block.sum(1) + self.arrived.get(name, (0,))[0]
             alive = self.alive.reshape(self.blocks, -1).sum(1)
             ready = (by_block.any(1)) & (come == (needed or self.count))
             pc = min(key[3] for key in here)
@@ -300,12 +260,10 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 ready |= late
             if ready.any():
                 opened = True
-                self.open(here, waiting, np.repeat(ready, self.threads))
-                if name in self.arrived:
-                    self.arrived[name] = np.where(ready, 0, self.arrived[name])
+                self.open(here, waiting, np.repeat(ready, self.threads), name)
         return opened
 
-    def open(self, waits: dict, waiting, ready) -> None:
+    def open(self, waits: dict, waiting, ready, name: int) -> None:
         alive = self.alive.reshape(-1, 32)
         for key, (lanes, values) in waits.items():
             go = lanes & ready
@@ -326,8 +284,13 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
                 self.waits[key] = (rest, values)
             else:
                 del self.waits[key]
+        count, seen = self.arrived.get(name, (0, 0))
+        if name in self.arrived:
+            done = ready[:: self.threads]
+            self.arrived[name] = (np.where(done, 0, count), np.where(done[:, None], 0, seen))
+            seen = seen[:, None]
         met = waiting & ready
-        self.meet(met)
+        self.meet(met, seen)
         if (met == self.alive).all():
             self.check_shared()
 
@@ -352,56 +315,61 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.groups.clear()
         self.delayed.clear()
 
-    def meet(self, lanes) -> None:
-        """Lanes that met at a barrier: what each did before happened before what follows."""
+    def meet(self, lanes, seen) -> None:
+        """Lanes that met at a barrier: what each did before happened before what follows.
+
+        `seen` is what those knew who arrived without waiting.
+        """
         warps = self.threads // 32
-        clock = self.stamp.clock.reshape(self.blocks, warps, warps + 1).copy()
+        clock = self.stamp.clock.reshape(self.blocks, warps, warps + 2).copy()
         come = lanes.reshape(self.blocks, warps, 32).any(2)
-        top = np.where(come[:, :, None], clock, 0).max(1, keepdims=True)
+        top = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1, keepdims=True))
         clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
         clock[:, np.arange(warps), np.arange(warps)] += come
-        self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 1))
+        self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 2))
+
+    def started(self, lane: int, engine: int) -> Stamp:
+        """The stamp of asynchronous work that a lane starts."""
+        clock = self.stamp.clock.copy()
+        self.ticks[lane // self.threads, engine] += 1
+        clock[lane // 32, -engine] = self.ticks[lane // self.threads, engine]
+        return Stamp(self.stamp.segment, clock)
+
+    def waited(self, warps, engine: int, ticks) -> None:
+        """These warps know of asynchronous work up to its ticks."""
+        clock = self.stamp.clock.copy()
+        clock[warps, -engine] = np.maximum(clock[warps, -engine], ticks)
+        self.stamp = Stamp(self.stamp.segment, clock)
 
     # ---- races
     def check_shared(self) -> None:
-        log, self.shared_log = self.shared_log, []
-        known = self.stamp.clock[:, -1].reshape(self.blocks, -1).min(1)  # copies all have seen
-        for a in log:
-            if (
-                a.asynchronous
-                and a.stamp.clock[a.lanes[0] // 32, -1] > known[a.lanes[0] // self.threads]
-            ):
-                self.shared_log.append(a)
-        for race in self.detector.races(log, self.shared.shadow.size):
-            place = race.place % self.shared.stride
-            self._report_race(race, f"shared byte {place}")
+        log, self.logged_shared = self.shared_log, 0
+        # asynchronous work that not all have waited for is kept
+        known = self.stamp.clock[:, -2:].reshape(self.blocks, -1, 2).min(1)
+        self.shared_log = [
+            a for a in log if a.engine
+            and a.stamp.clock[a.lanes[0] // 32, -a.engine]
+            > known[a.lanes[0] // self.threads, -a.engine]
+        ]  # fmt: skip
+        self._report_races(self.shared, log)
 
     def check_global(self, last: bool) -> None:
         self.logged = 0
         for buffer in self.memory.allocations:
             log, buffer.accesses = buffer.accesses, []
-            if not log:
-                continue
-            found = self.detector.races(log, buffer.shadow.size)
-            if buffer.folded is not None:
-                found += buffer.folded.races(log, self.threads)
-            for race in found:
-                at = race.place + buffer.start - buffer.address
-                self._report_race(race, f"byte {at} of the {buffer}")
-            if not last:
-                buffer.folded = buffer.folded or Folded(buffer.shadow.size)
-                buffer.folded.fold(log, self.threads)
+            if log:
+                self._report_races(buffer, log)
+                buffer.accesses = [] if last else folded(log, buffer.shadow.size)
 
-    def _report_race(self, race: Race, where: str) -> None:
-        names = ("read", "written", "changed by an atomic")
-        (pc, thread, kind), (pc2, thread2, kind2) = race.earlier, race.later
-        code = self.program.body.code
-        text = (
-            f"{where} is {names[kind]} by {self.thread_name(thread)} and {names[kind2]} by "
-            f"{self.thread_name(thread2)} at line {code[pc2].line} `{code[pc2].text}`; nothing "
-            f"orders the two"
-        )
-        key = ("race", pc)
-        known = self.findings.get(key)
-        self.find("race", pc, text)
-        self.findings[key].count += race.count - (known is None)
+    def _report_races(self, memory: Bytes, log: list) -> None:
+        names, code = ("read", "written", "changed by an atomic"), self.program.body.code
+        for race in self.detector.races(log, memory.shadow.size):
+            (pc, thread, kind), (pc2, thread2, kind2) = race.earlier, race.later
+            text = (
+                f"byte {memory.offset(race.place)} of {memory} is {names[kind]} by "
+                f"{self.thread_name(thread)} and {names[kind2]} by {self.thread_name(thread2)} at "
+                f"line {code[pc2].line} `{code[pc2].text}`; nothing orders the two"
+            )
+            known = ("race", pc) in self.findings
+            self.find("race", pc, text)
+            self.findings["race", pc].count += race.count - (not known)

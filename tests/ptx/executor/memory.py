@@ -20,19 +20,19 @@ SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 WRITTEN = {n: t(int("01" * n, 16)) for n, t in UNSIGNED.items()}
 
 
-def views(data: np.ndarray) -> dict[int, np.ndarray]:
-    return {n: data.view(t) for n, t in WORDS.items()}
-
-
 class Bytes:
     """Data and shadow; `start` is the address of the first byte, a multiple of 16."""
 
     def __init__(self, start: int, data: np.ndarray, written: bool):
         self.start = start
-        self.words = views(data)
+        self.words = {n: data.view(t) for n, t in WORDS.items()}
         self.shadow = np.full(data.size, written, np.uint8)
-        self.shadow_words = views(self.shadow)
+        self.shadow_words = {n: self.shadow.view(t) for n, t in UNSIGNED.items()}
         self.whole = written  # every byte was written
+
+    def offset(self, place: int) -> int:
+        """A place as it is told to people."""
+        return place
 
     def gather(self, index: np.ndarray, n: int, v: int) -> list[np.ndarray]:
         """v words of n bytes at each place (in bytes)."""
@@ -47,19 +47,12 @@ class Bytes:
 
     def unwritten(self, index: np.ndarray, size: int) -> np.ndarray | None:
         """Which places hold bytes nobody wrote; None: all are written."""
-        if self.whole:
-            return None
-        if size > 16:
-            parts = [self.unwritten(index + k, 16) for k in range(0, size, 16)]
-            found = [p for p in parts if p is not None]
-            return np.logical_or.reduce(found) if found else None
-        got = self.shadow_words[size].take(index >> SHIFT[size], mode="clip")
-        if size == 16:
-            got = got.view(np.uint64)
-        bad = got != WRITTEN[min(size, 8)]
-        if not bad.any():
-            return None
-        return bad.reshape(-1, 2).any(1) if size == 16 else bad
+        step, bad = min(size, 8), False
+        for k in range(0, size, step):
+            place = (index + k if k else index) >> SHIFT[step]
+            wrong = self.shadow_words[step].take(place, mode="clip") != WRITTEN[step]
+            bad = wrong | bad if k else wrong
+        return bad if bad.any() else None
 
     def scatter(self, index: np.ndarray, values: np.ndarray, size: int, written: int = 1) -> None:
         """Rows of `values` ([k, size] bytes, contiguous) to their places."""
@@ -91,17 +84,16 @@ class Allocation(Bytes):
         super().__init__(start, np.frombuffer(raw, np.uint8), initialised)
         self.address, self.size, self.name = address, size, name
         self.accesses: list = []  # of the launch in progress, for the check of races
-        self.folded = None
 
     def of(self, address: int, size: int) -> np.ndarray:
         return self.shadow[address - self.start : address - self.start + size]
 
+    def offset(self, place: int) -> int:
+        return place + self.start - self.address
+
     def __str__(self) -> str:
-        return (
-            f"buffer {self.name!r} of {self.size} bytes"
-            if self.name
-            else (f"buffer of {self.size} bytes")
-        )
+        name = f"{self.name!r} " if self.name else ""
+        return f"buffer {name}of {self.size} bytes"
 
 
 class Memory:
@@ -149,12 +141,20 @@ class Memory:
 class Scratch(Bytes):
     """The same number of bytes for each unit in flight: shared of blocks, local of lanes."""
 
-    def __init__(self, size: int, units: np.ndarray, written: bool = False):
-        self.size = size
+    def __init__(self, name: str, size: int, units: np.ndarray, data: np.ndarray | None = None):
+        self.name, self.size = name, size
         self.stride = max(16, -(-size // 16) * 16)
-        count = int(units[-1]) + 1 if units.size else 0
+        count = int(units[-1]) + 1
         room = np.empty(count * self.stride + 16, np.uint8)
         room = room[-room.ctypes.data % 16 :][: count * self.stride]
         room[:] = 0xFF
-        super().__init__(0, room, written)
+        if data is not None:
+            room[:size] = data
+        super().__init__(0, room, data is not None)
         self.base = units.astype(np.int64) * self.stride  # by lane
+
+    def offset(self, place: int) -> int:
+        return place % self.stride
+
+    def __str__(self) -> str:
+        return self.name

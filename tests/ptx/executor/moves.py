@@ -6,12 +6,10 @@ from __future__ import annotations
 from . import opcodes, types
 from .parse import Instruction, Pair
 from .report import PtxError
-from .translate import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, Writer
+from .translate import WINDOWS, Writer
 
-WINDOW_OF = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAMETER_WINDOW}
 TO_INTEGER = ("rzi", "rni", "rmi", "rpi")
 ROUND = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
-FP8 = {"e4m3x2": 4, "e5m2x2": 5}
 
 
 class Moves(Writer):
@@ -45,27 +43,6 @@ class Moves(Writer):
         else:
             self.write(target, first, "?", i)
 
-    def op_set(self, i: Instruction, pc: int) -> None:
-        into, kind = i.types()
-        value = self.compared(i, kind, *i.operands[1:3])
-        combine = next((p for p in i.parts if p in ("and", "or", "xor")), None)
-        if combine:
-            sign = {"and": "&", "or": "|", "xor": "^"}[combine]
-            value = f"({value} {sign} {self.read(i.operands[3], 'pred')})"
-        if into in ("f16x2", "bf16x2"):
-            one = "0x3C00" if into == "f16x2" else "0x3F80"
-            value, have = f"packed(where({value}, i2({one}), i2(0)))", "i4"
-        elif into in ("f16", "bf16"):
-            one = "0x3C00" if into == "f16" else "0x3F80"
-            value, have = f"where({value}, i2({one}), i2(0))", "i2"
-        elif kind.endswith("x2"):
-            value, have = f"packed(-{value}.astype(i2))", "i4"
-        elif into == "f32":
-            value, have = f"{value}.astype(f4)", "f4"
-        else:
-            value, have = f"(-{value}.astype(i4))", "i4"
-        self.write(i.operands[0], value, have, i)
-
     # ---- moves
     def op_mov(self, i: Instruction, pc: int) -> None:
         kind, target, source = i.types()[-1], i.operands[0], i.operands[1]
@@ -87,22 +64,21 @@ class Moves(Writer):
             if kind in types.HALVES:
                 kind = "s16" if types.bits(kind) == 16 else "s32"
             kind = types.signless(kind)
-            self.write(target, self.read(source, kind), types.name(kind), i)
+            self.write(target, self.read(source, kind), types.NAMES[kind], i)
 
     def op_cvta(self, i: Instruction, pc: int) -> None:
         space = next((p.split("::")[0] for p in i.parts[1:] if p not in ("to", "u64", "u32")), "")
-        text, window = self.read(i.operands[1], "s64"), WINDOW_OF.get(space)
-        if window:
-            text = f"({text} {'-' if 'to' in i.parts else '+'} i8({window}))"
+        text = self.read(i.operands[1], "s64")
+        if space in ("shared", "local", "param"):
+            text = f"({text} {'-' if 'to' in i.parts else '+'} i8({WINDOWS[space]}))"
         self.write(i.operands[0], text, "i8", i)
 
     def op_isspacep(self, i: Instruction, pc: int) -> None:
         a, space = self.read(i.operands[1], "s64"), i.parts[1].split("::")[0]
-        low = WINDOW_OF.get(space)
-        if low is None:
-            text = f"({a} < i8({PARAMETER_WINDOW}))"
-        else:
-            text = f"(({a} >= i8({low})) & ({a} < i8({2 * low})))"
+        low = WINDOWS[space]
+        text = f"(({a} >= i8({low})) & ({a} < i8({2 * low})))"
+        if space == "global":
+            text = f"({a} < i8({WINDOWS['param']}))"
         self.write(i.operands[0], text, "?", i)
 
     # ---- conversions
@@ -117,8 +93,6 @@ class Moves(Writer):
 
     def _converted(self, i: Instruction, into: str, kind: str, words: set[str]) -> tuple[str, str]:
         floats = types.FLOATS | types.HALVES
-        if into in FP8 or kind in FP8:
-            return self._converted_fp8(i, into, kind)
         if into in ("f16x2", "bf16x2"):
             high, low = (
                 self._to_half(self.read(s, "f32"), "f32", into[:-2], words) for s in i.operands[1:3]
@@ -135,7 +109,7 @@ class Moves(Writer):
             integral = next((w for w in TO_INTEGER if w in words), None)
             x = f"{ROUND[integral]}({x})" if integral else x
             return self._to_half(x, held, into, words), "i2"
-        t = types.name(into)
+        t = types.NAMES[into]
         if into in types.FLOATS:
             integral = next((w for w in TO_INTEGER if w in words), None)
             x = f"{ROUND[integral]}({x})" if integral and kind in floats else x
@@ -146,7 +120,7 @@ class Moves(Writer):
                     raise PtxError("rounding other than to nearest")
                 return f"rounded32(array({x}).astype(f8), {mode!r})", t
             x = f"array({x}).astype({t})"
-            return (f"saturate({x})" if "sat" in words else x), t
+            return (f"np.fmin(np.fmax({x}, 0), 1)" if "sat" in words else x), t
         if kind in floats:
             mode = next(w for w in TO_INTEGER if w in words)
             return f"float_to_int({x}, {t}, {mode!r})", t
@@ -156,22 +130,8 @@ class Moves(Writer):
         if held not in types.FLOATS:
             x = f"array({x}).astype(f8)"
         x = f"np.maximum({x}, f4(0))" if "relu" in words else x
-        x = f"saturate({x})" if "sat" in words else x
+        x = f"np.fmin(np.fmax({x}, 0), 1)" if "sat" in words else x
         directed = next((w for w in ("rz", "rm", "rp") if w in words), None)
         if directed:
             return f"directed({x}, {into}_bits, f32_of_{into}, {directed!r})"
         return f"{into}_bits({x})"
-
-    def _converted_fp8(self, i: Instruction, into: str, kind: str) -> tuple[str, str]:
-        if into in FP8:
-            e = FP8[into]
-            if kind == "f32":
-                high, low = (f"fp8({self.read(s, kind)}, {e})" for s in i.operands[1:3])
-            else:
-                x = self.temporary()
-                self.emit(f"{x} = {self.widened(i.operands[1], kind)}")
-                low, high = (f"fp8(column({x}, {k}), {e})" for k in (0, 1))
-            return f"pack2({low}, {high}, 1, i2)", "i2"
-        x = self.read(i.operands[1], "s16")
-        low, high = (f"f16_bits(f32_of_fp8(array({x}) >> {8 * k}, {FP8[kind]}))" for k in (0, 1))
-        return f"pack2({low}, {high}, 2, i4)", "i4"

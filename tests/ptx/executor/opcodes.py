@@ -2,13 +2,17 @@
 """Opcodes without side effects: one row each.
 
 A row is an expression of the operands {0}, {1}, ..., their types and the result's type:
-t the instruction's type, s that type without regard to sign, w twice as wide, u and i 32 bits
-without and with sign, p a predicate. {t} is the NumPy type of the instruction's type. A key may
+t the instruction's type, s and n that type as signed and unsigned, w twice as wide, u and i 32
+bits unsigned and signed, p a predicate. {t} is the NumPy type of the instruction's type. A key may
 name a modifier (mul.hi) and a class of types (:f floats); the most special key is taken.
 Halves are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
+
+import functools
+
+from . import types
 
 TABLE = {
     "add": ("{0} + {1}", "ss", "s"),
@@ -16,19 +20,18 @@ TABLE = {
     "mul": ("{0} * {1}", "ss", "s"),
     "mul.hi": ("multiply_high({0}, {1})", "tt", "t"),
     "mul.wide": ("{0}.astype({w}) * {1}.astype({w})", "tt", "w"),
-    "mul24": ("({0} << 8 >> 8) * ({1} << 8 >> 8)", "tt", "t"),
     "mad": ("{0} * {1} + {2}", "sss", "s"),
     "mad.hi": ("multiply_high({0}, {1}) + {2}", "ttt", "t"),
     "mad.wide": ("{0}.astype({w}) * {1}.astype({w}) + {2}", "ttw", "w"),
-    "mad:f32": ("fma32({0}, {1}, {2})", "ttt", "t"),
+    "mad:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
     "mad:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
-    "fma:f32": ("fma32({0}, {1}, {2})", "ttt", "t"),
+    "fma:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
     "fma:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
     "fma:f": ("{0}.astype(f8) * {1} + {2}", "ttt", "t"),
     "sad": ("np.maximum({0}, {1}) - np.minimum({0}, {1}) + {2}", "ttt", "t"),
     "div": ("divide({0}, {1})", "tt", "t"),
     "div:f": ("{0} / {1}", "tt", "t"),
-    "rem": ("remainder({0}, {1})", "tt", "t"),
+    "rem": ("{0} - divide({0}, {1}) * {1}", "tt", "t"),
     "abs": ("np.abs({0})", "t", "t"),
     "neg": ("-{0}", "s", "s"),
     "min": ("np.minimum({0}, {1})", "tt", "t"),
@@ -61,21 +64,16 @@ TABLE = {
     "shf.l.clamp": ("funnel({0}, {1}, {2}, True, False)", "iiu", "i"),
     "shf.r.wrap": ("funnel({0}, {1}, {2}, False, True)", "iiu", "i"),
     "shf.r.clamp": ("funnel({0}, {1}, {2}, False, False)", "iiu", "i"),
-    "lop3": ("any_logic({0}, {1}, {2}, {lut})", "iii", "i"),
+    "lop3": ("any_logic({0}, {1}, {2}, {3})", "iiii", "i"),
     "prmt": ("permute({0}, {1}, {2})", "iii", "i"),
-    **{
-        f"prmt.{mode}": (f"permute({{0}}, {{1}}, {{2}}, {mode!r})", "iii", "i")
-        for mode in ("f4e", "b4e", "rc8", "ecl", "ecr", "rc16")
-    },
-    "clz": ("leading_zeros({0})", "s", "i"),
-    "popc": ("bits_set({0})", "s", "i"),
+    "clz": ("leading_zeros({0})", "n", "i"),
+    "popc": ("np.bitwise_count({0}).astype(i4)", "n", "i"),
     "bfind": ("highest_bit({0}, False)", "t", "i"),
     "bfind.shiftamt": ("highest_bit({0}, True)", "t", "i"),
     "brev": ("reversed_bits({0})", "s", "s"),
     "bfi": ("insert_field({0}, {1}, {2}, {3})", "ssuu", "s"),
     "bfe": ("extract_field({0}, {1}, {2})", "tuu", "t"),
     "bmsk.clamp": ("insert_field(i4(-1), i4(0), {0}, {1})", "uu", "i"),
-    "dp4a": ("dot4({0}, {1}, {2}, {signed_a}, {signed_b})", "iii", "i"),
     "selp": ("where({2}, {0}, {1})", "ssp", "s"),
     "slct": ("where({2} >= 0, {0}, {1})", "ssi", "s"),
 }
@@ -93,7 +91,6 @@ ROUNDED = {
 MODIFIERS = {
     *("rn", "rz", "rm", "rp", "approx", "full", "ftz", "sat", "relu", "NaN", "lo", "hi", "wide"),
     *("l", "r", "wrap", "clamp", "finite", "infinite", "notanumber", "number", "shiftamt"),
-    *("f4e", "b4e", "rc8", "ecl", "ecr", "rc16"),
 }
 COMPARED = {
     "eq": "{0} == {1}",
@@ -122,13 +119,13 @@ FLOATS_COMPARED = {
 }
 
 
+@functools.cache
 def row(parts: tuple[str, ...], kind: str) -> tuple[str, str, str] | None:
     """The most special row for an opcode whose type is `kind`."""
-    base, modifiers = parts[0], [p for p in parts[1:] if p in MODIFIERS and p != "ftz"]
-    classes = [f":{kind}"] + [":f"] * (kind in ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2"))
-    for end in (*classes, ""):
+    modifiers = [p for p in parts[1:] if p in MODIFIERS and p != "ftz"]
+    floats = [":f"] if kind in types.FLOATS | types.HALVES else []
+    for end in (f":{kind}", *floats, ""):
         for names in (modifiers, *([m] for m in modifiers), []):
-            found = TABLE.get(".".join([base, *names]) + end)
-            if found:
+            if found := TABLE.get(".".join([parts[0], *names]) + end):
                 return found
     return None

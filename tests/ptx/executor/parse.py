@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 import re
 from dataclasses import dataclass
 
@@ -14,21 +15,22 @@ from . import types
 from .report import PtxError
 
 NAME = r"[%$\w][\w$]*(?:\.\w+)?"
-SKIPPED = re.compile(r"\.(?:loc|pragma|file)\b[^\n;]*;?")
+SKIPPED = re.compile(r"(?:\.(?:loc|pragma|file)\b[^\n;]*;?|[\s;])+")
 LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
-STATEMENT = re.compile(r"[^;{}]*(?:\{[^{}]*\}[^;{}]*)*;")
+STATEMENT = re.compile(r"([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);")
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
 VARIABLE = re.compile(
-    r"\.(shared|global|const|local)\s+(?:\.align\s+(\d+)\s+)?(?:\.v(\d)\s+)?\.(\w+)\s+"
-    r"([\w$]+)((?:\s*\[\s*\d*\s*\])*)\s*(?:=\s*(.*?))?\s*$",
+    r"(?:\.(?:extern|visible|weak|common)\s+)*\.(shared|global|const|local)\s+"
+    r"(?:\.align\s+(\d+)\s+)?(?:\.v(\d)\s+)?\.(\w+)\s+([\w$]+)((?:\s*\[\s*\d*\s*\])*)"
+    r"\s*(?:=\s*(.*?))?\s*$",
     re.S,
 )
 PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(?:\.ptr\b(?:\s*\.(?:global|shared|const|local))?"
     r"(?:\s*\.align\s+\d+)?\s+)?(?:\.align\s+(\d+)\s+)?([\w$]+)\s*(?:\[(\d+)\])?"
 )
-INSTRUCTION = re.compile(r"(?:@(!?)(" + NAME + r")\s+)?([a-z][\w.:]*)\s*(.*?)\s*;$", re.S)
-ADDRESS = re.compile(rf"({NAME}|\d+)\s*(?:([+-])\s*(-?\w+))?(?:\s*,\s*(\{{.*\}}))?$", re.S)
+INSTRUCTION = re.compile(rf"(?:@(!?)({NAME})\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+ADDRESS = re.compile(rf"({NAME})\s*(?:([+-])\s*(-?\w+))?(?:\s*,\s*(\{{.*\}}))?$", re.S)
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,16 @@ class Instruction:
     line: int
     text: str
 
-    @property
-    def base(self) -> str:
-        return self.parts[0]
+    def __post_init__(self):
+        self.base = self.parts[0]
 
-    def types(self) -> list[str]:
-        return [part for part in self.parts[1:] if part in types.TYPES]
+    def types(self) -> tuple[str, ...]:
+        return _types(self.parts)
+
+
+@functools.cache
+def _types(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part for part in parts[1:] if part in types.TYPES)
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,6 @@ class Kernel:
         return Body(self)
 
     @property
-    def code(self) -> list[Instruction]:
-        return self.body.code
-
-    @property
     def instructions(self) -> int:
         return len(self.body.code)
 
@@ -122,19 +124,25 @@ class Module:
         if target is None:
             raise PtxError("line 1: wanted a .target directive, got none")
         self.target = target[1]
-        self.variables: dict[str, Variable] = {}
         self.kernels: dict[str, Kernel] = {}
         self.data: dict[str, np.ndarray] = {}  # module variables, once a kernel uses them
-        outside, at = [], 0
+        outside, at = "", 0
         for found in ENTRY.finditer(self.text):
-            outside.append(self.text[at : found.start()])
+            outside += self.text[at : found.start()]
             at = _closing(self.text, found.end())
             self.kernels[found[1]] = self._kernel(found, at - 1)
-        outside.append(self.text[at:])
-        for statement in re.findall(r"\.(?:shared|global|const)\b[^;]*;", "".join(outside)):
-            variable = _variable(statement[:-1])
-            if variable:
-                self.variables[variable.name] = variable
+        statements = re.findall(r"\.(?:shared|global|const)\b[^;]*", outside + self.text[at:])
+        found = [_variable(statement) for statement in statements]
+        self.variables = {v.name: v for v in found if v}
+
+    def place(self, variable: Variable) -> int:
+        """Address of a module's variable, which the module keeps."""
+        if variable.name not in self.data:
+            room = np.zeros(variable.size + 256, np.uint8)
+            room = room[-room.ctypes.data % 256 :][: variable.size]
+            room[: len(variable.data)] = np.frombuffer(variable.data, np.uint8)
+            self.data[variable.name] = room
+        return self.data[variable.name].ctypes.data
 
     def line(self, position: int) -> int:
         return bisect.bisect_left(self.line_ends, position) + 1
@@ -144,9 +152,8 @@ class Module:
         for text in _split(found[2] or ""):
             match = PARAMETER.match(text)
             if match is None:
-                raise PtxError(
-                    f"line {self.line(found.start())}: parameter {text!r} not understood"
-                )
+                line = self.line(found.start())
+                raise PtxError(f"line {line}: parameter {text!r} not understood")
             width = types.bits(match[2]) // 8
             alignment = int(match[1] or match[3] or width)
             size = width * int(match[5] or 1)
@@ -172,7 +179,7 @@ class Body:
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         self._scopes: list[dict[str, str]] = [{}]
-        self._renamed = 0
+        self._renamed, self._operands = 0, {}
         self._branches: list[tuple[Instruction, list[dict[str, str]]]] = []
         self._read(*kernel.span)
         for instruction, scopes in self._branches:
@@ -181,35 +188,28 @@ class Body:
     def _read(self, at: int, end: int) -> None:
         text = self.module.text
         while True:
-            while at < end and text[at].isspace():
-                at += 1
+            if match := SKIPPED.match(text, at, end):
+                at = match.end()
             if at >= end:
                 return
-            if text[at] == "{":
-                self._scopes.append({})
+            if text[at] in "{}":
+                self._scopes = [*self._scopes, {}] if text[at] == "{" else self._scopes[:-1]
                 at += 1
-            elif text[at] == "}":
-                self._scopes.pop()
-                at += 1
-            elif text[at] == ";":
-                at += 1
-            elif match := SKIPPED.match(text, at):
-                at = match.end()
             elif match := LABEL.match(text, at):
                 label = match[1] if len(self._scopes) == 1 else self._rename(match[1])
                 self.labels[label] = len(self.code)
                 at = match.end()
             elif match := STATEMENT.match(text, at):
-                self._statement(match.group(), self.module.line(at))
+                self._statement(match[1], self.module.line(at))
                 at = match.end()
             else:
                 raise PtxError(f"line {self.module.line(at)}: cannot read {text[at : at + 60]!r}")
 
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
-            self._registers(text[:-1])
+            self._registers(text)
         elif text.startswith("."):
-            variable = _variable(text[:-1])
+            variable = _variable(text)
             if variable is None:
                 raise PtxError(f"line {line}: directive {text!r} not understood")
             self.variables[variable.name] = variable
@@ -217,21 +217,20 @@ class Body:
             match = INSTRUCTION.match(text)
             if match is None:
                 raise PtxError(f"line {line}: cannot read {text!r}")
-            operands = [self._operand(part, line) for part in _split(match[4])]
-            predicate = self._name(match[2]) if match[2] else None
-            parts, words = tuple(match[3].split(".")), " ".join(text[:-1].split())
-            self.code.append(Instruction(parts, operands, predicate, match[1] == "!", line, words))
+            negated, predicate, opcode, rest = match.groups()
+            operands = [self._operand(part, line) for part in _split(rest)]
+            predicate, parts = predicate and self._name(predicate), tuple(opcode.split("."))
+            words = " ".join(text.split())
+            self.code.append(Instruction(parts, operands, predicate, negated == "!", line, words))
             if parts[0] == "bra":
-                self._branches.append((self.code[-1], list(self._scopes)))
+                self._branches.append((self.code[-1], self._scopes))
 
     def _registers(self, text: str) -> None:
         match = re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", text, re.S)
         kind = types.register(match[1])
         for word in match[2].split(","):
-            word = word.strip()
-            many = re.match(r"([%\w$]+)<(\d+)>$", word)
-            names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [word]
-            for name in names:
+            stem, _, count = word.strip().rstrip(">").partition("<")
+            for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
                 if len(self._scopes) > 1 or name in self.registers:
                     self._rename(name)
                 self.registers[self._name(name)] = kind
@@ -243,11 +242,17 @@ class Body:
 
     def _name(self, word: str, scopes: list[dict[str, str]] | None = None) -> str:
         for scope in reversed(scopes or self._scopes):
-            if word in scope:
-                return scope[word]
+            word = scope.get(word, word) if scope else word
         return word
 
     def _operand(self, text: str, line: int) -> Operand:
+        if any(self._scopes):
+            return self._read_operand(text, line)
+        if text not in self._operands:
+            self._operands[text] = self._read_operand(text, line)
+        return self._operands[text]
+
+    def _read_operand(self, text: str, line: int) -> Operand:
         if text.startswith("{"):
             return tuple(self._word(part) for part in _split(text[1:-1]))
         if text.startswith("["):
@@ -270,6 +275,8 @@ class Body:
 
 def _split(text: str) -> list[str]:
     """Parts between commas outside brackets."""
+    if not any(bracket in text for bracket in "{[("):
+        return [part.strip() for part in text.split(",")] if text.strip() else []
     parts, depth, start = [], 0, 0
     for at, character in enumerate(text):
         if character in "{[(":
@@ -294,28 +301,12 @@ def _closing(text: str, at: int) -> int:
 
 
 def _variable(text: str) -> Variable | None:
-    text = re.sub(r"^\s*\.(extern|visible|weak|common)\b", "", text.strip()).strip()
-    match = VARIABLE.match(text)
+    match = VARIABLE.match(text.strip())
     if match is None:
         return None
     space, alignment, vector, kind, name, extents, values = match.groups()
     width = types.bits(kind) // 8 * int(vector or 1)
-    count = 1
-    for extent in re.findall(r"\[\s*(\d*)\s*\]", extents):
-        count *= int(extent or 0)
-    data = b""
-    if values:
-        numbers = [_number(x, kind) for x in re.findall(r"[-\w.]+", values)]
-        data = np.array(numbers).astype(types.name(kind)).tobytes()
+    count = math.prod(int(extent or 0) for extent in re.findall(r"\[\s*(\d*)\s*\]", extents))
+    numbers = re.findall(r"[-\w.]+", values or "")
+    data = b"".join(types.immediate(x, types.NAMES[kind]).tobytes() for x in numbers)
     return Variable(space, name, width * count, int(alignment or width), data)
-
-
-def _number(text: str, kind: str) -> int | float:
-    if text[:2] in ("0f", "0F"):
-        return float(np.array(int(text[2:], 16), "u4").view("f4"))
-    if text[:2] in ("0d", "0D"):
-        return float(np.array(int(text[2:], 16), "u8").view("f8"))
-    if not re.match(r"-?\d", text):
-        raise PtxError(f"initial value {text!r} is not a number")
-    value = int(text.rstrip("U"), 0)
-    return value if kind in types.FLOATS else value & (2 ** types.bits(kind) - 1)

@@ -21,8 +21,8 @@ READ, WRITE, ATOMIC = 0, 1, 2
 class Stamp:
     """Synchronisation so far: a segment for each lane, a vector clock for each warp.
 
-    clock[w, u]: up to which of its own ticks warp u of the same block is known to warp w; the last
-    column counts asynchronous copies.
+    clock[w, u]: up to which of its own ticks warp u of the same block is known to warp w. Two more
+    columns count asynchronous work, wgmma and bulk copies: known to those who waited for it.
     """
 
     __slots__ = ("clock", "segment")
@@ -45,7 +45,7 @@ class Access(NamedTuple):
     values: np.ndarray | None  # contiguous, size bytes a row
     stamp: Stamp
     first: int  # thread of the grid that is lane 0
-    asynchronous: bool = False
+    engine: int = 0  # 1: a bulk copy, 2: wgmma; it counts in that column from the end
 
 
 class Race(NamedTuple):
@@ -64,9 +64,7 @@ class Detector:
         """Races between logged accesses to places below `length`."""
         if not any(a.kind for a in log):
             return []
-        shift = min(3, min((a.size & -a.size).bit_length() - 1 for a in log))
-        if any((a.place & ((1 << shift) - 1)).any() for a in log):
-            shift = 0
+        shift = _shift(log)
         owner = self._scratch((length >> shift) + 1)
         thread = np.concatenate([_repeated(a.lanes + a.first, a.size >> shift) for a in log])
         granule = np.concatenate([_granules(a, shift) for a in log])
@@ -79,7 +77,7 @@ class Detector:
         seen = owner[granule]
         conflict = (seen >= 0) & (seen != who)
         owner[written] = -1
-        if any(a.asynchronous for a in log):  # a lane races with its own copies, too
+        if any(a.engine for a in log):  # a lane races with its own copies, too
             conflict |= np.isin(granule, written)
         if not conflict.any():
             return []
@@ -139,67 +137,52 @@ class Detector:
         number = {id(s): k for k, s in enumerate(stamps)}
         stamp = np.array([number[id(a.stamp)] for a in log])
         first = np.array([a.first for a in log])
-        own = np.array([a.asynchronous for a in log])
+        own = np.array([a.engine for a in log])
         lengths = {s.segment.size for s in stamps}
         width = max(lengths)
         segments = np.full((len(stamps), width), -1, np.int64)
-        clocks = np.zeros((len(stamps), width // 32, stamps[0].clock.shape[1]), np.int64)
+        columns = max(s.clock.shape[1] for s in stamps)
+        clocks = np.zeros((len(stamps), width // 32, columns), np.int64)
         for k, s in enumerate(stamps):  # a last batch of blocks may be shorter
             segments[k, : s.segment.size] = s.segment
-            clocks[k, : s.clock.shape[0]] = s.clock
-        lx, ly = tx - first[ex], ty - first[ey]
+            clocks[k, : s.clock.shape[0], : s.clock.shape[1]] = s.clock
+        lx, ly = (tx - first[ex]) % width, (ty - first[ey]) % width
         sx, sy = stamp[ex], stamp[ey]
         wx, wy = lx >> 5, ly >> 5
-        column = np.where(own[ex], clocks.shape[2] - 1, wx % (self.threads >> 5))
+        column = np.where(own[ex] > 0, columns - own[ex], wx % (self.threads >> 5))
         known = clocks[sy, wy, column] >= clocks[sx, wx, column]
         warp = (tx >> 5) == (ty >> 5)
         by_warp = (tx == ty) | (segments[sx, lx] < segments[sy, ly])
         block = tx // self.threads == ty // self.threads
-        return block & np.where(warp & ~own[ex], by_warp, known)
+        return block & np.where(warp & (own[ex] == 0), by_warp, known)
 
 
-class Folded:
-    """What blocks did to a buffer before, once the log of a launch was too long to keep."""
-
-    def __init__(self, length: int):
-        self.reader = np.full(length, -1, np.int64)  # a block
-        self.writer = np.full(length, -1, np.int64)
-        self.bytes = np.zeros(length, np.uint8)
-
-    def races(self, log: list[Access], threads: int) -> list[Race]:
-        """Conflicts of logged accesses with other blocks' folded ones."""
-        found = []
+def folded(log: list[Access], length: int) -> list[Access]:
+    """A log as one read and one write of each granule, the last ones; a block's own are ordered."""
+    shift = _shift(log)
+    before = Stamp(np.full(32, -1), np.zeros((1, 1), np.int64))
+    short = []
+    for kind in (READ, WRITE):
+        thread = np.full((length >> shift) + 1, -1, np.int64)
+        values, pc = np.zeros(thread.size, UNSIGNED[1 << shift]), 0
         for a in log:
-            if a.kind == ATOMIC:
-                continue
-            place = _granules(a, 0)
-            block = _repeated((a.lanes + a.first) // threads, a.size)
-            wrote = self.writer[place]
-            bad = (wrote >= 0) & (wrote != block)
-            other = wrote
-            if a.kind == WRITE:
-                bad &= self.bytes[place] != _values(a, 0)
-                read = self.reader[place]
-                after = (read >= 0) & (read != block)
-                other = np.where(after, read, wrote)
-                bad |= after
-            if bad.any():
-                k = int(np.flatnonzero(bad)[0])
-                kind = READ if other[k] == self.reader[place[k]] else WRITE
-                earlier = (a.pc, int(other[k]) * threads, kind)
-                later = (a.pc, int(block[k]) * threads, a.kind)
-                found.append(Race(int(place[k]), earlier, later, int(bad.sum())))
-        return found
+            if a.kind == kind:
+                place, pc = _granules(a, shift), a.pc
+                thread[place] = _repeated(a.lanes + a.first, a.size >> shift)
+                values[place] = _values(a, shift)
+        at = np.flatnonzero(thread >= 0)
+        if at.size:
+            given = values[at] if kind == WRITE else None
+            short.append(Access(at << shift, thread[at], 1 << shift, kind, pc, given, before, 0))
+    return short
 
-    def fold(self, log: list[Access], threads: int) -> None:
-        for a in log:
-            block = _repeated((a.lanes + a.first) // threads, a.size)
-            place = _granules(a, 0)
-            if a.kind == READ:
-                self.reader[place] = block
-            elif a.kind == WRITE:
-                self.writer[place] = block
-                self.bytes[place] = _values(a, 0)
+
+def _shift(log: list[Access]) -> int:
+    """log2 of the largest granule that no access cuts, 8 bytes at most."""
+    bits = 8
+    for a in log:
+        bits |= a.size | int(np.bitwise_or.reduce(a.place))
+    return (bits & -bits).bit_length() - 1
 
 
 def _repeated(x: np.ndarray, times: int) -> np.ndarray:

@@ -8,6 +8,7 @@ block registers are local variables; at its end those that live on are written b
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,21 +17,25 @@ from . import numeric, opcodes, types
 from .parse import Address, Instruction, Kernel, Pair
 from .report import PtxError, Unsupported
 
-SHARED_WINDOW = 1 << 56  # of generic addresses; below, parameters and local memory
-LOCAL_WINDOW = 1 << 57
-PARAMETER_WINDOW = 1 << 55
+# generic addresses: where each space begins, up to twice that
+WINDOWS = {"shared": 1 << 57, "global": -(1 << 63), "local": 1 << 58, "param": 1 << 56}
 BRANCHES = {"bra", "ret", "exit", "trap"}
 # before these a warp waits until its lanes stand together
 WARP_LEVEL = {"shfl", "mma", "ldmatrix", "stmatrix", "vote", "match", "redux", "elect", "wgmma"}
 NO_DESTINATION = {"bar", "barrier", "bra", "nanosleep", "setmaxnreg", "cp", "fence"}
+SPECIAL = {"%laneid", "%warpid", "%dynamic_smem_size", "%total_smem_size"}
+# clusters are of one block; clocks stand still
+CONSTANT = {r"%cluster_n": 1, r"%cluster": 0, r"%(clock|globaltimer|n?smid)": 0}
 ENVIRONMENT = {k: v for k, v in (vars(types) | vars(numeric)).items() if k[0] != "_"}
 
 
-def is_barrier(instruction: Instruction) -> bool:
-    parts = instruction.parts
-    if parts[0] in ("bar", "barrier"):
-        return "warp" not in parts and not ("cluster" in parts and "arrive" in parts)
-    return False
+def is_barrier(i: Instruction) -> bool:
+    return i.base in ("bar", "barrier") and not {"warp", "arrive"} & set(i.parts)
+
+
+def is_plain(i: Instruction) -> bool:
+    """A move of one register or value."""
+    return i.base == "mov" and all(isinstance(x, str) for x in i.operands)
 
 
 @dataclass
@@ -47,11 +52,7 @@ class Block:
     constants: dict | None = None
     function: object = None
     reduction: tuple[str, int, str] | None = None  # of bar.red: operation, register, type
-    always: slice | np.ndarray | None = None  # instructions reached whenever the block is
-
-    @property
-    def count(self) -> int:
-        return self.end - self.start
+    always: np.ndarray | None = None  # instructions reached whenever the block is
 
 
 class Program:
@@ -60,62 +61,41 @@ class Program:
     def __init__(self, kernel: Kernel):
         self.kernel, self.body = kernel, kernel.body
         self.index = {name: i for i, name in enumerate(self.body.registers)}
-        self.zeros = [
-            np.dtype("?" if t == "?" else "i8" if t == "pair" else t).type(0)
-            for t in self.body.registers.values()
-        ]
+        self.zeros = [np.dtype(t).type(0) for t in self.body.registers.values()]
         self.symbols: dict[str, tuple[str, int]] = {}  # name to (space, address)
-        self.static_shared = self.local_bytes = 0
+        self.dynamic_start = 0  # of shared memory
         self._place_variables()
-        self.opcodes = {i.base for i in self.body.code}
-        self.opcodes |= {".".join(i.parts[:3]) for i in self.body.code if i.base == "cp"}
+        self.asynchronous = any(i.base == "wgmma" or "bulk" in i.parts for i in self.body.code)
         self.accumulators = self._accumulators()
         self.blocks = self._cut()
-        live = self._live_out()
-        for block, registers in zip(self.blocks, live, strict=True):
-            self._translate(block, registers)
+        for block, live in zip(self.blocks, self._live_out(), strict=True):
+            self._translate(block, live)
 
     def _place_variables(self) -> None:
-        module, text = self.kernel.module, None
-        start, end = self.kernel.span
-        for name, variable in module.variables.items():
-            text = text or set(re.findall(r"[\w$]+", module.text[start:end]))
-            if name in text:
-                self.body.variables.setdefault(name, variable)
-        dynamic = 16
-        for name, v in self.body.variables.items():
-            if v.space == "shared" and v.size:
-                at = -(-self.static_shared // v.alignment) * v.alignment
-                self.symbols[name], self.static_shared = ("shared", at), at + v.size
-            elif v.space == "local":
-                at = -(-self.local_bytes // v.alignment) * v.alignment
-                self.symbols[name], self.local_bytes = ("local", at), at + v.size
-            elif v.space == "shared":
-                dynamic = max(dynamic, v.alignment)
+        module, variables, used = self.kernel.module, self.body.variables, {"shared": 0, "local": 0}
+        words = set(re.findall(r"[\w$]+", module.text[slice(*self.kernel.span)]))
+        variables |= {k: v for k, v in module.variables.items() if k in words}
+        # dynamic shared memory, of size 0 here, comes last
+        for v in sorted(variables.values(), key=lambda v: v.space == "shared" and not v.size):
+            if v.space in used:
+                alignment = v.alignment if v.size else max(v.alignment, 16)
+                at = -(-used[v.space] // alignment) * alignment
+                self.dynamic_start = self.dynamic_start if v.size else at
+                used[v.space] = at + v.size
             else:
-                if name not in module.data:
-                    room = np.zeros(v.size + 256, np.uint8)
-                    room = room[-room.ctypes.data % 256 :][: v.size]
-                    room[: len(v.data)] = np.frombuffer(v.data, np.uint8)
-                    module.data[name] = room
-                self.symbols[name] = ("global", module.data[name].ctypes.data)
-        self.dynamic_start = -(-self.static_shared // dynamic) * dynamic
-        for name, v in self.body.variables.items():
-            if v.space == "shared" and not v.size:
-                self.symbols[name] = ("shared", self.dynamic_start)
-        for parameter in self.kernel.parameters:
-            self.symbols[parameter.name] = ("param", parameter.offset)
+                at = module.place(v)
+            self.symbols[v.name] = (v.space if v.space in used else "global", at)
+        self.static_shared, self.local_bytes = used["shared"], used["local"]
+        self.dynamic_start = self.dynamic_start or self.static_shared
+        self.symbols |= {p.name: ("param", p.offset) for p in self.kernel.parameters}
 
     def _accumulators(self) -> set[str]:
         """Registers that wgmma writes, and those they are moved to."""
         code = self.body.code
         found = {r for i in code if i.parts[:2] == ("wgmma", "mma_async") for r in i.operands[0]}
-        moves = [i.operands for i in code if i.base == "mov" and isinstance(i.operands[1], str)]
-        grown = bool(found)
-        while grown:
-            more = {to for to, source in moves if source in found and isinstance(to, str)} - found
+        moves = [i.operands for i in code if is_plain(i)]
+        while more := {to for to, source in moves if source in found} - found:
             found |= more
-            grown = bool(more)
         return found
 
     # ---- blocks
@@ -131,8 +111,7 @@ class Program:
             body = code[block.start : block.end]
             last = body[-1]
             block.warp_level = any(
-                i.base in WARP_LEVEL or i.parts[:2] == ("bar", "warp") or "arrive" in i.parts[1:2]
-                for i in body
+                i.base in WARP_LEVEL or i.base == "bar" and not is_barrier(i) for i in body
             )
             block.predicated = last.predicate is not None
             if last.base == "bra":
@@ -141,113 +120,94 @@ class Program:
                 block.kind = "exit"
             elif is_barrier(last):
                 block.kind = "barrier"
-            always = [
-                k for k in range(block.start, block.end) if not self._has_effect_under_predicate(k)
-            ]
-            whole = len(always) == block.count
-            block.always = slice(block.start, block.end) if whole else np.array(always)
-        blocks.append(Block(len(code), len(code), "exit", always=slice(0, 0)))
+            # under a predicate loads and stores count as reached only where it holds
+            memory = ("ld", "st", "atom", "red")
+            always = np.array([not (i.predicate and i.base in memory) for i in body])
+            block.always = block.start + np.flatnonzero(always)
+        blocks.append(Block(len(code), len(code), "exit", always=np.array([], int)))
         return blocks
-
-    def _has_effect_under_predicate(self, k: int) -> bool:
-        i = self.body.code[k]
-        return i.predicate is not None and i.base in {"ld", "st", "atom", "red"}
 
     def reads_and_writes(self, i: Instruction) -> tuple[set[str], set[str]]:
         reads, writes = set(), set()
         for n, operand in enumerate(i.operands):
-            written = n == 0 and not isinstance(operand, Address) and i.base not in NO_DESTINATION
-            words = operand if isinstance(operand, tuple) else (operand,)
-            if isinstance(operand, Address):
+            kind, words = type(operand), (operand,)
+            if kind is tuple:
+                words = operand
+            elif kind is Address:
                 words = (operand.base, *operand.coordinates)
-            elif isinstance(operand, Pair):
+            elif kind is Pair:
                 words = (operand.first, operand.second)
-            for word in words:
-                word = word.removeprefix("!")
-                if word in self.index:
-                    (writes if written else reads).add(word)
+            written = n == 0 and kind is not Address and i.base not in NO_DESTINATION
+            words = [w.lstrip("!") for w in words]
+            (writes if written else reads).update(w for w in words if w in self.index)
         if i.predicate:
             reads.add(i.predicate)
         if i.predicate or i.base == "wgmma":
             reads |= writes
-        if i.parts[:2] in (("bar", "red"), ("barrier", "red")):
-            word = i.operands[0]
-            reads, writes = reads | {word}, {word}
+        if i.base in ("bar", "barrier") and "red" in i.parts:
+            writes = {i.operands[0]}
         return reads, writes
 
     def _live_out(self) -> list[set[str]]:
         """Registers read after each block."""
-        used, defined = [], []
-        for block in self.blocks:
-            before, done = set(), set()
+        used: list[set[str]] = [set() for _ in self.blocks]
+        defined: list[set[str]] = [set() for _ in self.blocks]
+        for block, before, done in zip(self.blocks, used, defined, strict=True):
             for i in self.body.code[block.start : block.end]:
                 reads, writes = self.reads_and_writes(i)
                 before |= reads - done
                 done |= writes
-            used.append(before)
-            defined.append(done)
-        n = len(self.blocks)
-        follow = []
+        # what one block alone touches is not followed
+        touched = Counter(r for a, b in zip(used, defined, strict=True) for r in a | b)
+        wide = {r for r, n in touched.items() if n > 1}
+        used, defined = ([x & wide for x in y] for y in (used, defined))
+        count, follow = len(self.blocks), []
         for k, block in enumerate(self.blocks):
-            after = set()
-            if block.kind == "branch":
-                after.add(block.target)
-            if block.kind in ("next", "barrier") or block.predicated:
-                after.add(k + 1)
-            follow.append({a for a in after if a < n})
-        live_in = [set(u) for u in used]
-        live_out: list[set[str]] = [set() for _ in range(n)]
+            falls = block.kind in ("next", "barrier") or block.predicated and k + 1 < count
+            follow.append([block.target] * (block.kind == "branch") + [k + 1] * falls)
+        live_in, live_out = used, [set() for _ in range(count)]
         changed = True
         while changed:
             changed = False
-            for k in reversed(range(n)):
-                out = set().union(*(live_in[a] for a in follow[k])) if follow[k] else set()
-                if len(out) != len(live_out[k]):
-                    live_out[k] = out
-                    grown = used[k] | (out - defined[k]) | live_in[k]
-                    changed |= len(grown) != len(live_in[k])
-                    live_in[k] = grown
+            for k in reversed(range(count)):
+                out = set().union(*(live_in[a] for a in follow[k]))
+                if len(out) > len(live_out[k]):
+                    live_out[k], changed = out, True
+                    live_in[k] = live_in[k] | (out - defined[k])
         return live_out
 
     # ---- code
     def _translate(self, block: Block, live: set[str]) -> None:
-        from .effects import Effects
+        from .effects import Effects  # which needs Writer
 
         writer = Effects(self)
         result = "None"
         for pc in range(block.start, block.end):
             i = self.body.code[pc]
             try:
-                if pc == block.end - 1 and block.kind not in ("next",):
+                if pc == block.end - 1 and block.kind != "next":
                     result = writer.ending(i, pc, block)
                 else:
                     writer.instruction(i, pc)
-            except Unsupported:
-                raise
-            except (KeyError, IndexError, ValueError, AttributeError, TypeError, PtxError) as e:
-                raise Unsupported(
-                    f"line {i.line}: `{i.text}` is not modelled ({type(e).__name__}: {e})"
-                ) from e
+            except (LookupError, ValueError, StopIteration, TypeError, PtxError) as e:
+                opcode = ".".join(i.parts)
+                raise Unsupported(f"line {i.line}: {opcode} is not modelled ({e}): {i.text}") from e
+        kept = [(f"R[{self.index[r]}]", writer.local(r)) for r in writer.defined if r in live]
         lines = ["def f(R, M, m):"]
         lines += [f"    {writer.local(r)} = R[{self.index[r]}]" for r in writer.live_in]
         lines += [f"    {line}" for line in writer.lines]
-        kept = [r for r in writer.defined if r in live]
         if kept:
             lines.append("    if m is None:")
-            lines += [f"        R[{self.index[r]}] = {writer.local(r)}" for r in kept]
+            lines += [f"        {place} = {value}" for place, value in kept]
             lines.append("    else:")
-            lines += [
-                f"        R[{self.index[r]}] = where(m, {writer.local(r)}, R[{self.index[r]}])"
-                for r in kept
-            ]
+            lines += [f"        {place} = where(m, {value}, {place})" for place, value in kept]
         block.source = "\n".join([*lines, f"    return {result}"])
         block.constants = writer.constants
 
     def function(self, block: Block):
         """The block's Python function, compiled when it is first reached."""
         environment = ENVIRONMENT | block.constants
-        name = f"<{self.kernel.name[:60]}: {block.start}>"
-        exec(compile(block.source, name, "exec"), environment)
+        exec(compile(block.source, f"<{self.kernel.name}: {block.start}>", "exec"), environment)
         block.function = environment["f"]
         return block.function
 
@@ -256,13 +216,11 @@ class Writer:
     """Python lines of one basic block: operands, destinations and rows of the table."""
 
     def __init__(self, program: Program):
-        self.program = program
-        self.lines: list[str] = []
-        self.live_in: dict[str, None] = {}
+        self.program, self.lines, self.temporaries = program, [], 0
+        self.live_in: dict[str, None] = {}  # in order
         self.defined: dict[str, None] = {}
         self.constants: dict[str, object] = {}
         self.known: dict[tuple, str] = {}
-        self.temporaries = 0
 
     def emit(self, line: str) -> None:
         self.lines.append(line)
@@ -272,7 +230,7 @@ class Writer:
         return f"x{self.temporaries}"
 
     def local(self, register: str) -> str:
-        return "r_" + re.sub(r"\W", "_", register)
+        return f"r{self.program.index[register]}"
 
     def register(self, name: str) -> str:
         if name not in self.defined:
@@ -289,7 +247,7 @@ class Writer:
     # ---- operands
     def read(self, operand: str, kind: str) -> str:
         """Python expression of an operand seen as a PTX type."""
-        want = types.name(kind)
+        want = types.NAMES[kind]
         if kind == "pred":
             if operand.startswith("!"):
                 return f"(~{self.register(operand[1:])})"
@@ -311,27 +269,16 @@ class Writer:
             return self._special(operand, want)
         if operand in self.program.symbols:
             return self.constant(np.dtype(want).type(self.program.symbols[operand][1]))
-        return self.constant(immediate(operand, want))
+        return self.constant(types.immediate(operand, want))
 
     def _special(self, name: str, want: str) -> str:
-        if name in ("%clock", "%clock64", "%globaltimer", "%smid", "%nsmid"):
-            return self.constant(np.dtype(want).type(0))
-        if re.match(r"%(cluster_ctaid|cluster_ctarank|clusterid)\b", name):
-            return self.constant(np.dtype(want).type(0))
-        if re.match(r"%(cluster_nctaid|cluster_nctarank)\b", name):
-            return self.constant(np.dtype(want).type(1))
-        if not re.match(
-            r"%(tid|ntid|ctaid|nctaid)\.[xyz]$|%(laneid|warpid|lanemask_\w+)$", name
-        ) and (name != "%dynamic_smem_size" and name != "%total_smem_size"):
-            raise Unsupported(f"special register {name} is not modelled")
-        text = f"M.special[{name!r}]"
-        return (
-            text
-            if want == "i4"
-            else f"{text}.view(u4)"
-            if want == "u4"
-            else f"{text}.astype({want})"
-        )
+        if name in SPECIAL or re.match(r"%n?(tid|ctaid)\.[xyz]$", name):
+            text = f"M.special[{name!r}]"
+            return text if want == "i4" else f"{text}.astype({want})"
+        for pattern, value in CONSTANT.items():
+            if re.match(pattern, name):
+                return self.constant(np.dtype(want).type(value))
+        raise PtxError(f"special register {name}")
 
     def predicate(self, i: Instruction) -> str | None:
         if i.predicate is None:
@@ -348,15 +295,12 @@ class Writer:
         if register == "_":
             return
         want = self.program.body.registers[register]
+        if types.size(have) < types.size(want):
+            have = f"i{types.size(want)}"
+            value = f"({value}).astype({have})"
         if have != want:
-            if types.size(have) == types.size(want):
-                value = f"({value}).view({want})"
-            elif types.size(have) < types.size(want) and want[0] == "i":
-                value = f"({value}).astype({want})"
-            elif types.size(have) < types.size(want):
-                value = f"({value}).astype(i{want[1:]}).view({want})"
-            else:
-                value = f"({value}).astype({want})"
+            same = types.size(have) == types.size(want)
+            value = f"({value}).{'view' if same else 'astype'}({want})"
         p, name = self.predicate(i), self.local(register)
         if p is not None:
             value = f"where({p}, {value}, {self.register(register)})"
@@ -382,22 +326,21 @@ class Writer:
         if special is not None:
             special(i, pc)
             return
-        kinds = i.types()
-        kind = kinds[0] if kinds else "b32"
+        kind = next(iter(i.types()), "b32")
         row = opcodes.row(i.parts, kind)
-        unknown = [p for p in i.parts[1:] if p not in opcodes.MODIFIERS | types.TYPES]
+        unknown = set(i.parts[1:]) - opcodes.MODIFIERS - types.TYPES
         if row is None or unknown:
-            raise Unsupported(f"line {i.line}: opcode {'.'.join(i.parts)} is not modelled")
+            raise PtxError(f"modifiers {sorted(unknown)}" if unknown else "opcode")
         mode = next((p for p in i.parts if p in ("rz", "rm", "rp")), None)
-        if mode and (kind != "f32" or i.base not in opcodes.ROUNDED):
-            raise Unsupported(f"line {i.line}: rounding of {'.'.join(i.parts)} is not modelled")
-        self._by_row(
-            i, (f"rounded32({opcodes.ROUNDED[i.base]}, {mode!r})", *row[1:]) if mode else row, kind
-        )
+        if mode:
+            if kind != "f32" or i.base not in opcodes.ROUNDED:
+                raise PtxError("rounding")
+            row = (f"rounded32({opcodes.ROUNDED[i.base]}, {mode!r})", *row[1:])
+        self._by_row(i, row, kind)
 
     def _watch_accumulators(self, i: Instruction, pc: int) -> None:
         reads, writes = self.program.reads_and_writes(i)
-        if i.base == "mov" and isinstance(i.operands[1], str) and writes:
+        if is_plain(i):
             if (reads | writes) & self.program.accumulators:
                 self.emit(f"M.accumulator_moved({i.operands[0]!r}, {i.operands[1]!r})")
             return
@@ -406,65 +349,23 @@ class Writer:
 
     def _by_row(self, i: Instruction, row: tuple[str, str, str], kind: str) -> None:
         template, letters, result = row
-        if kind.startswith("b") and kind not in types.HALVES and i.base in ("shr", "min", "max"):
+        if kind[0] == "b" and kind not in types.HALVES and i.base == "shr":
             kind = f"u{kind[1:]}"
-        if kind in types.HALVES and i.base == "selp":
-            kind = {"f16": "s16", "bf16": "s16"}.get(kind, "s32")
+        half = kind in types.HALVES and i.base != "selp"
+        if kind in types.HALVES and not half:
+            kind = f"s{types.bits(kind)}"
         kinds = {"t": kind, "s": types.signless(kind), "u": "u32", "i": "s32", "p": "pred"}
+        kinds["n"] = f"u{types.bits(kind)}"
         if "w" in letters + result:
             kinds["w"] = f"{kind[0]}{2 * int(kind[1:])}"
-        half = kind in types.HALVES
-        sources = []
-        for letter, operand in zip(letters, i.operands[1:], strict=False):
-            wide = half and letter in "ts"
-            sources.append((self.widened if wide else self.read)(operand, kinds[letter]))
-        names = {"t": "f4" if half else types.name(kinds["s"])}
-        names["w"] = types.name(kinds["w"]) if "w" in kinds else ""
-        if i.base == "lop3":
-            names["lut"] = int(i.operands[4], 0)
-        if i.base == "dp4a":
-            names["signed_a"], names["signed_b"] = (t == "s32" for t in i.types())
+        sources = [
+            (self.widened if half and letter in "ts" else self.read)(operand, kinds[letter])
+            for letter, operand in zip(letters, i.operands[1:], strict=True)
+        ]
+        names = {"t": "f4" if half else types.NAMES[kinds["s"]]}
+        names["w"] = types.NAMES[kinds["w"]] if "w" in kinds else ""
         value = f"({template.format(*sources, **names)})"
-        shift = i.base in ("shl", "shr") and re.fullmatch(r"\d+", i.operands[2])
-        if shift and int(i.operands[2]) < types.bits(kind):
-            value = f"({sources[0]} {'<<' if i.base == 'shl' else '>>'} {int(i.operands[2])})"
-        if i.base == "prmt" and len(i.parts) == 2 and re.fullmatch(r"\w*", i.operands[3]):
-            value = self._permutation(i, sources) or value
-        if "relu" in i.parts:
-            value = f"np.maximum({value}, f4(0))"
-        if "sat" in i.parts:
-            value = f"saturate({value})"
-        if half and result in "ts":
-            value = self.narrowed(value, kind)
-        self.write(i.operands[0], value, types.name(kinds[result]), i)
-
-    def _permutation(self, i: Instruction, sources: list[str]) -> str | None:
-        try:
-            selector = int(i.operands[3].rstrip("U"), 0)
-        except ValueError:
-            return None
-        nibbles = [selector >> 4 * k & 15 for k in range(4)]
-        if max(nibbles) > 7:
-            return None
-        return f"permute_bytes({sources[0]}, {sources[1]}, {nibbles})"
-
-
-def immediate(text: str, want: str):
-    """A literal as a NumPy scalar; hexadecimal floats are bits."""
-    dtype = np.dtype(want)
-    match = re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text)
-    if match:
-        value = np.array(int(match[2], 16), "u4" if match[1] in "fF" else "u8")
-        value = value.view("f4" if match[1] in "fF" else "f8")
-        if dtype.kind == "f":
-            return value.astype(dtype)[()]
-        return value.view(f"i{value.dtype.itemsize}").astype(dtype)[()]
-    if not re.match(r"-?\d", text):
-        raise PtxError(f"name {text!r} is not known")
-    value = int(text.rstrip("U"), 0) if "." not in text else None
-    if dtype.kind == "f":
-        if value is None:
-            return dtype.type(float(text))
-        return np.array(value % 2 ** (8 * dtype.itemsize), f"u{dtype.itemsize}").view(dtype)[()]
-    wrapped = value % 2 ** (8 * dtype.itemsize)
-    return np.array(wrapped, f"u{dtype.itemsize}").view(dtype)[()]
+        value = f"np.maximum({value}, f4(0))" if "relu" in i.parts else value
+        value = f"np.fmin(np.fmax({value}, 0), 1)" if "sat" in i.parts else value
+        value = self.narrowed(value, kind) if half and result in "ts" else value
+        self.write(i.operands[0], value, types.NAMES[kinds[result]], i)

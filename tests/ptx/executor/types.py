@@ -7,7 +7,12 @@ the type it names. 8-bit values live in 16-bit registers, halves as their bits.
 
 from __future__ import annotations
 
+import functools
+import re
+
 import numpy as np
+
+from .report import PtxError
 
 i1, i2, i4, i8 = np.int8, np.int16, np.int32, np.int64
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
@@ -20,23 +25,15 @@ NAMES = {
     **{f"b{8 * n}": f"i{n}" for n in (1, 2, 4, 8)},
     **{"b8": "u1", "f32": "f4", "f64": "f8", "tf32": "f4", "pred": "?"},
     **{"f16": "i2", "bf16": "i2", "f16x2": "i4", "bf16x2": "i4"},
-    **{"e4m3": "u1", "e5m2": "u1", "e4m3x2": "i2", "e5m2x2": "i2"},
 }
-TYPES = frozenset(NAMES) | {"b128"}
+TYPES = frozenset(NAMES)
 HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
 FLOATS = {"f32", "f64"}
 REGISTERS = {"?": "?", "i1": "i2", "u1": "i2", "u2": "i2", "u4": "i4", "u8": "i8"}
 
 
-def name(ptx: str) -> str:
-    """NumPy name of a PTX type."""
-    return NAMES[ptx]
-
-
 def register(ptx: str) -> str:
     """NumPy name of the registers that hold a PTX type."""
-    if ptx == "b128":
-        return "pair"
     return REGISTERS.get(NAMES[ptx], NAMES[ptx])
 
 
@@ -51,3 +48,21 @@ def bits(ptx: str) -> int:
 
 def size(numpy_name: str) -> int:
     return np.dtype(numpy_name).itemsize
+
+
+@functools.cache
+def immediate(text: str, want: str):
+    """A literal as a NumPy scalar; hexadecimal floats are bits."""
+    dtype = np.dtype(want)
+    bits = np.dtype(f"u{dtype.itemsize}")
+    if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
+        double = match[1] in "dD"
+        value = np.array(int(match[2], 16), "u8" if double else "u4")
+        value = value.view("f8" if double else "f4")
+        return (value if dtype.kind == "f" else value.view(bits)).astype(dtype)[()]
+    if re.fullmatch(r"-?\d+\.\d+", text):
+        return dtype.type(float(text))
+    if not re.match(r"-?\d", text):
+        raise PtxError(f"name {text!r}")
+    value = int(text.rstrip("U"), 0) % 2 ** (8 * dtype.itemsize)
+    return np.array(value, bits).view(dtype)[()]

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from .numeric import f32_of_bf16, f32_of_f16, tf32
 from .races import Stamp
+from .translate import WINDOWS
 from .types import f4, f8, i4, i8, u4, u8
 
+REDUCED = {"min": "minimum", "max": "maximum", "add": "add"}
+REDUCED |= {how: f"bitwise_{how}" for how in ("and", "or", "xor")}
 BITS = np.arange(32, dtype=np.uint32)
 
 
@@ -26,7 +27,7 @@ class WarpLevel:
         return x if x.ndim else np.full(self.lanes.size, x)
 
     def parameter(self, offset: int, t):
-        return np.frombuffer(self.parameters.words[1].data, t, 1, offset)[0]
+        return np.frombuffer(self.raw, t, 1, offset)[0]
 
     def trap(self, mask, pc: int) -> None:
         self.find("trap", pc, "a trap is reached", np.flatnonzero(self.standing(mask)))
@@ -34,9 +35,8 @@ class WarpLevel:
     # ---- who takes part
     def demand(self, members, mask, pc: int) -> None:
         """Every lane of a member mask stands here, and no other does."""
-        if mask is None and np.ndim(members) == 0 and int(members) == -1:
-            return
-        if not self.checks.barriers:
+        everyone = mask is None and np.ndim(members) == 0 and int(members) == -1
+        if everyone or not self.checks.barriers:
             return
         here = self.standing(mask)
         members = np.broadcast_to(np.asarray(members).view(u4), here.shape)
@@ -53,21 +53,26 @@ class WarpLevel:
 
     def ballot(self, p: np.ndarray) -> np.ndarray:
         """For each lane the 32 bits of its warp."""
-        words = (p.reshape(-1, 32).astype(u4) << BITS).sum(1, dtype=u4)
-        return words[self.warp_of]
+        return (p.reshape(-1, 32).astype(u4) << BITS).sum(1, dtype=u4)[self.warp_of]
 
-    def active_mask(self, mask) -> np.ndarray:
-        return self.ballot(self.standing(mask)).view(i4)
+    def active_mask(self, mask, pc: int):
+        return self.ballot(self.standing(mask)), None
 
     def sync_warp(self, members, mask, pc: int) -> None:
         self.demand(members, mask, pc)
         self.stamp = Stamp(self.stamp.after(self.standing(mask)), self.stamp.clock)
 
-    def barrier_arrive(self, name, count, mask, pc: int) -> None:
-        """bar.arrive: counts the lanes without stopping them."""
-        name = int(np.ravel(name)[0])
-        come = self.standing(mask).reshape(self.blocks, -1).sum(1)
-        self.arrived[name] = self.arrived.get(name, 0) + come
+    def barrier_arrive(self, name, mask, pc: int) -> None:
+        """bar.arrive: counts the lanes and what they have seen, without stopping them."""
+        name, here = int(np.ravel(name)[0]), self.standing(mask)
+        count, seen = self.arrived.get(name, (0, 0))
+        come = here.reshape(self.blocks, -1, 32).any(2)
+        clock = self.stamp.clock.reshape(self.blocks, -1, self.threads // 32 + 2).copy()
+        seen = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1))
+        self.arrived[name] = (count + here.reshape(self.blocks, -1).sum(1), seen)
+        own = np.arange(self.threads // 32)
+        clock[:, own, own] += come
+        self.stamp = Stamp(self.stamp.segment, clock.reshape(self.stamp.clock.shape))
 
     # ---- exchange
     def shuffle(self, how: str, a, b, c, members, mask, pc: int):
@@ -76,12 +81,8 @@ class WarpLevel:
         b, c = np.asarray(b).astype(i8) & 31, np.asarray(c).astype(i8)
         segment, clamp = (c >> 8) & 31, c & 31
         low, high = lane & segment, (lane & segment) | (clamp & ~segment)
-        source = {
-            "up": lambda: lane - b,
-            "down": lambda: lane + b,
-            "bfly": lambda: lane ^ b,
-            "idx": lambda: low | (b & ~segment),
-        }[how]()
+        sources = {"up": lane - b, "down": lane + b, "bfly": lane ^ b, "idx": low | (b & ~segment)}
+        source = sources[how]
         inside = source >= high if how == "up" else source <= high
         source = self.warp_of * 32 + np.where(inside, source, lane)
         if mask is not None:
@@ -97,8 +98,9 @@ class WarpLevel:
         here, p = self.standing(mask), np.broadcast_to(p, self.lanes.shape)
         yes, all_of = self.ballot(p & here), self.ballot(here)
         if how == "ballot":
-            return yes.view(i4)
-        return {"any": yes != 0, "all": yes == all_of, "uni": (yes == 0) | (yes == all_of)}[how]
+            return yes, None
+        every = yes == all_of
+        return {"any": yes != 0, "all": every, "uni": (yes == 0) | every}[how], None
 
     def match(self, how: str, a, members, mask, pc: int):
         self.demand(members, mask, pc)
@@ -111,30 +113,25 @@ class WarpLevel:
         whole = words == self.ballot(here.reshape(-1))
         return np.where(whole, words, u4(0)).view(i4), whole
 
-    def reduce(self, how: str, a, members, mask, pc: int) -> np.ndarray:
+    def reduce(self, how: str, a, members, mask, pc: int):
         """redux: over the lanes that stand here and share a member mask."""
         self.demand(members, mask, pc)
         a = self.full(a)
-        members = np.broadcast_to(np.asarray(members).view(u4), a.shape)
-        group = self.warp_of.astype(i8) << 32 | members
+        group = self.warp_of.astype(i8) << 32 | self.full(members).view(u4)
         here = np.flatnonzero(self.standing(mask))
         _, inverse = np.unique(group[here], return_inverse=True)
-        function = {
-            **{"add": np.add, "min": np.minimum, "max": np.maximum},
-            **{"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
-        }[how]
+        function = getattr(np, REDUCED[how])
         order = np.argsort(inverse, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(inverse[order]) != 0])
         out = np.zeros_like(a)
         out[here] = function.reduceat(a[here][order], starts)[inverse]
-        return out
+        return out, None
 
     def elect(self, members, mask, pc: int):
         """The lowest lane of the members, and whether this lane is it."""
         self.demand(members, mask, pc)
-        members = np.broadcast_to(np.asarray(members).view(u4), self.lanes.shape)
-        lowest = members & (~members + u4(1))
-        leader = np.bitwise_count(lowest - u4(1)).astype(i4)
+        members = self.full(members)
+        leader = np.bitwise_count((members & -members).view(u4) - u4(1)).astype(i4)
         return leader, leader == self.lane
 
     # ---- matrices
@@ -167,53 +164,45 @@ class WarpLevel:
         """Lane 4 r + c gets columns 2 c, 2 c + 1 of row r; of column r where transposed."""
         warps = self.warps(mask, pc)
         a, lanes = self._rows(address, offset, count, warps)
-        if self.window(a)[0][0] == "shared":
-            a = self.window(a)[0][1]
-        words = self._load("shared", a, lanes, 8, 2, pc)
-        rows = np.stack(words, 1).view(np.uint16).reshape(-1, count, 8, 8)
-        if transposed:
-            rows = rows.swapaxes(2, 3)
-        rows = np.ascontiguousarray(rows).view(i4).reshape(-1, count, 32)
+        rows = np.stack(self.read(space_of(a), a, lanes, 8, 2, pc), 1)
+        rows = turned(rows, count, transposed).view(i4).reshape(-1, count, 32)
         return [self.to_lanes(rows[:, k], warps) for k in range(count)]
 
     def store_matrices(self, address, offset: int, values: list, transposed: bool, mask, pc: int):
         warps, count = self.warps(mask, pc), len(values)
         a, lanes = self._rows(address, offset, count, warps)
         rows = np.stack([self.by_warp(v, warps) for v in values], 1)
-        rows = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, count, 8, 8)
-        if transposed:
-            rows = rows.swapaxes(2, 3)
-        rows = np.ascontiguousarray(rows).view(u8).reshape(-1, 2)
-        if self.window(a)[0][0] == "shared":
-            a = self.window(a)[0][1]
-        self.executed[pc] = True
-        self.write("shared", a, rows, lanes, pc)
+        rows = turned(rows, count, transposed).view(u8).reshape(-1, 2)
+        self.write(space_of(a), a, rows, lanes, pc)
 
-    def multiply(self, shape, into, a_kind, b_kind, c_kind, a, b, c, mask, pc: int) -> list:
+    def multiply(self, shape, kinds, a, b, c, mask, pc: int) -> list:
         """mma: D = A B + C with A [m, k] by rows and B [k, n] by columns, in float32 or float64."""
         warps = self.warps(mask, pc)
         self.report.matrix_products += warps.size
-        m, n, k = map(int, re.match(r"m(\d+)n(\d+)k(\d+)", shape).groups())
-        a_rows, b_rows, c_rows = ([self.by_warp(x, warps) for x in part] for part in (a, b, c))
-        left = fragment(a_rows, a_kind, m, k)
-        right = fragment(b_rows, b_kind, n, k).swapaxes(1, 2)
-        product = np.matmul(left, right)
-        total = accumulator(c_rows, c_kind, m, n) + product
-        return [self.to_lanes(x, warps) for x in scattered(total, into)]
+        m, n, k = shape
+        a, b, c = ([self.by_warp(x, warps) for x in part] for part in (a, b, c))
+        left, right = fragment(a, kinds[1], m, k), fragment(b, kinds[2], n, k)
+        total = accumulator(c, kinds[3], m, n) + np.matmul(left, right.swapaxes(1, 2))
+        return [self.to_lanes(x, warps) for x in scattered(total, kinds[0])]
+
+
+def space_of(a: np.ndarray) -> str:
+    """Shared addresses may be given as generic ones."""
+    return "" if (a >= WINDOWS["param"]).any() else "shared"
+
+
+def turned(rows: np.ndarray, count: int, transposed: bool) -> np.ndarray:
+    """[warps, matrix, row, column] of 16 bits, transposed or not."""
+    rows = np.ascontiguousarray(rows).view(np.uint16).reshape(-1, count, 8, 8)
+    return np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows)
 
 
 def numbers(x: np.ndarray, kind: str) -> np.ndarray:
     """[W, 32] registers to [W, 32, values of a register] in the type of computation."""
     x = np.ascontiguousarray(x)[:, :, None]
-    if kind == "f16":
-        return f32_of_f16(x.view(np.int16))
-    if kind == "bf16":
-        return f32_of_bf16(x.view(np.int16))
-    if kind == "tf32":
-        return tf32(x, "rz")
-    if kind in ("s8", "u8"):
-        return x.view(np.int8 if kind == "s8" else np.uint8).astype(i4)
-    return x  # f64, f32
+    if kind in ("f16", "bf16"):
+        return (f32_of_f16 if kind == "f16" else f32_of_bf16)(x.view(np.int16))
+    return tf32(x, "rz") if kind == "tf32" else x
 
 
 def placed(values: list, rows: int, columns: int) -> np.ndarray:
@@ -246,14 +235,12 @@ def accumulator(registers: list, kind: str, rows: int, columns: int) -> np.ndarr
 def scattered(total: np.ndarray, kind: str) -> list[np.ndarray]:
     """[W, rows, columns] to registers of [W, 32]."""
     w, rows, columns = total.shape
-    t = {"f32": f4, "f64": f8, "s32": i4}.get(kind, np.float16)
+    t = {"f32": f4, "f64": f8, "f16": np.float16}[kind]
     blocks = total.astype(t).reshape(w, rows // 8, 8, columns // 8, 4, 2)
     out = []
     for c in range(columns // 8):
         for r in range(rows // 8):
             x = blocks[:, r, :, c].reshape(w, 32, 2)
-            if t is np.float16:
-                out.append(np.ascontiguousarray(x).view(i4)[:, :, 0])
-            else:
-                out += [x[:, :, 0], x[:, :, 1]]
+            x = np.ascontiguousarray(x).view(i4) if kind == "f16" else x
+            out += [x[:, :, k] for k in range(x.shape[2])]
     return out

@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 
 from .numeric import f32_of_bf16, f32_of_f16, tf32
-from .races import READ
 from .report import PtxError
 from .tensor_map import swizzled
 from .types import f4
@@ -21,8 +20,7 @@ class WarpGroups:
     """Needs of a machine: standing(), by lanes, shared memory with its checks."""
 
     def prepare_groups(self) -> None:
-        self.open_reads: list = []  # of shared memory, until the group is waited for
-        self.products_made = 0  # groups committed
+        self.committed: list[np.ndarray] = []  # ticks of each block by then
         self.unfinished: dict[str, int] = {}  # accumulators in flight: register to group
 
     def warpgroups(self, mask, pc: int) -> np.ndarray:
@@ -53,10 +51,10 @@ class WarpGroups:
         product = np.matmul(left * f4(negate[0]), (right * f4(negate[1])).swapaxes(1, 2))
         product = product.reshape(-1, 16, n)
         old = accumulator([self.by_warp(x, warps) for x in d], into, 16, n)
-        keep = np.broadcast_to(keep, self.lanes.shape).reshape(-1, 32)[warps][:, :1, None]
+        keep = self.full(keep).reshape(-1, 32)[warps][:, :1, None]
         total = np.where(keep, old, f4(0)) + product
         for name in names:
-            self.unfinished[name] = self.products_made
+            self.unfinished[name] = len(self.committed)
         results = []
         for x, before in zip(scattered(total, into), d, strict=True):
             x = self.to_lanes(x, warps)
@@ -72,39 +70,29 @@ class WarpGroups:
         if (words != words[:, :1]).any():
             self.find("barrier", pc, "the descriptor differs within a warpgroup", groups * 128)
         places = np.stack([layout(int(w), rows, k, size, transposed) for w in words[:, 0]])
-        lanes = groups * 128
-        limit = self.shared.size - size
-        bad = (places < 0) | (places > limit)
-        if bad.any():
-            text = f"shared byte {int(places[bad][0])} of {self.shared.size}"
-            self.find("bounds", pc, text, lanes)
-            places = np.where(bad, 0, places)
-        place = (places + self.shared.base[lanes][:, None, None]).ravel()
-        who = np.repeat(lanes, rows * k)
-        self.log_shared(place, who, size, READ, pc)
-        if self.shared_log:
-            self.open_reads.append((self.products_made, self.shared_log[-1]))
-        if self.checks.uninitialised:
-            self._report_unwritten(self.shared, place, size, who, pc, "shared")
-        self.check_proxy(place, who, size, pc)
-        x = self.shared.gather(place, size, 1)[0]
+        who = np.repeat(groups * 128, rows * k)
+        kept = self.stamp
+        for lane in groups * 128:
+            self.stamp = self.started(int(lane), 2)
+        x = self.read("shared", places.ravel(), who, size, 1, pc, engine=2)[0]
+        self.stamp = kept
+        self.check_proxy(places.ravel(), who, size, pc)
         if kind == "tf32":
             x = tf32(x, "rz")
         else:
             x = (f32_of_f16 if kind == "f16" else f32_of_bf16)(x.view(np.int16))
         return x.reshape(-1, rows, k)
 
-    def commit_products(self) -> None:
-        self.products_made += 1
+    def commit_products(self, mask, pc: int) -> None:
+        self.committed.append(self.ticks[:, 2].copy())
 
     def wait_products(self, newest: int, mask, pc: int) -> None:
         """All groups but the newest are done: accumulators may be read, operands written."""
-        done = self.products_made - newest
+        done = len(self.committed) - newest
         self.unfinished = {r: g for r, g in self.unfinished.items() if g >= done}
-        for group, access in self.open_reads:
-            if group < done:
-                self.log_shared(access.place, access.lanes, access.size, READ, access.pc)
-        self.open_reads = [x for x in self.open_reads if x[0] >= done]
+        if done > 0:
+            warps = np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+            self.waited(warps, 2, self.committed[done - 1][warps * 32 // self.threads])
 
     def accumulator_read(self, name: str, mask, pc: int) -> None:
         if name in self.unfinished and self.checks.proxies:

@@ -129,6 +129,28 @@ __global__ void odd_block(const float* x, float* y) {
   y[t] = s[99 - t];
 }
 
+// pairs of lanes write one word; the values are equal, or differ in the last bit
+#define TWICE(NAME, VALUE)                             \
+  __global__ void NAME(const float* x, float* y) {     \
+    __shared__ float s[64];                            \
+    int t = threadIdx.x;                               \
+    s[t / 2] = VALUE;                                  \
+    __syncthreads();                                   \
+    y[t] = s[t / 2];                                   \
+  }
+TWICE(twice_equal, x[t / 2])
+TWICE(twice_unequal, __int_as_float(__float_as_int(x[t / 2]) ^ (t & 1)))
+
+// lanes of a warp read shared and global memory by one generic load
+__global__ void either_space(const float* x, float* y) {
+  __shared__ float s[128];
+  int t = threadIdx.x;
+  s[t] = 2 * x[t];
+  __syncthreads();
+  const float* p = t % 2 ? s : x;
+  y[t] = p[t];
+}
+
 __global__ void local_array(const float* x, float* y, int k) {
   float a[8];
   for (int i = 0; i < 8; ++i) a[(i * k) % 8] = x[(threadIdx.x + i) % 128];

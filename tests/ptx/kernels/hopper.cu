@@ -51,6 +51,7 @@ GROUP(group, FENCE, BY_DESCRIPTOR, WAITED)
 GROUP(group_rs, FENCE, BY_REGISTERS, WAITED)
 GROUP(group_no_fence, , BY_DESCRIPTOR, WAITED)
 GROUP(group_no_wait, FENCE, BY_DESCRIPTOR, )
+GROUP(group_overwritten, FENCE, BY_DESCRIPTOR, __syncthreads(); sa[t] = a[0]; WAITED)
 
 
 // 1024 bytes by one bulk copy; WAIT for all threads, EXPECT bytes

@@ -101,6 +101,7 @@ RING(ring_no_barrier, )
     if (t < 64) {                                                                                 \
       s[t] = x[t];                                                                                \
       asm volatile("bar.arrive 1, 128;" ::: "memory");                                            \
+      asm volatile("bar.sync 3, 64;" ::: "memory");                                               \
     } else {                                                                                      \
       BEFORE;                                                                                     \
       asm volatile("bar.sync 1, 128;" ::: "memory");                                              \
@@ -108,5 +109,7 @@ RING(ring_no_barrier, )
     }                                                                                             \
   }
 PAIRED(paired, , y[t] = s[127 - t])
+PAIRED(paired_again, , y[t] = s[127 - t]; asm volatile("bar.sync 2, 64;" ::: "memory");
+       y[t] = s[127 - t])
 PAIRED(paired_late, y[t] = *(volatile float*)&s[127 - t], )
 }
