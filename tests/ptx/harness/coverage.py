@@ -123,7 +123,9 @@ def summary(lines: Iterable[str]) -> Summary:
 
 def unreached(kernel: Any, executed: np.ndarray) -> list[str]:
     """The instructions of a parsed kernel that nothing reached, with their lines."""
-    return [f"{x.line}: {x.text}" for x, hit in zip(kernel.code, executed, strict=True) if not hit]
+    return [
+        f"{x.line}: {x.text}" for x, hit in zip(kernel.body.code, executed, strict=True) if not hit
+    ]
 
 
 def _sources(found: Summary) -> dict[str, str]:

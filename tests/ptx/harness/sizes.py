@@ -43,7 +43,7 @@ TABLE = {
         ** B5 K39 D37
         ** B3 K7 D37 ; text per image
         * B130 K200 D24
-        B513 K961 D8
+        * B513 K961 D8
         B1 K1 D1
         B1 K1 D1 ; text per image
         B2 K9 D64 ;; gaps
