@@ -41,9 +41,10 @@ def column_program(K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def indices(BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """0, 1, .. [BLOCK]; in 32 bits where no offset within a matrix needs more (`_configs.wide`)."""
+    offs = tl.arange(0, BLOCK)
     if WIDE:
-        return tl.arange(0, BLOCK).to(tl.int64)
-    return tl.arange(0, BLOCK)
+        offs = offs.to(tl.int64)
+    return offs
 
 
 @triton.jit
