@@ -129,13 +129,15 @@ def test_the_form_at_the_target_shapes(sizes, form, training):
     assert plan(*sizes, device="meta", **options).absorb == form
 
 
-def test_fewest_operations_win_only_where_products_are_slow():
+def test_fewest_operations_win_only_where_products_are_slow(monkeypatch):
     B, _, *rest = MANY
     for K in (10, 300, 3000, 21000):
         chosen = plan(B, K, *rest, device="meta", dtype=torch.bfloat16, training=True)
         assert chosen.absorb < 2, K
     assert plan(*MANY, device="meta", dtype=torch.float32).absorb == 2
     assert plan(*MANY, device="cpu", dtype=torch.float32).absorb == 1
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert plan(*MANY, device="meta", dtype=torch.float32).absorb == 1
 
 
 def test_hidden_units_are_not_passed_over_again(tracing, monkeypatch):

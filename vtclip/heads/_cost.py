@@ -29,7 +29,6 @@ from vtclip.heads._step_time import FORMS, Rates, rates_of, step_seconds
 MARGIN = 2
 
 CLEARLY = 0.98  # of the plainer form's time: less is within what the model leaves out
-TRACED_IMAGES = 32  # what a traced graph, which takes any number of images, is made for
 
 # rows from which the fused tail is used on CPU: twice those at which it was measured to be even
 FUSED_ROWS = 1024
@@ -98,7 +97,7 @@ def plan(
     """
     device = torch.device(device)
     count = flops(B, K, C, L, H, F)
-    if device.type == "cpu":
+    if device.type == "cpu" or torch.compiler.is_compiling():  # a device's rates are not traced
         crossover = crossover_out(C, L, H)
         absorb = int(crossover is not None and crossover * MARGIN <= K)
     else:

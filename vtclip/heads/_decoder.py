@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vtclip import ops
 from vtclip.heads import _feed_forward
-from vtclip.heads._cost import TRACED_IMAGES, plan
+from vtclip.heads._cost import plan
 
 # scores of the aligned start for tokens of norm sqrt(C): this many times the cosine
 SHARPNESS = 4.0
@@ -121,7 +121,7 @@ def form(layer: nn.TransformerDecoderLayer, x1: Tensor, key: Tensor) -> int:
     """`Terms.absorb` by what a step costs: x1 [1|B, K, C], key [B, H, L, d]."""
     B, H, L, _ = key.shape
     if torch.compiler.is_compiling():
-        B = TRACED_IMAGES  # a choice by the number of images would tie a traced graph to it
+        B = 1  # a choice by the number of images would tie a traced graph to that number
     sizes = B, x1.shape[1], x1.shape[-1], L, H, layer.linear1.out_features
     return plan(*sizes, device=x1.device, dtype=x1.dtype, training=torch.is_grad_enabled()).absorb
 
