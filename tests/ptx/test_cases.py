@@ -13,6 +13,8 @@ from harness.coverage import FLOOR, Summary
 LEFT_OUT: dict[str, str] = {}
 # kernel -> (share that can be reached, what cannot and why), where that is below the floor
 OUT_OF_REACH: dict[str, tuple[float, str]] = {}
+# what the short list reaches of every kernel; the CUDA library has code for every alignment
+SHORT_FLOORS = {"cuda": 0.2, "triton": 0.85}
 # letter of a size -> smallest with two passes of the loop over it and a rest; images, and images of
 # operators with heads, of which a block takes one until there are many blocks
 TWO_PASSES = {"K": 129, "L": 129, "D": 257, "C": 257, "d": 129, "B": 33}
@@ -38,12 +40,11 @@ def test_every_kernel_ran(found: Summary, everything: bool) -> None:
 
 
 def test_most_instructions_were_reached(found: Summary, everything: bool) -> None:
-    if not everything:
-        pytest.skip("the short list has no floor of its own: --ptx-all")
+    floor = FLOOR if everything else SHORT_FLOORS[found.name.split()[0]]
     low = {}
     for name, share in found.shares().items():
         reach = [low for pattern, (low, _) in OUT_OF_REACH.items() if re.search(pattern, name)]
-        if share < min([FLOOR, *reach]):
+        if share < min([floor, *reach]):
             low[name] = round(share, 3)
     assert not low
 

@@ -10,13 +10,14 @@ import pytest
 from harness import mutants
 from harness.build import missing
 
-# kind -> (noticed of the short run, of all), in per cent
+# kind -> per cent that is noticed; redundant barriers and bounds that do not bind survive (docs/ptx.md)
 RATES = {
-    "barrier deleted": (50, 50),
-    "bound off by one": (50, 50),
-    "access moved": (90, 90),
-    "mma registers swapped": (90, 90),
+    "barrier deleted": 40,
+    "bound off by one": 30,
+    "access moved": 90,
+    "mma registers swapped": 90,
 }
+TOGETHER = 60  # of a sample that is too small for a rate of each kind
 SHORT = 40  # one of so many
 
 
@@ -29,13 +30,14 @@ def test_damage_is_noticed(everything, output, say) -> None:
     for row in rows:
         tried[row["kind"]].append(row)
     assert set(tried) == set(RATES)
-    low = []
+    survivors = []
     for kind, some in tried.items():
         noticed = sum(bool(row["noticed"]) for row in some)
         say(f"mutants, {kind}: {noticed} of {len(some)} noticed")
-        if 100 * noticed < RATES[kind][everything] * len(some):
-            low += [row for row in some if not row["noticed"]]
-    assert not low
+        if everything and 100 * noticed < RATES[kind] * len(some):
+            survivors += [row for row in some if not row["noticed"]]
+    assert not survivors
+    assert 100 * sum(bool(row["noticed"]) for row in rows) >= TOGETHER * len(rows), rows
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def dtypes(set_name: str, arch: str, kernels: list[str], everything: bool) -> It
     for dtype in DTYPES:
         exists = {
             "tf32": set_name == "triton",
-            "float64": any(re.search(r"IdL?[EN\d]", kernel) for kernel in kernels),
+            "float64": any(re.search(r"Id[EL]", kernel) for kernel in kernels),
         }.get(dtype, True)
         if exists and (everything or dtype in SHORT_DTYPES.get((set_name, arch), DTYPES)):
             yield dtype
