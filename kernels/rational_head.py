@@ -55,8 +55,12 @@ def rational_head_fwd_kernel(
     b = (pid // num_tiles % B).to(tl.int64)
     split = (pid // num_tiles // B).to(tl.int64)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    # `columns` is a multiple of BLOCK_N: said, or 16 bytes of a row could not be loaded at once
-    offs_n = tl.multiple_of(split * columns, BLOCK_N) + tl.arange(0, BLOCK_N)
+    begun = split * columns
+    if text_ptr.dtype.element_ty.primitive_bitwidth == 16:
+        # `columns` is a multiple of BLOCK_N: said, or entries would be loaded one by one. Of
+        # float32 that costs less than the registers of wide loads, which spill on sm_80.
+        begun = tl.multiple_of(begun, BLOCK_N)
+    offs_n = begun + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_k = offs_k < K
     context_ptr += b * stride_context_b
