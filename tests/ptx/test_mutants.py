@@ -10,7 +10,7 @@ import pytest
 from harness import mutants
 from harness.build import missing
 
-# kind -> per cent that is noticed; redundant barriers and bounds that do not bind survive (docs/ptx.md)
+# kind -> per cent that is noticed; docs/ptx.md says what survives
 RATES = {
     "barrier deleted": 40,
     "bound off by one": 30,
