@@ -177,10 +177,14 @@ class RAda(Head):
         chunks = []
         for images in torch.split(image, step):
             if torch.is_grad_enabled():
-                inputs = images, text, logit_scale
                 # nothing in it is random, and a CUDA graph cannot read the generator's state
-                kept = {"use_reentrant": False, "preserve_rng_state": False}
-                chunks.append(checkpoint(self._logits, *inputs, **kept))
+                chunk = checkpoint(
+                    self._logits,
+                    *(images, text, logit_scale),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                chunks.append(chunk)
             else:
                 chunks.append(self._logits(images, text, logit_scale))
         logits, penalty = zip(*chunks, strict=True)
