@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             write_atomic(Path(args.json).expanduser(), to_json(value))
         emit(selftest.table(rows))
         summed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        emit("%: the largest error, as a share of what is allowed")
         emit(f"{summed}, in {value['seconds']:.0f} s")
     if not whole:
         note(f"interrupted: {len(rows)} of {progress.of} tested, no record is written")
