@@ -177,6 +177,13 @@ TABLE = {
         R1 N1
         R200 N100 ;; gaps
     """,
+    "relu_gradient": """
+        ** R70 N200
+        R1 N1
+        R33 N129 ;; misaligned
+        R40 N64 ;; gaps
+        R390 N25600
+    """,
 }
 # of an operator without sizes of its own
 USUAL = """
