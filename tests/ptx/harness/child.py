@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import build
+from harness import build, coverage
 
 PIPE = subprocess.PIPE
 SETS = (("cuda", "sm_90"), ("triton", "sm_80"), ("triton", "sm_90"))
@@ -90,8 +90,10 @@ def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
              "count": f.count}
             for f in launch.report.findings
         ]  # fmt: skip
+        row["beyond"] = coverage.beyond_reach(launch.kernel)
     for row in kernels.values():
-        row["instructions"], row["executed"] = len(row["executed"]), hexed(row["executed"])
+        row["instructions"] = len(row["executed"])
+        row["executed"], row["beyond"] = hexed(row["executed"]), hexed(row["beyond"])
     return {
         "case": case.name,
         "op": case.op,
