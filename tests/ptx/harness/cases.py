@@ -33,6 +33,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 PARTS = ("column_sums", "relu_gradient")  # operators of Triton alone, without a public function
+EXTREMES = "extremes"  # instead of a layout's name: images and texts of other magnitudes
 EVERYTHING = "inference"  # instead of a variant's name: no tensor asks for a gradient
 
 
@@ -132,6 +133,14 @@ class Call(NamedTuple):
     fixed: dict[str, object]
 
 
+def _extremes(rows: Tensor) -> Tensor:
+    """A row of zeros, one of tiny and one of huge numbers: what a norm is scaled for."""
+    rows = rows.clone()
+    for i, row in enumerate(rows.view(-1, rows.shape[-1])[:3]):
+        row.mul_((0.0, 2.0**-60, 2.0**60)[i] if rows.dtype != torch.float16 or i == 0 else 1.0)
+    return rows
+
+
 def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
     """A call of the public function, on tensors laid out as the case says."""
     sizes = {letter: int(n) for letter, n in re.findall(r"([A-Za-z])(\d+)", case.sizes)}
@@ -144,6 +153,8 @@ def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
     numbers: dict[str, Any] = {"scale": 0.3 if "H" in op.sizes else 10.0}
     drawn = op.draw(sizes, variant=variant, dtype=dtype, **numbers)
     tensors = {n: lay_out(drawn[n]) for n in op.differentiable if drawn[n] is not None}
+    if case.layout == EXTREMES:
+        tensors |= {n: _extremes(tensors[n]) for n in ("image", "text")}
     fixed = {n: drawn[n] for n in ("scale", "residual", "eps", "key_mask") if n in drawn}
     if fixed.get("key_mask") is not None and len(fixed["key_mask"]) > 1:
         fixed["key_mask"][1] = False  # an image with nothing to see

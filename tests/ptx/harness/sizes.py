@@ -38,6 +38,7 @@ TABLE = {
         B3 K5 D39
         B3 K5 D42
         B3 K5 D43
+        B5 K6 D40 ;; extremes
     """,
     "cosine_logits": """
         ** B5 K39 D37
@@ -57,6 +58,8 @@ TABLE = {
         B3 K7 D42 ; text per image
         B3 K7 D43
         B5 K7 D300 ;; transposed
+        B5 K6 D40 ;; extremes
+        B5 K6 D40 ; text per image ; extremes
     """,
     "norm_cosine_logits": """
         ** B3 K5 C37
@@ -71,6 +74,7 @@ TABLE = {
         B3 K5 C39
         B3 K5 C42
         B3 K5 C43
+        B5 K6 C40 ;; extremes
     """,
     "ffn_cosine_logits": """
         ** B3 K5 C37 F11
@@ -86,6 +90,7 @@ TABLE = {
         B3 K5 C39 F7
         B3 K5 C42 F10
         B3 K5 C43 F12
+        B5 K6 C40 F8 ;; extremes
     """,
     "cross_attn": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -109,6 +114,12 @@ TABLE = {
         B2 H1 K9 L9 d37 ; query per image
         B2 H1 K9 L9 d38
         B2 H1 K9 L9 d39
+        B2 H1 K67 L70 d100 ; masked
+        B2 H1 K67 L70 d128 ; masked ; misaligned
+        B2 H1 K67 L133 d96 ; query per image, masked
+        B2 H1 K67 L70 d136 ; masked ; misaligned
+        B2 H1 K67 L133 d256 ; query per image
+        B2 H1 K33 L70 d201 ; masked
     """,
     "cross_attn_weights": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -129,6 +140,12 @@ TABLE = {
         B2 H1 K9 L9 d37 ; query per image
         B2 H1 K9 L9 d38
         B2 H1 K9 L9 d39
+        B2 H1 K67 L70 d100 ; masked
+        B2 H1 K67 L70 d128 ; masked ; misaligned
+        B2 H1 K67 L133 d96 ; query per image, masked
+        B2 H1 K67 L70 d136 ; masked ; misaligned
+        B2 H1 K67 L133 d256 ; query per image
+        B2 H1 K33 L70 d201 ; masked
     """,
     "rational_attn": """
         ** B2 H2 K7 d24
@@ -153,6 +170,12 @@ TABLE = {
         B2 H1 K9 d37
         B2 H1 K9 d38 ; no image query
         B2 H1 K9 d39
+        B2 H1 K70 d100 ; text query per image
+        B2 H1 K70 d128 ;; misaligned
+        B2 H1 K133 d96
+        B2 H1 K70 d136 ;; misaligned
+        B2 H1 K133 d256
+        B2 H1 K70 d201 ; text query per image
     """,
     "rational_head": """
         * B3 K5 D37 ; none
