@@ -121,7 +121,8 @@ def _part_inputs(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> dict[
 
 
 def _layout(case: Case) -> Callable[[Tensor], Tensor]:
-    return {**LAYOUTS, **ATTENTION_LAYOUTS}.get(case.layout, lambda tensor: tensor)
+    layouts = ATTENTION_LAYOUTS if " H" in case.sizes else LAYOUTS
+    return layouts.get(case.layout, lambda tensor: tensor)
 
 
 class Call(NamedTuple):
