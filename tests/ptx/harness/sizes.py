@@ -23,6 +23,8 @@ TABLE = {
         B3 K5 D39
         B3 K130 D42
         B3 K5 D43
+        B9 K70 D264
+        B513 K9 D16
     """,
     "unit_products": """
         ** B3 K5 D37
@@ -39,6 +41,8 @@ TABLE = {
         B3 K5 D42
         B3 K5 D43
         B5 K6 D40 ;; extremes
+        B70 K300 D520
+        B67 K130 D139
     """,
     "cosine_logits": """
         ** B5 K39 D37
@@ -60,6 +64,11 @@ TABLE = {
         B5 K7 D300 ;; transposed
         B5 K6 D40 ;; extremes
         B5 K6 D40 ; text per image ; extremes
+        B70 K90 D520
+        B37 K39 D267
+        B449 K960 D72
+        B449 K961 D131
+        B9 K70 D264 ; text per image
     """,
     "norm_cosine_logits": """
         ** B3 K5 C37
@@ -75,6 +84,8 @@ TABLE = {
         B3 K5 C42
         B3 K5 C43
         B5 K6 C40 ;; extremes
+        B9 K70 C264
+        B9 K35 C523
     """,
     "ffn_cosine_logits": """
         ** B3 K5 C37 F11
@@ -91,6 +102,8 @@ TABLE = {
         B3 K5 C42 F10
         B3 K5 C43 F12
         B5 K6 C40 F8 ;; extremes
+        B9 K70 C264 F24
+        B9 K35 C523 F9
     """,
     "cross_attn": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -181,8 +194,10 @@ TABLE = {
         * B3 K5 D37 ; none
         ** B2 K35 D70 ; l1, features frozen
         * B3 K5 D37 ; mse
-        ** B3 K5 D40 ; linf
-        ** B1 K300 D24 ; l1
+        ** B3 K5 D300 ; linf
+        ** B1 K300 D300 ; l1
+        B3 K5 D40 ; linf
+        B1 K300 D24 ; l1
         B1 K1 D1 ; none
         B2 K9 D64 ; none ; gaps
         B4 K8 D129 ; linf
@@ -194,6 +209,10 @@ TABLE = {
         B3 K5 D39 ; l1
         B3 K5 D42 ; linf
         B3 K5 D43 ; none
+        B5 K70 D264 ; mse
+        B9 K130 D520 ; linf
+        B3 K70 D267 ; none
+        B2 K19 D1030 ; l1
     """,
     "column_sums": """
         ** R37 N40
