@@ -157,7 +157,7 @@ def test_a_summary_counts(found_rows) -> None:
     found = summary(map(json.dumps, found_rows))
     assert found.ran == {"a", "b_kernel"}
     assert found.right == {"b_kernel"}
-    assert found.shares() == {"a": 0.75, "b_kernel": 0.5}
+    assert found.shares() == {"a": 1.0, "b_kernel": 4 / 7}  # what is beyond reach does not count
     assert len(found.findings) == 1
     assert "3 kernels exist, 2 ran (3 variants), 1 were right; 1 of 2 cases right" in found.line()
 
@@ -166,7 +166,12 @@ def test_a_summary_counts(found_rows) -> None:
 def found_rows() -> list[dict[str, object]]:
     def row(case: str, errors: list[str], findings: list[object], **executed: str):
         kernels = {
-            name.replace("__", " "): {"executed": bits, "instructions": 4, "launches": 1}
+            name.replace("__", " "): {
+                "executed": bits,
+                "beyond": "10",
+                "instructions": 4,
+                "launches": 1,
+            }
             for name, bits in executed.items()
         }
         return {

@@ -31,14 +31,14 @@ DTYPES = {
     "tf32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
 }
+PARTS = ("column_sums", "relu_gradient")  # operators of Triton alone, without a public function
+EXTREMES = "extremes"  # instead of a layout's name: images and texts of other magnitudes
 EVERYTHING = "inference"  # instead of a variant's name: no tensor asks for a gradient
 
 
 # of the short list; compiling for two architectures takes most of its time
 SHORT_DTYPES = {
-    ("cuda", "sm_90"): ("float32", "float16", "bfloat16", "float64"),
     ("triton", "sm_80"): ("float32", "bfloat16"),
     ("triton", "sm_90"): ("float16",),
 }
@@ -66,14 +66,14 @@ def _parsed(op: str, line: str) -> Case:
 
 CASES = tuple(
     _parsed(op, line.strip())
-    for op in (*OPS, "column_sums")
+    for op in (*OPS, *PARTS)
     for line in TABLE.get(op, USUAL).strip().splitlines()
 )
 
 
 def chosen(set_name: str, everything: bool, op: str = "") -> list[Case]:
     """The cases of a set ("cuda", "triton"), of one operator if it is named."""
-    here = [case for case in CASES if case.op != "column_sums" or set_name == "triton"]
+    here = [case for case in CASES if case.op not in PARTS or set_name == "triton"]
     least = 0 if everything else 2 if set_name == "triton" else 1
     return [case for case in here if case.stars >= least and op in ("", case.op)]
 
@@ -93,13 +93,36 @@ def _floor(op: str, dtype: torch.dtype) -> Any:
     return functools.partial(floor, exact=False) if op == "rational_attn" else floor
 
 
-def _column_sums(backend: Any) -> Callable[..., Tensor]:
-    def column_sums(*tensors: Tensor, impl: str) -> Tensor:
-        if impl == "reference":
-            return torch.cat([x.sum(0) for x in tensors])
-        return backend.function("column_sums")(*tensors)
+def _part_reference(op: str, tensors: tuple[Tensor, ...]) -> Any:
+    if op == "column_sums":
+        return torch.cat([x.sum(0) for x in tensors])
+    grad, hidden = tensors
+    d_sum = torch.where(hidden <= 0, 0.0, grad)
+    return d_sum, d_sum.sum(0)
 
-    return column_sums
+
+def _part(op: str, backend: Any) -> Callable[..., Any]:
+    def function(*tensors: Tensor, impl: str) -> Any:
+        if impl == "reference":
+            return _part_reference(op, tensors)
+        return backend.function(op)(*tensors)
+
+    return function
+
+
+def _part_inputs(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    R, N = sizes["R"], sizes["N"]
+    lay_out = _layout(case)
+    if case.op == "column_sums":
+        shapes = {"x0": (R, N), "x1": (2 * R + 1, N + 3), "x2": (R + 5, 3 * N)}
+        return {name: lay_out(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    grad, hidden = torch.randn(2, R, N).to(dtype)
+    return {"grad": lay_out(grad), "hidden": hidden.relu()}  # what is kept is contiguous
+
+
+def _layout(case: Case) -> Callable[[Tensor], Tensor]:
+    layouts = ATTENTION_LAYOUTS if " H" in case.sizes else LAYOUTS
+    return layouts.get(case.layout, lambda tensor: tensor)
 
 
 class Call(NamedTuple):
@@ -111,20 +134,28 @@ class Call(NamedTuple):
     fixed: dict[str, object]
 
 
+def _extremes(rows: Tensor) -> Tensor:
+    """A row of zeros, one of tiny and one of huge numbers: what a norm is scaled for."""
+    rows = rows.clone()
+    for i, row in enumerate(rows.view(-1, rows.shape[-1])[:3]):
+        row.mul_((0.0, 2.0**-60, 2.0**60)[i] if rows.dtype != torch.float16 or i == 0 else 1.0)
+    return rows
+
+
 def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
     """A call of the public function, on tensors laid out as the case says."""
     sizes = {letter: int(n) for letter, n in re.findall(r"([A-Za-z])(\d+)", case.sizes)}
-    lay_out = {**LAYOUTS, **ATTENTION_LAYOUTS}.get(case.layout, lambda tensor: tensor)
-    if case.op == "column_sums":
-        R, N = sizes["R"], sizes["N"]
-        shapes = {"x0": (R, N), "x1": (2 * R + 1, N + 3), "x2": (R + 5, 3 * N)}
-        inputs = {name: lay_out(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
-        return Call(_column_sums(backend), inputs, tuple(inputs), {})
+    if case.op in PARTS:
+        inputs = _part_inputs(case, sizes, dtype)
+        return Call(_part(case.op, backend), inputs, tuple(inputs), {})
+    lay_out = _layout(case)
     op = OPS[case.op]
     variant = "" if case.variant == EVERYTHING else case.variant
     numbers: dict[str, Any] = {"scale": 0.3 if "H" in op.sizes else 10.0}
     drawn = op.draw(sizes, variant=variant, dtype=dtype, **numbers)
     tensors = {n: lay_out(drawn[n]) for n in op.differentiable if drawn[n] is not None}
+    if case.layout == EXTREMES:
+        tensors |= {n: _extremes(tensors[n]) for n in ("image", "text")}
     fixed = {n: drawn[n] for n in ("scale", "residual", "eps", "key_mask") if n in drawn}
     if fixed.get("key_mask") is not None and len(fixed["key_mask"]) > 1:
         fixed["key_mask"][1] = False  # an image with nothing to see
@@ -161,12 +192,9 @@ def wrong(case: Case, dtype_name: str, backend: Any) -> list[str]:
     )
 
 
-def dtypes(set_name: str, arch: str, kernels: list[str], everything: bool) -> Iterator[str]:
+def dtypes(set_name: str, arch: str, everything: bool) -> Iterator[str]:
     """What a set's kernels are compiled for, or what of it the short list runs."""
     for dtype in DTYPES:
-        exists = {
-            "tf32": set_name == "triton",
-            "float64": any(re.search(r"Id[EL]", kernel) for kernel in kernels),
-        }.get(dtype, True)
+        exists = dtype != "tf32" or set_name == "triton"
         if exists and (everything or dtype in SHORT_DTYPES.get((set_name, arch), DTYPES)):
             yield dtype

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import build
+from harness import build, coverage
 
 PIPE = subprocess.PIPE
 SETS = (("cuda", "sm_90"), ("triton", "sm_80"), ("triton", "sm_90"))
@@ -90,8 +90,10 @@ def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
              "count": f.count}
             for f in launch.report.findings
         ]  # fmt: skip
+        row["beyond"] = coverage.beyond_reach(launch.kernel)
     for row in kernels.values():
-        row["instructions"], row["executed"] = len(row["executed"]), hexed(row["executed"])
+        row["instructions"] = len(row["executed"])
+        row["executed"], row["beyond"] = hexed(row["executed"]), hexed(row["beyond"])
     return {
         "case": case.name,
         "op": case.op,
@@ -106,11 +108,11 @@ def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
     }
 
 
-def _dtypes(arguments: argparse.Namespace, kernels: list[str]) -> list[str]:
+def _dtypes(arguments: argparse.Namespace) -> list[str]:
     from harness import cases
 
     asked = arguments.dtypes.split(",") if arguments.dtypes else ()
-    listed = cases.dtypes(arguments.set, arguments.arch, kernels, arguments.all or bool(asked))
+    listed = cases.dtypes(arguments.set, arguments.arch, arguments.all or bool(asked))
     return [dtype for dtype in listed if dtype in asked or not asked]
 
 
@@ -119,14 +121,13 @@ def outcomes(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from harness import cases
 
     backend = opened(arguments.set, arguments.arch)
-    kernels = backend.kernels()
-    yield {"set": arguments.set, "arch": arguments.arch, "exist": kernels}
+    yield {"set": arguments.set, "arch": arguments.arch, "exist": backend.kernels()}
     wanted = arguments.ops.split(",") if arguments.ops else [""]
     for op in wanted:
         for case in cases.chosen(arguments.set, arguments.all, op):
             if arguments.match not in case.name:
                 continue
-            for dtype in _dtypes(arguments, kernels):
+            for dtype in _dtypes(arguments):
                 yield outcome(backend, case, dtype)
 
 

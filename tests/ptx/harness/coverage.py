@@ -7,6 +7,7 @@ was not reached.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
@@ -17,6 +18,10 @@ from typing import Any
 import numpy as np
 
 FLOOR = 0.95
+# instruction that no case can reach, with its basic block -> why
+OUT_OF_REACH = {
+    r"\b(div|rem)\.[su]64\b": "divides operands of more than 32 bits: grids and tensors of 2**32"
+}
 
 
 @dataclass
@@ -24,12 +29,18 @@ class Kernel:
     """What all cases together saw of one kernel, or of one variant that Triton compiled."""
 
     executed: np.ndarray
+    beyond: np.ndarray  # what cannot be reached
     launches: int = 0
     cases: set[str] = field(default_factory=set)
 
     @property
+    def reachable(self) -> np.ndarray:
+        """What the share is taken of."""
+        return self.executed | ~self.beyond
+
+    @property
     def share(self) -> float:
-        return float(self.executed.mean())
+        return float(self.executed[self.reachable].mean())
 
 
 @dataclass
@@ -60,7 +71,7 @@ class Summary:
         for key, kernel in self.kernels.items():
             total = reached.setdefault(family(key, self.exist), [0, 0])
             total[0] += int(kernel.executed.sum())
-            total[1] += len(kernel.executed)
+            total[1] += int(kernel.reachable.sum())
         return {name: part / whole for name, (part, whole) in sorted(reached.items())}
 
     def line(self) -> str:
@@ -83,10 +94,21 @@ def family(key: str, exist: Iterable[str]) -> str:
     return key if key in exist else key.partition(" ")[0]
 
 
-def unpacked(row: dict[str, Any]) -> np.ndarray:
+def unpacked(row: dict[str, Any], name: str) -> np.ndarray:
     """The flags that a child wrote as text."""
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["executed"]), np.uint8))
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row[name]), np.uint8))
     return bits[: row["instructions"]].astype(bool)
+
+
+@functools.cache
+def beyond_reach(kernel: Any) -> np.ndarray:
+    """Flags of the instructions of a kernel that ran which `OUT_OF_REACH` names."""
+    flags = np.zeros(kernel.instructions, bool)
+    for block in kernel.program.blocks:
+        code = kernel.body.code[block.start : block.end]
+        if any(re.search(pattern, x.text) for x in code for pattern in OUT_OF_REACH):
+            flags[block.start : block.end] = True
+    return flags
 
 
 def summary(lines: Iterable[str]) -> Summary:
@@ -111,8 +133,8 @@ def summary(lines: Iterable[str]) -> Summary:
                 text = "{kernel}, line {line}: {kind}, {count} times: {message}".format(**finding)
                 found.findings.append(f"{label}: {text}")
         for key, part in row["kernels"].items():
-            executed = unpacked(part)
-            kernel = found.kernels.setdefault(key, Kernel(np.zeros_like(executed)))
+            executed, beyond = unpacked(part, "executed"), unpacked(part, "beyond")
+            kernel = found.kernels.setdefault(key, Kernel(np.zeros_like(executed), beyond))
             kernel.executed |= executed
             kernel.launches += part["launches"]
             kernel.cases.add(label)
@@ -121,11 +143,10 @@ def summary(lines: Iterable[str]) -> Summary:
     return found
 
 
-def unreached(kernel: Any, executed: np.ndarray) -> list[str]:
-    """The instructions of a parsed kernel that nothing reached, with their lines."""
-    return [
-        f"{x.line}: {x.text}" for x, hit in zip(kernel.body.code, executed, strict=True) if not hit
-    ]
+def unreached(kernel: Any, found: Kernel) -> list[str]:
+    """The instructions of a parsed kernel that could be reached and were not, with their lines."""
+    missed = found.reachable & ~found.executed
+    return [f"{x.line}: {x.text}" for x, m in zip(kernel.body.code, missed, strict=True) if m]
 
 
 def _sources(found: Summary) -> dict[str, str]:
@@ -154,7 +175,7 @@ def main(path: str, pattern: str = "") -> None:
     for key, kernel in found.kernels.items():
         if re.search(pattern, short(key)):
             print(f"{short(key)}: {100 * kernel.share:.1f} %")  # noqa: T201
-            for line in unreached(Module(sources[key]).kernels[key], kernel.executed):
+            for line in unreached(Module(sources[key]).kernels[key], kernel):
                 print(f"  {line}")  # noqa: T201
 
 

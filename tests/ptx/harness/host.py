@@ -65,6 +65,7 @@ class Launch(NamedTuple):
     threads: int
     report: Any
     seconds: float
+    kernel: Any  # as the executor parsed it
 
 
 @dataclass
@@ -149,7 +150,8 @@ class Recorder:
             checks=Checks(),
         )
         seconds = time.process_time() - started
-        self.launches.append(Launch(key, grid, block[0] * block[1] * block[2], report, seconds))
+        threads = block[0] * block[1] * block[2]
+        self.launches.append(Launch(key, grid, threads, report, seconds, kernel))
 
 
 def _written(address: int, size: int) -> list[tuple[int, int]]:

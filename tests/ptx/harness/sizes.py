@@ -23,6 +23,8 @@ TABLE = {
         B3 K5 D39
         B3 K130 D42
         B3 K5 D43
+        B9 K70 D264
+        B513 K9 D16
     """,
     "unit_products": """
         ** B3 K5 D37
@@ -38,6 +40,9 @@ TABLE = {
         B3 K5 D39
         B3 K5 D42
         B3 K5 D43
+        B5 K6 D40 ;; extremes
+        B70 K300 D520
+        B67 K130 D139
     """,
     "cosine_logits": """
         ** B5 K39 D37
@@ -57,11 +62,18 @@ TABLE = {
         B3 K7 D42 ; text per image
         B3 K7 D43
         B5 K7 D300 ;; transposed
+        B5 K6 D40 ;; extremes
+        B5 K6 D40 ; text per image ; extremes
+        B70 K90 D520
+        B37 K39 D267
+        B449 K960 D72
+        B449 K961 D131
+        B9 K70 D264 ; text per image
     """,
     "norm_cosine_logits": """
         ** B3 K5 C37
         * B2 K9 C136
-        B1 K1 C2
+        B1 K1 C3
         B2 K9 C64 ;; gaps
         B4 K8 C129
         B33 K40 C200
@@ -71,6 +83,9 @@ TABLE = {
         B3 K5 C39
         B3 K5 C42
         B3 K5 C43
+        B5 K6 C40 ;; extremes
+        B9 K70 C264
+        B9 K35 C523
     """,
     "ffn_cosine_logits": """
         ** B3 K5 C37 F11
@@ -86,6 +101,9 @@ TABLE = {
         B3 K5 C39 F7
         B3 K5 C42 F10
         B3 K5 C43 F12
+        B5 K6 C40 F8 ;; extremes
+        B9 K70 C264 F24
+        B9 K35 C523 F9
     """,
     "cross_attn": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -109,6 +127,12 @@ TABLE = {
         B2 H1 K9 L9 d37 ; query per image
         B2 H1 K9 L9 d38
         B2 H1 K9 L9 d39
+        B2 H1 K67 L70 d100 ; masked
+        B2 H1 K67 L70 d128 ; masked ; misaligned
+        B2 H1 K67 L133 d96 ; query per image, masked
+        B2 H1 K67 L70 d136 ; masked ; misaligned
+        B2 H1 K67 L133 d256 ; query per image
+        B2 H1 K33 L70 d201 ; masked
     """,
     "cross_attn_weights": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -129,6 +153,12 @@ TABLE = {
         B2 H1 K9 L9 d37 ; query per image
         B2 H1 K9 L9 d38
         B2 H1 K9 L9 d39
+        B2 H1 K67 L70 d100 ; masked
+        B2 H1 K67 L70 d128 ; masked ; misaligned
+        B2 H1 K67 L133 d96 ; query per image, masked
+        B2 H1 K67 L70 d136 ; masked ; misaligned
+        B2 H1 K67 L133 d256 ; query per image
+        B2 H1 K33 L70 d201 ; masked
     """,
     "rational_attn": """
         ** B2 H2 K7 d24
@@ -153,13 +183,21 @@ TABLE = {
         B2 H1 K9 d37
         B2 H1 K9 d38 ; no image query
         B2 H1 K9 d39
+        B2 H1 K70 d100 ; text query per image
+        B2 H1 K70 d128 ;; misaligned
+        B2 H1 K133 d96
+        B2 H1 K70 d136 ;; misaligned
+        B2 H1 K133 d256
+        B2 H1 K70 d201 ; text query per image
     """,
     "rational_head": """
         * B3 K5 D37 ; none
         ** B2 K35 D70 ; l1, features frozen
         * B3 K5 D37 ; mse
-        ** B3 K5 D40 ; linf
-        ** B1 K300 D24 ; l1
+        ** B3 K5 D300 ; linf
+        ** B1 K300 D300 ; l1
+        B3 K5 D40 ; linf
+        B1 K300 D24 ; l1
         B1 K1 D1 ; none
         B2 K9 D64 ; none ; gaps
         B4 K8 D129 ; linf
@@ -171,11 +209,22 @@ TABLE = {
         B3 K5 D39 ; l1
         B3 K5 D42 ; linf
         B3 K5 D43 ; none
+        B5 K70 D264 ; mse
+        B9 K130 D520 ; linf
+        B3 K70 D267 ; none
+        B2 K19 D1030 ; l1
     """,
     "column_sums": """
         ** R37 N40
         R1 N1
         R200 N100 ;; gaps
+    """,
+    "relu_gradient": """
+        ** R70 N200
+        R1 N1
+        R33 N129 ;; misaligned
+        R40 N64 ;; gaps
+        R390 N25600
     """,
 }
 # of an operator without sizes of its own
