@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .memory import Allocation, Bytes
+from .memory import WINDOWS, Allocation, Bytes
 from .races import ATOMIC, READ, WRITE, Access
-from .translate import WINDOWS
 from .types import UNSIGNED
 
 ALL = slice(None)

@@ -7,10 +7,9 @@ import re
 from dataclasses import replace
 
 from . import types
-from .moves import Moves
-from .parse import Address, Instruction, Pair
+from .parse import Address, Instruction, listed
 from .report import PtxError
-from .translate import Block
+from .writer import Writer
 
 SPACES = {"global", "shared", "local", "param", "const"}
 # of loads, stores and atomics: how far they are seen and where they are cached
@@ -47,8 +46,8 @@ WITHOUT_EFFECT = (
 )
 
 
-def listed(operand) -> tuple:
-    return operand if isinstance(operand, tuple) else (operand,)
+def is_barrier(i: Instruction) -> bool:
+    return i.base in ("bar", "barrier") and not {"warp", "arrive"} & set(i.parts)
 
 
 def unless(condition: bool, text: str) -> None:
@@ -56,7 +55,7 @@ def unless(condition: bool, text: str) -> None:
         raise PtxError(text)
 
 
-class Effects(Moves):
+class Effects(Writer):
     def call(self, i: Instruction, pc: int, method: str, *arguments, give=()) -> None:
         """Assigns what M.method(arguments, mask, pc) returns to (register, NumPy type), ..."""
         words = [self.temporary() for _ in give]
@@ -141,9 +140,8 @@ class Effects(Moves):
         operands = (*i.operands[1:], *["-1"] * (i.base == "shfl"))
         values = [self.read(x, kinds[t]) for t, x in zip(letters, operands, strict=False)]
         target, have = i.operands[0], "?" if kind == "pred" else types.NAMES[kinds["t"]]
-        target = target if isinstance(target, Pair) else Pair(target, "_")
         have = "i4" if i.base in ("shfl", "match", "elect") else have
-        give = [(target.first, have), (target.second, "?")]
+        give = list(zip((*listed(target), "_"), (have, "?"), strict=False))
         self.call(i, pc, method, *how, *values, give=give)
 
     op_vote = op_match = op_redux = op_elect = op_activemask = op_shfl
@@ -158,7 +156,7 @@ class Effects(Moves):
 
     op_barrier = op_bar
 
-    def ending(self, i: Instruction, pc: int, block: Block) -> str:
+    def ending(self, i: Instruction, pc: int, block) -> str:
         """What a block's function returns: a condition, or a barrier's name and count."""
         p = self.predicate(i)
         if i.base == "trap":

@@ -16,6 +16,8 @@ from .report import PtxError
 from .types import UNSIGNED
 
 WORDS = {**UNSIGNED, 16: np.complex128}  # complex128 stands for 16 bytes: it is only moved
+# generic addresses: where each space begins, up to twice that
+WINDOWS = {"shared": 1 << 57, "global": -(1 << 63), "local": 1 << 58, "param": 1 << 56}
 SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 WRITTEN = {n: t(int("01" * n, 16)) for n, t in UNSIGNED.items()}
 

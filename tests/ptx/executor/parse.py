@@ -30,6 +30,7 @@ PARAMETER = re.compile(
     r"(?:\s*\.align\s+\d+)?\s+)?(?:\.align\s+(\d+)\s+)?([\w$]+)\s*(?:\[(\d+)\])?"
 )
 INSTRUCTION = re.compile(rf"(?:@(!?)({NAME})\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+OPERAND = re.compile(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,{\[])+")
 ADDRESS = re.compile(rf"({NAME})\s*(?:([+-])\s*(-?\w+))?(?:\s*,\s*(\{{.*\}}))?$", re.S)
 
 
@@ -42,15 +43,14 @@ class Address:
     coordinates: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Pair:
-    """p|q: two destinations of one instruction."""
-
-    first: str
-    second: str
+Operand = str | tuple[str, ...] | Address  # several words: {a, b} or a|b
 
 
-Operand = str | tuple | Address | Pair
+def listed(operand: Operand) -> tuple[str, ...]:
+    """The names and numbers in an operand."""
+    if isinstance(operand, Address):
+        return (operand.base, *operand.coordinates)
+    return operand if isinstance(operand, tuple) else (operand,)
 
 
 @dataclass
@@ -93,16 +93,18 @@ class Variable:
     data: bytes = b""
 
 
+@dataclass(eq=False)
 class Kernel:
     """An entry; its body is read when it is first asked for."""
 
-    def __init__(self, name: str, module: Module, span: tuple[int, int]):
-        self.name, self.module, self.span = name, module, span
-        self.parameters: tuple[Parameter, ...] = ()
-        self.parameter_bytes = 0
-        self.maximum_threads: tuple[int, ...] | None = None
-        self.required_threads: tuple[int, ...] | None = None
-        self.program = None  # the translated form, once made
+    name: str
+    module: Module
+    span: tuple[int, int]  # of its body in the module's text
+    parameters: tuple[Parameter, ...]
+    parameter_bytes: int
+    maximum_threads: tuple[int, ...] | None
+    required_threads: tuple[int, ...] | None
+    program: object = None  # the translated form, once made
 
     @functools.cached_property
     def body(self) -> Body:
@@ -152,21 +154,18 @@ class Module:
         for text in _split(found[2] or ""):
             match = PARAMETER.match(text)
             if match is None:
-                line = self.line(found.start())
-                raise PtxError(f"line {line}: parameter {text!r} not understood")
+                at = self.line(found.start())
+                raise PtxError(f"line {at}: parameter {text!r} not understood")
             width = types.bits(match[2]) // 8
             alignment = int(match[1] or match[3] or width)
             size = width * int(match[5] or 1)
             offset = -(-offset // alignment) * alignment
             parameters.append(Parameter(match[4], offset, size, alignment))
             offset += size
-        kernel = Kernel(found[1], self, (found.end(), end))
-        kernel.parameters, kernel.parameter_bytes = tuple(parameters), offset
-        for key, limit in (("maxntid", "maximum_threads"), ("reqntid", "required_threads")):
-            match = re.search(rf"\.{key}\s+([\d\s,]+)", found[3])
-            if match:
-                setattr(kernel, limit, tuple(int(x) for x in match[1].split(",")))
-        return kernel
+        words = (re.search(rf"\.{key}\s+([\d\s,]+)", found[3]) for key in ("maxntid", "reqntid"))
+        limits = (match and tuple(int(x) for x in match[1].split(",")) for match in words)
+        span = found.end(), end
+        return Kernel(found[1], self, span, tuple(parameters), offset, *limits)
 
 
 class Body:
@@ -246,48 +245,31 @@ class Body:
         return word
 
     def _operand(self, text: str, line: int) -> Operand:
-        if any(self._scopes):
-            return self._read_operand(text, line)
-        if text not in self._operands:
-            self._operands[text] = self._read_operand(text, line)
-        return self._operands[text]
+        known = self._operands if not any(self._scopes) else {}
+        if text not in known:
+            known[text] = self._read_operand(text, line)
+        return known[text]
 
     def _read_operand(self, text: str, line: int) -> Operand:
-        if text.startswith("{"):
-            return tuple(self._word(part) for part in _split(text[1:-1]))
-        if text.startswith("["):
+        if text[0] == "[":
             match = ADDRESS.match(text[1:-1].strip())
             if match is None:
                 raise PtxError(f"line {line}: address {text!r} not understood")
             offset = int(match[3].rstrip("U"), 0) if match[3] else 0
-            inner = tuple(self._word(p) for p in _split(match[4][1:-1])) if match[4] else ()
+            inner = self._words(match[4]) if match[4] else ()
             return Address(self._name(match[1]), -offset if match[2] == "-" else offset, inner)
-        if "|" in text:
-            return Pair(*(self._word(part) for part in text.split("|")))
-        return self._word(text)
+        words = self._words(text)
+        return words if text[0] == "{" or "|" in text else words[0]
 
-    def _word(self, text: str) -> str:
-        text = text.strip()
-        if text.startswith("!"):
-            return "!" + self._name(text[1:].strip())
-        return self._name(text)
+    def _words(self, text: str) -> tuple[str, ...]:
+        """Names, with an exclamation mark where negated, and numbers."""
+        words = re.findall(r"(!?)\s*([^\s!{},|]+)", text)
+        return tuple(mark + self._name(word) for mark, word in words)
 
 
 def _split(text: str) -> list[str]:
     """Parts between commas outside brackets."""
-    if not any(bracket in text for bracket in "{[("):
-        return [part.strip() for part in text.split(",")] if text.strip() else []
-    parts, depth, start = [], 0, 0
-    for at, character in enumerate(text):
-        if character in "{[(":
-            depth += 1
-        elif character in "}])":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append(text[start:at].strip())
-            start = at + 1
-    last = text[start:].strip()
-    return [*parts, last] if last else parts
+    return [part.strip() for part in OPERAND.findall(text) if not part.isspace()]
 
 
 def _closing(text: str, at: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from .memory import WINDOWS
 from .numeric import f32_of_bf16, f32_of_f16, tf32
 from .races import Stamp
-from .translate import WINDOWS
 from .types import f4, f8, i4, i8, u4, u8
 
 REDUCED = {"min": "minimum", "max": "maximum", "add": "add"}
