@@ -123,17 +123,17 @@ class Accesses:
 
     def read(self, space: str, a, lanes, n: int, v: int, pc: int, engine: int = 0) -> list:
         """As `load`, of some lanes; all bits are set where an address is bad."""
-        words = None
+        words = []
         for memory, place, s in self.pieces(space, a, n * v, lanes, pc):
             self.log(memory, place, lanes[s], n * v, READ, pc, engine=engine)
             self.demand_written(memory, place, n * v, lanes[s], pc)
-            part = memory.gather(place, n, v)
-            if s is ALL:
-                return part
-            words = words or [np.full(a.size, ~UNSIGNED[n](0)) for _ in range(v)]
-            for all_of, some in zip(words, part, strict=True):
-                all_of[s] = some
-        return words or [np.full(a.size, ~UNSIGNED[n](0)) for _ in range(v)]
+            words.append((s, memory.gather(place, n, v)))
+        if len(words) == 1 and words[0][0] is ALL:
+            return words[0][1]
+        whole = np.full((v, a.size), ~UNSIGNED[n](0))
+        for s, part in words:
+            whole[:, s] = part
+        return list(whole)
 
     def demand_written(self, memory: Bytes, place, size: int, lanes, pc: int) -> None:
         if memory.whole or not self.checks.uninitialised:
@@ -189,18 +189,15 @@ class Accesses:
     def log(
         self, memory: Bytes, place, lanes, size: int, kind: int, pc: int, values=None, engine=0
     ):
+        in_global = isinstance(memory, Allocation)
+        in_shared = memory is self.shared and self.checks.shared_races
+        if not (self.checks.global_races if in_global else in_shared):
+            return
         access = Access(place, lanes, size, kind, pc, values, self.stamp, self.first, engine)
-        if isinstance(memory, Allocation):
-            if self.checks.global_races:
-                memory.accesses.append(access)
-                self.logged += place.size * size // 4 + 1
-                if self.logged > LONGEST_LOG:
-                    self.check_global(last=False)
-        elif memory is self.shared and self.checks.shared_races:
-            self.shared_log.append(access)
-            self.logged_shared += place.size * size // 4 + 1
-            if self.logged_shared > LONGEST_LOG:
-                self.check_shared()
+        memory.accesses.append(access)
+        self.logged[in_global] += place.size * size // 4 + 1
+        if self.logged[in_global] > LONGEST_LOG:
+            (self.check_global if in_global else self.check_shared)()
 
 
 def _in_turn(memory: Bytes, place, change, given: list, n: int) -> np.ndarray:

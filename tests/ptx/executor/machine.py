@@ -51,37 +51,43 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         for name, got in (("grid", self.grid), ("block", self.block)):
             if len(got) != 3 or min(got) < 1:
                 raise PtxError(f"{name}: wanted three positive extents, got {got}")
-        raw = np.frombuffer(bytes(parameters), np.uint8)
-        wanted = kernel.parameter_bytes
-        if raw.size != wanted:
-            raise PtxError(f"parameters: {kernel.name} wants {wanted} bytes, got {raw.size}")
+        self.raw, wanted = np.frombuffer(bytes(parameters), np.uint8), kernel.parameter_bytes
+        if self.raw.size != wanted:
+            raise PtxError(f"parameters: {kernel.name} wants {wanted} bytes, got {self.raw.size}")
         limit = int(np.prod(kernel.maximum_threads or kernel.required_threads or (1024,)))
-        if self.count > limit:
-            raise PtxError(f"block: {kernel.name} has at most {limit} threads, got {self.count}")
-        self.raw, self.shared_bytes = raw, program.static_shared
-        if shared_bytes:
-            self.shared_bytes = program.dynamic_start + shared_bytes
-        if self.shared_bytes > DEVICE_SHARED:
-            raise PtxError(f"shared_bytes: at most {DEVICE_SHARED} in all, got {self.shared_bytes}")
+        start = program.dynamic_start if shared_bytes else program.static_shared
+        self.shared_bytes = start + shared_bytes
+        for name, most, got in (
+            ("block: threads", limit, self.count),
+            ("shared_bytes: in all", DEVICE_SHARED, self.shared_bytes),
+        ):
+            if got > most:
+                raise PtxError(f"{name}, {kernel.name} may have {most}, got {got}")
         self.report = Report(np.zeros(kernel.instructions, bool))
         self.executed = self.report.executed
         self.findings: dict[tuple[str, int], Finding] = {}
         self.detector = Detector(self.threads)
-        self.logged = self.logged_shared = 0
+        self.logged = [0, 0]  # words of 4 bytes in shared and global memory since the last check
         for name, data in kernel.module.data.items():
             if name in program.symbols and memory.at(data.ctypes.data + data.size - 1) is None:
                 memory.add(data.ctypes.data, data.size, name)
 
     def find(self, kind: str, pc: int, message: str, lanes=None) -> None:
-        count = 1 if lanes is None else max(1, np.size(lanes))
+        """Notes a fault, at most once for each instruction; `lanes`: their numbers, or a mask."""
+        lanes = None if lanes is None else np.atleast_1d(lanes)
+        if lanes is not None and lanes.dtype == bool:
+            lanes = np.flatnonzero(lanes)
+            if lanes.size == 0:
+                return
+        count = 1 if lanes is None else max(1, lanes.size)
         known = self.findings.get((kind, pc))
         if known:
             known.count += count
             return
         code = self.program.body.code
         i = code[min(pc, len(code) - 1)]
-        if lanes is not None and np.size(lanes):
-            message = f"{self.thread_name(int(np.ravel(lanes)[0]) + self.first)}: {message}"
+        if lanes is not None and lanes.size:
+            message = f"{self.thread_name(int(lanes[0]) + self.first)}: {message}"
         finding = Finding(kind, f"`{i.text}`, {message}", i.line, count)
         self.findings[kind, pc] = finding
         self.report.findings.append(finding)
@@ -96,8 +102,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.end = time.monotonic() + seconds if seconds else None
         for buffer in self.memory.allocations:
             buffer.accesses = []
-            if not buffer.whole:
-                buffer.whole = bool(buffer.of(buffer.address, buffer.size).all())
+            buffer.whole = buffer.whole or bool(buffer.of(buffer.address, buffer.size).all())
         for first in range(0, total, at_once):
             self.prepare(first, min(at_once, total - first))
             self.run_blocks()
@@ -122,7 +127,6 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         clock = np.zeros((size // 32, warps + 2), np.int64)
         clock[np.arange(size // 32), np.arange(size // 32) % warps] = 1
         self.stamp = Stamp(np.zeros(size, np.int32), clock)
-        self.shared_log: list = []
         self.registers = list(self.program.zeros)
         self.alive = self.exists = thread < self.count
         self.whole = bool(self.alive.all())
@@ -306,14 +310,13 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
     def deadlock(self) -> None:
         for key, (lanes, _) in self.waits.items():
             text = f"{int(lanes.sum())} threads wait at barrier {key[0]} for ever"
-            self.find("deadlock", key[3], text, np.flatnonzero(lanes))
+            self.find("deadlock", key[3], text, lanes)
         for k, mask in self.groups.items():
-            lanes = self.lanes if mask is None else np.flatnonzero(mask)
-            pc = self.program.blocks[k].start
-            self.find("deadlock", pc, f"{lanes.size} threads wait here for ever", lanes)
-        self.waits.clear()
-        self.groups.clear()
-        self.delayed.clear()
+            lanes = self.standing(mask)
+            text = f"{int(lanes.sum())} threads wait here for ever"
+            self.find("deadlock", self.program.blocks[k].start, text, lanes)
+        for state in (self.waits, self.groups, self.delayed):
+            state.clear()
 
     def meet(self, lanes, seen) -> None:
         """Lanes that met at a barrier: what each did before happened before what follows.
@@ -343,18 +346,18 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
 
     # ---- races
     def check_shared(self) -> None:
-        log, self.logged_shared = self.shared_log, 0
+        log, self.logged[0] = self.shared.accesses, 0
         # asynchronous work that not all have waited for is kept
         known = self.stamp.clock[:, -2:].reshape(self.blocks, -1, 2).min(1)
-        self.shared_log = [
+        self.shared.accesses = [
             a for a in log if a.engine > 0
             and a.stamp.clock[a.lanes[0] // 32, -a.engine]
             > known[a.lanes[0] // self.threads, -a.engine]
         ]  # fmt: skip
         self._report_races(self.shared, log)
 
-    def check_global(self, last: bool) -> None:
-        self.logged = 0
+    def check_global(self, last: bool = False) -> None:
+        self.logged[1] = 0
         for buffer in self.memory.allocations:
             log, buffer.accesses = buffer.accesses, []
             if log:

@@ -31,6 +31,7 @@ class Bytes:
         self.shadow = np.full(data.size, written, np.uint8)
         self.shadow_words = {n: self.shadow.view(t) for n, t in UNSIGNED.items()}
         self.whole = written  # every byte was written
+        self.accesses: list = []  # of the launch in progress, for the check of races
 
     def offset(self, place: int) -> int:
         """A place as it is told to people."""
@@ -85,7 +86,6 @@ class Allocation(Bytes):
         raw = (ctypes.c_uint8 * length).from_address(start)
         super().__init__(start, np.frombuffer(raw, np.uint8), initialised)
         self.address, self.size, self.name = address, size, name
-        self.accesses: list = []  # of the launch in progress, for the check of races
 
     def of(self, address: int, size: int) -> np.ndarray:
         return self.shadow[address - self.start : address - self.start + size]

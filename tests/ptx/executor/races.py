@@ -50,8 +50,8 @@ class Access(NamedTuple):
 
 class Race(NamedTuple):
     place: int
-    earlier: tuple[int, int, int]  # pc, thread of the grid, kind
-    later: tuple[int, int, int]
+    earlier: list[int]  # pc, thread of the grid, kind
+    later: list[int]
     count: int
 
 
@@ -66,12 +66,11 @@ class Detector:
             return []
         shift = _shift(log)
         owner = self._scratch((length >> shift) + 1)
-        thread = np.concatenate([_repeated(a.lanes + a.first, a.size >> shift) for a in log])
+        thread = np.concatenate([_threads(a, shift) for a in log])
         granule = np.concatenate([_granules(a, shift) for a in log])
-        kind = np.concatenate(
-            [np.full(a.place.size * (a.size >> shift), a.kind, np.int8) for a in log]
-        )
-        who = np.where(kind == ATOMIC, 0, thread + 1) if (kind == ATOMIC).any() else thread + 1
+        entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
+        kind = np.array([a.kind for a in log], np.int8)[entry]
+        who = np.where(kind == ATOMIC, 0, thread + 1)
         written = granule[kind != READ]
         owner[written] = who[kind != READ]
         seen = owner[granule]
@@ -85,7 +84,9 @@ class Detector:
         owner[hit] = 0
         chosen = np.flatnonzero(owner[granule] >= 0)
         owner[hit] = -1
-        return self._compare(log, shift, granule, thread, kind, chosen)
+        order = chosen[np.argsort(granule[chosen], kind="stable")]
+        value = np.concatenate([_values(a, shift) for a in log])
+        return self._compare(log, shift, *(x[order] for x in (granule, thread, kind, entry, value)))
 
     def _scratch(self, length: int) -> np.ndarray:
         length = 1 << length.bit_length()
@@ -93,53 +94,40 @@ class Detector:
             self.scratch[length] = np.full(length, -1, np.int64)
         return self.scratch[length]
 
-    def _compare(self, log, shift, granule, thread, kind, chosen) -> list[Race]:
-        entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
-        value = np.concatenate([_values(a, shift) for a in log])
-        order = chosen[np.argsort(granule[chosen], kind="stable")]
-        granule, thread, kind = granule[order], thread[order], kind[order]
-        entry, value = entry[order], value[order]
-        n = np.arange(order.size)
+    def _compare(self, log, shift, granule, thread, kind, entry, value) -> list[Race]:
+        """Neighbours in time among accesses sorted by granule."""
+        n = np.arange(granule.size)
         fresh = np.r_[True, granule[1:] != granule[:-1]]
         start = np.maximum.accumulate(np.where(fresh, n, 0))
         last_write = np.maximum.accumulate(np.where(kind != READ, n, -1))
         before = np.r_[-1, last_write[:-1]]
         later = n[before >= start]
-        pairs = [(before[later], later)]
         # each read and the next write behind it
-        ends = np.r_[fresh[1:], True]
-        end = np.minimum.accumulate(np.where(ends, n, order.size)[::-1])[::-1]
-        next_write = np.minimum.accumulate(np.where(kind != READ, n, order.size)[::-1])[::-1]
-        reads = n[(kind == READ) & (next_write <= end)]
-        pairs.append((reads, next_write[reads]))
-        x, y = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        next_write = np.where(kind != READ, n, n.size)
+        next_write = np.minimum.accumulate(next_write[::-1])[::-1]
+        reads = n[(kind == READ) & (np.r_[start, -1][next_write] == start)]
+        x, y = np.r_[before[later], reads], np.r_[later, next_write[reads]]
         free = (kind[x] != READ) & (kind[y] != READ)
         free &= ((kind[x] == ATOMIC) & (kind[y] == ATOMIC)) | (value[x] == value[y])
         x, y = x[~free], y[~free]
         bad = ~self._ordered(log, entry[x], entry[y], thread[x], thread[y])
         x, y = x[bad], y[bad]
-        found = {}
         pcs = np.array([a.pc for a in log])[entry]
-        for pair in np.unique(pcs[x] * (1 << 32) + pcs[y])[:16] if x.size else ():
-            same = np.flatnonzero(pcs[x] * (1 << 32) + pcs[y] == pair)
-            i, j = x[same[0]], y[same[0]]
-            found[int(pair)] = Race(
-                int(granule[i]) << shift,
-                (int(pcs[i]), int(thread[i]), int(kind[i])),
-                (int(pcs[j]), int(thread[j]), int(kind[j])),
-                same.size,
-            )
-        return list(found.values())
+        _, first, counts = np.unique(
+            pcs[x] << 32 | pcs[y], return_index=True, return_counts=True
+        )  # one for each two instructions
+        sides = np.stack([pcs, thread, kind], 1).tolist()
+        return [
+            Race(int(granule[x[k]]) << shift, sides[x[k]], sides[y[k]], int(count))
+            for k, count in zip(first[:16], counts, strict=False)
+        ]
 
     def _ordered(self, log, ex, ey, tx, ty) -> np.ndarray:
         """Whether access ex of thread tx happens before the later ey of ty."""
         stamps = list({id(a.stamp): a.stamp for a in log}.values())
         number = {id(s): k for k, s in enumerate(stamps)}
-        stamp = np.array([number[id(a.stamp)] for a in log])
-        first = np.array([a.first for a in log])
-        own = np.array([a.engine for a in log])
-        lengths = {s.segment.size for s in stamps}
-        width = max(lengths)
+        stamp, first, own = np.array([(number[id(a.stamp)], a.first, a.engine) for a in log]).T
+        width = max(s.segment.size for s in stamps)
         segments = np.full((len(stamps), width), -1, np.int64)
         columns = max(s.clock.shape[1] for s in stamps)
         clocks = np.zeros((len(stamps), width // 32, columns), np.int64)
@@ -168,7 +156,7 @@ def folded(log: list[Access], length: int) -> list[Access]:
         for a in log:
             if a.kind == kind:
                 place, pc = _granules(a, shift), a.pc
-                thread[place] = _repeated(a.lanes + a.first, a.size >> shift)
+                thread[place] = _threads(a, shift)
                 values[place] = _values(a, shift)
         at = np.flatnonzero(thread >= 0)
         if at.size:
@@ -185,18 +173,15 @@ def _shift(log: list[Access]) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def _repeated(x: np.ndarray, times: int) -> np.ndarray:
-    return x if times == 1 else np.repeat(x, times)
+def _threads(a: Access, shift: int) -> np.ndarray:
+    return np.repeat(a.lanes + a.first, a.size >> shift)
 
 
 def _granules(a: Access, shift: int) -> np.ndarray:
-    times = a.size >> shift
-    first = a.place >> shift
-    return first if times == 1 else (first[:, None] + np.arange(times)).ravel()
+    return ((a.place >> shift)[:, None] + np.arange(a.size >> shift)).ravel()
 
 
 def _values(a: Access, shift: int) -> np.ndarray:
-    count = a.place.size * (a.size >> shift)
     if a.values is None:
-        return np.zeros(count, np.uint64)
+        return np.zeros(a.place.size * (a.size >> shift), np.uint64)
     return a.values.view(UNSIGNED[1 << shift]).ravel().astype(np.uint64)

@@ -10,8 +10,8 @@ from .numeric import f32_of_bf16, f32_of_f16, tf32
 from .races import Stamp
 from .types import f4, f8, i4, i8, u4, u8
 
-REDUCED = {"min": "minimum", "max": "maximum", "add": "add"}
-REDUCED |= {how: f"bitwise_{how}" for how in ("and", "or", "xor")}
+REDUCED = {"min": np.minimum, "max": np.maximum, "add": np.add}
+REDUCED |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 BITS = np.arange(32, dtype=np.uint32)
 
 
@@ -30,7 +30,7 @@ class WarpLevel:
         return np.frombuffer(self.raw, t, 1, offset)[0]
 
     def trap(self, mask, pc: int) -> None:
-        self.find("trap", pc, "a trap is reached", np.flatnonzero(self.standing(mask)))
+        self.find("trap", pc, "a trap is reached", self.standing(mask))
 
     # ---- who takes part
     def demand(self, members, mask, pc: int) -> None:
@@ -41,15 +41,14 @@ class WarpLevel:
         here = self.standing(mask)
         members = np.broadcast_to(np.asarray(members).view(u4), here.shape)
         outside = here & ((members >> self.lane.view(u4)) & u4(1) == 0)
-        if outside.any():
-            text = "the lane that executes it is not in its member mask"
-            self.find("member mask", pc, text, np.flatnonzero(outside))
+        text = "the lane that executes it is not in its member mask"
+        self.find("member mask", pc, text, outside)
         standing = self.ballot(here)
         missing = here & (members & self.ballot(self.exists) & ~standing != 0)
         if missing.any():
             k = int(np.flatnonzero(missing)[0])
             text = f"member mask {int(members[k]):#x}, but lanes {int(standing[k]):#x} stand here"
-            self.find("member mask", pc, text, np.flatnonzero(missing))
+            self.find("member mask", pc, text, missing)
 
     def ballot(self, p: np.ndarray) -> np.ndarray:
         """For each lane the 32 bits of its warp."""
@@ -85,12 +84,9 @@ class WarpLevel:
         source = sources[how]
         inside = source >= high if how == "up" else source <= high
         source = self.warp_of * 32 + np.where(inside, source, lane)
-        if mask is not None:
-            here = self.standing(mask)
-            bad = here & ~here[source]
-            if bad.any() and self.checks.barriers:
-                text = "a value is read from a lane that does not take part"
-                self.find("member mask", pc, text, np.flatnonzero(bad))
+        if mask is not None and self.checks.barriers:
+            here, text = self.standing(mask), "a value is read from a lane that does not take part"
+            self.find("member mask", pc, text, here & ~here[source])
         return a[source], inside
 
     def vote(self, how: str, p, members, mask, pc: int):
@@ -120,11 +116,10 @@ class WarpLevel:
         group = self.warp_of.astype(i8) << 32 | self.full(members).view(u4)
         here = np.flatnonzero(self.standing(mask))
         _, inverse = np.unique(group[here], return_inverse=True)
-        function = getattr(np, REDUCED[how])
         order = np.argsort(inverse, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(inverse[order]) != 0])
         out = np.zeros_like(a)
-        out[here] = function.reduceat(a[here][order], starts)[inverse]
+        out[here] = REDUCED[how].reduceat(a[here][order], starts)[inverse]
         return out, None
 
     def elect(self, members, mask, pc: int):
@@ -201,8 +196,7 @@ def turned(rows: np.ndarray, count: int, transposed: bool) -> np.ndarray:
 
 
 def numbers(x: np.ndarray, kind: str) -> np.ndarray:
-    """[W, 32] registers to [W, 32, values of a register] in the type of computation."""
-    x = np.ascontiguousarray(x)[:, :, None]
+    """Bits to the type of computation."""
     if kind in ("f16", "bf16"):
         return (f32_of_f16 if kind == "f16" else f32_of_bf16)(x.view(np.int16))
     return tf32(x, "rz") if kind == "tf32" else x
@@ -224,7 +218,7 @@ def placed(values: list, rows: int, columns: int) -> np.ndarray:
 
 def fragment(registers: list, kind: str, rows: int, columns: int) -> np.ndarray:
     """Registers of an operand to [W, rows, columns]."""
-    return placed([numbers(x, kind) for x in registers], rows, columns)
+    return placed([numbers(np.ascontiguousarray(x)[..., None], kind) for x in registers], rows, columns)
 
 
 def accumulator(registers: list, kind: str, rows: int, columns: int) -> np.ndarray:

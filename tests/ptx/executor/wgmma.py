@@ -5,15 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .numeric import f32_of_bf16, f32_of_f16, tf32
 from .report import PtxError
 from .tensor_map import swizzled
 from .types import f4
-from .warp import accumulator, fragment, scattered
-
-WIDTH = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a row by a descriptor's swizzle bits
-BITS = {0: 0, 1: 3, 2: 2, 3: 1}
-ELEMENT = {"f16": 2, "bf16": 2, "tf32": 4}
+from .warp import accumulator, fragment, numbers, scattered
 
 
 class WarpGroups:
@@ -29,10 +24,9 @@ class WarpGroups:
             self.find("barrier", pc, "the block does not consist of whole warpgroups")
             here = here[: here.size // 128 * 128]
         by_group = here.reshape(-1, 128)
-        part = by_group.any(1) & ~by_group.all(1)
-        if part.any():
-            lanes = np.flatnonzero(part) * 128
-            self.find("barrier", pc, "reached by a part of a warpgroup", lanes)
+        part = np.flatnonzero(by_group.any(1) & ~by_group.all(1))
+        if part.size:
+            self.find("barrier", pc, "reached by a part of a warpgroup", part * 128)
         return np.flatnonzero(by_group.any(1))
 
     def group_product(
@@ -55,17 +49,15 @@ class WarpGroups:
         total = np.where(keep, old, f4(0)) + product
         for name in names:
             self.unfinished[name] = len(self.committed)
-        results = []
-        for x, before in zip(scattered(total, into), d, strict=True):
-            x = self.to_lanes(x, warps)
-            if warps.size * 32 != self.lanes.size:
-                x = np.where(self.standing(mask), x, before)
-            results.append(x)
-        return results
+        results = [self.to_lanes(x, warps) for x in scattered(total, into)]
+        if warps.size * 32 == self.lanes.size:
+            return results
+        here = self.standing(mask)
+        return [np.where(here, x, before) for x, before in zip(results, d, strict=True)]
 
     def tile(self, descriptors, groups, rows: int, k: int, kind: str, transposed: bool, pc: int):
         """[groups, rows, k] of a matrix in shared memory; rows run along M or N, k along K."""
-        size = ELEMENT[kind]
+        size = 4 if kind == "tf32" else 2
         words = descriptors.reshape(-1, 128)[groups]
         if (words != words[:, :1]).any():
             self.find("barrier", pc, "the descriptor differs within a warpgroup", groups * 128)
@@ -77,11 +69,8 @@ class WarpGroups:
         x = self.read("shared", places.ravel(), who, size, 1, pc, engine=2)[0]
         self.stamp = kept
         self.check_proxy(places.ravel(), who, size, pc)
-        if kind == "tf32":
-            x = tf32(x, "rz")
-        else:
-            x = (f32_of_f16 if kind == "f16" else f32_of_bf16)(x.view(np.int16))
-        return x.reshape(-1, rows, k)
+        x = x.view(f4) if kind == "tf32" else x
+        return numbers(x, kind).reshape(-1, rows, k)
 
     def commit_products(self, mask, pc: int) -> None:
         self.committed.append(self.ticks[:, 2].copy())
@@ -112,22 +101,18 @@ def layout(descriptor: int, rows: int, k: int, size: int, transposed: bool) -> n
 
     The matrix consists of cores of 8 rows of 16 bytes, joined to rows of 32, 64 or 128 bytes where
     swizzled. K-major: 8 rows lie `stride` apart, cores along K `leading` apart (unswizzled) or side
-    by side. MN-major (transposed): K runs down the rows of a core.
+    by side. MN-major (transposed): K runs down the rows of a core; unswizzled, the two distances
+    change their parts.
     """
-    field = lambda at: ((descriptor >> at) & 0x3FFF) << 4  # noqa: E731
-    start, leading, stride, mode = field(0), field(16), field(32), descriptor >> 62 & 3
-    r, c = np.arange(rows)[:, None], np.arange(k)[None, :]
-    width, piece = WIDTH[mode], 16 // size
-    if not transposed:
-        if mode == 0:
-            place = r % 8 * 16 + r // 8 * stride + c // piece * leading + c % piece * size
-        else:
-            place = r % 8 * width + r // 8 * stride + c * size
-    elif mode == 0:
-        place = r % piece * size + r // piece * stride + c % 8 * 16 + c // 8 * leading
-    else:
-        n = width // size
-        place = r % n * size + r // n * leading + c % 8 * width + c // 8 * stride
     if descriptor >> 49 & 7:
         raise PtxError("wgmma: the base offset of a matrix descriptor is not modelled")
-    return swizzled(start + place, BITS[mode])
+    start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+    swizzle = (0, 3, 2, 1)[descriptor >> 62 & 3]
+    r, c = np.arange(rows)[:, None], np.arange(k)[None, :]
+    width = 16 << swizzle  # bytes of a row
+    if transposed:
+        r, c = c, r
+        leading, stride = (leading, stride) if swizzle else (stride, leading)
+    n = width // size
+    place = r % 8 * width + r // 8 * stride + c // n * leading + c % n * size
+    return swizzled(start + place, swizzle)
