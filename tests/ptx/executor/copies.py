@@ -45,7 +45,7 @@ class Copies:
             return
         self.executed[pc] = True
         s, _ = self.active(source, offset, mask)
-        count = self.full(n if have is None else have)[lanes]
+        count = self.full(have)[lanes]
         if ((count < 0) | (count > n)).any():
             self.find("bounds", pc, f"a source of {int(count.max())} of {n} bytes", lanes)
         rows = np.zeros((lanes.size, n), u1)

@@ -40,10 +40,8 @@ WARP_LEVEL = {
     "activemask": ("active_mask", ""),
 }
 HOW = re.compile("up|down|bfly|idx|any|all|uni|ballot|add|min|max|and|or|xor")
-WITHOUT_EFFECT = (
-    *("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "membar", "setmaxnreg"),
-    *("griddepcontrol", "brkpt", "pmevent", "createpolicy"),
-)
+WITHOUT_EFFECT = """prefetch prefetchu discard applypriority nanosleep membar setmaxnreg
+    griddepcontrol brkpt pmevent createpolicy"""
 
 
 def is_barrier(i: Instruction) -> bool:
@@ -116,9 +114,7 @@ class Effects(Writer):
         change = f"(lambda {names}: {ATOMICS[how]})(o.view({t}), {names[3:]})"
         if kind in types.HALVES and how != "exch":
             unless(how != "add", f"{how} of {kind}")
-            wide = "f32_of_" + kind.removesuffix("x2")
-            o, b = (f"{wide}(halves({x}))" if kind.endswith("x2") else f"{wide}({x})" for x in "ob")
-            change = self.narrowed(f"{o} + {b}", kind)
+            change = narrowed(f"{widened('o', kind)} + {widened('b', kind)}", kind)
         values = self.values(sources[: 2 if how == "cas" else 1], kind)
         arguments = (repr(space), self.address(address), f"lambda {names}: {change}", values, n)
         self.call(i, pc, "atomic", *arguments, give=[(target, t)])
@@ -178,17 +174,17 @@ class Effects(Writer):
 
     # ---- matrices
     def op_ldmatrix(self, i: Instruction, pc: int) -> None:
-        unless("m8n8" not in i.parts or "b16" not in i.parts, "shape or type")
-        targets, trans = listed(i.operands[0]), "trans" in i.parts
-        give = [(register, "i4") for register in targets]
-        place = self.address(i.operands[1])
-        self.call(i, pc, "load_matrices", place, len(targets), trans, give=give)
+        unless(not {"m8n8", "b16"} <= set(i.parts), "shape or type")
+        trans, load = "trans" in i.parts, i.base == "ldmatrix"
+        registers, address = i.operands if load else i.operands[::-1]
+        place, registers = self.address(address), listed(registers)
+        if load:
+            give = [(register, "i4") for register in registers]
+            self.call(i, pc, "load_matrices", place, len(registers), trans, give=give)
+        else:
+            self.call(i, pc, "store_matrices", place, self.values(registers, "s32"), trans)
 
-    def op_stmatrix(self, i: Instruction, pc: int) -> None:
-        unless("m8n8" not in i.parts or "b16" not in i.parts, "shape or type")
-        values = self.values(listed(i.operands[1]), "s32")
-        place = self.address(i.operands[0])
-        self.call(i, pc, "store_matrices", place, values, "trans" in i.parts)
+    op_stmatrix = op_ldmatrix
 
     def op_mma(self, i: Instruction, pc: int) -> None:
         unless("row" not in i.parts or "col" not in i.parts or "sp" in i.parts, "layout")
@@ -212,15 +208,13 @@ class Effects(Writer):
             unless("sp" in i.parts, "sparse")
             d, a, b, keep, *flags = i.operands
             flags = [int(x) for x in flags]
-            transposed = [0] * (4 - len(flags)) + flags[2:]
             have = "f32" if into == "f32" else "s32"
             left = self.values(a, "s32") if isinstance(a, tuple) else self.read(a, "s64")
-            values = (
-                self.values(d, have), list(d), left, self.read(b, "s64"), self.read(keep, "pred")
-            )  # fmt: skip
+            values = self.values(d, have), list(d), left, self.read(b, "s64")
+            how = self.read(keep, "pred"), flags[:2], [0] * (4 - len(flags)) + flags[2:]
             give = [(register, types.NAMES[have]) for register in d]
-            call = ("group_product", n, k, repr(into), repr(kind), *values, flags[:2], transposed)
-            self.call(i, pc, *call, give=give)
+            shape = n, k, repr(into), repr(kind)
+            self.call(i, pc, "group_product", *shape, *values, *how, give=give)
 
     # ---- asynchronous copies
     def op_cp(self, i: Instruction, pc: int) -> None:
@@ -228,9 +222,9 @@ class Effects(Writer):
         unless(i.parts[1] != "async", "form")
         if words[0] in ("cg", "ca"):
             to, source, n, *have = i.operands
-            count = "None"
+            count = int(n, 0)
             if have and self.program.body.registers.get(have[0]) == "?":
-                count = f"where({self.read(have[0], 'pred')}, 0, {int(n, 0)})"
+                count = f"where({self.read(have[0], 'pred')}, 0, {count})"
             elif have and "L2::cache_hint" not in words:
                 count = self.read(have[0], "s32")
             places = self.address(to), self.address(source)
@@ -280,5 +274,5 @@ class Effects(Writer):
             self.call(i, pc, f"barrier_{how}", place, *values)
 
 
-for name in WITHOUT_EFFECT:
+for name in WITHOUT_EFFECT.split():
     setattr(Effects, f"op_{name}", lambda self, i, pc: None)

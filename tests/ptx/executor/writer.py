@@ -30,6 +30,18 @@ def clipped(text: str, modifiers) -> str:
     return f"np.fmin(np.fmax({text}, 0), 1)" if "sat" in modifiers else text
 
 
+def widened(text: str, kind: str) -> str:
+    """A half or pair of halves in float32; pairs as [N, 2]."""
+    text = f"halves({text})" if kind.endswith("x2") else text
+    return f"f32_of_{kind.removesuffix('x2')}({text})"
+
+
+def narrowed(text: str, kind: str) -> str:
+    """`widened` undone."""
+    text = f"{kind.removesuffix('x2')}_bits({text})"
+    return f"packed({text})" if kind.endswith("x2") else text
+
+
 class Writer:
     """Python lines of one basic block: operands, destinations and rows of the table."""
 
@@ -47,13 +59,10 @@ class Writer:
         self.temporaries += 1
         return f"x{self.temporaries}"
 
-    def local(self, register: str) -> str:
-        return f"r{self.program.index[register]}"
-
     def register(self, name: str) -> str:
         if name not in self.defined:
             self.live_in[name] = None
-        return self.local(name)
+        return f"r{self.program.index[name]}"
 
     def constant(self, value) -> str:
         key = (type(value), np.asarray(value).tobytes())
@@ -119,22 +128,15 @@ class Writer:
         if have != want:
             same = types.size(have) == types.size(want)
             value = f"({value}).{'view' if same else 'astype'}({want})"
-        p, name = self.predicate(i), self.local(register)
-        if p is not None:
+        if p := self.predicate(i):
             value = f"where({p}, {value}, {self.register(register)})"
-        self.emit(f"{name} = {value}")
+        self.emit(f"r{self.program.index[register]} = {value}")
         self.defined[register] = None
 
-    # ---- halves
-    def widened(self, operand: str, kind: str) -> str:
-        """A half or pair of halves in float32; pairs as [N, 2]."""
+    def wide(self, operand: str, kind: str) -> str:
+        """As `read`; halves in float32."""
         text = self.read(operand, kind)
-        text = f"halves({text})" if kind.endswith("x2") else text
-        return f"f32_of_{kind.removesuffix('x2')}({text})"
-
-    def narrowed(self, text: str, kind: str) -> str:
-        text = f"{kind.removesuffix('x2')}_bits({text})"
-        return f"packed({text})" if kind.endswith("x2") else text
+        return widened(text, kind) if kind in types.HALVES else text
 
     # ---- rows of the table
     def instruction(self, i: Instruction, pc: int) -> None:
@@ -177,26 +179,22 @@ class Writer:
         if "w" in letters + result:
             kinds["w"] = f"{kind[0]}{2 * int(kind[1:])}"
         sources = [
-            (self.widened if half and letter in "ts" else self.read)(operand, kinds[letter])
+            (self.wide if half else self.read)(operand, kinds[letter])
             for letter, operand in zip(letters, i.operands[1:], strict=True)
         ]
         names = {"t": "f4" if half else types.NAMES[kinds["s"]]}
         names["w"] = types.NAMES[kinds["w"]] if "w" in kinds else ""
         value = f"({template.format(*sources, **names)})"
         value = clipped(value, i.parts)
-        value = self.narrowed(value, kind) if half and result in "ts" else value
+        value = narrowed(value, kind) if half and result in "ts" else value
         self.write(i.operands[0], value, types.NAMES[kinds[result]], i)
 
     # ---- comparisons
     def compared(self, i: Instruction, kind: str, a: str, b: str) -> str:
-        if kind in types.HALVES:
-            a, b = self.widened(a, kind), self.widened(b, kind)
-        else:
-            kind = f"s{kind[1:]}" if kind[0] == "b" else kind
-            a, b = self.read(a, kind), self.read(b, kind)
         floats = kind in types.HALVES | types.FLOATS
         table = opcodes.FLOATS_COMPARED if floats else opcodes.COMPARED
-        return f"({table[i.parts[1]].format(a, b)})"
+        kind = f"s{kind[1:]}" if kind[0] == "b" and not floats else kind
+        return f"({table[i.parts[1]].format(self.wide(a, kind), self.wide(b, kind))})"
 
     def op_setp(self, i: Instruction, pc: int) -> None:
         kind, (target, a, b, *more) = i.types()[-1], i.operands
@@ -235,9 +233,7 @@ class Writer:
                 width *= 2
             self.write(target, words[0], f"i{width}", i)
         else:
-            if kind in types.HALVES:
-                kind = "s16" if types.bits(kind) == 16 else "s32"
-            kind = types.signless(kind)
+            kind = f"s{types.bits(kind)}" if kind in types.HALVES else types.signless(kind)
             self.write(target, self.read(source, kind), types.NAMES[kind], i)
 
     def op_cvta(self, i: Instruction, pc: int) -> None:
@@ -250,9 +246,8 @@ class Writer:
     def op_isspacep(self, i: Instruction, pc: int) -> None:
         a, space = self.read(i.operands[1], "s64"), i.parts[1].split("::")[0]
         low = WINDOWS[space]
-        text = f"(({a} >= i8({low})) & ({a} < i8({2 * low})))"
-        if space == "global":
-            text = f"({a} < i8({WINDOWS['param']}))"
+        high = WINDOWS["param"] if space == "global" else 2 * low
+        text = f"(({a} >= i8({low})) & ({a} < i8({high})))"
         self.write(i.operands[0], text, "?", i)
 
     # ---- conversions
@@ -274,7 +269,7 @@ class Writer:
             )
             return f"pack2({low}, {high}, 2, i4)", "i4"
         source = i.operands[1]
-        x = self.widened(source, kind) if kind in types.HALVES else self.read(source, kind)
+        x = self.wide(source, kind)
         held = "f32" if kind in types.HALVES else kind
         if into == "tf32":
             x = clipped(x, words - {"sat"})
