@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads, stores and atomics of a machine, with their checks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
@@ -41,7 +39,6 @@ class Accesses:
         out[lanes] = values
         return out
 
-    # ---- where accesses go
     def pieces(self, space: str, a: np.ndarray, size: int, lanes, pc: int) -> Pieces:
         """(memory, places in it, which accesses these are); what lies outside is reported only."""
         if a.size == 0:
@@ -102,7 +99,6 @@ class Accesses:
             self.find("alignment", pc, text, lanes[bad])
         return a & ~np.int64(size - 1)
 
-    # ---- loads
     def load(self, space: str, address, offset: int, n: int, v: int, mask, pc: int) -> list:
         """v words of n bytes for each lane, as unsigned integers."""
         uniform = space == "global" and np.ndim(address) == 0
@@ -147,7 +143,6 @@ class Accesses:
             )
             self.find("uninitialised", pc, text, lanes[bad])
 
-    # ---- stores
     def store(self, space: str, address, offset: int, values: list, n: int, mask, pc: int) -> None:
         a, lanes = self.active(address, offset, mask)
         if lanes.size == 0:
@@ -167,12 +162,16 @@ class Accesses:
             if memory is self.spaces["param"]:
                 self.find("bounds", pc, "a store to parameters", lanes[s])
                 continue
-            self.log(memory, place, lanes[s], size, WRITE, pc, rows[s])
-            if memory is self.shared and self.proxy is not None:
-                self.proxy.written(place, size, lanes[s])
-            memory.scatter(place, rows[s], size)
+            self.put(memory, place, rows[s], lanes[s], pc)
 
-    # ---- atomics
+    def put(self, memory: Bytes, place, rows: np.ndarray, lanes, pc: int) -> None:
+        """Rows of bytes to places."""
+        size = rows.itemsize * rows.shape[1]
+        self.log(memory, place, lanes, size, WRITE, pc, rows)
+        if memory is self.shared and self.proxy is not None:
+            self.proxy.written(place, size, lanes)
+        memory.scatter(place, rows, size)
+
     def atomic(self, space: str, address, offset: int, change, values: list, n: int, mask, pc: int):
         """Old values of n bytes; change(old, *values) is stored lane after lane."""
         a, lanes = self.active(address, offset, mask)
@@ -185,7 +184,6 @@ class Accesses:
             old[s] = _in_turn(memory, place, change, [g[s] for g in given], n)
         return [self.spread(old, lanes)]
 
-    # ---- logs for the check of races
     def log(
         self, memory: Bytes, place, lanes, size: int, kind: int, pc: int, values=None, engine=0
     ):

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instructions that act on memory, on other lanes or on the schedule: calls of the machine."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 
-from . import types
+from . import opcodes, types
 from .parse import Address, Instruction, listed
 from .report import PtxError
-from .writer import Writer
+from .writer import Writer, narrowed, widened
 
 SPACES = {"global", "shared", "local", "param", "const"}
 # of loads, stores and atomics: how far they are seen and where they are cached
@@ -19,12 +17,7 @@ ACCEPTED = re.compile(
 )
 # o is the old value, b and c the operands, all of the instruction's type
 ATOMICS = {
-    "add": "o + b",
-    "min": "np.minimum(o, b)",
-    "max": "np.maximum(o, b)",
-    "and": "o & b",
-    "or": "o | b",
-    "xor": "o ^ b",
+    **{k: opcodes.TABLE[k][0].format("o", "b") for k in ("add", "min", "max", "and", "or", "xor")},
     "exch": "b",
     "inc": "where(o >= b, o.dtype.type(0), o + o.dtype.type(1))",
     "dec": "where((o == 0) | (o > b), b, o - o.dtype.type(1))",
@@ -72,7 +65,6 @@ class Effects(Writer):
         base = self.register(address.base) if known else self.read(address.base, "s64")
         return f"{base}, {address.offset}"
 
-    # ---- memory
     def access(self, i: Instruction, address: Address, *known: str) -> tuple[str, int, str]:
         """Type, its bytes, and the space of a load, store or atomic."""
         for p in i.parts[1:]:
@@ -126,7 +118,6 @@ class Effects(Writer):
         if "proxy" in i.parts:
             self.call(i, pc, "fence_proxy")
 
-    # ---- lanes of a warp
     def op_shfl(self, i: Instruction, pc: int) -> None:
         """Results are a value and a predicate beside it, `a|p`, or the first alone."""
         method, letters = WARP_LEVEL[i.base]
@@ -142,7 +133,6 @@ class Effects(Writer):
 
     op_vote = op_match = op_redux = op_elect = op_activemask = op_shfl
 
-    # ---- barriers
     def op_bar(self, i: Instruction, pc: int) -> None:
         values = [self.read(x, "s32") for x in i.operands]
         if "warp" in i.parts:
@@ -172,7 +162,6 @@ class Effects(Writer):
         result = f"({name}, {count}, {value})"
         return f"({result}, np.broadcast_to({p}, M.lanes.shape))" if p else result
 
-    # ---- matrices
     def op_ldmatrix(self, i: Instruction, pc: int) -> None:
         unless(not {"m8n8", "b16"} <= set(i.parts), "shape or type")
         trans, load = "trans" in i.parts, i.base == "ldmatrix"
@@ -216,7 +205,6 @@ class Effects(Writer):
             shape = n, k, repr(into), repr(kind)
             self.call(i, pc, "group_product", *shape, *values, *how, give=give)
 
-    # ---- asynchronous copies
     def op_cp(self, i: Instruction, pc: int) -> None:
         words = i.parts[2:]
         unless(i.parts[1] != "async", "form")

@@ -6,8 +6,7 @@ that structured code comes together again; before warp-level instructions a warp
 lanes. Barriers open when nothing else can run.
 """
 
-from __future__ import annotations
-
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -95,7 +94,6 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
     def thread_name(self, thread: int) -> str:
         return f"block {thread // self.threads} thread {thread % self.threads}"
 
-    # ---- the grid
     def run(self, lanes: int, seconds: float | None) -> None:
         total = int(np.prod(self.grid))
         at_once = max(1, lanes // self.threads)
@@ -152,7 +150,6 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         special["%total_smem_size"] = n(self.shared_bytes)
         return special
 
-    # ---- groups
     def run_blocks(self) -> None:
         program, report = self.program, self.report
         groups: dict = {0: None if self.whole else self.alive.copy()}
@@ -244,7 +241,6 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         other = self.groups.get(k, mask)
         self.groups[k] = None if mask is None or other is None else other | mask
 
-    # ---- barriers
     def release(self) -> bool:
         """Opens barriers where all have come; whether any did."""
         opened = False
@@ -331,12 +327,16 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         clock[:, np.arange(warps), np.arange(warps)] += come
         self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 2))
 
-    def started(self, lane: int, engine: int) -> Stamp:
-        """The stamp of asynchronous work that a lane starts."""
-        clock = self.stamp.clock.copy()
-        self.ticks[lane // self.threads, engine] += 1
-        clock[lane // 32, -engine] = self.ticks[lane // self.threads, engine]
-        return Stamp(self.stamp.segment, clock)
+    @contextlib.contextmanager
+    def asynchronously(self, lanes, engine: int):
+        """Accesses inside are of asynchronous work that these lanes start."""
+        kept, clock = self.stamp, self.stamp.clock.copy()
+        for lane in lanes:
+            self.ticks[lane // self.threads, engine] += 1
+            clock[lane // 32, -engine] = self.ticks[lane // self.threads, engine]
+        self.stamp = Stamp(kept.segment, clock)
+        yield
+        self.stamp = kept
 
     def waited(self, warps, engine: int, ticks) -> None:
         """These warps know of asynchronous work up to its ticks."""
@@ -344,7 +344,6 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         clock[warps, -engine] = np.maximum(clock[warps, -engine], ticks)
         self.stamp = Stamp(self.stamp.segment, clock)
 
-    # ---- races
     def check_shared(self) -> None:
         log, self.logged[0] = self.shared.accesses, 0
         # asynchronous work that not all have waited for is kept

@@ -5,8 +5,6 @@ Every byte has a shadow that says whether it was written. Words of 1 to 16 bytes
 same bytes; wider accesses are cut.
 """
 
-from __future__ import annotations
-
 import bisect
 import ctypes
 

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic that NumPy lacks; values are arrays over lanes or scalars."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .types import UNSIGNED, f2, f4, f8, i2, i4, u1, u2, u4, u8
 
 where, array = np.where, np.asarray
-
-# ---- 16-bit floats: held as bits, computed in float32
 
 
 def f32_of_f16(x):
@@ -112,9 +108,6 @@ def saturated_int(x, t):
     return np.clip(x, max(into.min, have.min), min(into.max, have.max)).astype(t)
 
 
-# ---- integers
-
-
 def divide(a, b):
     """Towards zero; division by zero gives all bits set."""
     a, b = array(a), array(b)
@@ -171,29 +164,28 @@ def highest_bit(a, from_top):
 
 
 def reversed_bits(a):
-    """brev."""
-    n = a.dtype.itemsize
-    bits = np.unpackbits(array(a).reshape(-1, 1).view("u1"), axis=1, bitorder="little")
-    turned = np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(f"i{n}")
-    return column(turned, 0)
+    bits = np.unpackbits(array(a).reshape(-1, 1).view(u1), axis=1, bitorder="little")
+    return column(np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(a.dtype), 0)
+
+
+def _cut(a, length):
+    """How many bits of a do not belong to a field of that length."""
+    bits = u4(8 * a.dtype.itemsize)
+    return bits - np.minimum(length & u4(255), bits)
 
 
 def insert_field(a, b, start, length):
     """The low `length` bits of a put into b at `start`."""
-    t = UNSIGNED[a.dtype.itemsize]
-    bits = u4(8 * a.dtype.itemsize)
-    cut = bits - np.minimum(length & u4(255), bits)
-    start, mask = start & u4(255), shift_right(np.broadcast_to(~t(0), np.shape(cut)), cut)
-    mask = shift_left(mask, start)
+    t, start = UNSIGNED[a.dtype.itemsize], start & u4(255)
+    mask = shift_left(shift_right(~t(0), _cut(a, length)), start)
     return (array(b).view(t) & ~mask | shift_left(array(a).view(t), start) & mask).view(b.dtype)
 
 
 def extract_field(a, start, length):
     """`length` bits of a from `start`; of a signed type with sign extension."""
-    bits = u4(8 * a.dtype.itemsize)
-    cut = bits - np.minimum(length & u4(255), bits)
+    cut = _cut(a, length)
     field = shift_right(shift_left(shift_right(array(a), start & u4(255)), cut), cut)
-    return where(cut == bits, a.dtype.type(0), field)
+    return where(cut == 8 * a.dtype.itemsize, a.dtype.type(0), field)
 
 
 def permute(a, b, selector):

@@ -8,16 +8,11 @@ name a modifier (mul.hi) and a class of types (:f floats); the most special key 
 Halves are computed in float32 and rounded once.
 """
 
-from __future__ import annotations
-
 import functools
 
 from . import types
 
 TABLE = {
-    "add": ("{0} + {1}", "ss", "s"),
-    "sub": ("{0} - {1}", "ss", "s"),
-    "mul": ("{0} * {1}", "ss", "s"),
     "mul.hi": ("multiply_high({0}, {1})", "tt", "t"),
     "mul.wide": ("{0}.astype({w}) * {1}.astype({w})", "tt", "w"),
     "mad": ("{0} * {1} + {2}", "sss", "s"),
@@ -32,20 +27,11 @@ TABLE = {
     "rem": ("{0} - divide({0}, {1}) * {1}", "tt", "t"),
     "abs": ("np.abs({0})", "t", "t"),
     "neg": ("-{0}", "s", "s"),
-    "min": ("np.minimum({0}, {1})", "tt", "t"),
-    "max": ("np.maximum({0}, {1})", "tt", "t"),
-    "min:f": ("np.fmin({0}, {1})", "tt", "t"),
-    "max:f": ("np.fmax({0}, {1})", "tt", "t"),
-    "min.NaN:f": ("np.minimum({0}, {1})", "tt", "t"),
-    "max.NaN:f": ("np.maximum({0}, {1})", "tt", "t"),
     "copysign:f": ("np.copysign({1}, {0})", "tt", "t"),
     "testp.notanumber:f": ("np.isnan({0})", "t", "p"),
     "testp.number:f": ("~np.isnan({0})", "t", "p"),
     "rcp:f": ("{t}(1) / {0}", "t", "t"),
     "rsqrt:f": ("{t}(1) / np.sqrt({0})", "t", "t"),
-    "and": ("{0} & {1}", "ss", "s"),
-    "or": ("{0} | {1}", "ss", "s"),
-    "xor": ("{0} ^ {1}", "ss", "s"),
     "not": ("~{0}", "s", "s"),
     "cnot": ("({0} == 0).astype({t})", "s", "s"),
     "shl": ("shift_left({0}, {1})", "su", "s"),
@@ -67,6 +53,11 @@ TABLE = {
     "selp": ("where({2}, {0}, {1})", "ssp", "s"),
     "slct": ("where({2} >= 0, {0}, {1})", "ssi", "s"),
 }
+OPERATORS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
+TABLE |= {name: (f"{{0}} {sign} {{1}}", "ss", "s") for name, sign in OPERATORS.items()}
+for name in ("min", "max"):
+    TABLE[name] = TABLE[f"{name}.NaN:f"] = (f"np.{name}imum({{0}}, {{1}})", "tt", "t")
+    TABLE[f"{name}:f"] = (f"np.f{name}({{0}}, {{1}})", "tt", "t")
 # functions of one float, and NumPy's name
 FUNCTIONS = {"sqrt": "sqrt", "ex2": "exp2", "lg2": "log2", "sin": "sin", "cos": "cos"}
 FUNCTIONS |= {"tanh": "tanh", "testp.finite": "isfinite", "testp.infinite": "isinf"}

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PTX text to kernels of instructions."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import math
@@ -15,9 +13,11 @@ from . import types
 from .report import PtxError
 
 NAME = r"[%$\w][\w$]*(?:\.\w+)?"
-SKIPPED = re.compile(r"(?:\.(?:loc|pragma|file)\b[^\n;]*;?|[\s;])+")
-LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
-STATEMENT = re.compile(r"([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);")
+# nothing of interest, a brace, a label, a statement
+TOKEN = re.compile(
+    r"(?:\.(?:loc|pragma|file)\b[^\n;]*;?|[\s;])+|([{}])|([$\w]+)\s*:(?!:)"
+    r"|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);"
+)
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
 VARIABLE = re.compile(
     r"(?:\.(?:extern|visible|weak|common)\s+)*\.(shared|global|const|local)\s+"
@@ -98,7 +98,7 @@ class Kernel:
     """An entry; its body is read when it is first asked for."""
 
     name: str
-    module: Module
+    module: "Module"
     span: tuple[int, int]  # of its body in the module's text
     parameters: tuple[Parameter, ...]
     parameter_bytes: int
@@ -107,7 +107,7 @@ class Kernel:
     program: object = None  # the translated form, once made
 
     @functools.cached_property
-    def body(self) -> Body:
+    def body(self) -> "Body":
         return Body(self)
 
     @property
@@ -186,23 +186,19 @@ class Body:
 
     def _read(self, at: int, end: int) -> None:
         text = self.module.text
-        while True:
-            if match := SKIPPED.match(text, at, end):
-                at = match.end()
-            if at >= end:
-                return
-            if text[at] in "{}":
-                self._scopes = [*self._scopes, {}] if text[at] == "{" else self._scopes[:-1]
-                at += 1
-            elif match := LABEL.match(text, at):
-                label = match[1] if len(self._scopes) == 1 else self._rename(match[1])
-                self.labels[label] = len(self.code)
-                at = match.end()
-            elif match := STATEMENT.match(text, at):
-                self._statement(match[1], self.module.line(at))
-                at = match.end()
-            else:
+        while at < end:
+            match = TOKEN.match(text, at, end)
+            if match is None:
                 raise PtxError(f"line {self.module.line(at)}: cannot read {text[at : at + 60]!r}")
+            brace, label, statement = match.groups()
+            if brace:
+                self._scopes = [*self._scopes, {}] if brace == "{" else self._scopes[:-1]
+            elif label:
+                label = label if len(self._scopes) == 1 else self._rename(label)
+                self.labels[label] = len(self.code)
+            elif statement:
+                self._statement(statement, self.module.line(at))
+            at = match.end()
 
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):

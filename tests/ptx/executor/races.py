@@ -7,8 +7,6 @@ accesses in time are compared exactly: lanes of a warp are ordered by bar.warp.s
 warps of a block by vector clocks, blocks by nothing. Writes of equal values are no race.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -5,8 +5,6 @@ f(R, M, m): R holds the registers, M is the machine, m the mask of active lanes 
 block registers are local variables; at its end those that live on are written back, under the mask.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -86,7 +84,6 @@ class Program:
             found |= more
         return found
 
-    # ---- blocks
     def _cut(self) -> list[Block]:
         code, labels = self.body.code, self.body.labels
         starts = {0, len(code), *(labels[i.operands[0]] for i in code if i.base == "bra")}
@@ -146,7 +143,6 @@ class Program:
                     live_in[k] |= out & ~defined[k]
         return live_out
 
-    # ---- code
     def _translate(self, block: Block, live: int) -> None:
         writer, result = Effects(self), "None"
         for pc in range(block.start, block.end):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warp-level instructions: shuffles, votes, ldmatrix, stmatrix, mma."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .memory import WINDOWS
@@ -32,7 +30,6 @@ class WarpLevel:
     def trap(self, mask, pc: int) -> None:
         self.find("trap", pc, "a trap is reached", self.standing(mask))
 
-    # ---- who takes part
     def demand(self, members, mask, pc: int) -> None:
         """Every lane of a member mask stands here, and no other does."""
         everyone = mask is None and np.ndim(members) == 0 and int(members) == -1
@@ -73,7 +70,6 @@ class WarpLevel:
         clock[:, own, own] += come
         self.stamp = Stamp(self.stamp.segment, clock.reshape(self.stamp.clock.shape))
 
-    # ---- exchange
     def shuffle(self, how: str, a, b, c, members, mask, pc: int):
         self.demand(members, mask, pc)
         a, lane = self.full(a), self.lane.astype(i8)
@@ -129,7 +125,6 @@ class WarpLevel:
         leader = np.bitwise_count((members & -members).view(u4) - u4(1)).astype(i4)
         return leader, leader == self.lane
 
-    # ---- matrices
     def warps(self, mask, pc: int) -> np.ndarray:
         """Warps that execute an instruction which needs all of their lanes."""
         if mask is None and self.whole:
@@ -218,7 +213,9 @@ def placed(values: list, rows: int, columns: int) -> np.ndarray:
 
 def fragment(registers: list, kind: str, rows: int, columns: int) -> np.ndarray:
     """Registers of an operand to [W, rows, columns]."""
-    return placed([numbers(np.ascontiguousarray(x)[..., None], kind) for x in registers], rows, columns)
+    return placed(
+        [numbers(np.ascontiguousarray(x)[..., None], kind) for x in registers], rows, columns
+    )
 
 
 def accumulator(registers: list, kind: str, rows: int, columns: int) -> np.ndarray:

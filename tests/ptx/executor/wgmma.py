@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """wgmma: products of warpgroups, 128 lanes, on matrices in shared memory (sm_90)."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .report import PtxError
@@ -63,11 +61,8 @@ class WarpGroups:
             self.find("barrier", pc, "the descriptor differs within a warpgroup", groups * 128)
         places = np.stack([layout(int(w), rows, k, size, transposed) for w in words[:, 0]])
         who = np.repeat(groups * 128, rows * k)
-        kept = self.stamp
-        for lane in groups * 128:
-            self.stamp = self.started(int(lane), 2)
-        x = self.read("shared", places.ravel(), who, size, 1, pc, engine=2)[0]
-        self.stamp = kept
+        with self.asynchronously(groups * 128, 2):
+            x = self.read("shared", places.ravel(), who, size, 1, pc, engine=2)[0]
         self.check_proxy(places.ravel(), who, size, pc)
         x = x.view(f4) if kind == "tf32" else x
         return numbers(x, kind).reshape(-1, rows, k)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operands, rows of the table, comparisons, moves and conversions as Python expressions."""
 
-from __future__ import annotations
-
 import re
 
 import numpy as np
@@ -45,7 +43,7 @@ def narrowed(text: str, kind: str) -> str:
 class Writer:
     """Python lines of one basic block: operands, destinations and rows of the table."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program):
         self.program, self.lines, self.temporaries = program, [], 0
         self.live_in: dict[str, None] = {}  # in order
         self.defined: dict[str, None] = {}
@@ -71,7 +69,6 @@ class Writer:
             self.constants[self.known[key]] = value
         return self.known[key]
 
-    # ---- operands
     def read(self, operand: str, kind: str) -> str:
         """Python expression of an operand seen as a PTX type."""
         want = types.NAMES[kind]
@@ -138,7 +135,6 @@ class Writer:
         text = self.read(operand, kind)
         return widened(text, kind) if kind in types.HALVES else text
 
-    # ---- rows of the table
     def instruction(self, i: Instruction, pc: int) -> None:
         if self.program.accumulators and i.base != "wgmma":
             self._watch_accumulators(i, pc)
@@ -189,7 +185,6 @@ class Writer:
         value = narrowed(value, kind) if half and result in "ts" else value
         self.write(i.operands[0], value, types.NAMES[kinds[result]], i)
 
-    # ---- comparisons
     def compared(self, i: Instruction, kind: str, a: str, b: str) -> str:
         floats = kind in types.HALVES | types.FLOATS
         table = opcodes.FLOATS_COMPARED if floats else opcodes.COMPARED
@@ -215,7 +210,6 @@ class Writer:
         else:
             self.write(target, first, "?", i)
 
-    # ---- moves
     def op_mov(self, i: Instruction, pc: int) -> None:
         kind, target, source = i.types()[-1], i.operands[0], i.operands[1]
         if isinstance(target, tuple):
@@ -250,7 +244,6 @@ class Writer:
         text = f"(({a} >= i8({low})) & ({a} < i8({high})))"
         self.write(i.operands[0], text, "?", i)
 
-    # ---- conversions
     def op_cvt(self, i: Instruction, pc: int) -> None:
         into, kind = i.types()
         words = {p for p in i.parts[1:] if p not in types.TYPES}
