@@ -75,15 +75,12 @@ class Accesses:
             return
         number = np.searchsorted(np.array(self.memory.addresses, np.int64), a, "right") - 1
         for k in np.unique(number):
-            chosen, near = number == k, ""
-            good = chosen & False
-            if k >= 0:
-                buffer = self.memory.allocations[k]
-                good = chosen & (a + size <= buffer.address + buffer.size)
-            bad = chosen & ~good
+            buffer = self.memory.allocations[k] if k >= 0 else None
+            end = buffer.address + buffer.size if buffer else 0
+            good, bad = (number == k) & (a + size <= end), (number == k) & (a + size > end)
             if bad.any():
                 at = int(a[bad][0])
-                near = f", {at - buffer.address} bytes into the {buffer}" if k >= 0 else ""
+                near = f", {at - buffer.address} bytes into the {buffer}" if buffer else ""
                 text = f"{size} bytes at global address {at:#x} lie in no buffer{near}"
                 self.find("bounds", pc, text, lanes[bad])
             if good.any():

@@ -216,8 +216,7 @@ class Copies:
     def wait_bulk(self, newest: int, mask, pc: int) -> None:
         """The lanes' bulk stores have read shared memory (groups are waited for together)."""
         if newest == 0:
-            warps = np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
-            self.waited(warps, 1, self.ticks[warps * 32 // self.threads, 1])
+            self.waited(mask, 1, self.ticks[:, 1])
 
     def fence_proxy(self, mask, pc: int) -> None:
         if self.proxy is not None:

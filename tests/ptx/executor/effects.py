@@ -129,6 +129,8 @@ class Effects(Writer):
         target, have = i.operands[0], "?" if kind == "pred" else types.NAMES[kinds["t"]]
         have = "i4" if i.base in ("shfl", "match", "elect") else have
         give = list(zip((*listed(target), "_"), (have, "?"), strict=False))
+        if i.base != "activemask":
+            self.call(i, pc, "demand", values[-1])
         self.call(i, pc, method, *how, *values, give=give)
 
     op_vote = op_match = op_redux = op_elect = op_activemask = op_shfl
@@ -136,7 +138,8 @@ class Effects(Writer):
     def op_bar(self, i: Instruction, pc: int) -> None:
         values = [self.read(x, "s32") for x in i.operands]
         if "warp" in i.parts:
-            self.call(i, pc, "sync_warp", *values)
+            self.call(i, pc, "demand", *values)
+            self.call(i, pc, "sync_warp")
         elif "cluster" not in i.parts:
             self.call(i, pc, "barrier_arrive", values[0])
 
@@ -159,8 +162,7 @@ class Effects(Writer):
         name, count = (
             f"int(np.ravel({self.read(x, 's32')})[0])" for x in (*operands, "0", "0")[:2]
         )
-        result = f"({name}, {count}, {value})"
-        return f"({result}, np.broadcast_to({p}, M.lanes.shape))" if p else result
+        return f"({name}, {count}, {value}, {p})"
 
     def op_ldmatrix(self, i: Instruction, pc: int) -> None:
         unless(not {"m8n8", "b16"} <= set(i.parts), "shape or type")

@@ -126,6 +126,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         clock[np.arange(size // 32), np.arange(size // 32) % warps] = 1
         self.stamp = Stamp(np.zeros(size, np.int32), clock)
         self.registers = list(self.program.zeros)
+        self.all_lanes = np.ones(size, bool)
         self.alive = self.exists = thread < self.count
         self.whole = bool(self.alive.all())
         self.waits: dict = {}
@@ -208,30 +209,27 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         """Sends the lanes that ran a block on."""
         if block.kind == "next":
             self.join(k + 1, mask)
-        elif block.kind == "branch" and (result is None or np.ndim(result) == 0):
+            return
+        if block.kind == "branch" and np.ndim(result) == 0:
             self.join(block.target if result is None or result else k + 1, mask)
-        elif block.kind == "branch":
-            taken = result if mask is None else result & mask
-            other = ~result if mask is None else ~result & mask
-            if taken.any():
-                self.join(block.target, taken if other.any() else mask)
-            if other.any():
-                self.join(k + 1, other if taken.any() else mask)
+            return
+        here = self.all_lanes if mask is None else mask
+        *barrier, condition = result if block.kind == "barrier" else (result,)
+        if block.predicated:
+            passing, here = here & ~condition, here & condition
+            if passing.any():
+                self.join(k + 1, passing if here.any() else mask)
+        if not here.any():
+            return
+        if block.kind == "branch":
+            self.join(block.target, here if passing.any() else mask)
+        elif block.kind == "exit":
+            self.alive = self.alive & ~here
         else:
-            mask = np.ones(self.lanes.size, bool) if mask is None else mask
-            if block.predicated:
-                result, condition = result if block.kind == "barrier" else (None, result)
-                passing = mask & ~condition
-                mask = mask & condition
-                if passing.any():
-                    self.join(k + 1, passing)
-            if block.kind == "exit":
-                self.alive = self.alive & ~mask
-            elif mask.any():
-                key = (*result[:2], k, block.end - 1)
-                old = self.waits.get(key)
-                lanes = mask if old is None else old[0] | mask
-                self.waits[key] = (lanes, result[2] if len(result) > 2 else None)
+            name, count, values = barrier
+            key = (name, count, k, block.end - 1)
+            lanes, _ = self.waits.get(key, (here, None))
+            self.waits[key] = (lanes | here, values)
 
     def join(self, k: int, mask) -> None:
         if self.stalled is not None:
@@ -338,9 +336,10 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         yield
         self.stamp = kept
 
-    def waited(self, warps, engine: int, ticks) -> None:
-        """These warps know of asynchronous work up to its ticks."""
-        clock = self.stamp.clock.copy()
+    def waited(self, mask, engine: int, ticks) -> None:
+        """These lanes' warps know of asynchronous work up to the ticks of their blocks."""
+        clock, warps = self.stamp.clock.copy(), self.standing_warps(mask)
+        ticks = ticks[warps * 32 // self.threads]
         clock[warps, -engine] = np.maximum(clock[warps, -engine], ticks)
         self.stamp = Stamp(self.stamp.segment, clock)
 
@@ -365,13 +364,13 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
 
     def _report_races(self, memory: Bytes, log: list) -> None:
         names, code = ("read", "written", "changed by an atomic"), self.program.body.code
-        for race in self.detector.races(log, memory.shadow.size):
-            (pc, thread, kind), (pc2, thread2, kind2) = race.earlier, race.later
+        for place, earlier, later, count in self.detector.races(log, memory.shadow.size):
+            (pc, thread, kind), (pc2, thread2, kind2) = earlier, later
             text = (
-                f"byte {memory.offset(race.place)} of {memory} is {names[kind]} by "
+                f"byte {memory.offset(place)} of {memory} is {names[kind]} by "
                 f"{self.thread_name(thread)} and {names[kind2]} by {self.thread_name(thread2)} at "
                 f"line {code[pc2].line} `{code[pc2].text}`; nothing orders the two"
             )
             known = ("race", pc) in self.findings
             self.find("race", pc, text)
-            self.findings["race", pc].count += race.count - (not known)
+            self.findings["race", pc].count += count - (not known)

@@ -46,20 +46,13 @@ class Access(NamedTuple):
     engine: int = 0  # 1: a bulk copy, 2: wgmma, that column from the end; -1: all lanes together
 
 
-class Race(NamedTuple):
-    place: int
-    earlier: list[int]  # pc, thread of the grid, kind
-    later: list[int]
-    count: int
-
-
 class Detector:
     def __init__(self, threads: int):
         self.threads = threads  # of a block, padded to whole warps
         self.scratch: dict[int, np.ndarray] = {}
 
-    def races(self, log: list[Access], length: int) -> list[Race]:
-        """Races between logged accesses to places below `length`."""
+    def races(self, log: list[Access], length: int) -> list[tuple]:
+        """Place, two sides (pc, thread of the grid, kind) and number of races in a log."""
         if not any(a.kind for a in log):
             return []
         shift = _shift(log)
@@ -92,7 +85,7 @@ class Detector:
             self.scratch[length] = np.full(length, -1, np.int64)
         return self.scratch[length]
 
-    def _compare(self, log, shift, granule, thread, kind, entry, value) -> list[Race]:
+    def _compare(self, log, shift, granule, thread, kind, entry, value) -> list[tuple]:
         """Neighbours in time among accesses sorted by granule."""
         n = np.arange(granule.size)
         fresh = np.r_[True, granule[1:] != granule[:-1]]
@@ -116,7 +109,7 @@ class Detector:
         )  # one for each two instructions
         sides = np.stack([pcs, thread, kind], 1).tolist()
         return [
-            Race(int(granule[x[k]]) << shift, sides[x[k]], sides[y[k]], int(count))
+            (int(granule[x[k]]) << shift, sides[x[k]], sides[y[k]], int(count))
             for k, count in zip(first[:16], counts, strict=False)
         ]
 

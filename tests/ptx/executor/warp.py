@@ -20,6 +20,9 @@ class WarpLevel:
         """Active lanes as an array."""
         return self.exists if mask is None else np.broadcast_to(mask, self.lanes.shape)
 
+    def standing_warps(self, mask) -> np.ndarray:
+        return np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+
     def full(self, x) -> np.ndarray:
         x = np.asarray(x)
         return x if x.ndim else np.full(self.lanes.size, x)
@@ -54,8 +57,7 @@ class WarpLevel:
     def active_mask(self, mask, pc: int):
         return self.ballot(self.standing(mask)), None
 
-    def sync_warp(self, members, mask, pc: int) -> None:
-        self.demand(members, mask, pc)
+    def sync_warp(self, mask, pc: int) -> None:
         self.stamp = Stamp(self.stamp.after(self.standing(mask)), self.stamp.clock)
 
     def barrier_arrive(self, name, mask, pc: int) -> None:
@@ -71,7 +73,6 @@ class WarpLevel:
         self.stamp = Stamp(self.stamp.segment, clock.reshape(self.stamp.clock.shape))
 
     def shuffle(self, how: str, a, b, c, members, mask, pc: int):
-        self.demand(members, mask, pc)
         a, lane = self.full(a), self.lane.astype(i8)
         b, c = np.asarray(b).astype(i8) & 31, np.asarray(c).astype(i8)
         segment, clamp = (c >> 8) & 31, c & 31
@@ -86,7 +87,6 @@ class WarpLevel:
         return a[source], inside
 
     def vote(self, how: str, p, members, mask, pc: int):
-        self.demand(members, mask, pc)
         here, p = self.standing(mask), np.broadcast_to(p, self.lanes.shape)
         yes, all_of = self.ballot(p & here), self.ballot(here)
         if how == "ballot":
@@ -95,7 +95,6 @@ class WarpLevel:
         return {"any": yes != 0, "all": every, "uni": (yes == 0) | every}[how], None
 
     def match(self, how: str, a, members, mask, pc: int):
-        self.demand(members, mask, pc)
         here = self.standing(mask).reshape(-1, 32)
         a = self.full(a).reshape(-1, 32)
         same = (a[:, :, None] == a[:, None, :]) & here[:, None, :]
@@ -107,20 +106,15 @@ class WarpLevel:
 
     def reduce(self, how: str, a, members, mask, pc: int):
         """redux: over the lanes that stand here and share a member mask."""
-        self.demand(members, mask, pc)
-        a = self.full(a)
+        a, out = self.full(a), np.zeros(self.lanes.size, np.asarray(a).dtype)
         group = self.warp_of.astype(i8) << 32 | self.full(members).view(u4)
-        here = np.flatnonzero(self.standing(mask))
-        _, inverse = np.unique(group[here], return_inverse=True)
-        order = np.argsort(inverse, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(inverse[order]) != 0])
-        out = np.zeros_like(a)
-        out[here] = REDUCED[how].reduceat(a[here][order], starts)[inverse]
+        for g in np.unique(group[self.standing(mask)]):
+            here = self.standing(mask) & (group == g)
+            out[here] = REDUCED[how].reduce(a[here])
         return out, None
 
     def elect(self, members, mask, pc: int):
         """The lowest lane of the members, and whether this lane is it."""
-        self.demand(members, mask, pc)
         members = self.full(members)
         leader = np.bitwise_count((members & -members).view(u4) - u4(1)).astype(i4)
         return leader, leader == self.lane
@@ -130,7 +124,7 @@ class WarpLevel:
         if mask is None and self.whole:
             return np.arange(self.lanes.size // 32)
         self.demand(i4(-1), mask, pc)
-        return np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+        return self.standing_warps(mask)
 
     def by_warp(self, x, warps: np.ndarray) -> np.ndarray:
         """[warps, 32] values of a register."""

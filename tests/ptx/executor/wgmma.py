@@ -75,8 +75,7 @@ class WarpGroups:
         done = len(self.committed) - newest
         self.unfinished = {r: g for r, g in self.unfinished.items() if g >= done}
         if done > 0:
-            warps = np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
-            self.waited(warps, 2, self.committed[done - 1][warps * 32 // self.threads])
+            self.waited(mask, 2, self.committed[done - 1])
 
     def accumulator_read(self, name: str, mask, pc: int) -> None:
         if name in self.unfinished and self.checks.proxies:
