@@ -33,6 +33,7 @@ WARP_LEVEL = {
     "activemask": ("active_mask", ""),
 }
 HOW = re.compile("up|down|bfly|idx|any|all|uni|ballot|add|min|max|and|or|xor")
+ALIKE = {"ldu": "ld", "stmatrix": "ldmatrix", "barrier": "bar"}
 WITHOUT_EFFECT = """prefetch prefetchu discard applypriority nanosleep membar setmaxnreg
     griddepcontrol brkpt pmevent createpolicy"""
 
@@ -84,12 +85,11 @@ class Effects(Writer):
         if space == "param" and address.base in self.program.symbols:
             at = self.program.symbols[address.base][1] + address.offset
             for k, register in enumerate(targets):
-                self.write(register, f"M.parameter({at + k * n}, {have})", have, i)
+                value = f"np.frombuffer(M.raw, {have}, 1, {at + k * n})[0]"
+                self.write(register, value, have, i)
             return
         give = [(register, have) for register in targets]
         self.call(i, pc, "load", repr(space), self.address(address), n, len(targets), give=give)
-
-    op_ldu = op_ld
 
     def op_st(self, i: Instruction, pc: int) -> None:
         address, source = i.operands[:2]
@@ -133,8 +133,6 @@ class Effects(Writer):
             self.call(i, pc, "demand", values[-1])
         self.call(i, pc, method, *how, *values, give=give)
 
-    op_vote = op_match = op_redux = op_elect = op_activemask = op_shfl
-
     def op_bar(self, i: Instruction, pc: int) -> None:
         values = [self.read(x, "s32") for x in i.operands]
         if "warp" in i.parts:
@@ -143,13 +141,11 @@ class Effects(Writer):
         elif "cluster" not in i.parts:
             self.call(i, pc, "barrier_arrive", values[0])
 
-    op_barrier = op_bar
-
     def ending(self, i: Instruction, pc: int, block) -> str:
         """What a block's function returns: a condition, or a barrier's name and count."""
         p = self.predicate(i)
         if i.base == "trap":
-            self.call(i, pc, "trap")
+            self.emit(f"M.find('trap', {pc}, 'a trap is reached', M.standing({self.mask(i)}))")
         if block.kind != "barrier":
             return p or "None"
         operands, value = ["-1"] if "cluster" in i.parts else list(i.operands), "None"
@@ -174,8 +170,6 @@ class Effects(Writer):
             self.call(i, pc, "load_matrices", place, len(registers), trans, give=give)
         else:
             self.call(i, pc, "store_matrices", place, self.values(registers, "s32"), trans)
-
-    op_stmatrix = op_ldmatrix
 
     def op_mma(self, i: Instruction, pc: int) -> None:
         unless("row" not in i.parts or "col" not in i.parts or "sp" in i.parts, "layout")
@@ -266,3 +260,5 @@ class Effects(Writer):
 
 for name in WITHOUT_EFFECT.split():
     setattr(Effects, f"op_{name}", lambda self, i, pc: None)
+for name, like in {**dict.fromkeys(WARP_LEVEL, "shfl"), **ALIKE}.items():
+    setattr(Effects, f"op_{name}", getattr(Effects, f"op_{like}"))

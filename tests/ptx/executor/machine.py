@@ -40,7 +40,7 @@ def launch(
     return machine.report
 
 
-class Machine(Accesses, WarpLevel, WarpGroups, Copies):
+class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
     def __init__(self, program: Program, grid, block, parameters, memory, shared_bytes, checks):
         kernel = program.kernel
         self.program, self.memory, self.checks = program, memory, checks or Checks()
@@ -56,40 +56,34 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         limit = int(np.prod(kernel.maximum_threads or kernel.required_threads or (1024,)))
         start = program.dynamic_start if shared_bytes else program.static_shared
         self.shared_bytes = start + shared_bytes
-        for name, most, got in (
-            ("block: threads", limit, self.count),
-            ("shared_bytes: in all", DEVICE_SHARED, self.shared_bytes),
-        ):
-            if got > most:
-                raise PtxError(f"{name}, {kernel.name} may have {most}, got {got}")
+        if self.count > limit:
+            raise PtxError(f"block: {kernel.name} has at most {limit} threads, got {self.count}")
+        if self.shared_bytes > DEVICE_SHARED:
+            raise PtxError(f"shared_bytes: at most {DEVICE_SHARED} in all, got {self.shared_bytes}")
         self.report = Report(np.zeros(kernel.instructions, bool))
         self.executed = self.report.executed
         self.findings: dict[tuple[str, int], Finding] = {}
-        self.detector = Detector(self.threads)
+        self.owner = np.empty(0, np.int64)
         self.logged = [0, 0]  # words of 4 bytes in shared and global memory since the last check
         for name, data in kernel.module.data.items():
             if name in program.symbols and memory.at(data.ctypes.data + data.size - 1) is None:
                 memory.add(data.ctypes.data, data.size, name)
 
-    def find(self, kind: str, pc: int, message: str, lanes=None) -> None:
+    def find(self, kind: str, pc: int, message: str, lanes=()) -> None:
         """Notes a fault, at most once for each instruction; `lanes`: their numbers, or a mask."""
-        lanes = None if lanes is None else np.atleast_1d(lanes)
-        if lanes is not None and lanes.dtype == bool:
+        lanes = np.atleast_1d(lanes)
+        if lanes.dtype == bool:
             lanes = np.flatnonzero(lanes)
             if lanes.size == 0:
                 return
-        count = 1 if lanes is None else max(1, lanes.size)
-        known = self.findings.get((kind, pc))
-        if known:
-            known.count += count
-            return
-        code = self.program.body.code
-        i = code[min(pc, len(code) - 1)]
-        if lanes is not None and lanes.size:
-            message = f"{self.thread_name(int(lanes[0]) + self.first)}: {message}"
-        finding = Finding(kind, f"`{i.text}`, {message}", i.line, count)
-        self.findings[kind, pc] = finding
-        self.report.findings.append(finding)
+        if (kind, pc) not in self.findings:
+            i = self.program.body.code[min(pc, len(self.executed) - 1)]
+            if lanes.size:
+                message = f"{self.thread_name(int(lanes[0]) + self.first)}: {message}"
+            finding = Finding(kind, f"`{i.text}`, {message}", i.line, 0)
+            self.findings[kind, pc] = finding
+            self.report.findings.append(finding)
+        self.findings[kind, pc].count += max(1, lanes.size)
 
     def thread_name(self, thread: int) -> str:
         return f"block {thread // self.threads} thread {thread % self.threads}"
@@ -364,13 +358,12 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
 
     def _report_races(self, memory: Bytes, log: list) -> None:
         names, code = ("read", "written", "changed by an atomic"), self.program.body.code
-        for place, earlier, later, count in self.detector.races(log, memory.shadow.size):
+        for place, earlier, later, count in self.races(log, memory.shadow.size):
             (pc, thread, kind), (pc2, thread2, kind2) = earlier, later
             text = (
                 f"byte {memory.offset(place)} of {memory} is {names[kind]} by "
                 f"{self.thread_name(thread)} and {names[kind2]} by {self.thread_name(thread2)} at "
                 f"line {code[pc2].line} `{code[pc2].text}`; nothing orders the two"
             )
-            known = ("race", pc) in self.findings
             self.find("race", pc, text)
-            self.findings["race", pc].count += count - (not known)
+            self.findings["race", pc].count += count - 1

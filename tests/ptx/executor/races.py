@@ -47,16 +47,17 @@ class Access(NamedTuple):
 
 
 class Detector:
-    def __init__(self, threads: int):
-        self.threads = threads  # of a block, padded to whole warps
-        self.scratch: dict[int, np.ndarray] = {}
+    """Needs of a machine: threads, those of a block padded to whole warps;
+    owner, room that is -1 between calls."""
 
     def races(self, log: list[Access], length: int) -> list[tuple]:
         """Place, two sides (pc, thread of the grid, kind) and number of races in a log."""
         if not any(a.kind for a in log):
             return []
         shift = _shift(log)
-        owner = self._scratch((length >> shift) + 1)
+        if self.owner.size <= length >> shift:
+            self.owner = np.full((length >> shift) + 1, -1, np.int64)
+        owner = self.owner
         thread = np.concatenate([_threads(a, shift) for a in log])
         granule = np.concatenate([_granules(a, shift) for a in log])
         entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
@@ -78,12 +79,6 @@ class Detector:
         order = chosen[np.argsort(granule[chosen], kind="stable")]
         value = np.concatenate([_values(a, shift) for a in log])
         return self._compare(log, shift, *(x[order] for x in (granule, thread, kind, entry, value)))
-
-    def _scratch(self, length: int) -> np.ndarray:
-        length = 1 << length.bit_length()
-        if length not in self.scratch:
-            self.scratch[length] = np.full(length, -1, np.int64)
-        return self.scratch[length]
 
     def _compare(self, log, shift, granule, thread, kind, entry, value) -> list[tuple]:
         """Neighbours in time among accesses sorted by granule."""

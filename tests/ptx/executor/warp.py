@@ -27,12 +27,6 @@ class WarpLevel:
         x = np.asarray(x)
         return x if x.ndim else np.full(self.lanes.size, x)
 
-    def parameter(self, offset: int, t):
-        return np.frombuffer(self.raw, t, 1, offset)[0]
-
-    def trap(self, mask, pc: int) -> None:
-        self.find("trap", pc, "a trap is reached", self.standing(mask))
-
     def demand(self, members, mask, pc: int) -> None:
         """Every lane of a member mask stands here, and no other does."""
         everyone = mask is None and np.ndim(members) == 0 and int(members) == -1
