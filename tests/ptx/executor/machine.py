@@ -19,8 +19,7 @@ from .parse import Kernel
 from .races import Detector, Stamp, folded
 from .report import Checks, Finding, PtxError, Report
 from .translate import Program
-from .warp import WarpLevel
-from .wgmma import WarpGroups
+from .warp import WarpGroups, WarpLevel
 
 LONGEST_WAIT = 2000  # tries of mbarriers while nothing else happens
 DEVICE_SHARED = 232448  # bytes: more than any block may have
@@ -279,8 +278,7 @@ class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
         count, seen = self.arrived.get(name, (0, 0))
         if name in self.arrived:
             done = ready[:: self.threads]
-            self.arrived[name] = (np.where(done, 0, count), np.where(done[:, None], 0, seen))
-            seen = seen[:, None]
+            self.arrived[name] = (np.where(done, 0, count), np.where(done[:, None, None], 0, seen))
         met = waiting & ready
         self.meet(met, seen)
         if (met == self.alive).all():
@@ -296,28 +294,29 @@ class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
         self.registers[register] = np.where(go, new, self.registers[register])
 
     def deadlock(self) -> None:
-        for key, (lanes, _) in self.waits.items():
-            text = f"{int(lanes.sum())} threads wait at barrier {key[0]} for ever"
-            self.find("deadlock", key[3], text, lanes)
-        for k, mask in self.groups.items():
-            lanes = self.standing(mask)
-            text = f"{int(lanes.sum())} threads wait here for ever"
-            self.find("deadlock", self.program.blocks[k].start, text, lanes)
+        blocks, waits, groups = self.program.blocks, self.waits.items(), self.groups.items()
+        stuck = [(key[3], f"at barrier {key[0]}", lanes) for key, (lanes, _) in waits]
+        stuck += [(blocks[k].start, "here", self.standing(mask)) for k, mask in groups]
+        for pc, place, lanes in stuck:
+            self.find("deadlock", pc, f"{int(lanes.sum())} threads wait {place} for ever", lanes)
         for state in (self.waits, self.groups, self.delayed):
             state.clear()
 
-    def meet(self, lanes, seen) -> None:
+    def meet(self, lanes, seen, wait: bool = True):
         """Lanes that met at a barrier: what each did before happened before what follows.
 
-        `seen` is what those knew who arrived without waiting.
+        Returns what they know together, with those who arrived before without waiting (`seen`).
         """
         warps = self.threads // 32
         clock = self.stamp.clock.reshape(self.blocks, warps, warps + 2).copy()
         come = lanes.reshape(self.blocks, warps, 32).any(2)
         top = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1, keepdims=True))
-        clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
+        if wait:
+            clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
         clock[:, np.arange(warps), np.arange(warps)] += come
-        self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 2))
+        segment = self.stamp.after(lanes) if wait else self.stamp.segment
+        self.stamp = Stamp(segment, clock.reshape(-1, warps + 2))
+        return top
 
     @contextlib.contextmanager
     def asynchronously(self, lanes, engine: int):

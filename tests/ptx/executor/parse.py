@@ -66,12 +66,7 @@ class Instruction:
         self.base = self.parts[0]
 
     def types(self) -> tuple[str, ...]:
-        return _types(self.parts)
-
-
-@functools.cache
-def _types(parts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(part for part in parts[1:] if part in types.TYPES)
+        return tuple(part for part in self.parts[1:] if part in types.TYPES)
 
 
 @dataclass(frozen=True)
@@ -222,7 +217,7 @@ class Body:
 
     def _registers(self, text: str) -> None:
         match = re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", text, re.S)
-        kind = types.register(match[1])
+        kind = types.REGISTERS[match[1]]
         for word in match[2].split(","):
             stem, _, count = word.strip().rstrip(">").partition("<")
             for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:

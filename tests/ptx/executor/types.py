@@ -23,12 +23,8 @@ NAMES |= {"f16": "i2", "bf16": "i2", "f16x2": "i4", "bf16x2": "i4"}
 TYPES = frozenset(NAMES)
 HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
 FLOATS = {"f32", "f64"}
-REGISTERS = {"?": "?", "i1": "i2", "u1": "i2", "u2": "i2", "u4": "i4", "u8": "i8"}
-
-
-def register(ptx: str) -> str:
-    """NumPy name of the registers that hold a PTX type."""
-    return REGISTERS.get(NAMES[ptx], NAMES[ptx])
+HELD = {"i1": "i2", "u1": "i2", "u2": "i2", "u4": "i4", "u8": "i8"}
+REGISTERS = {ptx: HELD.get(name, name) for ptx, name in NAMES.items()}
 
 
 def signless(ptx: str) -> str:

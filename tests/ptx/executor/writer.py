@@ -10,7 +10,7 @@ from .memory import WINDOWS
 from .parse import Instruction
 from .report import PtxError
 
-SPECIAL = {"%laneid", "%warpid", "%dynamic_smem_size", "%total_smem_size"}
+SPECIAL = re.compile(r"%(n?(tid|ctaid)\.[xyz]|laneid|warpid|(dynamic|total)_smem_size)")
 # clusters are of one block; clocks stand still
 CONSTANT = {r"%cluster_n": 1, r"%cluster": 0, r"%(clock|globaltimer|n?smid)": 0}
 TO_INTEGER = {"rzi": "np.trunc", "rni": "np.rint", "rmi": "np.floor", "rpi": "np.ceil"}
@@ -96,7 +96,7 @@ class Writer:
         return self.constant(types.immediate(operand, want))
 
     def _special(self, name: str, want: str) -> str:
-        if name in SPECIAL or re.match(r"%n?(tid|ctaid)\.[xyz]$", name):
+        if SPECIAL.fullmatch(name):
             text = f"M.special[{name!r}]"
             return text if want == "i4" else f"{text}.astype({want})"
         for pattern, value in CONSTANT.items():
@@ -167,19 +167,15 @@ class Writer:
         template, letters, result = row
         if kind[0] == "b" and kind not in types.HALVES and i.base == "shr":
             kind = f"u{kind[1:]}"
-        half = kind in types.HALVES and i.base != "selp"
-        if kind in types.HALVES and not half:
+        if kind in types.HALVES and i.base == "selp":
             kind = f"s{types.bits(kind)}"
+        half, bits = kind in types.HALVES, types.bits(kind)
         kinds = {"t": kind, "s": types.signless(kind), "u": "u32", "i": "s32", "p": "pred"}
-        kinds["n"] = f"u{types.bits(kind)}"
-        if "w" in letters + result:
-            kinds["w"] = f"{kind[0]}{2 * int(kind[1:])}"
-        sources = [
-            (self.wide if half else self.read)(operand, kinds[letter])
-            for letter, operand in zip(letters, i.operands[1:], strict=True)
-        ]
+        kinds |= {"n": f"u{bits}", "w": f"{kind[0]}{2 * bits}"}
+        operands = zip(i.operands[1:], letters, strict=True)
+        sources = [self.wide(operand, kinds[letter]) for operand, letter in operands]
         names = {"t": "f4" if half else types.NAMES[kinds["s"]]}
-        names["w"] = types.NAMES[kinds["w"]] if "w" in kinds else ""
+        names["w"] = types.NAMES.get(kinds["w"])
         value = f"({template.format(*sources, **names)})"
         value = clipped(value, i.parts)
         value = narrowed(value, kind) if half and result in "ts" else value
