@@ -25,10 +25,8 @@ class Accesses:
             lanes = np.flatnonzero(mask) if np.ndim(mask) else lanes[: lanes.size * mask]
         if address.ndim == 0:
             return np.full(lanes.size, int(address) + offset), lanes
-        if mask is not None:
-            address = address[lanes]
-        if address.dtype.itemsize < 8:
-            address = address.astype(np.int64)
+        address = address if mask is None else address[lanes]
+        address = address.astype(np.int64, copy=False)
         return (address + offset if offset else address), lanes
 
     def spread(self, values: np.ndarray, lanes: np.ndarray) -> np.ndarray:
@@ -181,9 +179,7 @@ class Accesses:
             old[s] = _in_turn(memory, place, change, [g[s] for g in given], n)
         return [self.spread(old, lanes)]
 
-    def log(
-        self, memory: Bytes, place, lanes, size: int, kind: int, pc: int, values=None, engine=0
-    ):
+    def log(self, memory: Bytes, place, lanes, size, kind: int, pc: int, values=None, engine=0):
         in_global = isinstance(memory, Allocation)
         in_shared = memory is self.shared and self.checks.shared_races
         if not (self.checks.global_races if in_global else in_shared):

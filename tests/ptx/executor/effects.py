@@ -155,9 +155,8 @@ class Effects(Writer):
             have = self.program.body.registers[target]
             how = i.parts[i.parts.index("red") + 1]
             block.reduction = (how, self.program.index[target], have)
-        name, count = (
-            f"int(np.ravel({self.read(x, 's32')})[0])" for x in (*operands, "0", "0")[:2]
-        )
+        words = [self.read(x, "s32") for x in (*operands, "0", "0")[:2]]
+        name, count = (f"int(np.ravel({word})[0])" for word in words)
         return f"({name}, {count}, {value}, {p})"
 
     def op_ldmatrix(self, i: Instruction, pc: int) -> None:

@@ -79,9 +79,7 @@ class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
             i = self.program.body.code[min(pc, len(self.executed) - 1)]
             if lanes.size:
                 message = f"{self.thread_name(int(lanes[0]) + self.first)}: {message}"
-            finding = Finding(kind, f"`{i.text}`, {message}", i.line, 0)
-            self.findings[kind, pc] = finding
-            self.report.findings.append(finding)
+            self.findings[kind, pc] = Finding(kind, f"`{i.text}`, {message}", i.line, 0)
         self.findings[kind, pc].count += max(1, lanes.size)
 
     def thread_name(self, thread: int) -> str:
@@ -99,6 +97,7 @@ class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
             self.run_blocks()
             self.check_shared()
         self.check_global(last=True)
+        self.report.findings = list(self.findings.values())
 
     def prepare(self, first_block: int, blocks: int) -> None:
         """State of the blocks that run together."""

@@ -68,10 +68,9 @@ TABLE |= {f"mad:{kind}": TABLE[f"fma:{kind}"] for kind in ("f32", "f64")}
 ROUNDED = ("add", "sub", "mul", "mad", "div:f", "rcp:f", "sqrt:f")
 ROUNDED = {k.split(":")[0]: TABLE[k][0].replace("{0}", "{0}.astype(f8)") for k in ROUNDED}
 ROUNDED["fma"] = ROUNDED["mad"]
-MODIFIERS = {
-    *("rn", "rz", "rm", "rp", "approx", "full", "ftz", "sat", "relu", "NaN", "lo", "hi", "wide"),
-    *("l", "r", "wrap", "clamp", "finite", "infinite", "notanumber", "number", "shiftamt"),
-}
+MODIFIERS = """rn rz rm rp approx full ftz sat relu NaN lo hi wide l r wrap clamp
+    finite infinite notanumber number shiftamt"""
+MODIFIERS = set(MODIFIERS.split())
 SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 COMPARED = {name: f"{{0}} {sign} {{1}}" for name, sign in SIGNS.items()}
 # of floats: ordered unless the name ends in u

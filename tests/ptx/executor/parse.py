@@ -159,8 +159,7 @@ class Module:
             offset += size
         words = (re.search(rf"\.{key}\s+([\d\s,]+)", found[3]) for key in ("maxntid", "reqntid"))
         limits = (match and tuple(int(x) for x in match[1].split(",")) for match in words)
-        span = found.end(), end
-        return Kernel(found[1], self, span, tuple(parameters), offset, *limits)
+        return Kernel(found[1], self, (found.end(), end), tuple(parameters), offset, *limits)
 
 
 class Body:

@@ -58,7 +58,7 @@ class Detector:
         if self.owner.size <= length >> shift:
             self.owner = np.full((length >> shift) + 1, -1, np.int64)
         owner = self.owner
-        thread = np.concatenate([_threads(a, shift) for a in log])
+        thread = np.concatenate([np.repeat(a.lanes + a.first, a.size >> shift) for a in log])
         granule = np.concatenate([_granules(a, shift) for a in log])
         entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
         kind = np.array([a.kind for a in log], np.int8)[entry]
@@ -99,9 +99,8 @@ class Detector:
         bad = ~self._ordered(log, entry[x], entry[y], thread[x], thread[y])
         x, y = x[bad], y[bad]
         pcs = np.array([a.pc for a in log])[entry]
-        _, first, counts = np.unique(
-            pcs[x] << 32 | pcs[y], return_index=True, return_counts=True
-        )  # one for each two instructions
+        pairs = pcs[x] << 32 | pcs[y]  # what is found is told once for each two instructions
+        _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
         sides = np.stack([pcs, thread, kind], 1).tolist()
         return [
             (int(granule[x[k]]) << shift, sides[x[k]], sides[y[k]], int(count))
@@ -142,7 +141,7 @@ def folded(log: list[Access], length: int) -> list[Access]:
         for a in log:
             if a.kind == kind:
                 place, pc = _granules(a, shift), a.pc
-                thread[place] = _threads(a, shift)
+                thread[place] = np.repeat(a.lanes + a.first, a.size >> shift)
                 values[place] = _values(a, shift)
         at = np.flatnonzero(thread >= 0)
         if at.size:
@@ -157,10 +156,6 @@ def _shift(log: list[Access]) -> int:
     for a in log:
         bits |= a.size | int(np.bitwise_or.reduce(a.place))
     return (bits & -bits).bit_length() - 1
-
-
-def _threads(a: Access, shift: int) -> np.ndarray:
-    return np.repeat(a.lanes + a.first, a.size >> shift)
 
 
 def _granules(a: Access, shift: int) -> np.ndarray:

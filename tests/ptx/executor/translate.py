@@ -95,9 +95,8 @@ class Program:
             # under a predicate loads and stores count as reached only where it holds
             always = np.array([not (i.predicate and i.base in MEMORY) for i in body])
             block = Block(start, end, start + np.flatnonzero(always))
-            block.warp_level = any(
-                i.base in WARP_LEVEL or i.base == "bar" and not is_barrier(i) for i in body
-            )
+            arrives = (i.base == "bar" and not is_barrier(i) for i in body)
+            block.warp_level = any(arrives) or any(i.base in WARP_LEVEL for i in body)
             block.predicated = last.predicate is not None
             if last.base == "bra":
                 block.kind, block.target = "branch", place[labels[last.operands[0]]]

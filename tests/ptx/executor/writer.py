@@ -105,9 +105,8 @@ class Writer:
         raise PtxError(f"special register {name}")
 
     def predicate(self, i: Instruction) -> str | None:
-        if i.predicate is None:
-            return None
-        return f"(~{self.register(i.predicate)})" if i.negated else self.register(i.predicate)
+        name = i.predicate and self.register(i.predicate)
+        return f"(~{name})" if i.negated else name
 
     def mask(self, i: Instruction) -> str:
         """Lanes on which an effect takes place."""
@@ -138,8 +137,7 @@ class Writer:
     def instruction(self, i: Instruction, pc: int) -> None:
         if self.program.accumulators and i.base != "wgmma":
             self._watch_accumulators(i, pc)
-        special = getattr(self, f"op_{i.base}", None)
-        if special is not None:
+        if special := getattr(self, f"op_{i.base}", None):
             special(i, pc)
             return
         kind = next(iter(i.types()), "b32")
@@ -285,7 +283,6 @@ class Writer:
         if held not in types.FLOATS:
             x = f"array({x}).astype(f8)"
         x = clipped(x, words)
-        directed = next((w for w in DIRECTED if w in words), None)
-        if directed:
+        if directed := next((w for w in DIRECTED if w in words), None):
             return f"directed({x}, {into}_bits, f32_of_{into}, {directed!r})"
         return f"{into}_bits({x})"
