@@ -7,14 +7,6 @@ from .parse import Kernel, Module, Parameter
 from .report import Checks, Finding, PtxError, Report, Unsupported
 
 __all__ = [
-    "Checks",
-    "Finding",
-    "Kernel",
-    "Memory",
-    "Module",
-    "Parameter",
-    "PtxError",
-    "Report",
-    "Unsupported",
-    "launch",
-]
+    "Checks", "Finding", "Kernel", "Memory", "Module", "Parameter", "PtxError", "Report",
+    "Unsupported", "launch",
+]  # fmt: skip

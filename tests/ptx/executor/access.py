@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads, stores and atomics of a machine, with their checks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
 
-from .memory import Allocation, Bytes
+from .memory import WINDOWS, Allocation, Bytes
 from .races import ATOMIC, READ, WRITE, Access
-from .translate import WINDOWS
 from .types import UNSIGNED
 
 ALL = slice(None)
@@ -28,10 +25,8 @@ class Accesses:
             lanes = np.flatnonzero(mask) if np.ndim(mask) else lanes[: lanes.size * mask]
         if address.ndim == 0:
             return np.full(lanes.size, int(address) + offset), lanes
-        if mask is not None:
-            address = address[lanes]
-        if address.dtype.itemsize < 8:
-            address = address.astype(np.int64)
+        address = address if mask is None else address[lanes]
+        address = address.astype(np.int64, copy=False)
         return (address + offset if offset else address), lanes
 
     def spread(self, values: np.ndarray, lanes: np.ndarray) -> np.ndarray:
@@ -42,7 +37,6 @@ class Accesses:
         out[lanes] = values
         return out
 
-    # ---- where accesses go
     def pieces(self, space: str, a: np.ndarray, size: int, lanes, pc: int) -> Pieces:
         """(memory, places in it, which accesses these are); what lies outside is reported only."""
         if a.size == 0:
@@ -79,15 +73,12 @@ class Accesses:
             return
         number = np.searchsorted(np.array(self.memory.addresses, np.int64), a, "right") - 1
         for k in np.unique(number):
-            chosen, near = number == k, ""
-            good = chosen & False
-            if k >= 0:
-                buffer = self.memory.allocations[k]
-                good = chosen & (a + size <= buffer.address + buffer.size)
-            bad = chosen & ~good
+            buffer = self.memory.allocations[k] if k >= 0 else None
+            end = buffer.address + buffer.size if buffer else 0
+            good, bad = (number == k) & (a + size <= end), (number == k) & (a + size > end)
             if bad.any():
                 at = int(a[bad][0])
-                near = f", {at - buffer.address} bytes into the {buffer}" if k >= 0 else ""
+                near = f", {at - buffer.address} bytes into the {buffer}" if buffer else ""
                 text = f"{size} bytes at global address {at:#x} lie in no buffer{near}"
                 self.find("bounds", pc, text, lanes[bad])
             if good.any():
@@ -103,7 +94,6 @@ class Accesses:
             self.find("alignment", pc, text, lanes[bad])
         return a & ~np.int64(size - 1)
 
-    # ---- loads
     def load(self, space: str, address, offset: int, n: int, v: int, mask, pc: int) -> list:
         """v words of n bytes for each lane, as unsigned integers."""
         uniform = space == "global" and np.ndim(address) == 0
@@ -124,17 +114,17 @@ class Accesses:
 
     def read(self, space: str, a, lanes, n: int, v: int, pc: int, engine: int = 0) -> list:
         """As `load`, of some lanes; all bits are set where an address is bad."""
-        words = None
+        words = []
         for memory, place, s in self.pieces(space, a, n * v, lanes, pc):
             self.log(memory, place, lanes[s], n * v, READ, pc, engine=engine)
             self.demand_written(memory, place, n * v, lanes[s], pc)
-            part = memory.gather(place, n, v)
-            if s is ALL:
-                return part
-            words = words or [np.full(a.size, ~UNSIGNED[n](0)) for _ in range(v)]
-            for all_of, some in zip(words, part, strict=True):
-                all_of[s] = some
-        return words or [np.full(a.size, ~UNSIGNED[n](0)) for _ in range(v)]
+            words.append((s, memory.gather(place, n, v)))
+        if len(words) == 1 and words[0][0] is ALL:
+            return words[0][1]
+        whole = np.full((v, a.size), ~UNSIGNED[n](0))
+        for s, part in words:
+            whole[:, s] = part
+        return list(whole)
 
     def demand_written(self, memory: Bytes, place, size: int, lanes, pc: int) -> None:
         if memory.whole or not self.checks.uninitialised:
@@ -148,7 +138,6 @@ class Accesses:
             )
             self.find("uninitialised", pc, text, lanes[bad])
 
-    # ---- stores
     def store(self, space: str, address, offset: int, values: list, n: int, mask, pc: int) -> None:
         a, lanes = self.active(address, offset, mask)
         if lanes.size == 0:
@@ -168,12 +157,16 @@ class Accesses:
             if memory is self.spaces["param"]:
                 self.find("bounds", pc, "a store to parameters", lanes[s])
                 continue
-            self.log(memory, place, lanes[s], size, WRITE, pc, rows[s])
-            if memory is self.shared and self.proxy is not None:
-                self.proxy.written(place, size, lanes[s])
-            memory.scatter(place, rows[s], size)
+            self.put(memory, place, rows[s], lanes[s], pc)
 
-    # ---- atomics
+    def put(self, memory: Bytes, place, rows: np.ndarray, lanes, pc: int) -> None:
+        """Rows of bytes to places."""
+        size = rows.itemsize * rows.shape[1]
+        self.log(memory, place, lanes, size, WRITE, pc, rows)
+        if memory is self.shared and self.proxy is not None:
+            self.proxy.written(place, size, lanes)
+        memory.scatter(place, rows, size)
+
     def atomic(self, space: str, address, offset: int, change, values: list, n: int, mask, pc: int):
         """Old values of n bytes; change(old, *values) is stored lane after lane."""
         a, lanes = self.active(address, offset, mask)
@@ -186,22 +179,16 @@ class Accesses:
             old[s] = _in_turn(memory, place, change, [g[s] for g in given], n)
         return [self.spread(old, lanes)]
 
-    # ---- logs for the check of races
-    def log(
-        self, memory: Bytes, place, lanes, size: int, kind: int, pc: int, values=None, engine=0
-    ):
+    def log(self, memory: Bytes, place, lanes, size, kind: int, pc: int, values=None, engine=0):
+        in_global = isinstance(memory, Allocation)
+        in_shared = memory is self.shared and self.checks.shared_races
+        if not (self.checks.global_races if in_global else in_shared):
+            return
         access = Access(place, lanes, size, kind, pc, values, self.stamp, self.first, engine)
-        if isinstance(memory, Allocation):
-            if self.checks.global_races:
-                memory.accesses.append(access)
-                self.logged += place.size * size // 4 + 1
-                if self.logged > LONGEST_LOG:
-                    self.check_global(last=False)
-        elif memory is self.shared and self.checks.shared_races:
-            self.shared_log.append(access)
-            self.logged_shared += place.size * size // 4 + 1
-            if self.logged_shared > LONGEST_LOG:
-                self.check_shared()
+        memory.accesses.append(access)
+        self.logged[in_global] += place.size * size // 4 + 1
+        if self.logged[in_global] > LONGEST_LOG:
+            (self.check_global if in_global else self.check_shared)()
 
 
 def _in_turn(memory: Bytes, place, change, given: list, n: int) -> np.ndarray:

@@ -5,8 +5,6 @@ Bytes in flight count as not written: cp.async delivers at wait_group, a bulk co
 of its mbarrier is complete.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,14 +36,13 @@ class Copies:
         self.groups_made = np.zeros(self.lanes.size, np.int64)
         self.barriers: dict[int, Barrier] = {}
 
-    # ---- cp.async
     def copy_async(self, to, to_offset, source, offset, n: int, have, mask, pc: int) -> None:
         a, lanes = self.active(to, to_offset, mask)
         if lanes.size == 0:
             return
         self.executed[pc] = True
         s, _ = self.active(source, offset, mask)
-        count = self.full(n if have is None else have)[lanes]
+        count = self.full(have)[lanes]
         if ((count < 0) | (count > n)).any():
             self.find("bounds", pc, f"a source of {int(count.max())} of {n} bytes", lanes)
         rows = np.zeros((lanes.size, n), u1)
@@ -74,11 +71,7 @@ class Copies:
             if newest is not None:
                 done = done & (group < self.groups_made[lanes] - newest)
             if done.any():
-                p, w, r = place[done], lanes[done], np.ascontiguousarray(rows[done])
-                self.shared.scatter(p, r, r.shape[1])
-                self.log(self.shared, p, w, r.shape[1], WRITE, at, r)
-                if self.proxy is not None:
-                    self.proxy.written(p, r.shape[1], w)
+                self.put(self.shared, place[done], rows[done], lanes[done], at)
             if not done.all():
                 kept.append((*(x[~done] for x in copy[:4]), at))
         self.pending = kept
@@ -89,7 +82,6 @@ class Copies:
         if counted:
             self.arrive(address, offset, 1, 0, False, mask, pc)
 
-    # ---- mbarrier
     def places(self, address, offset: int, mask, pc: int):
         """(place, lanes that name it) for each mbarrier."""
         a, lanes = self.active(address, offset, mask)
@@ -167,7 +159,6 @@ class Copies:
             self.stalled = self.stalls = self.stalls + 1
         return [done]
 
-    # ---- bulk and tensor copies
     def tiles(self, shared, shared_offset, far, offset: int, extent, mask, pc: int):
         """(lane, its shared places of 16 bytes, the tensor map, global addresses, which exist).
 
@@ -194,19 +185,17 @@ class Copies:
 
     def bulk_load(self, to, to_offset, far, offset, extent, barrier, at, mask, pc: int) -> None:
         """Global to shared memory; the bytes arrive with the phase of an mbarrier."""
-        for lane, a, tile, address, good in self.tiles(
-            to, to_offset, far, offset, extent, mask, pc
-        ):
+        tiles = self.tiles(to, to_offset, far, offset, extent, mask, pc)
+        for lane, a, tile, address, good in tiles:
             data, who = np.zeros(address.size, f"u{tile.element}"), np.full(address.size, lane)
             data[good] = self.read("global", address[good], who[good], tile.element, 1, pc)[0]
-            rows, kept = data.view(u1).reshape(-1, 16), self.stamp
-            self.stamp = self.started(lane, 1)
-            clock, pieces = self.stamp.clock[lane // 32], []
-            for memory, place, i in self.pieces(space_of(a), a, 16, who[: a.size], pc):
-                self.log(memory, place, who[: place.size], 16, WRITE, pc, rows[i], engine=1)
-                memory.mark(place, 16, 0)
-                pieces.append((place, rows[i]))
-            self.stamp = kept
+            rows, pieces = data.view(u1).reshape(-1, 16), []
+            with self.asynchronously([lane], 1):
+                clock = self.stamp.clock[lane // 32]
+                for memory, place, i in self.pieces(space_of(a), a, 16, who[: a.size], pc):
+                    self.log(memory, place, who[: place.size], 16, WRITE, pc, rows[i], engine=1)
+                    memory.mark(place, 16, 0)
+                    pieces.append((place, rows[i]))
             for b, _ in self.known(barrier, at, self.lanes == lane, pc):
                 b.copies += pieces
                 b.clock = np.maximum(b.clock, clock)
@@ -217,10 +206,9 @@ class Copies:
         """Shared to global memory, at once."""
         tiles = self.tiles(source, source_offset, far, offset, extent, mask, pc)
         for lane, a, tile, address, good in tiles:
-            who, kept = np.full(address.size, lane), self.stamp
-            self.stamp = self.started(lane, 1)
-            rows = np.stack(self.read("shared", a, who[: a.size], 8, 2, pc, engine=1), 1)
-            self.stamp = kept
+            who = np.full(address.size, lane)
+            with self.asynchronously([lane], 1):
+                rows = np.stack(self.read("shared", a, who[: a.size], 8, 2, pc, engine=1), 1)
             self.check_proxy(a, who[: a.size], 16, pc)
             data = rows.view(f"u{tile.element}").reshape(-1, 1)
             self.write("global", address[good], data[good], who[good], pc)
@@ -228,10 +216,8 @@ class Copies:
     def wait_bulk(self, newest: int, mask, pc: int) -> None:
         """The lanes' bulk stores have read shared memory (groups are waited for together)."""
         if newest == 0:
-            warps = np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
-            self.waited(warps, 1, self.ticks[warps * 32 // self.threads, 1])
+            self.waited(mask, 1, self.ticks[:, 1])
 
-    # ---- proxies
     def fence_proxy(self, mask, pc: int) -> None:
         if self.proxy is not None:
             self.proxy.fences = self.proxy.fences + self.standing(mask)

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instructions that act on memory, on other lanes or on the schedule: calls of the machine."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 
-from . import types
-from .moves import Moves
-from .parse import Address, Instruction, Pair
+from . import opcodes, types
+from .parse import Address, Instruction, listed
 from .report import PtxError
-from .translate import Block
+from .writer import Writer, narrowed, widened
 
 SPACES = {"global", "shared", "local", "param", "const"}
 # of loads, stores and atomics: how far they are seen and where they are cached
@@ -20,12 +17,7 @@ ACCEPTED = re.compile(
 )
 # o is the old value, b and c the operands, all of the instruction's type
 ATOMICS = {
-    "add": "o + b",
-    "min": "np.minimum(o, b)",
-    "max": "np.maximum(o, b)",
-    "and": "o & b",
-    "or": "o | b",
-    "xor": "o ^ b",
+    **{k: opcodes.TABLE[k][0].format("o", "b") for k in ("add", "min", "max", "and", "or", "xor")},
     "exch": "b",
     "inc": "where(o >= b, o.dtype.type(0), o + o.dtype.type(1))",
     "dec": "where((o == 0) | (o > b), b, o - o.dtype.type(1))",
@@ -41,14 +33,13 @@ WARP_LEVEL = {
     "activemask": ("active_mask", ""),
 }
 HOW = re.compile("up|down|bfly|idx|any|all|uni|ballot|add|min|max|and|or|xor")
-WITHOUT_EFFECT = (
-    *("prefetch", "prefetchu", "discard", "applypriority", "nanosleep", "membar", "setmaxnreg"),
-    *("griddepcontrol", "brkpt", "pmevent", "createpolicy"),
-)
+ALIKE = {"ldu": "ld", "stmatrix": "ldmatrix", "barrier": "bar"}
+WITHOUT_EFFECT = """prefetch prefetchu discard applypriority nanosleep membar setmaxnreg
+    griddepcontrol brkpt pmevent createpolicy"""
 
 
-def listed(operand) -> tuple:
-    return operand if isinstance(operand, tuple) else (operand,)
+def is_barrier(i: Instruction) -> bool:
+    return i.base in ("bar", "barrier") and not {"warp", "arrive"} & set(i.parts)
 
 
 def unless(condition: bool, text: str) -> None:
@@ -56,7 +47,7 @@ def unless(condition: bool, text: str) -> None:
         raise PtxError(text)
 
 
-class Effects(Moves):
+class Effects(Writer):
     def call(self, i: Instruction, pc: int, method: str, *arguments, give=()) -> None:
         """Assigns what M.method(arguments, mask, pc) returns to (register, NumPy type), ..."""
         words = [self.temporary() for _ in give]
@@ -75,7 +66,6 @@ class Effects(Moves):
         base = self.register(address.base) if known else self.read(address.base, "s64")
         return f"{base}, {address.offset}"
 
-    # ---- memory
     def access(self, i: Instruction, address: Address, *known: str) -> tuple[str, int, str]:
         """Type, its bytes, and the space of a load, store or atomic."""
         for p in i.parts[1:]:
@@ -95,12 +85,11 @@ class Effects(Moves):
         if space == "param" and address.base in self.program.symbols:
             at = self.program.symbols[address.base][1] + address.offset
             for k, register in enumerate(targets):
-                self.write(register, f"M.parameter({at + k * n}, {have})", have, i)
+                value = f"np.frombuffer(M.raw, {have}, 1, {at + k * n})[0]"
+                self.write(register, value, have, i)
             return
         give = [(register, have) for register in targets]
         self.call(i, pc, "load", repr(space), self.address(address), n, len(targets), give=give)
-
-    op_ldu = op_ld
 
     def op_st(self, i: Instruction, pc: int) -> None:
         address, source = i.operands[:2]
@@ -117,9 +106,7 @@ class Effects(Moves):
         change = f"(lambda {names}: {ATOMICS[how]})(o.view({t}), {names[3:]})"
         if kind in types.HALVES and how != "exch":
             unless(how != "add", f"{how} of {kind}")
-            wide = "f32_of_" + kind.removesuffix("x2")
-            o, b = (f"{wide}(halves({x}))" if kind.endswith("x2") else f"{wide}({x})" for x in "ob")
-            change = self.narrowed(f"{o} + {b}", kind)
+            change = narrowed(f"{widened('o', kind)} + {widened('b', kind)}", kind)
         values = self.values(sources[: 2 if how == "cas" else 1], kind)
         arguments = (repr(space), self.address(address), f"lambda {names}: {change}", values, n)
         self.call(i, pc, "atomic", *arguments, give=[(target, t)])
@@ -131,7 +118,6 @@ class Effects(Moves):
         if "proxy" in i.parts:
             self.call(i, pc, "fence_proxy")
 
-    # ---- lanes of a warp
     def op_shfl(self, i: Instruction, pc: int) -> None:
         """Results are a value and a predicate beside it, `a|p`, or the first alone."""
         method, letters = WARP_LEVEL[i.base]
@@ -141,28 +127,25 @@ class Effects(Moves):
         operands = (*i.operands[1:], *["-1"] * (i.base == "shfl"))
         values = [self.read(x, kinds[t]) for t, x in zip(letters, operands, strict=False)]
         target, have = i.operands[0], "?" if kind == "pred" else types.NAMES[kinds["t"]]
-        target = target if isinstance(target, Pair) else Pair(target, "_")
         have = "i4" if i.base in ("shfl", "match", "elect") else have
-        give = [(target.first, have), (target.second, "?")]
+        give = list(zip((*listed(target), "_"), (have, "?"), strict=False))
+        if i.base != "activemask":
+            self.call(i, pc, "demand", values[-1])
         self.call(i, pc, method, *how, *values, give=give)
 
-    op_vote = op_match = op_redux = op_elect = op_activemask = op_shfl
-
-    # ---- barriers
     def op_bar(self, i: Instruction, pc: int) -> None:
         values = [self.read(x, "s32") for x in i.operands]
         if "warp" in i.parts:
-            self.call(i, pc, "sync_warp", *values)
+            self.call(i, pc, "demand", *values)
+            self.call(i, pc, "sync_warp")
         elif "cluster" not in i.parts:
             self.call(i, pc, "barrier_arrive", values[0])
 
-    op_barrier = op_bar
-
-    def ending(self, i: Instruction, pc: int, block: Block) -> str:
+    def ending(self, i: Instruction, pc: int, block) -> str:
         """What a block's function returns: a condition, or a barrier's name and count."""
         p = self.predicate(i)
         if i.base == "trap":
-            self.call(i, pc, "trap")
+            self.emit(f"M.find('trap', {pc}, 'a trap is reached', M.standing({self.mask(i)}))")
         if block.kind != "barrier":
             return p or "None"
         operands, value = ["-1"] if "cluster" in i.parts else list(i.operands), "None"
@@ -172,25 +155,20 @@ class Effects(Moves):
             have = self.program.body.registers[target]
             how = i.parts[i.parts.index("red") + 1]
             block.reduction = (how, self.program.index[target], have)
-        name, count = (
-            f"int(np.ravel({self.read(x, 's32')})[0])" for x in (*operands, "0", "0")[:2]
-        )
-        result = f"({name}, {count}, {value})"
-        return f"({result}, np.broadcast_to({p}, M.lanes.shape))" if p else result
+        words = [self.read(x, "s32") for x in (*operands, "0", "0")[:2]]
+        name, count = (f"int(np.ravel({word})[0])" for word in words)
+        return f"({name}, {count}, {value}, {p})"
 
-    # ---- matrices
     def op_ldmatrix(self, i: Instruction, pc: int) -> None:
-        unless("m8n8" not in i.parts or "b16" not in i.parts, "shape or type")
-        targets, trans = listed(i.operands[0]), "trans" in i.parts
-        give = [(register, "i4") for register in targets]
-        place = self.address(i.operands[1])
-        self.call(i, pc, "load_matrices", place, len(targets), trans, give=give)
-
-    def op_stmatrix(self, i: Instruction, pc: int) -> None:
-        unless("m8n8" not in i.parts or "b16" not in i.parts, "shape or type")
-        values = self.values(listed(i.operands[1]), "s32")
-        place = self.address(i.operands[0])
-        self.call(i, pc, "store_matrices", place, values, "trans" in i.parts)
+        unless(not {"m8n8", "b16"} <= set(i.parts), "shape or type")
+        trans, load = "trans" in i.parts, i.base == "ldmatrix"
+        registers, address = i.operands if load else i.operands[::-1]
+        place, registers = self.address(address), listed(registers)
+        if load:
+            give = [(register, "i4") for register in registers]
+            self.call(i, pc, "load_matrices", place, len(registers), trans, give=give)
+        else:
+            self.call(i, pc, "store_matrices", place, self.values(registers, "s32"), trans)
 
     def op_mma(self, i: Instruction, pc: int) -> None:
         unless("row" not in i.parts or "col" not in i.parts or "sp" in i.parts, "layout")
@@ -214,25 +192,22 @@ class Effects(Moves):
             unless("sp" in i.parts, "sparse")
             d, a, b, keep, *flags = i.operands
             flags = [int(x) for x in flags]
-            transposed = [0] * (4 - len(flags)) + flags[2:]
             have = "f32" if into == "f32" else "s32"
             left = self.values(a, "s32") if isinstance(a, tuple) else self.read(a, "s64")
-            values = (
-                self.values(d, have), list(d), left, self.read(b, "s64"), self.read(keep, "pred")
-            )  # fmt: skip
+            values = self.values(d, have), list(d), left, self.read(b, "s64")
+            how = self.read(keep, "pred"), flags[:2], [0] * (4 - len(flags)) + flags[2:]
             give = [(register, types.NAMES[have]) for register in d]
-            call = ("group_product", n, k, repr(into), repr(kind), *values, flags[:2], transposed)
-            self.call(i, pc, *call, give=give)
+            shape = n, k, repr(into), repr(kind)
+            self.call(i, pc, "group_product", *shape, *values, *how, give=give)
 
-    # ---- asynchronous copies
     def op_cp(self, i: Instruction, pc: int) -> None:
         words = i.parts[2:]
         unless(i.parts[1] != "async", "form")
         if words[0] in ("cg", "ca"):
             to, source, n, *have = i.operands
-            count = "None"
+            count = int(n, 0)
             if have and self.program.body.registers.get(have[0]) == "?":
-                count = f"where({self.read(have[0], 'pred')}, 0, {int(n, 0)})"
+                count = f"where({self.read(have[0], 'pred')}, 0, {count})"
             elif have and "L2::cache_hint" not in words:
                 count = self.read(have[0], "s32")
             places = self.address(to), self.address(source)
@@ -282,5 +257,7 @@ class Effects(Moves):
             self.call(i, pc, f"barrier_{how}", place, *values)
 
 
-for name in WITHOUT_EFFECT:
+for name in WITHOUT_EFFECT.split():
     setattr(Effects, f"op_{name}", lambda self, i, pc: None)
+for name, like in {**dict.fromkeys(WARP_LEVEL, "shfl"), **ALIKE}.items():
+    setattr(Effects, f"op_{name}", getattr(Effects, f"op_{like}"))

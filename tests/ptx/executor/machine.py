@@ -6,8 +6,7 @@ that structured code comes together again; before warp-level instructions a warp
 lanes. Barriers open when nothing else can run.
 """
 
-from __future__ import annotations
-
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -20,8 +19,7 @@ from .parse import Kernel
 from .races import Detector, Stamp, folded
 from .report import Checks, Finding, PtxError, Report
 from .translate import Program
-from .warp import WarpLevel
-from .wgmma import WarpGroups
+from .warp import WarpGroups, WarpLevel
 
 LONGEST_WAIT = 2000  # tries of mbarriers while nothing else happens
 DEVICE_SHARED = 232448  # bytes: more than any block may have
@@ -41,7 +39,7 @@ def launch(
     return machine.report
 
 
-class Machine(Accesses, WarpLevel, WarpGroups, Copies):
+class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
     def __init__(self, program: Program, grid, block, parameters, memory, shared_bytes, checks):
         kernel = program.kernel
         self.program, self.memory, self.checks = program, memory, checks or Checks()
@@ -51,58 +49,55 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         for name, got in (("grid", self.grid), ("block", self.block)):
             if len(got) != 3 or min(got) < 1:
                 raise PtxError(f"{name}: wanted three positive extents, got {got}")
-        raw = np.frombuffer(bytes(parameters), np.uint8)
-        wanted = kernel.parameter_bytes
-        if raw.size != wanted:
-            raise PtxError(f"parameters: {kernel.name} wants {wanted} bytes, got {raw.size}")
+        self.raw, wanted = np.frombuffer(bytes(parameters), np.uint8), kernel.parameter_bytes
+        if self.raw.size != wanted:
+            raise PtxError(f"parameters: {kernel.name} wants {wanted} bytes, got {self.raw.size}")
         limit = int(np.prod(kernel.maximum_threads or kernel.required_threads or (1024,)))
+        start = program.dynamic_start if shared_bytes else program.static_shared
+        self.shared_bytes = start + shared_bytes
         if self.count > limit:
             raise PtxError(f"block: {kernel.name} has at most {limit} threads, got {self.count}")
-        self.raw, self.shared_bytes = raw, program.static_shared
-        if shared_bytes:
-            self.shared_bytes = program.dynamic_start + shared_bytes
         if self.shared_bytes > DEVICE_SHARED:
             raise PtxError(f"shared_bytes: at most {DEVICE_SHARED} in all, got {self.shared_bytes}")
         self.report = Report(np.zeros(kernel.instructions, bool))
         self.executed = self.report.executed
         self.findings: dict[tuple[str, int], Finding] = {}
-        self.detector = Detector(self.threads)
-        self.logged = self.logged_shared = 0
+        self.owner = np.empty(0, np.int64)
+        self.logged = [0, 0]  # words of 4 bytes in shared and global memory since the last check
         for name, data in kernel.module.data.items():
             if name in program.symbols and memory.at(data.ctypes.data + data.size - 1) is None:
                 memory.add(data.ctypes.data, data.size, name)
 
-    def find(self, kind: str, pc: int, message: str, lanes=None) -> None:
-        count = 1 if lanes is None else max(1, np.size(lanes))
-        known = self.findings.get((kind, pc))
-        if known:
-            known.count += count
-            return
-        code = self.program.body.code
-        i = code[min(pc, len(code) - 1)]
-        if lanes is not None and np.size(lanes):
-            message = f"{self.thread_name(int(np.ravel(lanes)[0]) + self.first)}: {message}"
-        finding = Finding(kind, f"`{i.text}`, {message}", i.line, count)
-        self.findings[kind, pc] = finding
-        self.report.findings.append(finding)
+    def find(self, kind: str, pc: int, message: str, lanes=()) -> None:
+        """Notes a fault, at most once for each instruction; `lanes`: their numbers, or a mask."""
+        lanes = np.atleast_1d(lanes)
+        if lanes.dtype == bool:
+            lanes = np.flatnonzero(lanes)
+            if lanes.size == 0:
+                return
+        if (kind, pc) not in self.findings:
+            i = self.program.body.code[min(pc, len(self.executed) - 1)]
+            if lanes.size:
+                message = f"{self.thread_name(int(lanes[0]) + self.first)}: {message}"
+            self.findings[kind, pc] = Finding(kind, f"`{i.text}`, {message}", i.line, 0)
+        self.findings[kind, pc].count += max(1, lanes.size)
 
     def thread_name(self, thread: int) -> str:
         return f"block {thread // self.threads} thread {thread % self.threads}"
 
-    # ---- the grid
     def run(self, lanes: int, seconds: float | None) -> None:
         total = int(np.prod(self.grid))
         at_once = max(1, lanes // self.threads)
         self.end = time.monotonic() + seconds if seconds else None
         for buffer in self.memory.allocations:
             buffer.accesses = []
-            if not buffer.whole:
-                buffer.whole = bool(buffer.of(buffer.address, buffer.size).all())
+            buffer.whole = buffer.whole or bool(buffer.of(buffer.address, buffer.size).all())
         for first in range(0, total, at_once):
             self.prepare(first, min(at_once, total - first))
             self.run_blocks()
             self.check_shared()
         self.check_global(last=True)
+        self.report.findings = list(self.findings.values())
 
     def prepare(self, first_block: int, blocks: int) -> None:
         """State of the blocks that run together."""
@@ -122,8 +117,8 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         clock = np.zeros((size // 32, warps + 2), np.int64)
         clock[np.arange(size // 32), np.arange(size // 32) % warps] = 1
         self.stamp = Stamp(np.zeros(size, np.int32), clock)
-        self.shared_log: list = []
         self.registers = list(self.program.zeros)
+        self.all_lanes = np.ones(size, bool)
         self.alive = self.exists = thread < self.count
         self.whole = bool(self.alive.all())
         self.waits: dict = {}
@@ -148,7 +143,6 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         special["%total_smem_size"] = n(self.shared_bytes)
         return special
 
-    # ---- groups
     def run_blocks(self) -> None:
         program, report = self.program, self.report
         groups: dict = {0: None if self.whole else self.alive.copy()}
@@ -207,30 +201,27 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         """Sends the lanes that ran a block on."""
         if block.kind == "next":
             self.join(k + 1, mask)
-        elif block.kind == "branch" and (result is None or np.ndim(result) == 0):
+            return
+        if block.kind == "branch" and np.ndim(result) == 0:
             self.join(block.target if result is None or result else k + 1, mask)
-        elif block.kind == "branch":
-            taken = result if mask is None else result & mask
-            other = ~result if mask is None else ~result & mask
-            if taken.any():
-                self.join(block.target, taken if other.any() else mask)
-            if other.any():
-                self.join(k + 1, other if taken.any() else mask)
+            return
+        here = self.all_lanes if mask is None else mask
+        *barrier, condition = result if block.kind == "barrier" else (result,)
+        if block.predicated:
+            passing, here = here & ~condition, here & condition
+            if passing.any():
+                self.join(k + 1, passing if here.any() else mask)
+        if not here.any():
+            return
+        if block.kind == "branch":
+            self.join(block.target, here if passing.any() else mask)
+        elif block.kind == "exit":
+            self.alive = self.alive & ~here
         else:
-            mask = np.ones(self.lanes.size, bool) if mask is None else mask
-            if block.predicated:
-                result, condition = result if block.kind == "barrier" else (None, result)
-                passing = mask & ~condition
-                mask = mask & condition
-                if passing.any():
-                    self.join(k + 1, passing)
-            if block.kind == "exit":
-                self.alive = self.alive & ~mask
-            elif mask.any():
-                key = (*result[:2], k, block.end - 1)
-                old = self.waits.get(key)
-                lanes = mask if old is None else old[0] | mask
-                self.waits[key] = (lanes, result[2] if len(result) > 2 else None)
+            name, count, values = barrier
+            key = (name, count, k, block.end - 1)
+            lanes, _ = self.waits.get(key, (here, None))
+            self.waits[key] = (lanes | here, values)
 
     def join(self, k: int, mask) -> None:
         if self.stalled is not None:
@@ -240,7 +231,6 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         other = self.groups.get(k, mask)
         self.groups[k] = None if mask is None or other is None else other | mask
 
-    # ---- barriers
     def release(self) -> bool:
         """Opens barriers where all have come; whether any did."""
         opened = False
@@ -287,8 +277,7 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         count, seen = self.arrived.get(name, (0, 0))
         if name in self.arrived:
             done = ready[:: self.threads]
-            self.arrived[name] = (np.where(done, 0, count), np.where(done[:, None], 0, seen))
-            seen = seen[:, None]
+            self.arrived[name] = (np.where(done, 0, count), np.where(done[:, None, None], 0, seen))
         met = waiting & ready
         self.meet(met, seen)
         if (met == self.alive).all():
@@ -304,57 +293,61 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.registers[register] = np.where(go, new, self.registers[register])
 
     def deadlock(self) -> None:
-        for key, (lanes, _) in self.waits.items():
-            text = f"{int(lanes.sum())} threads wait at barrier {key[0]} for ever"
-            self.find("deadlock", key[3], text, np.flatnonzero(lanes))
-        for k, mask in self.groups.items():
-            lanes = self.lanes if mask is None else np.flatnonzero(mask)
-            pc = self.program.blocks[k].start
-            self.find("deadlock", pc, f"{lanes.size} threads wait here for ever", lanes)
-        self.waits.clear()
-        self.groups.clear()
-        self.delayed.clear()
+        blocks, waits, groups = self.program.blocks, self.waits.items(), self.groups.items()
+        stuck = [(key[3], f"at barrier {key[0]}", lanes) for key, (lanes, _) in waits]
+        stuck += [(blocks[k].start, "here", self.standing(mask)) for k, mask in groups]
+        for pc, place, lanes in stuck:
+            self.find("deadlock", pc, f"{int(lanes.sum())} threads wait {place} for ever", lanes)
+        for state in (self.waits, self.groups, self.delayed):
+            state.clear()
 
-    def meet(self, lanes, seen) -> None:
+    def meet(self, lanes, seen, wait: bool = True):
         """Lanes that met at a barrier: what each did before happened before what follows.
 
-        `seen` is what those knew who arrived without waiting.
+        Returns what they know together, with those who arrived before without waiting (`seen`).
         """
         warps = self.threads // 32
         clock = self.stamp.clock.reshape(self.blocks, warps, warps + 2).copy()
         come = lanes.reshape(self.blocks, warps, 32).any(2)
         top = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1, keepdims=True))
-        clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
+        if wait:
+            clock = np.where(come[:, :, None], np.maximum(clock, top), clock)
         clock[:, np.arange(warps), np.arange(warps)] += come
-        self.stamp = Stamp(self.stamp.after(lanes), clock.reshape(-1, warps + 2))
+        segment = self.stamp.after(lanes) if wait else self.stamp.segment
+        self.stamp = Stamp(segment, clock.reshape(-1, warps + 2))
+        return top
 
-    def started(self, lane: int, engine: int) -> Stamp:
-        """The stamp of asynchronous work that a lane starts."""
-        clock = self.stamp.clock.copy()
-        self.ticks[lane // self.threads, engine] += 1
-        clock[lane // 32, -engine] = self.ticks[lane // self.threads, engine]
-        return Stamp(self.stamp.segment, clock)
+    @contextlib.contextmanager
+    def asynchronously(self, lanes, engine: int):
+        """Accesses inside are of asynchronous work that these lanes start."""
+        kept, clock = self.stamp, self.stamp.clock.copy()
+        for lane in lanes:
+            self.ticks[lane // self.threads, engine] += 1
+            clock[lane // 32, -engine] = self.ticks[lane // self.threads, engine]
+        self.stamp = Stamp(kept.segment, clock)
+        yield
+        self.stamp = kept
 
-    def waited(self, warps, engine: int, ticks) -> None:
-        """These warps know of asynchronous work up to its ticks."""
-        clock = self.stamp.clock.copy()
+    def waited(self, mask, engine: int, ticks) -> None:
+        """These lanes' warps know of asynchronous work up to the ticks of their blocks."""
+        clock, warps = self.stamp.clock.copy(), self.standing_warps(mask)
+        ticks = ticks[warps * 32 // self.threads]
         clock[warps, -engine] = np.maximum(clock[warps, -engine], ticks)
         self.stamp = Stamp(self.stamp.segment, clock)
 
-    # ---- races
     def check_shared(self) -> None:
-        log, self.logged_shared = self.shared_log, 0
+        log, self.logged[0] = self.shared.accesses, 0
         # asynchronous work that not all have waited for is kept
         known = self.stamp.clock[:, -2:].reshape(self.blocks, -1, 2).min(1)
-        self.shared_log = [
+        self.shared.accesses = [
             a for a in log if a.engine > 0
             and a.stamp.clock[a.lanes[0] // 32, -a.engine]
             > known[a.lanes[0] // self.threads, -a.engine]
         ]  # fmt: skip
         self._report_races(self.shared, log)
 
-    def check_global(self, last: bool) -> None:
-        self.logged = 0
+    def check_global(self, last: bool = False) -> None:
+        self.logged[1] = 0
         for buffer in self.memory.allocations:
             log, buffer.accesses = buffer.accesses, []
             if log:
@@ -363,13 +356,12 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
 
     def _report_races(self, memory: Bytes, log: list) -> None:
         names, code = ("read", "written", "changed by an atomic"), self.program.body.code
-        for race in self.detector.races(log, memory.shadow.size):
-            (pc, thread, kind), (pc2, thread2, kind2) = race.earlier, race.later
+        for place, earlier, later, count in self.races(log, memory.shadow.size):
+            (pc, thread, kind), (pc2, thread2, kind2) = earlier, later
             text = (
-                f"byte {memory.offset(race.place)} of {memory} is {names[kind]} by "
+                f"byte {memory.offset(place)} of {memory} is {names[kind]} by "
                 f"{self.thread_name(thread)} and {names[kind2]} by {self.thread_name(thread2)} at "
                 f"line {code[pc2].line} `{code[pc2].text}`; nothing orders the two"
             )
-            known = ("race", pc) in self.findings
             self.find("race", pc, text)
-            self.findings["race", pc].count += race.count - (not known)
+            self.findings["race", pc].count += count - 1

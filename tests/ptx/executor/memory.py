@@ -5,8 +5,6 @@ Every byte has a shadow that says whether it was written. Words of 1 to 16 bytes
 same bytes; wider accesses are cut.
 """
 
-from __future__ import annotations
-
 import bisect
 import ctypes
 
@@ -16,6 +14,8 @@ from .report import PtxError
 from .types import UNSIGNED
 
 WORDS = {**UNSIGNED, 16: np.complex128}  # complex128 stands for 16 bytes: it is only moved
+# generic addresses: where each space begins, up to twice that
+WINDOWS = {"shared": 1 << 57, "global": -(1 << 63), "local": 1 << 58, "param": 1 << 56}
 SHIFT = {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}
 WRITTEN = {n: t(int("01" * n, 16)) for n, t in UNSIGNED.items()}
 
@@ -29,6 +29,7 @@ class Bytes:
         self.shadow = np.full(data.size, written, np.uint8)
         self.shadow_words = {n: self.shadow.view(t) for n, t in UNSIGNED.items()}
         self.whole = written  # every byte was written
+        self.accesses: list = []  # of the launch in progress, for the check of races
 
     def offset(self, place: int) -> int:
         """A place as it is told to people."""
@@ -83,7 +84,6 @@ class Allocation(Bytes):
         raw = (ctypes.c_uint8 * length).from_address(start)
         super().__init__(start, np.frombuffer(raw, np.uint8), initialised)
         self.address, self.size, self.name = address, size, name
-        self.accesses: list = []  # of the launch in progress, for the check of races
 
     def of(self, address: int, size: int) -> np.ndarray:
         return self.shadow[address - self.start : address - self.start + size]

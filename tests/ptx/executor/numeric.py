@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arithmetic that NumPy lacks; values are arrays over lanes or scalars."""
 
-from __future__ import annotations
-
 import numpy as np
 
-from .types import UNSIGNED, f2, f4, f8, i2, i4, u2, u4, u8
+from .types import UNSIGNED, f2, f4, f8, i2, i4, u1, u2, u4, u8
 
 where, array = np.where, np.asarray
-
-# ---- 16-bit floats: held as bits, computed in float32
 
 
 def f32_of_f16(x):
@@ -60,24 +56,20 @@ def part(x, k, narrow):
 
 
 def directed(x, to_bits, of_bits, mode):
-    """x (float32 or float64) to 16 bits, rounded towards zero, down or up."""
+    """Bits of x (float32 or float64) rounded towards zero, down or up."""
     x = array(x)
     near = to_bits(x)
     back = of_bits(near).astype(x.dtype)
     wrong = {"rz": np.abs(back) > np.abs(x), "rm": back > x, "rp": back < x}[mode]
     smaller = {"rz": back != 0, "rm": back > 0, "rp": back < 0}[mode]  # in magnitude
-    bits = near.view(u2).astype(i4)
-    stepped = where(back == 0, i4(1 if mode == "rp" else 0x8001), bits + where(smaller, -1, 1))
-    return where(wrong, stepped, bits).astype(u2).view(i2)
+    least = 1 if mode == "rp" else np.iinfo(near.dtype).min + 1
+    stepped = where(back == 0, least, near + where(smaller, -1, 1))
+    return where(wrong, stepped, near).astype(near.dtype)
 
 
 def rounded32(x, mode):
     """float64 to float32 towards zero, down or up."""
-    x = array(x)
-    near = x.astype(f4)
-    wrong = {"rz": np.abs(near) > np.abs(x), "rm": near > x, "rp": near < x}[mode]
-    target = {"rz": f4(0), "rm": f4(-np.inf), "rp": f4(np.inf)}[mode]
-    return where(wrong, np.nextafter(near, target), near)
+    return directed(x, lambda x: x.astype(f4).view(i4), lambda b: b.view(f4), mode).view(f4)
 
 
 def tf32(x, mode="rna"):
@@ -101,13 +93,11 @@ def fma64(a, b, c):
     return where(np.isfinite(r), r, s)
 
 
-def float_to_int(x, t, mode):
-    """Out of range saturates; NaN becomes 0."""
-    t = np.dtype(t)
-    whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode]
-    x, low, high = whole(array(x).astype(f8)), np.iinfo(t).min, np.iinfo(t).max
+def float_to_int(x, t):
+    """A whole number to an integer: out of range saturates; NaN becomes 0."""
+    x, low, high = array(x).astype(f8), np.iinfo(t).min, np.iinfo(t).max
     inside = (x > low) & (x < high)
-    clipped = where(x != x, t.type(0), where(x <= low, t.type(low), t.type(high)))
+    clipped = where(x != x, t(0), where(x <= low, t(low), t(high)))
     return where(inside, where(inside, x, 0).astype(t), clipped)
 
 
@@ -116,9 +106,6 @@ def saturated_int(x, t):
     x, into = array(x), np.iinfo(t)
     have = np.iinfo(x.dtype)
     return np.clip(x, max(into.min, have.min), min(into.max, have.max)).astype(t)
-
-
-# ---- integers
 
 
 def divide(a, b):
@@ -177,55 +164,40 @@ def highest_bit(a, from_top):
 
 
 def reversed_bits(a):
-    """brev."""
-    n = a.dtype.itemsize
-    bits = np.unpackbits(array(a).reshape(-1, 1).view("u1"), axis=1, bitorder="little")
-    turned = np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(f"i{n}")
-    return column(turned, 0)
+    bits = np.unpackbits(array(a).reshape(-1, 1).view(u1), axis=1, bitorder="little")
+    return column(np.packbits(bits[:, ::-1], axis=1, bitorder="little").view(a.dtype), 0)
+
+
+def _cut(a, length):
+    """How many bits of a do not belong to a field of that length."""
+    bits = u4(8 * a.dtype.itemsize)
+    return bits - np.minimum(length & u4(255), bits)
 
 
 def insert_field(a, b, start, length):
     """The low `length` bits of a put into b at `start`."""
-    t = UNSIGNED[a.dtype.itemsize]
-    bits = u4(8 * a.dtype.itemsize)
-    cut = bits - np.minimum(length & u4(255), bits)
-    start, mask = start & u4(255), shift_right(np.broadcast_to(~t(0), np.shape(cut)), cut)
-    mask = shift_left(mask, start)
+    t, start = UNSIGNED[a.dtype.itemsize], start & u4(255)
+    mask = shift_left(shift_right(~t(0), _cut(a, length)), start)
     return (array(b).view(t) & ~mask | shift_left(array(a).view(t), start) & mask).view(b.dtype)
 
 
 def extract_field(a, start, length):
     """`length` bits of a from `start`; of a signed type with sign extension."""
-    bits = u4(8 * a.dtype.itemsize)
-    cut = bits - np.minimum(length & u4(255), bits)
+    cut = _cut(a, length)
     field = shift_right(shift_left(shift_right(array(a), start & u4(255)), cut), cut)
-    return where(cut == bits, a.dtype.type(0), field)
+    return where(cut == 8 * a.dtype.itemsize, a.dtype.type(0), field)
 
 
 def permute(a, b, selector):
     """prmt: four bytes chosen from the eight of (a, b), or their signs."""
-    a, b = array(a).view(u4), array(b).view(u4)
-    if np.ndim(selector) == 0 and not int(selector) & 0x8888:
-        return array(_chosen(a, b, [int(selector) >> 4 * k & 7 for k in range(4)])).view(i4)
-    c, both, out = array(selector).view(u4), a.astype(u8) | (b.astype(u8) << u8(32)), u8(0)
-    for k in range(4):
-        nibble = ((c >> u4(4 * k)) & u4(15)).astype(u8)
-        byte = (both >> ((nibble & u8(7)) << u8(3))) & u8(255)
-        sign = where(byte & u8(128), u8(255), u8(0))
-        out = out | (where(nibble & u8(8), sign, byte) << u8(8 * k))
-    return array(out).astype(u4).view(i4)
-
-
-def _chosen(a, b, selector):
-    """Bytes of (a, b) by few shifts and masks: those that move alike move together."""
-    moves, out = {}, u4(0)
-    for k, s in enumerate(selector):
-        moves.setdefault((s // 4, s % 4 - k), []).append(k)
-    for (which, by), places in moves.items():
-        x = (a, b)[which]
-        x = x >> u4(8 * by) if by > 0 else x << u4(-8 * by)
-        out = out | (x & u4(sum(0xFF << 8 * k for k in places)))
-    return out
+    pair = np.stack(np.broadcast_arrays(array(a), b), -1)
+    pieces = np.ascontiguousarray(pair).view(u1).reshape(*pair.shape[:-1], 8)
+    nibbles = np.asarray(selector)[..., None] >> i4([0, 4, 8, 12]) & 15
+    uniform = nibbles.ndim == 1
+    chosen = pieces[..., nibbles & 7] if uniform else np.take_along_axis(pieces, nibbles & 7, -1)
+    if (nibbles & 8).any():
+        chosen = where(nibbles & 8, where(chosen > 127, u1(255), u1(0)), chosen)
+    return np.ascontiguousarray(chosen).view(i4)[..., 0]
 
 
 def any_logic(a, b, c, table):

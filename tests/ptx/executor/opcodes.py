@@ -8,23 +8,16 @@ name a modifier (mul.hi) and a class of types (:f floats); the most special key 
 Halves are computed in float32 and rounded once.
 """
 
-from __future__ import annotations
-
 import functools
 
 from . import types
 
 TABLE = {
-    "add": ("{0} + {1}", "ss", "s"),
-    "sub": ("{0} - {1}", "ss", "s"),
-    "mul": ("{0} * {1}", "ss", "s"),
     "mul.hi": ("multiply_high({0}, {1})", "tt", "t"),
     "mul.wide": ("{0}.astype({w}) * {1}.astype({w})", "tt", "w"),
     "mad": ("{0} * {1} + {2}", "sss", "s"),
     "mad.hi": ("multiply_high({0}, {1}) + {2}", "ttt", "t"),
     "mad.wide": ("{0}.astype({w}) * {1}.astype({w}) + {2}", "ttw", "w"),
-    "mad:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
-    "mad:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
     "fma:f32": ("({0}.astype(f8) * {1} + {2}).astype(f4)", "ttt", "t"),
     "fma:f64": ("fma64({0}, {1}, {2})", "ttt", "t"),
     "fma:f": ("{0}.astype(f8) * {1} + {2}", "ttt", "t"),
@@ -34,28 +27,11 @@ TABLE = {
     "rem": ("{0} - divide({0}, {1}) * {1}", "tt", "t"),
     "abs": ("np.abs({0})", "t", "t"),
     "neg": ("-{0}", "s", "s"),
-    "min": ("np.minimum({0}, {1})", "tt", "t"),
-    "max": ("np.maximum({0}, {1})", "tt", "t"),
-    "min:f": ("np.fmin({0}, {1})", "tt", "t"),
-    "max:f": ("np.fmax({0}, {1})", "tt", "t"),
-    "min.NaN:f": ("np.minimum({0}, {1})", "tt", "t"),
-    "max.NaN:f": ("np.maximum({0}, {1})", "tt", "t"),
     "copysign:f": ("np.copysign({1}, {0})", "tt", "t"),
-    "testp.finite:f": ("np.isfinite({0})", "t", "p"),
-    "testp.infinite:f": ("np.isinf({0})", "t", "p"),
     "testp.notanumber:f": ("np.isnan({0})", "t", "p"),
     "testp.number:f": ("~np.isnan({0})", "t", "p"),
     "rcp:f": ("{t}(1) / {0}", "t", "t"),
-    "sqrt:f": ("np.sqrt({0})", "t", "t"),
     "rsqrt:f": ("{t}(1) / np.sqrt({0})", "t", "t"),
-    "ex2:f": ("np.exp2({0})", "t", "t"),
-    "lg2:f": ("np.log2({0})", "t", "t"),
-    "sin:f": ("np.sin({0})", "t", "t"),
-    "cos:f": ("np.cos({0})", "t", "t"),
-    "tanh:f": ("np.tanh({0})", "t", "t"),
-    "and": ("{0} & {1}", "ss", "s"),
-    "or": ("{0} | {1}", "ss", "s"),
-    "xor": ("{0} ^ {1}", "ss", "s"),
     "not": ("~{0}", "s", "s"),
     "cnot": ("({0} == 0).astype({t})", "s", "s"),
     "shl": ("shift_left({0}, {1})", "su", "s"),
@@ -77,46 +53,37 @@ TABLE = {
     "selp": ("where({2}, {0}, {1})", "ssp", "s"),
     "slct": ("where({2} >= 0, {0}, {1})", "ssi", "s"),
 }
+OPERATORS = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
+TABLE |= {name: (f"{{0}} {sign} {{1}}", "ss", "s") for name, sign in OPERATORS.items()}
+for name in ("min", "max"):
+    TABLE[name] = TABLE[f"{name}.NaN:f"] = (f"np.{name}imum({{0}}, {{1}})", "tt", "t")
+    TABLE[f"{name}:f"] = (f"np.f{name}({{0}}, {{1}})", "tt", "t")
+# functions of one float, and NumPy's name
+FUNCTIONS = {"sqrt": "sqrt", "ex2": "exp2", "lg2": "log2", "sin": "sin", "cos": "cos"}
+FUNCTIONS |= {"tanh": "tanh", "testp.finite": "isfinite", "testp.infinite": "isinf"}
+for name, function in FUNCTIONS.items():
+    TABLE[f"{name}:f"] = (f"np.{function}({{0}})", "t", "p" if "." in name else "t")
+TABLE |= {f"mad:{kind}": TABLE[f"fma:{kind}"] for kind in ("f32", "f64")}
 # of float32, rounded otherwise than to nearest; .ftz is accepted, and subnormals are kept
-ROUNDED = {
-    "add": "{0}.astype(f8) + {1}",
-    "sub": "{0}.astype(f8) - {1}",
-    "mul": "{0}.astype(f8) * {1}",
-    "fma": "{0}.astype(f8) * {1} + {2}",
-    "mad": "{0}.astype(f8) * {1} + {2}",
-    "div": "{0}.astype(f8) / {1}",
-    "rcp": "f8(1) / {0}",
-    "sqrt": "np.sqrt({0}.astype(f8))",
-}
-MODIFIERS = {
-    *("rn", "rz", "rm", "rp", "approx", "full", "ftz", "sat", "relu", "NaN", "lo", "hi", "wide"),
-    *("l", "r", "wrap", "clamp", "finite", "infinite", "notanumber", "number", "shiftamt"),
-}
-COMPARED = {
-    "eq": "{0} == {1}",
-    "ne": "{0} != {1}",
-    "lt": "{0} < {1}",
-    "le": "{0} <= {1}",
-    "gt": "{0} > {1}",
-    "ge": "{0} >= {1}",
-    "lo": "{0} < {1}",
-    "ls": "{0} <= {1}",
-    "hi": "{0} > {1}",
-    "hs": "{0} >= {1}",
-}
+ROUNDED = ("add", "sub", "mul", "mad", "div:f", "rcp:f", "sqrt:f")
+ROUNDED = {k.split(":")[0]: TABLE[k][0].replace("{0}", "{0}.astype(f8)") for k in ROUNDED}
+ROUNDED["fma"] = ROUNDED["mad"]
+MODIFIERS = """rn rz rm rp approx full ftz sat relu NaN lo hi wide l r wrap clamp
+    finite infinite notanumber number shiftamt"""
+MODIFIERS = set(MODIFIERS.split())
+SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+COMPARED = {name: f"{{0}} {sign} {{1}}" for name, sign in SIGNS.items()}
 # of floats: ordered unless the name ends in u
 FLOATS_COMPARED = {
-    **{name: COMPARED[name] for name in ("eq", "lt", "le", "gt", "ge")},
+    **COMPARED,
     "ne": "({0} < {1}) | ({0} > {1})",
-    "equ": "~(({0} < {1}) | ({0} > {1}))",
-    "neu": "{0} != {1}",
-    "ltu": "~({0} >= {1})",
-    "leu": "~({0} > {1})",
-    "gtu": "~({0} <= {1})",
-    "geu": "~({0} < {1})",
     "num": "({0} == {0}) & ({1} == {1})",
     "nan": "({0} != {0}) | ({1} != {1})",
 }
+OPPOSITES = {"equ": "ne", "neu": "eq", "ltu": "ge", "leu": "gt", "gtu": "le", "geu": "lt"}
+FLOATS_COMPARED |= {name: f"~({FLOATS_COMPARED[to]})" for name, to in OPPOSITES.items()}
+COMPARED |= {"lo": COMPARED["lt"], "ls": COMPARED["le"]}
+COMPARED |= {"hi": COMPARED["gt"], "hs": COMPARED["ge"]}
 
 
 @functools.cache

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """PTX text to kernels of instructions."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import math
@@ -15,9 +13,11 @@ from . import types
 from .report import PtxError
 
 NAME = r"[%$\w][\w$]*(?:\.\w+)?"
-SKIPPED = re.compile(r"(?:\.(?:loc|pragma|file)\b[^\n;]*;?|[\s;])+")
-LABEL = re.compile(r"([$\w]+)\s*:(?!:)")
-STATEMENT = re.compile(r"([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);")
+# nothing of interest, a brace, a label, a statement
+TOKEN = re.compile(
+    r"(?:\.(?:loc|pragma|file)\b[^\n;]*;?|[\s;])+|([{}])|([$\w]+)\s*:(?!:)"
+    r"|([^;{}]*(?:\{[^{}]*\}[^;{}]*)*);"
+)
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\(([^)]*)\))?([^{;]*)\{")
 VARIABLE = re.compile(
     r"(?:\.(?:extern|visible|weak|common)\s+)*\.(shared|global|const|local)\s+"
@@ -30,6 +30,7 @@ PARAMETER = re.compile(
     r"(?:\s*\.align\s+\d+)?\s+)?(?:\.align\s+(\d+)\s+)?([\w$]+)\s*(?:\[(\d+)\])?"
 )
 INSTRUCTION = re.compile(rf"(?:@(!?)({NAME})\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+OPERAND = re.compile(r"(?:\[[^\]]*\]|\{[^}]*\}|[^,{\[])+")
 ADDRESS = re.compile(rf"({NAME})\s*(?:([+-])\s*(-?\w+))?(?:\s*,\s*(\{{.*\}}))?$", re.S)
 
 
@@ -42,15 +43,14 @@ class Address:
     coordinates: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Pair:
-    """p|q: two destinations of one instruction."""
-
-    first: str
-    second: str
+Operand = str | tuple[str, ...] | Address  # several words: {a, b} or a|b
 
 
-Operand = str | tuple | Address | Pair
+def listed(operand: Operand) -> tuple[str, ...]:
+    """The names and numbers in an operand."""
+    if isinstance(operand, Address):
+        return (operand.base, *operand.coordinates)
+    return operand if isinstance(operand, tuple) else (operand,)
 
 
 @dataclass
@@ -66,12 +66,7 @@ class Instruction:
         self.base = self.parts[0]
 
     def types(self) -> tuple[str, ...]:
-        return _types(self.parts)
-
-
-@functools.cache
-def _types(parts: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(part for part in parts[1:] if part in types.TYPES)
+        return tuple(part for part in self.parts[1:] if part in types.TYPES)
 
 
 @dataclass(frozen=True)
@@ -93,19 +88,21 @@ class Variable:
     data: bytes = b""
 
 
+@dataclass(eq=False)
 class Kernel:
     """An entry; its body is read when it is first asked for."""
 
-    def __init__(self, name: str, module: Module, span: tuple[int, int]):
-        self.name, self.module, self.span = name, module, span
-        self.parameters: tuple[Parameter, ...] = ()
-        self.parameter_bytes = 0
-        self.maximum_threads: tuple[int, ...] | None = None
-        self.required_threads: tuple[int, ...] | None = None
-        self.program = None  # the translated form, once made
+    name: str
+    module: "Module"
+    span: tuple[int, int]  # of its body in the module's text
+    parameters: tuple[Parameter, ...]
+    parameter_bytes: int
+    maximum_threads: tuple[int, ...] | None
+    required_threads: tuple[int, ...] | None
+    program: object = None  # the translated form, once made
 
     @functools.cached_property
-    def body(self) -> Body:
+    def body(self) -> "Body":
         return Body(self)
 
     @property
@@ -152,21 +149,17 @@ class Module:
         for text in _split(found[2] or ""):
             match = PARAMETER.match(text)
             if match is None:
-                line = self.line(found.start())
-                raise PtxError(f"line {line}: parameter {text!r} not understood")
+                at = self.line(found.start())
+                raise PtxError(f"line {at}: parameter {text!r} not understood")
             width = types.bits(match[2]) // 8
             alignment = int(match[1] or match[3] or width)
             size = width * int(match[5] or 1)
             offset = -(-offset // alignment) * alignment
             parameters.append(Parameter(match[4], offset, size, alignment))
             offset += size
-        kernel = Kernel(found[1], self, (found.end(), end))
-        kernel.parameters, kernel.parameter_bytes = tuple(parameters), offset
-        for key, limit in (("maxntid", "maximum_threads"), ("reqntid", "required_threads")):
-            match = re.search(rf"\.{key}\s+([\d\s,]+)", found[3])
-            if match:
-                setattr(kernel, limit, tuple(int(x) for x in match[1].split(",")))
-        return kernel
+        words = (re.search(rf"\.{key}\s+([\d\s,]+)", found[3]) for key in ("maxntid", "reqntid"))
+        limits = (match and tuple(int(x) for x in match[1].split(",")) for match in words)
+        return Kernel(found[1], self, (found.end(), end), tuple(parameters), offset, *limits)
 
 
 class Body:
@@ -187,23 +180,19 @@ class Body:
 
     def _read(self, at: int, end: int) -> None:
         text = self.module.text
-        while True:
-            if match := SKIPPED.match(text, at, end):
-                at = match.end()
-            if at >= end:
-                return
-            if text[at] in "{}":
-                self._scopes = [*self._scopes, {}] if text[at] == "{" else self._scopes[:-1]
-                at += 1
-            elif match := LABEL.match(text, at):
-                label = match[1] if len(self._scopes) == 1 else self._rename(match[1])
-                self.labels[label] = len(self.code)
-                at = match.end()
-            elif match := STATEMENT.match(text, at):
-                self._statement(match[1], self.module.line(at))
-                at = match.end()
-            else:
+        while at < end:
+            match = TOKEN.match(text, at, end)
+            if match is None:
                 raise PtxError(f"line {self.module.line(at)}: cannot read {text[at : at + 60]!r}")
+            brace, label, statement = match.groups()
+            if brace:
+                self._scopes = [*self._scopes, {}] if brace == "{" else self._scopes[:-1]
+            elif label:
+                label = label if len(self._scopes) == 1 else self._rename(label)
+                self.labels[label] = len(self.code)
+            elif statement:
+                self._statement(statement, self.module.line(at))
+            at = match.end()
 
     def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
@@ -227,7 +216,7 @@ class Body:
 
     def _registers(self, text: str) -> None:
         match = re.match(r"\.reg\s+(?:\.v\d\s+)?\.(\w+)\s+(.*)", text, re.S)
-        kind = types.register(match[1])
+        kind = types.REGISTERS[match[1]]
         for word in match[2].split(","):
             stem, _, count = word.strip().rstrip(">").partition("<")
             for name in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
@@ -246,48 +235,31 @@ class Body:
         return word
 
     def _operand(self, text: str, line: int) -> Operand:
-        if any(self._scopes):
-            return self._read_operand(text, line)
-        if text not in self._operands:
-            self._operands[text] = self._read_operand(text, line)
-        return self._operands[text]
+        known = self._operands if not any(self._scopes) else {}
+        if text not in known:
+            known[text] = self._read_operand(text, line)
+        return known[text]
 
     def _read_operand(self, text: str, line: int) -> Operand:
-        if text.startswith("{"):
-            return tuple(self._word(part) for part in _split(text[1:-1]))
-        if text.startswith("["):
+        if text[0] == "[":
             match = ADDRESS.match(text[1:-1].strip())
             if match is None:
                 raise PtxError(f"line {line}: address {text!r} not understood")
             offset = int(match[3].rstrip("U"), 0) if match[3] else 0
-            inner = tuple(self._word(p) for p in _split(match[4][1:-1])) if match[4] else ()
+            inner = self._words(match[4]) if match[4] else ()
             return Address(self._name(match[1]), -offset if match[2] == "-" else offset, inner)
-        if "|" in text:
-            return Pair(*(self._word(part) for part in text.split("|")))
-        return self._word(text)
+        words = self._words(text)
+        return words if text[0] == "{" or "|" in text else words[0]
 
-    def _word(self, text: str) -> str:
-        text = text.strip()
-        if text.startswith("!"):
-            return "!" + self._name(text[1:].strip())
-        return self._name(text)
+    def _words(self, text: str) -> tuple[str, ...]:
+        """Names, with an exclamation mark where negated, and numbers."""
+        words = re.findall(r"(!?)\s*([^\s!{},|]+)", text)
+        return tuple(mark + self._name(word) for mark, word in words)
 
 
 def _split(text: str) -> list[str]:
     """Parts between commas outside brackets."""
-    if not any(bracket in text for bracket in "{[("):
-        return [part.strip() for part in text.split(",")] if text.strip() else []
-    parts, depth, start = [], 0, 0
-    for at, character in enumerate(text):
-        if character in "{[(":
-            depth += 1
-        elif character in "}])":
-            depth -= 1
-        elif character == "," and depth == 0:
-            parts.append(text[start:at].strip())
-            start = at + 1
-    last = text[start:].strip()
-    return [*parts, last] if last else parts
+    return [part.strip() for part in OPERAND.findall(text) if not part.isspace()]
 
 
 def _closing(text: str, at: int) -> int:

@@ -7,8 +7,6 @@ accesses in time are compared exactly: lanes of a warp are ordered by bar.warp.s
 warps of a block by vector clocks, blocks by nothing. Writes of equal values are no race.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -48,30 +46,23 @@ class Access(NamedTuple):
     engine: int = 0  # 1: a bulk copy, 2: wgmma, that column from the end; -1: all lanes together
 
 
-class Race(NamedTuple):
-    place: int
-    earlier: tuple[int, int, int]  # pc, thread of the grid, kind
-    later: tuple[int, int, int]
-    count: int
-
-
 class Detector:
-    def __init__(self, threads: int):
-        self.threads = threads  # of a block, padded to whole warps
-        self.scratch: dict[int, np.ndarray] = {}
+    """Needs of a machine: threads, those of a block padded to whole warps;
+    owner, room that is -1 between calls."""
 
-    def races(self, log: list[Access], length: int) -> list[Race]:
-        """Races between logged accesses to places below `length`."""
+    def races(self, log: list[Access], length: int) -> list[tuple]:
+        """Place, two sides (pc, thread of the grid, kind) and number of races in a log."""
         if not any(a.kind for a in log):
             return []
         shift = _shift(log)
-        owner = self._scratch((length >> shift) + 1)
-        thread = np.concatenate([_repeated(a.lanes + a.first, a.size >> shift) for a in log])
+        if self.owner.size <= length >> shift:
+            self.owner = np.full((length >> shift) + 1, -1, np.int64)
+        owner = self.owner
+        thread = np.concatenate([np.repeat(a.lanes + a.first, a.size >> shift) for a in log])
         granule = np.concatenate([_granules(a, shift) for a in log])
-        kind = np.concatenate(
-            [np.full(a.place.size * (a.size >> shift), a.kind, np.int8) for a in log]
-        )
-        who = np.where(kind == ATOMIC, 0, thread + 1) if (kind == ATOMIC).any() else thread + 1
+        entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
+        kind = np.array([a.kind for a in log], np.int8)[entry]
+        who = np.where(kind == ATOMIC, 0, thread + 1)
         written = granule[kind != READ]
         owner[written] = who[kind != READ]
         seen = owner[granule]
@@ -85,61 +76,43 @@ class Detector:
         owner[hit] = 0
         chosen = np.flatnonzero(owner[granule] >= 0)
         owner[hit] = -1
-        return self._compare(log, shift, granule, thread, kind, chosen)
-
-    def _scratch(self, length: int) -> np.ndarray:
-        length = 1 << length.bit_length()
-        if length not in self.scratch:
-            self.scratch[length] = np.full(length, -1, np.int64)
-        return self.scratch[length]
-
-    def _compare(self, log, shift, granule, thread, kind, chosen) -> list[Race]:
-        entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
-        value = np.concatenate([_values(a, shift) for a in log])
         order = chosen[np.argsort(granule[chosen], kind="stable")]
-        granule, thread, kind = granule[order], thread[order], kind[order]
-        entry, value = entry[order], value[order]
-        n = np.arange(order.size)
+        value = np.concatenate([_values(a, shift) for a in log])
+        return self._compare(log, shift, *(x[order] for x in (granule, thread, kind, entry, value)))
+
+    def _compare(self, log, shift, granule, thread, kind, entry, value) -> list[tuple]:
+        """Neighbours in time among accesses sorted by granule."""
+        n = np.arange(granule.size)
         fresh = np.r_[True, granule[1:] != granule[:-1]]
         start = np.maximum.accumulate(np.where(fresh, n, 0))
         last_write = np.maximum.accumulate(np.where(kind != READ, n, -1))
         before = np.r_[-1, last_write[:-1]]
         later = n[before >= start]
-        pairs = [(before[later], later)]
         # each read and the next write behind it
-        ends = np.r_[fresh[1:], True]
-        end = np.minimum.accumulate(np.where(ends, n, order.size)[::-1])[::-1]
-        next_write = np.minimum.accumulate(np.where(kind != READ, n, order.size)[::-1])[::-1]
-        reads = n[(kind == READ) & (next_write <= end)]
-        pairs.append((reads, next_write[reads]))
-        x, y = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        next_write = np.where(kind != READ, n, n.size)
+        next_write = np.minimum.accumulate(next_write[::-1])[::-1]
+        reads = n[(kind == READ) & (np.r_[start, -1][next_write] == start)]
+        x, y = np.r_[before[later], reads], np.r_[later, next_write[reads]]
         free = (kind[x] != READ) & (kind[y] != READ)
         free &= ((kind[x] == ATOMIC) & (kind[y] == ATOMIC)) | (value[x] == value[y])
         x, y = x[~free], y[~free]
         bad = ~self._ordered(log, entry[x], entry[y], thread[x], thread[y])
         x, y = x[bad], y[bad]
-        found = {}
         pcs = np.array([a.pc for a in log])[entry]
-        for pair in np.unique(pcs[x] * (1 << 32) + pcs[y])[:16] if x.size else ():
-            same = np.flatnonzero(pcs[x] * (1 << 32) + pcs[y] == pair)
-            i, j = x[same[0]], y[same[0]]
-            found[int(pair)] = Race(
-                int(granule[i]) << shift,
-                (int(pcs[i]), int(thread[i]), int(kind[i])),
-                (int(pcs[j]), int(thread[j]), int(kind[j])),
-                same.size,
-            )
-        return list(found.values())
+        pairs = pcs[x] << 32 | pcs[y]  # what is found is told once for each two instructions
+        _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
+        sides = np.stack([pcs, thread, kind], 1).tolist()
+        return [
+            (int(granule[x[k]]) << shift, sides[x[k]], sides[y[k]], int(count))
+            for k, count in zip(first[:16], counts, strict=False)
+        ]
 
     def _ordered(self, log, ex, ey, tx, ty) -> np.ndarray:
         """Whether access ex of thread tx happens before the later ey of ty."""
         stamps = list({id(a.stamp): a.stamp for a in log}.values())
         number = {id(s): k for k, s in enumerate(stamps)}
-        stamp = np.array([number[id(a.stamp)] for a in log])
-        first = np.array([a.first for a in log])
-        own = np.array([a.engine for a in log])
-        lengths = {s.segment.size for s in stamps}
-        width = max(lengths)
+        stamp, first, own = np.array([(number[id(a.stamp)], a.first, a.engine) for a in log]).T
+        width = max(s.segment.size for s in stamps)
         segments = np.full((len(stamps), width), -1, np.int64)
         columns = max(s.clock.shape[1] for s in stamps)
         clocks = np.zeros((len(stamps), width // 32, columns), np.int64)
@@ -168,7 +141,7 @@ def folded(log: list[Access], length: int) -> list[Access]:
         for a in log:
             if a.kind == kind:
                 place, pc = _granules(a, shift), a.pc
-                thread[place] = _repeated(a.lanes + a.first, a.size >> shift)
+                thread[place] = np.repeat(a.lanes + a.first, a.size >> shift)
                 values[place] = _values(a, shift)
         at = np.flatnonzero(thread >= 0)
         if at.size:
@@ -185,18 +158,11 @@ def _shift(log: list[Access]) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def _repeated(x: np.ndarray, times: int) -> np.ndarray:
-    return x if times == 1 else np.repeat(x, times)
-
-
 def _granules(a: Access, shift: int) -> np.ndarray:
-    times = a.size >> shift
-    first = a.place >> shift
-    return first if times == 1 else (first[:, None] + np.arange(times)).ravel()
+    return ((a.place >> shift)[:, None] + np.arange(a.size >> shift)).ravel()
 
 
 def _values(a: Access, shift: int) -> np.ndarray:
-    count = a.place.size * (a.size >> shift)
     if a.values is None:
-        return np.zeros(count, np.uint64)
+        return np.zeros(a.place.size * (a.size >> shift), np.uint64)
     return a.values.view(UNSIGNED[1 << shift]).ravel().astype(np.uint64)

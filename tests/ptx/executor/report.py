@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a launch reports, and the errors of the executor."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor maps of 128 bytes, in a form of our own: what cuTensorMapEncodeTiled makes on a GPU."""
 
-from __future__ import annotations
-
 import struct
 from dataclasses import dataclass
 
@@ -11,8 +9,7 @@ import numpy as np
 from .report import PtxError
 
 MAGIC = b"TILEMAP1"
-FORMAT = "<8sQBBBB4x5Q4Q5H5B"  # 127 bytes
-SPAN = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes of a swizzled row
+FORMAT = "<8sQ4B5Q5Q5H5B13x"
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,9 @@ def encode(
     address: int, dims, strides, box, element: int, swizzle: int = 0, steps=None, fill: int = 0
 ) -> bytes:
     """The 128 bytes of a map; refuses what the driver refuses."""
-    rank = len(dims)
+    rank, got = len(dims), (address, dims, strides, box)
     steps = tuple(steps or (1,) * rank)
+    row = box[0] * element
     for name, good in (
         ("rank: 1 to 5", 1 <= rank <= 5),
         ("address: a multiple of 16", address % 16 == 0),
@@ -54,30 +52,24 @@ def encode(
         ("dims: 1 to 2^32", all(1 <= d <= 2**32 for d in dims)),
         ("box: 1 to 256 in each dim", len(box) == rank and all(1 <= b <= 256 for b in box)),
         ("element: 1, 2, 4 or 8 bytes", element in (1, 2, 4, 8)),
-        ("box: a row of a multiple of 16 bytes", box[0] * element % 16 == 0),
-        (
-            "swizzle: 0 to 3, its span not below a row",
-            swizzle in SPAN and (not swizzle or box[0] * element <= SPAN[swizzle]),
-        ),
+        ("box: a row of a multiple of 16 bytes", row % 16 == 0),
+        ("swizzle: 0 to 3", swizzle in range(4)),
+        ("swizzle: its span not below a row", not swizzle or row <= 16 << swizzle),
         ("steps: 1 to 8", len(steps) == rank and all(1 <= s <= 8 for s in steps)),
     ):
         if not good:
-            raise PtxError(f"tensor map: wanted {name}, got {(address, dims, strides, box)}")
-    padded = lambda values, n: (*values, *(0,) * (n - len(values)))  # noqa: E731
-    head = (MAGIC, address, rank, element, swizzle, fill)
-    tail = (*padded(dims, 5), *padded(strides, 4), *padded(box, 5), *padded(steps, 5))
-    return struct.pack(FORMAT, *head, *tail).ljust(128, b"\0")
+            raise PtxError(f"tensor map: wanted {name}, got {got}")
+    lists = [(*values, *(0,) * (5 - len(values))) for values in (dims, strides, box, steps)]
+    numbers = [x for values in lists for x in values]
+    return struct.pack(FORMAT, MAGIC, address, rank, element, swizzle, fill, *numbers)
 
 
 def decode(raw: bytes) -> TensorMap:
-    if raw[:8] != MAGIC:
+    magic, address, rank, element, swizzle, fill, *rest = struct.unpack(FORMAT, raw)
+    if magic != MAGIC:
         raise PtxError("tensor map: these 128 bytes were not made by tensor_map.encode")
-    _, address, rank, element, swizzle, fill, *rest = struct.unpack_from(FORMAT, raw)
-    dims, strides, box, steps = rest[:5], rest[5:9], rest[9:14], rest[14:19]
-    return TensorMap(
-        address, tuple(dims[:rank]), tuple(strides[: rank - 1]), tuple(box[:rank]), element,
-        swizzle, tuple(steps[:rank]), fill,
-    )  # fmt: skip
+    dims, strides, box, steps = (tuple(rest[k : k + rank]) for k in range(0, 20, 5))
+    return TensorMap(address, dims, strides[: rank - 1], box, element, swizzle, steps, fill)
 
 
 def swizzled(place: np.ndarray, swizzle: int) -> np.ndarray:

@@ -5,8 +5,6 @@ A register is a signed integer of 16, 32 or 64 bits, a float, or a bool; an inst
 the type it names. 8-bit values live in 16-bit registers, halves as their bits.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 
@@ -19,22 +17,14 @@ u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 f2, f4, f8 = np.float16, np.float32, np.float64
 
 UNSIGNED = {1: u1, 2: u2, 4: u4, 8: u8}
-NAMES = {
-    **{f"s{8 * n}": f"i{n}" for n in (1, 2, 4, 8)},
-    **{f"u{8 * n}": f"u{n}" for n in (1, 2, 4, 8)},
-    **{f"b{8 * n}": f"i{n}" for n in (1, 2, 4, 8)},
-    **{"b8": "u1", "f32": "f4", "f64": "f8", "tf32": "f4", "pred": "?"},
-    **{"f16": "i2", "bf16": "i2", "f16x2": "i4", "bf16x2": "i4"},
-}
+NAMES = {f"{ptx}{8 * n}": f"{held}{n}" for ptx, held in ("si", "uu", "bi") for n in UNSIGNED}
+NAMES |= {"b8": "u1", "f32": "f4", "f64": "f8", "tf32": "f4", "pred": "?"}
+NAMES |= {"f16": "i2", "bf16": "i2", "f16x2": "i4", "bf16x2": "i4"}
 TYPES = frozenset(NAMES)
 HALVES = {"f16", "bf16", "f16x2", "bf16x2"}
 FLOATS = {"f32", "f64"}
-REGISTERS = {"?": "?", "i1": "i2", "u1": "i2", "u2": "i2", "u4": "i4", "u8": "i8"}
-
-
-def register(ptx: str) -> str:
-    """NumPy name of the registers that hold a PTX type."""
-    return REGISTERS.get(NAMES[ptx], NAMES[ptx])
+HELD = {"i1": "i2", "u1": "i2", "u2": "i2", "u4": "i4", "u8": "i8"}
+REGISTERS = {ptx: HELD.get(name, name) for ptx, name in NAMES.items()}
 
 
 def signless(ptx: str) -> str:
@@ -54,7 +44,7 @@ def size(numpy_name: str) -> int:
 def immediate(text: str, want: str):
     """A literal as a NumPy scalar; hexadecimal floats are bits."""
     dtype = np.dtype(want)
-    bits = np.dtype(f"u{dtype.itemsize}")
+    bits = f"u{dtype.itemsize}"
     if match := re.fullmatch(r"0([fFdD])([0-9a-fA-F]+)", text):
         double = match[1] in "dD"
         value = np.array(int(match[2], 16), "u8" if double else "u4")

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warp-level instructions: shuffles, votes, ldmatrix, stmatrix, mma."""
-
-from __future__ import annotations
+"""Shuffles, votes, ldmatrix, stmatrix, mma of warps; wgmma of warpgroups (sm_90)."""
 
 import numpy as np
 
+from .memory import WINDOWS
 from .numeric import f32_of_bf16, f32_of_f16, tf32
 from .races import Stamp
-from .translate import WINDOWS
+from .report import PtxError
+from .tensor_map import swizzled
 from .types import f4, f8, i4, i8, u4, u8
 
-REDUCED = {"min": "minimum", "max": "maximum", "add": "add"}
-REDUCED |= {how: f"bitwise_{how}" for how in ("and", "or", "xor")}
+REDUCED = {"min": np.minimum, "max": np.maximum, "add": np.add}
+REDUCED |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 BITS = np.arange(32, dtype=np.uint32)
 
 
@@ -22,17 +22,13 @@ class WarpLevel:
         """Active lanes as an array."""
         return self.exists if mask is None else np.broadcast_to(mask, self.lanes.shape)
 
+    def standing_warps(self, mask) -> np.ndarray:
+        return np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+
     def full(self, x) -> np.ndarray:
         x = np.asarray(x)
         return x if x.ndim else np.full(self.lanes.size, x)
 
-    def parameter(self, offset: int, t):
-        return np.frombuffer(self.raw, t, 1, offset)[0]
-
-    def trap(self, mask, pc: int) -> None:
-        self.find("trap", pc, "a trap is reached", np.flatnonzero(self.standing(mask)))
-
-    # ---- who takes part
     def demand(self, members, mask, pc: int) -> None:
         """Every lane of a member mask stands here, and no other does."""
         everyone = mask is None and np.ndim(members) == 0 and int(members) == -1
@@ -41,15 +37,14 @@ class WarpLevel:
         here = self.standing(mask)
         members = np.broadcast_to(np.asarray(members).view(u4), here.shape)
         outside = here & ((members >> self.lane.view(u4)) & u4(1) == 0)
-        if outside.any():
-            text = "the lane that executes it is not in its member mask"
-            self.find("member mask", pc, text, np.flatnonzero(outside))
+        text = "the lane that executes it is not in its member mask"
+        self.find("member mask", pc, text, outside)
         standing = self.ballot(here)
         missing = here & (members & self.ballot(self.exists) & ~standing != 0)
         if missing.any():
             k = int(np.flatnonzero(missing)[0])
             text = f"member mask {int(members[k]):#x}, but lanes {int(standing[k]):#x} stand here"
-            self.find("member mask", pc, text, np.flatnonzero(missing))
+            self.find("member mask", pc, text, missing)
 
     def ballot(self, p: np.ndarray) -> np.ndarray:
         """For each lane the 32 bits of its warp."""
@@ -58,25 +53,17 @@ class WarpLevel:
     def active_mask(self, mask, pc: int):
         return self.ballot(self.standing(mask)), None
 
-    def sync_warp(self, members, mask, pc: int) -> None:
-        self.demand(members, mask, pc)
+    def sync_warp(self, mask, pc: int) -> None:
         self.stamp = Stamp(self.stamp.after(self.standing(mask)), self.stamp.clock)
 
     def barrier_arrive(self, name, mask, pc: int) -> None:
         """bar.arrive: counts the lanes and what they have seen, without stopping them."""
         name, here = int(np.ravel(name)[0]), self.standing(mask)
         count, seen = self.arrived.get(name, (0, 0))
-        come = here.reshape(self.blocks, -1, 32).any(2)
-        clock = self.stamp.clock.reshape(self.blocks, -1, self.threads // 32 + 2).copy()
-        seen = np.maximum(seen, np.where(come[:, :, None], clock, 0).max(1))
+        seen = self.meet(here, seen, wait=False)
         self.arrived[name] = (count + here.reshape(self.blocks, -1).sum(1), seen)
-        own = np.arange(self.threads // 32)
-        clock[:, own, own] += come
-        self.stamp = Stamp(self.stamp.segment, clock.reshape(self.stamp.clock.shape))
 
-    # ---- exchange
     def shuffle(self, how: str, a, b, c, members, mask, pc: int):
-        self.demand(members, mask, pc)
         a, lane = self.full(a), self.lane.astype(i8)
         b, c = np.asarray(b).astype(i8) & 31, np.asarray(c).astype(i8)
         segment, clamp = (c >> 8) & 31, c & 31
@@ -85,16 +72,12 @@ class WarpLevel:
         source = sources[how]
         inside = source >= high if how == "up" else source <= high
         source = self.warp_of * 32 + np.where(inside, source, lane)
-        if mask is not None:
-            here = self.standing(mask)
-            bad = here & ~here[source]
-            if bad.any() and self.checks.barriers:
-                text = "a value is read from a lane that does not take part"
-                self.find("member mask", pc, text, np.flatnonzero(bad))
+        if mask is not None and self.checks.barriers:
+            here, text = self.standing(mask), "a value is read from a lane that does not take part"
+            self.find("member mask", pc, text, here & ~here[source])
         return a[source], inside
 
     def vote(self, how: str, p, members, mask, pc: int):
-        self.demand(members, mask, pc)
         here, p = self.standing(mask), np.broadcast_to(p, self.lanes.shape)
         yes, all_of = self.ballot(p & here), self.ballot(here)
         if how == "ballot":
@@ -103,7 +86,6 @@ class WarpLevel:
         return {"any": yes != 0, "all": every, "uni": (yes == 0) | every}[how], None
 
     def match(self, how: str, a, members, mask, pc: int):
-        self.demand(members, mask, pc)
         here = self.standing(mask).reshape(-1, 32)
         a = self.full(a).reshape(-1, 32)
         same = (a[:, :, None] == a[:, None, :]) & here[:, None, :]
@@ -115,32 +97,25 @@ class WarpLevel:
 
     def reduce(self, how: str, a, members, mask, pc: int):
         """redux: over the lanes that stand here and share a member mask."""
-        self.demand(members, mask, pc)
-        a = self.full(a)
+        a, out = self.full(a), np.zeros(self.lanes.size, np.asarray(a).dtype)
         group = self.warp_of.astype(i8) << 32 | self.full(members).view(u4)
-        here = np.flatnonzero(self.standing(mask))
-        _, inverse = np.unique(group[here], return_inverse=True)
-        function = getattr(np, REDUCED[how])
-        order = np.argsort(inverse, kind="stable")
-        starts = np.flatnonzero(np.r_[True, np.diff(inverse[order]) != 0])
-        out = np.zeros_like(a)
-        out[here] = function.reduceat(a[here][order], starts)[inverse]
+        for g in np.unique(group[self.standing(mask)]):
+            here = self.standing(mask) & (group == g)
+            out[here] = REDUCED[how].reduce(a[here])
         return out, None
 
     def elect(self, members, mask, pc: int):
         """The lowest lane of the members, and whether this lane is it."""
-        self.demand(members, mask, pc)
         members = self.full(members)
         leader = np.bitwise_count((members & -members).view(u4) - u4(1)).astype(i4)
         return leader, leader == self.lane
 
-    # ---- matrices
     def warps(self, mask, pc: int) -> np.ndarray:
         """Warps that execute an instruction which needs all of their lanes."""
         if mask is None and self.whole:
             return np.arange(self.lanes.size // 32)
         self.demand(i4(-1), mask, pc)
-        return np.flatnonzero(self.standing(mask).reshape(-1, 32).any(1))
+        return self.standing_warps(mask)
 
     def by_warp(self, x, warps: np.ndarray) -> np.ndarray:
         """[warps, 32] values of a register."""
@@ -189,6 +164,87 @@ class WarpLevel:
         return [self.to_lanes(x, warps) for x in scattered(total, kinds[0])]
 
 
+class WarpGroups:
+    """Needs of a machine: standing(), by lanes, shared memory with its checks."""
+
+    def prepare_groups(self) -> None:
+        self.committed: list[np.ndarray] = []  # ticks of each block by then
+        self.unfinished: dict[str, int] = {}  # accumulators in flight: register to group
+
+    def warpgroups(self, mask, pc: int) -> np.ndarray:
+        here = self.standing(mask)
+        if self.threads % 128:
+            self.find("barrier", pc, "the block does not consist of whole warpgroups")
+            here = here[: here.size // 128 * 128]
+        by_group = here.reshape(-1, 128)
+        part = np.flatnonzero(by_group.any(1) & ~by_group.all(1))
+        if part.size:
+            self.find("barrier", pc, "reached by a part of a warpgroup", part * 128)
+        return np.flatnonzero(by_group.any(1))
+
+    def group_product(
+        self, n, k, into, kind, d, names, a, b, keep, negate, transposed, mask, pc: int
+    ) -> list:
+        """D = A B (+ D): A [64, k] from registers or a descriptor, B [n, k] from a descriptor."""
+        groups = self.warpgroups(mask, pc)
+        self.report.matrix_products += groups.size
+        warps = (groups[:, None] * 4 + np.arange(4)).ravel()
+        if isinstance(a, list):
+            registers = [self.by_warp(x, warps) for x in a]
+            left = fragment(registers, kind, 16, k).reshape(-1, 64, k)
+        else:
+            left = self.tile(self.full(a), groups, 64, k, kind, transposed[0], pc)
+        right = self.tile(self.full(b), groups, n, k, kind, transposed[1], pc)
+        product = np.matmul(left * f4(negate[0]), (right * f4(negate[1])).swapaxes(1, 2))
+        product = product.reshape(-1, 16, n)
+        old = accumulator([self.by_warp(x, warps) for x in d], into, 16, n)
+        keep = self.full(keep).reshape(-1, 32)[warps][:, :1, None]
+        total = np.where(keep, old, f4(0)) + product
+        for name in names:
+            self.unfinished[name] = len(self.committed)
+        results = [self.to_lanes(x, warps) for x in scattered(total, into)]
+        if warps.size * 32 == self.lanes.size:
+            return results
+        here = self.standing(mask)
+        return [np.where(here, x, before) for x, before in zip(results, d, strict=True)]
+
+    def tile(self, descriptors, groups, rows: int, k: int, kind: str, transposed: bool, pc: int):
+        """[groups, rows, k] of a matrix in shared memory; rows run along M or N, k along K."""
+        size = 4 if kind == "tf32" else 2
+        words = descriptors.reshape(-1, 128)[groups]
+        if (words != words[:, :1]).any():
+            self.find("barrier", pc, "the descriptor differs within a warpgroup", groups * 128)
+        places = np.stack([layout(int(w), rows, k, size, transposed) for w in words[:, 0]])
+        who = np.repeat(groups * 128, rows * k)
+        with self.asynchronously(groups * 128, 2):
+            x = self.read("shared", places.ravel(), who, size, 1, pc, engine=2)[0]
+        self.check_proxy(places.ravel(), who, size, pc)
+        x = x.view(f4) if kind == "tf32" else x
+        return numbers(x, kind).reshape(-1, rows, k)
+
+    def commit_products(self, mask, pc: int) -> None:
+        self.committed.append(self.ticks[:, 2].copy())
+
+    def wait_products(self, newest: int, mask, pc: int) -> None:
+        """All groups but the newest are done: accumulators may be read, operands written."""
+        done = len(self.committed) - newest
+        self.unfinished = {r: g for r, g in self.unfinished.items() if g >= done}
+        if done > 0:
+            self.waited(mask, 2, self.committed[done - 1])
+
+    def accumulator_read(self, name: str, mask, pc: int) -> None:
+        if name in self.unfinished and self.checks.proxies:
+            text = f"accumulator {name} is read before wgmma.wait_group"
+            self.find("proxy", pc, text, np.flatnonzero(self.standing(mask)))
+
+    def accumulator_moved(self, into: str, source: str) -> None:
+        """A copy of an accumulator in flight is in flight itself."""
+        if source in self.unfinished:
+            self.unfinished[into] = self.unfinished[source]
+        else:
+            self.unfinished.pop(into, None)
+
+
 def space_of(a: np.ndarray) -> str:
     """Shared addresses may be given as generic ones."""
     return "" if (a >= WINDOWS["param"]).any() else "shared"
@@ -201,8 +257,7 @@ def turned(rows: np.ndarray, count: int, transposed: bool) -> np.ndarray:
 
 
 def numbers(x: np.ndarray, kind: str) -> np.ndarray:
-    """[W, 32] registers to [W, 32, values of a register] in the type of computation."""
-    x = np.ascontiguousarray(x)[:, :, None]
+    """Bits to the type of computation."""
     if kind in ("f16", "bf16"):
         return (f32_of_f16 if kind == "f16" else f32_of_bf16)(x.view(np.int16))
     return tf32(x, "rz") if kind == "tf32" else x
@@ -224,7 +279,9 @@ def placed(values: list, rows: int, columns: int) -> np.ndarray:
 
 def fragment(registers: list, kind: str, rows: int, columns: int) -> np.ndarray:
     """Registers of an operand to [W, rows, columns]."""
-    return placed([numbers(x, kind) for x in registers], rows, columns)
+    return placed(
+        [numbers(np.ascontiguousarray(x)[..., None], kind) for x in registers], rows, columns
+    )
 
 
 def accumulator(registers: list, kind: str, rows: int, columns: int) -> np.ndarray:
@@ -247,3 +304,25 @@ def scattered(total: np.ndarray, kind: str) -> list[np.ndarray]:
             x = np.ascontiguousarray(x).view(i4) if kind == "f16" else x
             out += [x[:, :, k] for k in range(x.shape[2])]
     return out
+
+
+def layout(descriptor: int, rows: int, k: int, size: int, transposed: bool) -> np.ndarray:
+    """Shared addresses [rows, k] that a matrix descriptor stands for.
+
+    The matrix consists of cores of 8 rows of 16 bytes, joined to rows of 32, 64 or 128 bytes where
+    swizzled. K-major: 8 rows lie `stride` apart, cores along K `leading` apart (unswizzled) or side
+    by side. MN-major (transposed): K runs down the rows of a core; unswizzled, the two distances
+    change their parts.
+    """
+    if descriptor >> 49 & 7:
+        raise PtxError("wgmma: the base offset of a matrix descriptor is not modelled")
+    start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
+    swizzle = (0, 3, 2, 1)[descriptor >> 62 & 3]
+    r, c = np.arange(rows)[:, None], np.arange(k)[None, :]
+    width = 16 << swizzle  # bytes of a row
+    if transposed:
+        r, c = c, r
+        leading, stride = (leading, stride) if swizzle else (stride, leading)
+    n = width // size
+    place = r % 8 * width + r // 8 * stride + c // n * leading + c % n * size
+    return swizzled(start + place, swizzle)
