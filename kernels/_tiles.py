@@ -116,13 +116,14 @@ _ATTENTION = [name for name, kind in KINDS.items() if kind.tile is Tile]
 # the 99 KiB of sm_86, sm_89 and sm_120.
 _TILES = {
     "half": {
-        "fwd": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 1)),
+        "fwd": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+        "fwd in one step": ((128, 64, 8, 2), (128, 64, 8, 1), (64, 32, 8, 1)),
         "bwd_query": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
-        "bwd_key": ((32, 64, 4, 1), (32, 64, 8, 2), (32, 32, 8, 2)),
+        "bwd_key": ((32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 8, 2)),
         "weights": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
-        "rational_fwd": ((64, 32, 4, 2), (64, 32, 8, 1), (32, 32, 8, 1)),
-        "rational_bwd_query": ((64, 32, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
+        "rational_fwd": ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
+        "rational_bwd_query": ((64, 32, 8, 2), (32, 64, 4, 1), (32, 32, 8, 1)),
         "rational_bwd_key": ((32, 64, 4, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
         "rational_one_bwd": ((32, 32, 2, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     },
@@ -158,6 +159,7 @@ _HALF = _TILES["half"]
 # multiprocessor, so that the exponentials of one overlap the products of the other.
 _HALF_OF_90 = {
     "fwd": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["fwd"][2]),
+    "fwd in one step": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["fwd"][2]),
     "bwd_query": ((64, 64, 4, 1), (64, 64, 4, 1), _HALF["bwd_query"][2]),
     "bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["bwd_key"][2]),
     "weights": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["weights"][2]),
@@ -166,10 +168,13 @@ _HALF_OF_90 = {
     "rational_bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["rational_bwd_key"][2]),
     "rational_one_bwd": ((64, 64, 4, 1), *_HALF["rational_one_bwd"][1:]),
 }
-# Two stages of bwd_query spill on sm_100, larger rational tiles do not
+# Tensor memory of sm_100 has 128 lanes, of which 64 rows take half; sums lie there and leave eight
+# warps registers for 128 rows. Two stages of bwd_query spill.
 _HALF_OF_100 = {
-    "bwd_query": ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 8, 1)),
-    "rational_fwd": ((64, 64, 8, 2), *_HALF["rational_fwd"][1:]),
+    "fwd in one step": _HALF["fwd"],
+    "bwd_query": ((128, 32, 8, 1), (128, 32, 8, 1), (32, 32, 8, 1)),
+    "bwd_key": ((64, 128, 8, 1), (32, 128, 8, 1), _HALF["bwd_key"][2]),
+    "rational_fwd": ((64, 64, 8, 2), (64, 32, 8, 1), _HALF["rational_fwd"][2]),
     "rational_bwd_query": ((64, 64, 8, 2), *_HALF["rational_bwd_query"][1:]),
     "rational_bwd_key": ((64, 64, 8, 2), *_HALF["rational_bwd_key"][1:]),
     "rational_one_bwd": ((64, 64, 8, 1), *_HALF["rational_one_bwd"][1:]),
@@ -198,6 +203,7 @@ _OTHER_TILES = {
     "unit_products_bwd": (2048,),
 }
 
+ONE_STEP = 64  # keys up to so many may take one step, which carries no sums along
 SMALL_K = 128  # up to so many classes, programs may be too few for the device: tiles by waves
 _BY_WAVES = ("fwd", "bwd_query", "weights")  # a program per tile of classes; shorter ones fit
 KEYS_AS_ROWS = 16  # loading the keys and values of an image costs about so many rows of queries
@@ -221,12 +227,15 @@ def built_in(
         return KINDS[kind].tile(*_OTHER_TILES[kind])
     if KINDS[kind].tile is HeadTile:
         return HeadTile(*_HEAD_TILES[part][kind])
-    B, H, K, _, d = sizes
+    B, H, K, L, d = sizes
     table = _TILES[part]
     if part == "half":
         table = table | _HALF_OF.get(target.capability // 10, {})
     width = 0 if padded(d) <= 64 else 1 if padded(d) <= 128 else 2
-    tile = Tile(*table[kind][width])
+    one_step = f"{kind} in one step"
+    if L > ONE_STEP or one_step not in table:
+        one_step = kind
+    tile = Tile(*table[one_step][width])
     if kind in _BY_WAVES and K <= SMALL_K and part != "interpreter":
         return by_waves(tile, B * H, K, precision, target)
     return tile
