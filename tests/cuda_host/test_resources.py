@@ -19,29 +19,9 @@ _spec.loader.exec_module(resources)
 
 DTYPES = ("float", "Half", "BFloat16")
 # kernel -> architectures on which it needs a few registers more than the 255 there are; the bytes
-# are in the table, at most 328. Other tiles were not tried.
-SPILLS: dict[str, tuple[str, ...]] = {
-    "CrossAttnForward<BFloat16, 128>": ("75",),
-    "CrossAttnForward<BFloat16, 256>": ("75",),
-    "CrossAttnForward<Half, 256>": ("75",),
-    "CrossAttnForward<float, 128>": ("75",),
-    "CrossAttnForward<float, 256>": ("75", "80"),
-    "CrossAttnKeyGradient<BFloat16, 128>": ("75",),
-    "CrossAttnKeyGradient<BFloat16, 256>": ("75",),
-    "CrossAttnQueryGradient<BFloat16, 128>": ("75",),
-    "FfnGradient<BFloat16>": ("100", "120"),
-    "FfnGradient<Half>": ("100", "120"),
-    "FfnGradient<float>": ("120",),
-    "NormGradient<BFloat16>": ("100", "120"),
-    "NormGradient<Half>": ("100", "120"),
-    "RationalKeys<BFloat16, 128>": ("80",),
-    "RationalKeys<Half, 128>": ("75", "80"),
-    "RationalOne<BFloat16, 128>": ("75",),
-    "RationalOne<Half, 128>": ("75",),
-    "RationalRows<Half, 128>": ("75",),
-    "UnitGradient<BFloat16>": ("120",),
-    "UnitGradient<Half>": ("120",),
-}
+# are in the table
+SPILLS: dict[str, tuple[str, ...]] = {"CrossAttnKeyGradient<Half, 256>": ("75",)}
+MOST_SPILLED = 24  # bytes of a thread
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +54,7 @@ def test_float64_is_left_to_the_reference(table):
 def test_no_other_kernel_spills(table):
     spilled = {(r.kernel, r.arch) for r in table[1] if r.spill_stores or r.spill_loads}
     assert spilled == {(kernel, arch) for kernel in SPILLS for arch in SPILLS[kernel]}
-    assert all(max(row.spill_stores, row.spill_loads) <= 328 for row in table[1])
+    assert all(max(row.spill_stores, row.spill_loads) <= MOST_SPILLED for row in table[1])
 
 
 def test_registers_are_those_of_a_whole_block(table):
