@@ -69,7 +69,8 @@ class Machine(Accesses, WarpLevel, WarpGroups, Copies):
         self.detector = Detector(self.threads)
         self.logged = self.logged_shared = 0
         for name, data in kernel.module.data.items():
-            if name in program.symbols and memory.at(data.ctypes.data + data.size - 1) is None:
+            below = memory.at(data.ctypes.data)  # another buffer, or it from a launch before
+            if name in program.symbols and (below is None or below.address != data.ctypes.data):
                 memory.add(data.ctypes.data, data.size, name)
 
     def find(self, kind: str, pc: int, message: str, lanes=None) -> None:
