@@ -12,7 +12,10 @@ from harness.coverage import FLOOR, Summary
 # kernels that the short list does not run -> why; the long list runs all
 LEFT_OUT: dict[str, str] = {}
 # kernel -> (share that can be reached, what cannot and why), where that is below the floor
-OUT_OF_REACH: dict[str, tuple[float, str]] = {}
+OUT_OF_REACH: dict[str, tuple[float, str]] = {
+    # measured for float16 on sm_90
+    r"body_kernel": (0.39, "nvcc's second copies of loops over threads that have one trip"),
+}
 # what the short list reaches of every kernel; the CUDA library has code for every alignment
 SHORT_FLOORS = {"cuda": 0.2, "triton": 0.85}
 # letter of a size -> smallest with two passes of the loop over it and a rest; images, and images of

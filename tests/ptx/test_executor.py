@@ -195,6 +195,24 @@ def test_local_and_constant_memory(run):
     assert (y == T % 4 + 1).all()
 
 
+@pytest.mark.parametrize("below", [False, True])
+def test_constants_lie_anywhere(kernels, below):
+    """Variables of a module are known above and below the buffers of a launch, and once."""
+    module = Module(kernels["constants"].module.text)
+    room = np.zeros(1024, "u1")
+    room = room[-room.ctypes.data % 256 :]
+    table, y = (room[:16], room[64:576]) if below else (room[512:528], room[:512])
+    table.view("f4")[:] = T[:4] + 5
+    module.data["table"] = table
+    memory, packed = Memory(), struct.pack("<Q", y.ctypes.data)
+    memory.add(y.ctypes.data, y.nbytes)
+    for _ in range(2):
+        sizes = {"grid": (1, 1, 1), "block": (128, 1, 1)}
+        report = launch(module.kernels["constants"], parameters=packed, memory=memory, **sizes)
+        assert not report.findings
+    assert (y.view("f4") == T % 4 + 5).all()
+
+
 def test_arithmetic(run):
     d, f = floats(128, t="f8"), floats(128)
     y, g, n = np.zeros(128), np.zeros(128, "f4"), np.zeros(128, "i4")

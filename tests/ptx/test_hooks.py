@@ -136,7 +136,7 @@ def test_triton_specialises_as_at_run_time(triton) -> None:
         print(len({launch.key for launch in backend.recorder.launches}))
         print(backend.recorder.launches[0].threads)
     """)
-    assert printed.split() == ["True", "True", "True", "3", "128"]
+    assert printed.split() == ["True", "True", "True", "3", "256"]
 
 
 def test_a_module_falls_into_its_entries() -> None:

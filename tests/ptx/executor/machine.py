@@ -65,7 +65,8 @@ class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
         self.owner = np.empty(0, np.int64)
         self.logged = [0, 0]  # words of 4 bytes in shared and global memory since the last check
         for name, data in kernel.module.data.items():
-            if name in program.symbols and memory.at(data.ctypes.data + data.size - 1) is None:
+            below = memory.at(data.ctypes.data)  # another buffer, or it from a launch before
+            if name in program.symbols and (below is None or below.address != data.ctypes.data):
                 memory.add(data.ctypes.data, data.size, name)
 
     def find(self, kind: str, pc: int, message: str, lanes=()) -> None:

@@ -73,6 +73,7 @@ TABLE = {
     "norm_cosine_logits": """
         ** B3 K5 C37
         * B2 K9 C136
+        B1 K1 C2
         B1 K1 C3
         B2 K9 C64 ;; gaps
         B4 K8 C129
