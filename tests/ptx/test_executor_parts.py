@@ -78,6 +78,17 @@ F32 = np.array([0.0, -0.0, 1.5, -2.5, 3.4e38, 1e-40, np.inf, np.nan], "f4")
             lambda x: int.from_bytes((x % 2**32).to_bytes(4, "big"), "little"),
         ),
         ("shf.l.wrap.b32 %r3, %r2, %r2, 8;", lambda x: x << 8 | (x % 2**32) >> 24),
+        (
+            "prmt.b32 %r3, %r2, 0, 0xBA98;",
+            lambda x: sum(255 << 8 * k for k in range(4) if x >> 8 * k & 128),
+        ),
+        (
+            "and.b32 %r4, %r2, 0x7777; prmt.b32 %r3, %r2, -1, %r4;",
+            lambda x: sum(
+                ((x % 2**32 | 0xFFFFFFFF << 32) >> 8 * (x >> 4 * k & 7) & 255) << 8 * k
+                for k in range(4)
+            ),
+        ),
         ("mov.b32 {%h1, %h2}, %r2; mov.b32 %r3, {%h2, %h1};", lambda x: x << 16 | x >> 16 & 65535),
         ("setp.lt.s32 %p1, %r2, 0; selp.b32 %r3, 1, 2, %p1;", lambda x: 1 if x < 0 else 2),
         (
@@ -111,6 +122,10 @@ def test_integers(code, function):
         ("cvt.rn.f16.f32 %h1, %f1; cvt.f32.f16 %f2, %h1;", lambda x: x.astype("f2")),
         ("cvt.rz.f16.f32 %h1, %f1; cvt.f32.f16 %f2, %h1;",
          lambda x: np.where(np.isfinite(x), np.clip(x.astype("f2"), -65504, 65504), x)),
+        ("cvt.f64.f32 %fd1, %f1; mul.f64 %fd1, %fd1, 0d3FF0000000000001; cvt.rm.f32.f64 %f2, %fd1;",
+         lambda x: np.where(x < 0, np.nextafter(x, np.float32(-np.inf)), x)),
+        ("cvt.f64.f32 %fd1, %f1; mul.f64 %fd1, %fd1, 0d3FF0000000000001; cvt.rp.f32.f64 %f2, %fd1;",
+         lambda x: np.where(x > 0, np.nextafter(x, np.float32(np.inf)), x)),
         ("setp.neu.f32 %p1, %f1, %f1; selp.f32 %f2, 0f3F800000, 0f00000000, %p1;", np.isnan),
         ("setp.ne.f32 %p1, %f1, %f1; selp.f32 %f2, 0f3F800000, 0f00000000, %p1;", np.zeros_like),
     ],
@@ -136,6 +151,13 @@ def test_a_fused_product_of_doubles_is_rounded_once():
     assert compute(code, np.array([a])).view("f8")[0] == 2.0**-60
 
 
+def test_pairs_of_halves_add_up_in_memory():
+    code = "ld.global.u32 %r2, [%rd4]; red.global.add.noftz.f16x2 [%rd5], %r2;"
+    code += "atom.global.add.noftz.f16x2 %r3, [%rd5], %r2;"
+    got = compute(code, np.array([[1.5, -3.0], [0.25, 8.0]], "f2"))
+    assert got.astype("u4").view("f2").tolist() == [3.0, -6.0, 0.5, 16.0]
+
+
 def test_pairs_pack_and_unpack():
     code = "ld.global.v2.f32 {%f1, %f2}, [%rd4]; cvt.rn.bf16x2.f32 %r3, %f2, %f1;"
     code += "st.global.u32 [%rd5], %r3;"
@@ -159,6 +181,14 @@ def test_what_is_not_modelled_is_refused_before_it_runs():
 def test_errors_name_the_line(text, message):
     with pytest.raises(PtxError, match=message):
         _ = Module(text).kernels["k"].instructions
+
+
+def test_the_executor_is_small_and_of_use_to_others():
+    texts = {path.name: path.read_text() for path in (HERE / "executor").glob("*.py")}
+    lines = {name: text.count("\n") for name, text in texts.items()}
+    assert sum(lines.values()) <= 3000, lines
+    texts["README.md"] = (HERE / "executor" / "README.md").read_text()
+    assert [name for name, text in texts.items() if "vtclip" in text.lower()] == []
 
 
 def test_parameters_have_offsets():

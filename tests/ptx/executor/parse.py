@@ -248,8 +248,9 @@ class Body:
             offset = int(match[3].rstrip("U"), 0) if match[3] else 0
             inner = self._words(match[4]) if match[4] else ()
             return Address(self._name(match[1]), -offset if match[2] == "-" else offset, inner)
-        words = self._words(text)
-        return words if text[0] == "{" or "|" in text else words[0]
+        if text[0] == "!":
+            return self._words(text)[0]
+        return self._words(text) if text[0] == "{" or "|" in text else self._name(text)
 
     def _words(self, text: str) -> tuple[str, ...]:
         """Names, with an exclamation mark where negated, and numbers."""
@@ -259,7 +260,8 @@ class Body:
 
 def _split(text: str) -> list[str]:
     """Parts between commas outside brackets."""
-    return [part.strip() for part in OPERAND.findall(text) if not part.isspace()]
+    parts = OPERAND.findall(text) if "[" in text or "{" in text else text.split(",")
+    return [part.strip() for part in parts if part and not part.isspace()]
 
 
 def _closing(text: str, at: int) -> int:

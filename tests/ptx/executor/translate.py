@@ -110,7 +110,7 @@ class Program:
         reads, writes = {i.predicate}, set()
         for n, operand in enumerate(i.operands):
             written = n == 0 and type(operand) is not Address and i.base not in NO_DESTINATION
-            (writes if written else reads).update(w.lstrip("!") for w in listed(operand))
+            (writes if written else reads).update([w.lstrip("!") for w in listed(operand)])
         if is_barrier(i) and "red" in i.parts:
             writes = {i.operands[0]}
         if i.predicate or i.base == "wgmma":

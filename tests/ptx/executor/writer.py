@@ -35,7 +35,6 @@ def widened(text: str, kind: str) -> str:
 
 
 def narrowed(text: str, kind: str) -> str:
-    """`widened` undone."""
     text = f"{kind.removesuffix('x2')}_bits({text})"
     return f"packed({text})" if kind.endswith("x2") else text
 
