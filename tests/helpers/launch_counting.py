@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts GPU kernels of a call on a machine without a GPU.
 
-Triton launches are noted and not carried out; launchers see an sm_90. Of torch's own operators each
-counts as one kernel, but views and allocations.
+Triton launches are noted and not carried out, nor are matrix products, whose results are zeros;
+launchers see an sm_90. Of torch's own operators each counts as one kernel, but views and
+allocations.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ FREE = {
     "aten::resolve_neg",
     "aten::promote_types",
 }
+# noted, not carried out: at full size they take minutes on a CPU without bfloat16
+PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_addmm_activation"}
 # wait for the device, or copy from it: neither may happen in a captured graph
 SYNCHRONISING = {
     "aten::_local_scalar_dense",
@@ -84,6 +87,10 @@ class Counting(TorchDispatchMode):
         full = f"{name}.{func._overloadname}" if func._overloadname != "default" else name
         if not (func.is_view or full in FREE):
             self.names.append(name.removeprefix("aten::"))
+        if full in PRODUCTS:
+            shapes = (x.to("meta") if isinstance(x, torch.Tensor) else x for x in args)
+            like = func(*shapes, **(kwargs or {}))
+            return torch.zeros(like.shape, dtype=like.dtype)
         return func(*args, **(kwargs or {}))
 
 
