@@ -123,7 +123,7 @@ _TILES = {
         "weights": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
         "weights_bwd": ((32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
         "rational_fwd": ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1)),
-        "rational_bwd_query": ((64, 32, 8, 2), (32, 64, 4, 1), (32, 32, 8, 1)),
+        "rational_bwd_query": ((32, 32, 4, 2), (32, 64, 4, 1), (32, 32, 8, 1)),
         "rational_bwd_key": ((32, 64, 4, 2), (64, 32, 8, 2), (32, 16, 8, 1)),
         "rational_one_bwd": ((32, 32, 2, 1), (32, 32, 8, 1), (16, 16, 8, 1)),
     },
@@ -169,10 +169,10 @@ _HALF_OF_90 = {
     "rational_one_bwd": ((64, 64, 4, 1), *_HALF["rational_one_bwd"][1:]),
 }
 # Tensor memory of sm_100 has 128 lanes, of which 64 rows take half; sums lie there and leave eight
-# warps registers for 128 rows. Two stages of bwd_query spill.
+# warps registers for 128 rows.
 _HALF_OF_100 = {
     "fwd in one step": _HALF["fwd"],
-    "bwd_query": ((128, 32, 8, 1), (128, 32, 8, 1), (32, 32, 8, 1)),
+    "bwd_query": ((128, 32, 8, 2), (128, 32, 8, 1), (32, 32, 8, 1)),
     "bwd_key": ((64, 128, 8, 1), (32, 128, 8, 1), _HALF["bwd_key"][2]),
     "rational_fwd": ((64, 64, 8, 2), (64, 32, 8, 1), _HALF["rational_fwd"][2]),
     "rational_bwd_query": ((64, 64, 8, 2), *_HALF["rational_bwd_query"][1:]),
