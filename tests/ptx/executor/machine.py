@@ -65,17 +65,15 @@ class Machine(Detector, Accesses, WarpLevel, WarpGroups, Copies):
         self.owner = np.empty(0, np.int64)
         self.logged = [0, 0]  # words of 4 bytes in shared and global memory since the last check
         for name, data in kernel.module.data.items():
-            below = memory.at(data.ctypes.data)  # another buffer, or it from a launch before
-            if name in program.symbols and (below is None or below.address != data.ctypes.data):
-                memory.add(data.ctypes.data, data.size, name)
+            below = memory.at(at := data.ctypes.data)  # another buffer, or it from a launch before
+            if name in program.symbols and (below is None or below.address != at):
+                memory.add(at, data.size, name)
 
     def find(self, kind: str, pc: int, message: str, lanes=()) -> None:
         """Notes a fault, at most once for each instruction; `lanes`: their numbers, or a mask."""
         lanes = np.atleast_1d(lanes)
-        if lanes.dtype == bool:
-            lanes = np.flatnonzero(lanes)
-            if lanes.size == 0:
-                return
+        if lanes.dtype == bool and (lanes := np.flatnonzero(lanes)).size == 0:
+            return
         if (kind, pc) not in self.findings:
             i = self.program.body.code[min(pc, len(self.executed) - 1)]
             if lanes.size:
