@@ -31,6 +31,39 @@ def draw(case: str, dtype: torch.dtype = torch.float32):
     }
 
 
+def cancelling(inputs, seeds, fixed) -> dict[str, float]:
+    """The largest sum of |terms| in the gradient of `hidden`, in rounding steps of the seeds' dtype.
+
+    Of two columns LayerNorm leaves a sign, and of d_hidden nothing but what eps adds. All
+    implementations sum in float32 at least, so a step is float32's for 16-bit types too.
+    """
+    hidden, n, norm_bias, text, image = (tensor.detach() for tensor in inputs.values())
+    residual, scale = fixed.get("residual", 1.0), fixed.get("scale", 1.0)
+    r = (hidden.var(-1, correction=0, keepdim=True) + fixed.get("eps", 1e-5)).rsqrt()
+    zh = (hidden - hidden.mean(-1, keepdim=True)) * r
+    y = text + residual * (n * zh + norm_bias)
+    zh, n = zh.abs(), n.abs()
+    u, v = F.normalize(y, dim=-1).abs(), F.normalize(image, dim=-1).abs()
+    g = scale * seeds[0].double().abs()[..., None]
+    d_n = residual * n * g / y.norm(dim=-1, keepdim=True) * (v[:, None] + (u @ v[..., None]) * u)
+    d_hidden = r * (d_n + d_n.mean(-1, keepdim=True) + zh * (d_n * zh).mean(-1, keepdim=True))
+    dtype = seeds[0].dtype
+    summed = torch.promote_types(dtype, torch.float32)
+    return {"hidden": float(d_hidden.amax()) * torch.finfo(summed).eps / torch.finfo(dtype).eps}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("C", [2, 3])
+def test_few_columns(C, dtype, impl, runnable, compare):
+    """Of one row of them the reference may be right in digits that no order of sums can promise."""
+    runnable("norm_cosine_logits", dtype, C)
+    for _ in range(50):
+        inputs = {"hidden": torch.randn(1, 1, C), "weight": torch.randn(C), "bias": torch.randn(C)}
+        inputs |= {"text": torch.randn(1, C), "image": torch.randn(1, C)}
+        inputs = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+        compare(ops.norm_cosine_logits, inputs, cancelling)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_dtype(case, dtype, impl, runnable, compare):
     runnable("norm_cosine_logits", dtype, CASES[case][-1])

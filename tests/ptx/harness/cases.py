@@ -84,6 +84,7 @@ def _floor(op: str, dtype: torch.dtype) -> Any:
         "cross_attn": "cancelling",
         "rational_attn": "cancelling",
         "unit_products": "cancelling",
+        "norm_cosine_logits": "cancelling",
         "ffn_cosine_logits": "cancelling_everywhere",
         "rational_head": "edges",
     }
