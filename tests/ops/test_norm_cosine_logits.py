@@ -32,7 +32,7 @@ def draw(case: str, dtype: torch.dtype = torch.float32):
 
 
 def cancelling(inputs, seeds, fixed) -> dict[str, float]:
-    """The largest sum of |terms| in the gradient of `hidden`, in rounding steps of the seeds' dtype.
+    """The largest sum of |terms| in the gradient of `hidden`, in steps of the seeds' dtype.
 
     Of two columns LayerNorm leaves a sign, and of d_hidden nothing but what eps adds. All
     implementations sum in float32 at least, so a step is float32's for 16-bit types too.
