@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,22 +160,6 @@ def test_hidden_units_are_not_passed_over_again(tracing, monkeypatch):
 def fusing(monkeypatch):
     """The GPU's operators on CPU tensors."""
     monkeypatch.setattr(_feed_forward, "on_gpu", lambda x, weight: x.dtype == weight.dtype)
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in the interpreter")
-@pytest.mark.parametrize("rows", [0, 1, 33, 200])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_before_relu_and_its_sum(rows, dtype):
-    relu_gradient = pytest.importorskip("vtclip.kernels.relu_gradient").relu_gradient
-    grad, hidden = (torch.randn(rows, 150).to(dtype) for _ in range(2))
-    hidden[::2, ::3] = 0.0
-    hidden.relu_()
-    for given in (grad, grad.t().contiguous().t()):
-        d_sum, d_bias = relu_gradient(given, hidden)
-        assert torch.equal(d_sum, torch.ops.aten.threshold_backward(grad, hidden, 0))
-        wanted = d_sum.double().sum(0)
-        rounding = torch.finfo(dtype).eps
-        torch.testing.assert_close(d_bias.double(), wanted, rtol=rounding, atol=1e-5)
 
 
 def test_hidden_units_and_two_derivatives(fusing):
