@@ -81,9 +81,12 @@ def wide(*matrices: torch.Tensor | None) -> bool:
     """Whether an offset within the last two dimensions of a tensor may need 64 bits.
 
     Indices go a tile, of 256 at most, beyond the sizes; offsets of images and heads always have 64.
+    So have all of float32, whose tiles spill more registers with 32 (by compiling for sm_80).
     """
     for tensor in matrices:
         if tensor is not None:
+            if tensor.dtype == torch.float32:
+                return True
             (rows, columns), (row, column) = tensor.shape[-2:], tensor.stride()[-2:]
             reach = (rows + 256) * max(abs(row), 1) + (columns + 256) * max(abs(column), 1)
             if reach >= 1 << 31:

@@ -116,8 +116,8 @@ _ATTENTION = [name for name, kind in KINDS.items() if kind.tile is Tile]
 # the 99 KiB of sm_86, sm_89 and sm_120.
 _TILES = {
     "half": {
-        "fwd": ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
-        "fwd in one step": ((128, 64, 8, 2), (128, 64, 8, 1), (64, 32, 8, 1)),
+        "fwd": ((128, 64, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1)),
+        "fwd in one step": ((128, 64, 8, 2), (128, 64, 8, 1), (32, 32, 8, 1)),
         "bwd_query": ((64, 32, 4, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
         "bwd_key": ((32, 64, 4, 1), (32, 64, 4, 1), (32, 32, 8, 2)),
         "weights": ((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)),
@@ -146,7 +146,7 @@ _TILES = {
         "weights_bwd": ((32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
         "rational_fwd": ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
         "rational_bwd_query": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-        "rational_bwd_key": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+        "rational_bwd_key": ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)),
         "rational_one_bwd": ((16, 16, 4, 1), (0, 0, 8, 1), (0, 0, 8, 1)),  # 0: never
     },
     "small half": dict.fromkeys(_ATTENTION, ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 4, 1))),
@@ -185,7 +185,7 @@ _HALF_OF = {9: _HALF_OF_90, 10: _HALF_OF_100}
 _HEAD_TILES = {
     "half": {"head_fwd": (64, 64, 64, 8, 3), "head_bwd": (64, 64, 64, 8, 3)},
     "tf32": {"head_fwd": (64, 64, 32, 8, 2), "head_bwd": (64, 64, 32, 8, 2)},
-    "ieee": {"head_fwd": (64, 64, 16, 8, 1), "head_bwd": (32, 32, 16, 8, 1)},
+    "ieee": {"head_fwd": (64, 64, 16, 8, 1), "head_bwd": (16, 32, 16, 8, 1)},
     "small half": {"head_fwd": (64, 64, 32, 4, 1), "head_bwd": (64, 64, 32, 8, 1)},
     "small float32": {"head_fwd": (64, 64, 32, 4, 1), "head_bwd": (64, 64, 32, 8, 1)},
     "interpreter": {"head_fwd": (32, 32, 32, 4, 1), "head_bwd": (32, 32, 32, 4, 1)},
@@ -237,16 +237,20 @@ def built_in(
         one_step = kind
     tile = Tile(*table[one_step][width])
     if kind in _BY_WAVES and K <= SMALL_K and part != "interpreter":
-        return by_waves(tile, B * H, K, precision, target)
+        # by compiling, as the tiles: keys and values of width 256 spill four warps' registers
+        fewest = tile.num_warps if kind == "fwd" and width == 2 else 4
+        return by_waves(tile, B * H, K, precision, target, fewest)
     return tile
 
 
-def by_waves(tile: Tile, maps: int, K: int, precision: str, target: Target) -> Tile:
+def by_waves(
+    tile: Tile, maps: int, K: int, precision: str, target: Target, fewest: int = 4
+) -> Tile:
     """`tile` or a shorter one, whichever is done first with `maps` score maps of K rows each.
 
     Time is taken to be waves * (rows of a tile + KEYS_AS_ROWS). From sm_90 on, tensor cores reach
     their rate with 64 rows; with fewer a row costs twice as much. Of equals the longest is taken.
-    A warp has 16 rows; where they are few, four warps share the loads and repeat each other.
+    A warp has 16 rows; where they are few, `fewest` warps share the loads and repeat each other.
     """
     full_rate = 64 if target.capability >= 90 and precision != "ieee" else 16
     chosen, least = tile, None
@@ -258,7 +262,7 @@ def by_waves(tile: Tile, maps: int, K: int, precision: str, target: Target) -> T
             chosen, least = tile, cost
         if rows <= 16:
             return chosen
-        warps = min(tile.num_warps, max(4, rows // 32))
+        warps = min(tile.num_warps, max(fewest, rows // 32))
         tile = tile._replace(block_k=rows // 2, num_warps=warps)
 
 

@@ -147,7 +147,7 @@ def cross_attn_bwd_key_kernel(
     d_k = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     d_v = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
 
-    for start in tl.range(0, K, BLOCK_K, disable_licm=BLOCK_D > 64):
+    for start in tl.range(0, K, BLOCK_K, disable_licm=PRECISION != "ieee" and BLOCK_D > 64):
         rows = start + offs_k
         in_k = rows < K
         q = load_rows(query_ptr, rows, offs_d, stride_query_k, stride_query_d, in_k, D)

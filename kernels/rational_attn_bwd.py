@@ -154,7 +154,7 @@ def rational_attn_bwd_key_kernel(
         d_v = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
         d_k = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     if HAS_TEXT or HAS_PAIR:
-        for start in tl.range(0, K, BLOCK_K, disable_licm=BLOCK_D > 64):
+        for start in tl.range(0, K, BLOCK_K, disable_licm=PRECISION != "ieee" and BLOCK_D > 64):
             rows = start + offs_k
             in_k = rows < K
             d_o = load_rows(d_out_ptr, rows, offs_d, stride_d_out_k, stride_d_out_d, in_k, D)

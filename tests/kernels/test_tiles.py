@@ -125,15 +125,19 @@ def test_no_image_is_no_problem(target):
 
 def test_offsets_take_32_bits_where_a_matrix_allows_it():
     def strided(*strides):
-        return torch.empty_strided((2, 3, 1, 1), strides, device="meta")
+        return torch.empty_strided((2, 3, 1, 1), strides, device="meta", dtype=torch.float16)
 
-    assert not _configs.wide(torch.empty(2, 3, 1000, 64), None, torch.empty(2, 49))
+    def half(*sizes):
+        return torch.empty(*sizes, dtype=torch.float16)
+
+    assert not _configs.wide(half(2, 3, 1000, 64), None, half(2, 49))
+    assert _configs.wide(half(2, 3, 1000, 64), torch.empty(2, 49))  # float32: registers
     assert not _configs.wide(strided(2**40, 2**40, 2**22, 1))  # images and heads have 64 bits
     assert _configs.wide(strided(1, 1, 2**23, 1))  # 257 rows of it pass 2^31
     assert _configs.wide(strided(1, 1, 1, 2**23))
-    assert _configs.wide(torch.empty(4, 4), strided(1, 1, 2**23, 1))
-    assert _configs.wide(torch.empty(1).expand(2**31 - 256, 1))
-    assert not _configs.wide(torch.empty(1).expand(2**31 - 600, 1))
+    assert _configs.wide(half(4, 4), strided(1, 1, 2**23, 1))
+    assert _configs.wide(half(1).expand(2**31 - 256, 1))
+    assert not _configs.wide(half(1).expand(2**31 - 600, 1))
 
 
 @pytest.mark.parametrize(
