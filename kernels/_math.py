@@ -133,8 +133,9 @@ def scores(
     """([BLOCK_K, BLOCK_L] scores in powers of two, -inf where not attended; attended [BLOCK_L])."""
     keep = attended(mask_ptr, cols, stride_mask_l, L, HAS_MASK)
     k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, keep, D)
-    hidden = tl.where(keep, 0.0, float("-inf"))  # a selection for each column, not each score
-    return dot(q, tl.trans(k), PRECISION) * scale_log2 + hidden[None, :], keep
+    s = dot(q, tl.trans(k), PRECISION) * scale_log2
+    # selected: -inf added to the NaN of a query that is not finite would leave it
+    return tl.where(keep[None, :], s, float("-inf")), keep
 
 
 @triton.jit

@@ -112,6 +112,18 @@ def test_fully_masked_image_is_zero_with_zero_gradients(impl, device, runnable):
     torch.testing.assert_close(grads[0], expected)
 
 
+def test_fully_masked_image_is_zero_though_the_query_is_nan(impl, device, runnable):
+    runnable("cross_attn", torch.float32, 32)
+    tensors = {k: v.to(device) for k, v in draw("ordinary").items()}
+    tensors["query"][..., 1, 0] = torch.nan
+    mask = torch.ones(3, 49, dtype=torch.bool, device=device)
+    mask[1] = False
+    out, lse = ops.cross_attn_lse(**tensors, key_mask=mask, impl=impl)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -torch.inf).all()
+    assert out[0, :, 1].isnan().all()
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_masked_columns_hold_does_not_matter(poison, impl, device, inputs):
     mask = some_mask(3, 49).to(device)
