@@ -51,6 +51,16 @@ def test_probabilities_are_the_weighted_mean_at_each_temperature():
     torch.testing.assert_close(found.sum(dim=1), torch.ones(6, dtype=torch.float64))
 
 
+def test_weights_that_sum_to_one_are_kept_to_the_last_bit():
+    """Divided by their sum again, about a third of such rows would change in the last bit."""
+    draws = torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((100,))
+    for row in draws.tolist():
+        auto = Auto(TEXT, members=[member(ZeroShot(TEXT), 1.0, weight) for weight in row])
+        again = Auto(TEXT, **auto.options())
+        assert again.weights == auto.weights
+        assert sum(auto.weights) == pytest.approx(1.0, abs=1e-15)
+
+
 def test_without_members_it_is_zeroshot():
     auto = Auto(TEXT, logit_scale=30.0)
     wanted = ZeroShot(TEXT, logit_scale=30.0)(IMAGE).softmax(dim=1)
