@@ -50,7 +50,9 @@ class Auto(Head):
             self.heads.append(ZeroShot(text, logit_scale=logit_scale))
             self.temperatures, self.weights = [1.0], [1.0]
         total = math.fsum(self.weights)
-        if not math.isclose(total, 1.0, rel_tol=1e-12):  # what is 1 but for rounding is kept as it is
+        if not math.isclose(
+            total, 1.0, rel_tol=1e-12
+        ):  # what is 1 but for rounding is kept as it is
             self.weights = [weight / total for weight in self.weights]
         self.needs_spatial = any(head.needs_spatial for head in self.member_heads)
 
