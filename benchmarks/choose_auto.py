@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vtclip.data import few_shot_split, open_source
 from vtclip.data.records import Records
+from vtclip.data.splits import UP_TO
 from vtclip.heads import HEADS
 from vtclip.train import auto, engine, metrics, pool
 from vtclip.train.fit_head import choose_by, fit_head
@@ -66,9 +67,9 @@ Way = Callable[[Draw], Tensor]  # the decision's logits [N, K]
 def say(name: str, records: Records, shots: int, seed: int, judged: str) -> Said:
     """Fit one method to one draw."""
     started = time.perf_counter()
-    split = few_shot_split(records.label, records.names, shots=shots, seed=seed)
+    split = few_shot_split(records.label, records.names, shots=shots, seed=seed, rule=UP_TO)
     index = judged_rows(records, shots, seed, judged)
-    run = TrainingRun(CPU, seed)
+    run = TrainingRun(CPU, seed, balanced=True)
     head = fit_head(name, records, split, HEADS[name].recipe(shots), run, choose=False)
     val, _ = auto.unseen_logits(head, records, split.val, CPU)
     choose_by(head, records, split.val, CPU)
@@ -78,7 +79,7 @@ def say(name: str, records: Records, shots: int, seed: int, judged: str) -> Said
 
 
 def judged_rows(records: Records, shots: int, seed: int, judged: str) -> Tensor:
-    split = few_shot_split(records.label, records.names, shots=shots, seed=seed)
+    split = few_shot_split(records.label, records.names, shots=shots, seed=seed, rule=UP_TO)
     return split.test if judged == "test" else held_out(records, split.train, split.val, split.test)
 
 
@@ -98,7 +99,7 @@ def draw(args: argparse.Namespace, source: Path, records: Records, shots: int, s
         if file is not None:
             args.logits.mkdir(parents=True, exist_ok=True)
             torch.save(tuple(said[name]), file)
-    split = few_shot_split(records.label, records.names, shots=shots, seed=seed)
+    split = few_shot_split(records.label, records.names, shots=shots, seed=seed, rule=UP_TO)
     label = records.label[judged_rows(records, shots, seed, args.on)]
     return Draw(source.stem, shots, seed, said, records.label[split.val], label)
 
@@ -223,7 +224,12 @@ def main() -> None:
     for source in args.sources:
         records = open_source(source, need_spatial=args.spatial, progress=False)
         for shots, number in itertools.product(args.shots, range(args.draws)):
-            draws.append(draw(args, source, records, shots, first + number))
+            if len(judged_rows(records, shots, first + number, args.on)):
+                draws.append(draw(args, source, records, shots, first + number))
+            else:
+                print(
+                    f"{source.stem}, {shots} shots, seed {first + number}: no image left to judge"
+                )
     for line in table(draws, args.methods, args.top):
         print(line, flush=True)
     for name in args.methods:
