@@ -118,7 +118,7 @@ def test_the_search_of_the_ridge_sees_the_logits_of_each_point(monkeypatch):
     head = fitted(ProKeR, text, support, votes_per_class=2.5, logit_scale=30.0)
     seen: list[Any] = []
 
-    def most_likely(grid: Any, centre: Any, logits_of: Any, label: Any) -> dict[str, float]:
+    def most_likely(grid: Any, centre: Any, logits_of: Any, *_: Any) -> dict[str, float]:
         for beta, lam in ((0.25, 0.03), (4.0, 3.0)):
             point = {"alpha": 6.0, "beta": beta, "lam": lam}
             seen.append((point, logits_of(point)))
