@@ -16,6 +16,7 @@ from torch import Tensor
 
 MEMORY = 12  # pairs of steps and changes of the gradient that a direction is made of
 LENGTHS = 12  # tried per direction; the first, 1, is nearly always taken
+ROUNDING = 100  # of a sum over images, in units of its last place
 
 
 class Problem(NamedTuple):
@@ -142,7 +143,7 @@ def _line_search(
     start = float((slope * direction).sum())
     if not start < 0:
         return None
-    highest = value + 4 * torch.finfo(logits.dtype).eps * abs(value)
+    highest = value + ROUNDING * torch.finfo(logits.dtype).eps * abs(value)
     true = along.gather(1, problem.label[:, None])[:, 0]
     constant = lam * float((W * direction).sum()) - float((problem.weight * true).sum())
     square = lam * float(direction.square().sum())

@@ -37,7 +37,7 @@ from vtclip.heads._support import Candidates, SupportHead
 from vtclip.heads.proker import kernel
 
 BETAS = (0.0, 1.0)
-LAMBDAS = tuple(10 ** (-step / 2) for step in range(1, 9))  # each solution starts the next
+LAMBDAS = tuple(10 ** (-step / 2) for step in range(1, 9))  # each solution helps to the next
 LAM_FACTOR = 10.0  # off its centre by this, lam costs half a nat
 LEAST_LAM = 1e-6
 RANK = 512
@@ -45,10 +45,10 @@ EXACT_ROWS = 640  # above them eigenvectors are approximated, see `leading`
 ITERATIONS = 2
 KERNEL_ROWS = 4096  # images and classes up to which the search tries kernels that need their table
 # of a search, in float32 (float64 for a float64 head)
-ROUGH, ROUGH_STEPS = 0.1, 20
+ROUGH, ROUGH_STEPS = 0.1, 12
 # of what is kept, in float64
 CLOSENESS, LEAST_STEPS = 1e-10, 8
-WORK, WORK_PER_STEP = 2.4e9, 8e6  # products with R in all; what a step costs beside its own
+WORK, WORK_PER_STEP = 1.6e9, 8e6  # products with R in all; what a step costs beside its own
 
 
 class TAKL(SupportHead):
@@ -205,10 +205,12 @@ class _Fit:
         self._optima: dict[float, Tensor] = {}
 
     def path(self, count: int) -> list[Tensor]:
-        """W [r, K] near the optima of the first `count` of LAMBDAS, each from the one before."""
+        """W [r, K] near the optima of the first `count` of LAMBDAS, each from those before."""
         offset, R = self.rough.offset, self.rough.basis
         for lam in LAMBDAS[len(self._path) : count]:
             start = self._path[-1] if self._path else R.new_zeros(R.shape[1], offset.shape[1])
+            if len(self._path) > 1:  # a path over equal steps of log(lam) goes on nearly as it did
+                start = 2 * start - self._path[-2]
             W = _logistic.minimise(self.rough, start, lam, closeness=ROUGH, max_steps=ROUGH_STEPS)
             self._path.append(W)
         return self._path[:count]
