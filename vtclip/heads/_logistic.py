@@ -139,8 +139,8 @@ def _line_search(
 ) -> _Step | None:
     """A step that halves the slope along `direction` and does not raise the objective, `value`.
 
-    None where there is no such step but for rounding. By Newton's method within a bracket, the objective
-    being convex along the direction, too.
+    None where there is no such step but for rounding. By Newton's method within a bracket, the
+    objective being convex along the direction, too.
     """
     start = float((slope * direction).sum())
     if not start < 0:
