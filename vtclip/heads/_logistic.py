@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 MEMORY = 12  # pairs of steps and changes of the gradient that a direction is made of
-LENGTHS = 12  # tried per direction; the first, 1, is nearly always taken
-ROUNDING = 100  # of a sum over images, in units of its last place
+RENEWED = 10  # steps after which the curvature that directions start from is computed again
+LENGTHS = 40  # tried per direction; the first, 1, is nearly always taken
+ROUNDING = 10  # of a sum over rows, in units of the last places of its terms
 
 
 class Problem(NamedTuple):
@@ -31,9 +32,11 @@ class Problem(NamedTuple):
         basis, offset, weight = (x.to(dtype) for x in self[:3])
         return Problem(basis, offset, weight, self.label)
 
-    def share(self, W: Tensor) -> Tensor:
-        """The probabilities [M, K] at W [r, K]."""
-        return torch.addmm(self.offset, self.basis, W).softmax(dim=1)
+    def at(self, logits: Tensor) -> tuple[Tensor, float]:
+        """Of logits [M, K] the probabilities, and the objective without its penalty."""
+        log_share = logits.log_softmax(dim=1)
+        true = log_share.gather(1, self.label[:, None])[:, 0]
+        return log_share.exp_(), -float((self.weight * true).sum())
 
 
 class _Step(NamedTuple):
@@ -53,7 +56,8 @@ def objective(problem: Problem, W: Tensor, lam: float) -> Tensor:
 
 def gradient(problem: Problem, W: Tensor, lam: float) -> Tensor:
     """The derivative [r, K] of `objective` at W, in closed form."""
-    return _gradient(problem, W, problem.share(W), lam)
+    logits = torch.addmm(problem.offset, problem.basis, W)
+    return _gradient(problem, W, logits.softmax(dim=1), lam)
 
 
 def minimise(
@@ -67,16 +71,20 @@ def minimise(
     """
     W = start.clone()
     logits = torch.addmm(problem.offset, problem.basis, W)
-    at = _Step(0.0, share := logits.softmax(dim=1), _value(problem, share, W, lam))
+    share, loss = problem.at(logits)
+    at = _Step(0.0, share, loss + lam / 2 * float(W.square().sum()))
     slope = _gradient(problem, W, share, lam)
-    scale = _curvature(problem, share, lam).reciprocal_()
+    terms = at.value + float((problem.weight * logits.abs().amax(dim=1)).sum())
+    rounding = ROUNDING * torch.finfo(logits.dtype).eps * terms
     pairs: list[tuple[Tensor, Tensor, float]] = []
-    for _ in range(max_steps):
+    for number in range(max_steps):
         if float(slope.norm()) <= closeness * lam:
             break
+        if number % RENEWED == 0:
+            scale = _curvature(problem, at.share, lam).reciprocal_()
         direction = _direction(slope, scale, pairs)
         along = problem.basis @ direction
-        found = _line_search(problem, logits, along, W, direction, slope, at.value, lam)
+        found = _line_search(problem, logits, along, W, direction, slope, at.value, rounding, lam)
         if found is None:
             break
         at = found
@@ -90,13 +98,6 @@ def minimise(
             pairs = [*pairs[-(MEMORY - 1) :], (step, change, 1 / curve)]
         slope = new
     return W
-
-
-def _value(problem: Problem, share: Tensor, W: Tensor, lam: float) -> float:
-    """The objective of W, whose probabilities are `share`."""
-    tiny = torch.finfo(share.dtype).tiny
-    true = share.gather(1, problem.label[:, None])[:, 0].clamp(min=tiny)
-    return float(lam / 2 * W.square().sum() - (problem.weight * true.log()).sum())
 
 
 def _gradient(problem: Problem, W: Tensor, share: Tensor, lam: float) -> Tensor:
@@ -133,29 +134,30 @@ def _line_search(
     direction: Tensor,
     slope: Tensor,
     value: float,
+    rounding: float,
     lam: float,
 ) -> _Step | None:
-    """A step that halves the slope along `direction` and does not raise `value`, the objective.
+    """A step that halves the slope along `direction` and does not raise the objective, `value`.
 
-    None where rounding finds no such step. By Newton's method within a bracket, the objective
-    being convex along the direction, too.
+    None where there is no such step but for rounding. By Newton's method within a bracket, the
+    objective being convex along the direction, too.
     """
     start = float((slope * direction).sum())
     if not start < 0:
         return None
-    highest = value + ROUNDING * torch.finfo(logits.dtype).eps * abs(value)
+    highest = value + rounding
     true = along.gather(1, problem.label[:, None])[:, 0]
-    constant = lam * float((W * direction).sum()) - float((problem.weight * true).sum())
-    square = lam * float(direction.square().sum())
+    inner, square = lam * float((W * direction).sum()), lam * float(direction.square().sum())
+    constant, penalty = inner - float((problem.weight * true).sum()), lam / 2 * W.square().sum()
     low, high, t = 0.0, float("inf"), 1.0
     for _ in range(LENGTHS):
-        share = torch.add(logits, along, alpha=t).softmax(dim=1)
+        share, loss = problem.at(torch.add(logits, along, alpha=t))
+        here = loss + float(penalty) + t * inner + t * t / 2 * square
         mean = (share * along).sum(dim=1)
         first = float((problem.weight * mean).sum()) + constant + t * square
-        here = _value(problem, share, W + t * direction, lam)
         if abs(first) <= -start / 2 and here <= highest:
             return _Step(t, share, here)
-        low, high = (t, high) if first < 0 and here <= highest else (low, t)
+        low, high = (t, high) if first < 0 else (low, t)
         spread = (share * along.square()).sum(dim=1) - mean.square()
         t -= first / (float((problem.weight * spread).sum()) + square)
         if not low < t < high:

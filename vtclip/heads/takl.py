@@ -8,22 +8,21 @@
 z: zero-shot logits. S [N + K, C]: the N labelled images and under them the K class texts, each a
 row of its own class, so that a class without images has a row, too. Nothing is centred: what all
 images share serves each class as a bias that the penalty keeps small. T0, by which zero-shot
-counts, is not trained: the shots, which the regression fits, would let it grow without bound.
+counts, is not trained: how sure zero-shot may be of other images the shots, once fitted, cannot say.
 
 The objective is convex. With B such that B^T k(S, S) B = 1 and A = B W it is that of logistic
 regression on R = k(S, S) B with the penalty lam / 2 |W|^2, see `vtclip.heads._logistic`. The linear
-kernel needs no table of [N + K, N + K]: its B spans the features. Of the other one, B spans the
-eigenvectors of the RANK largest eigenvalues.
+kernel needs no table of [N + K, N + K]: R is S in a basis of the features. Of the other kernel B
+spans the eigenvectors of the RANK largest eigenvalues.
 
-In the linear case this is the cross-modal linear probe (arXiv 2301.06267) whose weights are pulled
-to the class texts at a strength of their own (so are those of arXiv 2312.12730), with both towards
-zero-shot as ProKeR (arXiv 2501.11175), whose loss is the square, has it with a kernel.
+Texts as training rows and weights that are pulled to the texts are those of the cross-modal linear
+probe (arXiv 2301.06267) and of the zero-shot linear probe (arXiv 2312.12730); the kernel expansion
+about zero-shot is that of ProKeR (arXiv 2501.11175), with logistic loss in place of squares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +45,10 @@ ITERATIONS = 2
 KERNEL_ROWS = 4096  # images and classes up to which the search tries kernels that need their table
 # of a search, in float32 (float64 for a float64 head)
 ROUGH, ROUGH_STEPS = 0.1, 12
-# of what is kept, in float64
-CLOSENESS, LEAST_STEPS = 1e-10, 8
-WORK, WORK_PER_STEP = 1.6e9, 8e6  # products with R in all; what a step costs beside its own
+# of what is kept, solved in float64, by the dtype of the search: well below its rounding of logits
+CLOSENESS = {torch.float32: 1e-6, torch.float64: 1e-10}
+LEAST_STEPS = 8
+WORK, WORK_PER_STEP = 1.2e9, 6e6  # products with R in all; what a step costs beside its own
 
 
 class TAKL(SupportHead):
@@ -58,13 +58,18 @@ class TAKL(SupportHead):
         and, up to 4096 images and classes, 1.
     lam: strength of the penalty, at least 1e-6. `choose` sets it between 10^-0.5 and 10^-4.
     zero_shot_temperature: T0.
-    votes_per_class: as how many images each class counts, see `SupportHead.class_weights`; its text
-        counts once.
+    votes_per_class: as how many images each class counts (m / n_k each); its text counts once.
 
-    Eigenvectors and the last steps are computed in float64, from solutions along decreasing lam in
-    float32. The order of the steps is fixed: the same images give the same bits on one machine.
+    Solutions along decreasing lam in float32 serve the search and as starts; eigenvectors and the
+    last steps are float64. The steps end at the optimum, or where there is more work, as many rows
+    as 16 shots of 100 classes, before it: after 8 steps or more, see CLOSENESS and WORK. Their
+    order is fixed: the same images give the same bits on one machine.
 
     No training: beta and lam by validation.
+
+    Expected: @@E1
+    Cost: @@E2
+    Command: vtclip fit SOURCE --method takl --shots 16
     """
 
     method = "takl"
@@ -102,7 +107,7 @@ class TAKL(SupportHead):
 
     def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
-        if not self.num_support:
+        if not self.num_support:  # nothing that zero-shot would have to agree with
             return z
         x = F.normalize(image, dim=-1)
         return z / self.zero_shot_temperature + self._features(x, self.beta) @ self.coefficients
@@ -151,8 +156,9 @@ class TAKL(SupportHead):
         return tuple(sorted(betas, key=lambda beta: beta != self.beta))
 
     def _every(self, step: int) -> SupportHead:
-        thinned: Any = super()._every(step)
-        thinned._thinned_from = self.num_support + self.num_classes
+        thinned = super()._every(step)
+        if isinstance(thinned, TAKL):
+            thinned._thinned_from = self.num_support + self.num_classes
         return thinned
 
     def _features(self, x: Tensor, beta: float) -> Tensor:
@@ -226,7 +232,7 @@ class _Fit:
                 self.problem,
                 start,
                 lam,
-                closeness=CLOSENESS,
+                closeness=CLOSENESS[self.rough.basis.dtype],
                 max_steps=max(steps, LEAST_STEPS),
             )
         return self._optima[lam]
@@ -261,14 +267,16 @@ def basis(rows: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     gram = kernel(rows, rows, beta)
     if len(rows) <= EXACT_ROWS:
         values, vectors = torch.linalg.eigh(gram)
+        images = vectors * values
     else:
         span = leading(gram)
-        values, inner = torch.linalg.eigh(span.mT @ (gram @ span))
-        vectors = span @ inner
-    values, vectors = values[-RANK:], vectors[:, -RANK:]
+        images = gram @ span
+        values, inner = torch.linalg.eigh(span.mT @ images)
+        vectors, images = span @ inner[:, -RANK:], images @ inner[:, -RANK:]
+    values, vectors, images = values[-RANK:], vectors[:, -RANK:], images[:, -RANK:]
     kept = values > _negligible(values)
-    B = vectors[:, kept] / values[kept].sqrt()
-    return B, gram @ B
+    root = values[kept].sqrt()
+    return vectors[:, kept] / root, images[:, kept] / root
 
 
 def leading(gram: Tensor) -> Tensor:
