@@ -29,7 +29,7 @@ from vtclip.data import few_shot_split, open_source
 from vtclip.data.records import Records
 from vtclip.data.splits import UP_TO
 from vtclip.heads import HEADS
-from vtclip.train import auto, engine, metrics, pool
+from vtclip.train import auto, engine, metrics, pool, transduction
 from vtclip.train.fit_head import choose_by, fit_head
 from vtclip.train.steps import TrainingRun
 
@@ -45,7 +45,7 @@ class Said(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One draw: its name, what each method says, and the labels of both kinds of images."""
+    """One draw: its name, what each method says; labels and features of both kinds of images."""
 
     source: str
     shots: int
@@ -53,6 +53,8 @@ class Draw(NamedTuple):
     said: dict[str, Said]
     val_label: Tensor
     label: Tensor
+    val_image: Tensor
+    image: Tensor
 
 
 class Score(NamedTuple):
@@ -62,7 +64,7 @@ class Score(NamedTuple):
     ece: float
 
 
-Way = Callable[[Draw], Tensor]  # the decision's logits [N, K]
+Way = Callable[[Draw], tuple[Tensor, Tensor]]  # logits of validation and of judged images
 
 
 def say(name: str, records: Records, shots: int, seed: int, judged: str) -> Said:
@@ -101,8 +103,10 @@ def draw(args: argparse.Namespace, source: Path, records: Records, shots: int, s
             args.logits.mkdir(parents=True, exist_ok=True)
             torch.save(tuple(said[name]), file)
     split = few_shot_split(records.label, records.names, shots=shots, seed=seed, rule=UP_TO)
-    label = records.label[judged_rows(records, shots, seed, args.on)]
-    return Draw(source.stem, shots, seed, said, records.label[split.val], label)
+    index = judged_rows(records, shots, seed, args.on)
+    images = [records.batch(rows).image for rows in (split.val, index)]
+    labels = [records.label[rows] for rows in (split.val, index)]
+    return Draw(source.stem, shots, seed, said, *labels, *images)
 
 
 def scaled(at: Draw, names: Sequence[str]) -> tuple[Tables, Tables]:
@@ -117,7 +121,11 @@ def scaled(at: Draw, names: Sequence[str]) -> tuple[Tables, Tables]:
 
 
 def single(name: str) -> Way:
-    return lambda at: scaled(at, [name])[1][name]
+    def decide(at: Draw) -> tuple[Tensor, Tensor]:
+        val, judged = scaled(at, [name])
+        return val[name], judged[name]
+
+    return decide
 
 
 BEFORE = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
@@ -126,11 +134,14 @@ BEFORE = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip
 def mixture(names: Sequence[str]) -> Way:
     """The weighted mean of probabilities that `auto` was before it was a log-linear pool."""
 
-    def decide(at: Draw) -> Tensor:
+    def decide(at: Draw) -> tuple[Tensor, Tensor]:
         val, judged = scaled(at, [name for name in names if name in at.said])
         weights = mixture_weights(val, at.val_label)
-        logs = [judged[name] + math.log(weight) for name, weight in weights.items()]
-        return torch.stack(logs).logsumexp(dim=0)
+        both = []
+        for table in (val, judged):
+            logs = [table[name] + math.log(weight) for name, weight in weights.items()]
+            both.append(torch.stack(logs).logsumexp(dim=0))
+        return both[0], both[1]
 
     return decide
 
@@ -159,14 +170,30 @@ def mixture_weights(val: Tables, label: Tensor) -> dict[str, float]:
 def log_linear(prior: Mapping[str, float], strength: float = pool.STRENGTH) -> Way:
     """The pool of `vtclip.train.pool` of the methods of a prior."""
 
-    def decide(at: Draw) -> Tensor:
+    def decide(at: Draw) -> tuple[Tensor, Tensor]:
         names = [name for name in prior if name in at.said]
         val, judged = scaled(at, names)
         found = pool.pool_weights(
             torch.stack(list(val.values())), at.val_label, [prior[name] for name in names], strength
         )
         weights = torch.tensor(found.weights, dtype=torch.float64) * found.sharpness
-        return torch.einsum("m,mnk->nk", weights, torch.stack(list(judged.values())))
+        both = [
+            torch.einsum("m,mnk->nk", weights, torch.stack(list(table.values())))
+            for table in (val, judged)
+        ]
+        return both[0], both[1]
+
+    return decide
+
+
+def together(way: Way) -> Way:
+    """That decision and what the unlabelled images, all judged ones, say of each other."""
+
+    def decide(at: Draw) -> tuple[Tensor, Tensor]:
+        log_p, image = torch.cat(way(at)), torch.cat([at.val_image, at.image])
+        count = len(at.val_label)
+        blend = transduction.blended(log_p, image, torch.arange(count), at.val_label)
+        return blend.log_p[:count], blend.log_p[count:]
 
     return decide
 
@@ -179,25 +206,26 @@ def ways(methods: Sequence[str]) -> Iterator[tuple[str, Way]]:
     yield "mixture", mixture(present)
     without = [name for name in present if name != "rada"]
     yield "mixture without rada", mixture(without)
-    learned = [name for name in methods if name not in ("zeroshot", "rada", "vtclip")]
-    kept = [name for name in ("rada", "vtclip") if name in methods]
+    learned = [name for name in methods if name not in ("zeroshot", "vtclip")]
     for count in range(2, len(learned) + 1):
         for names in itertools.combinations(learned, count):
             if "takl" in methods and "takl" not in names:
                 continue
-            equal = dict.fromkeys(names, 1.0)
-            title = "pool " + "+".join(names)
-            yield title, log_linear({**equal, "vtclip": 1.0})
-            if "zeroshot" in methods:
-                yield f"{title}+zeroshot/2", log_linear({**equal, "zeroshot": 0.5, "vtclip": 1.0})
-            if "rada" in kept:
-                yield f"{title}+rada", log_linear({**equal, "rada": 1.0, "vtclip": 1.0})
+            equal = {**dict.fromkeys(names, 1.0), "vtclip": 1.0}
+            for share in (0.0, 0.25, 0.5, 1.0) if "zeroshot" in methods else (0.0,):
+                prior = {**equal, **({"zeroshot": share} if share else {})}
+                title = "pool " + "+".join(names) + (f"+zeroshot*{share:g}" if share else "")
+                yield title, log_linear(prior)
+    present = {name: auto.PRIOR.get(name, 1.0) for name in auto.CANDIDATES if name in methods}
+    for strength in (5.0, 10.0, 20.0, 40.0, 80.0):
+        yield f"auto, strength {strength:g}", log_linear(present, strength)
+    yield "auto, together", together(log_linear(present))
+    yield "zeroshot, together", together(single("zeroshot"))
 
 
 def score(way: Way, at: Draw) -> Score:
-    logits = way(at)
-    val_free = metrics.ece(logits, at.label)
-    return Score(100 * metrics.accuracy(logits, at.label), 100 * val_free)
+    _, logits = way(at)
+    return Score(100 * metrics.accuracy(logits, at.label), 100 * metrics.ece(logits, at.label))
 
 
 def table(draws: Sequence[Draw], methods: Sequence[str], top: int) -> Iterator[str]:
