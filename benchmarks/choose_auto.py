@@ -128,15 +128,12 @@ def single(name: str) -> Way:
     return decide
 
 
-BEFORE = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
-
-
 def mixture(names: Sequence[str]) -> Way:
-    """The weighted mean of probabilities that `auto` was before it was a log-linear pool."""
+    """The weighted mean of probabilities, with the weights of `auto.choose_weights`."""
 
     def decide(at: Draw) -> tuple[Tensor, Tensor]:
         val, judged = scaled(at, [name for name in names if name in at.said])
-        weights = mixture_weights(val, at.val_label)
+        weights = auto.choose_weights(val, at.val_label)
         both = []
         for table in (val, judged):
             logs = [table[name] + math.log(weight) for name, weight in weights.items()]
@@ -144,27 +141,6 @@ def mixture(names: Sequence[str]) -> Way:
         return both[0], both[1]
 
     return decide
-
-
-def mixture_weights(val: Tables, label: Tensor) -> dict[str, float]:
-    """Method to weight w, of the four heaviest: expectation maximisation of
-
-    sum_n log sum_i w_i p_i(label_n) + 20 sum_i prior_i log w_i,  twice the prior for three methods.
-    """
-    names = list(val)
-    trusted = ("proker", "rada", "vtclip")
-    prior = torch.tensor([1.0 if name in trusted else 0.5 for name in names]).double()
-    prior /= prior.sum()
-    rows = torch.arange(len(label))
-    true = torch.stack([log_p[rows, label].exp() for log_p in val.values()], dim=1)
-    weight = prior
-    for _ in range(500):
-        share = weight * true.clamp(min=1e-30)
-        weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + 20 * prior
-        weight = weight / weight.sum()
-    heaviest = weight.argsort(descending=True, stable=True)[:4].tolist()
-    total = float(weight[heaviest].sum())
-    return {names[i]: float(weight[i]) / total for i in heaviest}
 
 
 def log_linear(prior: Mapping[str, float], strength: float = pool.STRENGTH) -> Way:
@@ -202,7 +178,7 @@ def ways(methods: Sequence[str]) -> Iterator[tuple[str, Way]]:
     """Everything that is compared."""
     for name in methods:
         yield name, single(name)
-    present = [name for name in BEFORE if name in methods]
+    present = [name for name in auto.CANDIDATES if name in methods]
     yield "mixture", mixture(present)
     without = [name for name in present if name != "rada"]
     yield "mixture without rada", mixture(without)
@@ -216,10 +192,11 @@ def ways(methods: Sequence[str]) -> Iterator[tuple[str, Way]]:
                 prior = {**equal, **({"zeroshot": share} if share else {})}
                 title = "pool " + "+".join(names) + (f"+zeroshot*{share:g}" if share else "")
                 yield title, log_linear(prior)
-    present = {name: auto.PRIOR.get(name, 1.0) for name in auto.CANDIDATES if name in methods}
+    few = {name: 1.0 for name in ("proker", "takl", "clip-adapter", "vtclip") if name in methods}
+    few["zeroshot"] = 0.5
     for strength in (5.0, 10.0, 20.0, 40.0, 80.0):
-        yield f"auto, strength {strength:g}", log_linear(present, strength)
-    yield "auto, together", together(log_linear(present))
+        yield f"few, strength {strength:g}", log_linear(few, strength)
+    yield "few, together", together(log_linear(few))
     yield "zeroshot, together", together(single("zeroshot"))
 
 

@@ -17,9 +17,59 @@ from vtclip.data.splits import Split, few_shot_split
 from vtclip.heads import Head, Support
 from vtclip.runs.adapter import load_adapter
 from vtclip.train import auto, engine
-from vtclip.train.auto import folds
+from vtclip.train.auto import choose_weights, folds
 from vtclip.train.rows import support_of
 from vtclip.train.steps import TrainingRun
+
+
+def logits_of(label: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
+    """Noise, plus `strength` on the true class."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(label), 4, generator=generator) + strength * F.one_hot(label, 4)
+
+
+def test_a_method_that_knows_outweighs_the_prior():
+    label = torch.arange(400) % 4
+    parts = {"proker": torch.zeros(400, 4), "zeroshot": logits_of(label, 6.0, 1)}
+    weights = choose_weights(parts, label)
+    assert weights["zeroshot"] > 0.9
+    assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_few_images_leave_the_prior_nearly_alone():
+    label = torch.arange(4)
+    parts = {"proker": torch.zeros(4, 4), "rada": logits_of(label, 6.0, 1)}
+    assert 0.5 < choose_weights(parts, label)["rada"] < 0.65
+    assert choose_weights({name: rows[:0] for name, rows in parts.items()}, label[:0]) == {
+        "proker": pytest.approx(0.5),
+        "rada": pytest.approx(0.5),
+    }
+
+
+def test_two_independent_methods_share_the_weight():
+    label = torch.arange(400) % 4
+    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate(("rada", "vtclip"))}
+    weights = choose_weights({**parts, "proker": torch.zeros(400, 4)}, label)
+    assert weights["rada"] == pytest.approx(weights["vtclip"], abs=0.15)
+    assert weights["proker"] < 0.1
+
+
+def test_the_temperature_decides_not_the_scale_of_the_logits():
+    label = torch.arange(400) % 4
+    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate(("rada", "vtclip"))}
+    scaled = {"rada": 50 * parts["rada"], "vtclip": parts["vtclip"] / 50}
+    plain = choose_weights(parts, label)
+    assert choose_weights(scaled, label) == {
+        name: pytest.approx(w, abs=0.02) for name, w in plain.items()
+    }
+
+
+def test_at_most_four_are_kept():
+    label = torch.arange(40) % 4
+    parts = {name: logits_of(label, 2.0, 5) for name in auto.CANDIDATES}
+    weights = choose_weights(parts, label)
+    assert len(weights) == 4
+    assert set(weights) > {"proker", "rada", "vtclip"}
 
 
 def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records):
@@ -80,9 +130,8 @@ def test_without_anything_to_choose_by_the_prior_stands(records, quick):
     split = few_shot_split(records.label, records.names, shots=1, seed=1)
     none = Split(split.train, split.val[:0], split.test, split.digest)
     kept, rows = fitted(records, none)
-    assert kept.members == ["zeroshot", "rada"]
-    assert kept.weights == pytest.approx([0.5 / 1.5, 1 / 1.5])
-    assert kept.sharpness == 1
+    assert kept.members == ["rada", "zeroshot"]
+    assert kept.weights == pytest.approx([1 / 1.5, 0.5 / 1.5])
     assert "accuracy" not in rows[0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--method auto`: fit several methods on the same shots, pool them as validation images prefer."""
+"""`--method auto`: fit several methods on the same shots, keep what validation images prefer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from vtclip.data.splits import Split
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
-from vtclip.train import engine, metrics, pool
+from vtclip.train import engine, metrics
 from vtclip.train.calibration import Decisions
 from vtclip.train.fit_head import choose_by, chosen_without, fifths, fit_head, refit_head
 from vtclip.train.rows import TrainingRows
 from vtclip.train.steps import TrainingRun
 
-# Chosen by benchmarks/choose_auto.py on images that neither train, validate nor test.
-CANDIDATES = ("zeroshot", "proker", "takl", "clip-adapter", "tip-adapter-f", "vtclip")
-PRIOR = {"zeroshot": 0.5}  # weight before validation speaks, beside 1 of every other method
+CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
+# Chosen by benchmarks/choose_auto.py on images that neither train nor test.
+TRUSTED = ("proker", "rada", "vtclip")  # share the weight equally before validation speaks
+DOUBTED = 0.5  # of a trusted method's prior weight, for each of the others
+STRENGTH = 20.0  # images that the prior weighs as much as
+MAX_MEMBERS = 4
 MAX_FOLDS = 4
 REPORTED = ("accuracy", "nll_scaled", "temperature", "count")
 
@@ -38,8 +41,8 @@ def candidates(records: Records) -> list[str]:
 def fit_auto(
     records: Records, split: Split, shots: int, run: TrainingRun
 ) -> tuple[Auto, list[Json], Decisions | None]:
-    """The pool; for each candidate what validation images say of it and what it cost; and the
-    pool's decisions on the validation images, which no member's hyper-parameters saw.
+    """The average; for each candidate what validation images say of it and what it cost; and the
+    average's decisions on the validation images, which no member's hyper-parameters saw.
 
     Every candidate is fitted as it would be by its own name. Where there are no validation images,
     a cross-validation over the shots (`folds`) takes their place, and what it chose is then fitted
@@ -72,37 +75,32 @@ def fit_auto(
             rows[name] |= {key: values[key] for key in REPORTED}
         choose_by(heads[name], records, split.val, run.device)
         rows[name]["seconds"] = time.perf_counter() - started
-    prior = [PRIOR.get(name, 1.0) for name in heads]
-    judged_p = pool.log_probabilities(logits, label) if logits else torch.empty(len(heads), 0, 1)
-    weights, sharpness = pool.pool_weights(judged_p, label, prior)
-    members = []
-    for name, weight in zip(heads, weights, strict=True):
-        rows[name]["weight"] = weight
-        temperature = rows[name].get("temperature", 1.0)
-        options = heads[name].options()
-        members.append(
-            {"method": name, "options": options, "temperature": temperature, "weight": weight}
-        )
-    average = Auto(
-        records.text.to(run.device),
-        members=members,
-        pool="log-linear",
-        sharpness=sharpness,
-        logit_scale=records.logit_scale,
-    )
-    for member, head in zip(average.heads, heads.values(), strict=True):
-        member.load_state_dict(head.state_dict())
+    chosen = choose_weights(logits or {name: torch.empty(0, 1) for name in heads}, label)
+    for name, row in rows.items():
+        row["weight"] = chosen.get(name, 0.0)
+    members = [
+        {
+            "method": name,
+            "options": heads[name].options(),
+            "temperature": rows[name].get("temperature", 1.0),
+            "weight": weight,
+        }
+        for name, weight in chosen.items()
+    ]
+    average = Auto(records.text.to(run.device), members=members, logit_scale=records.logit_scale)
+    for member, name in zip(average.heads, chosen, strict=True):
+        member.load_state_dict(heads[name].state_dict())
     unseen = None
     if len(split.val):
         scaled = [
-            rows.float() / T for rows, T in zip(logits.values(), average.temperatures, strict=True)
+            logits[name].float() / T for name, T in zip(chosen, average.temperatures, strict=True)
         ]
         unseen = Decisions(average.averaged(scaled), average.evidence(scaled), label)
     return average.to(run.device).eval(), list(rows.values()), unseen
 
 
 def refit_auto(head: Auto, records: Records, index: Tensor, shots: int, run: TrainingRun) -> Auto:
-    """The pool with the same members, weights and temperatures, each fitted to rows `index`."""
+    """The average with the same members, weights and temperatures, each fitted to rows `index`."""
     fitted = []
     for member in head.member_heads:
         named = dataclasses.replace(run, log=partial(_log_member, run, member.method))
@@ -160,3 +158,31 @@ def unseen_logits(
     for copied, part in zip(copies, parts, strict=True):
         logits[part] = engine.all_logits(copied, rows, val[part], device=device)[0]
     return logits, label
+
+
+def choose_weights(logits: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
+    """Method to weight w: what makes the average most likely, held near a prior.
+
+        max over w  sum_n log sum_i w_i p_i(label_n) + STRENGTH * sum_i prior_i log w_i
+
+    by expectation maximisation, and of the result the MAX_MEMBERS heaviest. logits: of each
+    candidate [N, K] on the N validation images, each at the temperature that suits it there
+    (metrics.fit_temperature). The prior is what 20 images could outweigh: few validation images
+    rank methods badly, and the average of methods that err differently is better than most.
+    """
+    names = list(logits)
+    prior = torch.tensor([1.0 if name in TRUSTED else DOUBTED for name in names]).double()
+    prior /= prior.sum()
+    true = torch.ones(len(label), len(names), dtype=torch.float64)
+    if len(label):
+        for i, rows in enumerate(logits.values()):
+            log_p = (rows.double() / metrics.fit_temperature(rows, label)).log_softmax(dim=1)
+            true[:, i] = log_p.gather(1, label[:, None])[:, 0].exp()
+    weight = prior
+    for _ in range(500):
+        share = weight * true.clamp(min=1e-30)
+        weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + STRENGTH * prior
+        weight = weight / weight.sum()
+    heaviest = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
+    total = float(weight[heaviest].sum())
+    return {names[i]: float(weight[i]) / total for i in heaviest}
