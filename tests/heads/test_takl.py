@@ -224,6 +224,18 @@ def test_duplicates_and_labels_that_contradict_each_other(beta):
     assert float(seen[:2].min() - seen[2:].max()) > 2.0
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_text_that_is_not_finite_is_refused(value):
+    text, image, support = table(K, LABEL)
+    head = fitted(TAKL, text, support)
+    before = head(image)
+    head.text[2, 1] = value
+    with pytest.raises(ValueError, match=r"^TAKL: text must be finite, got NaN .* in row 2$"):
+        head.fit_support(Support(support.image[:2], LABEL[:2]))
+    head.text.copy_(text)
+    assert torch.equal(head(image), before)
+
+
 @kernels
 def test_more_classes_than_features(beta):
     text, image, support = table(20, torch.arange(20), C=4)

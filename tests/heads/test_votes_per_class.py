@@ -12,7 +12,7 @@ from support_sets import fitted, table
 from torch.nn import functional as F
 
 from vtclip.heads import TAKL, ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, _support
-from vtclip.heads.proker import kernel
+from vtclip.heads._support import kernel
 
 K = 4
 LABEL = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])

@@ -206,6 +206,11 @@ def extended_text(head: str, text: Tensor, text_new: Tensor, support: Support) -
     return torch.cat([text, text_new.to(text)])
 
 
+def kernel(x: Tensor, s: Tensor, beta: float) -> Tensor:
+    """exp(-beta |x - s|^2) [B, N] of rows of length 1."""
+    return torch.exp(-2 * beta * (1 - x @ s.mT))
+
+
 def steps(low: float, high: float, factor: float) -> tuple[float, ...]:
     """low, low * factor, ... up to high."""
     count = round(math.log(high / low) / math.log(factor)) + 1

@@ -8,7 +8,7 @@
 z: zero-shot logits. S [N + K, C]: the N labelled images and under them the K class texts, each a
 row of its own class, so that a class without images has a row, too. Nothing is centred: what all
 images share serves each class as a bias that the penalty keeps small. T0, by which zero-shot
-counts, is not trained: how sure zero-shot may be of other images the shots, once fitted, cannot say.
+counts, is not trained: shots that are fitted cannot say how sure zero-shot may be of other images.
 
 The objective is convex. With B such that B^T k(S, S) B = 1 and A = B W it is that of logistic
 regression on R = k(S, S) B with the penalty lam / 2 |W|^2, see `vtclip.heads._logistic`. The linear
@@ -32,8 +32,7 @@ from vtclip.heads import _logistic
 from vtclip.heads._check import check_not_negative, check_positive
 from vtclip.heads._head import Support
 from vtclip.heads._logistic import Problem
-from vtclip.heads._support import Candidates, SupportHead
-from vtclip.heads.proker import kernel
+from vtclip.heads._support import Candidates, SupportHead, kernel
 
 BETAS = (0.0, 1.0)
 LAMBDAS = tuple(10 ** (-step / 2) for step in range(1, 9))  # each solution helps to the next
@@ -60,15 +59,18 @@ class TAKL(SupportHead):
     zero_shot_temperature: T0.
     votes_per_class: as how many images each class counts (m / n_k each); its text counts once.
 
-    Solutions along decreasing lam in float32 serve the search and as starts; eigenvectors and the
-    last steps are float64. The steps end at the optimum, or where there is more work, as many rows
-    as 16 shots of 100 classes, before it: after 8 steps or more, see CLOSENESS and WORK. Their
-    order is fixed: the same images give the same bits on one machine.
+    Solutions along decreasing lam in float32 serve the search and as starts; kernels, eigenvectors
+    and the last steps are float64. These end at the optimum or, where they would take long, before
+    it (see WORK): the logits of 16 shots of 101 classes are then 0.01 to 0.4 of 2 to 3 from it,
+    root mean squares, by lam from 1e-2 to 3e-4, and the accuracy is the same to 0.04 points. The
+    same images give the same bits on one machine.
 
     No training: beta and lam by validation.
 
-    Expected: @@E1
-    Cost: @@E2
+    Expected: 90.4 / 96.3 / 98.1 % from 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds 1-3,
+        on 500 satellite photos of 19 classes through ViT-B/32; 85.9 / 92.9 / 97.0 from 71.6 % RN50.
+    Cost: 2.3 s of CPU time for 16 shots of 100 classes of width 512, 1.3 times ProKeR's beside it;
+        97 s and 2.1 GB for those of 1,000 classes.
     Command: vtclip fit SOURCE --method takl --shots 16
     """
 
@@ -114,7 +116,14 @@ class TAKL(SupportHead):
 
     @torch.no_grad()
     def fit_support(self, support: Support) -> None:
-        """Keep the labelled images, in place of any before, and solve for the coefficients."""
+        """Keep the labelled images, in place of any before, and solve for the coefficients.
+
+        ValueError where a text, a training row here, is not finite.
+        """
+        finite = self.text.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"TAKL: text must be finite, got NaN or infinity in row {row}")
         super().fit_support(support)
         self._fits = _Fits()
         self._solve()
@@ -148,11 +157,8 @@ class TAKL(SupportHead):
 
     def _searched_betas(self) -> tuple[float, ...]:
         """The present one first: it wins a tie."""
-        betas = (
-            BETAS
-            if max(self._thinned_from, self.num_support + self.num_classes) <= KERNEL_ROWS
-            else BETAS[:1]
-        )
+        rows = max(self._thinned_from, self.num_support + self.num_classes)
+        betas = BETAS if rows <= KERNEL_ROWS else BETAS[:1]
         return tuple(sorted(betas, key=lambda beta: beta != self.beta))
 
     def _every(self, step: int) -> SupportHead:
@@ -174,8 +180,7 @@ class TAKL(SupportHead):
     def _solve(self) -> None:
         """Set `coefficients` to the optimum at beta and lam."""
         if not self.num_support:
-            width = self._width()
-            self.coefficients = self.text.new_zeros(width, self.num_classes)
+            self.coefficients = self.text.new_zeros(self._width(), self.num_classes)
             return
         fit = self._fit(self.beta)
         self.coefficients = (fit.B @ fit.optimum(self.lam)).to(self.text).contiguous()
@@ -222,7 +227,7 @@ class _Fit:
         return self._path[:count]
 
     def optimum(self, lam: float) -> Tensor:
-        """W [r, K] float64; the same bits whatever was asked for before."""
+        """W [r, K] float64 at the optimum; the same bits whatever was asked for before."""
         if lam not in self._optima:
             R, K = self.problem.basis, self.problem.offset.shape[1]
             larger = self.path(sum(value >= lam for value in LAMBDAS))
