@@ -20,9 +20,10 @@ from vtclip.data.splits import few_shot_split
 from vtclip.heads import HEADS, Support, _support
 from vtclip.runs.adapter import load_adapter
 
-METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip")
+METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip", "cross-modal")
 EXACT = tuple(name for name in METHODS if name != "tip-adapter-f")
 K, C, B = 5, 16, 6
+ITERATED = {"cross-modal": 1e-5}  # how far from each other solves end that stop at a tolerance
 COUNTS = (3, 1, 4, 2, 0)
 
 
@@ -47,14 +48,15 @@ def near(support: Support) -> Support:
 @pytest.mark.parametrize("method", METHODS)
 def test_order_does_not_matter(method):
     text, image, support = table()
+    atol = ITERATED.get(method, 1e-10)
     order = torch.randperm(len(support.label))
     shuffled = Support(support.image[order], support.label[order])
     one, two = (fitted(method, text, rows) for rows in (support, shuffled))
-    torch.testing.assert_close(one(image), two(image), rtol=0, atol=1e-10)
+    torch.testing.assert_close(one(image), two(image), rtol=0, atol=atol)
     val = Support(torch.randn(8, C).double(), torch.arange(8) % K)
     for head in (one, two):
         head.choose(val)
-    torch.testing.assert_close(one(image), two(image), rtol=0, atol=1e-10)
+    torch.testing.assert_close(one(image), two(image), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f", "tip-x"])
@@ -131,7 +133,8 @@ def test_extend_equals_a_fit_on_everything(method):
     at_once: Any = HEADS[method](torch.cat([text, text_new]), **options)
     at_once.fit_support(Support(*(torch.cat(pair) for pair in zip(support[:2], new[:2],
                                                                   strict=True))))  # fmt: skip
-    torch.testing.assert_close(larger(image), at_once(image), rtol=0, atol=1e-10)
+    atol = ITERATED.get(method, 1e-10)
+    torch.testing.assert_close(larger(image), at_once(image), rtol=0, atol=atol)
     assert larger(image).shape == (B, K + 2)
     again: Any = HEADS[method](torch.cat([text, text_new]), **larger.options())
     again.load_state_dict(larger.state_dict())
