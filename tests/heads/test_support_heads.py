@@ -20,10 +20,11 @@ from vtclip.data.splits import few_shot_split
 from vtclip.heads import HEADS, Support, _support
 from vtclip.runs.adapter import load_adapter
 
-METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip", "cross-modal")
+METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip", "cross-modal", "gda")
 EXACT = tuple(name for name in METHODS if name != "tip-adapter-f")
 K, C, B = 5, 16, 6
 ITERATED = {"cross-modal": 1e-5}  # how far from each other solves end that stop at a tolerance
+AWAY: dict[str, dict[str, float]] = {"gda": {"alpha": 4.0}}  # from what a search finds
 COUNTS = (3, 1, 4, 2, 0)
 
 
@@ -254,10 +255,10 @@ def test_copies_choose_by_their_part_as_they_would_alone(method, monkeypatch):
     parts = [torch.arange(start, len(label), 3) for start in (0, 1)] + [torch.arange(len(label))]
     for rows in (_support.SEARCH_ROWS, len(support.label) - 1):  # over all and every other class
         monkeypatch.setattr(_support, "SEARCH_ROWS", rows)
-        head = fitted(method, text, support)
+        head = fitted(method, text, support, **AWAY.get(method, {}))
         before = head.options()
         for part, copied in zip(parts, head.chosen_by(val, parts), strict=True):
-            alone = fitted(method, text, support)
+            alone = fitted(method, text, support, **AWAY.get(method, {}))
             alone.choose(Support(image[part], label[part]))
             assert copied.options() == alone.options()
             assert torch.equal(copied(image), alone(image))

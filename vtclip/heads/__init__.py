@@ -14,6 +14,7 @@ from vtclip.heads.calip import CALIP as CALIP
 from vtclip.heads.clip_adapter import ClipAdapter as ClipAdapter
 from vtclip.heads.coop import CoOp as CoOp
 from vtclip.heads.cross_modal import CrossModal as CrossModal
+from vtclip.heads.gda import GDA as GDA
 from vtclip.heads.linear_probe import LinearProbe as LinearProbe
 from vtclip.heads.mm_adapter import MMAdapter as MMAdapter
 from vtclip.heads.proker import ProKeR as ProKeR
@@ -27,7 +28,7 @@ from vtclip.heads.zeroshot import ZeroShot as ZeroShot
 
 _ALL: tuple[type[Head], ...] = (
     *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TipX, ProtoCLIP, CoOp, ClipAdapter),
-    *(CrossModal,),
+    *(CrossModal, GDA),
     *(LinearProbe, MMAdapter, AutoCLIP, CALIP, ZeroShot, Auto),
 )
 HEADS.update({head.method: head for head in _ALL})
