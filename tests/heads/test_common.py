@@ -33,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "proto-clip": {"alpha": 0.6, "beta": 3.0},
     "cross-modal": {"l2": 0.3},
     "gda": {"alpha": 0.3},
+    "lp++": {"num_steps": 20.0},
     "coop": {"num_context": 3, "class_position": "middle", "context_width": 6},
     "clip-adapter": {"ratio": 0.4, "reduction": 8},
     "linear-probe": {"l2": 0.3},
@@ -331,7 +332,7 @@ def test_the_flags_are_those_of_the_methods():
         return {name for name in HEADS if getattr(HEADS[name], flag)}
 
     keeping = {"tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip"}
-    keeping |= {"cross-modal", "gda"}
+    keeping |= {"cross-modal", "gda", "lp++"}
     assert those("keeps_images") == keeping
     assert those("takes_support") == keeping | {"linear-probe"}
     assert those("chooses") == keeping | {"linear-probe", "calip"}

@@ -20,11 +20,23 @@ from vtclip.data.splits import few_shot_split
 from vtclip.heads import HEADS, Support, _support
 from vtclip.runs.adapter import load_adapter
 
-METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip", "cross-modal", "gda")
+METHODS = (
+    "tip-adapter",
+    "tip-adapter-f",
+    "proker",
+    "tip-x",
+    "proto-clip",
+    "cross-modal",
+    "gda",
+    "lp++",
+)
 EXACT = tuple(name for name in METHODS if name != "tip-adapter-f")
 K, C, B = 5, 16, 6
 ITERATED = {"cross-modal": 1e-5}  # how far from each other solves end that stop at a tolerance
-AWAY: dict[str, dict[str, float]] = {"gda": {"alpha": 4.0}}  # from what a search finds
+AWAY: dict[str, dict[str, float]] = {  # from what a search finds
+    "gda": {"alpha": 4.0},
+    "lp++": {"num_steps": 7.0},
+}
 COUNTS = (3, 1, 4, 2, 0)
 
 
@@ -105,7 +117,7 @@ def test_support_pulls_towards_its_class(method):
 def test_choose_is_repeatable_and_no_images_change_nothing(method):
     text, image, support = table()
     val = near(support)
-    one, two = fitted(method, text, support), fitted(method, text, support)
+    one, two = (fitted(method, text, support, **AWAY.get(method, {})) for _ in range(2))
     start = one.options()
     one.choose(val)
     two.choose(val)

@@ -16,6 +16,7 @@ from vtclip.heads.coop import CoOp as CoOp
 from vtclip.heads.cross_modal import CrossModal as CrossModal
 from vtclip.heads.gda import GDA as GDA
 from vtclip.heads.linear_probe import LinearProbe as LinearProbe
+from vtclip.heads.lp_plus_plus import LPPlusPlus as LPPlusPlus
 from vtclip.heads.mm_adapter import MMAdapter as MMAdapter
 from vtclip.heads.proker import ProKeR as ProKeR
 from vtclip.heads.proto_clip import ProtoCLIP as ProtoCLIP
@@ -28,7 +29,7 @@ from vtclip.heads.zeroshot import ZeroShot as ZeroShot
 
 _ALL: tuple[type[Head], ...] = (
     *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TipX, ProtoCLIP, CoOp, ClipAdapter),
-    *(CrossModal, GDA),
+    *(CrossModal, GDA, LPPlusPlus),
     *(LinearProbe, MMAdapter, AutoCLIP, CALIP, ZeroShot, Auto),
 )
 HEADS.update({head.method: head for head in _ALL})
