@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cross-modal": {"l2": 0.3},
     "gda": {"alpha": 0.3},
     "lp++": {"num_steps": 20.0},
+    "taskres": {"alpha": 0.7},
     "coop": {"num_context": 3, "class_position": "middle", "context_width": 6},
     "clip-adapter": {"ratio": 0.4, "reduction": 8},
     "linear-probe": {"l2": 0.3},
@@ -49,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 TRAINED = {"vtclip", "rada", "tip-adapter-f", "coop", "clip-adapter", "mm-adapter"}
+TRAINED |= {"taskres"}
 every_head = pytest.mark.parametrize("method", list(HEADS))
 
 
@@ -311,6 +313,7 @@ def test_what_a_head_does_not_do_is_left_out_or_refused(method):
     [
         ("clip-adapter", 8, {"ratio": 0.5}),
         ("linear-probe", 5, {}),
+        ("taskres", 5, {"alpha": 0.7}),
         ("mm-adapter", 6, {"hidden": 4, "num_heads": 2}),
     ],
 )
