@@ -35,6 +35,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gda": {"alpha": 0.3},
     "lp++": {"num_steps": 20.0},
     "taskres": {"alpha": 0.7},
+    "zs-lp": {"text_length": 2.0},
+    "clap": {"text_length": 2.0},
     "coop": {"num_context": 3, "class_position": "middle", "context_width": 6},
     "clip-adapter": {"ratio": 0.4, "reduction": 8},
     "linear-probe": {"l2": 0.3},
@@ -50,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 TRAINED = {"vtclip", "rada", "tip-adapter-f", "coop", "clip-adapter", "mm-adapter"}
-TRAINED |= {"taskres"}
+TRAINED |= {"taskres", "zs-lp", "clap"}
 every_head = pytest.mark.parametrize("method", list(HEADS))
 
 
@@ -314,6 +316,8 @@ def test_what_a_head_does_not_do_is_left_out_or_refused(method):
         ("clip-adapter", 8, {"ratio": 0.5}),
         ("linear-probe", 5, {}),
         ("taskres", 5, {"alpha": 0.7}),
+        ("zs-lp", 5, {}),
+        ("clap", 5, {}),
         ("mm-adapter", 6, {"hidden": 4, "num_heads": 2}),
     ],
 )
@@ -337,9 +341,9 @@ def test_the_flags_are_those_of_the_methods():
     keeping = {"tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip"}
     keeping |= {"cross-modal", "gda", "lp++"}
     assert those("keeps_images") == keeping
-    assert those("takes_support") == keeping | {"linear-probe"}
+    assert those("takes_support") == keeping | {"linear-probe", "clap"}
     assert those("chooses") == keeping | {"linear-probe", "calip"}
-    assert those("has_penalty") == {"rada"}
+    assert those("has_penalty") == {"rada", "clap"}
     assert those("needs_text_encoder") == {"coop"}
     assert set(HEADS) - those("learns") == {"zeroshot", "autoclip"}
     assert not those("class_specific") & those("any_classes")

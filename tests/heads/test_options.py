@@ -52,6 +52,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gda", {"alpha": -1.0}, "alpha must be finite and at least 0, got -1"),
     ("lp++", {"num_steps": 0}, "num_steps must be at least 1, got 0"),
     *(("taskres", {"alpha": a}, "alpha must be finite and above 0, got ") for a in NO_SIZES),
+    *(
+        (method, {"text_length": length}, "text_length must be finite and above 0, got ")
+        for method in ("zs-lp", "clap")
+        for length in NO_SIZES
+    ),
     ("proker", {"lam": 1e-9}, "lam must be at least 1e-06, got 1e-09$"),
     ("rada", {"num_heads": 3}, "num_heads must divide D = 32, got 3"),
     ("rada", {"temperature": 0.0}, "temperature must be finite and above 0, got 0"),

@@ -11,6 +11,7 @@ from vtclip.heads._head import Support as Support
 from vtclip.heads.auto import Auto as Auto
 from vtclip.heads.autoclip import AutoCLIP as AutoCLIP
 from vtclip.heads.calip import CALIP as CALIP
+from vtclip.heads.clap import CLAP as CLAP
 from vtclip.heads.clip_adapter import ClipAdapter as ClipAdapter
 from vtclip.heads.coop import CoOp as CoOp
 from vtclip.heads.cross_modal import CrossModal as CrossModal
@@ -27,10 +28,11 @@ from vtclip.heads.tip_adapter import TipAdapterF as TipAdapterF
 from vtclip.heads.tip_x import TipX as TipX
 from vtclip.heads.vtclip import VTCLIP as VTCLIP
 from vtclip.heads.zeroshot import ZeroShot as ZeroShot
+from vtclip.heads.zs_lp import ZSLP as ZSLP
 
 _ALL: tuple[type[Head], ...] = (
     *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TipX, ProtoCLIP, CoOp, ClipAdapter),
-    *(CrossModal, GDA, LPPlusPlus, TaskRes),
+    *(CrossModal, GDA, LPPlusPlus, TaskRes, ZSLP, CLAP),
     *(LinearProbe, MMAdapter, AutoCLIP, CALIP, ZeroShot, Auto),
 )
 HEADS.update({head.method: head for head in _ALL})
