@@ -37,6 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "taskres": {"alpha": 0.7},
     "zs-lp": {"text_length": 2.0},
     "clap": {"text_length": 2.0},
+    "ape": {"gamma": 0.5, "share": 0.5, "variance_weight": 0.6},
+    "ape-t": {"alpha": 3.0, "beta": 4.0, "share": 0.5, "variance_weight": 0.6},
     "coop": {"num_context": 3, "class_position": "middle", "context_width": 6},
     "clip-adapter": {"ratio": 0.4, "reduction": 8},
     "linear-probe": {"l2": 0.3},
@@ -52,7 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 TRAINED = {"vtclip", "rada", "tip-adapter-f", "coop", "clip-adapter", "mm-adapter"}
-TRAINED |= {"taskres", "zs-lp", "clap"}
+TRAINED |= {"taskres", "zs-lp", "clap", "ape-t"}
 every_head = pytest.mark.parametrize("method", list(HEADS))
 
 
@@ -339,7 +341,7 @@ def test_the_flags_are_those_of_the_methods():
         return {name for name in HEADS if getattr(HEADS[name], flag)}
 
     keeping = {"tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip"}
-    keeping |= {"cross-modal", "gda", "lp++"}
+    keeping |= {"cross-modal", "gda", "lp++", "ape", "ape-t"}
     assert those("keeps_images") == keeping
     assert those("takes_support") == keeping | {"linear-probe", "clap"}
     assert those("chooses") == keeping | {"linear-probe", "calip"}

@@ -57,6 +57,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         for method in ("zs-lp", "clap")
         for length in NO_SIZES
     ),
+    ("ape", {"gamma": -1.0}, "gamma must be finite and at least 0, got -1"),
+    *(
+        (method, {name: 1.1}, rf"{name} must lie in 0\.\.1, got 1.1$")
+        for method in ("ape", "ape-t")
+        for name in ("share", "variance_weight")
+    ),
     ("proker", {"lam": 1e-9}, "lam must be at least 1e-06, got 1e-09$"),
     ("rada", {"num_heads": 3}, "num_heads must divide D = 32, got 3"),
     ("rada", {"temperature": 0.0}, "temperature must be finite and above 0, got 0"),

@@ -21,16 +21,10 @@ from vtclip.heads import HEADS, Support, _support
 from vtclip.runs.adapter import load_adapter
 
 METHODS = (
-    "tip-adapter",
-    "tip-adapter-f",
-    "proker",
-    "tip-x",
-    "proto-clip",
-    "cross-modal",
-    "gda",
-    "lp++",
+    *("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip", "cross-modal", "gda"),
+    *("lp++", "ape", "ape-t"),
 )
-EXACT = tuple(name for name in METHODS if name != "tip-adapter-f")
+EXACT = tuple(name for name in METHODS if name not in ("tip-adapter-f", "ape-t"))
 K, C, B = 5, 16, 6
 ITERATED = {"cross-modal": 1e-5}  # how far from each other solves end that stop at a tolerance
 AWAY: dict[str, dict[str, float]] = {  # from what a search finds

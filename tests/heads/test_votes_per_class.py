@@ -11,14 +11,14 @@ import torch
 from support_sets import fitted, table
 from torch.nn import functional as F
 
-from vtclip.heads import ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, _support
+from vtclip.heads import APE, ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, _support
 from vtclip.heads.proker import kernel
 
 K = 4
 LABEL = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
 EQUAL = torch.arange(K).repeat_interleave(3)
 VOTERS = (TipAdapter, TipAdapterF, TipX)
-HEADS = (*VOTERS, ProKeR)
+HEADS = (*VOTERS, APE, ProKeR)
 RANGE: dict[Any, dict[str, float]] = {TipX: {"slope": 0.5, "offset": 0.6}}
 
 

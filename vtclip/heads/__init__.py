@@ -8,6 +8,8 @@ the few lines elsewhere.
 from vtclip.heads._head import HEADS as HEADS
 from vtclip.heads._head import Head as Head
 from vtclip.heads._head import Support as Support
+from vtclip.heads.ape import APE as APE
+from vtclip.heads.ape import APET as APET
 from vtclip.heads.auto import Auto as Auto
 from vtclip.heads.autoclip import AutoCLIP as AutoCLIP
 from vtclip.heads.calip import CALIP as CALIP
@@ -32,7 +34,7 @@ from vtclip.heads.zs_lp import ZSLP as ZSLP
 
 _ALL: tuple[type[Head], ...] = (
     *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TipX, ProtoCLIP, CoOp, ClipAdapter),
-    *(CrossModal, GDA, LPPlusPlus, TaskRes, ZSLP, CLAP),
+    *(CrossModal, GDA, LPPlusPlus, TaskRes, ZSLP, CLAP, APE, APET),
     *(LinearProbe, MMAdapter, AutoCLIP, CALIP, ZeroShot, Auto),
 )
 HEADS.update({head.method: head for head in _ALL})
