@@ -17,8 +17,9 @@ from typing import Literal, get_args
 # in the order in which help, tables and pages list them
 METHODS = (
     *("zeroshot", "calip", "autoclip", "linear-probe", "clip-adapter", "coop", "tip-adapter"),
-    *("tip-adapter-f", "tip-x", "proker", "takl", "proto-clip", "mm-adapter", "vtclip"),
-    *("rada", "auto"),
+    *("tip-adapter-f", "tip-x", "proker", "takl", "proto-clip"),
+    *("cross-modal", "gda", "lp++", "taskres", "zs-lp", "clap", "ape", "ape-t"),
+    *("mm-adapter", "vtclip", "rada", "auto"),
 )
 TUNED_METHODS = ("vtclip", "rada")  # those whose kernels `vtclip tune` times
 

@@ -129,12 +129,15 @@ CHECK = {
     "tip-adapter": (62.33, 64.62, 66.54, 68.50, 70.32),
     "tip-adapter-f": (64.60, 66.65, 69.67, 72.45, 75.83),
     "coop": (59.59, 62.32, 66.77, 69.89, 73.42),
+    "gda": (62.19, 66.19, 69.77, 73.31, 76.05),
+    "tip-x": (62.87, 65.29, 67.64, 69.37, 71.40),
 }
+SOURCES = {"coop": {"cafo-figure", "cafo"}, "gda": {"gda-log"}, "tip-x": {"gda-log"}}
 
 
 @pytest.mark.parametrize("method", CHECK)
 def test_few_shot_tables_add_up(method: str) -> None:
-    source = {"cafo-figure", "cafo"} if method == "coop" else {"tip-adapter-log"}
+    source = SOURCES.get(method, {"tip-adapter-log"})
     for shots, wanted in zip(SHOTS, CHECK[method], strict=True):
         rows = {
             r.set: r.accuracy

@@ -32,6 +32,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "takl": {"beta": 0.5, "lam": 0.3, "zero_shot_temperature": 1.5},
     "tip-x": {"alpha": 3.0, "beta": 4.0, "gamma": 2.0, "slope": 1.5, "offset": 0.1},
     "proto-clip": {"alpha": 0.6, "beta": 3.0},
+    "cross-modal": {"l2": 0.3},
+    "gda": {"alpha": 0.3},
+    "lp++": {"num_steps": 20.0},
+    "taskres": {"alpha": 0.7},
+    "zs-lp": {"text_length": 2.0},
+    "clap": {"text_length": 2.0},
+    "ape": {"gamma": 0.5, "share": 0.5, "variance_weight": 0.6},
+    "ape-t": {"alpha": 3.0, "beta": 4.0, "share": 0.5, "variance_weight": 0.6},
     "coop": {"num_context": 3, "class_position": "middle", "context_width": 6},
     "clip-adapter": {"ratio": 0.4, "reduction": 8},
     "linear-probe": {"l2": 0.3},
@@ -47,6 +55,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 TRAINED = {"vtclip", "rada", "tip-adapter-f", "coop", "clip-adapter", "mm-adapter"}
+TRAINED |= {"taskres", "zs-lp", "clap", "ape-t"}
 every_head = pytest.mark.parametrize("method", list(HEADS))
 
 
@@ -309,6 +318,9 @@ def test_what_a_head_does_not_do_is_left_out_or_refused(method):
     [
         ("clip-adapter", 8, {"ratio": 0.5}),
         ("linear-probe", 5, {}),
+        ("taskres", 5, {"alpha": 0.7}),
+        ("zs-lp", 5, {}),
+        ("clap", 5, {}),
         ("mm-adapter", 6, {"hidden": 4, "num_heads": 2}),
     ],
 )
@@ -330,10 +342,11 @@ def test_the_flags_are_those_of_the_methods():
         return {name for name in HEADS if getattr(HEADS[name], flag)}
 
     keeping = {"tip-adapter", "tip-adapter-f", "proker", "takl", "tip-x", "proto-clip"}
+    keeping |= {"cross-modal", "gda", "lp++", "ape", "ape-t"}
     assert those("keeps_images") == keeping
-    assert those("takes_support") == keeping | {"linear-probe"}
+    assert those("takes_support") == keeping | {"linear-probe", "clap"}
     assert those("chooses") == keeping | {"linear-probe", "calip"}
-    assert those("has_penalty") == {"rada"}
+    assert those("has_penalty") == {"rada", "clap"}
     assert those("needs_text_encoder") == {"coop"}
     assert set(HEADS) - those("learns") == {"zeroshot", "autoclip"}
     assert not those("class_specific") & those("any_classes")

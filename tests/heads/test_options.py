@@ -48,6 +48,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         for name in ("alpha", "beta", "lam", "logit_scale")
         for size in NO_SIZES
     ),
+    *(("cross-modal", {"l2": l2}, "l2 must be finite and above 0, got ") for l2 in NO_SIZES),
+    ("gda", {"alpha": -1.0}, "alpha must be finite and at least 0, got -1"),
+    ("lp++", {"num_steps": 0}, "num_steps must be at least 1, got 0"),
+    *(("taskres", {"alpha": a}, "alpha must be finite and above 0, got ") for a in NO_SIZES),
+    *(
+        (method, {"text_length": length}, "text_length must be finite and above 0, got ")
+        for method in ("zs-lp", "clap")
+        for length in NO_SIZES
+    ),
+    ("ape", {"gamma": -1.0}, "gamma must be finite and at least 0, got -1"),
+    *(
+        (method, {name: 1.1}, rf"{name} must lie in 0\.\.1, got 1.1$")
+        for method in ("ape", "ape-t")
+        for name in ("share", "variance_weight")
+    ),
     ("proker", {"lam": 1e-9}, "lam must be at least 1e-06, got 1e-09$"),
     *(
         ("takl", {name: size}, f"{name} must be finite and above 0")

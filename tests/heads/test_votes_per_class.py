@@ -11,14 +11,24 @@ import torch
 from support_sets import fitted, table
 from torch.nn import functional as F
 
-from vtclip.heads import TAKL, ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, _support
+from vtclip.heads import (
+    APE,
+    TAKL,
+    ProKeR,
+    Support,
+    TipAdapter,
+    TipAdapterF,
+    TipX,
+    ZeroShot,
+    _support,
+)
 from vtclip.heads._support import kernel
 
 K = 4
 LABEL = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
 EQUAL = torch.arange(K).repeat_interleave(3)
 VOTERS = (TipAdapter, TipAdapterF, TipX)
-HEADS = (*VOTERS, ProKeR, TAKL)
+HEADS = (*VOTERS, APE, ProKeR, TAKL)
 RANGE: dict[Any, dict[str, float]] = {TipX: {"slope": 0.5, "offset": 0.6}}
 
 
