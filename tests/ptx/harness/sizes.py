@@ -146,7 +146,7 @@ TABLE = {
         B2 H1 K67 L70 d128 ; masked ; misaligned
         B2 H1 K67 L133 d96 ; query per image, masked
         B2 H1 K67 L70 d176 ; masked ; misaligned
-        B2 H1 K9 L9 d160 ; masked
+        B2 H1 K67 L70 d160 ; masked
         B2 H1 K67 L136 d256 ; query per image
         B2 H1 K33 L70 d255 ; masked
         B2 H1 K67 L70 d127 ; query per image, masked
@@ -180,7 +180,7 @@ TABLE = {
         B2 H1 K67 L70 d128 ; masked ; misaligned
         B2 H1 K67 L133 d96 ; query per image, masked
         B2 H1 K67 L70 d176 ; masked ; misaligned
-        B2 H1 K9 L9 d160 ; masked
+        B2 H1 K67 L70 d160 ; masked
         B2 H1 K67 L136 d256 ; query per image
         B2 H1 K33 L70 d255 ; masked
         B2 H1 K67 L70 d127 ; query per image, masked
