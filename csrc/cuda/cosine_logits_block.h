@@ -241,18 +241,20 @@ struct CosinePairedForward {
             }
           }
         }, totals);
-    const bool plain = square_in_range(totals[kSums - 1]);
-    const Acc rx = plain ? 1 / sqrt_of(totals[kSums - 1])
-                         : reciprocal_norm(warp, vector_of(args.image, b), args.D);
+    const bool plain = kSquaresFit<T> || square_in_range(totals[kSums - 1]);
+    const Acc rx = rnorm_of_square<T>(totals[kSums - 1], [&] {
+      return reciprocal_norm(warp, vector_of(args.image, b), args.D);
+    });
     int again = 0;  // bit r: class r leaves the range of squares
     VTCLIP_UNROLL
     for (int r = 0; r < kAtOnce; ++r) {
       if (r >= count) continue;
-      if (!plain || !square_in_range(totals[2 * r + 1])) {
+      const Acc square = totals[2 * r + 1];
+      if (!plain || (!kSquaresFit<T> && !square_in_range(square))) {
         again |= 1 << r;
         continue;
       }
-      const Acc rt = 1 / sqrt_of(totals[2 * r + 1]);
+      const Acc rt = rnorm_of_square<T>(square, [] { return Acc{0}; });
       warp.once([&] { write(args, b, first + r, totals[2 * r] * (rx * rt), rt); });
     }
     VTCLIP_ROLLED

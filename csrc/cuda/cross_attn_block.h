@@ -47,6 +47,7 @@ struct CrossAttnForward : AttnTile<T, kD> {
     const AttnShape& n = args.shape;
     const AttnPlace at = Base::place(n, index, n.K);
     const int64_t first = at.image * args.images, last = lesser(n.B, first + args.images);
+    VTCLIP_ASSUME(first < last);
     Step step{first, 0, 0};
     if (kChunks == 1 && n.L > 0) {
       Base::keep_step(tiles.block, n, tiles.keep, step, last);
@@ -114,7 +115,7 @@ struct CrossAttnForward : AttnTile<T, kD> {
       State& own = states[warp];
       own.s.fill(0);
       own.s.template add_product<false, true>(tiles.q + 16 * warp.index * kLd, kLd, tiles.k, kLd,
-                                              summed<kC>(n.d, 0));
+                                              summed<kC, Base::kChunks>(n.d, 0));
       soften(own, step.keep(tiles.keep), args.scale * static_cast<Acc>(kLog2E), step.start == 0);
     });
     block.arrive();  // values are there, keys are free
@@ -144,7 +145,7 @@ struct CrossAttnForward : AttnTile<T, kD> {
         State& own = states[warp];
         if (c == 0) own.s.fill(0);
         own.s.template add_product<false, true>(tiles.q + 16 * warp.index * kLd, kLd, tiles.k, kLd,
-                                                summed<kC>(n.d, c));
+                                                summed<kC, Base::kChunks>(n.d, c));
         if (c < kChunks - 1) return;
         soften(own, step.keep(tiles.keep), args.scale * static_cast<Acc>(kLog2E), step.start == 0);
         T* p = tiles.p + 16 * warp.index * kLdStep;

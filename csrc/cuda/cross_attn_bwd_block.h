@@ -171,7 +171,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
       State& own = states[warp];
       own.d_p.fill(0);
       own.d_p.template add_product<false, true>(tiles.d_o + 16 * warp.index * kLd, kLd, tiles.v,
-                                                kLd, summed<kC>(n.d, 0));
+                                                kLd, summed<kC, Base::kChunks>(n.d, 0));
     });
     block.arrive();  // keys, statistics are there; values, d_out are free
     if (next.b < last) load_values(args, tiles, next, at);
@@ -180,7 +180,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
       const int strip = 16 * warp.index;
       own.s.fill(0);
       own.s.template add_product<false, true>(tiles.q + strip * kLd, kLd, tiles.k, kLd,
-                                              summed<kC>(n.d, 0));
+                                              summed<kC, Base::kChunks>(n.d, 0));
       combine(own, tiles, step, strip, args.scale * static_cast<Acc>(kLog2E));
       own.d_q[0].add_product(own.s, tiles.d_s + strip * kLdStep, kLdStep, tiles.k, kLd);
     });
@@ -206,7 +206,7 @@ struct CrossAttnQueryGradient : AttnTile<T, kD> {
       block.arrive();
       block.each_warp([&](const Warp& warp) {
         State& own = states[warp];
-        const int strip = 16 * warp.index, k = summed<kC>(n.d, c);
+        const int strip = 16 * warp.index, k = summed<kC, Base::kChunks>(n.d, c);
         if (c == 0) own.s.fill(0);
         if (c == 0) own.d_p.fill(0);
         own.s.template add_product<false, true>(tiles.q + strip * kLd, kLd, tiles.k, kLd, k);
@@ -345,7 +345,7 @@ struct CrossAttnKeyGradient : AttnTile<T, kD> {
   static VTCLIP_DEVICE void add(const Args& args, Tiles& tiles, PerWarp<State, kWarps>& states,
                                 const AttnPlace& at, int64_t start) {
     const Block<kWarps>& block = tiles.block;
-    const int k = summed<kC>(args.shape.d, 0);
+    const int k = summed<kC, Base::kChunks>(args.shape.d, 0);
     block.arrive();  // queries, statistics are there; d_out is free
     load_queries(args, tiles, tiles.d_o, args.d_out, at, start, 0);
     block.loose().each_warp([&](const Warp& warp) {
@@ -385,7 +385,7 @@ struct CrossAttnKeyGradient : AttnTile<T, kD> {
       block.arrive();
       block.each_warp([&](const Warp& warp) {
         State& own = states[warp];
-        const int strip = 16 * warp.index, k = summed<kC>(args.shape.d, c);
+        const int strip = 16 * warp.index, k = summed<kC, Base::kChunks>(args.shape.d, c);
         if (c == 0) own.s.fill(0);
         if (c == 0) own.d_p.fill(0);
         own.s.template add_product<false, true>(tiles.k + strip * kLd, kLd, tiles.q, kLd, k);

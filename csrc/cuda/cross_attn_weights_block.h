@@ -102,7 +102,7 @@ struct AttnWeightsForward : AttnTile<T, kD> {
         State& own = states[warp];
         if (c == 0) own.s.fill(0);
         own.s.template add_product<false, true>(tiles.q + 16 * warp.index * kLd, kLd, tiles.k, kLd,
-                                                summed<kC>(n.d, c));
+                                                summed<kC, Base::kChunks>(n.d, c));
         if (c < kChunks - 1) return;
         own.s.each([&](const Spot& spot, Acc& s) {
           s = tiles.keep[spot.column] ? s * scale_log2 : -infinity<Acc>();

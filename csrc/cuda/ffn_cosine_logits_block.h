@@ -72,7 +72,7 @@ struct CentredColumns {
       }
       tiles.part[i] = total;
     });
-    tiles.block.each(columns, [&](int column) {
+    tiles.block.each_once(columns, [&](int column) {
       Acc total = 0;
       VTCLIP_UNROLL
       for (int warp = 0; warp < kWarps; ++warp) total += tiles.part[warp * kWarpSize + column];

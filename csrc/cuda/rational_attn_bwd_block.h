@@ -53,8 +53,9 @@ template <class T>
 struct RationalSums {
   using Acc = AccOf<T>;
   using Args = RationalBackwardArgs<T>;
-  static constexpr int kWarps = 8;
+  static constexpr int kWarps = 8;  // a thread for each column
   static constexpr int kGroups = 4;
+  static_assert(kWarps * kWarpSize == kMaxHeadWidth);
 
   struct Tiles {
     Shared& shared;
@@ -90,7 +91,7 @@ struct RationalSums {
       const Acc sum = block.sum(size, [&](int i) { return tiles.partial[kind * size + i]; });
       block.once([&] { args.c[kind * args.B * args.H + index] = sum / static_cast<Acc>(args.K); });
     }
-    block.each(d, [&](int column) {
+    block.each_once(d, [&](int column) {
       const Acc sum = of_groups(tiles, d, column);
       tiles.r[column] = sum;
       args.r[index * d + column] = sum;
@@ -112,7 +113,9 @@ struct RationalSums {
     const Rows<const T> query = args.query[kImage].at(b, h), key = args.key.at(b, h);
     const Rows<const T> value = args.value.at(b, h);
     const Rows<const Acc> o = args.image_out.at(b, h);
-    const Acc along = block.sum(d, [&](int i) { return tiles.r[i] * o.at(0, i); });
+    const Acc along = block.sum(kMaxHeadWidth, [&](int i) {
+      return i < d ? tiles.r[i] * o.at(0, i) : 0;
+    });
     const auto made = RationalMade<T>::of(args, kImage, b, h);
     Acc* p = args.p + index * args.K;
     Acc* ds = args.ds + index * args.K;
@@ -137,7 +140,7 @@ struct RationalSums {
       tiles.partial[i] = sum;
     });
     const Rows<T> d_query = args.d_query[kImage].at(b, h);
-    block.each(d, [&](int i) {
+    block.each_once(d, [&](int i) {
       d_query.at(0, i) = static_cast<T>(of_groups(tiles, d, i) * (args.scale * args.share));
     });
   }

@@ -44,6 +44,21 @@ struct RationalMap {
     map.total = block.sum(rows, [&](int64_t r) { return map.weight(row_base[r], row_total[r]); });
     return map;
   }
+  // the same of the rows of one tile: a thread has one at most
+  template <class Block>
+  static VTCLIP_DEVICE RationalMap of_tile(const Block& block, int64_t rows, const Acc* row_base,
+                                           const Acc* row_total) {
+    static_assert(kRationalRows <= Block::kThreads);
+    RationalMap map;
+    map.base = block.max(kRationalRows, [&](int r) {
+      return r < rows ? row_base[r] : -infinity<Acc>();
+    });
+    if (map.base == -infinity<Acc>()) map.base = 0;
+    map.total = block.sum(kRationalRows, [&](int r) {
+      return r < rows ? map.weight(row_base[r], row_total[r]) : 0;
+    });
+    return map;
+  }
 };
 
 // 64 rows of one query and all keys of their image and head.
@@ -94,6 +109,7 @@ struct RationalStream : RationalTile<T, kColumns, rational_step<T>(kColumns, kRe
       Tile::load_own(block, tiles.q, query, rows, n.d, 0);
       load_keys(0, 0);
     }
+    VTCLIP_ASSUME(n.K > 0);
     for (int64_t start = 0; start < n.K; start += kStep) {
       const int64_t keys = n.K - start;
       VTCLIP_ROLLED
@@ -150,7 +166,7 @@ struct RationalStream : RationalTile<T, kColumns, rational_step<T>(kColumns, kRe
       });
     });
     const int columns = static_cast<int>(lesser<int64_t>(kC, args.d - part * kC));
-    tiles.block.each(columns, [&](int c) {
+    tiles.block.each_once(columns, [&](int c) {
       args.image_out[index * args.d + part * kC + c] = tiles.image[c];
     });
   }
@@ -229,7 +245,8 @@ struct RationalOne : RationalStream<T, kColumns, sizeof(T) == 4 ? 1 : 2> {
   // sums += A_kind v
   static VTCLIP_DEVICE void add_map(const Args& args, Tiles& tiles, States& states, Sums& sums,
                                     int64_t index, int part, int kind) {
-    const auto map = RationalMap<Acc>::of(tiles.block, args.K, tiles.row_base, tiles.row_total);
+    const auto map =
+        RationalMap<Acc>::of_tile(tiles.block, args.K, tiles.row_base, tiles.row_total);
     const Acc factor = static_cast<Acc>(args.K) / map.total;
     tiles.block.once([&] {
       if (part == 0) args.store_stats(kind, index, map.base, map.total);
@@ -306,7 +323,7 @@ struct RationalRows : RationalStream<T, kColumns, 1> {
   static VTCLIP_DEVICE void leave(const Args& args, Tiles& tiles, States& states, int64_t index,
                                   int part, int kind, int64_t row0) {
     const int rows = static_cast<int>(lesser<int64_t>(kRows, args.K - row0));
-    tiles.block.each(part == 0 ? rows : 0, [&](int r) {
+    tiles.block.each_once(part == 0 ? rows : 0, [&](int r) {
       args.row_base[kind][index * args.K + row0 + r] = tiles.row_base[r];
       args.row_total[kind][index * args.K + row0 + r] = tiles.row_total[r];
     });
@@ -362,7 +379,7 @@ struct RationalCombine {
       block.once([&] {
         if (tile == 0) args.store_stats(kind, index, map.base, map.total);
       });
-      block.each(rows, [&](int r) {
+      block.each_once(rows, [&](int r) {
         tiles.weight[kind * kRows + r] =
             map.weight(row_base[row0 + r], row_total[row0 + r]) * factor;
       });

@@ -70,20 +70,13 @@ struct HeadTiles {
                             int64_t n) {
     using Packed = Vector<T>;
     constexpr int kColumns = kGroup<T>, kGroups = kHeadInner / kColumns;
-    if (packed) {
+    if (packed && n % kColumns == 0) {
       block.each(kHeadTile * kGroups, [&](int i) {
         const int r = i / kGroups, c = i % kGroups * kColumns;
         const T* row = start(r);
-        Packed values;
-        VTCLIP_UNROLL
-        for (int e = 0; e < kColumns; ++e) values.element[e] = static_cast<T>(0.0f);
-        if (row != nullptr && first + c + kColumns <= n) {
+        Packed values = zeros<T>();
+        if (row != nullptr && first + c < n) {
           values = *reinterpret_cast<const Packed*>(row + first + c);
-        } else if (row != nullptr) {
-          VTCLIP_UNROLL
-          for (int e = 0; e < kColumns; ++e) {
-            if (first + c + e < n) values.element[e] = row[first + c + e];
-          }
         }
         *reinterpret_cast<Packed*>(to + r * kLd + c) = values;
       });
@@ -103,6 +96,7 @@ struct HeadTiles {
                               args.context.batch * static_cast<int64_t>(sizeof(T)) % 16 == 0;
     PerWarp<WarpTile<T, 32, 32>, kWarps> all;
     block.each_warp([&](const Warp& warp) { all[warp].fill(0); });
+    VTCLIP_ASSUME(args.D > 0);
     for (int64_t inner = 0; inner < args.D; inner += kHeadInner) {
       gather(a, [&](int r) { return contexts[r]; }, args.context.column, contexts_fit, inner,
              args.D);

@@ -47,7 +47,9 @@ VTCLIP_DEVICE UnitNorm<AccOf<T>> unit_norm(const Team& team, const Row<const T>&
     });
   };
   Acc shrink = 1, total = square(1);
-  if (total < kTinySquare || total > 1 / kTinySquare) {
+  if constexpr (kSquaresFit<T>) {
+    if (total == 0) return {1, 0};
+  } else if (total < kTinySquare || total > 1 / kTinySquare) {
     const Acc largest = team.max(groups, [&](int64_t group) {
       Acc x[kColumns], top = 0;
       row.load(group * kColumns, x);

@@ -17,9 +17,11 @@ namespace vtclip::cuda {
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.6931471805599453094;
 
-// Columns of chunk c that products have to sum over.
-template <int kC>
+// Columns of chunk c that products have to sum over. A head in several chunks fills more than half
+// of them, or a narrower tile would hold it.
+template <int kC, int kChunks>
 VTCLIP_DEVICE int summed(int64_t d, int c) {
+  if (c < kChunks / 2) return kC;
   const int64_t left = ceil_div(d - c * kC, 16) * 16;
   return static_cast<int>(lesser<int64_t>(kC, left < 0 ? 0 : left));
 }
@@ -184,6 +186,7 @@ struct AttnTile {
     const AttnShape& n = args.shape;
     const AttnPlace at = place(n, index, n.K);
     const int64_t first = at.image * args.images, last = lesser(n.B, first + args.images);
+    VTCLIP_ASSUME(first < last);
     PerWarp<State, kWarps> states;
     block.loose().each_warp([&](const Warp& warp) { clear(states[warp].d_q); });
     for (int64_t b = first; b < last; ++b) add(states, at, b);

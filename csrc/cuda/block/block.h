@@ -5,7 +5,8 @@
 // the same loops, masks and reductions run on the host under a sanitizer (block_host.h).
 //
 //   block.each(n, f)            f(i) for 0 <= i < n, over all threads
-//   block.loose().each(n, f)    the same without a barrier: what may share the next phase's
+//   block.each_once(n, f)       the same for n <= kThreads
+//   block.loose().each(n, f)    the first without a barrier: what may share the next phase's
 //   copy_16(to, from, exists)   16 bytes into shared memory, by themselves from sm_80 on
 //   block.arrive()              a barrier behind which all copies are there
 //   block.each_warp(f)          f(warp) for every warp
@@ -19,6 +20,7 @@
 // n = 0.
 #pragma once
 
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 
@@ -28,10 +30,13 @@
 #define VTCLIP_DEVICE __device__ __forceinline__
 #define VTCLIP_UNROLL _Pragma("unroll")
 #define VTCLIP_ROLLED _Pragma("unroll 1")  // copies of a large body would only take registers
+// what the compiler cannot know and would write code for; the host's tests check it
+#define VTCLIP_ASSUME(fact) __builtin_assume(fact)
 #else
 #define VTCLIP_DEVICE inline
 #define VTCLIP_UNROLL
 #define VTCLIP_ROLLED
+#define VTCLIP_ASSUME(fact) assert(fact)
 #endif
 
 namespace vtclip::cuda {

@@ -167,6 +167,13 @@ class Block {
     loose().each(n, f);
     sync();
   }
+  // the same for n <= kThreads, which leaves no loop
+  template <class I, class F>
+  VTCLIP_DEVICE void each_once(I n, F f) const {
+    const int i = static_cast<int>(threadIdx.x);
+    if (i < n) f(i);
+    sync();
+  }
   template <class F>
   VTCLIP_DEVICE void each_warp(F f) const {
     loose().each_warp(f);

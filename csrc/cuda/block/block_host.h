@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <cassert>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -178,6 +179,11 @@ class Block {
 
   template <class I, class F>
   void each(I n, F f) const { in_turn(n, f); }
+  template <class I, class F>
+  void each_once(I n, F f) const {
+    assert(n <= kThreads);
+    in_turn(static_cast<int>(n), f);
+  }
   template <class F>
   void each_warp(F f) const { loose().each_warp(f); }
   template <int P, class I, class F>

@@ -22,6 +22,9 @@ int64_t shared_bytes() {
 template <class Body>
 __global__ void __launch_bounds__(Body::kWarps* kWarpSize, 1)
     body_kernel(const __grid_constant__ typename Body::Args args) {
+  // The compiler does not take this from the launch bounds, and gives a loop over the threads that
+  // has one trip code for more.
+  VTCLIP_ASSUME(threadIdx.x < Body::kWarps * kWarpSize);
   extern __shared__ __align__(128) unsigned char raw[];
   Shared shared(raw);
   typename Body::Tiles tiles{shared};

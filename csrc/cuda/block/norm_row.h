@@ -299,18 +299,20 @@ struct NormRowGradient {
         d_weight[e] *= args.residual;
       }
       const int64_t at = slot * args.C;
-      Row<Acc>(args.d_bias + at, 1, args.C).store(column, d_bias);
-      Row<Acc>(args.d_weight + at, 1, args.C).store(column, d_weight);
+      const Walk<T>& walk = args.walk;
+      walk.template store_sums<kPacked>(args.d_bias + at, column, d_bias);
+      walk.template store_sums<kPacked>(args.d_weight + at, column, d_weight);
       if constexpr (Input::kBias) {
-        Row<Acc>(args.d_input_bias + at, 1, args.C).store(column, d_input);
+        walk.template store_sums<kPacked>(args.d_input_bias + at, column, d_input);
       }
     }
   };
 
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     with_packed(args, [&](auto packed) {
-      args.walk.run(tiles.block, tiles.sums, index, args.d_unit, args.image_slice, args.d_text,
-                    [&](int64_t slot) { return Unit<packed.value>{args, slot, {}, {}, {}}; });
+      args.walk.template run<packed.value>(
+          tiles.block, tiles.sums, index, args.d_unit, args.image_slice, args.d_text,
+          [&](int64_t slot) { return Unit<packed.value>{args, slot, {}, {}, {}}; });
     });
   }
 };

@@ -67,6 +67,17 @@ VTCLIP_DEVICE bool square_in_range(Acc square) {
   return square > static_cast<Acc>(1e-25) && square < static_cast<Acc>(1e25);
 }
 
+// The same from a sum of squares of T, or again() where it left the range of its type.
+template <class T, class Again>
+VTCLIP_DEVICE AccOf<T> rnorm_of_square(AccOf<T> square, Again again) {
+  if (square_in_range(square)) return 1 / sqrt_of(square);
+  if constexpr (kSquaresFit<T>) {
+    return square == 0 ? 0 : static_cast<AccOf<T>>(NAN);
+  } else {
+    return again();
+  }
+}
+
 // The same of a row, in one pass where that serves.
 template <class T>
 VTCLIP_DEVICE AccOf<T> row_reciprocal_norm(const Lanes<kWarpSize>& lanes, const Rows<const T>& rows,
@@ -81,8 +92,9 @@ VTCLIP_DEVICE AccOf<T> row_reciprocal_norm(const Lanes<kWarpSize>& lanes, const 
     for (int e = 0; e < kColumns; ++e) sum += x[e] * x[e];
     return sum;
   });
-  if (square_in_range(square)) return 1 / sqrt_of(square);
-  return reciprocal_norm(lanes, vector_of(rows, r), D);
+  return rnorm_of_square<T>(square, [&] {
+    return reciprocal_norm(lanes, vector_of(rows, r), D);
+  });
 }
 
 // rnorm[row] of vectors [G, N, D], row = g * N + n. Block = one vector.

@@ -11,6 +11,11 @@ namespace vtclip::cuda {
 template <class T>
 inline constexpr int kGroup = Vector<T>::kSize;
 
+// Whether sums of squares of T, in AccOf<T>, stay within its range: float16's go from 3.5e-15 to
+// 4.3e9 for each element.
+template <class T>
+inline constexpr bool kSquaresFit = std::is_same_v<T, torch::headeronly::Half>;
+
 // A strided row of n elements. Where it is dense and its address allows, groups are read and
 // written 16 bytes at a time.
 template <class T>

@@ -25,7 +25,7 @@ struct SumPartials {
   static VTCLIP_DEVICE void run(const Args& args, int64_t index, Tiles& tiles) {
     constexpr int kColumns = Block<kWarps>::kThreads;
     const int64_t first = index * kColumns;
-    tiles.block.each(static_cast<int>(lesser<int64_t>(kColumns, args.N - first)), [&](int i) {
+    tiles.block.each_once(lesser<int64_t>(kColumns, args.N - first), [&](int i) {
       Acc total = 0;
       for (int64_t p = 0; p < args.P; ++p) total += args.partial[p * args.N + first + i];
       args.out[first + i] = static_cast<T>(total);

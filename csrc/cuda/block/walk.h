@@ -31,8 +31,9 @@ struct Walk {
   // row.image(b, column) begins an image, row.contribute(b, k, column, to_image, to_text) says what
   // row (b, k) adds to both gradients, row.finish(column, d_text) ends with the sum over the tile.
   // d_image [tiles, B, D], slices `image_slice` apart, and d_text [chunks, K, D] are written where
-  // they are not null. `sums` is shared memory [kSums, kThreads].
-  template <class Block, class Start>
+  // they are not null. `sums` is shared memory [kSums, kThreads]. kPacked: D is a multiple of
+  // kColumns.
+  template <bool kPacked = false, class Block, class Start>
   VTCLIP_DEVICE void run(const Block& block, Acc* sums, int64_t index, Acc* d_image,
                          int64_t image_slice, Acc* d_text, Start start) const {
     const int64_t per_chunk = blocks_per_chunk(Block::kThreads);
@@ -60,7 +61,7 @@ struct Walk {
           texts.add(r, to_text);
         }
         if (d_image != nullptr) {
-          Row<Acc>(d_image + tile * image_slice + b * D, 1, D).store(column, image);
+          store_sums<kPacked>(d_image + tile * image_slice + b * D, column, image);
         }
       }
       Acc total[kColumns] = {};
@@ -69,13 +70,21 @@ struct Walk {
         Acc text[kColumns];
         texts.get(r, text);
         if (d_text != nullptr) {
-          Row<Acc>(d_text + (chunk * K + k0 + r) * D, 1, D).store(column, text);
+          store_sums<kPacked>(d_text + (chunk * K + k0 + r) * D, column, text);
         }
         VTCLIP_UNROLL
         for (int e = 0; e < kColumns; ++e) total[e] += text[e];
       }
       row.finish(column, total);
     });
+  }
+
+  // columns `column`.. of a row of sums, [D], of an allocation of torch's
+  template <bool kPacked>
+  VTCLIP_DEVICE void store_sums(Acc* row, int64_t column, const Acc (&sums)[kColumns]) const {
+    const Row<Acc> to(row, 1, D);
+    if constexpr (kPacked) to.template store<true>(column, sums);
+    else to.store(column, sums);
   }
 
  private:

@@ -35,6 +35,8 @@ DTYPES = {
 PARTS = ("column_sums", "relu_gradient")  # operators of Triton alone, without a public function
 EXTREMES = "extremes"  # instead of a layout's name: images and texts of other magnitudes
 EVERYTHING = "inference"  # instead of a variant's name: no tensor asks for a gradient
+# variants of an operator's arguments that problems.py does not have
+VARIANTS = {"image query alone": {"text_query": None, "pair_query": None}}
 
 
 # of the short list; compiling for two architectures takes most of its time
@@ -151,13 +153,17 @@ def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
         return Call(_part(case.op, backend), inputs, tuple(inputs), {})
     lay_out = _layout(case)
     op = OPS[case.op]
-    variant = "" if case.variant == EVERYTHING else case.variant
+    variant = case.variant if case.variant in op.variants else ""
     numbers: dict[str, Any] = {"scale": 0.3 if "H" in op.sizes else 10.0}
+    if case.variant not in ("", EVERYTHING, variant):
+        numbers |= VARIANTS[case.variant]
     drawn = op.draw(sizes, variant=variant, dtype=dtype, **numbers)
     tensors = {n: lay_out(drawn[n]) for n in op.differentiable if drawn[n] is not None}
     if case.layout == EXTREMES:
         tensors |= {n: _extremes(tensors[n]) for n in ("image", "text")}
     fixed = {n: drawn[n] for n in ("scale", "residual", "eps", "key_mask") if n in drawn}
+    if case.layout == EXTREMES and "residual" in fixed and dtype == torch.float16:
+        fixed["residual"] = 2.0**60  # no text is so large
     if fixed.get("key_mask") is not None and len(fixed["key_mask"]) > 1:
         fixed["key_mask"][1] = False  # an image with nothing to see
     if "penalty" in drawn:

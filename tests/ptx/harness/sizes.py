@@ -43,6 +43,9 @@ TABLE = {
         B5 K6 D40 ;; extremes
         B70 K300 D520
         B67 K130 D139
+        B5 K6 D41 ;; extremes
+        B2 K3 D6200
+        B2 K3 D6203
     """,
     "cosine_logits": """
         ** B5 K39 D37
@@ -66,9 +69,13 @@ TABLE = {
         B5 K6 D40 ; text per image ; extremes
         B70 K90 D520
         B37 K39 D267
-        B449 K960 D72
         B449 K961 D131
         B9 K70 D264 ; text per image
+        B449 K968 D136 ;; extremes
+        B5 K6 D201 ;; extremes
+        B5 K6 D201 ; text per image ; extremes
+        B2 K3 D6200
+        B2 K3 D6203
     """,
     "norm_cosine_logits": """
         ** B3 K5 C37
@@ -87,6 +94,10 @@ TABLE = {
         B5 K6 C40 ;; extremes
         B9 K70 C264
         B9 K35 C523
+        B5 K6 C41 ;; extremes
+        B1 K2 C1800
+        B1 K44 C520
+        B1 K56 C520
     """,
     "ffn_cosine_logits": """
         ** B3 K5 C37 F11
@@ -105,6 +116,9 @@ TABLE = {
         B5 K6 C40 F8 ;; extremes
         B9 K70 C264 F24
         B9 K35 C523 F9
+        B5 K6 C41 F8 ;; extremes
+        B3 K5 C40 F300
+        B1 K2 C1800 F8
     """,
     "cross_attn": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -131,9 +145,17 @@ TABLE = {
         B2 H1 K67 L70 d100 ; masked
         B2 H1 K67 L70 d128 ; masked ; misaligned
         B2 H1 K67 L133 d96 ; query per image, masked
-        B2 H1 K67 L70 d136 ; masked ; misaligned
-        B2 H1 K67 L133 d256 ; query per image
-        B2 H1 K33 L70 d201 ; masked
+        B2 H1 K67 L70 d176 ; masked ; misaligned
+        B2 H1 K67 L70 d160 ; masked
+        B2 H1 K67 L136 d256 ; query per image
+        B2 H1 K33 L70 d255 ; masked
+        B2 H1 K67 L70 d127 ; query per image, masked
+        B2 H1 K19 L21 d127 ; masked
+        B2 H1 K19 L21 d255 ; query per image
+        B2 H1 K0 L5 d24
+        B2 H1 K0 L5 d72 ; query per image
+        B2 H1 K0 L5 d136
+        B600 H1 K2 L3 d65 ; masked
     """,
     "cross_attn_weights": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -157,9 +179,16 @@ TABLE = {
         B2 H1 K67 L70 d100 ; masked
         B2 H1 K67 L70 d128 ; masked ; misaligned
         B2 H1 K67 L133 d96 ; query per image, masked
-        B2 H1 K67 L70 d136 ; masked ; misaligned
-        B2 H1 K67 L133 d256 ; query per image
-        B2 H1 K33 L70 d201 ; masked
+        B2 H1 K67 L70 d176 ; masked ; misaligned
+        B2 H1 K67 L70 d160 ; masked
+        B2 H1 K67 L136 d256 ; query per image
+        B2 H1 K33 L70 d255 ; masked
+        B2 H1 K67 L70 d127 ; query per image, masked
+        B2 H1 K19 L21 d127 ; masked
+        B2 H1 K19 L21 d255 ; query per image
+        B2 H1 K0 L5 d24
+        B2 H1 K0 L5 d72 ; query per image
+        B2 H1 K0 L5 d136
     """,
     "rational_attn": """
         ** B2 H2 K7 d24
@@ -189,7 +218,11 @@ TABLE = {
         B2 H1 K133 d96
         B2 H1 K70 d136 ;; misaligned
         B2 H1 K133 d256
-        B2 H1 K70 d201 ; text query per image
+        B2 H1 K70 d255 ; text query per image
+        B1 H1 K600 d8
+        B1 H1 K131 d127
+        B2 H1 K9 d40 ; image query alone
+        B2 H1 K70 d100 ; image query alone
     """,
     "rational_head": """
         * B3 K5 D37 ; none
@@ -214,6 +247,7 @@ TABLE = {
         B9 K130 D520 ; linf
         B3 K70 D267 ; none
         B2 K19 D1030 ; l1
+        B1 K600 D300 ; linf
     """,
     "column_sums": """
         ** R37 N40
