@@ -181,6 +181,10 @@ _HALF_OF_100 = {
 }
 # by the first digits of the capability: sm_120 multiplies as sm_80 does
 _HALF_OF = {9: _HALF_OF_90, 10: _HALF_OF_100}
+# How many of their programs share a multiprocessor of sm_90, by the registers of the compiled code:
+# the last wave of a launch costs as much as a full one. Keys that are masked take registers too.
+_RESIDENT_OF_90 = {"fwd": (3, 2, 1), "masked fwd": (2, 2, 1)}
+_RESIDENT = (2, 2, 1)  # of the other kinds of attention
 # in the order of HeadTile
 _HEAD_TILES = {
     "half": {"head_fwd": (64, 64, 64, 8, 3), "head_bwd": (64, 64, 64, 8, 3)},
@@ -349,6 +353,13 @@ def choosing(chooser: Chooser) -> Iterator[None]:
         yield
     finally:
         _chooser = before
+
+
+def resident(kind: str, dtype: torch.dtype, d: int, target: Target) -> int | None:
+    """How many programs of a built-in tile of attention a multiprocessor holds; None: not known."""
+    if target.backend != "cuda" or target.capability // 10 != 9 or dtype == torch.float32:
+        return None
+    return _RESIDENT_OF_90.get(kind, _RESIDENT)[0 if d <= 64 else 1 if d <= 128 else 2]
 
 
 WORKSPACE_ROWS = 16384  # of a matrix [B, K, .] between a kernel and torch.mm

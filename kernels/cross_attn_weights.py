@@ -226,7 +226,9 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
         return weights
     tile, precision, target = _tiles.plan("weights", query, (B, H, K, L, d))
     programs = H * triton.cdiv(K, tile.block_k)
-    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
+    held = _tiles.resident("weights", query.dtype, d, target)
+    shared = query.shape[0] == 1
+    images = _configs.images_per_program(B, programs, target, held) if shared else 1
     mask, mask_strides = _configs.mask_argument(key_mask, weights)
     with torch.cuda.device_of(query):
         cross_attn_weights_fwd_kernel[(programs * triton.cdiv(B, images),)](
@@ -255,7 +257,9 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     settings["WIDE"] = _configs.wide(grad_weights, weights, query, key, d_key)
 
     programs = H * triton.cdiv(K, tile.block_k)
-    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
+    held = _tiles.resident("weights_bwd", query.dtype, d, target)
+    shared = query.shape[0] == 1
+    images = _configs.images_per_program(B, programs, target, held) if shared else 1
     chunks = triton.cdiv(B, images)
     partial = _configs.query_slices(d_query, chunks)
     with torch.cuda.device_of(query):
