@@ -135,6 +135,7 @@ SPLIT = {
     "cross_attn_weights_fwd_kernel": "weights",
     "cross_attn_weights_bwd_query_kernel": "weights_bwd",
     "rational_attn_bwd_query_kernel": "rational_bwd_query",
+    "norm_cosine_logits_bwd_kernel": "norm_cosine_bwd",
 }
 
 
@@ -145,12 +146,14 @@ def test_splits_count_on_blocks_that_are_there(rows):
         pytest.skip("elsewhere launchers count on one")
     more = [launch("cross_attn", "masked", **CROSS, d=d) for d in (64, 128)]
     more += [launch("cross_attn_weights", **CROSS, d=d) for d in (64, 128)]
+    more += [launch("norm_cosine_logits", B=32, K=1000, C=C) for C in (64, 512, 1024)]
     device = _configs.Target("cuda", 90, 227 * 1024)
     for row in named(all_rows + generated(target, "float16", more), *SPLIT):
         constants = row["constants"]
         masked = "masked " if constants.get("HAS_MASK") and SPLIT[row["kernel"]] == "fwd" else ""
         kind = masked + SPLIT[row["kernel"]]
-        counted_on = _tiles.resident(kind, torch.float16, constants["BLOCK_D"], device)
+        width = constants.get("BLOCK_D", constants.get("BLOCK_C"))
+        counted_on = _tiles.resident(kind, torch.float16, width, device)
         assert counted_on in (2, 3)
         assert row["blocks"] >= counted_on, told(row)
 
