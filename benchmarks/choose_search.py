@@ -33,7 +33,7 @@ from vtclip.train.methods import build_head
 from vtclip.train.rows import support_of
 from vtclip.train.steps import TrainingRun
 
-SUPPORT_METHODS = ("tip-adapter", "tip-x", "proker", "proto-clip", "tip-adapter-f")
+SUPPORT_METHODS = ("tip-adapter", "tip-x", "proker", "takl", "proto-clip", "tip-adapter-f")
 RULES = ("default", "accuracy", "likelihood", "factor 1.5", "factor 2", "factor 4", "val alone")
 NLL = _support.scaled_nll
 

@@ -17,7 +17,8 @@ from typing import Literal, get_args
 # in the order in which help, tables and pages list them
 METHODS = (
     *("zeroshot", "calip", "autoclip", "linear-probe", "clip-adapter", "coop", "tip-adapter"),
-    *("tip-adapter-f", "tip-x", "proker", "proto-clip", "mm-adapter", "vtclip", "rada", "auto"),
+    *("tip-adapter-f", "tip-x", "proker", "takl", "proto-clip", "mm-adapter", "vtclip"),
+    *("rada", "auto"),
 )
 TUNED_METHODS = ("vtclip", "rada")  # those whose kernels `vtclip tune` times
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from vtclip.heads import VTCLIP, Auto, RAda, ZeroShot
+from vtclip.heads.auto import POOLS
 
 K, C, L = 5, 16, 7
 torch.manual_seed(3)
@@ -51,6 +52,35 @@ def test_probabilities_are_the_weighted_mean_at_each_temperature():
     torch.testing.assert_close(found.sum(dim=1), torch.ones(6, dtype=torch.float64))
 
 
+def test_a_log_linear_pool_adds_weighted_log_probabilities():
+    auto, (rada, vt) = pair()
+    pool = Auto(TEXT, **auto.options() | {"pool": "log-linear", "sharpness": 1.5})
+    pool.load_state_dict(auto.state_dict())
+    with torch.no_grad():
+        found = pool.eval()(IMAGE, SPATIAL).double()
+        one = (rada(IMAGE) / 0.5).log_softmax(dim=1)
+        two = (vt(IMAGE, SPATIAL) / 2.0).log_softmax(dim=1)
+    torch.testing.assert_close(found, 1.5 * (0.75 * one + 0.25 * two), rtol=1e-5, atol=1e-5)
+    assert Auto(TEXT, **pool.options()).options() == pool.options()
+
+
+def test_a_pool_of_one_with_sharpness_one_is_that_one():
+    for pool in POOLS:
+        alone = Auto(TEXT, members=[member(ZeroShot(TEXT), 2.0, 7.0)], pool=pool)
+        wanted = (ZeroShot(TEXT)(IMAGE) / 2.0).softmax(dim=1)
+        torch.testing.assert_close(alone(IMAGE).double().softmax(1), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_weights_that_sum_to_one_are_kept_to_the_last_bit():
+    """Divided by their sum again, about a third of such rows would change in the last bit."""
+    draws = torch.distributions.Dirichlet(torch.ones(4, dtype=torch.float64)).sample((100,))
+    for row in draws.tolist():
+        auto = Auto(TEXT, members=[member(ZeroShot(TEXT), 1.0, weight) for weight in row])
+        again = Auto(TEXT, **auto.options())
+        assert again.weights == auto.weights
+        assert sum(auto.weights) == pytest.approx(1.0, abs=1e-15)
+
+
 def test_without_members_it_is_zeroshot():
     auto = Auto(TEXT, logit_scale=30.0)
     wanted = ZeroShot(TEXT, logit_scale=30.0)(IMAGE).softmax(dim=1)
@@ -78,3 +108,16 @@ def test_extreme_logits_stay_finite():
 def test_bad_members_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         Auto(TEXT, members=[member(ZeroShot(TEXT), 1.0, 1.0) | change])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pool": "product"}, "pool must be one of mixture, log-linear, got 'product'"),
+        ({"pool": "log-linear", "sharpness": 0.0}, "sharpness must be finite and above 0, got 0"),
+        ({"sharpness": 2.0}, "sharpness must be 1 of a mixture, got 2"),
+    ],
+)
+def test_bad_pools_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Auto(TEXT, **options)

@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tip-adapter": {"alpha": 3.0, "beta": 4.0},
     "tip-adapter-f": {"alpha": 3.0, "beta": 4.0},
     "proker": {"alpha": 3.0, "beta": 0.5, "lam": 0.3},
+    "takl": {"beta": 0.5, "lam": 0.3, "zero_shot_temperature": 1.5},
     "tip-x": {"alpha": 3.0, "beta": 4.0, "gamma": 2.0, "slope": 1.5, "offset": 0.1},
     "proto-clip": {"alpha": 0.6, "beta": 3.0},
     "coop": {"num_context": 3, "class_position": "middle", "context_width": 6},
@@ -328,7 +329,7 @@ def test_the_flags_are_those_of_the_methods():
     def those(flag: str) -> set[str]:
         return {name for name in HEADS if getattr(HEADS[name], flag)}
 
-    keeping = {"tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip"}
+    keeping = {"tip-adapter", "tip-adapter-f", "proker", "takl", "tip-x", "proto-clip"}
     assert those("keeps_images") == keeping
     assert those("takes_support") == keeping | {"linear-probe"}
     assert those("chooses") == keeping | {"linear-probe", "calip"}

@@ -49,6 +49,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         for size in NO_SIZES
     ),
     ("proker", {"lam": 1e-9}, "lam must be at least 1e-06, got 1e-09$"),
+    *(
+        ("takl", {name: size}, f"{name} must be finite and above 0")
+        for name in ("lam", "zero_shot_temperature", "logit_scale")
+        for size in NO_SIZES
+    ),
+    *(
+        ("takl", {"beta": b}, "beta must be finite and at least 0")
+        for b in (-1.0, math.inf, math.nan)
+    ),
+    ("takl", {"lam": 1e-9}, "lam must be at least 1e-06, got 1e-09$"),
     ("rada", {"num_heads": 3}, "num_heads must divide D = 32, got 3"),
     ("rada", {"temperature": 0.0}, "temperature must be finite and above 0, got 0"),
     ("rada", {"temperature": math.nan}, "temperature must be finite and above 0"),

@@ -20,7 +20,7 @@ from vtclip.data.splits import few_shot_split
 from vtclip.heads import HEADS, Support, _support
 from vtclip.runs.adapter import load_adapter
 
-METHODS = ("tip-adapter", "tip-adapter-f", "proker", "tip-x", "proto-clip")
+METHODS = ("tip-adapter", "tip-adapter-f", "proker", "takl", "tip-x", "proto-clip")
 EXACT = tuple(name for name in METHODS if name != "tip-adapter-f")
 K, C, B = 5, 16, 6
 COUNTS = (3, 1, 4, 2, 0)
@@ -221,7 +221,7 @@ def test_the_prior_gives_way_to_evidence():
     assert chosen(100, 1 / 16) >= 0.5
 
 
-@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f", "proker", "tip-x"])
+@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f", "proker", "takl", "tip-x"])
 def test_a_large_support_is_searched_over_every_jth_class(method, monkeypatch):
     text, _, support = table()
     image, label = near(support)[:2]

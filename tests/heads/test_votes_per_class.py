@@ -11,14 +11,14 @@ import torch
 from support_sets import fitted, table
 from torch.nn import functional as F
 
-from vtclip.heads import ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, _support
-from vtclip.heads.proker import kernel
+from vtclip.heads import TAKL, ProKeR, Support, TipAdapter, TipAdapterF, TipX, ZeroShot, _support
+from vtclip.heads._support import kernel
 
 K = 4
 LABEL = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
 EQUAL = torch.arange(K).repeat_interleave(3)
 VOTERS = (TipAdapter, TipAdapterF, TipX)
-HEADS = (*VOTERS, ProKeR)
+HEADS = (*VOTERS, ProKeR, TAKL)
 RANGE: dict[Any, dict[str, float]] = {TipX: {"slope": 0.5, "offset": 0.6}}
 
 
@@ -118,7 +118,7 @@ def test_the_search_of_the_ridge_sees_the_logits_of_each_point(monkeypatch):
     head = fitted(ProKeR, text, support, votes_per_class=2.5, logit_scale=30.0)
     seen: list[Any] = []
 
-    def most_likely(grid: Any, centre: Any, logits_of: Any, label: Any) -> dict[str, float]:
+    def most_likely(grid: Any, centre: Any, logits_of: Any, *_: Any) -> dict[str, float]:
         for beta, lam in ((0.25, 0.03), (4.0, 3.0)):
             point = {"alpha": 6.0, "beta": beta, "lam": lam}
             seen.append((point, logits_of(point)))

@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from harness import child
-from harness.build import missing
+from harness.build import missing, replaced
 from harness.coverage import summary
 from harness.host import entries
 from op_budget import out_of_budget
@@ -64,6 +65,17 @@ def test_blocks_have_exact_bounds_and_know_what_was_written(triton) -> None:
         print(at in {address for address, _ in standin.blocks().values()})
     """)
     assert printed.split() == ["20", "28", "True", "True", "False", "False"]
+
+
+def test_threads_may_build_one_file_at_once(tmp_path) -> None:
+    """Each set runs in a thread of its own, and all need the stand-in first."""
+    path = tmp_path / "built.txt"
+    slow = ("sh", "-c", 'sleep 0.2; echo built > "$1"')  # called with -o PATH
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: replaced(path, *slow), range(4)))
+    assert found == [path] * 4
+    assert path.read_text("ascii") == "built\n"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 CUDA = """

@@ -135,7 +135,7 @@ def test_parameters_that_belong_to_no_class_stay_as_they_are(place, fitted, tmp_
     assert larger.result["before"]["adapted"] == run.result["adapted"]
 
 
-@pytest.mark.parametrize("method", ["tip-adapter", "proker", "tip-x", "proto-clip"])
+@pytest.mark.parametrize("method", ["tip-adapter", "proker", "takl", "tip-x", "proto-clip"])
 def test_heads_that_keep_images_become_those_of_all_classes(place, fitted, tmp_path, method):
     if method not in HEADS:
         pytest.skip(f"{method} is not among the heads")
@@ -429,7 +429,7 @@ def uneven(path: Path, classes: list[int], counts: list[int]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f", "tip-x", "proker"])
+@pytest.mark.parametrize("method", ["tip-adapter", "tip-adapter-f", "tip-x", "proker", "takl"])
 def test_a_small_new_class_brings_what_it_has_and_votes_like_the_others(
     fitted, tmp_path, caplog, method
 ):

@@ -54,7 +54,7 @@ def altered(run: Run, tmp_path: Path, **changes: Any) -> Path:
             here = here[step]
         here[last] = value
     folder = tmp_path / "altered"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for name in ("adapter.safetensors", "adapter_config.json"):
         (folder / name).write_bytes((run.folder / name).read_bytes())
     (folder / "result.json").write_text(json.dumps(result))
@@ -178,6 +178,19 @@ def test_verdicts(run, tmp_path, changes, verdict, capsys):
         assert found["differs"] == {"torch": ["1.0", run.result["versions"]["torch"]]}
     if "digests.adapter" in changes:
         assert found["adapter"]["largest_difference"] == 0
+
+
+def test_embeddings_of_texts_may_differ_in_rounding_but_not_their_sentences(
+    photos, cache, tmp_path
+):
+    """What a processor's own matrix products make of a text is no other text."""
+    options: dict[str, Any] = {"method": "tip-adapter", "shots": 2, "cache_dir": cache}
+    made = vtclip.fit(photos, **options, out=tmp_path / "run")
+    for name, verdict in (("text", "CLOSE"), ("features", "DIFFERENT"), ("weights", "DIFFERENT")):
+        folder = altered(made, tmp_path / name, **{f"digests.{name}": "0" * 64})
+        found = repeat(folder, cache_dir=cache)
+        assert (name, found["verdict"]) == (name, verdict)
+        assert not found["inputs"][name]["equal"]
 
 
 def test_how_much_an_adapter_differs_is_said(run, npz, tmp_path, capsys):

@@ -15,7 +15,7 @@ import vtclip
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.result import Run
 
-VOTERS = ("tip-adapter", "tip-adapter-f", "tip-x", "proker")
+VOTERS = ("tip-adapter", "tip-adapter-f", "tip-x", "proker", "takl")
 FEW = {"tip-adapter-f": {"epochs": 3}}
 
 

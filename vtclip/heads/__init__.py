@@ -18,6 +18,7 @@ from vtclip.heads.mm_adapter import MMAdapter as MMAdapter
 from vtclip.heads.proker import ProKeR as ProKeR
 from vtclip.heads.proto_clip import ProtoCLIP as ProtoCLIP
 from vtclip.heads.rada import RAda as RAda
+from vtclip.heads.takl import TAKL as TAKL
 from vtclip.heads.tip_adapter import TipAdapter as TipAdapter
 from vtclip.heads.tip_adapter import TipAdapterF as TipAdapterF
 from vtclip.heads.tip_x import TipX as TipX
@@ -25,7 +26,7 @@ from vtclip.heads.vtclip import VTCLIP as VTCLIP
 from vtclip.heads.zeroshot import ZeroShot as ZeroShot
 
 _ALL: tuple[type[Head], ...] = (
-    *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TipX, ProtoCLIP, CoOp, ClipAdapter),
+    *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TAKL, TipX, ProtoCLIP, CoOp, ClipAdapter),
     *(LinearProbe, MMAdapter, AutoCLIP, CALIP, ZeroShot, Auto),
 )
 HEADS.update({head.method: head for head in _ALL})

@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,19 +22,22 @@ from vtclip.heads._head import ImageHead, Support
 # class is searched over, so that the time and memory of a search stop growing with the support.
 SEARCH_ROWS = 2048
 PRIOR_FACTOR = 2.0  # a hyper-parameter off its centre by this factor costs half a nat
+NO_FACTORS: Mapping[str, float] = MappingProxyType({})
 
 
 class Candidates(NamedTuple):
     """Points of a search: the values of each hyper-parameter, and the point the prior is about.
 
-    logits_of: logits [n + m, K] at one point; label [n + m]. The first n rows are validation
-    images, the m others images of the support that say something themselves.
+    centre: without those that have no prior. logits_of: logits [n + m, K] at one point; label
+    [n + m]. The first n rows are validation images, the m others images of the support that say
+    something themselves. factors: of hyper-parameters whose prior is not as wide as PRIOR_FACTOR.
     """
 
     grid: Mapping[str, Sequence[float]]
     centre: Mapping[str, float]
     logits_of: Callable[[Mapping[str, float]], Tensor]
     label: Tensor
+    factors: Mapping[str, float] = NO_FACTORS
 
 
 class SupportHead(ImageHead):
@@ -106,7 +110,7 @@ class SupportHead(ImageHead):
         for mask, rows in zip(masks, parts, strict=True):
             mask[rows] = True
         head, rows, image, label = self._searched(image, label)
-        for best in most_likely_by(*head.candidates(image, label), masks[:, rows]):
+        for best in most_likely_by(*head.candidates(image, label), parts=masks[:, rows]):
             copied = copy.deepcopy(self)
             copied.take(best)
             yield copied
@@ -202,6 +206,11 @@ def extended_text(head: str, text: Tensor, text_new: Tensor, support: Support) -
     return torch.cat([text, text_new.to(text)])
 
 
+def kernel(x: Tensor, s: Tensor, beta: float) -> Tensor:
+    """exp(-beta |x - s|^2) [B, N] of rows of length 1."""
+    return torch.exp(-2 * beta * (1 - x @ s.mT))
+
+
 def steps(low: float, high: float, factor: float) -> tuple[float, ...]:
     """low, low * factor, ... up to high."""
     count = round(math.log(high / low) / math.log(factor)) + 1
@@ -213,11 +222,14 @@ def most_likely(
     centre: Mapping[str, float],
     logits_of: Callable[[Mapping[str, float]], Tensor],
     label: Tensor,
+    factors: Mapping[str, float] = NO_FACTORS,
 ) -> dict[str, float]:
     """The point of the grid under which labels [n] are most probable, given a prior about `centre`.
 
     cost = min_T sum_i -log softmax(logits_i / T)[label_i] + log(T)^2 / 2
            + sum_p log(p / centre_p)^2 / (2 log(PRIOR_FACTOR)^2)
+
+    where `factors` may replace PRIOR_FACTOR and p runs over what `centre` has.
 
     logits_of returns [n, K] for one point. T, see `scaled_nll`, judges a point by which
     classes it separates and not by the size of its logits; its prior is that of
@@ -233,7 +245,7 @@ def most_likely(
     """
     best: dict[str, float] = {}
     least = math.inf
-    for point, far in _points(grid, centre):
+    for point, far in _points(grid, centre, factors):
         cost = scaled_nll(logits_of(point), label) + far
         if cost < least:
             best, least = point, cost
@@ -245,6 +257,8 @@ def most_likely_by(
     centre: Mapping[str, float],
     logits_of: Callable[[Mapping[str, float]], Tensor],
     label: Tensor,
+    factors: Mapping[str, float] = NO_FACTORS,
+    *,
     parts: Tensor,
 ) -> list[dict[str, float]]:
     """`most_likely` for each of P parts of the first n rows, with all rows after them.
@@ -255,7 +269,7 @@ def most_likely_by(
     others = parts.new_ones(len(parts), len(label) - parts.shape[1])
     counted = torch.cat([parts, others], dim=1).double()
     points, costs = [], []
-    for point, far in _points(grid, centre):
+    for point, far in _points(grid, centre, factors):
         nll, prior = _nll_at_temperatures(logits_of(point), label)
         points.append(point)
         costs.append((counted @ nll.double() + prior).amin(dim=1) + far)
@@ -263,13 +277,18 @@ def most_likely_by(
 
 
 def _points(
-    grid: Mapping[str, Sequence[float]], centre: Mapping[str, float]
+    grid: Mapping[str, Sequence[float]],
+    centre: Mapping[str, float],
+    factors: Mapping[str, float],
 ) -> Iterator[tuple[dict[str, float], float]]:
     """Each point, and what its distance from the centre costs."""
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
-        away = sum(math.log(value / centre[name]) ** 2 for name, value in point.items())
-        yield point, away / (2 * math.log(PRIOR_FACTOR) ** 2)
+        far = 0.0
+        for name, middle in centre.items():
+            width = math.log(factors.get(name, PRIOR_FACTOR))
+            far += (math.log(point[name] / middle) / width) ** 2 / 2
+        yield point, far
 
 
 def scaled_nll(logits: Tensor, label: Tensor) -> float:

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One head, or the average of several: what `vtclip fit --method auto` keeps.
+"""One head, or a pool of several: what `vtclip fit --method auto` keeps.
 
-logits = log(sum_i w_i softmax(logits_i / T_i))
+    mixture      logits = log sum_i w_i softmax(logits_i / T_i)
+    log-linear   logits = t sum_i w_i log softmax(logits_i / T_i)
+
+A mixture (linear opinion pool) is as unsure as its members disagree; a log-linear pool (logarithmic
+opinion pool, the product of experts of Hinton 2002 with weights) adds their evidence, and t says
+how far that evidence is independent.
 """
 
 from __future__ import annotations
@@ -15,21 +20,38 @@ from torch import Tensor, nn
 from vtclip.heads._head import HEADS, Head, NewClasses, Options
 from vtclip.heads.zeroshot import ZeroShot
 
+POOLS = ("mixture", "log-linear")
+
 
 class Auto(Head):
-    """Weighted mean of the members' probabilities, each at its own temperature.
+    """A weighted pool of the members' probabilities, each member at its own temperature.
 
     members: for each {"method", "options", "temperature", "weight"}; the weights are brought to a
         sum of 1. None means the zero-shot decision alone.
-    The logits are logarithms of probabilities, so that their softmax is the average itself.
+    pool: "mixture" or "log-linear", see the module.
+    sharpness: t of a log-linear pool; a mixture has none.
+    The softmax of the logits is the pool itself; a mixture's logits are its log-probabilities.
     """
 
     method = "auto"
 
     def __init__(
-        self, text: Tensor, *, members: Sequence[Options] = (), logit_scale: float = 100.0
+        self,
+        text: Tensor,
+        *,
+        members: Sequence[Options] = (),
+        pool: str = "mixture",
+        sharpness: float = 1.0,
+        logit_scale: float = 100.0,
     ) -> None:
         super().__init__(text, logit_scale=logit_scale)
+        if pool not in POOLS:
+            raise ValueError(f"Auto: pool must be one of {', '.join(POOLS)}, got {pool!r}")
+        if not (math.isfinite(sharpness) and sharpness > 0):
+            raise ValueError(f"Auto: sharpness must be finite and above 0, got {sharpness}")
+        if pool == "mixture" and sharpness != 1:
+            raise ValueError(f"Auto: sharpness must be 1 of a mixture, got {sharpness}")
+        self.pool, self.sharpness = pool, float(sharpness)
         self.heads = nn.ModuleList()
         self.temperatures: list[float] = []
         self.weights: list[float] = []
@@ -49,7 +71,11 @@ class Auto(Head):
         if not self.heads:
             self.heads.append(ZeroShot(text, logit_scale=logit_scale))
             self.temperatures, self.weights = [1.0], [1.0]
-        self.weights = [weight / sum(self.weights) for weight in self.weights]
+        total = math.fsum(self.weights)
+        if not math.isclose(
+            total, 1.0, rel_tol=1e-12
+        ):  # what is 1 but for rounding is kept as it is
+            self.weights = [weight / total for weight in self.weights]
         self.needs_spatial = any(head.needs_spatial for head in self.member_heads)
 
     @property
@@ -72,7 +98,12 @@ class Auto(Head):
             }
             for head, temperature, weight in every
         ]
-        return {"members": members, "logit_scale": self.logit_scale}
+        return {
+            "members": members,
+            "pool": self.pool,
+            "sharpness": self.sharpness,
+            "logit_scale": self.logit_scale,
+        }
 
     def with_new_classes(self, new: NewClasses) -> Auto:
         text = torch.cat([self.text, new.text.to(self.text)])
@@ -96,7 +127,13 @@ class Auto(Head):
         return scaled
 
     def averaged(self, member_logits: Sequence[Tensor]) -> Tensor:
-        """The logits [B, K] of the average; see `member_logits`."""
+        """The logits [B, K] of the pool; see `member_logits`."""
+        if self.pool == "log-linear":
+            parts = [
+                self.sharpness * weight * logits.log_softmax(dim=-1)
+                for logits, weight in zip(member_logits, self.weights, strict=True)
+            ]
+            return torch.stack(parts).sum(dim=0)
         log_probs = [
             logits.log_softmax(dim=-1) + math.log(weight)
             for logits, weight in zip(member_logits, self.weights, strict=True)
@@ -106,8 +143,8 @@ class Auto(Head):
     def evidence(self, member_logits: Sequence[Tensor]) -> Tensor:
         """The weighted mean of the members' logits, [B, K].
 
-        Unlike the logits of the average, which are logarithms of probabilities with a sum of 1, it
-        is low for an image that is like no class.
+        Unlike the logits of the pool, which come from probabilities with a sum of 1, it is low for
+        an image that is like no class.
         """
         weighted = [
             weight * logits for logits, weight in zip(member_logits, self.weights, strict=True)

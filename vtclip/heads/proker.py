@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from vtclip.heads._check import check_positive
 from vtclip.heads._head import Support
-from vtclip.heads._support import Candidates, SupportHead, steps
+from vtclip.heads._support import Candidates, SupportHead, kernel, steps
 
 ALPHAS = steps(0.025, 0.8, 2)  # times logit_scale
 BETAS = (0.25, 1.0, 4.0)
@@ -141,8 +141,3 @@ class ProKeR(SupportHead):
         Y = self.one_hot().double()
         z = self.logit_scale * (self.keys.double() @ F.normalize(self.text.double(), dim=-1).mT)
         return Y - Y.mean(dim=1, keepdim=True), z - z.mean(dim=1, keepdim=True)
-
-
-def kernel(x: Tensor, s: Tensor, beta: float) -> Tensor:
-    """exp(-beta |x - s|^2) [B, N] of rows of length 1."""
-    return torch.exp(-2 * beta * (1 - x @ s.mT))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vtclip.repeat`: fit again what a result records, and say whether the numbers are the same.
 
-Verdicts, given the same source and split:
-    MATCH      the adapter is equal byte for byte, and so are its numbers
+Verdicts, given the same source, sentences, weights and split:
+    MATCH      adapter and embeddings of the texts are equal byte for byte, and so are the numbers
     CLOSE      every number within 1e-6; or, where a version, the device, the threads or the
                instruction set is another one, every accuracy within one test image
     DIFFERENT  anything else
@@ -161,14 +161,18 @@ def compare(then: Run, now: Run) -> Json:
 def verdict(comparison: Json) -> str:
     """MATCH, CLOSE or DIFFERENT; see the module."""
     splits = [comparison[name] for name in ("split", "split_new") if name in comparison]
-    if not all(pair["equal"] for pair in (*comparison["inputs"].values(), *splits)):
+    inputs, written = dict(comparison["inputs"]), []
+    if inputs.get("features", {}).get("then") is not None:
+        # its digest holds sentences and weights: their embeddings are what an encoder made of them
+        written = [inputs.pop("text")] if "text" in inputs else []
+    if not all(pair["equal"] for pair in (*inputs.values(), *splits)):
         return DIFFERENT
     rows = comparison["metrics"]
     near = all(
         row["difference"] is not None and abs(row["difference"]) <= TOLERANCE
         for row in rows.values()
     )
-    written = [comparison[name] for name in ("adapter", "encoders") if name in comparison]
+    written += [comparison[name] for name in ("adapter", "encoders") if name in comparison]
     if near and all(pair["equal"] for pair in written):
         return MATCH
     one_image = all(

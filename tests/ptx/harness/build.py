@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -56,12 +57,12 @@ def _run(*command: str | Path) -> str:
     return done.stdout
 
 
-def _replaced(path: Path, *command: str | Path) -> Path:
+def replaced(path: Path, *command: str | Path) -> Path:
     """`path` as `command ... -o OTHER` makes it, in one step; kept where it is there already."""
     if not path.exists():
-        unfinished = path.with_suffix(f".{os.getpid()}{path.suffix}")
-        _run(*command, "-o", unfinished)
-        unfinished.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:  # of this thread alone
+            _run(*command, "-o", Path(unfinished) / path.name)
+            (Path(unfinished) / path.name).replace(path)
     return path
 
 
@@ -71,7 +72,7 @@ def standin() -> Path:
     path = folder() / f"standin-{_digest(*files)}.so"
     compiler = os.environ.get("CXX", "c++").split()
     flags = ("-O2", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
-    return _replaced(path, *compiler, *flags, *files, "-ldl")
+    return replaced(path, *compiler, *flags, *files, "-ldl")
 
 
 def cuobjdump() -> str:
@@ -176,13 +177,13 @@ def _built(arch: str) -> Library:
 
     def compiled(source: Path) -> Path:
         path = place / f"{source.stem}-{_digest(state, *sorted(_included(source, set())))}.o"
-        return _replaced(path, compiler, *flags, "-c", source)
+        return replaced(path, compiler, *flags, "-c", source)
 
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(compiled, sources))
     path = place / f"vtclip-{_digest(*(o.name for o in objects))}.so"
     torch_libraries = cpp_extension.library_paths()
-    _replaced(path, *os.environ.get("CXX", "c++").split(), "-shared", *objects,
+    replaced(path, *os.environ.get("CXX", "c++").split(), "-shared", *objects,
               *(f"-L{p}" for p in torch_libraries), "-ltorch", "-ltorch_cpu", "-lc10")  # fmt: skip
     ptx = path.with_suffix(".ptx")
     if not ptx.exists():
