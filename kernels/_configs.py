@@ -160,25 +160,29 @@ def multiprocessors(target: Target) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def images_per_program(B: int, programs_per_image: int, target: Target) -> int:
+def images_per_program(
+    B: int, programs_per_image: int, target: Target, resident: int | None = None
+) -> int:
     """How many images one program streams past its query tile.
 
-    Of the splits into chunks that give every multiprocessor two to eight programs, as far as there
-    are images, the one that is done first: waves * (images of a chunk + 1), where 1 stands for
+    The split into chunks that is done first: waves * (images of a chunk + 1), where 1 stands for
     loading the query tile and leaving its result; of equals the one with the fewest chunks.
+    resident: how many programs one multiprocessor holds at once, all of which make a wave. Where it
+    is not known, waves are counted as of one, and each multiprocessor gets two to eight programs,
+    as far as there are images.
     """
     per_image = max(1, programs_per_image)
     if target.backend == "interpreter":
         return max(1, triton.cdiv(B, min(triton.cdiv(4, per_image), max(1, B))))
-    at_once = multiprocessors(target)
+    processors = multiprocessors(target)
+    at_once = processors * (resident or 1)
+    fewest = 1 if resident else 2 * processors
     chosen, least = 1, math.inf
-    for wanted in range(
-        triton.cdiv(2 * at_once, per_image), triton.cdiv(8 * at_once, per_image) + 1
-    ):
+    for wanted in range(triton.cdiv(fewest, per_image), triton.cdiv(8 * processors, per_image) + 1):
         images = max(1, triton.cdiv(B, wanted))
         programs = triton.cdiv(B, images) * per_image
         cost = triton.cdiv(programs, at_once) * (images + 1)
-        if cost < least and programs >= 2 * at_once:
+        if cost < least and programs >= fewest:
             chosen, least = images, cost
     return chosen
 

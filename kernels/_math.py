@@ -285,11 +285,12 @@ def sum_partials(partial, out):
 
     Where the kernels wrote to `out` itself, `partial is out`, nothing is left to do.
     """
-    size = out.numel()
+    P, size = partial.shape[0], out.numel()
     if size and partial is not out:
-        grid = (triton.cdiv(size, 128),)
-        sum_partials_kernel[grid](
-            partial, out, partial.shape[0], size, BLOCK_P=16, BLOCK_N=128,
+        # few long steps of a program, and programs for every multiprocessor where P is large
+        block_p, block_n = (4, 1024) if P <= 4 else (16, 256) if P <= 32 else (128, 32)
+        sum_partials_kernel[(triton.cdiv(size, block_n),)](
+            partial, out, P, size, BLOCK_P=block_p, BLOCK_N=block_n,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out

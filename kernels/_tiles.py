@@ -163,6 +163,7 @@ _HALF_OF_90 = {
     "bwd_query": ((64, 64, 4, 1), (64, 64, 4, 1), _HALF["bwd_query"][2]),
     "bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["bwd_key"][2]),
     "weights": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["weights"][2]),
+    "weights_bwd": ((64, 64, 4, 1), (32, 64, 4, 1), _HALF["weights_bwd"][2]),
     "rational_fwd": ((64, 64, 4, 2), (64, 32, 4, 2), _HALF["rational_fwd"][2]),
     "rational_bwd_query": ((64, 64, 4, 1), *_HALF["rational_bwd_query"][1:]),
     "rational_bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["rational_bwd_key"][2]),
@@ -181,6 +182,13 @@ _HALF_OF_100 = {
 }
 # by the first digits of the capability: sm_120 multiplies as sm_80 does
 _HALF_OF = {9: _HALF_OF_90, 10: _HALF_OF_100}
+# How many of their programs share a multiprocessor of sm_90, by the registers of the compiled code:
+# the last wave of a launch costs as much as a full one. Keys that are masked take registers too.
+_RESIDENT_OF_90 = {
+    "fwd": (3, 2, 1),
+    "masked fwd": (2, 2, 1),
+    "norm_cosine_bwd": (2, 2, 2),
+} | dict.fromkeys(("bwd_query", "weights", "weights_bwd", "rational_bwd_query"), (2, 2, 1))
 # in the order of HeadTile
 _HEAD_TILES = {
     "half": {"head_fwd": (64, 64, 64, 8, 3), "head_bwd": (64, 64, 64, 8, 3)},
@@ -349,6 +357,14 @@ def choosing(chooser: Chooser) -> Iterator[None]:
         yield
     finally:
         _chooser = before
+
+
+def resident(kind: str, dtype: torch.dtype, d: int, target: Target) -> int | None:
+    """How many programs of a built-in tile a multiprocessor holds; None: not known."""
+    if target.backend != "cuda" or target.capability // 10 != 9 or dtype == torch.float32:
+        return None
+    held = _RESIDENT_OF_90.get(kind)
+    return held and held[0 if d <= 64 else 1 if d <= 128 else 2]
 
 
 WORKSPACE_ROWS = 16384  # of a matrix [B, K, .] between a kernel and torch.mm

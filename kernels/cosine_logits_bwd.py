@@ -19,7 +19,10 @@ from vtclip.kernels._math import (
     product,
     row_program,
     store_rows,
+    sum_partials,
 )
+
+STEPS = 4  # of `project` over its partials; of more, a launch with more programs adds them first
 
 
 @triton.jit(do_not_specialize=["N", "J", "rows_per_split"])
@@ -120,10 +123,13 @@ def project(partial, x, rnorm, scale):
     P, N, D = partial.shape
     d_x = x.new_empty((N, D))
     rows, block_d, num_warps = _configs.row_tile(D, 4096)
+    block_p = min(rows, 16)
+    if STEPS * block_p < P:
+        partial, P = sum_partials(partial, x.new_empty((1, N, D), dtype=torch.float32)), 1
     if N:
         project_kernel[(N,)](
             partial, x, rnorm, d_x, *x.stride(), scale, P, N, D,
-            BLOCK_P=min(rows, 16), BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=True,
+            BLOCK_P=block_p, BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return d_x
 

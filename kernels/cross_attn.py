@@ -123,7 +123,9 @@ def cross_attn_fwd(query, key, value, key_mask, scale):
         tile = tile._replace(num_stages=1)
     programs = H * triton.cdiv(K, tile.block_k)
     shared = query.shape[0] == 1
-    images = _configs.images_per_program(B, programs, target) if shared else 1
+    kind = "fwd" if key_mask is None else "masked fwd"
+    held = _tiles.resident(kind, query.dtype, d, target)
+    images = _configs.images_per_program(B, programs, target, held) if shared else 1
     mask, mask_strides = _configs.mask_argument(key_mask, lse)
     with torch.cuda.device_of(query):
         cross_attn_fwd_kernel[(programs * triton.cdiv(B, images),)](

@@ -186,7 +186,9 @@ def cross_attn_bwd(grad_out, grad_lse, query, key, value, key_mask, out, lse, sc
     settings["WIDE"] = _configs.wide(grad_out, query, key, value, key_mask, out, d_key)
 
     programs = H * triton.cdiv(K, tile.block_k)
-    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
+    held = _tiles.resident("bwd_query", query.dtype, d, target)
+    shared = query.shape[0] == 1
+    images = _configs.images_per_program(B, programs, target, held) if shared else 1
     chunks = triton.cdiv(B, images)
     partial = _configs.query_slices(d_query, chunks)
     d_lse, d_lse_strides = (lse, (0, 0, 0)) if grad_lse is None else (grad_lse, grad_lse.stride())

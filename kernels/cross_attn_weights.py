@@ -115,6 +115,18 @@ def cross_attn_weights_fwd_kernel(
                 store_weights(weights_b, p, offs_k, cols, in_k, L)
 
 
+@triton.jit
+def add_query_gradient(
+    acc, p, d_p, delta, key_ptr, cols, offs_d, stride_key_l, stride_key_d, D,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + dS K of one tile of columns; a column with weight 0 in every row is not read."""
+    d_s = p * (d_p - delta[:, None])
+    used = tl.max((p != 0.0).to(tl.int32), axis=0) != 0  # [BLOCK_L]
+    k = load_rows(key_ptr, cols, offs_d, stride_key_l, stride_key_d, used, D)
+    return acc + dot(d_s.to(k.dtype), k, PRECISION)
+
+
 @triton.jit(do_not_specialize=["B", "H", "K", "L", "images_per_program"])
 def cross_attn_weights_bwd_query_kernel(
     d_weights_ptr,  # [B, H, K, L]
@@ -127,7 +139,7 @@ def cross_attn_weights_bwd_query_kernel(
     stride_key_b, stride_key_h, stride_key_l, stride_key_d,
     stride_d_query_b, stride_d_query_h, stride_d_query_k, stride_d_query_d,
     scale, B, H, K, L, D, images_per_program,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    ONE_TILE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     chunk, h, tile = head_program(H, K, BLOCK_K)
@@ -144,26 +156,36 @@ def cross_attn_weights_bwd_query_kernel(
         p_b = weights_ptr + b * stride_weights_b + h * stride_weights_h
         d_p_b = d_weights_ptr + b * stride_d_weights_b + h * stride_d_weights_h
 
-        delta = tl.zeros((BLOCK_K,), tl.float32)  # rowsum(P * dP)
-        for start in tl.range(0, L, BLOCK_L, disable_licm=True):
-            cols = start + offs_l
+        if ONE_TILE:
             p, d_p = load_weights(
-                p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
-                stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
+                p_b, d_p_b, offs_k, offs_l, stride_weights_k, stride_weights_l,
+                stride_d_weights_k, stride_d_weights_l, in_k, offs_l < L,
             )  # fmt: skip
-            delta += tl.sum(product(p, d_p), axis=1)
-        tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
+            delta = tl.sum(product(p, d_p), axis=1)  # rowsum(P * dP)
+            acc = add_query_gradient(
+                acc, p, d_p, delta, key_b, offs_l, offs_d, stride_key_l, stride_key_d, D, PRECISION
+            )
+        else:
+            delta = tl.zeros((BLOCK_K,), tl.float32)
+            for start in tl.range(0, L, BLOCK_L, disable_licm=True):
+                cols = start + offs_l
+                p, d_p = load_weights(
+                    p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
+                    stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
+                )  # fmt: skip
+                delta += tl.sum(product(p, d_p), axis=1)
 
-        for start in tl.range(0, L, BLOCK_L, disable_licm=True):
-            cols = start + offs_l
-            p, d_p = load_weights(
-                p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
-                stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
-            )  # fmt: skip
-            d_s = p * (d_p - delta[:, None])
-            used = tl.max((p != 0.0).to(tl.int32), axis=0) != 0  # [BLOCK_L]
-            k = load_rows(key_b, cols, offs_d, stride_key_l, stride_key_d, used, D)
-            acc += dot(d_s.to(k.dtype), k, PRECISION)
+            for start in tl.range(0, L, BLOCK_L, disable_licm=True):
+                cols = start + offs_l
+                p, d_p = load_weights(
+                    p_b, d_p_b, offs_k, cols, stride_weights_k, stride_weights_l,
+                    stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
+                )  # fmt: skip
+                acc = add_query_gradient(
+                    acc, p, d_p, delta, key_b, cols, offs_d, stride_key_l, stride_key_d, D,
+                    PRECISION,
+                )  # fmt: skip
+        tl.store(delta_ptr + (b * H + h) * K + offs_k, delta, mask=in_k)
 
     d_query_ptr += chunk * stride_d_query_b + h * stride_d_query_h
     acc = acc * scale
@@ -226,7 +248,9 @@ def cross_attn_weights_fwd(query, key, key_mask, scale):
         return weights
     tile, precision, target = _tiles.plan("weights", query, (B, H, K, L, d))
     programs = H * triton.cdiv(K, tile.block_k)
-    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
+    held = _tiles.resident("weights", query.dtype, d, target)
+    shared = query.shape[0] == 1
+    images = _configs.images_per_program(B, programs, target, held) if shared else 1
     mask, mask_strides = _configs.mask_argument(key_mask, weights)
     with torch.cuda.device_of(query):
         cross_attn_weights_fwd_kernel[(programs * triton.cdiv(B, images),)](
@@ -255,7 +279,9 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
     settings["WIDE"] = _configs.wide(grad_weights, weights, query, key, d_key)
 
     programs = H * triton.cdiv(K, tile.block_k)
-    images = _configs.images_per_program(B, programs, target) if query.shape[0] == 1 else 1
+    held = _tiles.resident("weights_bwd", query.dtype, d, target)
+    shared = query.shape[0] == 1
+    images = _configs.images_per_program(B, programs, target, held) if shared else 1
     chunks = triton.cdiv(B, images)
     partial = _configs.query_slices(d_query, chunks)
     with torch.cuda.device_of(query):
@@ -263,7 +289,7 @@ def cross_attn_weights_bwd(grad_weights, weights, query, key, scale):
             cross_attn_weights_bwd_query_kernel[(programs * chunks,)](
                 grad_weights, weights, key, delta, partial,
                 *grad_weights.stride(), *weights.stride(), *key.stride(), *partial.stride(),
-                scale, B, H, K, L, d, images, **settings,
+                scale, B, H, K, L, d, images, ONE_TILE=tile.block_l >= L, **settings,
             )  # fmt: skip
         sum_partials(partial, d_query)
         if B * H * L:

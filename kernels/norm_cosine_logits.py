@@ -179,7 +179,9 @@ def _tiling(kind, hidden, of_a_thread):
     elements = min(tile.elements, 16 * _configs.padded(C))
     rows, block_c, num_warps = _configs.row_tile(C, elements, of_a_thread)
     tiles = max(1, triton.cdiv(K, rows))
-    images = _configs.images_per_program(B, tiles, target)
+    # more warps are there for one wide row, and fill a multiprocessor
+    held = _tiles.resident(kind, hidden.dtype, C, target) if num_warps == 4 else None
+    images = _configs.images_per_program(B, tiles, target, held)
     settings = {"BLOCK_K": rows, "BLOCK_C": block_c, "WHOLE": block_c == C}
     settings["num_warps"] = num_warps
     settings["enable_fp_fusion"] = True

@@ -347,7 +347,8 @@ def _query_gradients(tensors, lengths, numbers, common, c, d_text, d_pair):
     tile, _, target = _tiles.plan("rational_bwd_query", key, (B, H, K, K, d))
     programs = H * triton.cdiv(K, tile.block_k)
     shared = common["HAS_TEXT"] and text_query.shape[0] == 1
-    images = _configs.images_per_program(B, programs, target) if shared else 1
+    held = _tiles.resident("rational_bwd_query", key.dtype, d, target)
+    images = _configs.images_per_program(B, programs, target, held) if shared else 1
     chunks = triton.cdiv(B, images)
     partial = _configs.query_slices(d_text, chunks) if shared else d_text
     absent = (0, 0, 0, 0)

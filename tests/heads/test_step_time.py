@@ -26,6 +26,7 @@ from vtclip.heads._step_time import (
 
 H200 = rates(90, torch.bfloat16)
 CUT = "vtclip::relu_gradient_triton"
+NORM = "vtclip::sum_norm_fwd_triton", "vtclip::sum_norm_bwd_triton"
 MANY = (32, 1000, 1024, 49, 8, 4096)  # B, K, C, L, H, F
 LONG = (128, 1000, 512, 196, 8, 2048)
 FEW = (32, 100, 1024, 49, 8, 4096)
@@ -66,7 +67,8 @@ def head_steps(tracing, sizes, form, training, monkeypatch):
 def sums(steps):
     """Seconds of products and of passes."""
     products = sum(product_seconds(*step.product, H200) for step in steps if step.product)
-    passes = sum(step.bytes for step in steps if not step.own or step.name == CUT) / H200.bytes
+    passes = sum(step.bytes for step in steps if not step.own or step.name in (CUT, *NORM))
+    passes /= H200.bytes
     return products, passes
 
 
@@ -139,13 +141,31 @@ def test_fewest_operations_win_only_where_products_are_slow(monkeypatch):
     assert plan(*MANY, device="meta", dtype=torch.float32).absorb == 1
 
 
+@pytest.mark.parametrize(("sizes", "form"), [(MANY, 1), (LONG, 0)])
+def test_a_sum_is_normalised_in_the_pass_that_forms_it(tracing, monkeypatch, sizes, form):
+    """Of [B, K, C] only the cosine's operator and the keys' gradient are passed over again."""
+    B, K, C, L, *_ = sizes
+    rows = B * K * C * 2  # bytes
+    for training, wanted in ((False, [NORM[0]]), (True, [*NORM])):
+        steps = head_steps(tracing, sizes, form, training, monkeypatch)
+        cosine = "vtclip::norm_cosine_logits"
+        found = [
+            step.name
+            for step in steps
+            if step.product is None and step.bytes >= 1.9 * rows and "cross_attn" not in step.name
+        ]
+        assert [name for name in found if not name.startswith((cosine, CUT))] == wanted
+
+
 def test_hidden_units_are_not_passed_over_again(tracing, monkeypatch):
     """In evaluation they are written and read by products alone, in training cut once."""
     B, K, *_, hidden = MANY
     whole = B * K * hidden * 2  # bytes
     for training, names in ((False, []), (True, [CUT])):
         steps = head_steps(tracing, MANY, 1, training, monkeypatch)
-        assert [step.name for step in steps if step.bytes >= whole] == names
+        found = [step.name for step in steps if step.bytes >= whole]
+        # with C = F / 4, the norm's backward passes over four [B, K, C], no hidden units
+        assert [name for name in found if name not in NORM] == names
     passes = []
     for fused in (False, True):
         with monkeypatch.context() as patch:

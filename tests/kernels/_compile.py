@@ -236,6 +236,15 @@ def launches(dtype, width):
     huge = torch.as_strided(image, (1, 1), (2**33, 2**32))
     column_sums(huge, text.T, image[:1].expand(7, -1))
     kernel("relu_gradient")(empty((640, 4 * D), dtype), empty((640, 4 * D), dtype))
+    sum_norm(dtype, D)
+
+
+def sum_norm(dtype, C):
+    """LayerNorm of a sum, with and without its second result, and the backward."""
+    product, start, vector = (empty(shape, dtype) for shape in ((32, 1000, C), (1000, C), (C,)))
+    kernel("sum_norm_fwd")(product, start, vector, vector, None, 1e-5)
+    *_, mean, rstd = kernel("sum_norm_fwd")(product, start, vector, vector, vector, 1e-5)
+    kernel("sum_norm_bwd")(product, product, product, start, vector, mean, rstd)
 
 
 def listed(dtype):

@@ -61,6 +61,13 @@ def main(package):
         columns = [make(shape, torch.float32) for shape in ((B, d), (K, d), (B * K, 3 * d))]
         results = [kernel("column_sums")(*columns)]
         results += kernel("relu_gradient")(*(make((K, d), torch.float32) for _ in range(2)))
+        product, start = make((B, K, d), torch.float32), make((K, d), torch.float32)
+        vectors = [make((d,), torch.float32) for _ in range(3)]
+        for shift in (vectors[2], None):
+            out, shifted, *kept = kernel("sum_norm_fwd")(product, start, *vectors[:2], shift, 1e-5)
+            results += [out, shifted, *kept]
+        grads = (make((B, K, d), torch.float32) for _ in range(2))
+        results += kernel("sum_norm_bwd")(*grads, product, start, vectors[0], *kept)
         for op in OPS.values():
             for variant in ("", *op.variants):
                 inputs = op.draw(sizes, variant=variant, make=make)

@@ -5,7 +5,10 @@ Counted in the code compiled for a GPU that need not be here; how fast it is, is
 """
 
 import pytest
+import torch
 from generated_code import counted, generated, innermost_loops, launch, named, unequal_lanes
+
+from vtclip.kernels import _configs, _tiles
 
 # the attention of CLIP's heads: widths 64 and 128, one tile of tokens and several
 CROSS = {"B": 32, "H": 8, "K": 1000, "L": 196}
@@ -123,6 +126,36 @@ def test_two_blocks_share_a_multiprocessor(rows):
         pytest.skip("eight warps fill one")
     for row in named(all_rows, *STEPS, ONE_TILE):
         assert row["blocks"] >= 2, told(row)
+
+
+# kernel -> the kind of tile by whose blocks its launcher splits the images
+SPLIT = {
+    "cross_attn_fwd_kernel": "fwd",
+    "cross_attn_bwd_query_kernel": "bwd_query",
+    "cross_attn_weights_fwd_kernel": "weights",
+    "cross_attn_weights_bwd_query_kernel": "weights_bwd",
+    "rational_attn_bwd_query_kernel": "rational_bwd_query",
+    "norm_cosine_logits_bwd_kernel": "norm_cosine_bwd",
+}
+
+
+def test_splits_count_on_blocks_that_are_there(rows):
+    """A wave of as many blocks as a launcher counts on is one wave on the device."""
+    target, all_rows = rows
+    if target != "sm_90":
+        pytest.skip("elsewhere launchers count on one")
+    more = [launch("cross_attn", "masked", **CROSS, d=d) for d in (64, 128)]
+    more += [launch("cross_attn_weights", **CROSS, d=d) for d in (64, 128)]
+    more += [launch("norm_cosine_logits", B=32, K=1000, C=C) for C in (64, 512, 1024)]
+    device = _configs.Target("cuda", 90, 227 * 1024)
+    for row in named(all_rows + generated(target, "float16", more), *SPLIT):
+        constants = row["constants"]
+        masked = "masked " if constants.get("HAS_MASK") and SPLIT[row["kernel"]] == "fwd" else ""
+        kind = masked + SPLIT[row["kernel"]]
+        width = constants.get("BLOCK_D", constants.get("BLOCK_C"))
+        counted_on = _tiles.resident(kind, torch.float16, width, device)
+        assert counted_on in (2, 3)
+        assert row["blocks"] >= counted_on, told(row)
 
 
 def test_loops_load_whole_words_and_store_little(rows):

@@ -118,6 +118,41 @@ def test_image_chunks_fill_the_device(name, B, per_image):
     assert chunks * per_image <= 8 * at_once + per_image  # partial sums stay few
 
 
+@pytest.mark.parametrize("resident", [1, 2, 3])
+@pytest.mark.parametrize("B", [1, 2, 7, 32, 128, 1000])
+@pytest.mark.parametrize("per_image", [1, 8, 64, 128, 400, 1320, 5000])
+def test_image_chunks_fill_waves_of_all_blocks_that_fit(B, per_image, resident):
+    """No number of chunks, up to eight programs a multiprocessor, is done earlier."""
+    target = TARGETS["sm_90"]
+    processors = _configs.multiprocessors(target)
+    chosen = _configs.images_per_program(B, per_image, target, resident)
+    assert 1 <= chosen <= B
+
+    def time(images):
+        programs = math.ceil(B / images) * per_image
+        return math.ceil(programs / (processors * resident)) * (images + 1)
+
+    few = [n for n in range(1, B + 1) if math.ceil(B / n) * per_image <= 8 * processors + per_image]
+    assert chosen in few or not few
+    assert time(chosen) <= min((time(images) for images in few), default=math.inf)
+    # 128 programs an image on twice 132 places: two chunks, where three would take a second wave
+    if (B, per_image, resident) == (32, 128, 2):
+        assert chosen == 16
+
+
+def test_programs_that_share_a_multiprocessor_are_known_for_sm_90():
+    half, single = torch.float16, torch.float32
+    known = {
+        name: _tiles.resident("fwd", half, 64, target) is not None
+        for name, target in TARGETS.items()
+    }
+    assert known == {name: name == "sm_90" for name in TARGETS}
+    held = [_tiles.resident("fwd", half, d, TARGETS["sm_90"]) for d in (64, 80, 128, 200)]
+    assert held == [3, 2, 2, 1]
+    assert _tiles.resident("masked fwd", half, 64, TARGETS["sm_90"]) == 2
+    assert _tiles.resident("fwd", single, 64, TARGETS["sm_90"]) is None
+
+
 def test_no_image_is_no_problem(target):
     assert _configs.images_per_program(0, 8, target) == 1
     assert _configs.images_per_program(8, 0, target) >= 1

@@ -262,3 +262,22 @@ def column_sums(x0: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
 @triton_operator  # one pass over VT-CLIP's hidden units saved on a GPU; elsewhere torch's two
 def relu_gradient(grad: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), hidden.new_empty((hidden.shape[1],))
+
+
+@triton_operator  # passes over VT-CLIP's [B, K, C] saved on a GPU; elsewhere torch's own
+def sum_norm_fwd(
+    product: Tensor, start: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, K, C = product.shape
+    shifted = product.new_empty((0,) if shift is None else (B * K, C))
+    mean, rstd = (product.new_empty((B, K), dtype=torch.float32) for _ in range(2))
+    return product.new_empty((B * K, C)), shifted, mean, rstd
+
+
+@triton_operator
+def sum_norm_bwd(
+    grad_out: Tensor, grad_shifted: Tensor, product: Tensor, start: Tensor, weight: Tensor,
+    mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, K, C = product.shape
+    return product.new_empty((B, K, C)), start.new_empty((K, C)), weight.new_empty((3, C))

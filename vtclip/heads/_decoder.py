@@ -103,12 +103,19 @@ class Terms(NamedTuple):
         [start | start W~^T], see `_absorbed_twice`.
     per_head: [H, d, n], the matrix that the values of each head are pushed through.
     biases: of the second norm and the first feed-forward matrix where c2 is in x2 already.
+    one_pass: the second norm forms its sum itself, see `_feed_forward.norm_of_sum`.
     """
 
     absorb: int
     start: Tensor
     per_head: Tensor | None = None
     biases: tuple[Tensor, Tensor] | None = None
+    one_pass: bool = False
+
+    @property
+    def folded(self) -> bool:
+        """Whether `hidden_units` returns x2 + c2 in place of x2, for another to be added to."""
+        return self.biases is not None or (self.one_pass and torch.is_grad_enabled())
 
     def of(self, classes: slice) -> Terms:
         """Those of some classes; of all the same, which no gradient need be laid into."""
@@ -131,22 +138,23 @@ def terms(
 ) -> Terms:
     """fold: leave x2 + c2 in place of x2, for `before_last_norm` to add its product to."""
     out = layer.multihead_attn.out_proj
-    start, weight = x1 + (out.bias + out.weight @ cross.value_bias), out.weight
+    start, weight = x1 + torch.addmv(out.bias, out.weight, cross.value_bias), out.weight
     biases = _feed_forward.folded_biases(layer) if fold and absorb < 2 else None
+    one_pass = absorb < 2 and _feed_forward.norms_sums(start, layer.norm2.weight)
     if absorb == 0:
-        return Terms(0, start, biases=biases)
+        return Terms(0, start, None, biases, one_pass)
     per_head = _per_head(weight, layer.multihead_attn.num_heads)
     if absorb == 2:
         centred = _centred(layer)
         per_head = torch.cat([per_head, per_head @ centred.T], -1)
         start = torch.cat([start, start @ centred.T], -1)
-    return Terms(absorb, start, per_head, biases)
+    return Terms(absorb, start, per_head, biases, one_pass)
 
 
 def hidden_units(
     layer: nn.TransformerDecoderLayer, terms: Terms, attention: Attention
 ) -> tuple[Tensor, Tensor]:
-    """h [B, K, F] and x2 [B, K, C], x2 + c2 where `terms.biases` are given.
+    """h [B, K, F] and x2 [B, K, C]; where `terms.folded` x2 + c2, with gradients as [B K, C].
 
     attention: query [1|B, H, K, d], key and value [B, H, L, d], key_mask.
     """
@@ -154,25 +162,33 @@ def hidden_units(
         return _absorbed_twice(layer, terms.start, terms.per_head, attention)
     norm, linear = layer.norm2, layer.linear1
     norm_bias, bias = terms.biases or (norm.bias, linear.bias)
-    # u is held by no name here: without gradients it is freed before h is computed
-    x2 = F.layer_norm(
-        _attended(layer, terms, attention), norm.normalized_shape, norm.weight, norm_bias, norm.eps
-    )
+    u = _attended(layer, terms, attention)
+    shape = u.shape
+    if not terms.one_pass:
+        x2 = F.layer_norm(u, norm.normalized_shape, norm.weight, norm_bias, norm.eps)
+        rows = x2.flatten(0, 1)
+    elif torch.is_grad_enabled():
+        rows, x2 = _feed_forward.norm_of_sum(u, terms.start, norm, layer.linear2.bias)
+    else:
+        rows = _feed_forward.norm_of_sum_alone(u, terms.start, norm, norm_bias)
+        x2 = rows.view(shape)
+    del u  # freed before h is computed, where no gradient needs it
     # the product of a matrix is not a view: changing a view in place costs its backward four copies
-    hidden = _feed_forward.hidden(x2.flatten(0, 1), linear.weight, bias)  # [B K, F]
-    return hidden.view(*x2.shape[:2], hidden.shape[1]), x2
+    hidden = _feed_forward.hidden(rows, linear.weight, bias)  # [B K, F]
+    return hidden.view(*shape[:2], hidden.shape[1]), x2
 
 
 def before_last_norm(
     layer: nn.TransformerDecoderLayer, hidden: Tensor, x2: Tensor, *, folded: bool = False
 ) -> Tensor:
-    """h [B, K, F] and x2 [B, K, C], as `hidden_units` returns them -> z [B, K, C].
+    """h [B, K, F] and x2, as `hidden_units` returns them -> z [B, K, C].
 
     folded: x2 + c2 is given, and overwritten.
     """
     if folded:
-        x2.flatten(0, 1).addmm_(hidden.flatten(0, 1), layer.linear2.weight.t())
-        return x2
+        rows = x2 if x2.dim() == 2 else x2.flatten(0, 1)
+        rows.addmm_(hidden.flatten(0, 1), layer.linear2.weight.t())
+        return rows.view(*hidden.shape[:2], rows.shape[1])
     return _add(layer.linear2(hidden.flatten(0, 1)).view_as(x2), x2)
 
 
@@ -184,7 +200,7 @@ def decode(
     x1, query = queries(layer, target, cross)
     attention = query, *keys_values(layer, tokens, cross), key_mask
     found = terms(layer, x1, form(layer, x1, attention[1]), cross, fold=False)
-    return before_last_norm(layer, *hidden_units(layer, found, attention))
+    return before_last_norm(layer, *hidden_units(layer, found, attention), folded=found.folded)
 
 
 def last_norm(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
@@ -192,13 +208,18 @@ def last_norm(layer: nn.TransformerDecoderLayer, x: Tensor) -> Tensor:
 
 
 def _attended(layer: nn.TransformerDecoderLayer, terms: Terms, attention: Attention) -> Tensor:
-    """u [B, K, C]; absorbed: sum_h P_h (V_h W[:, h]^T), one product of inner size H L per image."""
+    """u [B, K, C]; absorbed: sum_h P_h (V_h W[:, h]^T), one product of inner size H L per image.
+
+    Without `terms.start` where `terms.one_pass`.
+    """
     query, key, value, key_mask = attention
     if terms.per_head is not None:
         projected = _projected(value, terms.per_head)
-        return _add(_flat_weights(query, key, key_mask) @ projected, terms.start)
-    attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
-    return _add(F.linear(attended, layer.multihead_attn.out_proj.weight), terms.start)
+        product = _flat_weights(query, key, key_mask) @ projected
+    else:
+        attended = _merge(ops.cross_attn(query, key, value, key_mask=key_mask))
+        product = F.linear(attended, layer.multihead_attn.out_proj.weight)
+    return product if terms.one_pass else _add(product, terms.start)
 
 
 def _centred(layer: nn.TransformerDecoderLayer) -> Tensor:

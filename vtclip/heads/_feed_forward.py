@@ -5,8 +5,9 @@
 
 h is the largest tensor of a step. cuBLAS adds a bias and cuts at 0 as a product leaves the chip, so
 h is written once and not read again for it: `torch._addmm_activation`, which torch does not
-differentiate; `_Hidden` does. Without gradients x joins the second product in place of an addition
-apart; its bias c2 is then in x already, see `folded_biases`.
+differentiate; `_Hidden` does. The second product is added in place to x with its bias c2 in it: to
+a second result of the norm that makes x (`norm_of_sum`), or without gradients to the only one, see
+`folded_biases`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ def on_gpu(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
 
 
+def by_triton(x: Tensor) -> bool:
+    """Whether Triton serves the operators of the same head, of rows [., C] as x has."""
+    problem = Problem("norm_cosine_logits", x.device.type, x.dtype, x.shape[-1])
+    return select(problem, None).name == "triton"
+
+
+def _graph_wanted() -> bool:
+    """In a backward: whether what it computes shall be differentiated again."""
+    return torch.is_grad_enabled() or is_transformed()
+
+
 class _Hidden(torch.autograd.Function):
     """relu(x weight^T + bias); what its backward computes can be differentiated again."""
 
@@ -52,7 +64,7 @@ class _Hidden(torch.autograd.Function):
         x, weight, hidden = ctx.saved_tensors
         _, to_x, to_weight, to_bias = ctx.needs_input_grad
         # where a graph of this is wanted, all of it is torch's own
-        if ctx.one_kernel and to_bias and not (torch.is_grad_enabled() or is_transformed()):
+        if ctx.one_kernel and to_bias and not _graph_wanted():
             d_sum, d_bias = torch.ops.vtclip.relu_gradient_triton(d_hidden, hidden)
         else:
             d_sum = torch.ops.aten.threshold_backward(d_hidden, hidden, 0)
@@ -70,12 +82,80 @@ def hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not on_gpu(x, weight):
         return F.relu(F.linear(x, weight, bias), inplace=True)
     if torch.is_grad_enabled():
-        # where Triton serves the operators of the same head
-        problem = Problem("norm_cosine_logits", x.device.type, x.dtype, x.shape[-1])
-        one_kernel = select(problem, None).name == "triton"
-        result: Tensor = _Hidden.apply(one_kernel, x, weight, bias)
+        result: Tensor = _Hidden.apply(by_triton(x), x, weight, bias)
         return result
     return torch._addmm_activation(bias, x, weight.t())
+
+
+def _plain_norm_of_sum(
+    product: Tensor, start: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    x = F.layer_norm(product + start, weight.shape, weight, bias, eps).flatten(0, 1)
+    return x, x + shift
+
+
+class _NormOfSum(torch.autograd.Function):
+    """x and x + shift [B K, C]; see `norm_of_sum`."""
+
+    @staticmethod
+    @bound_once
+    def forward(
+        product: Tensor, start: Tensor, weight: Tensor, bias: Tensor, shift: Tensor, eps: float
+    ) -> tuple[Tensor, ...]:
+        kernel = torch.ops.vtclip.sum_norm_fwd_triton
+        # results that are no views: the second one is changed in place
+        results: tuple[Tensor, ...] = kernel(product, start[0], weight, bias, shift, eps)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*tensors, *output[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_x: Tensor | None, d_shifted: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
+        product, start, weight, bias, shift, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:5]
+        grads = [
+            product.new_zeros(mean.numel(), product.shape[2]) if grad is None else grad
+            for grad in (d_x, d_shifted)
+        ]
+        if _graph_wanted():
+            with torch.enable_grad():
+                results = _plain_norm_of_sum(product, start, weight, bias, shift, ctx.eps)
+            inputs = product, start, weight, bias, shift
+            asked = [x for x, need in zip(inputs, needed, strict=True) if need]
+            found = iter(torch.autograd.grad(results, asked, grads, create_graph=True))
+            return (*(next(found) if need else None for need in needed), None)
+        d_product, d_start, d_vectors = torch.ops.vtclip.sum_norm_bwd_triton(
+            *(grad.view_as(product) for grad in grads), product, start[0], weight, mean, rstd
+        )
+        found = iter((d_product, d_start[None], *d_vectors))
+        return (*(grad if need else None for grad, need in zip(found, needed, strict=True)), None)
+
+
+def norm_of_sum(product: Tensor, start: Tensor, norm: nn.LayerNorm, shift: Tensor) -> Any:
+    """(x, x + shift), both [B K, C]; x = LayerNorm(product + start), in one pass on a GPU.
+
+    product [B, K, C], start [1, K, C], shift [C]: where `norms_sums` holds.
+    """
+    return _NormOfSum.apply(product, start, norm.weight, norm.bias, shift, norm.eps)[:2]
+
+
+def norm_of_sum_alone(product: Tensor, start: Tensor, norm: nn.LayerNorm, bias: Tensor) -> Tensor:
+    """x alone, [B K, C], with another bias than the norm's; without gradients."""
+    kernel = torch.ops.vtclip.sum_norm_fwd_triton
+    x: Tensor = kernel(product, start[0], norm.weight, bias, None, norm.eps)[0]
+    return x
+
+
+def norms_sums(start: Tensor, weight: Tensor) -> bool:
+    """Whether a sum of [B, K, C] and start [1|B, K, C] is normalised as it is formed."""
+    return start.shape[0] == 1 and on_gpu(start, weight) and by_triton(start)
 
 
 def folds(x: Tensor, weight: Tensor) -> bool:

@@ -136,7 +136,7 @@ def forward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, siz
     """From values [B, H, L, d] to h [B, K, F] and x2 [B, K, C], in one of the `FORMS`."""
     R, HL, n = B * K, H * L, C + F
     keys = 2 * B * L * C
-    norms = (2 * R * C, 2 * R * C)  # start is added; LN2
+    norms = (2 * R * C,)  # LN2 of the product and start
     hidden = (1, R, F, C)
     if form == 0:
         attention = (4 * R * L * C, ATTENTION, keys + R * C)
@@ -158,7 +158,9 @@ def backward_steps(form: int, B: int, K: int, C: int, L: int, H: int, F: int, si
     R, HL, n = B * K, H * L, C + F
     keys = 2 * B * L * C
     cut = (3 * R * F,)  # where h is 0, with the sum of c1's gradient
-    norm = (3 * R * C, 3 * R * C, R * C)  # of x2 twice, LN2, the sum over images
+    # LN2 and what is summed over images of two gradients of x2; in the forward x2 + c2, which the
+    # second product is added to
+    norm = (4 * R * C, R * C)
     hidden = ((1, R, C, F), (1, F, C, R))
     if form == 0:
         attention = (10 * R * L * C, ATTENTION_BACK, 2 * keys + 2 * R * C)

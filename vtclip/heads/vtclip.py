@@ -165,7 +165,7 @@ class VTCLIP(Head):
                 attention = query[:, :, classes], key[images], value[images], mask
             for below, layer in pairwise(self._decoder()):
                 units = _decoder.hidden_units(below, terms, attention)
-                z = _decoder.before_last_norm(below, *units, folded=terms.biases is not None)
+                z = _decoder.before_last_norm(below, *units, folded=terms.folded)
                 cross = _decoder.CrossWeights.of(layer)
                 above, its_query = _decoder.queries(layer, _decoder.last_norm(below, z), cross)
                 attention = its_query, *_decoder.keys_values(layer, tokens[images], cross), mask
@@ -174,14 +174,14 @@ class VTCLIP(Head):
             hidden, x2 = _decoder.hidden_units(layer, terms, attention)
             tail = last.weight, last.bias, self.text[classes], image[images]
             # a choice by the number of images would tie a traced graph to that number
-            rows = 0 if torch.compiler.is_compiling() else x2.shape[0] * x2.shape[1]
+            rows = 0 if torch.compiler.is_compiling() else hidden.shape[0] * hidden.shape[1]
             training = torch.is_grad_enabled()
             if not fold and fuse_tail(rows, x2.device.type, training=training):
                 linear = layer.linear2
                 return ops.ffn_cosine_logits(
                     hidden, linear.weight, linear.bias, x2, *tail, **options
                 )
-            z = _decoder.before_last_norm(layer, hidden, x2, folded=terms.biases is not None)
+            z = _decoder.before_last_norm(layer, hidden, x2, folded=terms.folded)
             return ops.norm_cosine_logits(z, *tail, **options)
 
         b, k = self._chunk(B)

@@ -32,7 +32,9 @@ DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-PARTS = ("column_sums", "relu_gradient")  # operators of Triton alone, without a public function
+# operators of Triton alone, without a public function
+PARTS = ("column_sums", "relu_gradient", "sum_norm")
+EPS = 1e-5  # of sum_norm
 EXTREMES = "extremes"  # instead of a layout's name: images and texts of other magnitudes
 EVERYTHING = "inference"  # instead of a variant's name: no tensor asks for a gradient
 # variants of an operator's arguments that problems.py does not have
@@ -99,23 +101,52 @@ def _floor(op: str, dtype: torch.dtype) -> Any:
 def _part_reference(op: str, tensors: tuple[Tensor, ...]) -> Any:
     if op == "column_sums":
         return torch.cat([x.sum(0) for x in tensors])
+    if op == "sum_norm":
+        return _sum_norm(*tensors)
     grad, hidden = tensors
     d_sum = torch.where(hidden <= 0, 0.0, grad)
     return d_sum, d_sum.sum(0)
+
+
+def _sum_norm(
+    product: Tensor, start: Tensor, weight: Tensor, bias: Tensor, shift: Tensor,
+    grad: Tensor, grad_shifted: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Both results, and the gradients of the first five."""
+    leaves = [x.detach().requires_grad_() for x in (product, start, weight, bias, shift)]
+    with torch.enable_grad():
+        u, C = leaves[0] + leaves[1], product.shape[-1]
+        out = torch.nn.functional.layer_norm(u, (C,), *leaves[2:4], EPS).flatten(0, 1)
+        shifted = out + leaves[4]
+        both = grad.flatten(0, 1), grad_shifted.flatten(0, 1)
+        d_product, d_start, *vectors = torch.autograd.grad((out, shifted), leaves, both)
+    return out.detach(), shifted.detach(), d_product, d_start, torch.stack(vectors)
 
 
 def _part(op: str, backend: Any) -> Callable[..., Any]:
     def function(*tensors: Tensor, impl: str) -> Any:
         if impl == "reference":
             return _part_reference(op, tensors)
-        return backend.function(op)(*tensors)
+        if op != "sum_norm":
+            return backend.function(op)(*tensors)
+        product, start, weight, bias, shift, *grads = tensors
+        forward = backend.function("sum_norm_fwd")
+        out, shifted, *kept = forward(product, start, weight, bias, shift, EPS)
+        alone = forward(product, start, weight, bias, None, EPS)[0]
+        found = backend.function("sum_norm_bwd")(*grads, product, start, weight, *kept)
+        return torch.where(alone == out, out, torch.nan), shifted, *found
 
     return function
 
 
 def _part_inputs(case: Case, sizes: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    R, N = sizes["R"], sizes["N"]
     lay_out = _layout(case)
+    if case.op == "sum_norm":
+        B, K, C = (sizes[letter] for letter in "BKC")
+        shapes = {"product": (B, K, C), "start": (K, C), "weight": (C,), "bias": (C,)}
+        shapes |= {"shift": (C,), "grad": (B, K, C), "grad_shifted": (B, K, C)}
+        return {name: lay_out(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
+    R, N = sizes["R"], sizes["N"]
     if case.op == "column_sums":
         shapes = {"x0": (R, N), "x1": (2 * R + 1, N + 3), "x2": (R + 5, 3 * N)}
         return {name: lay_out(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}

@@ -261,6 +261,15 @@ TABLE = {
         R40 N64 ;; gaps
         R390 N25600
     """,
+    "sum_norm": """
+        ** B3 K19 C37
+        ** B2 K5 C64
+        B1 K1 C1
+        B9 K70 C129 ;; misaligned
+        B4 K10 C200 ;; gaps
+        B33 K130 C264
+        B2 K3 C1030
+    """,
 }
 # of an operator without sizes of its own
 USUAL = """
