@@ -175,6 +175,7 @@ _HALF_OF_100 = {
     "fwd in one step": _HALF["fwd"],
     "bwd_query": ((128, 32, 8, 2), (128, 32, 8, 1), (32, 32, 8, 1)),
     "bwd_key": ((64, 128, 8, 1), (32, 128, 8, 1), _HALF["bwd_key"][2]),
+    "weights_bwd": ((32, 64, 4, 1), *_HALF["weights_bwd"][1:]),
     "rational_fwd": ((64, 64, 8, 2), (64, 32, 8, 1), _HALF["rational_fwd"][2]),
     "rational_bwd_query": ((64, 64, 8, 2), *_HALF["rational_bwd_query"][1:]),
     "rational_bwd_key": ((64, 64, 8, 2), *_HALF["rational_bwd_key"][1:]),

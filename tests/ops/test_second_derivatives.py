@@ -423,6 +423,7 @@ def test_every_function_of_kernels_is_differentiable_again():
             decorators = {ast.unparse(d).partition("(")[0] for d in node.decorator_list}
             if "any_order" not in decorators:
                 bare.append(node.name)
-    # the step of a graph itself; torch's own products; a sum over processes, linear in its input
-    assert sorted(bare) == ["_Gather", "_Gradients", "_Hidden", "_Projections"]
+    # the step of a graph itself; torch's own products; torch's own norm where a graph is wanted; a
+    # sum over processes, linear in its input
+    assert sorted(bare) == ["_Gather", "_Gradients", "_Hidden", "_NormOfSum", "_Projections"]
     assert set(_any_order._STORES) >= set(OPS)
