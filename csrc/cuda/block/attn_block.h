@@ -21,7 +21,7 @@ constexpr double kLn2 = 0.6931471805599453094;
 // of them, or a narrower tile would hold it.
 template <int kC, int kChunks>
 VTCLIP_DEVICE int summed(int64_t d, int c) {
-  if (c < kChunks / 2) return kC;
+  if (kKnownSizesFit && c < kChunks / 2) return kC;
   const int64_t left = ceil_div(d - c * kC, 16) * 16;
   return static_cast<int>(lesser<int64_t>(kC, left < 0 ? 0 : left));
 }

@@ -43,6 +43,14 @@ namespace vtclip::cuda {
 
 constexpr int kWarpSize = 32;
 
+// Whether there are registers for what the compiler unrolls once it knows the sizes of loops: on 7.5
+// two kernels of wide heads would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kKnownSizesFit = false;
+#else
+constexpr bool kKnownSizesFit = true;
+#endif
+
 // a warp's share of a matrix product is made of 16 x 16 tiles
 constexpr int kFragment = 16;
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(Body::kWarps* kWarpSize, 1)
     body_kernel(const __grid_constant__ typename Body::Args args) {
   // The compiler does not take this from the launch bounds, and gives a loop over the threads that
   // has one trip code for more.
-  VTCLIP_ASSUME(threadIdx.x < Body::kWarps * kWarpSize);
+  if constexpr (kKnownSizesFit) VTCLIP_ASSUME(threadIdx.x < Body::kWarps * kWarpSize);
   extern __shared__ __align__(128) unsigned char raw[];
   Shared shared(raw);
   typename Body::Tiles tiles{shared};
