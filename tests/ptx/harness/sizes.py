@@ -265,10 +265,11 @@ TABLE = {
         ** B3 K19 C37
         ** B2 K5 C64
         B1 K1 C1
-        B9 K70 C129 ;; misaligned
-        B4 K10 C200 ;; gaps
-        B33 K130 C264
-        B2 K3 C1030
+        B9 K70 C130 ;; misaligned
+        B4 K10 C203 ;; gaps
+        B33 K130 C268
+        B2 K3 C1031
+        B5 K6 C70
     """,
 }
 # of an operator without sizes of its own
