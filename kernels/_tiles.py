@@ -160,7 +160,7 @@ _HALF = _TILES["half"]
 _HALF_OF_90 = {
     "fwd": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["fwd"][2]),
     "fwd in one step": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["fwd"][2]),
-    "bwd_query": ((64, 64, 4, 1), (64, 64, 4, 1), _HALF["bwd_query"][2]),
+    "bwd_query": ((64, 64, 4, 1), (64, 32, 4, 1), _HALF["bwd_query"][2]),
     "bwd_key": ((64, 64, 4, 2), (32, 64, 4, 2), _HALF["bwd_key"][2]),
     "weights": ((64, 64, 4, 2), (64, 64, 4, 2), _HALF["weights"][2]),
     "weights_bwd": ((64, 64, 4, 1), (32, 64, 4, 1), _HALF["weights_bwd"][2]),
