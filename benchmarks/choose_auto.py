@@ -7,8 +7,9 @@ test. All ways see the validation images only; the test half is never looked at.
 of seeds from 101 on, so that reported seeds are others.
 
 --logits FOLDER keeps what each method says of each draw, so that another way, or another method
-beside the others, needs no second fit. --on test compares on the test half instead, with seeds 1 to
-3: what is reported, not what is chosen by.
+beside the others, needs no second fit; of a method that has changed, its files must be removed.
+--on test compares on the test half instead, with seeds 1 to 3: what is reported, not what is chosen
+by.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def draw(args: argparse.Namespace, source: Path, records: Records, shots: int, s
             continue
         file = None
         if args.logits is not None:
-            file = args.logits / f"{source.stem}-{args.on}-{shots}-{seed}-{name}.pt"
+            images = records.info["digests"]["images"][:12]  # two sources may have one name
+            file = args.logits / f"{source.stem}-{images}-{args.on}-{shots}-{seed}-{name}.pt"
         if file is not None and file.exists():
             said[name] = Said(*torch.load(file))
             continue
