@@ -36,6 +36,7 @@ DTYPES = {
 PARTS = ("column_sums", "relu_gradient", "sum_norm")
 EPS = 1e-5  # of sum_norm
 EXTREMES = "extremes"  # instead of a layout's name: images and texts of other magnitudes
+NAN = "NaN"  # the same: every third context of the first image, and nothing asks for a gradient
 EVERYTHING = "inference"  # instead of a variant's name: no tensor asks for a gradient
 # variants of an operator's arguments that problems.py does not have
 VARIANTS = {"image query alone": {"text_query": None, "pair_query": None}}
@@ -169,11 +170,20 @@ class Call(NamedTuple):
 
 
 def _extremes(rows: Tensor) -> Tensor:
-    """A row of zeros, one of tiny and one of huge numbers: what a norm is scaled for."""
-    rows = rows.clone()
-    for i, row in enumerate(rows.view(-1, rows.shape[-1])[:3]):
-        row.mul_((0.0, 2.0**-60, 2.0**60)[i] if rows.dtype != torch.float16 or i == 0 else 1.0)
-    return rows
+    """Of every four rows one of zeros, of tiny and of huge numbers: what a norm is scaled for."""
+    powers = (0.0, 1.0, 1.0, 1.0) if rows.dtype == torch.float16 else (0.0, 2.0**-60, 2.0**60, 1.0)
+    count = rows[..., 0].numel()
+    factors = torch.tensor(powers, dtype=rows.dtype).repeat(-(-count // 4))[:count]
+    return rows * factors.view(*rows.shape[:-1], 1)
+
+
+def _infinite(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with infinity in place of NaN, which equals nothing, in its results."""
+
+    def finds(*args: Any, **kwargs: Any) -> Any:
+        return tuple(x.where(~x.isnan(), torch.inf) for x in function(*args, **kwargs))
+
+    return finds
 
 
 def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
@@ -203,6 +213,9 @@ def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
     if drawn.get("feature_grads") is False:
         frozen = ("text", "image")
     function: Callable[..., Any] = getattr(ops, case.op)
+    if case.layout == NAN:
+        tensors["context"][0, ::3] = torch.nan
+        function, frozen = _infinite(function), tuple(tensors)
     if case.op == "cross_attn" and case.variant != "lse unused":
         function = ops.cross_attn_lse
     if case.op == "rational_attn":

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damaged copies of the real kernels: how many of them the cases and the checks notice.
 
-python -m harness.mutants [--every N] [--kernel NAME] > X.jsonl     one line per mutant
+python -m harness.mutants [--every N] [--kernel NAME] [--all] > X.jsonl     one line per mutant
 
 A mutant is the PTX of one kernel with one line changed: a barrier deleted, a bound off by one, a
-load or store moved by one element, two registers of a matrix product swapped. Only lines that the
-case executes are changed. Noticed is a wrong result, a finding, or a run that cannot go on.
+load or store moved by one element, two registers of a matrix product swapped. Only lines that a
+case executes are changed, and tried with the cases that execute them, the quickest first. Noticed
+is a wrong result, a finding, or a run that cannot go on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8, "128": 16}
 
 
 class Target(NamedTuple):
-    """A kernel and the cases it is tried with, from the list of all cases."""
+    """A kernel and the cases it is tried with; --all takes every case of their operator."""
 
     set: str
     arch: str
@@ -99,33 +101,39 @@ def sites(text: str, lines: set[int]) -> Iterator[tuple[str, int, str]]:
                 yield kind, number, whole
 
 
-def _reached(backend: Any, key: str, chosen: list[cases.Case], dtype: str) -> set[int]:
-    """Lines of a kernel that its cases execute."""
-    lines: set[int] = set()
+def _reached(
+    backend: Any, key: str, chosen: list[cases.Case], dtype: str
+) -> dict[cases.Case, set[int]]:
+    """The lines of a kernel that a case executes, of those that run it, the quickest first."""
+    rows: dict[cases.Case, tuple[float, set[int]]] = {}
     code = backend.recorder.kernel(key, key, backend.text(key)).body.code
     for case in chosen:
         row = child.outcome(backend, case, dtype)
         if row["errors"] or row["findings"]:
             raise RuntimeError(f"{case.name} is not right to begin with: {row['errors']}")
-        for launch in backend.recorder.launches:
-            if launch.key == key:
-                executed = np.asarray(launch.report.executed, bool)
-                lines |= {x.line for x, hit in zip(code, executed, strict=True) if hit}
-    return lines
+        hits = [x.report.executed for x in backend.recorder.launches if x.key == key]
+        if hits:
+            executed = np.logical_or.reduce([np.asarray(hit, bool) for hit in hits])
+            lines = {x.line for x, hit in zip(code, executed, strict=True) if hit}
+            rows[case] = row["seconds"], lines
+    return {case: lines for case, (_, lines) in sorted(rows.items(), key=lambda item: item[1][0])}
 
 
-def _noticed(backend: Any, chosen: list[cases.Case], dtype: str) -> str:
-    """By what the first of the cases notices, or nothing."""
+def _noticed(backend: Any, chosen: list[cases.Case], dtype: str) -> tuple[str, str]:
+    """By what the first of the cases notices and that case, or nothing."""
     for case in chosen:
         row = child.outcome(backend, case, dtype)
         if row["findings"]:
-            return str(row["findings"][0]["kind"])
+            return str(row["findings"][0]["kind"]), case.name
         if row["errors"]:
-            return "result" if "error" in row["errors"][0] else str(row["errors"][0])[:200]
-    return ""
+            wrong = str(row["errors"][0])
+            return ("result" if "error" in wrong else wrong[:200]), case.name
+    return "", ""
 
 
-def tried(target: Target, every: int, counted: dict[str, int]) -> Iterator[dict[str, Any]]:
+def tried(
+    target: Target, every: int, everything: bool, counted: dict[str, int]
+) -> Iterator[dict[str, Any]]:
     """One of `every` mutants of each kind; of barriers, which are few, twenty times as many."""
     backend = child.opened(target.set, target.arch)
     keys = [key for key in backend.kernels() if re.search(target.kernel, key)]
@@ -135,14 +143,18 @@ def tried(target: Target, every: int, counted: dict[str, int]) -> Iterator[dict[
     chosen = [case for case in cases.CASES if case.name in target.cases]
     if len(chosen) != len(target.cases):
         raise SystemExit(f"{target.kernel}: a case of its list does not exist")
+    if everything:
+        chosen = [case for case in cases.CASES if case.op == chosen[0].op]
     text = backend.text(key)
-    lines = _reached(backend, key, chosen, target.dtype)
-    for kind, line, changed in sites(text, lines):
+    reached = _reached(backend, key, chosen, target.dtype)
+    for kind, line, changed in sites(text, set().union(*reached.values())):
         counted[kind] += 1
         if counted[kind] % (max(1, every // 20) if kind == "barrier deleted" else every):
             continue
+        executing = [case for case, lines in reached.items() if line in lines]
         backend.recorder.edit = lambda name, old, new=changed: new if name == key else old
-        by = _noticed(backend, chosen, target.dtype)
+        started = time.process_time()
+        by, where = _noticed(backend, executing, target.dtype)
         backend.recorder.edit = None
         yield {
             "kernel": key,
@@ -150,6 +162,9 @@ def tried(target: Target, every: int, counted: dict[str, int]) -> Iterator[dict[
             "line": line,
             "text": text.split("\n")[line - 1].strip(),
             "noticed": by,
+            "case": where,
+            "cases": len(executing),
+            "seconds": round(time.process_time() - started, 1),
         }
 
 
@@ -157,13 +172,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1, help="try one of so many")
     parser.add_argument("--kernel", default="", help="part of a target's pattern")
+    parser.add_argument("--all", action="store_true", help="with every case of the operator")
     arguments = parser.parse_args()
     if "standin" not in os.environ.get("LD_PRELOAD", ""):
         sys.exit(child.start(sys.argv[1:], module="harness.mutants").wait())
     counted = dict.fromkeys(KINDS, 0)  # over all targets, so that small ones are sampled too
     for target in TARGETS:
         if arguments.kernel in target.kernel:
-            for row in tried(target, arguments.every, counted):
+            for row in tried(target, arguments.every, arguments.all, counted):
                 sys.stdout.write(json.dumps(row) + "\n")
                 sys.stdout.flush()
 

@@ -248,6 +248,7 @@ TABLE = {
         B3 K70 D267 ; none
         B2 K19 D1030 ; l1
         B1 K600 D300 ; linf
+        B2 K300 D300 ; linf ; NaN
     """,
     "column_sums": """
         ** R37 N40
