@@ -225,7 +225,7 @@ def prepared(case: Case, dtype: torch.dtype, backend: Any) -> Call:
     return Call(function, tensors, frozen, fixed)
 
 
-def wrong(case: Case, dtype_name: str, backend: Any) -> list[str]:
+def wrong(case: Case, dtype_name: str, backend: Any, backward: bool = True) -> list[str]:
     """What the kernels get wrong in this case, a line each."""
     dtype = DTYPES[dtype_name]
     tf32 = dtype_name == "tf32"
@@ -237,7 +237,7 @@ def wrong(case: Case, dtype_name: str, backend: Any) -> list[str]:
         call.inputs,
         backend.name,
         floor=_floor(case.op, dtype),
-        frozen=call.frozen,
+        frozen=call.frozen if backward else tuple(call.inputs),
         tf32=tf32,
         **call.fixed,
     )

@@ -67,7 +67,7 @@ def hexed(executed: np.ndarray) -> str:
     return np.packbits(executed).tobytes().hex()
 
 
-def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
+def outcome(backend: Any, case: Any, dtype: str, backward: bool = True) -> dict[str, Any]:
     """One case: what was wrong, what the checks found, which instructions were reached."""
     from harness import cases
 
@@ -75,7 +75,7 @@ def outcome(backend: Any, case: Any, dtype: str) -> dict[str, Any]:
     recorder.start()
     started = time.process_time()
     try:
-        errors = cases.wrong(case, dtype, backend)
+        errors = cases.wrong(case, dtype, backend, backward)
     except Exception as error:
         errors = [f"{type(error).__name__}: {str(error)[:2000]}"]
     kernels: dict[str, dict[str, Any]] = {}

@@ -32,7 +32,7 @@ class Target(NamedTuple):
 
     set: str
     arch: str
-    kernel: str  # a pattern of exactly one kernel that the cases run
+    kernel: str  # a pattern of exactly one kernel of a forward that the cases run
     dtype: str
     cases: tuple[str, ...]
 
@@ -108,7 +108,7 @@ def _reached(
     rows: dict[cases.Case, tuple[float, set[int]]] = {}
     code = backend.recorder.kernel(key, key, backend.text(key)).body.code
     for case in chosen:
-        row = child.outcome(backend, case, dtype)
+        row = child.outcome(backend, case, dtype, backward=False)
         if row["errors"] or row["findings"]:
             raise RuntimeError(f"{case.name} is not right to begin with: {row['errors']}")
         hits = [x.report.executed for x in backend.recorder.launches if x.key == key]
@@ -122,7 +122,7 @@ def _reached(
 def _noticed(backend: Any, chosen: list[cases.Case], dtype: str) -> tuple[str, str]:
     """By what the first of the cases notices and that case, or nothing."""
     for case in chosen:
-        row = child.outcome(backend, case, dtype)
+        row = child.outcome(backend, case, dtype, backward=False)
         if row["findings"]:
             return str(row["findings"][0]["kind"]), case.name
         if row["errors"]:
