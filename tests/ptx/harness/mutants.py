@@ -120,14 +120,18 @@ def _reached(
 
 
 def _noticed(backend: Any, chosen: list[cases.Case], dtype: str) -> tuple[str, str]:
-    """By what the first of the cases notices and that case, or nothing."""
-    for case in chosen:
-        row = child.outcome(backend, case, dtype, backward=False)
-        if row["findings"]:
-            return str(row["findings"][0]["kind"]), case.name
-        if row["errors"]:
-            wrong = str(row["errors"][0])
-            return ("result" if "error" in wrong else wrong[:200]), case.name
+    """By what the first of the cases notices and that case, or nothing.
+
+    Backwards, which read what a forward keeps for them, run where no forward alone notices.
+    """
+    for backward in (False, True):
+        for case in chosen:
+            row = child.outcome(backend, case, dtype, backward)
+            if row["findings"]:
+                return str(row["findings"][0]["kind"]), case.name
+            if row["errors"]:
+                wrong = str(row["errors"][0])
+                return ("result" if "error" in wrong else wrong[:200]), case.name
     return "", ""
 
 
