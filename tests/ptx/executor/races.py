@@ -47,8 +47,7 @@ class Access(NamedTuple):
 
 
 class Detector:
-    """Needs of a machine: threads, those of a block padded to whole warps;
-    owner, room that is -1 between calls."""
+    """Needs of a machine: threads, of a block padded to whole warps; owner, -1 between calls."""
 
     def races(self, log: list[Access], length: int) -> list[tuple]:
         """Place, two sides (pc, thread of the grid, kind) and number of races in a log."""
@@ -57,40 +56,39 @@ class Detector:
         shift = _shift(log)
         if self.owner.size <= length >> shift:
             self.owner = np.full((length >> shift) + 1, -1, np.int64)
-        owner = self.owner
-        thread = np.concatenate([np.repeat(a.lanes + a.first, a.size >> shift) for a in log])
-        granule = np.concatenate([_granules(a, shift) for a in log])
-        entry = np.repeat(np.arange(len(log)), [a.place.size * (a.size >> shift) for a in log])
-        kind = np.array([a.kind for a in log], np.int8)[entry]
-        who = np.where(kind == ATOMIC, 0, thread + 1)
-        written = granule[kind != READ]
-        owner[written] = who[kind != READ]
-        seen = owner[granule]
-        conflict = (seen >= 0) & (seen != who)
-        owner[written] = -1
-        if any(a.engine > 0 for a in log):  # a lane races with its own copies, too
-            conflict |= np.isin(granule, written)
-        if not conflict.any():
+        owner, parts = self.owner, [
+            (a.kind, _granules(a, shift), (_threads(a, shift) + 1) * (a.kind != ATOMIC)) for a in log
+        ]  # fmt: skip
+        for kind, granule, who in parts:
+            if kind != READ:
+                owner[granule] = who
+        copies = any(a.engine > 0 for a in log)  # a lane races with its own copies, too
+        hit = np.concatenate([
+            g[((seen := owner[g]) >= 0) & (copies | (seen != who))] for _, g, who in parts
+        ])  # fmt: skip
+        owner[np.concatenate([g for kind, g, _ in parts if kind != READ])] = -1
+        if not hit.size:
             return []
-        hit = granule[conflict]
         owner[hit] = 0
-        chosen = np.flatnonzero(owner[granule] >= 0)
+        chosen = [np.flatnonzero(owner[granule] >= 0) for _, granule, _ in parts]
         owner[hit] = -1
-        order = chosen[np.argsort(granule[chosen], kind="stable")]
-        value = np.concatenate([_values(a, shift) for a in log])
+        entry = np.repeat(np.arange(len(log)), [c.size for c in chosen])
+        kind = np.array([a.kind for a in log], np.int8)[entry]
+        granule, thread, value = (
+            np.concatenate([f(a, shift)[c] for a, c in zip(log, chosen, strict=True)])
+            for f in (_granules, _threads, _values)
+        )
+        order = np.argsort(granule, kind="stable")
         return self._compare(log, shift, *(x[order] for x in (granule, thread, kind, entry, value)))
 
     def _compare(self, log, shift, granule, thread, kind, entry, value) -> list[tuple]:
         """Neighbours in time among accesses sorted by granule."""
         n = np.arange(granule.size)
-        fresh = np.r_[True, granule[1:] != granule[:-1]]
-        start = np.maximum.accumulate(np.where(fresh, n, 0))
-        last_write = np.maximum.accumulate(np.where(kind != READ, n, -1))
-        before = np.r_[-1, last_write[:-1]]
+        start = np.maximum.accumulate(n * np.r_[True, granule[1:] != granule[:-1]])
+        before = np.r_[-1, np.maximum.accumulate(np.where(kind != READ, n, -1))[:-1]]
         later = n[before >= start]
         # each read and the next write behind it
-        next_write = np.where(kind != READ, n, n.size)
-        next_write = np.minimum.accumulate(next_write[::-1])[::-1]
+        next_write = np.minimum.accumulate(np.where(kind != READ, n, n.size)[::-1])[::-1]
         reads = n[(kind == READ) & (np.r_[start, -1][next_write] == start)]
         x, y = np.r_[before[later], reads], np.r_[later, next_write[reads]]
         free = (kind[x] != READ) & (kind[y] != READ)
@@ -101,9 +99,9 @@ class Detector:
         pcs = np.array([a.pc for a in log])[entry]
         pairs = pcs[x] << 32 | pcs[y]  # what is found is told once for each two instructions
         _, first, counts = np.unique(pairs, return_index=True, return_counts=True)
-        sides = np.stack([pcs, thread, kind], 1).tolist()
+        sides = np.stack([pcs, thread, kind], 1)
         return [
-            (int(granule[x[k]]) << shift, sides[x[k]], sides[y[k]], int(count))
+            (int(granule[x[k]]) << shift, sides[x[k]].tolist(), sides[y[k]].tolist(), int(count))
             for k, count in zip(first[:16], counts, strict=False)
         ]
 
@@ -120,8 +118,7 @@ class Detector:
             segments[k, : s.segment.size] = s.segment
             clocks[k, : s.clock.shape[0], : s.clock.shape[1]] = s.clock
         lx, ly = (tx - first[ex]) % width, (ty - first[ey]) % width
-        sx, sy = stamp[ex], stamp[ey]
-        wx, wy = lx >> 5, ly >> 5
+        sx, sy, wx, wy = stamp[ex], stamp[ey], lx >> 5, ly >> 5
         column = np.where(own[ex] > 0, columns - own[ex], wx % (self.threads >> 5))
         known = clocks[sy, wy, column] >= clocks[sx, wx, column]
         warp = (tx >> 5) == (ty >> 5)
@@ -141,7 +138,7 @@ def folded(log: list[Access], length: int) -> list[Access]:
         for a in log:
             if a.kind == kind:
                 place, pc = _granules(a, shift), a.pc
-                thread[place] = np.repeat(a.lanes + a.first, a.size >> shift)
+                thread[place] = _threads(a, shift)
                 values[place] = _values(a, shift)
         at = np.flatnonzero(thread >= 0)
         if at.size:
@@ -156,6 +153,10 @@ def _shift(log: list[Access]) -> int:
     for a in log:
         bits |= a.size | int(np.bitwise_or.reduce(a.place))
     return (bits & -bits).bit_length() - 1
+
+
+def _threads(a: Access, shift: int) -> np.ndarray:
+    return np.repeat(a.lanes + a.first, a.size >> shift)
 
 
 def _granules(a: Access, shift: int) -> np.ndarray:
