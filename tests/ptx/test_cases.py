@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from harness import cases
 from harness.coverage import FLOOR, Summary
 
@@ -72,3 +73,29 @@ def test_sizes_bind_every_bound(op: str) -> None:
     width = next((letter for letter in ("d", "D", "C") if letter in sizes), None)
     if width is not None:
         assert {size % VECTOR for size in sizes[width]} == set(range(VECTOR)), sorted(sizes[width])
+
+
+def test_rows_of_every_magnitude_are_in_every_thread_s_share():
+    """Threads take every fourth row or every sixteenth: of some, all of them are scaled."""
+    expected = [0, 2.0**-60, 2.0**60, 1, 0]
+    assert cases._extremes(torch.ones(5, 3))[:, 2].tolist() == expected
+    assert cases._extremes(torch.ones(1, 5, 3))[0, :, 0].tolist() == expected
+    half = cases._extremes(torch.ones(5, 3, dtype=torch.float16))
+    assert half[:, 0].tolist() == [0, 1, 1, 1, 0]
+
+
+def test_nan_must_be_where_the_reference_has_it():
+    case = next(case for case in cases.CASES if case.layout == cases.NAN)
+    call = cases.prepared(case, torch.float32, None)
+    assert call.inputs["context"].isnan().any()
+    assert set(call.frozen) == set(call.inputs)
+
+    def one_number(*tensors, impl, **fixed):
+        logits, size = call.function(*tensors, impl="reference", **fixed)
+        logits[0, 0 if impl == "kernel" else 1] = 0.0
+        return logits, size
+
+    (wrong,) = cases.out_of_budget(
+        one_number, call.inputs, "kernel", frozen=call.frozen, **call.fixed
+    )
+    assert "output 0: infinities differ" in wrong

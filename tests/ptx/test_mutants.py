@@ -18,14 +18,15 @@ RATES = {
     "mma registers swapped": 90,
 }
 TOGETHER = 60  # of a sample that is too small for a rate of each kind
-SHORT = 40  # one of so many
+SHORT = ("--every", "40")  # with a few cases of each kernel
+LONG = ("--every", "10", "--all")  # with all of its operator
 
 
 def test_damage_is_noticed(everything, output, say) -> None:
     if reason := missing("cuda"):
         pytest.skip(reason)
-    every = 1 if everything else SHORT
-    rows = [json.loads(line) for line in output("--every", str(every), module="harness.mutants")]
+    sample = LONG if everything else SHORT
+    rows = [json.loads(line) for line in output(*sample, module="harness.mutants")]
     tried = defaultdict(list)
     for row in rows:
         tried[row["kind"]].append(row)
