@@ -44,8 +44,8 @@ TABLE = {
         B70 K300 D520
         B67 K130 D139
         B5 K6 D41 ;; extremes
-        B2 K3 D6200
-        B2 K3 D6203
+        B2 K3 D6200 ;; extremes
+        B2 K3 D6203 ;; extremes
     """,
     "cosine_logits": """
         ** B5 K39 D37
