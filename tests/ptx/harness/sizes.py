@@ -69,6 +69,7 @@ TABLE = {
         B5 K6 D40 ; text per image ; extremes
         B70 K90 D520
         B37 K39 D267
+        B37 K39 D264 ;; extremes
         B449 K961 D131
         B9 K70 D264 ; text per image
         B449 K968 D136 ;; extremes
