@@ -2,7 +2,7 @@
 """Sizes, variants and layouts that every operator is run with.
 
 They were chosen by coverage: each remainder of the widths read at once, two passes of every
-loop, several tiles with a part of one, and one of everything. One star puts a case into the short
+loop, several tiles with a part of one, whole tiles alone, and one of everything. One star puts a case into the short
 list of the CUDA library, two into that of every set.
 """
 
@@ -25,6 +25,7 @@ TABLE = {
         B3 K5 D43
         B9 K70 D264
         B513 K9 D16
+        B4 K8 D256
     """,
     "unit_products": """
         ** B3 K5 D37
@@ -46,6 +47,7 @@ TABLE = {
         B5 K6 D41 ;; extremes
         B2 K3 D6200 ;; extremes
         B2 K3 D6203 ;; extremes
+        B16 K8 D256
     """,
     "cosine_logits": """
         ** B5 K39 D37
@@ -77,6 +79,9 @@ TABLE = {
         B5 K6 D201 ; text per image ; extremes
         B2 K3 D6200
         B2 K3 D6203
+        B5 K7 D256
+        B3 K16 D256 ; text per image
+        B449 K961 D64
     """,
     "norm_cosine_logits": """
         ** B3 K5 C37
@@ -99,6 +104,7 @@ TABLE = {
         B1 K2 C1800
         B1 K44 C520
         B1 K56 C520
+        B3 K8 C256
     """,
     "ffn_cosine_logits": """
         ** B3 K5 C37 F11
@@ -120,6 +126,7 @@ TABLE = {
         B5 K6 C41 F8 ;; extremes
         B3 K5 C40 F300
         B1 K2 C1800 F8
+        B3 K8 C256 F64
     """,
     "cross_attn": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -157,6 +164,7 @@ TABLE = {
         B2 H1 K0 L5 d72 ; query per image
         B2 H1 K0 L5 d136
         B600 H1 K2 L3 d65 ; masked
+        B2 H1 K64 L128 d64 ; masked
     """,
     "cross_attn_weights": """
         ** B2 H2 K19 L21 d24 ; masked
@@ -190,6 +198,7 @@ TABLE = {
         B2 H1 K0 L5 d24
         B2 H1 K0 L5 d72 ; query per image
         B2 H1 K0 L5 d136
+        B2 H1 K64 L128 d64 ; masked
     """,
     "rational_attn": """
         ** B2 H2 K7 d24
@@ -224,6 +233,7 @@ TABLE = {
         B1 H1 K131 d127
         B2 H1 K9 d40 ; image query alone
         B2 H1 K70 d100 ; image query alone
+        B2 H1 K128 d64
     """,
     "rational_head": """
         * B3 K5 D37 ; none
@@ -250,6 +260,7 @@ TABLE = {
         B2 K19 D1030 ; l1
         B1 K600 D300 ; linf
         B2 K300 D300 ; linf ; NaN
+        B2 K64 D256 ; linf
     """,
     "column_sums": """
         ** R37 N40
@@ -272,6 +283,7 @@ TABLE = {
         B33 K130 C268
         B2 K3 C1031
         B5 K6 C70
+        B3 K8 C256
     """,
 }
 # of an operator without sizes of its own
