@@ -97,3 +97,11 @@ def test_nan_must_be_where_the_reference_has_it():
         one_number, call.inputs, "kernel", frozen=call.frozen, **call.fixed
     )
     assert "output 0: infinities differ" in wrong
+
+
+def test_inference_asks_for_no_gradient():
+    some = [case for case in cases.CASES if case.variant == cases.EVERYTHING]
+    assert some
+    for case in some:
+        call = cases.prepared(case, torch.float32, None)
+        assert set(call.frozen) == set(call.inputs), case.name

@@ -230,6 +230,8 @@ TABLE = {
         B2 H1 K133 d256
         B2 H1 K70 d255 ; text query per image
         B1 H1 K600 d8
+        B1 H1 K300 d8
+        B2 H1 K70 d72 ; inference
         B1 H1 K131 d127
         B2 H1 K9 d40 ; image query alone
         B2 H1 K70 d100 ; image query alone
