@@ -73,6 +73,11 @@ def refit_head(
     return fresh.eval()
 
 
+def refit_rows(split: Split) -> Tensor:
+    """The training and validation rows of a split [n], ascending."""
+    return torch.cat([split.train, split.val]).sort().values
+
+
 def _take_chosen(fresh: Head, head: Head) -> None:
     """Give `fresh` the numbers that validation chose for `head`."""
     if not head.chooses:
