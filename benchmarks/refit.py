@@ -95,8 +95,7 @@ def main() -> None:
     shots, seeds = ([int(n) for n in text.split(",")] for text in (args.shots, args.seeds))
     for method in args.method.split(","):
         print(
-            f"{method:<36} {'first':>7} {'second':>7} {'gain':>7} {'ECE':>6} {'':>6} "
-            f"{'seconds':>7}"
+            f"{method:<36} {'first':>7} {'second':>7} {'gain':>7} {'ECE':>6} {'':>6} {'seconds':>7}"
         )
         cells: dict[tuple[str, int], list[Both]] = {}
         for source in args.sources:
