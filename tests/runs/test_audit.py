@@ -169,6 +169,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"overrides": {"epochs": 2, "label_smoothing": 0.1}},
     "pseudo-labels": {"pseudo_labels": True},
     "no validation": {"val": False},
+    "refit": {"refit": True},
 }
 TRAINED = [name for name in sorted(HEADS) if HEADS[name].recipe(TRAIN).epochs]
 LEARNING = [name for name in sorted(HEADS) if HEADS[name].learns]
@@ -177,6 +178,7 @@ CASES = [
     *((method, option) for method in TRAINED for option in ("gce", "smoothing")),
     *((method, "pseudo-labels") for method in LEARNING),
     *((method, "no validation") for method in LEARNING),
+    *((method, "refit") for method in LEARNING),
 ]
 CASES = [(method, option) for method, option in CASES if method not in NEEDS_ENCODER]
 
