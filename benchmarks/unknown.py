@@ -52,7 +52,7 @@ def fitted(
     records: Records, split: Split, method: str, shots: int, seed: int
 ) -> tuple[Head, Decisions, Decisions]:
     """The head, and its decisions on validation images: as it had not seen them, and as it is."""
-    run = TrainingRun(CPU, seed)
+    run = TrainingRun(CPU, seed, balanced=True)
     kept: Decisions | None
     if method == "auto":
         head, _, kept = fit_auto(records, split, shots, run)
@@ -67,7 +67,7 @@ def fitted(
 
 def refitted(records: Records, split: Split, head: Head, shots: int, seed: int) -> Head:
     """The head fitted once more, on training and validation images."""
-    run, rows = TrainingRun(CPU, seed), refit_rows(split)
+    run, rows = TrainingRun(CPU, seed, balanced=True), refit_rows(split)
     if isinstance(head, Auto):
         return refit_auto(head, records, rows, shots, run)
     return refit_head(head, records, rows, HEADS[head.method].recipe(shots), run)
