@@ -109,29 +109,20 @@ def fit(
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
-    base_to_new: train on the first half of the classes, test on either half
-        (vtclip.runs.base_to_new).
+    base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
-    refit: once the validation images have chosen, fit again with the chosen settings on training
-        and validation images together, and test and save that head. What is said of validation
-        images, the temperature and the scores of `predict --unknown` stay those of the first fit.
-        None does so for images of one's own (folders, lists, saved data sets, features folders)
-        that have validation images, no more of them than training images, and for a method that
-        learns; not for data sets of the field, .npz tables and exact shots, which are compared by
-        their number of shots, several labels per image, or where base_to_new, pseudo_labels or
-        train_encoders is set. See vtclip.runs.refit.
-    final: after the evaluation fit once more, with the settings that it chose, on all images, those
-        of the test too. The metrics stay those of the fit before, and no image is left to test the
-        saved adapter on: it is for people who deploy.
+    refit: once validation images have chosen, fit again, on them and the training images, and test
+        and save that; None decides by the source (vtclip.runs.refit, which says what else changes).
+    final: after the evaluation fit once more, with the chosen settings, on all images, the test's
+        too, which leaves none to test the saved adapter on; the metrics are of the fit before.
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
         train_encoders of `FinetuneConfig`.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
-        folder, which must not lie in a source. It ends up with
-        adapter.safetensors, adapter_config.json, result.json, log.jsonl, predictions.csv and
-        confusion.png (vtclip.runs.predictions).
+        folder, which must not lie in a source. It ends up with adapter.safetensors,
+        adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
 
     The zero-shot decision is evaluated on the same test images in the same run.
     """
@@ -198,7 +189,7 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             (folder / run_files.CHECKPOINT).unlink(missing_ok=True)
         rows = draw_rows(request, open_or_take(request, records, listed, watch))
         settings = request.settings(rows.recipe_shots)
-        again = refits(request, rows)
+        again = refits(request, rows.records, rows.split)
         config = request.as_config(rows.recipe_shots, settings, refit=again)
         first, candidates, judged_val = train(request, rows, settings, folder, watch)
         if rows.records.targets is not None:

@@ -6,8 +6,11 @@ chosen, a last fit with the same settings takes them for training images too, an
 saves and tests. Everything that is said of validation images (predictions.csv, the temperature, the
 scores behind `predict --unknown`) stays what the fit before said, which had not trained on them.
 
-`FitRequest.refit` None decides by the source: images of one's own, yes; tables of features, data
-sets of the field and exact shots, whose k shots are compared with others' k shots, no.
+`FitRequest.refit` None decides by the source. It is on for images of one's own (folders, lists,
+saved data sets, features folders) that have validation images, no more of them than training
+images, and for a method that learns from images. It is off for data sets of the field, .npz tables
+and exact shots, whose k shots are compared with others' k shots; for several labels per image; and
+with base_to_new, pseudo_labels or train_encoders, with which it cannot be asked for either.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from vtclip.train.fit_head import refit_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from vtclip.data.records import Records
     from vtclip.data.splits import Split
-    from vtclip.runs.folder import RunRows
     from vtclip.runs.request import FitRequest
     from vtclip.train.steps import TrainingRun
 
@@ -35,7 +38,7 @@ OWN_IMAGES = "features"  # Records.info["kind"] of images that went through a mo
 EXCLUDES = ("base_to_new", "pseudo_labels", "train_encoders")
 
 
-def refits(request: FitRequest, rows: RunRows) -> bool:
+def refits(request: FitRequest, records: Records, split: Split) -> bool:
     """Whether the request's head is fitted once more on training and validation rows.
 
     A ValueError where that is asked for and there are no validation rows, or several labels per
@@ -45,8 +48,8 @@ def refits(request: FitRequest, rows: RunRows) -> bool:
         return False
     if any(getattr(request, name) for name in EXCLUDES):
         return False
-    counts = rows.split.counts()
-    if rows.records.targets is not None:
+    counts = split.counts()
+    if records.targets is not None:
         if request.refit:
             raise ValueError(
                 f"{option('refit')}: {request.source} has several labels per image, and it takes "
@@ -57,7 +60,7 @@ def refits(request: FitRequest, rows: RunRows) -> bool:
         if not counts["val"]:
             raise no_validation_images(str(request.source))
         return True
-    own = rows.records.info.get("kind") == OWN_IMAGES and not request.exact_shots
+    own = records.info.get("kind") == OWN_IMAGES and not request.exact_shots
     if not own or not counts["val"]:
         return False
     if counts["val"] > counts["train"]:

@@ -81,7 +81,7 @@ def votes_of(head: Head) -> float | None:
     """
     votes: float | None = head.options()[VOTES]
     if votes is None and isinstance(head, SupportHead) and head.num_support:
-        return head.num_support / len(head.label.unique())
+        return head.num_support / len(set(head.label.tolist()))
     return votes
 
 
