@@ -70,6 +70,7 @@ def fit(
     base_to_new: bool = False,
     pseudo_labels: bool = False,
     final: bool = False,
+    budget: float | None = None,
     strict: bool = False,
     overrides: Mapping[str, object] | None = None,
     out: str | Path | None = None,
@@ -113,6 +114,8 @@ def fit(
     final: after the evaluation fit once more, with the settings that it chose, on all images, those
         of the test too. The metrics stay those of the fit before, and no image is left to test the
         saved adapter on: it is for people who deploy.
+    budget: with method auto, seconds of one processor that its candidates may be expected to take
+        (vtclip.train.cost): fewer than usual where they are few, more where they are many.
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
@@ -287,7 +290,9 @@ def train(
     with watch.stage("train"):
         run = run_files.training_run(request, Checkpoint(folder / run_files.CHECKPOINT, identity))
         if request.method == "auto":
-            auto, candidates, judged = fit_auto(rows.training, rows.split, rows.recipe_shots, run)
+            auto, candidates, judged = fit_auto(
+                rows.training, rows.split, rows.recipe_shots, run, request.budget
+            )
             return auto, {"candidates": candidates}, judged
         records, val = rows.training, rows.split.val
         head = fit_head(request.method, records, rows.split, settings, run, choose=False)
