@@ -116,7 +116,7 @@ def fit_auto(
     """The pool; for each candidate what validation images say of it and what it cost; and the
     pool's decisions on the validation images, which no member's hyper-parameters saw.
 
-    Candidates that `budget` leaves out have "left_out", the seconds that they were expected to take.
+    Candidates that `budget` leaves out have "left_out", the seconds expected of them.
     """
     chosen = candidates(records, split, shots, budget)
     every = {name: judged_candidate(name, records, split, shots, run) for name in chosen.fitted}

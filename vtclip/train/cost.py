@@ -7,7 +7,7 @@ server processor of 2024; on another machine all of them are off by about the sa
 
     trained            steps * STEP[method] + steps * batch * K * C * PAIR[method]
     proker             0.1 + 2.6e-6 N^2                              kernel matrices of a grid
-    takl               0.1 + 1.2e-3 (N + K) + 1.1e-8 (N + K) K C     L-BFGS along a path of penalties
+    takl               0.1 + 1.2e-3 (N + K) + 1.1e-8 (N + K) K C     steps for each penalty
     tip-adapter-f      trained, and 4e-10 N^2 C per epoch            every image with every key
 
 N images of K classes, features of width C; of VT-CLIP every pair has L tokens.
