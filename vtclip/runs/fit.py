@@ -107,15 +107,12 @@ def fit(
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
-    base_to_new: train on the first half of the classes, test on either half
-        (vtclip.runs.base_to_new).
+    base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
-    final: after the evaluation fit once more, with the settings that it chose, on all images, those
-        of the test too. The metrics stay those of the fit before, and no image is left to test the
-        saved adapter on: it is for people who deploy.
-    budget: with method auto, seconds of one processor that its candidates may be expected to take
-        (vtclip.train.cost): fewer than usual where they are few, more where they are many.
+    final: after the evaluation fit once more, with the settings that it chose, on all images, the
+        test's too, and save that. The metrics stay those of the fit before.
+    budget: method auto fits what these seconds of one processor are expected to do (train.cost).
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
