@@ -73,6 +73,7 @@ def fit(
     pseudo_labels: bool = False,
     refit: bool | None = None,
     final: bool = False,
+    budget: float | None = None,
     strict: bool = False,
     overrides: Mapping[str, object] | None = None,
     out: str | Path | None = None,
@@ -83,7 +84,7 @@ def fit(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Run:
-    """Adapt a frozen CLIP to `source` with up to `shots` images per class, and evaluate it once.
+    """Adapt a frozen CLIP to `source`, and evaluate it and zero-shot once on the same test images.
 
     source: a folder of `class_name/*.jpg`, a list of files (.csv, .jsonl, .parquet, ...), a saved
         or an open data set (vtclip.data.image_datasets), a FeatureSet folder, an .npz table of
@@ -115,7 +116,8 @@ def fit(
     refit: once validation images have chosen, fit again, on them and the training images, and test
         and save that; None decides by the source (vtclip.runs.refit, which says what else changes).
     final: after the evaluation fit once more, with the chosen settings, on all images, the test's
-        too, which leaves none to test the saved adapter on; the metrics are of the fit before.
+        too, and save that; the metrics stay those of the fit before.
+    budget: method auto fits what these seconds of one processor are expected to do (train.cost).
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
@@ -123,8 +125,6 @@ def fit(
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
         folder, which must not lie in a source. It ends up with adapter.safetensors,
         adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
-
-    The zero-shot decision is evaluated on the same test images in the same run.
     """
     options = dict(locals())  # the arguments, before there is anything else
     return fit_request(_request(**options), options["records"])
@@ -296,7 +296,9 @@ def train(
     with watch.stage("train"):
         run = run_files.training_run(request, Checkpoint(folder / run_files.CHECKPOINT, identity))
         if request.method == "auto":
-            auto, candidates, judged = fit_auto(rows.training, rows.split, rows.recipe_shots, run)
+            auto, candidates, judged = fit_auto(
+                rows.training, rows.split, rows.recipe_shots, run, request.budget
+            )
             return auto, {"candidates": candidates}, judged
         records, val = rows.training, rows.split.val
         head = fit_head(request.method, records, rows.split, settings, run, choose=False)
