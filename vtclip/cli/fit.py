@@ -104,8 +104,8 @@ def _add_images(parser: Parser) -> None:
     add(
         "--refit",
         action=argparse.BooleanOptionalAction,
-        help="once they have chosen the settings, train on the validation images too (default: of "
-        "images of your own)",
+        help="train on the validation images too, once they have chosen the settings (default: with "
+        "images of your own, --refit)",
     )
     add(
         "--final",
