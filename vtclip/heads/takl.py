@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.heads import _logistic
-from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._check import check_image, check_not_negative, check_positive
+from vtclip.heads._contributions import Contributions, expansion, of_rows
 from vtclip.heads._head import Support
 from vtclip.heads._logistic import Problem
 from vtclip.heads._support import Candidates, SupportHead, kernel
@@ -115,6 +116,29 @@ class TAKL(SupportHead):
         return z / self.zero_shot_temperature + self._features(x, self.beta) @ self.coefficients
 
     @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        """As `Head.contributions`; texts have their own, as training rows.
+
+        A of the linear kernel, which is not kept, is that of the optimum, and where the solve ended
+        before it changed as little as makes the sum exact: `vtclip.heads._contributions.expansion`.
+        """
+        check_image("TAKL", image, self.text)
+        x, z = F.normalize(image.double(), dim=-1), self.zero_shot(image)
+        if not self.num_support:
+            nothing = z.new_zeros(len(z), 0, self.num_classes)
+            return of_rows(image, z, nothing, self.keys, self.label, self.text)
+        if self.beta:
+            near, A = self._features(x, self.beta), self.coefficients.double()
+        else:
+            rows, *others = self._training_rows()
+            near, A = x @ rows.mT, expansion(rows, self.coefficients, *others, self.lam)
+        z = z / self.zero_shot_temperature
+        each = near[:, :, None] * A
+        return of_rows(image, z, each, self.keys, self.label, self.text)
+
+    @torch.no_grad()
     def fit_support(self, support: Support) -> None:
         """Keep the labelled images, in place of any before, and solve for the coefficients.
 
@@ -189,19 +213,20 @@ class TAKL(SupportHead):
         """Rows of `coefficients`."""
         return self.num_support + self.num_classes if self.beta else self.text.shape[1]
 
+    def _training_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """S [N + K, C], its offset z / T0 [N + K, K] and weight, float64; and the classes."""
+        rows = F.normalize(self._rows().double(), dim=-1)
+        z = self.logit_scale * (rows @ rows[self.num_support :].mT)
+        weight = self.class_weights().double()[self.label]
+        every = torch.arange(self.num_classes, device=self.label.device)
+        weight = torch.cat([weight, weight.new_ones(len(every))])
+        return rows, z / self.zero_shot_temperature, weight, torch.cat([self.label, every])
+
     def _fit(self, beta: float) -> _Fit:
         if beta not in self._fits:
-            rows = F.normalize(self._rows().double(), dim=-1)
+            rows, *others = self._training_rows()
             B, R = basis(rows, beta)
-            z = self.logit_scale * (rows @ rows[self.num_support :].mT)
-            weight = self.class_weights().double()[self.label]
-            every = torch.arange(self.num_classes, device=self.label.device)
-            problem = Problem(
-                R,
-                z / self.zero_shot_temperature,
-                torch.cat([weight, weight.new_ones(len(every))]),
-                torch.cat([self.label, every]),
-            )
+            problem = Problem(R, *others)
             rough = torch.promote_types(self.text.dtype, torch.float32)
             self._fits[beta] = _Fit(B, problem, problem.to(rough))
         return self._fits[beta]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._check import check_image, check_not_negative, check_positive
+from vtclip.heads._contributions import Contributions, of_rows
 from vtclip.heads._support import Candidates, SupportHead, steps
 from vtclip.heads.config import FitConfig
 
@@ -77,6 +78,22 @@ class TipAdapter(SupportHead):
     def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
         return z + self.alpha * (self.affinity(self.similarity(image), self.beta) @ self.values())
+
+    @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        check_image(type(self).__name__, image, self.text)
+        z, votes = self.zero_shot_and_votes(image)
+        each = votes[:, :, None].double() * self.values().double()
+        return of_rows(image, z, each, self.keys, self.label, self.text)
+
+    def zero_shot_and_votes(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image [B, C] -> z [B, K] and by how much each support image votes [B, N]:
+        logits = z + votes @ `values`.
+        """
+        votes = self.alpha * self.affinity(self.similarity(image), self.beta)
+        return self.zero_shot(image), votes
 
     def values(self) -> Tensor:
         """What each support image votes, [N, K]: Y, or m / n_k in place of its ones."""

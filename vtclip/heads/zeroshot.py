@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen model's own decision, the baseline of every run: logits = s * cos(image, text)."""
 
+import torch
 from torch import Tensor
 
 from vtclip import ops
+from vtclip.heads._check import check_image
+from vtclip.heads._contributions import Contributions, of_rows
 from vtclip.heads._head import ImageHead
 
 
@@ -24,3 +27,13 @@ class ZeroShot(ImageHead):
 
     def image_logits(self, image: Tensor) -> Tensor:
         return ops.cosine_logits(image, self.text, scale=self.logit_scale)
+
+    @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        check_image("ZeroShot", image, self.text)
+        z = self.image_logits(image)
+        nothing = z.new_zeros(len(z), 0, self.num_classes)
+        label = torch.empty(0, dtype=torch.long, device=z.device)
+        return of_rows(image, z, nothing, self.text[:0], label, self.text)
