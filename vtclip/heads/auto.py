@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vtclip.heads._contributions import Contributions, cosines
+from vtclip.heads._contributions import Contributions, zero_shot_alone
 from vtclip.heads._head import HEADS, Head, NewClasses, Options
 from vtclip.heads.zeroshot import ZeroShot
 
@@ -156,25 +156,40 @@ class Auto(Head):
         logits = sum_i t w_i / T_i logits_i - sum_i t w_i log sum_k exp(logits_ik / T_i)
 
         so that the parts of each member count t w_i / T_i of what they are in it. A member whose
-        logits are no sum over training images is a term under its method's name, and the second
-        sum, one number for all classes, is the term "every class alike".
+        logits are no sum over training images, or over others than the first such member's, is a
+        term under its method's name; the second sum, one number for all classes, is the term "every
+        class alike".
         """
         if not self.is_sum:
             fact = "a mixture of several members is no sum over them"
             raise NotImplementedError(f"Auto: contributions: {fact}")
-        total = _Sum(self, image)
+        total = zero_shot_alone(image, image.new_zeros(len(image), self.num_classes), self.text)
+        terms: dict[str, Tensor] = {}
+        of_keys = False  # whether `total` has the cosines of images as they were
+
+        def add(name: str, values: Tensor) -> None:
+            terms[name] = terms[name] + values if name in terms else values
+
         every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
         for head, temperature, weight in every:
-            share = self.sharpness * weight
+            share = self.sharpness * weight / temperature
             logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
-            scaled = logits.double() / temperature
-            if head.has_contributions:
-                parts = head.contributions(image, spatial, spatial_mask)
-                total.add(head, parts, share / temperature)
-            else:
-                total.add_term(head.method, share * scaled)
-            total.add_term(EVERY_CLASS, -share * scaled.logsumexp(dim=1, keepdim=True))
-        return total.contributions()
+            level = (logits.double() / temperature).logsumexp(dim=1, keepdim=True)
+            add(EVERY_CLASS, (-share * temperature * level).expand(logits.shape))
+            if not head.has_contributions:
+                add(head.method, share * logits.double())
+                continue
+            parts = head.contributions(image, spatial, spatial_mask)
+            if total.sums and parts.sums and not torch.equal(parts.label, total.label):
+                add(head.method, share * logits.double())
+                continue
+            for name, values in parts.terms.items():
+                add(name, share * values)
+            sums = [*total.sums, *(one._replace(A=share * one.A) for one in parts.sums)]
+            if parts.sums and not of_keys:
+                total, of_keys = parts, not getattr(head, "trains_keys", False)
+            total = total._replace(sums=sums)
+        return total._replace(terms=terms)
 
     def evidence(self, member_logits: Sequence[Tensor]) -> Tensor:
         """The weighted mean of the members' logits, [B, K].
@@ -192,45 +207,3 @@ class Auto(Head):
     ) -> Tensor:
         """image [B, C], spatial [B, L, Cs] where a member needs it -> logits [B, K]."""
         return self.averaged(self.member_logits(image, spatial, spatial_mask))
-
-
-class _Sum:
-    """Contributions of members with one support, added up."""
-
-    def __init__(self, head: Auto, image: Tensor) -> None:
-        self.head, self.image = head, image
-        self.terms: dict[str, Tensor] = {}
-        self.kept: list[Contributions] = []
-
-    def add_term(self, name: str, values: Tensor) -> None:
-        """values [B, K] or [B, 1]."""
-        wide = values.double().expand(len(self.image), self.head.num_classes)
-        self.terms[name] = self.terms[name] + wide if name in self.terms else wide
-
-    def add(self, head: Head, parts: Contributions, factor: float) -> None:
-        """`factor` times what `head` is made of; all of it as a term where its support differs."""
-        label = next((other.label for other in self.kept if len(other.label)), parts.label)
-        if len(parts.label) and not torch.equal(label, parts.label):
-            return self.add_term(head.method, factor * parts.logits())
-        for name, values in parts.terms.items():
-            self.add_term(name, factor * values)
-        images, texts = factor * parts.images, factor * parts.texts
-        self.kept.append(parts._replace(images=images, texts=texts))
-        return None
-
-    def contributions(self) -> Contributions:
-        """The sum; cosines are those of the member whose images are nearest to what they were."""
-        B, K = len(self.image), self.head.num_classes
-        nothing = self.image.new_zeros(B, 0, K, dtype=torch.float64)
-        label = torch.empty(0, dtype=torch.long, device=self.image.device)
-        cosine = nothing[:, :, 0]
-        images = texts = nothing
-        for parts in self.kept:
-            if len(parts.label):
-                images = parts.images if images is nothing else images + parts.images
-                label = parts.label
-            if parts.texts.shape[1]:
-                texts = parts.texts if texts is nothing else texts + parts.texts
-        return Contributions(
-            self.terms, images, texts, label, cosine, cosines(self.image, self.head.text)
-        )

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_image, check_positive
-from vtclip.heads._contributions import Contributions, expansion, of_rows
+from vtclip.heads._check import check_positive
+from vtclip.heads._contributions import Contributions, expansion
 from vtclip.heads._head import Support
 from vtclip.heads._support import Candidates, SupportHead
 
@@ -85,19 +85,16 @@ class CrossModal(SupportHead):
 
         V is the sum over rows of the optimum, see `vtclip.heads._contributions.expansion`.
         """
-        check_image("CrossModal", image, self.text)
-        x, z = F.normalize(image.double(), dim=-1), self.zero_shot(image)
-        if not len(self.keys):
-            nothing = z.new_zeros(len(z), 0, self.num_classes)
-            return of_rows(image, z, nothing, self.keys, self.label, self.text)
         texts = F.normalize(self.text.double(), dim=-1)
         rows = torch.cat([self.keys.double(), texts])
         label, counts = self._with_texts(self.label)
-        A = expansion(
-            rows, self.change.mT, self.logit_scale * rows @ texts.mT, counts, label, self.l2
-        )
-        each = (x @ rows.mT)[:, :, None] * A
-        return of_rows(image, z, each, self.keys, self.label, self.text)
+        offset = self.logit_scale * rows @ texts.mT
+        A = expansion(rows, self.change.mT, offset, counts, label, self.l2)
+
+        def near(x: Tensor) -> Tensor:
+            return F.normalize(x.double(), dim=-1) @ rows.mT
+
+        return self.contributions_of(image, self.zero_shot(image), near, A)
 
     def _with_texts(self, label: Tensor) -> tuple[Tensor, Tensor]:
         """Classes and weights [N + K] of images with `label` [N], and of the texts behind them."""

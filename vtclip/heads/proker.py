@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_image, check_positive
-from vtclip.heads._contributions import Contributions, of_rows
+from vtclip.heads._check import check_positive
+from vtclip.heads._contributions import Contributions
 from vtclip.heads._head import Support
 from vtclip.heads._support import Candidates, SupportHead, kernel, steps
 
@@ -91,11 +91,10 @@ class ProKeR(SupportHead):
     def contributions(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Contributions:
-        check_image("ProKeR", image, self.text)
-        x = F.normalize(image.double(), dim=-1)
-        near = kernel(x, self.keys.double(), self.beta)
-        each = near[:, :, None] * self.coefficients.double()
-        return of_rows(image, self.zero_shot(image), each, self.keys, self.label, self.text)
+        def near(rows: Tensor) -> Tensor:
+            return kernel(F.normalize(rows.double(), dim=-1), self.keys.double(), self.beta)
+
+        return self.contributions_of(image, self.zero_shot(image), near, self.coefficients)
 
     @torch.no_grad()
     def fit_support(self, support: Support) -> None:

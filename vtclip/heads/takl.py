@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.heads import _logistic
-from vtclip.heads._check import check_image, check_not_negative, check_positive
-from vtclip.heads._contributions import Contributions, expansion, of_rows
+from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._contributions import Contributions, expansion
 from vtclip.heads._head import Support
 from vtclip.heads._logistic import Problem
 from vtclip.heads._support import Candidates, SupportHead, kernel
@@ -124,19 +124,19 @@ class TAKL(SupportHead):
         A of the linear kernel, which is not kept, is that of the optimum, and where the solve ended
         before it changed as little as makes the sum exact: `vtclip.heads._contributions.expansion`.
         """
-        check_image("TAKL", image, self.text)
-        x, z = F.normalize(image.double(), dim=-1), self.zero_shot(image)
-        if not self.num_support:
-            nothing = z.new_zeros(len(z), 0, self.num_classes)
-            return of_rows(image, z, nothing, self.keys, self.label, self.text)
-        if self.beta:
-            near, A = self._features(x, self.beta), self.coefficients.double()
-        else:
-            rows, *others = self._training_rows()
-            near, A = x @ rows.mT, expansion(rows, self.coefficients, *others, self.lam)
-        z = z / self.zero_shot_temperature
-        each = near[:, :, None] * A
-        return of_rows(image, z, each, self.keys, self.label, self.text)
+        A = self.coefficients
+        rows, offset, weight, label = self._training_rows()
+        if not self.beta:
+            A = expansion(rows, A, offset, weight, label, self.lam)
+
+        def near(x: Tensor) -> Tensor:
+            x = F.normalize(x.double(), dim=-1)
+            return self._features(x, self.beta) if self.beta else x @ rows.mT
+
+        z = self.zero_shot(image)
+        if self.num_support:
+            z = z / self.zero_shot_temperature
+        return self.contributions_of(image, z, near, A)
 
     @torch.no_grad()
     def fit_support(self, support: Support) -> None:

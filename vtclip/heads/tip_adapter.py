@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_image, check_not_negative, check_positive
-from vtclip.heads._contributions import Contributions, of_rows
+from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._contributions import Contributions
 from vtclip.heads._support import Candidates, SupportHead, steps
 from vtclip.heads.config import FitConfig
 
@@ -83,10 +83,11 @@ class TipAdapter(SupportHead):
     def contributions(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Contributions:
-        check_image(type(self).__name__, image, self.text)
-        z, votes = self.zero_shot_and_votes(image)
-        each = votes[:, :, None].double() * self.values().double()
-        return of_rows(image, z, each, self.keys, self.label, self.text)
+        def votes(rows: Tensor) -> Tensor:
+            return self.zero_shot_and_votes(rows)[1]
+
+        z = self.zero_shot_and_votes(image)[0]
+        return self.contributions_of(image, z, votes, self.values())
 
     def zero_shot_and_votes(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, C] -> z [B, K] and by how much each support image votes [B, N]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vtclip import ops
 from vtclip.heads._check import check_image
-from vtclip.heads._contributions import Contributions, of_rows
+from vtclip.heads._contributions import Contributions, zero_shot_alone
 from vtclip.heads._head import ImageHead
 
 
@@ -33,7 +33,4 @@ class ZeroShot(ImageHead):
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Contributions:
         check_image("ZeroShot", image, self.text)
-        z = self.image_logits(image)
-        nothing = z.new_zeros(len(z), 0, self.num_classes)
-        label = torch.empty(0, dtype=torch.long, device=z.device)
-        return of_rows(image, z, nothing, self.text[:0], label, self.text)
+        return zero_shot_alone(image, self.image_logits(image), self.text)
