@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtclip import ops
-from vtclip.heads._check import check_image, check_least, check_positive
+from vtclip.heads._check import check_least, check_positive
 from vtclip.heads._contributions import Contributions, of_kernel, zero_shot_alone
 from vtclip.heads._head import ImageHead, Support
 
@@ -166,7 +166,6 @@ class SupportHead(ImageHead):
         self, image: Tensor, z: Tensor, near: Callable[[Tensor], Tensor], A: Tensor
     ) -> Contributions:
         """Of logits z [B, K] + near(image) @ A, see `of_kernel`; of z alone without support."""
-        check_image(type(self).__name__, image, self.text)
         if not self.num_support:
             return zero_shot_alone(image, z, self.text)
         return of_kernel(image, z, near, A, self.keys, self.label, self.text)

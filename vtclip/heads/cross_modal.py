@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_positive
+from vtclip.heads._check import check_image, check_positive
 from vtclip.heads._contributions import Contributions, expansion
 from vtclip.heads._head import Support
 from vtclip.heads._support import Candidates, SupportHead
@@ -85,6 +85,7 @@ class CrossModal(SupportHead):
 
         V is the sum over rows of the optimum, see `vtclip.heads._contributions.expansion`.
         """
+        check_image(type(self).__name__, image, self.text)
         texts = F.normalize(self.text.double(), dim=-1)
         rows = torch.cat([self.keys.double(), texts])
         label, counts = self._with_texts(self.label)

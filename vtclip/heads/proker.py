@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_positive
+from vtclip.heads._check import check_image, check_positive
 from vtclip.heads._contributions import Contributions
 from vtclip.heads._head import Support
 from vtclip.heads._support import Candidates, SupportHead, kernel, steps
@@ -91,6 +91,8 @@ class ProKeR(SupportHead):
     def contributions(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Contributions:
+        check_image(type(self).__name__, image, self.text)
+
         def near(rows: Tensor) -> Tensor:
             return kernel(F.normalize(rows.double(), dim=-1), self.keys.double(), self.beta)
 

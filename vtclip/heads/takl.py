@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.heads import _logistic
-from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._check import check_image, check_not_negative, check_positive
 from vtclip.heads._contributions import Contributions, expansion
 from vtclip.heads._head import Support
 from vtclip.heads._logistic import Problem
@@ -124,6 +124,7 @@ class TAKL(SupportHead):
         A of the linear kernel, which is not kept, is that of the optimum, and where the solve ended
         before it changed as little as makes the sum exact: `vtclip.heads._contributions.expansion`.
         """
+        check_image(type(self).__name__, image, self.text)
         A = self.coefficients
         rows, offset, weight, label = self._training_rows()
         if not self.beta:

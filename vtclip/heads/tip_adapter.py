@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._check import check_image, check_not_negative, check_positive
 from vtclip.heads._contributions import Contributions
 from vtclip.heads._support import Candidates, SupportHead, steps
 from vtclip.heads.config import FitConfig
@@ -83,6 +83,8 @@ class TipAdapter(SupportHead):
     def contributions(
         self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
     ) -> Contributions:
+        check_image(type(self).__name__, image, self.text)
+
         def votes(rows: Tensor) -> Tensor:
             return self.zero_shot_and_votes(rows)[1]
 
