@@ -104,7 +104,7 @@ def _table(image: str, why: Any) -> list[str]:
     shares = f"{100 * why.probability:.1f} %, {other} {100 * why.other_probability:.1f} %"
     lines = [f"{printable(image)}: {label} {shares}"]
     lines += [f"note: {printable(note)}" for note in why.notes]
-    lines.append(f"log-odds of {label} over {other}, in nats at the run's temperature:")
+    lines.append(f"log-odds of {label} over {other}, in nats at T = {why.temperature:.4g}:")
     for name, nats in why.terms.items():
         lines.append(f"{_nats(nats)}  {WORDS.get(name, f'member {name}, as a whole')}")
     width = max((len(escape(row.label)) for row in why.rows), default=0)

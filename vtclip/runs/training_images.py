@@ -82,8 +82,11 @@ class TrainingImages:
                 files = _listed(source, None if number else config.get("data"))
             except (ImportError, OSError, ValueError):  # gone, or no longer a source
                 continue
-            if files is not None:
-                found.append((role, files))
+            if files is None:
+                continue
+            found.append((role, files))
+            if number and not role:  # a folder of one new class: its name begins its images'
+                found.append((role, ImageFiles.below(files.root.parent)))
         return found
 
 

@@ -26,11 +26,13 @@ from vtclip.heads._contributions import PROMPTS, Contributions
 from vtclip.heads.auto import EVERY_CLASS
 from vtclip.names import METHODS, index_of
 from vtclip.runs.adapter import Adapter
+from vtclip.runs.predictions import escape
 from vtclip.runs.training_images import TrainingImages
 
 if TYPE_CHECKING:
     from vtclip.runs.classifier import Classifier
 
+ALIKE = 1 - 1e-5  # cosine from which features are those of one picture, in float32
 IMAGE, TEXT = "image", "prompts"  # kinds of rows
 
 
@@ -57,7 +59,8 @@ class Why:
     probability, other_probability: of the two, by the run. terms: name to nats: "prompts", what the
     class texts say by zero-shot; of a pool each member that is no sum; "shared". rows: those that
     weigh most, for `label` and then against it, each largest first. rest: what all others add, and
-    rest_images and rest_texts how many those are. notes: what is to be said of it.
+    rest_images and rest_texts how many those are. temperature: that the logits were divided by.
+    notes: what is to be said of it.
     """
 
     label: str
@@ -69,6 +72,7 @@ class Why:
     rest: float
     rest_images: int
     rest_texts: int
+    temperature: float
     notes: list[str]
 
     @property
@@ -83,6 +87,7 @@ class Why:
             "other": self.other,
             "other_probability": self.other_probability,
             "log_odds": self.log_odds,
+            "temperature": self.temperature,
             "terms": self.terms,
             "rows": [
                 {
@@ -190,6 +195,10 @@ def explain_choice(
     if keeping and all(getattr(one, "trains_keys", False) for one in keeping):
         fact = "cosines are with what training made of each image"
         notes.append(f"{keeping[0].method} trains the features of its images; {fact}")
+    elif parts.cosine.numel() and float(parts.cosine.max()) > ALIKE:
+        row = int(parts.cosine.argmax())
+        name = escape(images.name(row, names[int(parts.label[row])]))
+        notes.append(f"the run was trained on this image or a copy of it, {name}")
     terms, rows, counts = _parts(parts, a, b, what.temperature)
     listed = [_row(row, nats, parts, images, names) for row, nats in _heaviest(rows, top)]
     shown = sum(row.kind == IMAGE for row in listed)
@@ -203,6 +212,7 @@ def explain_choice(
         rest=float(rows.sum()) - sum(row.nats for row in listed),
         rest_images=counts[0] - shown,
         rest_texts=counts[1] - (len(listed) - shown),
+        temperature=what.temperature,
         notes=notes,
     ), images
 

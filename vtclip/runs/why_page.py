@@ -33,13 +33,16 @@ def draw_page(
     bars = _bars(why)
     right = 2 * (30 + THUMB + CAPTION) + 34 + len(bars) * LINE
     left = 2 * LEFT + 60 if heat is not None else LEFT + 30
-    top = 78
+    notes = [line for note in why.notes for line in _wrapped(_ascii(note), width - 2 * MARGIN)]
+    top = 78 + 18 * len(notes)
     canvas = Image.new("RGB", (width, top + max(left, right) + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
     title = f"{label} {100 * why.probability:.1f} %"
     draw.text((MARGIN, 14), title, fill=INK, font=font_of(24))
     odds = f"log-odds over {other} ({100 * why.other_probability:.1f} %): {why.log_odds:+.2f} nats"
     draw.text((MARGIN, 46), odds, fill=SOFT, font=font_of(16))
+    for number, line in enumerate(notes):
+        draw.text((MARGIN, 70 + 18 * number), line, fill=SOFT, font=font_of(13))
     _place(canvas, picture, (MARGIN, top), LEFT)
     if heat is not None:
         y = top + LEFT + 10
@@ -152,6 +155,18 @@ def _ascii(name: str) -> str:
     if text.isascii():
         return text
     return "".join(plain_letters(letter) or "?" for letter in text)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """`text` in lines of at most that many pixels, but for words that are longer."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and font_of(13).getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
 
 
 def _fitting(text: str, font: object, width: int = THUMB) -> str:
