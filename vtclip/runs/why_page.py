@@ -46,7 +46,7 @@ def draw_page(
     _place(canvas, picture, (MARGIN, top), LEFT)
     if heat is not None:
         y = top + LEFT + 10
-        draw.text((MARGIN, y), f"where {label} looks", fill=INK, font=font_of(15))
+        draw.text((MARGIN, y), f"where {label} looks, by vtclip", fill=INK, font=font_of(15))
         _place(canvas, heat, (MARGIN, y + 24), LEFT)
     x, y = MARGIN + LEFT + 2 * GAP, top
     for colour, words, sign in ((RIGHT, f"for {label}", 1), (WRONG, f"for {other}", -1)):
@@ -81,7 +81,7 @@ def _thumbnail(
         _place(canvas, picture, at, THUMB)
     else:
         draw.rectangle((x, y, x + THUMB - 1, y + THUMB - 1), fill=EMPTY)
-        words = "no picture" if row.kind == IMAGE else "prompts of"
+        words = "no picture" if row.kind == IMAGE else "its prompts"
         middle = (x + THUMB / 2, y + THUMB / 2)
         draw.text(middle, words, fill=SOFT, font=small, anchor="mm")
     below = y + THUMB + 4
