@@ -150,21 +150,23 @@ def test_tip_adapter_f_says_that_its_images_were_trained(world, photo, capsys):
     assert note.startswith("tip-adapter-f trains the features of its images; cosines are with")
 
 
-def pooled(world: World, out: Path, pool: str) -> Path:
-    """A run of an average of TAKL, RAda and VT-CLIP, made of their runs."""
+def pooled(
+    world: World, out: Path, pool: str, methods: tuple[str, ...] = ("takl", "rada", "vtclip")
+) -> Path:
+    """A run of an average of these methods, made of their runs."""
     shutil.copytree(world.run("takl"), out)
     few = {"overrides": {"epochs": 2}}
-    runs = [world.run("takl"), world.run("rada", **few), world.run("vtclip", **few)]
+    runs = [world.run(name, **({} if name == "takl" else few)) for name in methods]
     adapters = [load_adapter(run) for run in runs]
     members = [
         {"method": one.head.method, "options": one.head.options(), "temperature": T, "weight": w}
-        for one, T, w in zip(adapters, (0.7, 1.4, 2.0), (2.0, 5.0, 1.0), strict=True)
+        for one, T, w in zip(adapters, (0.7, 1.4, 2.0), (2.0, 5.0, 1.0), strict=False)
     ]
     scale = adapters[0].head.logit_scale
     head = Auto(adapters[0].head.text, members=members, pool=pool, logit_scale=scale)
     for own, one in zip(head.heads, adapters, strict=True):
         own.load_state_dict(one.head.state_dict())
-    save_adapter(out, Adapter(head, adapters[0].class_names, 0.8, adapters[2].features))
+    save_adapter(out, Adapter(head, adapters[0].class_names, 0.8, adapters[-1].features))
     return out
 
 
@@ -194,6 +196,33 @@ def test_a_mixture_is_explained_by_a_member_that_is_named(world, photo, tmp_path
     if why["other"] == alone["other"]:
         ratio = alone["temperature"] / 0.7
         assert why["log_odds"] == pytest.approx(alone["log_odds"] * ratio, rel=1e-4)
+
+
+def test_a_mixture_of_no_such_member_is_refused(world, photo, tmp_path, capsys):
+    run = pooled(world, tmp_path / "mixture", "mixture", methods=("rada", "vtclip"))
+    line = refused(capsys, "explain", run, photo)
+    assert line.startswith("vtclip explain: method auto cannot be explained")
+    run = pooled(world, tmp_path / "pool", "log-linear", methods=("rada", "vtclip"))
+    why = json_of(capsys, "explain", run, photo)
+    assert (set(why["terms"]), why["rows"]) == ({"rada", "vtclip"}, [])
+
+
+def test_pseudo_labels_are_called_so(world, photo, capsys):
+    run = world.run("proker", "pseudo", pseudo_labels=True)
+    why = json_of(capsys, "explain", run, photo, "--top", "99")
+    notes = "the run was trained on pseudo-labels: classes of images are zero-shot's"
+    assert why["notes"][-1] == notes
+    assert all("/" in row["name"] for row in why["rows"])
+
+
+def test_what_cannot_be_read_is_refused_before_the_model_is_loaded(world, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    away = world.model.rename(world.root / "away")
+    try:
+        line = refused(capsys, "explain", world.run("takl"), tmp_path / "text.png")
+    finally:
+        away.rename(world.model)
+    assert "text.png: " in line
 
 
 @pytest.mark.parametrize("method", ["rada", "mm-adapter", "gda"])

@@ -15,6 +15,7 @@ from typing import Any
 
 from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, open_classifier
 from vtclip.files import printable, several, write_atomic
+from vtclip.names import index_of
 
 TOP = 5
 WORDS = {"prompts": "what the prompts say", "shared": "what the training images give any image"}
@@ -44,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     if has_heat_map(adapter):
         return _heat_map(args, folder, image, out)
     check_explainable(adapter)
-    classifier = open_classifier(args, folder)
+    if args.class_name is not None:
+        index_of(args.class_name, adapter.class_names)
     picture = open_image(image)
+    classifier = open_classifier(args, folder)
     why, images = explain_choice(
         classifier,
         picture,

@@ -121,7 +121,8 @@ def check_explainable(adapter: Adapter) -> None:
             "the run has several labels per image, each decided by itself; explain says why one "
             "class is preferred to another"
         )
-    if not any(one.has_contributions for one in (head, *head.member_heads)):
+    whole = not isinstance(head, Auto) or head.is_sum
+    if not any(one.has_contributions for one in ([head] if whole else head.member_heads)):
         able = ", ".join(name for name in METHODS if HEADS[name].has_contributions)
         raise ValueError(
             f"method {head.method} cannot be explained, its logits are no sum over training "
@@ -191,6 +192,8 @@ def explain_choice(
     notes = list(what.notes)
     if images.names is None and len(parts.label):
         notes.append(f"training images have numbers in place of names: {images.why}")
+    if images.run is not None and images.run.result["config"].get("pseudo_labels"):
+        notes.append("the run was trained on pseudo-labels: classes of images are zero-shot's")
     keeping = [one for one in what.head.member_heads if getattr(one, "num_support", 0)]
     if keeping and all(getattr(one, "trains_keys", False) for one in keeping):
         fact = "cosines are with what training made of each image"
