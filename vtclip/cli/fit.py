@@ -104,8 +104,8 @@ def _add_images(parser: Parser) -> None:
     add(
         "--refit",
         action=argparse.BooleanOptionalAction,
-        help="train on the validation images too, once they have chosen the settings (default: with "
-        "images of your own, --refit)",
+        help="train on the validation images too, once they have chosen the settings (default: on "
+        "images of your own)",
     )
     add(
         "--final",
