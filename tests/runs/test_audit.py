@@ -28,6 +28,7 @@ from vtclip.heads.config import FitConfig
 from vtclip.runs import base_to_new
 from vtclip.runs.result import Run
 from vtclip.train import auto, engine
+from vtclip.train.methods import fits_images
 from vtclip.train.rows import split_rows
 
 K, C, L, TRAIN, VAL, TEST = 4, 16, 5, 4, 2, 6
@@ -178,7 +179,7 @@ CASES = [
     *((method, option) for method in TRAINED for option in ("gce", "smoothing")),
     *((method, "pseudo-labels") for method in LEARNING),
     *((method, "no validation") for method in LEARNING),
-    *((method, "refit") for method in LEARNING),
+    *((method, "refit") for method in LEARNING if fits_images(method)),
 ]
 CASES = [(method, option) for method, option in CASES if method not in NEEDS_ENCODER]
 

@@ -21,9 +21,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vtclip.files import Json, several
-from vtclip.heads import HEADS
 from vtclip.names import option
 from vtclip.train.fit_head import refit_rows
+from vtclip.train.methods import fits_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,7 +44,7 @@ def refits(request: FitRequest, records: Records, split: Split) -> bool:
     A ValueError where that is asked for and there are no validation rows, or several labels per
     image.
     """
-    if request.refit is False or not HEADS[request.method].learns:
+    if request.refit is False or not fits_images(request.method):
         return False
     if any(getattr(request, name) for name in EXCLUDES):
         return False

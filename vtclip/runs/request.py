@@ -32,7 +32,7 @@ from vtclip.runs.base_to_new import check_any_classes
 from vtclip.runs.opening import check_others
 from vtclip.train.auto import RULE, check_budget
 from vtclip.train.finetune_config import FinetuneConfig, get_config
-from vtclip.train.methods import recipe_config
+from vtclip.train.methods import fits_images, recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
 
 TRAINS_ENCODERS = "rada"
@@ -141,7 +141,7 @@ class FitRequest:
                 if given[name] and getattr(self, other):
                     raise ValueError(f"{option(name)} cannot be combined with {option(other)}")
         for name, asked in last.items():
-            if asked and not HEADS[self.method].learns:
+            if asked and not fits_images(self.method):
                 raise ValueError(
                     f"method {self.method} learns nothing from images: {option(name)} changes "
                     "nothing"
