@@ -31,7 +31,7 @@ from vtclip.data.records import Records
 from vtclip.data.splits import UP_TO
 from vtclip.heads import HEADS
 from vtclip.train import auto, engine, metrics, pool, transduction
-from vtclip.train.fit_head import choose_by, fit_head
+from vtclip.train.fit_head import fit_head
 from vtclip.train.steps import TrainingRun
 
 MIXED = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
@@ -77,8 +77,7 @@ def say(name: str, records: Records, shots: int, seed: int, judged: str) -> Said
     index = judged_rows(records, shots, seed, judged)
     run = TrainingRun(CPU, seed, balanced=True)
     head = fit_head(name, records, split, HEADS[name].recipe(shots), run, choose=False)
-    val, _ = auto.unseen_logits(head, records, split.val, CPU)
-    choose_by(head, records, split.val, CPU)
+    head, val, _ = auto.chosen_and_unseen(head, records, split.val, CPU)
     seconds = time.perf_counter() - started
     logits, _ = engine.all_logits(head, records, index, device=CPU)
     return Said(val, logits, seconds)
@@ -231,9 +230,7 @@ def score(way: Way, at: Draw) -> Score:
     return Score(100 * metrics.accuracy(logits, at.label), 100 * metrics.ece(logits, at.label))
 
 
-def table(
-    draws: Sequence[Draw], methods: Sequence[str], top: int, subsets: bool
-) -> Iterator[str]:
+def table(draws: Sequence[Draw], methods: Sequence[str], top: int, subsets: bool) -> Iterator[str]:
     """Lines: a way's mean accuracy per source and shots, over all, its calibration, its worst loss
     to zero-shot in a column. Methods and mixtures first, then the `top` best pools."""
     columns = list(dict.fromkeys((at.source, at.shots) for at in draws))

@@ -116,7 +116,7 @@ def chosen_without(
 ) -> Iterator[Head]:
     """For each of `parts` of the rows `val`, a copy of the head that chose by the others.
 
-    parts: numbers of rows among `val`, each row in one part.
+    parts: numbers of rows among `val`; of an empty part the copy chose by all rows.
     """
     support = support_of(TrainingRows(records, val), val, device, spatial=head.needs_spatial)
     every = torch.arange(len(val))
