@@ -48,7 +48,9 @@ PASSED_ON = (  # to vtclip.fit as they are
     *(
         "val",
         "test",
+        "refit",
         "final",
+        "budget",
         "strict",
         "class_names",
         "follow_links",
@@ -100,6 +102,12 @@ def _add_images(parser: Parser) -> None:
     )
     parser.add_shared("--test-fraction", group=group)
     add(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        help="train on the validation images too, once they have chosen the settings (default: on "
+        "images of your own)",
+    )
+    add(
         "--final",
         action="store_true",
         help="after the evaluation, fit once more on all images, the test's too, and save that",
@@ -136,7 +144,14 @@ def _add_training(parser: Parser) -> None:
         "--method",
         type=one_of(*METHODS),
         metavar="NAME",
-        help="default auto, which fits several and averages the best; " + " | ".join(METHODS),
+        help="default auto, which fits several and pools what they say; " + " | ".join(METHODS),
+    )
+    add(
+        "--budget",
+        type=number(float, 0, 1e9, above=True),
+        metavar="SECONDS",
+        help="auto: what its fits may be expected to take of one processor (default: the usual "
+        "candidates, whatever they take)",
     )
     add("--epochs", type=count, metavar="N", help="passes over the training images")
     add("--lr", type=number(float, 0, 1000, above=True), help="largest learning rate")
@@ -277,6 +292,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.files import several
     from vtclip.runs.class_counts import class_table
     from vtclip.runs.predictions import confused_line
+    from vtclip.runs.refit import refit_line
 
     result = fitted.result
     counts = result["images"]
@@ -292,6 +308,8 @@ def print_fit(fitted: Any) -> None:
         classes = several(len(new["classes"]), "class", "classes")
         emit(f"new: {classes}, {several(new['adapted']['count'], 'test image')}")
     emit(fitted.table())
+    if "refit" in result:
+        emit(refit_line(result))
     if "final" in result:
         emit(
             "the numbers are of the fit before --final; the saved adapter has seen the test images "
