@@ -57,8 +57,8 @@ class Detector:
         if self.owner.size <= length >> shift:
             self.owner = np.full((length >> shift) + 1, -1, np.int64)
         owner, parts = self.owner, [
-            (a.kind, _granules(a, shift), (_threads(a, shift) + 1) * (a.kind != ATOMIC)) for a in log
-        ]  # fmt: skip
+            (x.kind, _granules(x, shift), (x.kind != ATOMIC) * (1 + _threads(x, shift)))
+            for x in log]  # fmt: skip
         for kind, granule, who in parts:
             if kind != READ:
                 owner[granule] = who

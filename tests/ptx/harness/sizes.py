@@ -2,8 +2,8 @@
 """Sizes, variants and layouts that every operator is run with.
 
 They were chosen by coverage: each remainder of the widths read at once, two passes of every
-loop, several tiles with a part of one, whole tiles alone, and one of everything. One star puts a case into the short
-list of the CUDA library, two into that of every set.
+loop, several tiles with a part of one, whole tiles alone, and one of everything. One star puts a
+case into the short list of the CUDA library, two into that of every set.
 """
 
 from __future__ import annotations
