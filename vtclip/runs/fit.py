@@ -35,7 +35,7 @@ from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.opening import open_all
 from vtclip.runs.proven import say_unless_proven
-from vtclip.runs.request import FitRequest
+from vtclip.runs.request import LORA_METHOD, FitRequest
 from vtclip.runs.result import Run
 from vtclip.train.auto import fit_auto, refit_auto
 from vtclip.train.calibration import Decisions, Judged, calibration_of, unseen
@@ -67,6 +67,7 @@ def fit(
     augment_passes: int = 0,
     encoder_batch_size: int = 64,
     train_encoders: bool = False,
+    lora: bool = False,
     base_to_new: bool = False,
     pseudo_labels: bool = False,
     final: bool = False,
@@ -106,6 +107,9 @@ def fit(
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
+    lora: train low-rank adapters of both towers and no other weight (CLIP-LoRA; an image folder, and
+        `pip install 'vtclip[lora]'`; vtclip.train.lora). The decision is zero-shot's over what the
+        towers then say, and the run holds lora.safetensors.
     base_to_new: train on the first half of the classes, test on either half
         (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
@@ -116,7 +120,7 @@ def fit(
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
-        train_encoders of `FinetuneConfig`.
+        train_encoders of `FinetuneConfig`, with lora of `LoraConfig`.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
         folder, which must not lie in a source. It ends up with
         adapter.safetensors, adapter_config.json, result.json, log.jsonl, predictions.csv and
@@ -143,6 +147,9 @@ def _request(
     **others: Any,
 ) -> FitRequest:
     """The request of the options of `fit`; `records` are no part of it."""
+    if others["lora"]:
+        others["train_encoders"] = True
+        method = LORA_METHOD if method is None else method
     if method is None:
         joint = others["train_encoders"] or others["base_to_new"]
         method = "rada" if joint else "auto"

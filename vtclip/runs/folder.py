@@ -22,7 +22,7 @@ from vtclip.names import option
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.class_counts import images_per_class
-from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.encoders import ENCODERS, LORA
 from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
-LATER = {"draw": "exact", "follow_links": False, "final": False}
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
+LATER = {"draw": "exact", "follow_links": False, "final": False, "lora": False}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, LORA, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
+RUN_FILES |= {IMAGES}
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class RunRows:
     left_out: Json = field(default_factory=dict)
     new_split: Split | None = None
 
-    def seen(self, method: str) -> Seen:
-        """Every image of the run's source with its role."""
-        seen = Seen.of(self.records, self.split, learns=HEADS[method].learns)
+    def seen(self, learns: bool) -> Seen:
+        """Every image of the run's source with its role, of a run that learns from images or not."""
+        seen = Seen.of(self.records, self.split, learns=learns)
         if self.new is None or self.new_split is None:
             return seen
         return seen + Seen.of(self.new, self.new_split, learns=False)
@@ -87,6 +88,7 @@ def run_folder(request: FitRequest) -> Path:
     kind = request.method
     if request.base_to_new or request.train_encoders:
         kind += "-base-to-new" if request.base_to_new else "-encoders"
+    kind = "lora" if request.lora else kind
     return Path("runs") / f"{name}-{kind}-{request.known_shots}shot-seed{request.seed}"
 
 
@@ -140,7 +142,7 @@ def finished_run(folder: Path, request: FitRequest) -> Run:
     config = request.as_config(shots, settings)
     requested = {"method": request.method, "shots": request.known_shots, "seed": request.seed}
     for name, value in json.loads(to_json({**requested, **config})).items():
-        if name == "shots" and not HEADS[recorded["method"]].learns:
+        if name == "shots" and not request.learns:
             continue
         # what was added after the run was not asked for then
         if recorded.get(name, LATER.get(name)) != value:
@@ -199,8 +201,8 @@ def write_run(
         temperature = values["adapted"]["temperature"]
         parts = named_parts(records.names, split, judged)
         others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
-    learns = HEADS[request.method].learns
-    seen = rows.seen(request.method)
+    learns = request.learns
+    seen = rows.seen(learns)
     if request.final:  # fitted once more on all of them
         seen = seen.with_role("train")
     contents = result.make_result(
