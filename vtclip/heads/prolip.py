@@ -127,7 +127,7 @@ class ProLIP(SupportHead):
         share = counts / counts.sum()
         values, vectors = torch.linalg.eigh((rows.mT @ rows).double())
         basis = vectors[:, values > NEGLIGIBLE[wide] * values[-1]].to(wide)
-        per_class = float(counts.sum()) / len(label.unique())
+        per_class = float(counts.sum()) / int((self.one_hot().sum(dim=0) > 0).sum())
         texts = self.logit_scale * F.normalize(self.text.to(wide), dim=-1)
         D = rows.new_zeros(basis.shape)
         for lam in strengths:

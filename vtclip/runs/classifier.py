@@ -79,7 +79,9 @@ class Classifier:
             return cls.load(repo_or_folder, model=model, device=device)
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS, LORA])
+        folder = snapshot_download(
+            str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS, LORA]
+        )
         return cls.load(folder, model=model, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:

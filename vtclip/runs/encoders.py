@@ -56,7 +56,7 @@ def with_low_rank(clip: Clip, change: LowRank) -> Clip:
 
 def tuned_features(clip: Clip, digest: str, base_weights: str) -> Json:
     """What an adapter says of tuned encoders that were saved under `digest`."""
-    said = {"file": ENCODERS, "digest": digest, "base_weights": base_weights}
+    said: Json = {"file": ENCODERS, "digest": digest, "base_weights": base_weights}
     if clip.low_rank is not None:
         said |= {"file": LORA, "scale": clip.low_rank.scale}
     return said
@@ -71,10 +71,10 @@ def load_encoders(
     architecture, preprocessing or tokenizer is a ValueError that names the field.
     """
     tuned = adapter.features.get("encoders")
-    state = None if tuned is None else _read(Path(folder).expanduser(), tuned)
+    if tuned is None:
+        return load_base(adapter.features, model, device)
+    state = _read(Path(folder).expanduser(), tuned)
     clip = load_base(adapter.features, model, device)
-    if state is None:
-        return clip
     if tuned["file"] == LORA:
         return with_low_rank(clip, LowRank(state, tuned["scale"]))
     wanted = clip.model.state_dict()

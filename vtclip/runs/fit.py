@@ -107,9 +107,9 @@ def fit(
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
-    lora: train low-rank adapters of both towers and no other weight (CLIP-LoRA; an image folder, and
-        `pip install 'vtclip[lora]'`; vtclip.train.lora). The decision is zero-shot's over what the
-        towers then say, and the run holds lora.safetensors.
+    lora: train low-rank adapters of both towers and no other weight (CLIP-LoRA, vtclip.train.lora;
+        an image folder, and `pip install 'vtclip[lora]'`). The decision is zero-shot's over what
+        the towers then say, and the run holds lora.safetensors.
     base_to_new: train on the first half of the classes, test on either half
         (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled

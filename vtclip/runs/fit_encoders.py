@@ -202,10 +202,8 @@ def evaluate_and_write(
 ) -> Run:
     """Evaluate both decisions on the test images, and write the run."""
     base_weights = clip.weights_digest
-    if module.lora is None:
-        tuned = with_weights(clip)
-    else:
-        tuned = with_low_rank(clip, module.lora.close())
+    lora = module.lora
+    tuned = with_weights(clip) if lora is None else with_low_rank(clip, lora.close())
     after = extract(request, source_images(request), tuned, watch, say=False).records()
     head = head_over(after.text, module.head, tuned.logit_scale).to(request.device).eval()
     zero_shot = zero_shot_head(rows.records, request.device)

@@ -17,7 +17,6 @@ from vtclip.data.image_files import InMemory
 from vtclip.data.sets import SetSource, source_name
 from vtclip.data.splits import UP_TO
 from vtclip.files import Json, only_writer, to_json
-from vtclip.heads import HEADS
 from vtclip.names import option
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
@@ -67,7 +66,7 @@ class RunRows:
     new_split: Split | None = None
 
     def seen(self, learns: bool) -> Seen:
-        """Every image of the run's source with its role, of a run that learns from images or not."""
+        """Every image of the run's source with its role; `learns`: whether any could train."""
         seen = Seen.of(self.records, self.split, learns=learns)
         if self.new is None or self.new_split is None:
             return seen

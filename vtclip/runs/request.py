@@ -202,9 +202,7 @@ class FitRequest:
         names = [field.name for field in dataclasses.fields(kind)]
         for name in overrides:
             if name not in names and name in FitConfig.__dataclass_fields__:
-                raise ValueError(
-                    f"{option(name)} cannot be combined with {self._tuning}"
-                )
+                raise ValueError(f"{option(name)} cannot be combined with {self._tuning}")
             pick("override", name, [name for name in names if name != "recipe"])
         if self.lora:
             shots = max(SHOTS) if self.known_shots == ALL else int(self.known_shots)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of both CLIP towers, or of adapters in them, with a head on top, in one process or several.
+"""Training of both CLIP towers, or of adapters in them, in one process or several.
 
-Step n draws the images of the shuffled epoch (random crop and flip), one template per class, and
+With a head on top. Step n draws the images of the shuffled epoch (random crop and flip), one template per class, and
 minimises cross-entropy plus the head's penalty. Order, crops and templates are functions of seed,
 epoch, image and step alone: a resumed run and a run in several processes see the same ones. For
 the same reason every module stays in evaluation mode: batch norms keep their statistics (their
@@ -117,7 +117,9 @@ class Encoders(nn.Module):
 
     def drawing(self, seed: int, number: int) -> AbstractContextManager[None]:
         """What is drawn in the passes of step `number`: an adapter's dropout, or nothing."""
-        return nullcontext() if self.lora is None else self.lora.dropout(seed, number, self.world.rank)
+        return (
+            nullcontext() if self.lora is None else self.lora.dropout(seed, number, self.world.rank)
+        )
 
     def forward(self, pixels: Tensor, tokens: Tensor, bf16: bool) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W], tokens [K, context] -> logits [B, K], penalty [B], float32.

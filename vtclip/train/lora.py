@@ -8,10 +8,10 @@ is the cross-entropy of zero-shot's own logits, s cos(image, text). arXiv 2405.1
 code divides by sqrt(r), not r.
 
 A and B are those of PEFT's `lora.Linear` (`use_rslora`). Its own layer for nn.MultiheadAttention
-changes the three matrices and the output's by one A for all three, without dropout, and adds and
-subtracts B A at every call, which wears the frozen weights by rounding. So that each matrix gets its
-own pair, as published, the attentions are opened here into four Linear layers while they are
-trained, and closed afterwards: the model that is kept is the one that came with B A added.
+changes the three matrices by one A for all of them, and the output's too, without dropout, and adds
+and subtracts B A at every call, which wears the frozen weights by rounding. So that each matrix
+gets its own pair, as published, the attentions are opened here into four Linear layers while they
+are trained, and closed afterwards: the model that is kept is the one that came with B A added.
 
 Dropout is drawn from seed, step and process: a resumed run draws the same, several processes draw
 others than one. Differences to the released code: the learning rate ends at 0, not at 1e-6;
@@ -85,11 +85,12 @@ class OpenAttention(nn.Module):
         q, k, v = (self._heads(x) for x in rows)  # [N, H, L, d]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         mixed = mixed.transpose(1, 2).flatten(2)
-        return self.out(mixed if self.batch_first else mixed.transpose(0, 1)), None
+        out: Tensor = self.out(mixed if self.batch_first else mixed.transpose(0, 1))
+        return out, None
 
     def _heads(self, x: Tensor) -> Tensor:
         x = x if self.batch_first else x.transpose(0, 1)
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 class LoRA:
@@ -104,14 +105,14 @@ class LoRA:
         self.closed = attention_layers(clip)
         for name, attention in self.closed.items():
             _set(clip.model, name, OpenAttention(attention))
-        settings = PeftConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            use_rslora=True,
-            target_modules=[f"{name}.{part}" for name in self.closed for part in PARTS],
-        )
-        inject_adapter_in_model(settings, clip.model, ADAPTER)
+        settings: dict[str, Any] = {
+            "r": config.lora_rank,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "use_rslora": True,
+            "target_modules": [f"{name}.{part}" for name in self.closed for part in PARTS],
+        }
+        inject_adapter_in_model(PeftConfig(**settings), clip.model, ADAPTER)
         self.layers: dict[str, Any] = {
             f"{name}.{part}": clip.model.get_submodule(f"{name}.{part}")
             for name in self.closed
