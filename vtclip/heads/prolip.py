@@ -9,10 +9,10 @@ classes that have any. w_n = 1, or m / n_k of a class with n_k images where `vot
 
 arXiv 2410.05270 trains the last projection W [C', C] of the vision tower, of features u before it,
 with lam |W - W0|_F^2. Tables of features hold v = u W0 alone, and of these this is the same idea:
-"RLA" of its released code, which trains A after the frozen projection. There lam / N is 1 / N, and
-Adam takes 300 full-batch steps of a rate that is searched for or stays, over as many augmented
-views; here the plain views count, and L-BFGS leaves no rate to be searched. The paper's text could
-not be opened.
+"RLA" of its released code, which trains A after the frozen projection. There lam is 1, or searched for
+together with a rate, and Adam takes 300 full-batch steps over as many augmented views; here the
+plain views count, and L-BFGS leaves no rate to be searched for. The paper's text could not be
+opened.
 """
 
 from __future__ import annotations
@@ -43,9 +43,15 @@ class ProLIP(SupportHead):
     votes_per_class: as how many images each class counts, see the module.
 
     Float32, or float64 where the texts are; at most 100 steps of L-BFGS, and 20 of each point of a
-    search, which starts from the one before. A class without images is moved by the others' alone.
+    search, which starts from the one before. The loss is not convex, so that another
+    start might end elsewhere. A class without images is moved by those of the others.
 
     No training: lam by validation.
+
+    Expected: 90.5 / 94.9 / 97.1 % from 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds 1-3,
+        on 500 satellite photos of 19 classes through ViT-B/32; 85.0 / 92.9 / 96.5 from 71.6 % RN50.
+    Cost: 5 s for 16 shots of 100 classes of width 512 on one CPU core.
+    Command: vtclip fit SOURCE --method prolip --shots 16
     """
 
     method = "prolip"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of both CLIP towers, or of adapters in them, in one process or several.
 
-With a head on top. Step n draws the images of the shuffled epoch (random crop and flip), one template per class, and
-minimises cross-entropy plus the head's penalty. Order, crops and templates are functions of seed,
-epoch, image and step alone: a resumed run and a run in several processes see the same ones. For
-the same reason every module stays in evaluation mode: batch norms keep their statistics (their
-weights are trained), and dropout, which open_clip's models have none of by default, stays off; that
-of adapters is drawn by seed and step (vtclip.train.lora).
+Step n draws the images of the shuffled epoch (random crop and flip), one template per class, and
+minimises the cross-entropy of the head on top plus its penalty. Order, crops and templates are
+functions of seed, epoch, image and step alone: a resumed run and a run in several processes see the
+same ones. For the same reason every module stays in evaluation mode: batch norms keep their
+statistics (their weights are trained), and dropout, which open_clip's models have none of by
+default, stays off; that of adapters is drawn by seed and step (vtclip.train.lora).
 
 Several processes: images and class texts are split, the text features gathered with their
 gradient, and gradients averaged by DistributedDataParallel. The loss of a process is its images'
