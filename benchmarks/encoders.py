@@ -5,9 +5,9 @@
 
 The scenes that `vtclip demo` draws, 1152 of 24 classes, half of them for tests, through the bundled
 model. "proker" keeps the encoders and their features: what a closed form reaches in a second.
-Without PEFT (`pip install 'vtclip[lora]'`) the row of the adapters is left out, and the command says
-so. Settings of the trained rows were chosen on the scenes of seed 1001: --scenes 1001 shows those,
---set tries others of the adapters.
+Without PEFT (`pip install 'vtclip[lora]'`) the row of the adapters is left out, and the command
+says so. Settings of the trained rows were chosen on the scenes of seed 1001: --scenes 1001 shows
+those, --set tries others of the adapters.
 """
 
 from __future__ import annotations

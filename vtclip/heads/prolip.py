@@ -9,8 +9,8 @@ classes that have any. w_n = 1, or m / n_k of a class with n_k images where `vot
 
 arXiv 2410.05270 trains the last projection W [C', C] of the vision tower, of features u before it,
 with lam |W - W0|_F^2. Tables of features hold v = u W0 alone, and of these this is the same idea:
-"RLA" of its released code, which trains A after the frozen projection. There lam is 1, or searched for
-together with a rate, and Adam takes 300 full-batch steps over as many augmented views; here the
+"RLA" of its released code, which trains A after the frozen projection. There lam is 1, or searched
+for together with a rate, and Adam takes 300 full-batch steps over as many augmented views; here the
 plain views count, and L-BFGS leaves no rate to be searched for. The paper's text could not be
 opened.
 """

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
-LATER = {"draw": "exact", "follow_links": False, "final": False, "lora": False}
+LATER = {"draw": "exact", "follow_links": False, "final": False, "budget": None, "lora": False}
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, LORA, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
 RUN_FILES |= {IMAGES}
 

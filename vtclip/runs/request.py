@@ -30,6 +30,7 @@ from vtclip.machine import check_threads
 from vtclip.names import SHOTS, option, pick
 from vtclip.runs.base_to_new import check_any_classes
 from vtclip.runs.opening import check_others
+from vtclip.train.auto import RULE, check_budget
 from vtclip.train.finetune_config import FinetuneConfig, LoraConfig, get_config, get_lora_config
 from vtclip.train.methods import recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
@@ -39,7 +40,7 @@ TRAINS_ENCODERS, LORA_METHOD = "rada", "zeroshot"
 RECORDED = (
     *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
     *("train_encoders", "base_to_new", "pseudo_labels", "class_names", "follow_links"),
-    *("val", "test", "final", "lora"),
+    *("val", "test", "final", "budget", "lora"),
 )
 
 
@@ -68,6 +69,7 @@ class FitRequest:
     base_to_new: bool = False
     pseudo_labels: bool = False
     final: bool = False
+    budget: float | None = None
     strict: bool = False
     overrides: Mapping[str, object] = field(default_factory=dict)
     out: str | Path | None = None
@@ -83,6 +85,7 @@ class FitRequest:
         self._check_shots()
         check_seed(self.seed)
         check_threads(self.threads)
+        check_budget(self.budget, self.method)
         if self.overwrite and self.resume:
             raise ValueError(f"{option('overwrite')} and {option('resume')} exclude each other")
         if self.pseudo_labels:
@@ -249,6 +252,7 @@ class FitRequest:
             "model": lasting_model(self.model),
             "templates": read_templates(self.templates),
             "fit": dataclasses.asdict(settings),
+            **({"pool": RULE} if self.method == "auto" else {}),
         }
         absent = ["train_encoders", "lora"]
         if self.train_encoders:

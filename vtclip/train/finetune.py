@@ -283,5 +283,5 @@ def validation(
     for rows in torch.split(index, VALIDATION_BATCH):
         pixels = torch.stack([next(feed) for _ in rows.tolist()])
         image = torch.cat([image for image, _ in at_a_time.map(clip.encode_image, pixels)])
-        logits.append(module.head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
+        logits.append(module.head.forward_with_penalty(image.float(), ensemble, scale)[0].cpu())
     return metrics.validation_metrics(torch.cat(logits), images.label[index])

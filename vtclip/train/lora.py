@@ -34,7 +34,6 @@ from torch.nn import functional as F
 from vtclip.clip import Clip
 from vtclip.clip.low_rank import PARTS, LowRank, attention_layers
 from vtclip.names import option
-from vtclip.ops.rational_head import RationalLogits
 from vtclip.train.finetune_config import LoraConfig
 
 INSTALL = "pip install 'vtclip[lora]'"
@@ -53,10 +52,10 @@ class CosineHead(nn.Module):
 
     def forward_with_penalty(
         self, image: Tensor, text: Tensor, logit_scale: Tensor
-    ) -> RationalLogits:
+    ) -> tuple[Tensor, Tensor]:
         """image [B, C], text [K, C], 0-dim scale -> logits [B, K], and no penalty: zeros [B]."""
         cosines = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT
-        return RationalLogits(logit_scale * cosines, cosines.new_zeros(len(cosines)))
+        return logit_scale * cosines, cosines.new_zeros(len(cosines))
 
 
 class OpenAttention(nn.Module):
