@@ -12,17 +12,21 @@ order: products of two float32 numbers are exact there, so that every machine ge
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vtclip.names import option
 
-if TYPE_CHECKING:
-    from vtclip.clip.model import Clip
-
 PARTS = ("q", "k", "v")  # in the order of in_proj_weight
+
+
+class Towers(Protocol):
+    """What is used of a `vtclip.clip.Clip`."""
+
+    model: nn.Module
+    name: str
 
 
 class LowRank(NamedTuple):
@@ -35,7 +39,7 @@ class LowRank(NamedTuple):
     scale: float
 
 
-def attention_layers(clip: Clip) -> dict[str, nn.MultiheadAttention]:
+def attention_layers(clip: Towers) -> dict[str, nn.MultiheadAttention]:
     """The self-attentions of both towers by name; ValueError where a tower has none."""
     from open_clip.transformer import ResidualAttentionBlock
 
@@ -54,7 +58,7 @@ def attention_layers(clip: Clip) -> dict[str, nn.MultiheadAttention]:
 
 
 @torch.no_grad()
-def add_low_rank(clip: Clip, change: LowRank) -> None:
+def add_low_rank(clip: Towers, change: LowRank) -> None:
     """Add the change to the weights of `clip`, in place; ValueError where it does not fit."""
     layers = attention_layers(clip)
     wanted = {f"{name}.{part}.{factor}" for name in layers for part in PARTS for factor in "AB"}

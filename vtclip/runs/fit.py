@@ -106,10 +106,9 @@ def fit(
         for training), opened with the same options. Their classes must be classes of `source`.
         Without `test`, `test_fraction` of every class is set apart; without `val`, up to 4 images
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
-    train_encoders: train both towers together with the head (method "rada", an image folder; see
+    train_encoders: train both towers with the head (method "rada", an image folder;
         vtclip.train.finetune). The run then also holds encoders.safetensors.
-    lora: train low-rank adapters of both towers alone (vtclip.train.lora; vtclip[lora], an image
-        folder). The decision is zero-shot's of the towers; the run holds lora.safetensors.
+    lora: train low-rank adapters of both towers, below zero-shot (vtclip.train.lora; vtclip[lora]).
     base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
@@ -120,10 +119,9 @@ def fit(
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
         train_encoders of `FinetuneConfig`, with lora of `LoraConfig`.
-    out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
-        folder, which must not lie in a source. It ends up with
-        adapter.safetensors, adapter_config.json, result.json, log.jsonl, predictions.csv and
-        confusion.png (vtclip.runs.predictions).
+    out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working folder,
+        which must not lie in a source. It ends up with adapter.safetensors, adapter_config.json,
+        result.json, log.jsonl, predictions.csv and confusion.png (vtclip.runs.predictions).
 
     The zero-shot decision is evaluated on the same test images in the same run.
     """
