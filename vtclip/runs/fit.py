@@ -82,7 +82,7 @@ def fit(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Run:
-    """Adapt a frozen CLIP to `source` with up to `shots` images per class, and evaluate it once.
+    """Adapt a frozen CLIP to `source` by up to `shots` images per class; test it and zero-shot.
 
     source: a folder of `class_name/*.jpg`, a list of files (.csv, .jsonl, .parquet, ...), a saved
         or an open data set (vtclip.data.image_datasets), a FeatureSet folder, an .npz table of
@@ -119,11 +119,9 @@ def fit(
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
         train_encoders of `FinetuneConfig`, with lora of `LoraConfig`.
-    out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working folder,
-        which must not lie in a source. It ends up with adapter.safetensors, adapter_config.json,
-        result.json, log.jsonl, predictions.csv and confusion.png (vtclip.runs.predictions).
-
-    The zero-shot decision is evaluated on the same test images in the same run.
+    out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
+        folder, which must not lie in a source. It ends up with adapter.safetensors,
+        adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
     """
     options = dict(locals())  # the arguments, before there is anything else
     return fit_request(_request(**options), options["records"])
