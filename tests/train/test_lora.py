@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import vtclip
 from vtclip.clip import load_clip
 from vtclip.clip.low_rank import add_low_rank
 from vtclip.distributed import Interrupted
+from vtclip.runs import folder as run_files
 from vtclip.runs.classifier import Classifier
 from vtclip.runs.encoders import LORA
 from vtclip.runs.result import Run
@@ -253,3 +255,21 @@ def test_the_recipe_is_the_published_one():
     for name, value in (("lora_rank", 0), ("lora_alpha", 0), ("lora_dropout", 1.0)):
         with pytest.raises(ValueError, match=name):
             dataclasses.replace(config, **{name: value})
+
+
+@needs_peft
+def test_a_run_that_is_half_replaced_is_not_finished(fitted, place, tmp_path, monkeypatch):
+    shutil.copytree(fitted.folder, tmp_path / "run")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_files, "write_decisions", killed)  # the adapter is written by then
+        with pytest.raises(KeyboardInterrupt):
+            fit(place, tmp_path / "run", seed=2, overwrite=True)
+    with pytest.raises((ValueError, OSError), match=r"result\.json"):
+        vtclip.evaluate(tmp_path / "run", cache_dir=place / "cache")
+    again = fit(place, tmp_path / "run", seed=2, resume=True)
+    whole = fit(place, tmp_path / "whole", seed=2)
+    assert again.result["digests"] == whole.result["digests"]
