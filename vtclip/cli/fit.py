@@ -48,6 +48,7 @@ PASSED_ON = (  # to vtclip.fit as they are
     *(
         "val",
         "test",
+        "refit",
         "final",
         "budget",
         "strict",
@@ -100,6 +101,12 @@ def _add_images(parser: Parser) -> None:
         help="source of the validation images (default: up to 4 of each class)",
     )
     parser.add_shared("--test-fraction", group=group)
+    add(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        help="train on the validation images too, once they have chosen the settings (default: on "
+        "images of your own)",
+    )
     add(
         "--final",
         action="store_true",
@@ -300,6 +307,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.files import several
     from vtclip.runs.class_counts import class_table
     from vtclip.runs.predictions import confused_line
+    from vtclip.runs.refit import refit_line
 
     result = fitted.result
     counts = result["images"]
@@ -315,6 +323,8 @@ def print_fit(fitted: Any) -> None:
         classes = several(len(new["classes"]), "class", "classes")
         emit(f"new: {classes}, {several(new['adapted']['count'], 'test image')}")
     emit(fitted.table())
+    if "refit" in result:
+        emit(refit_line(result))
     if "final" in result:
         emit(
             "the numbers are of the fit before --final; the saved adapter has seen the test images "

@@ -23,6 +23,7 @@ from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.class_counts import images_per_class
 from vtclip.runs.encoders import ENCODERS, LORA
 from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
+from vtclip.runs.refit import refit_split
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
 from vtclip.runs.seen import Seen
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
-LATER = {"draw": "exact", "follow_links": False, "final": False, "budget": None, "lora": False}
+LATER = {"draw": "exact", "follow_links": False, "final": False, "refit": False, "budget": None}
+LATER |= {"lora": False}
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, LORA, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
 RUN_FILES |= {IMAGES}
 
@@ -65,9 +67,13 @@ class RunRows:
     left_out: Json = field(default_factory=dict)
     new_split: Split | None = None
 
-    def seen(self, learns: bool) -> Seen:
-        """Every image of the run's source with its role; `learns`: whether any could train."""
-        seen = Seen.of(self.records, self.split, learns=learns)
+    def seen(self, learns: bool, *, refit: bool = False) -> Seen:
+        """Every image of the run's source with its role; `learns`: whether any could train.
+
+        refit: whether the validation images trained at last.
+        """
+        split = refit_split(self.split) if refit else self.split
+        seen = Seen.of(self.records, split, learns=learns)
         if self.new is None or self.new_split is None:
             return seen
         return seen + Seen.of(self.new, self.new_split, learns=False)
@@ -138,7 +144,9 @@ def finished_run(folder: Path, request: FitRequest) -> Run:
         )
     else:
         settings = request.settings(shots)
-    config = request.as_config(shots, settings)
+    config = request.as_config(shots, settings, refit=bool(request.refit))
+    if request.refit is None:  # then the run has decided
+        config.pop("refit", None)
     requested = {"method": request.method, "shots": request.known_shots, "seed": request.seed}
     for name, value in json.loads(to_json({**requested, **config})).items():
         if name == "shots" and not request.learns:
@@ -191,6 +199,8 @@ def write_run(
 ) -> Run:
     """Write what a finished fit says of its images, and its result; the checkpoint goes.
 
+    values: metrics, and what else the result says; with "refit" validation images have trained.
+
     digests: of what the run wrote; those of its source and split are added. judged: the adapted
     head's decisions on the validation and test images; None of several labels per image, of which
     no table of predictions is written.
@@ -201,7 +211,7 @@ def write_run(
         parts = named_parts(records.names, split, judged)
         others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = request.learns
-    seen = rows.seen(learns)
+    seen = rows.seen(learns, refit="refit" in values)
     if request.final:  # fitted once more on all of them
         seen = seen.with_role("train")
     contents = result.make_result(
