@@ -92,9 +92,8 @@ def fit(
         features, or, with `data`, the name of a data set.
     data: the folder of the field's data sets (vtclip.data.sets): the official lists split them, and
         shots are drawn as published. Nothing is written below it.
-    records: the rows of `source`, where they are open already (`vtclip.open_source` with the same
-        options; of a data set with the same shots and seed). `source` is then only their name, and
-        where `evaluate` looks for them.
+    records: the rows of `source`, open already (`vtclip.open_source` with the same options, shots
+        and seed). `source` is then their name, and where `evaluate` looks for them.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
     templates: prompts with {} for the class name, or sentences per class; a name, a file, or their
@@ -122,8 +121,7 @@ def fit(
     budget: method auto fits what these seconds of one processor are expected to do (train.cost).
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
-        options of the head, such as {"adapters": True}, which are added to the recipe's), with
-        train_encoders of `FinetuneConfig`, with lora of `LoraConfig`.
+        options of the head, added); train_encoders: of `FinetuneConfig`; lora: of `LoraConfig`.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
         folder, which must not lie in a source. It ends up with adapter.safetensors,
         adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
