@@ -57,8 +57,8 @@ PASSED_ON = (  # to vtclip.fit as they are
         "base_to_new",
         "pseudo_labels",
     ),
-    *("augment_passes", "encoder_batch_size", "train_encoders", "out", "overwrite", "resume"),
-    *("device", "threads", "cache_dir"),
+    *("augment_passes", "encoder_batch_size", "train_encoders", "lora", "out", "overwrite"),
+    *("resume", "device", "threads", "cache_dir"),
 )
 HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
 
@@ -167,6 +167,17 @@ def _add_training(parser: Parser) -> None:
     add("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
     add("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="exponent of gce")
     add("--train-encoders", action="store_true", help="train both CLIP towers too (method rada)")
+    add(
+        "--lora",
+        action="store_true",
+        help="train low-rank adapters in both towers alone (CLIP-LoRA; needs vtclip[lora])",
+    )
+    add(
+        "--lora-rank",
+        type=number(int, 1, 10_000),
+        metavar="R",
+        help="their rank (default: 2)",
+    )
     add(
         "--precision",
         type=one_of(*PRECISIONS),
@@ -278,7 +289,11 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"method {args.method} has no option --context-init")
     if args.gce_q is not None and args.loss != "gce":
         raise ValueError("--gce-q is for --loss gce, which is not given")
-    if args.train_encoders:
+    if args.lora_rank is not None and not args.lora:
+        raise ValueError("--lora-rank is for --lora, which is not given")
+    if args.lora:
+        overrides["lora_rank"] = args.lora_rank
+    if args.train_encoders or args.lora:
         overrides["precision"] = args.precision
         overrides["grad_checkpointing"] = args.grad_checkpointing or None
     elif args.precision is not None or args.grad_checkpointing:

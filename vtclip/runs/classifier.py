@@ -20,7 +20,7 @@ from vtclip.names import index_of
 from vtclip.runs import multi_label
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_model, load_adapter
 from vtclip.runs.answers import UNKNOWN, Answer, Prediction, Rule
-from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
+from vtclip.runs.encoders import ENCODERS, LORA, load_encoders, save_with_encoders
 from vtclip.runs.heat_map import side_by_side, to_image, under_attention
 from vtclip.runs.pictures import Picture, as_pictures, in_memory, rgb_of
 from vtclip.train.calibration import forward_both
@@ -79,11 +79,13 @@ class Classifier:
             return cls.load(repo_or_folder, model=model, device=device)
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS])
+        folder = snapshot_download(
+            str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS, LORA]
+        )
         return cls.load(folder, model=model, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter's two files, and encoders.safetensors if the encoders were trained."""
+        """Write the adapter's two files, and that of the encoders if they were trained."""
         save_with_encoders(Path(folder).expanduser(), self.adapter, lambda: self.clip)
 
     @property

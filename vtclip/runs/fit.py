@@ -37,7 +37,7 @@ from vtclip.runs.folder import RunRows
 from vtclip.runs.opening import open_all
 from vtclip.runs.proven import say_unless_proven
 from vtclip.runs.refit import logged_as, refits
-from vtclip.runs.request import FitRequest
+from vtclip.runs.request import LORA_METHOD, FitRequest
 from vtclip.runs.result import Run
 from vtclip.train.auto import fit_auto, refit_auto
 from vtclip.train.calibration import Decisions, Judged, calibration_of, unseen
@@ -69,6 +69,7 @@ def fit(
     augment_passes: int = 0,
     encoder_batch_size: int = 64,
     train_encoders: bool = False,
+    lora: bool = False,
     base_to_new: bool = False,
     pseudo_labels: bool = False,
     refit: bool | None = None,
@@ -91,9 +92,8 @@ def fit(
         features, or, with `data`, the name of a data set.
     data: the folder of the field's data sets (vtclip.data.sets): the official lists split them, and
         shots are drawn as published. Nothing is written below it.
-    records: the rows of `source`, where they are open already (`vtclip.open_source` with the same
-        options; of a data set with the same shots and seed). `source` is then only their name, and
-        where `evaluate` looks for them.
+    records: the rows of `source`, open already (`vtclip.open_source` with the same options, shots
+        and seed). `source` is then their name, and where `evaluate` looks for them.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
     templates: prompts with {} for the class name, or sentences per class; a name, a file, or their
@@ -108,8 +108,9 @@ def fit(
         for training), opened with the same options. Their classes must be classes of `source`.
         Without `test`, `test_fraction` of every class is set apart; without `val`, up to 4 images
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
-    train_encoders: train both towers together with the head (method "rada", an image folder; see
+    train_encoders: train both towers with the head (method "rada", an image folder;
         vtclip.train.finetune). The run then also holds encoders.safetensors.
+    lora: train low-rank adapters of both towers, below zero-shot (vtclip.train.lora; vtclip[lora]).
     base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
@@ -120,8 +121,7 @@ def fit(
     budget: method auto fits what these seconds of one processor are expected to do (train.cost).
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
-        options of the head, such as {"adapters": True}, which are added to the recipe's), with
-        train_encoders of `FinetuneConfig`.
+        options of the head, added); train_encoders: of `FinetuneConfig`; lora: of `LoraConfig`.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
         folder, which must not lie in a source. It ends up with adapter.safetensors,
         adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
@@ -145,6 +145,9 @@ def _request(
     **others: Any,
 ) -> FitRequest:
     """The request of the options of `fit`; `records` are no part of it."""
+    if others["lora"]:
+        others["train_encoders"] = True
+        method = LORA_METHOD if method is None else method
     if method is None:
         joint = others["train_encoders"] or others["base_to_new"]
         method = "rada" if joint else "auto"

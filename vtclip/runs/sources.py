@@ -436,6 +436,11 @@ def check_listable(run: Run, role: str, way: str) -> None:
         )
 
 
+def learns(result: Json) -> bool:
+    """Whether a run learned from labelled images: its head, or the encoders below it."""
+    return "encoders" in result["digests"] or HEADS[result["method"]].learns
+
+
 def sources_of(run: Run) -> list[Json]:
     """Where the classes of a run came from, first to last."""
     result = run.result
@@ -448,7 +453,7 @@ def sources_of(run: Run) -> list[Json]:
             "name": None,
             "classes": result["classes"],
             "shots": result["shots"] if labelled else 0,
-            "learns": labelled and HEADS[result["method"]].learns,
+            "learns": labelled and learns(result),
             "images": digests.get("images"),
             "split": result["split"],
         }
