@@ -51,7 +51,7 @@ def test_of_equal_cosines_the_first_counts():
 def test_few_images(N):
     found = nearest(classes(N, 5))
     assert found.index.shape == found.weight.shape == (N, min(3, max(0, N - 1)))
-    assert found.both_ways(torch.ones(N, 2)).shape == (N, 2)
+    assert found.both_ways(torch.ones(N, 2, dtype=torch.float64)).shape == (N, 2)
 
 
 def test_voyager_finds_nearly_all_of_them_and_always_the_same():

@@ -49,6 +49,7 @@ PASSED_ON = (  # to vtclip.fit as they are
         "val",
         "test",
         "final",
+        "unlabelled",
         "strict",
         "class_names",
         "follow_links",
@@ -103,6 +104,12 @@ def _add_images(parser: Parser) -> None:
         "--final",
         action="store_true",
         help="after the evaluation, fit once more on all images, the test's too, and save that",
+    )
+    add(
+        "--unlabelled",
+        metavar="FOLDER|test",
+        help="decide the test images together too, with the images of FOLDER (no label is read) or "
+        "alone (test): numbers of their own",
     )
     add(
         "--strict",
@@ -222,6 +229,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("val", "test"):
         if getattr(args, name) is not None:
             existing(f"--{name}", getattr(args, name))
+    if args.unlabelled not in (None, "test"):
+        existing("--unlabelled", args.unlabelled)
     overrides = overrides_of(args)
     import vtclip
 
@@ -277,6 +286,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.files import several
     from vtclip.runs.class_counts import class_table
     from vtclip.runs.predictions import confused_line
+    from vtclip.runs.together import together_line
 
     result = fitted.result
     counts = result["images"]
@@ -292,6 +302,8 @@ def print_fit(fitted: Any) -> None:
         classes = several(len(new["classes"]), "class", "classes")
         emit(f"new: {classes}, {several(new['adapted']['count'], 'test image')}")
     emit(fitted.table())
+    if "together" in result:
+        emit(together_line(result["together"]))
     if "final" in result:
         emit(
             "the numbers are of the fit before --final; the saved adapter has seen the test images "

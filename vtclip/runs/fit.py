@@ -37,6 +37,7 @@ from vtclip.runs.opening import open_all
 from vtclip.runs.proven import say_unless_proven
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
+from vtclip.runs.together import Joint, as_unlabelled, decide_together, open_others
 from vtclip.train.auto import fit_auto, refit_auto
 from vtclip.train.calibration import Decisions, Judged, calibration_of, unseen
 from vtclip.train.checkpoint import Checkpoint
@@ -70,6 +71,7 @@ def fit(
     base_to_new: bool = False,
     pseudo_labels: bool = False,
     final: bool = False,
+    unlabelled: object = None,
     strict: bool = False,
     overrides: Mapping[str, object] | None = None,
     out: str | Path | None = None,
@@ -113,6 +115,10 @@ def fit(
     final: after the evaluation fit once more, with the settings that it chose, on all images, those
         of the test too. The metrics stay those of the fit before, and no image is left to test the
         saved adapter on: it is for people who deploy.
+    unlabelled: also decide the test images together (vtclip.runs.together): "test" for these alone,
+        or a source of other images that join them, whose labels are not read. "together" of the
+        result says what came of it, which numbers of images decided one by one do not compare with,
+        and the adapter keeps what `vtclip predict --together` needs.
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
@@ -138,6 +144,7 @@ def _request(
     overrides: Mapping[str, object] | None,
     class_names: Mapping[str, str] | str | Path | None,
     templates: Any,
+    unlabelled: object,
     device: str | torch.device | None,
     records: Records | None,
     **others: Any,
@@ -155,6 +162,7 @@ def _request(
         class_names=names,
         templates=by_class_name(read_templates(templates), names),
         overrides=overrides or {},
+        unlabelled=as_unlabelled(unlabelled),
         device=choose_device(device),
         **others,
     )
@@ -186,6 +194,11 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         if request.overwrite:
             (folder / run_files.CHECKPOINT).unlink(missing_ok=True)
         rows = draw_rows(request, open_or_take(request, records, listed, watch))
+        with watch.stage("features"):
+            others = open_others(
+                request.unlabelled, request.features, rows.records, rows.split,
+                listed.get("unlabelled"),
+            )  # fmt: skip
         settings = request.settings(rows.recipe_shots)
         config = request.as_config(rows.recipe_shots, settings)
         head, candidates, judged_val = train(request, rows, settings, folder, watch)
@@ -193,6 +206,14 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             return fit_several(request, rows, head, config, folder, watch)
         values, judged = evaluate_all(request, rows, head, watch)
         values |= candidates
+        joint: Joint | None = None
+        if request.unlabelled is not None:
+            with watch.stage("together"):
+                joint = decide_together(
+                    rows.records, rows.split, head, judged, judged_val, others,
+                    values["adapted"]["temperature"], request.device,
+                )  # fmt: skip
+            values["together"] = joint.values
         if request.pseudo_labels:
             values |= pseudo_report(rows.training, rows.records, rows.split)
         if request.final:
@@ -205,9 +226,13 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             calibration = calibration_of(
                 judged_val or judged.val, temperature, rows.records.label, rows.split.test
             )
-        adapter = Adapter(head, names, temperature, features, calibration, request.final)
+        weights = None if joint is None else joint.weights
+        adapter = Adapter(head, names, temperature, features, calibration, request.final, weights)
         run_files.begin_writing(folder)
         digests = {"adapter": save_adapter(folder, adapter)}
+        if joint is not None:
+            joint.write(folder)
+            digests |= joint.digests
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
 
 

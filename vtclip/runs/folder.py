@@ -27,6 +27,8 @@ from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_d
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
 from vtclip.runs.seen import Seen
+from vtclip.runs.together import FILE as TOGETHER
+from vtclip.runs.together import place_of
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.steps import TrainingRun
 
@@ -42,8 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
-LATER = {"draw": "exact", "follow_links": False, "final": False}
+LATER = {"draw": "exact", "follow_links": False, "final": False, "unlabelled": None}
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
+RUN_FILES |= {TOGETHER}
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def source_folders(request: FitRequest) -> dict[str, Path]:
     """The folders that the request reads, each by what to call it."""
     sources = {"source": request.source}
     sources |= {f"source of {option(role)}": getattr(request, role) for role in ("val", "test")}
+    sources[f"source of {option('unlabelled')}"] = place_of(request.unlabelled)
     places = {
         what: source.root if isinstance(source, SetSource) else source
         for what, source in sources.items()

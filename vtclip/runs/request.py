@@ -30,6 +30,7 @@ from vtclip.machine import check_threads
 from vtclip.names import SHOTS, option, pick
 from vtclip.runs.base_to_new import check_any_classes
 from vtclip.runs.opening import check_others
+from vtclip.runs.together import as_recorded, as_unlabelled, check_unlabelled
 from vtclip.train.finetune_config import FinetuneConfig, get_config
 from vtclip.train.methods import recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
@@ -39,7 +40,7 @@ TRAINS_ENCODERS = "rada"
 RECORDED = (
     *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
     *("train_encoders", "base_to_new", "pseudo_labels", "class_names", "follow_links"),
-    *("val", "test", "final"),
+    *("val", "test", "final", "unlabelled"),
 )
 
 
@@ -67,6 +68,7 @@ class FitRequest:
     base_to_new: bool = False
     pseudo_labels: bool = False
     final: bool = False
+    unlabelled: AnySource | str | None = None
     strict: bool = False
     overrides: Mapping[str, object] = field(default_factory=dict)
     out: str | Path | None = None
@@ -98,6 +100,7 @@ class FitRequest:
                 test_fraction=None if self.test_fraction == 0.5 else self.test_fraction,
             )
         self._check_combinations()
+        check_unlabelled(self)
         check_others(self.source, self.val, self.test)
         if self.train_encoders:
             self._check_encoders(self.source)
@@ -233,6 +236,7 @@ class FitRequest:
             **{name: getattr(self, name) for name in RECORDED},
             "val": None if self.val is None else str(self.val.resolve()),
             "test": None if self.test is None else str(self.test.resolve()),
+            "unlabelled": as_recorded(self.unlabelled),
             "model": lasting_model(self.model),
             "templates": read_templates(self.templates),
             "fit": dataclasses.asdict(settings),
@@ -270,6 +274,7 @@ class FitRequest:
         for name in ("val", "test"):
             if recorded.get(name) is not None:
                 recorded[name] = as_source(recorded[name], None)
+        recorded["unlabelled"] = as_unlabelled(recorded.get("unlabelled"))
         return cls(
             source=as_source(config["source"], config.get("data")),
             method=method,
