@@ -77,7 +77,7 @@ class Absent:
     def __init__(self) -> None:
         self.asked: dict[str, object] = {}
 
-    def Index(self, space: str, **settings: object) -> Absent:  # noqa: N802
+    def Index(self, space: str, **settings: object) -> Absent:
         self.asked |= settings
         return self
 

@@ -71,9 +71,7 @@ def open_unlabelled(
             f"{train.info.get('path') or 'images'}"
         )
     if kind == "npz":
-        part = open_npz(
-            Path(str(place)).expanduser(), need_spatial=train.has_spatial, labels=False
-        )
+        part = open_npz(Path(str(place)).expanduser(), need_spatial=train.has_spatial, labels=False)
     else:
         from vtclip.data.extract import cached_features
         from vtclip.data.featureset import FeatureSet

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtclip.data.image_files import InMemory
-from vtclip.data.sets import SetSource, source_name
+from vtclip.data.sets import AnySource, SetSource, source_name
 from vtclip.data.splits import UP_TO
 from vtclip.files import Json, only_writer, to_json
 from vtclip.heads import HEADS
@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
 LATER = {"draw": "exact", "follow_links": False, "final": False, "unlabelled": None}
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
-RUN_FILES |= {TOGETHER}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
+RUN_FILES |= {PREDICTIONS, CONFUSION, IMAGES, TOGETHER}
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
 
 def source_folders(request: FitRequest) -> dict[str, Path]:
     """The folders that the request reads, each by what to call it."""
-    sources = {"source": request.source}
+    sources: dict[str, AnySource | None] = {"source": request.source}
     sources |= {f"source of {option(role)}": getattr(request, role) for role in ("val", "test")}
     sources[f"source of {option('unlabelled')}"] = place_of(request.unlabelled)
     places = {

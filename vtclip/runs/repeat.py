@@ -38,8 +38,10 @@ from vtclip.runs.sources import check_listable
 MATCH, CLOSE, DIFFERENT = "MATCH", "CLOSE", "DIFFERENT"
 TOLERANCE = 1e-6
 METRICS = ("accuracy", "nll", "ece")
-DECISIONS = (("zero_shot",), ("adapted",), ("new", "zero_shot"), ("new", "adapted"))
-DECISIONS += (("together",),)
+DECISIONS = (
+    *(("zero_shot",), ("adapted",), ("together",)),
+    *(("new", "zero_shot"), ("new", "adapted")),
+)
 OUTPUTS = ("split", "adapter", "encoders")  # digests of what a run makes of its inputs
 
 

@@ -73,8 +73,9 @@ def place_of(unlabelled: AnySource | str | None) -> AnySource | None:
 
 def as_recorded(unlabelled: AnySource | str | None) -> str | None:
     """The option as a record holds it."""
-    place = place_of(unlabelled)
-    return unlabelled if isinstance(unlabelled, str) else place and str(place.resolve())
+    if unlabelled is None or unlabelled == TEST:
+        return None if unlabelled is None else TEST
+    return str(Path(unlabelled).resolve() if isinstance(unlabelled, str) else unlabelled.resolve())
 
 
 def check_unlabelled(request: object) -> None:
@@ -150,7 +151,7 @@ def _contents(*tables: Records) -> list[list[str]]:
 def features_of_rows(records: Records, index: Tensor) -> Tensor:
     """The image features [n, C] of rows; their spatial features are not read."""
     plain = records.without_spatial()
-    parts = [plain.batch(rows).image for rows in index.split(ROWS)] if len(index) else []
+    parts = [plain.batch(rows).image for rows in torch.split(index, ROWS)] if len(index) else []
     return torch.cat(parts) if parts else torch.zeros(0, records.width)
 
 
@@ -291,9 +292,7 @@ def joint_csv(
         ["file", "role", "predicted", *(f"{c}{r}" for r in ranks for c in ("label", "prob"))]
     )
     roles = [TEST] * len(tested) + [ROLE] * len(others)
-    rows = zip(
-        [*tested, *others], roles, best.indices.tolist(), best.values.tolist(), strict=True
-    )
+    rows = zip([*tested, *others], roles, best.indices.tolist(), best.values.tolist(), strict=True)
     for name, role, classes, values in rows:
         cells = [escape(name), role, shown[classes[0]]]
         for k, value in zip(classes, values, strict=True):
