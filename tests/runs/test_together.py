@@ -19,6 +19,7 @@ from pictures import dots, scenes_of
 from tables import animal_features
 
 import vtclip
+from vtclip.data.decode import ImageError
 from vtclip.runs.adapter import CONFIG, load_adapter
 from vtclip.runs.classifier import Classifier
 from vtclip.runs.together import answer_together
@@ -201,8 +202,7 @@ def test_one_image_is_decided_alone_and_unreadable_ones_are_named(photos, tmp_pa
     assert call(*words, "--device", "cpu") == 1
     rows = json.loads(capsys.readouterr().out)
     assert [row.get("together") for row in rows] == [1, None]
-    with pytest.raises(vtclip.ImageError if hasattr(vtclip, "ImageError") else Exception,
-                       match="broken"):  # fmt: skip
+    with pytest.raises(ImageError, match=r"broken\.png"):
         loaded.predict_proba([path, tmp_path / "broken.png"], together=True)
 
 
@@ -221,17 +221,27 @@ def test_what_together_does_not_go_with_is_refused(photos, capsys, tmp_path):
     for name in ("unknown", "coverage"):
         line = refused(capsys, *words, f"--{name}", 0.5)
         assert f"--together cannot be combined with --{name}" in line
-    several = dataclasses.replace(load_adapter(run.folder), features={"multi_label": True, **FIT})
-    with pytest.raises(ValueError, match="several labels per image"):
-        answer = Classifier.__new__(Classifier)
-        answer.adapter = several
-        answer.predict_proba([], together=True)
+    loaded = Classifier.load(run.folder, device="cpu")
+    labelled = {**loaded.adapter.features, "multi_label": True}
+    several = Classifier(
+        dataclasses.replace(loaded.adapter, features=labelled), loaded.clip, loaded.device
+    )
+    with pytest.raises(ValueError, match="together: the run has several labels per image"):
+        several.predict_proba([], together=True)
     for name in ("base_to_new", "train_encoders", "pseudo_labels"):
         flag = "--" + name.replace("_", "-")
         extra = ["--method", "rada"] if name == "train_encoders" else []
         line = refused(capsys, "fit", photos / "scenes", flag, *extra, "--unlabelled", "test",
                        "--out", tmp_path / "no")  # fmt: skip
         assert f"--unlabelled cannot be combined with {flag}" in line
+    pictures = sorted((photos / "scenes").glob("*/*.png"))
+    lines = [f"{path},{path.parent.name}|{'more' if n % 2 else 'other'}" for n, path in
+             enumerate(pictures)]  # fmt: skip
+    (tmp_path / "several.csv").write_text("\n".join(["path,labels", *lines]))
+    line = refused(capsys, "fit", tmp_path / "several.csv", "--method", "zeroshot", "--unlabelled",
+                   "test", "--out", tmp_path / "no")  # fmt: skip
+    assert "--unlabelled: " in line
+    assert "several labels per image" in line
     (tmp_path / "empty").mkdir()
     for place, words_of in (
         (tmp_path / "gone", "does not exist"),

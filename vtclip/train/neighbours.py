@@ -20,7 +20,7 @@ from vtclip.files import several
 
 logger = logging.getLogger(__name__)
 NEIGHBOURS = 3
-EXACT_UP_TO = 20_000  # images; below, comparing all pairs takes no longer
+EXACT_UP_TO = 10_000  # images; up to there comparing all pairs takes no longer
 ROWS, CELLS = 2048, 2**24  # of the table of cosines that is held at once, at most
 TIMED_ROWS = 128  # by which the time of all pairs is estimated
 LINKS, BUILT_FROM, SEARCHED = 12, 60, 40  # per image in voyager's graph, M, ef_construction, ef
