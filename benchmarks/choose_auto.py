@@ -34,6 +34,8 @@ from vtclip.train import auto, engine, metrics, pool, transduction
 from vtclip.train.fit_head import choose_by, fit_head
 from vtclip.train.steps import TrainingRun
 
+MIXED = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
+TRUSTED = ("proker", "rada", "vtclip")  # of a mixture, where they have twice the others' prior
 Tables = dict[str, Tensor]  # method -> log-probabilities [N, K]
 
 
@@ -131,11 +133,11 @@ def single(name: str) -> Way:
 
 
 def mixture(names: Sequence[str]) -> Way:
-    """The weighted mean of probabilities, with the weights of `auto.choose_weights`."""
+    """The weighted mean of probabilities, with the weights of `mixture_weights`."""
 
     def decide(at: Draw) -> tuple[Tensor, Tensor]:
         val, judged = scaled(at, [name for name in names if name in at.said])
-        weights = auto.choose_weights(val, at.val_label)
+        weights = mixture_weights(val, at.val_label)
         both = []
         for table in (val, judged):
             logs = [table[name] + math.log(weight) for name, weight in weights.items()]
@@ -143,6 +145,28 @@ def mixture(names: Sequence[str]) -> Way:
         return both[0], both[1]
 
     return decide
+
+
+def mixture_weights(log_p: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
+    """Method to weight w of a mixture, by expectation maximisation, the heaviest four of them.
+
+        max over w  sum_n log sum_i w_i p_i(label_n) + pool.STRENGTH sum_i prior_i log w_i
+
+    prior: 1 of ProKeR, RAda and VT-CLIP and 1/2 of the others, over their sum.
+    """
+    names = list(log_p)
+    prior = torch.tensor([1.0 if name in TRUSTED else 0.5 for name in names]).double()
+    prior /= prior.sum()
+    every = torch.stack(list(log_p.values()))
+    true = every[:, torch.arange(len(label)), label].exp().mT.clamp(min=1e-30)
+    weight = prior
+    for _ in range(500):
+        share = weight * true
+        weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + pool.STRENGTH * prior
+        weight = weight / weight.sum()
+    heaviest = weight.argsort(descending=True, stable=True)[:4].tolist()
+    total = float(weight[heaviest].sum())
+    return {names[i]: float(weight[i]) / total for i in heaviest}
 
 
 def log_linear(prior: Mapping[str, float], strength: float = pool.STRENGTH) -> Way:
@@ -180,7 +204,7 @@ def ways(methods: Sequence[str]) -> Iterator[tuple[str, Way]]:
     """Everything that is compared."""
     for name in methods:
         yield name, single(name)
-    present = [name for name in auto.CANDIDATES if name in methods]
+    present = [name for name in MIXED if name in methods]
     yield "mixture", mixture(present)
     without = [name for name in present if name != "rada"]
     yield "mixture without rada", mixture(without)
@@ -194,11 +218,11 @@ def ways(methods: Sequence[str]) -> Iterator[tuple[str, Way]]:
                 prior = {**equal, **({"zeroshot": share} if share else {})}
                 title = "pool " + "+".join(names) + (f"+zeroshot*{share:g}" if share else "")
                 yield title, log_linear(prior)
-    few = {name: 1.0 for name in ("proker", "takl", "clip-adapter", "vtclip") if name in methods}
-    few["zeroshot"] = 0.5
+    few = {name: auto.PRIOR.get(name, 1.0) for name in auto.CANDIDATES if name in methods}
+    yield "auto", log_linear(few)
     for strength in (5.0, 10.0, 20.0, 40.0, 80.0):
-        yield f"few, strength {strength:g}", log_linear(few, strength)
-    yield "few, together", together(log_linear(few))
+        yield f"auto, strength {strength:g}", log_linear(few, strength)
+    yield "auto, together", together(log_linear(few))
     yield "zeroshot, together", together(single("zeroshot"))
 
 
@@ -240,7 +264,7 @@ def mean(values: Sequence[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="+", type=Path)
-    parser.add_argument("--methods", nargs="+", default=list(auto.CANDIDATES))
+    parser.add_argument("--methods", nargs="+", default=[*auto.CANDIDATES, *auto.BUDGET_CANDIDATES])
     parser.add_argument("--spatial", action="store_true", help="only rows with spatial features")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--draws", type=int, default=4)

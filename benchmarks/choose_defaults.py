@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 TRAINING: dict[str, list[Any]] = {
     "lr": [3e-4, 1e-3, 3e-3, 1e-2],
     "epochs": [10, 20, 40, 50, 100, 200],
-    "lr epochs": ["3e-4 200", "1e-3 100"],
+    "lr epochs": ["3e-4 200", "1e-3 100", "3e-3 40", "6e-3 20"],
     "weight_decay": [5e-4, 1e-1],
     "batch_size": [64, 256],
     "label_smoothing": [0.0, 0.1, 0.2],

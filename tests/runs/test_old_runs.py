@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import json_of
+from commands import json_of, refused
 
 import vtclip
 from vtclip.runs.adapter import load_adapter
@@ -90,8 +90,15 @@ def test_runs_are_evaluated_as_then(name, old, tmp_path, capsys):
     close(json_of(capsys, *words), RECORDED[name]["evaluate"])
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", [name for name in RECORDED if name != "auto"])
 def test_runs_are_repeated_as_then(name, old, tmp_path, capsys):
     """MATCH with the versions and processor of then; elsewhere the accuracies are close."""
     found = json_of(capsys, "repeat", name, "--cache-dir", tmp_path)
     assert found["verdict"] in ("MATCH", "CLOSE")
+
+
+def test_a_run_of_another_rule_of_auto_is_not_repeated(old, tmp_path, capsys):
+    line = refused(capsys, "repeat", "auto", "--out", tmp_path / "again")
+    assert "method auto must pool by log-linear to be fitted again" in line
+    assert "fitted this run by a mean of probabilities; predict and evaluate work with it" in line
+    assert not (tmp_path / "again").exists()

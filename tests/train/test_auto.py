@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from commands import json_of, refused
 from torch.nn import functional as F
 
 import vtclip
@@ -16,60 +16,11 @@ from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
 from vtclip.heads import Head, Support
 from vtclip.runs.adapter import load_adapter
-from vtclip.train import auto, engine
-from vtclip.train.auto import choose_weights, folds
+from vtclip.train import auto, cost, engine
+from vtclip.train.auto import candidates, folds
+from vtclip.train.pool import log_probabilities, pool_weights
 from vtclip.train.rows import support_of
 from vtclip.train.steps import TrainingRun
-
-
-def logits_of(label: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
-    """Noise, plus `strength` on the true class."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(len(label), 4, generator=generator) + strength * F.one_hot(label, 4)
-
-
-def test_a_method_that_knows_outweighs_the_prior():
-    label = torch.arange(400) % 4
-    parts = {"proker": torch.zeros(400, 4), "zeroshot": logits_of(label, 6.0, 1)}
-    weights = choose_weights(parts, label)
-    assert weights["zeroshot"] > 0.9
-    assert sum(weights.values()) == pytest.approx(1)
-
-
-def test_few_images_leave_the_prior_nearly_alone():
-    label = torch.arange(4)
-    parts = {"proker": torch.zeros(4, 4), "rada": logits_of(label, 6.0, 1)}
-    assert 0.5 < choose_weights(parts, label)["rada"] < 0.65
-    assert choose_weights({name: rows[:0] for name, rows in parts.items()}, label[:0]) == {
-        "proker": pytest.approx(0.5),
-        "rada": pytest.approx(0.5),
-    }
-
-
-def test_two_independent_methods_share_the_weight():
-    label = torch.arange(400) % 4
-    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate(("rada", "vtclip"))}
-    weights = choose_weights({**parts, "proker": torch.zeros(400, 4)}, label)
-    assert weights["rada"] == pytest.approx(weights["vtclip"], abs=0.15)
-    assert weights["proker"] < 0.1
-
-
-def test_the_temperature_decides_not_the_scale_of_the_logits():
-    label = torch.arange(400) % 4
-    parts = {name: logits_of(label, 2.0, seed) for seed, name in enumerate(("rada", "vtclip"))}
-    scaled = {"rada": 50 * parts["rada"], "vtclip": parts["vtclip"] / 50}
-    plain = choose_weights(parts, label)
-    assert choose_weights(scaled, label) == {
-        name: pytest.approx(w, abs=0.02) for name, w in plain.items()
-    }
-
-
-def test_at_most_four_are_kept():
-    label = torch.arange(40) % 4
-    parts = {name: logits_of(label, 2.0, 5) for name in auto.CANDIDATES}
-    weights = choose_weights(parts, label)
-    assert len(weights) == 4
-    assert set(weights) > {"proker", "rada", "vtclip"}
 
 
 def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records):
@@ -112,7 +63,7 @@ def test_one_shot_has_no_folds(records):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates that fit in a moment."""
-    monkeypatch.setattr(auto, "CANDIDATES", ("zeroshot", "rada"))
+    monkeypatch.setattr(auto, "CANDIDATES", ("zeroshot", "proker"))
 
 
 def fitted(records: Records, split: Split) -> tuple[auto.Auto, list[dict[str, object]]]:
@@ -130,9 +81,99 @@ def test_without_anything_to_choose_by_the_prior_stands(records, quick):
     split = few_shot_split(records.label, records.names, shots=1, seed=1)
     none = Split(split.train, split.val[:0], split.test, split.digest)
     kept, rows = fitted(records, none)
-    assert kept.members == ["rada", "zeroshot"]
-    assert kept.weights == pytest.approx([1 / 1.5, 0.5 / 1.5])
+    assert kept.members == ["zeroshot", "proker"]
+    assert kept.weights == pytest.approx([0.5 / 1.5, 1 / 1.5])
+    assert kept.sharpness == 1
     assert "accuracy" not in rows[0]
+
+
+def test_the_pool_is_that_of_its_members_by_validation_images(records, quick):
+    """t sum_m w_m log softmax(f_m / T_m), with w and t of unseen decisions."""
+    split = few_shot_split(records.label, records.names, shots=2, seed=1)
+    run = TrainingRun(torch.device("cpu"), 1)
+    pool, rows, unseen = auto.fit_auto(records, split, 2, run)
+    every = {name: auto.judged_candidate(name, records, split, 2, run) for name in pool.members}
+    label = next(iter(every.values())).label
+    assert torch.equal(label, records.label[split.val])
+    log_p = log_probabilities({name: judged.logits for name, judged in every.items()}, label)
+    wanted = pool_weights(log_p, label, [0.5, 1.0])
+    assert pool.weights == pytest.approx(wanted.weights)
+    assert pool.sharpness == pytest.approx(wanted.sharpness)
+    image = records.batch(split.test).image
+    with torch.no_grad():
+        parts = [
+            wanted.sharpness * weight * (judged.head(image) / row["temperature"]).log_softmax(1)
+            for judged, row, weight in zip(every.values(), rows, wanted.weights, strict=True)
+        ]
+        torch.testing.assert_close(pool(image), sum(parts))
+    pooled = torch.einsum("m,mnk->nk", torch.tensor(wanted.weights).double(), log_p)
+    assert unseen is not None
+    kept = unseen.logits.double()
+    torch.testing.assert_close(kept, wanted.sharpness * pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_test_labels_decide_nothing(records, quick):
+    split = few_shot_split(records.label, records.names, shots=2, seed=1)
+    other = records.label.clone()
+    other[split.test] = other[split.test].flip(0)
+    image = records.batch(torch.arange(len(records))).image
+    tables = [
+        Records.from_tensors(image, label, records.text, records.class_names)
+        for label in (records.label, other)
+    ]
+    weights = [fitted(table, split)[0].weights for table in tables]
+    assert weights[0] == weights[1]
+
+
+def test_a_budget_takes_methods_in_order_while_they_fit(records):
+    split = few_shot_split(records.label, records.names, shots=2, seed=1)
+    usual = [*auto.CANDIDATES[1:], *auto.BUDGET_CANDIDATES]
+    seconds = {name: cost.expected_seconds(name, records, split, 2) for name in usual}
+    assert all(value > 0 for value in seconds.values())
+    assert candidates(records, split, 2) == (list(auto.CANDIDATES), {})
+    everything = candidates(records, split, 2, sum(seconds.values()) * 1.001)
+    assert everything == (["zeroshot", *seconds], {})
+    little = candidates(records, split, 2, (seconds["proker"] + seconds["takl"]) * 1.001)
+    assert little.fitted == ["zeroshot", "proker", "takl"]
+    assert little.left_out == {name: seconds[name] for name in usual[2:]}
+    assert candidates(records, split, 2, 1e-9).fitted == ["zeroshot"]
+
+
+def test_methods_for_spatial_features_need_some(records):
+    split = few_shot_split(records.label, records.names, shots=2, seed=1)
+    plain = Records.from_tensors(
+        records.batch(torch.arange(len(records))).image,
+        *(records.label, records.text, records.class_names),
+    )
+    assert "vtclip" in candidates(records, split, 2).fitted
+    found = candidates(plain, split, 2, 1e9)
+    assert "vtclip" not in (*found.fitted, *found.left_out)
+
+
+def test_cross_validation_costs_its_fits(records):
+    split = few_shot_split(records.label, records.names, shots=3, seed=1)
+    none = Split(split.train, split.val[:0], split.test, split.digest)
+    once = candidates(records, split, 3, 1e-9).left_out
+    all_folds = candidates(records, none, 3, 1e-9).left_out
+    assert all(2 < all_folds[name] / once[name] <= 4 for name in once)
+
+
+def test_expected_seconds_grow_with_every_size():
+    def expected(name: str, images: int, classes: int, width: int) -> float:
+        draw = torch.Generator().manual_seed(0)
+        text = torch.randn(classes, width, generator=draw)
+        image = torch.randn(images, width, generator=draw)
+        names = [f"class {k}" for k in range(classes)]
+        table = Records.from_tensors(image, torch.arange(images) % classes, text, names)
+        rows, none = torch.arange(images), torch.arange(0)
+        return cost.expected_seconds(name, table, Split(rows, none, none, ""), 4)
+
+    for name in ("takl", "rada"):
+        small = expected(name, 64, 8, 16)
+        for bigger in ((256, 8, 16), (64, 64, 16), (64, 8, 256)):
+            assert expected(name, *bigger) > small, (name, bigger)
+    with pytest.raises(KeyError):
+        expected("gda", 64, 8, 16)
 
 
 def test_command_prints_the_comparison_and_keeps_an_adapter(npz, tmp_path, quick, capsys):
@@ -140,30 +181,36 @@ def test_command_prints_the_comparison_and_keeps_an_adapter(npz, tmp_path, quick
     assert main(["fit", str(npz), "--method", "auto", "--shots", "2", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "8 validation images" in printed
-    assert "kept, weight" in printed
+    assert printed.count("  weight 0.") == 2
     result = json.loads((out / "result.json").read_text())
-    assert [row["method"] for row in result["candidates"]] == ["zeroshot", "rada"]
+    assert [row["method"] for row in result["candidates"]] == ["zeroshot", "proker"]
     weights = [row["weight"] for row in result["candidates"]]
     assert sum(weights) == pytest.approx(1)
-    kept = [row["method"] for row in result["candidates"] if row["weight"]]
-    assert sorted(load_adapter(out).head.members) == sorted(kept)
+    assert load_adapter(out).head.members == ["zeroshot", "proker"]
     assert vtclip.evaluate(out)["accuracy"] == result["accuracy"]
+    assert (result["config"]["pool"], result["config"]["budget"]) == ("log-linear", None)
 
 
-def test_test_images_decide_nothing(npz, tmp_path, quick):
-    """Other labels for the test images: the same adapter, byte for byte."""
-    before = vtclip.fit(npz, method="auto", shots=2, out=tmp_path / "before").folder
-    with np.load(npz) as arrays:
-        changed = dict(arrays)
-    label = torch.from_numpy(changed["label"].copy())
-    test = few_shot_split(label, [str(i) for i in range(len(label))], shots=2, seed=1).test
-    changed["image"][test] = np.roll(changed["image"][test], 7, axis=0)
-    (tmp_path / "other").mkdir()
-    np.savez(tmp_path / "other" / npz.name, **changed)
-    run = vtclip.fit(tmp_path / "other" / npz.name, method="auto", shots=2, out=tmp_path / "after")
-    name = "adapter.safetensors"
-    assert (before / name).read_bytes() == (run.folder / name).read_bytes()
-    assert (
-        run.result["adapted"]["nll"]
-        != json.loads((before / "result.json").read_text())["adapted"]["nll"]
-    )
+def test_command_says_what_the_budget_left_out(npz, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["fit", str(npz), "--shots", "2", "--budget", "0.01", "--out", str(out)]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    for name in ("proker", "takl", "clip-adapter", "tip-adapter-f", "rada"):
+        assert f"{name:<24} left out for --budget: about " in printed
+    assert json.loads((out / "result.json").read_text())["config"]["budget"] == 0.01
+    assert json_of(capsys, "repeat", out)["verdict"] == "MATCH"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--budget", "0"], "--budget"),
+        (["--budget", "nan"], "--budget"),
+        (["--budget", "9", "--method", "proker"], "--budget is for --method auto, got 'proker'"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(words, line, npz, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert line in refused(capsys, "fit", npz, *words, "--out", out)
+    assert not out.exists()

@@ -27,6 +27,7 @@ from vtclip.heads import HEADS
 from vtclip.heads.config import check_seed
 from vtclip.names import METHODS, option, pick
 from vtclip.runs.multi_label import check_single
+from vtclip.train.auto import RULE
 from vtclip.train.methods import recipe_config
 
 KEY_FORMAT = 1  # raised where the meaning of a job changes
@@ -267,6 +268,7 @@ def _key(
         "seed": seed,
         "settings": {**settings.as_json(), "spatial": spatial},
         "fit": dataclasses.asdict(recipe_config(method, shots, None)),
+        **({"pool": RULE} if method == "auto" else {}),  # of another rule it is another method
     }
     return json_digest(identity)[:32]
 

@@ -51,7 +51,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("fit", fit, "adapt to SOURCE, and compare with zero-shot on held-out images"),
     ("evaluate", evaluate, "metrics of a run, on its test images or on SOURCE"),
     ("predict", predict, "the most probable classes of images"),
-    ("explain", explain, "heat map of where a class looks in an image"),
+    ("explain", explain, "why a class and not another, by the training images that weigh most"),
     ("features", features, "write the features of SOURCE to a folder"),
     ("extend", extend, "a run with new classes added to it"),
     ("repeat", repeat, "run RUN again, and compare"),

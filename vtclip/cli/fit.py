@@ -50,6 +50,7 @@ PASSED_ON = (  # to vtclip.fit as they are
         "test",
         "final",
         "unlabelled",
+        "budget",
         "strict",
         "class_names",
         "follow_links",
@@ -143,7 +144,14 @@ def _add_training(parser: Parser) -> None:
         "--method",
         type=one_of(*METHODS),
         metavar="NAME",
-        help="default auto, which fits several and averages the best; " + " | ".join(METHODS),
+        help="default auto, which fits several and pools what they say; " + " | ".join(METHODS),
+    )
+    add(
+        "--budget",
+        type=number(float, 0, 1e9, above=True),
+        metavar="SECONDS",
+        help="auto: what its fits may be expected to take of one processor (default: the usual "
+        "candidates, whatever they take)",
     )
     add("--epochs", type=count, metavar="N", help="passes over the training images")
     add("--lr", type=number(float, 0, 1000, above=True), help="largest learning rate")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtclip.heads._check import check_image, check_text
+from vtclip.heads._contributions import Contributions
 from vtclip.heads.config import FitConfig
 from vtclip.ops.rational_head import RationalLogits
 
@@ -84,11 +85,13 @@ class Head(nn.Module):
     class_specific: bool = False  # its parameters belong to its classes: none can be added
     mixes_classes: ClassVar[bool] = False  # trained logits of a class depend on the others
     multi_label: ClassVar[bool] = False  # may be fitted to images of more than one class
-    # whether a subclass has its own `fit_support`, `choose`, `extend`, `forward_with_penalty`
+    # whether a subclass has its own `fit_support`, `choose`, `extend`, `forward_with_penalty`,
+    # `contributions`
     takes_support: ClassVar[bool] = False
     chooses: ClassVar[bool] = False
     keeps_images: ClassVar[bool] = False
     has_penalty: ClassVar[bool] = False
+    has_contributions: ClassVar[bool] = False
     text: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -97,6 +100,7 @@ class Head(nn.Module):
         cls.chooses = cls.choose is not Head.choose
         cls.keeps_images = cls.extend is not Head.extend
         cls.has_penalty = cls.forward_with_penalty is not Head.forward_with_penalty
+        cls.has_contributions = cls.contributions is not Head.contributions
 
     def __init__(self, text: Tensor, *, logit_scale: float = 100.0) -> None:
         super().__init__()
@@ -133,6 +137,16 @@ class Head(nn.Module):
     def forward_with_penalty(self, image: Tensor) -> RationalLogits:
         """image [B, C] -> logits [B, K] and penalty [B], both differentiable."""
         raise NotImplementedError(f"{type(self).__name__}: forward_with_penalty: it has no penalty")
+
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        """What each training image and each class text adds to the logits of image [B, C].
+
+        The sum is the logits [B, K], to the rounding of the head's dtype. It holds B N K numbers.
+        """
+        fact = "its logits are no sum over training images"
+        raise NotImplementedError(f"{type(self).__name__}: contributions: {fact}")
 
     def set_text_views(self, views: Tensor) -> None:
         """Take class texts [K, M, C] of M templates, before anything else."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vtclip import ops
 from vtclip.heads._check import check_least, check_positive
+from vtclip.heads._contributions import Contributions, of_kernel, zero_shot_alone
 from vtclip.heads._head import ImageHead, Support
 
 # Support rows up to which hyper-parameters are searched over all classes. Beyond it every j-th
@@ -160,6 +161,14 @@ class SupportHead(ImageHead):
     def zero_shot(self, image: Tensor) -> Tensor:
         """image [B, C] -> logits [B, K] of the class texts alone."""
         return ops.cosine_logits(image, self.text, scale=self.logit_scale)
+
+    def contributions_of(
+        self, image: Tensor, z: Tensor, near: Callable[[Tensor], Tensor], A: Tensor
+    ) -> Contributions:
+        """Of logits z [B, K] + near(image) @ A, see `of_kernel`; of z alone without support."""
+        if not self.num_support:
+            return zero_shot_alone(image, z, self.text)
+        return of_kernel(image, z, near, A, self.keys, self.label, self.text)
 
     def one_hot(self) -> Tensor:
         """Y [N, K] of the support."""

@@ -91,6 +91,10 @@ class APE(TipAdapter):
         votes = (affinity * self.row_weights(self.gamma)) @ self.values()
         return self.zero_shot(image) + self.alpha * votes
 
+    def zero_shot_and_votes(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        z, votes = super().zero_shot_and_votes(image)
+        return z, votes * self.row_weights(self.gamma)
+
     def similarity(self, image: Tensor) -> Tensor:
         """image [B, C] -> v' S'^T [B, N]."""
         return self.narrow(F.normalize(image, dim=-1)) @ self.narrow(self.keys).mT
@@ -217,6 +221,10 @@ class APET(APE):
     def image_logits(self, image: Tensor) -> Tensor:
         z, similarity = self._moved(image)
         return z + self.alpha * ((self.affinity(similarity, self.beta) * self.vote) @ self.values())
+
+    def zero_shot_and_votes(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        z, similarity = self._moved(image)
+        return z, self.alpha * self.affinity(similarity, self.beta) * self.vote
 
     def _moved(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [B, C] -> s v (T + R)^T [B, K] and v (S + Y R)^T [B, N].

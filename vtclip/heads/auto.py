@@ -17,9 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vtclip.heads._contributions import Contributions, zero_shot_alone
 from vtclip.heads._head import HEADS, Head, NewClasses, Options
 from vtclip.heads.zeroshot import ZeroShot
 
+EVERY_CLASS = "every class alike"  # the term of a pool that no difference of classes has
 POOLS = ("mixture", "log-linear")
 
 
@@ -139,6 +141,55 @@ class Auto(Head):
             for logits, weight in zip(member_logits, self.weights, strict=True)
         ]
         return torch.stack(log_probs).logsumexp(dim=0)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the logits are a sum over members and one number for all classes."""
+        return self.pool == "log-linear" or len(self.heads) == 1
+
+    @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        """As `Head.contributions`, of a log-linear pool or a single member.
+
+        logits = sum_i t w_i / T_i logits_i - sum_i t w_i log sum_k exp(logits_ik / T_i)
+
+        so that the parts of each member count t w_i / T_i of what they are in it. A member whose
+        logits are no sum over training images, or over others than the first such member's, is a
+        term under its method's name; the second sum, one number for all classes, is the term "every
+        class alike".
+        """
+        if not self.is_sum:
+            fact = "a mixture of several members is no sum over them"
+            raise NotImplementedError(f"Auto: contributions: {fact}")
+        total = zero_shot_alone(image, image.new_zeros(len(image), self.num_classes), self.text)
+        terms: dict[str, Tensor] = {}
+        of_keys = False  # whether `total` has the cosines of images as they were
+
+        def add(name: str, values: Tensor) -> None:
+            terms[name] = terms[name] + values if name in terms else values
+
+        every = zip(self.member_heads, self.temperatures, self.weights, strict=True)
+        for head, temperature, weight in every:
+            share = self.sharpness * weight / temperature
+            logits = head(image, spatial, spatial_mask) if head.needs_spatial else head(image)
+            level = (logits.double() / temperature).logsumexp(dim=1, keepdim=True)
+            add(EVERY_CLASS, (-share * temperature * level).expand(logits.shape))
+            if not head.has_contributions:
+                add(head.method, share * logits.double())
+                continue
+            parts = head.contributions(image, spatial, spatial_mask)
+            if total.sums and parts.sums and not torch.equal(parts.label, total.label):
+                add(head.method, share * logits.double())
+                continue
+            for name, values in parts.terms.items():
+                add(name, share * values)
+            sums = [*total.sums, *(one._replace(A=share * one.A) for one in parts.sums)]
+            if parts.sums and not of_keys:
+                total, of_keys = parts, not getattr(head, "trains_keys", False)
+            total = total._replace(sums=sums)
+        return total._replace(terms=terms)
 
     def evidence(self, member_logits: Sequence[Tensor]) -> Tensor:
         """The weighted mean of the members' logits, [B, K].

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_positive
+from vtclip.heads._check import check_image, check_positive
+from vtclip.heads._contributions import Contributions, expansion
 from vtclip.heads._head import Support
 from vtclip.heads._support import Candidates, SupportHead
 
@@ -77,6 +78,32 @@ class CrossModal(SupportHead):
         return self.zero_shot(image) + F.linear(F.normalize(image, dim=-1), self.change)
 
     @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        """As `Head.contributions`; texts have their own, as training rows.
+
+        V is the sum over rows of the optimum, see `vtclip.heads._contributions.expansion`.
+        """
+        check_image(type(self).__name__, image, self.text)
+        texts = F.normalize(self.text.double(), dim=-1)
+        rows = torch.cat([self.keys.double(), texts])
+        label, counts = self._with_texts(self.label)
+        offset = self.logit_scale * rows @ texts.mT
+        A = expansion(rows, self.change.mT, offset, counts, label, self.l2)
+
+        def near(x: Tensor) -> Tensor:
+            return F.normalize(x.double(), dim=-1) @ rows.mT
+
+        return self.contributions_of(image, self.zero_shot(image), near, A)
+
+    def _with_texts(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes and weights [N + K] of images with `label` [N], and of the texts behind them."""
+        counts = self.class_weights().double()[label]
+        counts = torch.cat([counts, (counts.sum() / self.num_classes).expand(self.num_classes)])
+        return torch.cat([label, torch.arange(self.num_classes, device=label.device)]), counts
+
+    @torch.no_grad()
     def fit_support(self, support: Support) -> None:
         """Keep the labelled images, in place of any before, and solve for V."""
         super().fit_support(support)
@@ -108,9 +135,7 @@ class CrossModal(SupportHead):
         order = self.keys[:, 0].argsort()
         order = order[self.label[order].argsort(stable=True)]
         rows = torch.cat([self.keys[order].double(), texts])
-        label = torch.cat([self.label[order], torch.arange(K, device=self.label.device)])
-        counts = self.class_weights().double()[self.label[order]]
-        counts = torch.cat([counts, (counts.sum() / K).expand(K)])
+        label, counts = self._with_texts(self.label[order])
         offset = self.logit_scale * rows @ texts.T
         share = counts / counts.sum()
         values, vectors = torch.linalg.eigh(rows.T @ (share[:, None] * rows))

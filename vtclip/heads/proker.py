@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_positive
+from vtclip.heads._check import check_image, check_positive
+from vtclip.heads._contributions import Contributions
 from vtclip.heads._head import Support
 from vtclip.heads._support import Candidates, SupportHead, kernel, steps
 
@@ -85,6 +86,17 @@ class ProKeR(SupportHead):
     def image_logits(self, image: Tensor) -> Tensor:
         x = F.normalize(image, dim=-1)
         return self.zero_shot(image) + kernel(x, self.keys, self.beta) @ self.coefficients
+
+    @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        check_image(type(self).__name__, image, self.text)
+
+        def near(rows: Tensor) -> Tensor:
+            return kernel(F.normalize(rows.double(), dim=-1), self.keys.double(), self.beta)
+
+        return self.contributions_of(image, self.zero_shot(image), near, self.coefficients)
 
     @torch.no_grad()
     def fit_support(self, support: Support) -> None:

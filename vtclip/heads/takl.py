@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.heads import _logistic
-from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._check import check_image, check_not_negative, check_positive
+from vtclip.heads._contributions import Contributions, expansion
 from vtclip.heads._head import Support
 from vtclip.heads._logistic import Problem
 from vtclip.heads._support import Candidates, SupportHead, kernel
@@ -115,6 +116,30 @@ class TAKL(SupportHead):
         return z / self.zero_shot_temperature + self._features(x, self.beta) @ self.coefficients
 
     @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        """As `Head.contributions`; texts have their own, as training rows.
+
+        A of the linear kernel, which is not kept, is that of the optimum, and where the solve ended
+        before it changed as little as makes the sum exact: `vtclip.heads._contributions.expansion`.
+        """
+        check_image(type(self).__name__, image, self.text)
+        A = self.coefficients
+        rows, offset, weight, label = self._training_rows()
+        if not self.beta:
+            A = expansion(rows, A, offset, weight, label, self.lam)
+
+        def near(x: Tensor) -> Tensor:
+            x = F.normalize(x.double(), dim=-1)
+            return self._features(x, self.beta) if self.beta else x @ rows.mT
+
+        z = self.zero_shot(image)
+        if self.num_support:
+            z = z / self.zero_shot_temperature
+        return self.contributions_of(image, z, near, A)
+
+    @torch.no_grad()
     def fit_support(self, support: Support) -> None:
         """Keep the labelled images, in place of any before, and solve for the coefficients.
 
@@ -189,19 +214,20 @@ class TAKL(SupportHead):
         """Rows of `coefficients`."""
         return self.num_support + self.num_classes if self.beta else self.text.shape[1]
 
+    def _training_rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """S [N + K, C], its offset z / T0 [N + K, K] and weight, float64; and the classes."""
+        rows = F.normalize(self._rows().double(), dim=-1)
+        z = self.logit_scale * (rows @ rows[self.num_support :].mT)
+        weight = self.class_weights().double()[self.label]
+        every = torch.arange(self.num_classes, device=self.label.device)
+        weight = torch.cat([weight, weight.new_ones(len(every))])
+        return rows, z / self.zero_shot_temperature, weight, torch.cat([self.label, every])
+
     def _fit(self, beta: float) -> _Fit:
         if beta not in self._fits:
-            rows = F.normalize(self._rows().double(), dim=-1)
+            rows, *others = self._training_rows()
             B, R = basis(rows, beta)
-            z = self.logit_scale * (rows @ rows[self.num_support :].mT)
-            weight = self.class_weights().double()[self.label]
-            every = torch.arange(self.num_classes, device=self.label.device)
-            problem = Problem(
-                R,
-                z / self.zero_shot_temperature,
-                torch.cat([weight, weight.new_ones(len(every))]),
-                torch.cat([self.label, every]),
-            )
+            problem = Problem(R, *others)
             rough = torch.promote_types(self.text.dtype, torch.float32)
             self._fits[beta] = _Fit(B, problem, problem.to(rough))
         return self._fits[beta]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtclip.heads._check import check_not_negative, check_positive
+from vtclip.heads._check import check_image, check_not_negative, check_positive
+from vtclip.heads._contributions import Contributions
 from vtclip.heads._support import Candidates, SupportHead, steps
 from vtclip.heads.config import FitConfig
 
@@ -77,6 +78,25 @@ class TipAdapter(SupportHead):
     def image_logits(self, image: Tensor) -> Tensor:
         z = self.zero_shot(image)
         return z + self.alpha * (self.affinity(self.similarity(image), self.beta) @ self.values())
+
+    @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        check_image(type(self).__name__, image, self.text)
+
+        def votes(rows: Tensor) -> Tensor:
+            return self.zero_shot_and_votes(rows)[1]
+
+        z = self.zero_shot_and_votes(image)[0]
+        return self.contributions_of(image, z, votes, self.values())
+
+    def zero_shot_and_votes(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image [B, C] -> z [B, K] and by how much each support image votes [B, N]:
+        logits = z + votes @ `values`.
+        """
+        votes = self.alpha * self.affinity(self.similarity(image), self.beta)
+        return self.zero_shot(image), votes
 
     def values(self) -> Tensor:
         """What each support image votes, [N, K]: Y, or m / n_k in place of its ones."""

@@ -71,9 +71,12 @@ class TipX(TipAdapter):
         self.gamma, self.slope, self.offset = float(gamma), slope, offset
 
     def image_logits(self, image: Tensor) -> Tensor:
-        z = self.zero_shot(image)
-        votes = self.alpha * self.affinity(self.similarity(image), self.beta)
-        return z + (votes + self.gamma * self.likeness(image)) @ self.values()
+        z, votes = self.zero_shot_and_votes(image)
+        return z + votes @ self.values()
+
+    def zero_shot_and_votes(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        z, votes = super().zero_shot_and_votes(image)
+        return z, votes + self.gamma * self.likeness(image)
 
     def likeness(self, image: Tensor) -> Tensor:
         """image [B, C] -> offset - slope * KL to each support row [B, N]."""

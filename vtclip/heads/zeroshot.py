@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen model's own decision, the baseline of every run: logits = s * cos(image, text)."""
 
+import torch
 from torch import Tensor
 
 from vtclip import ops
+from vtclip.heads._check import check_image
+from vtclip.heads._contributions import Contributions, zero_shot_alone
 from vtclip.heads._head import ImageHead
 
 
@@ -24,3 +27,10 @@ class ZeroShot(ImageHead):
 
     def image_logits(self, image: Tensor) -> Tensor:
         return ops.cosine_logits(image, self.text, scale=self.logit_scale)
+
+    @torch.no_grad()
+    def contributions(
+        self, image: Tensor, spatial: Tensor | None = None, spatial_mask: Tensor | None = None
+    ) -> Contributions:
+        check_image("ZeroShot", image, self.text)
+        return zero_shot_alone(image, self.image_logits(image), self.text)

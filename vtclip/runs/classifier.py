@@ -21,7 +21,7 @@ from vtclip.runs import multi_label
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_model, load_adapter
 from vtclip.runs.answers import UNKNOWN, Answer, Prediction, Rule
 from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
-from vtclip.runs.heat_map import side_by_side, to_image
+from vtclip.runs.heat_map import side_by_side, to_image, under_attention
 from vtclip.runs.pictures import Picture, as_pictures, in_memory, rgb_of
 from vtclip.runs.together import answer_together, check_together
 from vtclip.train.calibration import forward_both
@@ -356,12 +356,28 @@ class Classifier:
         pixels = self.clip.preprocess(picture)
         probability = self.probabilities(pixels[None])[0]
         k = int(probability.argmax()) if k is None else k
+        model_view, weights = self._attention(head, pixels, k)
+        caption = f"{self.class_names[k]}  {100 * float(probability[k]):.1f} %"
+        return side_by_side(picture, model_view, weights, caption)
+
+    def heat_map(self, image: Image.Image, class_name: str) -> Image.Image | None:
+        """What the model saw under the attention of one class, by vtclip or by a pool's vtclip;
+        None of a run without it.
+        """
+        heads = self.adapter.head.member_heads
+        head = next((one for one in heads if isinstance(one, VTCLIP)), None)
+        if head is None:
+            return None
+        k = index_of(class_name, self.class_names)
+        return under_attention(*self._attention(head, self.clip.preprocess(image), k))
+
+    @torch.no_grad()
+    def _attention(self, head: VTCLIP, pixels: Tensor, k: int) -> tuple[Image.Image, Tensor]:
+        """pixels [3, H, W] -> what the model saw, and the weights [L] of class k."""
         _, spatial = self.encode(pixels[None])
         weights = head.attention(cast("Tensor", spatial))[0, k].cpu()
         cfg = self.clip.preprocess_cfg
-        model_view = to_image(pixels, cfg["mean"], cfg["std"])
-        caption = f"{self.class_names[k]}  {100 * float(probability[k]):.1f} %"
-        return side_by_side(picture, model_view, weights, caption)
+        return to_image(pixels, cfg["mean"], cfg["std"]), weights
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Preprocessed pixels [B, 3, H, W] -> image [B, C], and spatial if the head reads it."""

@@ -3,26 +3,22 @@
 
 from __future__ import annotations
 
-import functools
 import io
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vtclip.files import printable, several
+from vtclip.files import several
+from vtclip.runs.lettering import INK, RIGHT, RULE, SOFT, WRONG, class_shown, font_of
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageFont
+    from PIL import Image
 
-    Font = ImageFont.FreeTypeFont
+    from vtclip.runs.lettering import Font
 
 MOST_CLASSES = 50  # that are drawn as a matrix
 MOST_PAIRS = 30
-INK, SOFT, RULE = (25, 25, 25), (110, 110, 110), (222, 222, 222)
-RIGHT, WRONG = (42, 120, 214), (222, 82, 30)  # full strength of the diagonal, and off it
-LETTERS = 26  # of a class name
 FOOT = "blue: right, orange: wrong; stronger: a larger share of the row"
 
 
@@ -32,7 +28,7 @@ def draw_confusion(counts: Tensor, class_names: Sequence[str]) -> bytes:
     Up to 50 classes the matrix, each row in shares of its images; of more the pairs that are
     confused most, as bars.
     """
-    names = [_shown(k, name) for k, name in enumerate(class_names)]
+    names = [class_shown(k, name) for k, name in enumerate(class_names)]
     total, right = int(counts.sum()), int(counts.diagonal().sum())
     title = f"{right} of {several(total, 'test image')} right ({100 * right / max(1, total):.1f} %)"
     draw = _matrix if len(names) <= MOST_CLASSES else _pairs
@@ -57,17 +53,17 @@ def _matrix(counts: Tensor, names: Sequence[str], title: str) -> Image.Image:
     K = len(names)
     cell = 46 if K <= 8 else 32 if K <= 20 else 22 if K <= 35 else 19
     size = max(10, min(15, cell - 8))
-    font, small = _font(size), _font(max(9, min(14, cell // 2 - 1)))
+    font, small = font_of(size), font_of(max(9, min(14, cell // 2 - 1)))
     wide = max(round(font.getlength(name)) for name in names) + 10
     top, left, side = wide + 74, wide + 30, K * cell
     heading, below = "predicted class", "true class"
-    texts = round(_font(16).getlength(title)), round(_font(12).getlength(FOOT))
+    texts = round(font_of(16).getlength(title)), round(font_of(12).getlength(FOOT))
     width = max(left + side + 16, *(text + 24 for text in texts))
     canvas = Image.new("RGB", (width, top + side + 34), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((12, 10), title, fill=INK, font=_font(16))
-    draw.text((left + side / 2, 40), heading, fill=SOFT, font=_font(13), anchor="ma")
-    _upwards(canvas, (8, top + side // 2), below, _font(13), SOFT, centred=True)
+    draw.text((12, 10), title, fill=INK, font=font_of(16))
+    draw.text((left + side / 2, 40), heading, fill=SOFT, font=font_of(13), anchor="ma")
+    _upwards(canvas, (8, top + side // 2), below, font_of(13), SOFT, centred=True)
     sums = counts.sum(dim=1).tolist()
     for true, row in enumerate(counts.tolist()):
         y = top + true * cell
@@ -82,7 +78,7 @@ def _matrix(counts: Tensor, names: Sequence[str], title: str) -> Image.Image:
                 ink = "white" if share > 0.45 else INK
                 place = (x + cell / 2 + 0.5, y + cell / 2)
                 draw.text(place, _short(count, cell), fill=ink, font=small, anchor="mm")
-    draw.text((12, top + side + 10), FOOT, fill=SOFT, font=_font(12))
+    draw.text((12, top + side + 10), FOOT, fill=SOFT, font=font_of(12))
     return canvas
 
 
@@ -91,15 +87,15 @@ def _pairs(counts: Tensor, names: Sequence[str], title: str) -> Image.Image:
 
     pairs = confused_pairs(counts, MOST_PAIRS)
     sums = counts.sum(dim=1).tolist()
-    font, line, bar = _font(14), 24, 220
+    font, line, bar = font_of(14), 24, 220
     labels = [f"{names[true]} as {names[other]}" for true, other, _ in pairs]
     left = max((round(font.getlength(label)) for label in labels), default=0) + 22
-    width = max(left + bar + 150, round(_font(16).getlength(title)) + 24)
+    width = max(left + bar + 150, round(font_of(16).getlength(title)) + 24)
     canvas = Image.new("RGB", (width, 74 + line * max(1, len(pairs))), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((12, 10), title, fill=INK, font=_font(16))
+    draw.text((12, 10), title, fill=INK, font=font_of(16))
     heading = f"{len(names)} classes; those confused most, true class as prediction"
-    draw.text((12, 36), heading if pairs else "no image was wrong", fill=SOFT, font=_font(13))
+    draw.text((12, 36), heading if pairs else "no image was wrong", fill=SOFT, font=font_of(13))
     largest = max((count for *_, count in pairs), default=1)
     for place, ((true, _, count), label) in enumerate(zip(pairs, labels, strict=True)):
         y = 64 + place * line
@@ -107,7 +103,7 @@ def _pairs(counts: Tensor, names: Sequence[str], title: str) -> Image.Image:
         end = left + max(2, round(bar * count / largest))
         draw.rectangle((left, y + 4, end, y + line - 5), fill=WRONG)
         note = f"{count} of {sums[true]}"
-        draw.text((end + 7, y + line / 2), note, fill=SOFT, font=_font(13), anchor="lm")
+        draw.text((end + 7, y + line / 2), note, fill=SOFT, font=font_of(13), anchor="lm")
     return canvas
 
 
@@ -131,16 +127,6 @@ def _upwards(
     canvas.paste(turned, place)
 
 
-@functools.cache
-def _font(size: int) -> Font:
-    from PIL import ImageFont
-
-    font = ImageFont.load_default(size=size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise ImportError("this Pillow was built without FreeType")
-    return font
-
-
 def _shade(colour: tuple[int, int, int], share: float) -> tuple[int, int, int]:
     """`colour` on white, at a strength that still shows one image of many."""
     strength = 0.12 + 0.88 * share**0.7
@@ -151,16 +137,3 @@ def _shade(colour: tuple[int, int, int], share: float) -> tuple[int, int, int]:
 def _short(count: int, cell: int) -> str:
     """`count` in at most 3 digits, or 4 where the cell has room for them."""
     return str(count) if count < (10_000 if cell > 30 else 1000) else f"{count / 1000:.0f}k"
-
-
-def _shown(k: int, name: str) -> str:
-    """`name` in at most 26 letters.
-
-    Pillow's own font has ASCII letters only: another name is written without its accents, behind
-    the number of its class.
-    """
-    text = printable(name)
-    if not text.isascii():
-        plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode("ascii")
-        text = f"{k}: {plain}" if plain.strip() else f"class {k}"
-    return text if len(text) <= LETTERS else text[: LETTERS - 3] + "..."

@@ -72,6 +72,7 @@ def fit(
     pseudo_labels: bool = False,
     final: bool = False,
     unlabelled: object = None,
+    budget: float | None = None,
     strict: bool = False,
     overrides: Mapping[str, object] | None = None,
     out: str | Path | None = None,
@@ -108,17 +109,14 @@ def fit(
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
     train_encoders: train both towers together with the head (method "rada", an image folder; see
         vtclip.train.finetune). The run then also holds encoders.safetensors.
-    base_to_new: train on the first half of the classes, test on either half
-        (vtclip.runs.base_to_new).
+    base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
-    final: after the evaluation fit once more, with the settings that it chose, on all images, those
-        of the test too. The metrics stay those of the fit before, and no image is left to test the
-        saved adapter on: it is for people who deploy.
-    unlabelled: also decide the test images together (vtclip.runs.together): "test" for these alone,
-        or a source of other images that join them, whose labels are not read. "together" of the
-        result says what came of it, which numbers of images decided one by one do not compare with,
-        and the adapter keeps what `vtclip predict --together` needs.
+    final: after the evaluation fit once more, with the settings that it chose, on all images, the
+        test's too, and save that. The metrics stay those of the fit before.
+    budget: method auto fits what these seconds of one processor are expected to do (train.cost).
+    unlabelled: decide the test images together, too (vtclip.runs.together): "test" for these alone,
+        or a source of other images that join them, whose labels are not read.
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
         options of the head, such as {"adapters": True}, which are added to the recipe's), with
@@ -312,7 +310,9 @@ def train(
     with watch.stage("train"):
         run = run_files.training_run(request, Checkpoint(folder / run_files.CHECKPOINT, identity))
         if request.method == "auto":
-            auto, candidates, judged = fit_auto(rows.training, rows.split, rows.recipe_shots, run)
+            auto, candidates, judged = fit_auto(
+                rows.training, rows.split, rows.recipe_shots, run, request.budget
+            )
             return auto, {"candidates": candidates}, judged
         records, val = rows.training, rows.split.val
         head = fit_head(request.method, records, rows.split, settings, run, choose=False)

@@ -44,9 +44,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
-LATER = {"draw": "exact", "follow_links": False, "final": False, "unlabelled": None}
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG}
-RUN_FILES |= {PREDICTIONS, CONFUSION, IMAGES, TOGETHER}
+LATER = {"draw": "exact", "follow_links": False, "final": False, "budget": None}
+LATER |= {"unlabelled": None}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
+RUN_FILES |= {TOGETHER}
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,18 @@ def to_image(pixels: Tensor, mean: list[float], std: list[float]) -> Image.Image
     return Image.fromarray(visible.permute(1, 2, 0).contiguous().numpy(), mode="RGB")
 
 
+def under_attention(model_view: Image.Image, weights: Tensor) -> Image.Image:
+    """What the model saw, SIDE x SIDE, under the map of weights [L]."""
+    model_view = model_view.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return overlay(model_view, heat_map(weights, SIDE, SIDE))
+
+
 def side_by_side(
     original: Image.Image, model_view: Image.Image, weights: Tensor, caption: str
 ) -> Image.Image:
     """The original, and what the model saw under the map of weights [L], over one line of text."""
     original = ImageOps.contain(original.convert("RGB"), (2 * SIDE, SIDE))
-    model_view = model_view.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    right = overlay(model_view, heat_map(weights, SIDE, SIDE))
+    right = under_attention(model_view, weights)
     canvas = Image.new("RGB", (original.width + SIDE + 8, SIDE + 32), "white")
     canvas.paste(original, (0, (SIDE - original.height) // 2))
     canvas.paste(right, (original.width + 8, 0))

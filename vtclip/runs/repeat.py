@@ -34,6 +34,7 @@ from vtclip.runs.fit import fit_request
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.runs.sources import check_listable
+from vtclip.train.auto import RULE
 
 MATCH, CLOSE, DIFFERENT = "MATCH", "CLOSE", "DIFFERENT"
 TOLERANCE = 1e-6
@@ -112,6 +113,12 @@ def check_repeatable(result: Json) -> None:
                 if name not in result.get("config", {})]  # fmt: skip
     if missing:
         raise ValueError(f"repeat: the result lacks {', '.join(missing)}")
+    rule = result["config"].get("pool", "a mean of probabilities")
+    if result["method"] == "auto" and rule != RULE:
+        raise ValueError(
+            f"repeat: method auto must pool by {RULE} to be fitted again, and an earlier version "
+            f"fitted this run by {rule}; predict and evaluate work with it"
+        )
 
 
 def request_of(result: Json, **place: object) -> FitRequest:

@@ -31,6 +31,7 @@ from vtclip.names import SHOTS, option, pick
 from vtclip.runs.base_to_new import check_any_classes
 from vtclip.runs.opening import check_others
 from vtclip.runs.together import as_recorded, as_unlabelled, check_unlabelled
+from vtclip.train.auto import RULE, check_budget
 from vtclip.train.finetune_config import FinetuneConfig, get_config
 from vtclip.train.methods import recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
@@ -40,7 +41,7 @@ TRAINS_ENCODERS = "rada"
 RECORDED = (
     *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
     *("train_encoders", "base_to_new", "pseudo_labels", "class_names", "follow_links"),
-    *("val", "test", "final", "unlabelled"),
+    *("val", "test", "final", "budget", "unlabelled"),
 )
 
 
@@ -69,6 +70,7 @@ class FitRequest:
     pseudo_labels: bool = False
     final: bool = False
     unlabelled: AnySource | str | None = None
+    budget: float | None = None
     strict: bool = False
     overrides: Mapping[str, object] = field(default_factory=dict)
     out: str | Path | None = None
@@ -84,6 +86,7 @@ class FitRequest:
         self._check_shots()
         check_seed(self.seed)
         check_threads(self.threads)
+        check_budget(self.budget, self.method)
         if self.overwrite and self.resume:
             raise ValueError(f"{option('overwrite')} and {option('resume')} exclude each other")
         if self.pseudo_labels:
@@ -240,6 +243,7 @@ class FitRequest:
             "model": lasting_model(self.model),
             "templates": read_templates(self.templates),
             "fit": dataclasses.asdict(settings),
+            **({"pool": RULE} if self.method == "auto" else {}),
         }
         absent = ["train_encoders"]
         if self.train_encoders:

@@ -240,16 +240,20 @@ def result_table(result: Json) -> str:
 
 
 def candidates_table(candidates: Sequence[Json]) -> str:
-    """What validation images said of each candidate, one line each, and which were kept."""
+    """What validation images said of each candidate and its weight in the pool, one line each."""
     count = max((row.get("count", 0) for row in candidates), default=0)
     where = f"{count} validation images" if count else "no validation images"
     lines = [f"{where:<24} {'accuracy':>9} {'NLL at T':>9} {'T':>7} {'seconds':>8}"]
     for row in candidates:
+        if "left_out" in row:
+            seconds = row["left_out"]
+            lines.append(f"{row['method']:<24} left out for --budget: about {seconds:.0f} s")
+            continue
         accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else "-"
         cells = _number(row.get("nll_scaled")), _number(row.get("temperature"))
-        kept = f"  kept, weight {row['weight']:.2f}" if row["weight"] else ""
+        weight = f"  weight {row['weight']:.2f}" if row["weight"] else ""
         line = f"{row['method']:<24} {accuracy:>9} {cells[0]:>9} {cells[1]:>7}"
-        lines.append(f"{line} {row['seconds']:>8.1f}{kept}")
+        lines.append(f"{line} {row['seconds']:>8.1f}{weight}")
     return "\n".join(lines)
 
 

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--method auto`: fit several methods on the same shots, keep what validation images prefer."""
+"""`--method auto`: fit several methods on the same shots, and pool what they say.
+
+The pool is log-linear, its weights are those that validation images make likely near a prior
+(vtclip.train.pool). Members, prior and strength were chosen by benchmarks/choose_auto.py on images
+that neither train nor test.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,91 +22,166 @@ from vtclip.data.splits import Split
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
-from vtclip.train import engine, metrics
+from vtclip.names import option
+from vtclip.train import cost, engine, metrics
 from vtclip.train.calibration import Decisions
 from vtclip.train.fit_head import choose_by, chosen_without, fifths, fit_head, refit_head
+from vtclip.train.pool import PoolWeights, log_probabilities, pool_weights
 from vtclip.train.rows import TrainingRows
 from vtclip.train.steps import TrainingRun
 
-CANDIDATES = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
-# Chosen by benchmarks/choose_auto.py on images that neither train nor test.
-TRUSTED = ("proker", "rada", "vtclip")  # share the weight equally before validation speaks
-DOUBTED = 0.5  # of a trusted method's prior weight, for each of the others
-STRENGTH = 20.0  # images that the prior weighs as much as
-MAX_MEMBERS = 4
+RULE = "log-linear"  # of a run's config: what fitted it
+CANDIDATES = ("zeroshot", "proker", "takl", "clip-adapter", "vtclip")
+BUDGET_CANDIDATES = ("tip-adapter-f", "rada")  # where their seconds are allowed
+PRIOR = {"zeroshot": 0.5}  # weight before validation speaks; 1 of the others
 MAX_FOLDS = 4
 REPORTED = ("accuracy", "nll_scaled", "temperature", "count")
 
 
-def candidates(records: Records) -> list[str]:
-    """The methods that these features allow."""
-    able = records.has_spatial
-    return [name for name in CANDIDATES if able or not HEADS[name].needs_spatial]
+class Candidates(NamedTuple):
+    """Methods to fit, and those that are left out for the budget with their expected seconds."""
+
+    fitted: list[str]
+    left_out: dict[str, float]
+
+
+def candidates(
+    records: Records, split: Split, shots: int, budget: float | None = None
+) -> Candidates:
+    """The methods that these features and so many seconds allow.
+
+    budget: seconds of one processor, as `vtclip.train.cost` expects them and not as the clock shows
+        them, so that a fit is the same on every machine; None: CANDIDATES, whatever they cost, and
+        no others. In the order of CANDIDATES and then BUDGET_CANDIDATES each method is taken that
+        fits in what is left of it. Zero-shot always is.
+    """
+    able = [name for name in (*CANDIDATES, *BUDGET_CANDIDATES)
+            if records.has_spatial or not HEADS[name].needs_spatial]  # fmt: skip
+    if budget is None:
+        return Candidates([name for name in able if name not in BUDGET_CANDIDATES], {})
+    rows = folds(records, split) if len(split.val) == 0 else []
+    taken, left_out, rest = [], {}, budget
+    for name in able:
+        seconds = sum(cost.expected_seconds(name, records, part, shots) for part in [split, *rows])
+        if name == "zeroshot" or seconds <= rest:
+            taken.append(name)
+            rest -= seconds
+        else:
+            left_out[name] = seconds
+    return Candidates(taken, left_out)
+
+
+class Judged(NamedTuple):
+    """A fitted candidate, and what it says of images that it chose nothing by: [N, K] and [N]."""
+
+    head: Head
+    logits: Tensor
+    label: Tensor
+    seconds: float
+
+
+def judged_candidate(
+    name: str, records: Records, split: Split, shots: int, run: TrainingRun
+) -> Judged:
+    """The method fitted as it would be by its own name.
+
+    Where there are no validation images, a cross-validation over the shots (`folds`) takes their
+    place, and what is kept is then fitted on all of them. N is 0 where there are no folds either.
+    """
+    started = time.perf_counter()
+    named = dataclasses.replace(run, log=partial(_log_member, run, name), checkpoint=None)
+
+    def fitted(rows: Split) -> Head:
+        return fit_head(name, records, rows, HEADS[name].recipe(shots), named, choose=False)
+
+    head = fitted(split)
+    judged = []
+    for rows in folds(records, split) if len(split.val) == 0 else [split]:
+        other = head if rows is split else fitted(rows)
+        judged.append(unseen_logits(other, records, rows.val, run.device))
+    choose_by(head, records, split.val, run.device)
+    logits, label = torch.empty(0, len(records.class_names)), torch.empty(0, dtype=torch.long)
+    if judged:
+        logits, label = (torch.cat(column) for column in zip(*judged, strict=True))
+    return Judged(head, logits, label, time.perf_counter() - started)
 
 
 def fit_auto(
-    records: Records, split: Split, shots: int, run: TrainingRun
+    records: Records,
+    split: Split,
+    shots: int,
+    run: TrainingRun,
+    budget: float | None = None,
 ) -> tuple[Auto, list[Json], Decisions | None]:
-    """The average; for each candidate what validation images say of it and what it cost; and the
-    average's decisions on the validation images, which no member's hyper-parameters saw.
+    """The pool; for each candidate what validation images say of it and what it cost; and the
+    pool's decisions on the validation images, which no member's hyper-parameters saw.
 
-    Every candidate is fitted as it would be by its own name. Where there are no validation images,
-    a cross-validation over the shots (`folds`) takes their place, and what it chose is then fitted
-    on all of them.
+    Candidates that `budget` leaves out have "left_out", the seconds expected of them.
     """
+    chosen = candidates(records, split, shots, budget)
+    every = {name: judged_candidate(name, records, split, shots, run) for name in chosen.fitted}
+    pool = pooled(every)
+    rows: list[Json] = []
+    members = []
+    for (name, judged), weight in zip(every.items(), pool.weights, strict=True):
+        row: Json = {"method": name, "seconds": judged.seconds, "weight": weight}
+        if len(judged.label):
+            temperature = metrics.fit_temperature(judged.logits, judged.label)
+            values = metrics.all_metrics(judged.logits, judged.label, temperature)
+            row |= {key: values[key] for key in REPORTED}
+        rows.append(row)
+        members.append(
+            {
+                "method": name,
+                "options": judged.head.options(),
+                "temperature": row.get("temperature", 1.0),
+                "weight": weight,
+            }
+        )
+    rows += [{"method": name, "weight": 0.0, "left_out": seconds}
+             for name, seconds in chosen.left_out.items()]  # fmt: skip
+    head = Auto(
+        records.text.to(run.device),
+        members=members,
+        pool=RULE,
+        sharpness=pool.sharpness,
+        logit_scale=records.logit_scale,
+    )
+    for member, judged in zip(head.heads, every.values(), strict=True):
+        member.load_state_dict(judged.head.state_dict())
+    unseen = unseen_decisions(head, list(every.values())) if len(split.val) else None
+    return head.to(run.device).eval(), rows, unseen
 
-    def fit_candidate(name: str, rows: Split) -> Head:
-        def log(row: Mapping[str, object]) -> None:
-            run.log({"candidate": name, **row})
 
-        named = dataclasses.replace(run, log=log, checkpoint=None)
-        return fit_head(name, records, rows, HEADS[name].recipe(shots), named, choose=False)
+def pooled(every: Mapping[str, Judged]) -> PoolWeights:
+    """Weights of the candidates, in their order, by what they say of images unseen."""
+    label = next(iter(every.values())).label
+    logits = {name: judged.logits for name, judged in every.items()}
+    log_p = torch.stack([*logits.values()])  # without images nothing is left of it
+    if len(label):
+        log_p = log_probabilities(logits, label)
+    return pool_weights(log_p, label, [PRIOR.get(name, 1.0) for name in every])
 
-    heads: dict[str, Head] = {}
-    logits: dict[str, Tensor] = {}
-    label = torch.empty(0, dtype=torch.long)
-    rows: dict[str, Json] = {}
-    for name in candidates(records):
-        started = time.perf_counter()
-        heads[name] = fit_candidate(name, split)
-        judged = []
-        for fold in folds(records, split) if len(split.val) == 0 else [split]:
-            head = heads[name] if fold is split else fit_candidate(name, fold)
-            judged.append(unseen_logits(head, records, fold.val, run.device))
-        rows[name] = {"method": name}
-        if judged:
-            logits[name], label = (torch.cat(column) for column in zip(*judged, strict=True))
-            temperature = metrics.fit_temperature(logits[name], label)
-            values = metrics.all_metrics(logits[name], label, temperature)
-            rows[name] |= {key: values[key] for key in REPORTED}
-        choose_by(heads[name], records, split.val, run.device)
-        rows[name]["seconds"] = time.perf_counter() - started
-    chosen = choose_weights(logits or {name: torch.empty(0, 1) for name in heads}, label)
-    for name, row in rows.items():
-        row["weight"] = chosen.get(name, 0.0)
-    members = [
-        {
-            "method": name,
-            "options": heads[name].options(),
-            "temperature": rows[name].get("temperature", 1.0),
-            "weight": weight,
-        }
-        for name, weight in chosen.items()
-    ]
-    average = Auto(records.text.to(run.device), members=members, logit_scale=records.logit_scale)
-    for member, name in zip(average.heads, chosen, strict=True):
-        member.load_state_dict(heads[name].state_dict())
-    unseen = None
-    if len(split.val):
-        scaled = [
-            logits[name].float() / T for name, T in zip(chosen, average.temperatures, strict=True)
-        ]
-        unseen = Decisions(average.averaged(scaled), average.evidence(scaled), label)
-    return average.to(run.device).eval(), list(rows.values()), unseen
+
+def unseen_decisions(head: Auto, every: Sequence[Judged]) -> Decisions:
+    """What the pool says of the images that its members were judged by."""
+    scaled = [judged.logits.float() / temperature
+              for judged, temperature in zip(every, head.temperatures, strict=True)]  # fmt: skip
+    return Decisions(head.averaged(scaled), head.evidence(scaled), every[0].label)
+
+
+def check_budget(budget: float | None, method: str) -> None:
+    """Refuse seconds that are no number above 0, or given to a method that has no candidates."""
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0:
+        raise ValueError(f"{option('budget')} must be seconds above 0, got {budget!r}")
+    if method != "auto":
+        raise ValueError(f"{option('budget')} is for {option('method')} auto, got {method!r}")
 
 
 def refit_auto(head: Auto, records: Records, index: Tensor, shots: int, run: TrainingRun) -> Auto:
-    """The average with the same members, weights and temperatures, each fitted to rows `index`."""
+    """The pool with the same members, weights and temperatures, each fitted to rows `index`."""
     fitted = []
     for member in head.member_heads:
         named = dataclasses.replace(run, log=partial(_log_member, run, member.method))
@@ -158,31 +239,3 @@ def unseen_logits(
     for copied, part in zip(copies, parts, strict=True):
         logits[part] = engine.all_logits(copied, rows, val[part], device=device)[0]
     return logits, label
-
-
-def choose_weights(logits: Mapping[str, Tensor], label: Tensor) -> dict[str, float]:
-    """Method to weight w: what makes the average most likely, held near a prior.
-
-        max over w  sum_n log sum_i w_i p_i(label_n) + STRENGTH * sum_i prior_i log w_i
-
-    by expectation maximisation, and of the result the MAX_MEMBERS heaviest. logits: of each
-    candidate [N, K] on the N validation images, each at the temperature that suits it there
-    (metrics.fit_temperature). The prior is what 20 images could outweigh: few validation images
-    rank methods badly, and the average of methods that err differently is better than most.
-    """
-    names = list(logits)
-    prior = torch.tensor([1.0 if name in TRUSTED else DOUBTED for name in names]).double()
-    prior /= prior.sum()
-    true = torch.ones(len(label), len(names), dtype=torch.float64)
-    if len(label):
-        for i, rows in enumerate(logits.values()):
-            log_p = (rows.double() / metrics.fit_temperature(rows, label)).log_softmax(dim=1)
-            true[:, i] = log_p.gather(1, label[:, None])[:, 0].exp()
-    weight = prior
-    for _ in range(500):
-        share = weight * true.clamp(min=1e-30)
-        weight = (share / share.sum(dim=1, keepdim=True)).sum(dim=0) + STRENGTH * prior
-        weight = weight / weight.sum()
-    heaviest = weight.argsort(descending=True, stable=True)[:MAX_MEMBERS].tolist()
-    total = float(weight[heaviest].sum())
-    return {names[i]: float(weight[i]) / total for i in heaviest}
