@@ -115,16 +115,13 @@ def fit(
     final: after the evaluation fit once more, with the settings that it chose, on all images, the
         test's too, and save that. The metrics stay those of the fit before.
     budget: method auto fits what these seconds of one processor are expected to do (train.cost).
-    unlabelled: decide the test images together, too (vtclip.runs.together): "test" for these alone,
-        or a source of other images that join them, whose labels are not read.
+    unlabelled: decide test images together, too: "test", or others that join (runs.together).
     strict: refuse images that are in training and test at once, which are otherwise counted.
-    overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
-        options of the head, such as {"adapters": True}, which are added to the recipe's), with
-        train_encoders of `FinetuneConfig`.
+    overrides: fields of `FitConfig`, with train_encoders `FinetuneConfig`, in place of the recipe's
+        (epochs, lr, ...; `head`: options of the head, such as {"adapters": True}, which are added).
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
-        folder, which must not lie in a source. It ends up with
-        adapter.safetensors, adapter_config.json, result.json, log.jsonl, predictions.csv and
-        confusion.png (vtclip.runs.predictions).
+        folder, which must not lie in a source. It ends up with adapter.safetensors,
+        adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
 
     The zero-shot decision is evaluated on the same test images in the same run.
     """
