@@ -31,7 +31,7 @@ from vtclip.data.records import Records
 from vtclip.data.splits import UP_TO
 from vtclip.heads import HEADS
 from vtclip.train import auto, engine, metrics, pool, transduction
-from vtclip.train.fit_head import choose_by, fit_head
+from vtclip.train.fit_head import fit_head
 from vtclip.train.steps import TrainingRun
 
 MIXED = ("zeroshot", "proker", "tip-adapter-f", "clip-adapter", "rada", "vtclip")
@@ -77,8 +77,7 @@ def say(name: str, records: Records, shots: int, seed: int, judged: str) -> Said
     index = judged_rows(records, shots, seed, judged)
     run = TrainingRun(CPU, seed, balanced=True)
     head = fit_head(name, records, split, HEADS[name].recipe(shots), run, choose=False)
-    val, _ = auto.unseen_logits(head, records, split.val, CPU)
-    choose_by(head, records, split.val, CPU)
+    head, val, _ = auto.chosen_and_unseen(head, records, split.val, CPU)
     seconds = time.perf_counter() - started
     logits, _ = engine.all_logits(head, records, index, device=CPU)
     return Said(val, logits, seconds)
@@ -200,15 +199,15 @@ def together(way: Way) -> Way:
     return decide
 
 
-def ways(methods: Sequence[str]) -> Iterator[tuple[str, Way]]:
-    """Everything that is compared."""
+def ways(methods: Sequence[str], subsets: bool) -> Iterator[tuple[str, Way]]:
+    """Everything that is compared; with `subsets` the pools of every set of methods too."""
     for name in methods:
         yield name, single(name)
     present = [name for name in MIXED if name in methods]
     yield "mixture", mixture(present)
     without = [name for name in present if name != "rada"]
     yield "mixture without rada", mixture(without)
-    learned = [name for name in methods if name not in ("zeroshot", "vtclip")]
+    learned = [name for name in methods if subsets and name not in ("zeroshot", "vtclip")]
     for count in range(2, len(learned) + 1):
         for names in itertools.combinations(learned, count):
             if "takl" in methods and "takl" not in names:
@@ -231,7 +230,7 @@ def score(way: Way, at: Draw) -> Score:
     return Score(100 * metrics.accuracy(logits, at.label), 100 * metrics.ece(logits, at.label))
 
 
-def table(draws: Sequence[Draw], methods: Sequence[str], top: int) -> Iterator[str]:
+def table(draws: Sequence[Draw], methods: Sequence[str], top: int, subsets: bool) -> Iterator[str]:
     """Lines: a way's mean accuracy per source and shots, over all, its calibration, its worst loss
     to zero-shot in a column. Methods and mixtures first, then the `top` best pools."""
     columns = list(dict.fromkeys((at.source, at.shots) for at in draws))
@@ -239,7 +238,7 @@ def table(draws: Sequence[Draw], methods: Sequence[str], top: int) -> Iterator[s
     base = {column: mean([score(zero, at).accuracy for at in draws if at[:2] == column])
             for column in columns}  # fmt: skip
     rows = []
-    for name, way in ways(methods):
+    for name, way in ways(methods, subsets):
         usable = [at for at in draws if name in at.said] if name in methods else list(draws)
         if len(usable) < len(draws) and name in methods:
             continue  # not on every source: no mean to compare
@@ -270,6 +269,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=4)
     parser.add_argument("--on", choices=["held-out", "test"], default="held-out")
     parser.add_argument("--logits", type=Path, help="folder of what methods said, kept and reused")
+    parser.add_argument("--subsets", action="store_true", help="compare all pools, of every set")
     parser.add_argument("--top", type=int, default=20, help="pools to print")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -285,7 +285,7 @@ def main() -> None:
                 print(
                     f"{source.stem}, {shots} shots, seed {first + number}: no image left to judge"
                 )
-    for line in table(draws, args.methods, args.top):
+    for line in table(draws, args.methods, args.top, args.subsets):
         print(line, flush=True)
     for name in args.methods:
         seconds = [at.said[name].seconds for at in draws if name in at.said]

@@ -28,6 +28,7 @@ from vtclip.heads.config import FitConfig
 from vtclip.runs import base_to_new
 from vtclip.runs.result import Run
 from vtclip.train import auto, engine
+from vtclip.train.methods import fits_images
 from vtclip.train.rows import split_rows
 
 K, C, L, TRAIN, VAL, TEST = 4, 16, 5, 4, 2, 6
@@ -169,6 +170,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"overrides": {"epochs": 2, "label_smoothing": 0.1}},
     "pseudo-labels": {"pseudo_labels": True},
     "no validation": {"val": False},
+    "refit": {"refit": True},
 }
 TRAINED = [name for name in sorted(HEADS) if HEADS[name].recipe(TRAIN).epochs]
 LEARNING = [name for name in sorted(HEADS) if HEADS[name].learns]
@@ -177,6 +179,7 @@ CASES = [
     *((method, option) for method in TRAINED for option in ("gce", "smoothing")),
     *((method, "pseudo-labels") for method in LEARNING),
     *((method, "no validation") for method in LEARNING),
+    *((method, "refit") for method in LEARNING if fits_images(method)),
 ]
 CASES = [(method, option) for method, option in CASES if method not in NEEDS_ENCODER]
 

@@ -516,17 +516,19 @@ def test_a_source_with_splits_keeps_them(kind, exact, scenes, tmp_path, caplog):
     source = divided(tmp_path / "more", kind)
     caplog.clear()
     larger = vtclip.extend(run, source, out=tmp_path / "larger", **options)
-    assert "3 training images (2 kept), 2 validation images (not used" in caplog.text
+    # the head of a folder's run keeps its validation images, that of exact shots does not
+    use, role = ("not used", "unused") if exact else ("kept, as the run's are)", "train")
+    assert f"3 training images (2 kept), 2 validation images ({use}" in caplog.text
     assert "5 test images" in caplog.text
     (counts,) = larger.result["sources"][1]["images_per_class"].values()
-    assert counts == {"train": 2, "val": 0, "test": 5}
+    assert counts == {"train": 2 if exact else 4, "val": 0, "test": 5}
     seen = Seen.read(larger.folder, larger.result["seen"])
     own = {Path(name).name: role
            for name, label, role in zip(seen.names, seen.labels, seen.roles, strict=True)
            if label == CLASS_NAMES[12]}  # fmt: skip
     roles = [own[f"{number:02d}.png"] for number in range(10)]
     assert sorted(roles[:3]) == ["train", "train", "unused"]
-    assert roles[3:] == ["unused"] * 2 + ["test"] * 5
+    assert roles[3:] == [role] * 2 + ["test"] * 5
     assert vtclip.evaluate(larger, **options)["accuracy"] == larger.accuracy
 
 

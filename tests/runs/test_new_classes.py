@@ -49,15 +49,15 @@ def test_the_split_of_a_folder_that_is_one_class_is_kept(layout, scenes, tmp_pat
     larger = vtclip.extend(
         scenes / "run", source, name="gray moon", out=tmp_path / "larger", **options
     )
-    assert "3 training images (2 kept), 2 validation images (not used" in caplog.text
+    assert "3 training images (2 kept), 2 validation images (kept, as the" in caplog.text
     assert larger.result["sources"][1]["images_per_class"] == {
-        "gray moon": {"train": 2, "val": 0, "test": 5}
+        "gray moon": {"train": 4, "val": 0, "test": 5}
     }
     seen = Seen.read(larger.folder, larger.result["seen"])
     roles = {Path(name).name: role
              for name, label, role in zip(seen.names, seen.labels, seen.roles, strict=True)
              if label == "gray moon"}  # fmt: skip
-    assert [roles[file.name] for file in drawn[3:]] == ["unused"] * 2 + ["test"] * 5
+    assert [roles[file.name] for file in drawn[3:]] == ["train"] * 2 + ["test"] * 5
     again = vtclip.evaluate(larger, **options)
     assert (again["accuracy"], again["left_out"]["gone"]) == (larger.accuracy, 0)
 

@@ -46,17 +46,18 @@ def test_wrong_options_are_refused_before_the_source_is_read(options, message):
         {"method": "vtclip", "spatial": "default", "templates": ["a {}."], "augment_passes": 2},
         {"method": "rada", "base_to_new": True, "prompt": "two", "test_fraction": 0.3},
         {"method": "tip-adapter", "pseudo_labels": True, "seed": 4},
-        {"method": "auto"},
+        {"method": "auto", "refit": True},
         {"method": "rada", "train_encoders": True, "overrides": {"batch_size": 4, "lr": 1e-4}},
     ],
 )
 def test_a_record_is_read_back_as_the_same_request(options, tmp_path):
-    request = FitRequest(source=tmp_path, shots=2, **options)
+    request = FitRequest(source=tmp_path, shots=2, **{"refit": False, **options})
 
     def record(request: FitRequest) -> dict[str, Any]:
         encoders = request.train_encoders
         settings = request.encoder_settings(6) if encoders else request.settings(2)
-        read: dict[str, Any] = json.loads(to_json(request.as_config(2, settings)))
+        config = request.as_config(2, settings, refit=bool(request.refit))
+        read: dict[str, Any] = json.loads(to_json(config))
         return read
 
     config = record(request)

@@ -14,10 +14,11 @@ import vtclip
 from vtclip.cli import main
 from vtclip.data.records import Records
 from vtclip.data.splits import Split, few_shot_split
-from vtclip.heads import Head, Support
+from vtclip.heads import HEADS, Head, Support
 from vtclip.runs.adapter import load_adapter
 from vtclip.train import auto, cost, engine
 from vtclip.train.auto import candidates, folds
+from vtclip.train.fit_head import fit_head
 from vtclip.train.pool import log_probabilities, pool_weights
 from vtclip.train.rows import support_of
 from vtclip.train.steps import TrainingRun
@@ -40,9 +41,24 @@ def test_hyper_parameters_are_judged_by_images_that_did_not_choose_them(records)
     head.choose(support_of(records, val, cpu))
     plain = engine.all_logits(head, records, val, device=cpu)
     assert bool((plain[0].argmax(dim=1) == plain[1]).all())
-    logits, label = auto.unseen_logits(head, records, val, cpu)
+    chosen, logits, label = auto.chosen_and_unseen(head, records, val, cpu)
     assert torch.equal(label, plain[1])
     assert not bool(logits.any())
+    assert torch.equal(engine.all_logits(chosen, records, val, device=cpu)[0], plain[0])
+
+
+@pytest.mark.parametrize("method", ["proker", "takl", "tip-adapter-f"])
+def test_one_search_chooses_as_the_methods_own_fit_does(method, records):
+    split = few_shot_split(records.label, records.names, shots=2, seed=1)
+    run = TrainingRun(torch.device("cpu"), 1)
+    recipe = HEADS[method].recipe(2)
+    alone = fit_head(method, records, split, recipe, run)
+    found = auto.judged_candidate(method, records, split, 2, run).head
+    assert found.options() == alone.options()
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(found.state_dict().values(), alone.state_dict().values(), strict=True)
+    )
 
 
 def test_folds_use_every_training_row_once_and_no_other(records):

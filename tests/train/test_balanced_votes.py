@@ -83,6 +83,16 @@ def test_a_final_fit_keeps_the_size_of_the_votes_that_alpha_was_chosen_for(tmp_p
     assert (heads[0].alpha, heads[0].beta) == (heads[1].alpha, heads[1].beta)
 
 
+@pytest.mark.parametrize("method", VOTERS)
+def test_a_refit_of_an_exact_draw_keeps_the_size_too(method, npz, tmp_path):
+    """With twice the images each counts half."""
+    run = fit(npz, method, tmp_path / "run", 4, exact_shots=True, refit=True)
+    head: Any = load_adapter(run.folder).head
+    assert len(head.keys) == 2 * 4 * len(head.text)
+    assert head.votes_per_class == 4.0
+    assert set(head.class_weights().tolist()) == {0.5}
+
+
 def test_a_number_that_is_asked_for_stays(tmp_path):
     overrides = {"head": {"votes_per_class": 3.0}}
     run = fit(uneven(tmp_path / "t.npz"), "tip-x", tmp_path / "run", "all", overrides=overrides)

@@ -20,7 +20,7 @@ from vtclip.heads import HEADS
 from vtclip.train import conformal, engine, metrics
 from vtclip.train.calibration import decide, unseen
 from vtclip.train.conformal import Calibration
-from vtclip.train.fit_head import choose_by, fit_head
+from vtclip.train.fit_head import choose_by, fit_head, refit_head, refit_rows
 from vtclip.train.steps import TrainingRun
 
 CPU = torch.device("cpu")
@@ -308,14 +308,57 @@ def test_sets_cover_and_known_images_are_kept_on_a_folder_of_photos(shared_data,
     check_real_coverage(records, "proker", 8)
 
 
+def test_a_second_fit_errs_to_the_safe_side(shared_data):
+    """Of 10 splits, by thresholds of the first fit: more of the true classes are in their sets and
+    more images of known classes are accepted.
+    """
+    records = vtclip.open_source(shared_data / "whurs19_CLIP_RN50.npz")
+    covered, accepted = ([0, 0], [0, 0])
+    for seed in range(1, 11):
+        names = [f"{seed} {name}" for name in records.names]
+        split = few_shot_split(records.label, names, shots=4, seed=seed, test_fraction=0.4)
+        recipe, run = HEADS["proker"].recipe(4), TrainingRun(CPU, seed, balanced=True)
+        first = fit_head("proker", records, split, recipe, run, choose=False)
+        kept = unseen(first, records, split.val, CPU)
+        assert kept is not None
+        choose_by(first, records, split.val, CPU)
+        second = refit_head(first, records, refit_rows(split), recipe, run)
+        losses = conformal.true_losses(conformal.class_losses(kept.logits), kept.label)
+        largest = conformal.coverage_threshold(losses, 0.9)
+        least = conformal.unknown_threshold(conformal.known_score(kept.evidence), 0.1)
+        for place, head in enumerate((first, second)):
+            test = decide(head, records, split.test, CPU)
+            of_test = conformal.true_losses(conformal.class_losses(test.logits), test.label)
+            covered[place] += int((of_test <= largest).sum())
+            accepted[place] += int((conformal.known_score(test.evidence) >= least).sum())
+    assert covered[1] > covered[0]
+    assert accepted[1] > accepted[0]
+
+
+def test_the_benchmark_of_a_second_fit_prints_its_gain(npz, root):
+    words = ["--method", "proker", "--shots", "1,2", "--seeds", "1"]
+    done = python(root / "benchmarks" / "refit.py", npz, *words)
+    assert done.returncode == 0, done.stderr
+    head, one, two, own, every, worst = done.stdout.splitlines()
+    assert head.split()[:4] == ["proker", "first", "second", "gain"]
+    first, second, gain = (float(cell) for cell in one.split()[2:5])
+    assert one.startswith("animals 1 ")
+    assert two.startswith("animals 2 ")
+    assert abs(first + gain - second) < 0.02
+    assert own.split()[2:] == every.split()[2:]
+    assert worst.startswith("worst cell ")
+
+
 def test_the_benchmark_prints_both_tables(npz, root):
-    words = ["--methods", "proker", "--shots", "4", "--seeds", "1", "--coverage", "0.8"]
+    words = ["--methods", "proker", "--shots", "4", "--seeds", "1", "--coverage", "0.8", "--refit"]
     done = python(root / "benchmarks" / "unknown.py", npz, *words)
     assert done.returncode == 0, done.stderr
     unknown, first, coverage, second = done.stdout.splitlines()
     assert "AUROC / known / hidden refused" in unknown
     assert first.startswith("animals proker 4 at 0.112: centred ")
     assert "; probability " in first
+    assert "; refit centred " in first
     assert "coverage in percent" in coverage
     assert second.startswith("animals proker 4 (16 validation): unseen 0.8 ")
     assert "; as seen 0.8 " in second
+    assert "; refit 0.8 " in second

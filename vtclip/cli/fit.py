@@ -48,6 +48,7 @@ PASSED_ON = (  # to vtclip.fit as they are
     *(
         "val",
         "test",
+        "refit",
         "final",
         "unlabelled",
         "budget",
@@ -101,6 +102,12 @@ def _add_images(parser: Parser) -> None:
         help="source of the validation images (default: up to 4 of each class)",
     )
     parser.add_shared("--test-fraction", group=group)
+    add(
+        "--refit",
+        action=argparse.BooleanOptionalAction,
+        help="train on the validation images too, once they have chosen the settings (default: on "
+        "images of your own)",
+    )
     add(
         "--final",
         action="store_true",
@@ -294,6 +301,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.files import several
     from vtclip.runs.class_counts import class_table
     from vtclip.runs.predictions import confused_line
+    from vtclip.runs.refit import refit_line
     from vtclip.runs.together import together_line
 
     result = fitted.result
@@ -310,6 +318,8 @@ def print_fit(fitted: Any) -> None:
         classes = several(len(new["classes"]), "class", "classes")
         emit(f"new: {classes}, {several(new['adapted']['count'], 'test image')}")
     emit(fitted.table())
+    if "refit" in result:
+        emit(refit_line(result))
     if "together" in result:
         emit(together_line(result["together"]))
     if "final" in result:

@@ -21,12 +21,13 @@ from vtclip.data.listed import list_images
 from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, SetSource, open_listing
 from vtclip.data.sources import source_kind
-from vtclip.data.splits import check_counts
+from vtclip.data.splits import check_counts, dealt
 from vtclip.files import Json, cache_folder, is_below
 from vtclip.heads import HEADS
 from vtclip.names import option
 from vtclip.runs.folder import can_return_finished, check_run_folder, run_folder, source_folders
 from vtclip.runs.opening import NUMBERS, check_no_own, named_as
+from vtclip.runs.refit import no_validation_images
 from vtclip.runs.request import FitRequest
 from vtclip.runs.together import list_of
 from vtclip.train.rows import no_test_images
@@ -145,6 +146,9 @@ def check_images(request: FitRequest, listed: dict[str, ImageFiles]) -> None:
     if request.base_to_new:  # the other half of the classes is not trained on
         counts = counts[: (len(counts) + 1) // 2]
     check_counts(counts, shots, fraction, request.rule, files.class_names)
+    pools = [n - int(n * fraction) for n in counts]
+    if request.refit and 1 not in own and not any(dealt(n, shots, request.rule)[1] for n in pools):
+        raise no_validation_images(str(request.source))
 
 
 def check_names(request: FitRequest, class_names: Sequence[str]) -> None:

@@ -166,18 +166,25 @@ def _metrics(
 
 
 def evaluate_both(
-    decisions: Mapping[str, tuple[Head, Records]], split: Split, device: torch.device
+    decisions: Mapping[str, tuple[Head, Records]],
+    split: Split,
+    device: torch.device,
+    *,
+    first: Mapping[str, Head] | None = None,
 ) -> tuple[dict[str, Json], Judged]:
     """Each head on the test images of its records, at the temperature that validation gives it.
 
     With the metrics come the decisions of the last head, each of whose rows is read once.
+    first: by name the heads that validation images are shown to, where those in `decisions` have
+        trained on these images.
     """
     values: dict[str, Json] = {}
     kept: list[tuple[Tensor, Tensor]] = []
     val = None
     for name, (head, records) in decisions.items():
         if len(split.val):
-            val = decide(head, TrainingRows(records, split.val), split.val, device)
+            judge = (first or {}).get(name, head)
+            val = decide(judge, TrainingRows(records, split.val), split.val, device)
         T = None if val is None else metrics.fit_temperature(val.logits, val.label)
         row = engine.head_metrics(
             head, records, split.test, device=device, temperature=T, keep=kept

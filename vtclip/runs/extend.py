@@ -37,6 +37,7 @@ from vtclip.runs.encoders import save_with_encoders
 from vtclip.runs.folder import claimed
 from vtclip.runs.multi_label import check_single, check_single_run
 from vtclip.runs.new_classes import NewSource, check_new, new_classes
+from vtclip.runs.refit import refit_split
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import NEW, Seen
 from vtclip.runs.sources import RunSources, SourceRows, metrics_over, sources_of
@@ -71,8 +72,10 @@ def extend(
     shots: images per new class for heads that keep images; None takes as many as the run had. Of a
         run of up to N images per class it is at most so many, or "all", and a class with fewer
         brings those; they are counted. Of a run of exactly N it is so many of every class, and
-        None takes the next of 16, 8, 4, 2, 1 that every new class has. Other heads take none. Half
-        of each new class is held out, by the run's own share.
+        None takes the next of 16, 8, 4, 2, 1 that every new class has. Of a run that trained on its
+        validation images at last (`refit` of `vtclip.fit`) a new class keeps up to 4 more, as the
+        run's own do. Other heads take none. Half of each new class is held out, by the run's own
+        share.
     model: another place of the encoder's weights (see vtclip.clip).
 
     The result has `before` (the run's own classes, named among these alone), `old_classes` and
@@ -284,6 +287,11 @@ def _left_out(old: Sequence[SourceRows], twice: Json) -> Json:
     return {**twice, "gone": gone}
 
 
+def _refit(run: Run) -> bool:
+    """Whether the run's head keeps its validation images, too."""
+    return bool(run.result["config"].get("refit"))
+
+
 def _rule(run: Run) -> str:
     """How shots of new classes are drawn: as the run's; exactly where those had no labels."""
     config = run.result["config"]
@@ -311,8 +319,10 @@ def _split(
         class_names=added.class_names,
         rule=rule,
         roles=added.roles,
-        validate=rule == EXACT,
+        validate=rule == EXACT or _refit(run),
     )
+    if _refit(run) and keeps_images(head):  # as images of that role of the run's own classes
+        split = refit_split(split)
     split = replace(split, val=split.val[:0])  # nothing is chosen by them
     counts = torch.bincount(added.label[split.test], minlength=len(added.class_names))
     if int(counts.max() if rule == UP_TO else counts.min()) == 0:
@@ -335,23 +345,25 @@ def _checked(
     shots: None of a method that keeps no images.
     """
     keeps = shots is not None
-    _say_roles(path, added, split, keeps)
+    _say_roles(path, added, split, keeps, _refit(run))
     split, twice = check_duplicates(added, split, False, learns=keeps)
     if _rule(run) == UP_TO:
         warn_of_few(added, split, shots)
     return split, twice
 
 
-def _say_roles(path: Path, added: Records, split: Split, keeps: bool) -> None:
+def _say_roles(path: Path, added: Records, split: Split, keeps: bool, refit: bool) -> None:
     """Say what became of images that the source itself calls training, validation or test ones."""
     if added.roles is None:
         return
     train, val, test = torch.bincount(added.roles.long(), minlength=3).tolist()
-    kept = f"{len(split.train)} kept" if keeps else "not used: the method keeps none"
+    number = int((added.roles[split.train] == 0).sum())
+    kept = f"{number} kept" if keeps else "not used: the method keeps none"
     apart = len(split.test) - test
     parts = [f"{several(train, 'training image')} ({kept}{f', {apart} tested' if apart else ''})"]
     if val:
-        parts.append(f"{several(val, 'validation image')} (not used: nothing is chosen again)")
+        use = "kept, as the run's are" if keeps and refit else "not used: nothing is chosen again"
+        parts.append(f"{several(val, 'validation image')} ({use})")
     if test:
         parts.append(several(test, "test image"))
     logger.warning("%s divides its images itself: %s", path, ", ".join(parts))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vtclip.clip.texts import by_class_name, read_templates
 from vtclip.data.class_names import as_class_names
@@ -35,13 +36,14 @@ from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.opening import open_all
 from vtclip.runs.proven import say_unless_proven
+from vtclip.runs.refit import logged_as, refits
 from vtclip.runs.request import FitRequest
 from vtclip.runs.result import Run
 from vtclip.runs.together import Joint, as_unlabelled, decide_together, open_others
 from vtclip.train.auto import fit_auto, refit_auto
 from vtclip.train.calibration import Decisions, Judged, calibration_of, unseen
 from vtclip.train.checkpoint import Checkpoint
-from vtclip.train.fit_head import choose_by, fit_head, refit_head
+from vtclip.train.fit_head import choose_by, fit_head, refit_head, refit_rows
 from vtclip.train.methods import check_text_encoder, zero_shot_head
 from vtclip.train.pseudo_labels import pseudo_labelled, pseudo_report, unlabelled_split
 from vtclip.train.rows import split_rows
@@ -70,6 +72,7 @@ def fit(
     train_encoders: bool = False,
     base_to_new: bool = False,
     pseudo_labels: bool = False,
+    refit: bool | None = None,
     final: bool = False,
     unlabelled: object = None,
     budget: float | None = None,
@@ -83,7 +86,7 @@ def fit(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Run:
-    """Adapt a frozen CLIP to `source` with up to `shots` images per class, and evaluate it once.
+    """Adapt a frozen CLIP to `source`, and evaluate it and zero-shot once on the same test images.
 
     source: a folder of `class_name/*.jpg`, a list of files (.csv, .jsonl, .parquet, ...), a saved
         or an open data set (vtclip.data.image_datasets), a FeatureSet folder, an .npz table of
@@ -112,8 +115,10 @@ def fit(
     base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
-    final: after the evaluation fit once more, with the settings that it chose, on all images, the
-        test's too, and save that. The metrics stay those of the fit before.
+    refit: once validation images have chosen, fit again, on them and the training images, and test
+        and save that; None decides by the source (vtclip.runs.refit, which says what else changes).
+    final: after the evaluation fit once more, with the chosen settings, on all images, the test's
+        too, and save that; the metrics stay those of the fit before.
     budget: method auto fits what these seconds of one processor are expected to do (train.cost).
     unlabelled: decide test images together, too: "test", or others that join (runs.together).
     strict: refuse images that are in training and test at once, which are otherwise counted.
@@ -122,8 +127,6 @@ def fit(
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
         folder, which must not lie in a source. It ends up with adapter.safetensors,
         adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
-
-    The zero-shot decision is evaluated on the same test images in the same run.
     """
     options = dict(locals())  # the arguments, before there is anything else
     return fit_request(_request(**options), options["records"])
@@ -195,12 +198,18 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
                 listed.get("unlabelled"),
             )  # fmt: skip
         settings = request.settings(rows.recipe_shots)
-        config = request.as_config(rows.recipe_shots, settings)
-        head, candidates, judged_val = train(request, rows, settings, folder, watch)
+        again = refits(request, rows.records, rows.split)
+        config = request.as_config(rows.recipe_shots, settings, refit=again)
+        first, candidates, judged_val = train(request, rows, settings, folder, watch)
         if rows.records.targets is not None:
-            return fit_several(request, rows, head, config, folder, watch)
-        values, judged = evaluate_all(request, rows, head, watch)
-        values |= candidates
+            return fit_several(request, rows, first, config, folder, watch)
+        head, values = first, candidates
+        if again:
+            index = refit_rows(rows.split)
+            head = fit_again(request, rows, first, settings, folder, watch, "refit", index)
+            values = {**values, "refit": {"images": len(index)}}
+        found, judged = evaluate_all(request, rows, head, first, watch)
+        values |= found
         joint: Joint | None = None
         if request.unlabelled is not None:
             with watch.stage("together"):
@@ -212,8 +221,9 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         if request.pseudo_labels:
             values |= pseudo_report(rows.training, rows.records, rows.split)
         if request.final:
-            head = fit_on_all(request, rows, head, settings, folder, watch)
-            values["final"] = {"images": len(rows.records)}
+            index = torch.arange(len(rows.records))
+            head = fit_again(request, rows, first, settings, folder, watch, "final", index)
+            values["final"] = {"images": len(index)}
         names, temperature = rows.records.class_names, values["adapted"]["temperature"]
         features = features_of(rows.records, request.model)
         calibration = None  # the scores of the evaluated head are not those of one fitted on all
@@ -318,35 +328,42 @@ def train(
         return head, {}, judged
 
 
-def fit_on_all(
+def fit_again(
     request: FitRequest,
     rows: RunRows,
     head: Head,
     settings: FitConfig,
     folder: Path,
     watch: Stopwatch,
+    stage: str,
+    index: Tensor,
 ) -> Head:
-    """A head with the hyper-parameters of `head`, fitted to every image, the test's too."""
+    """A head with the hyper-parameters of `head`, fitted to the rows `index` in the stage `stage`.
+
+    It has no checkpoint: a run that is killed here and resumed trains `head` no more, and this
+    anew.
+    """
     run = run_files.training_run(request, None, log_to=folder / run_files.LOG)
-    every = torch.arange(len(rows.records))
-    with watch.stage("final"):
+    run = logged_as(run, stage)
+    with watch.stage(stage):
         if isinstance(head, Auto):
-            return refit_auto(head, rows.records, every, rows.recipe_shots, run)
-        return refit_head(head, rows.records, every, settings, run)
+            return refit_auto(head, rows.records, index, rows.recipe_shots, run)
+        return refit_head(head, rows.records, index, settings, run)
 
 
 def evaluate_all(
-    request: FitRequest, rows: RunRows, head: Head, watch: Stopwatch
+    request: FitRequest, rows: RunRows, head: Head, first: Head, watch: Stopwatch
 ) -> tuple[Json, Judged]:
     """Metrics of zero-shot and of the head; of a base-to-new run for both halves of the classes.
 
-    With them the head's decisions on the images of its own classes.
+    With them the decisions on the images of its own classes: of validation images those of `first`,
+    which has not trained on them.
     """
     device = request.device
     heads = {"zero_shot": zero_shot_head(rows.records, device), "adapted": head}
     with watch.stage("evaluate"):
         decisions = {name: (decision, rows.records) for name, decision in heads.items()}
-        values, judged = evaluate_both(decisions, rows.split, device)
+        values, judged = evaluate_both(decisions, rows.split, device, first={"adapted": first})
         if rows.new is None or rows.new_split is None:
             return values, judged
         new = new_class_metrics(values, heads, rows.new, rows.new_split, device)

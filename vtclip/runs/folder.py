@@ -24,6 +24,7 @@ from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.class_counts import images_per_class
 from vtclip.runs.encoders import ENCODERS
 from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
+from vtclip.runs.refit import refit_split
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
 from vtclip.runs.seen import Seen
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
-LATER = {"draw": "exact", "follow_links": False, "final": False, "budget": None}
+LATER = {"draw": "exact", "follow_links": False, "final": False, "refit": False, "budget": None}
 LATER |= {"unlabelled": None}
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
 RUN_FILES |= {TOGETHER}
@@ -69,9 +70,13 @@ class RunRows:
     left_out: Json = field(default_factory=dict)
     new_split: Split | None = None
 
-    def seen(self, method: str) -> Seen:
-        """Every image of the run's source with its role."""
-        seen = Seen.of(self.records, self.split, learns=HEADS[method].learns)
+    def seen(self, method: str, *, refit: bool = False) -> Seen:
+        """Every image of the run's source with its role.
+
+        refit: whether the validation images trained at last.
+        """
+        split = refit_split(self.split) if refit else self.split
+        seen = Seen.of(self.records, split, learns=HEADS[method].learns)
         if self.new is None or self.new_split is None:
             return seen
         return seen + Seen.of(self.new, self.new_split, learns=False)
@@ -142,7 +147,9 @@ def finished_run(folder: Path, request: FitRequest) -> Run:
         )
     else:
         settings = request.settings(shots)
-    config = request.as_config(shots, settings)
+    config = request.as_config(shots, settings, refit=bool(request.refit))
+    if request.refit is None:  # then the run has decided
+        config.pop("refit", None)
     requested = {"method": request.method, "shots": request.known_shots, "seed": request.seed}
     for name, value in json.loads(to_json({**requested, **config})).items():
         if name == "shots" and not HEADS[recorded["method"]].learns:
@@ -195,6 +202,8 @@ def write_run(
 ) -> Run:
     """Write what a finished fit says of its images, and its result; the checkpoint goes.
 
+    values: metrics, and what else the result says; with "refit" validation images have trained.
+
     digests: of what the run wrote; those of its source and split are added. judged: the adapted
     head's decisions on the validation and test images; None of several labels per image, of which
     no table of predictions is written.
@@ -205,7 +214,7 @@ def write_run(
         parts = named_parts(records.names, split, judged)
         others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
     learns = HEADS[request.method].learns
-    seen = rows.seen(request.method)
+    seen = rows.seen(request.method, refit="refit" in values)
     if request.final:  # fitted once more on all of them
         seen = seen.with_role("train")
     contents = result.make_result(

@@ -6,8 +6,10 @@ predictions.csv has one line per validation and test image, in UTF-8:
     file,label,predicted,role,label1,prob1,...,label5,prob5
 
 file is the image's name in its source, role "val" or "test", label1 the most probable class. The
-probabilities are those of `vtclip predict`, at the run's temperature. The model did not train on
-either kind of image, but it may have chosen its hyper-parameters by those of role "val".
+probabilities are those of `vtclip predict`, at the run's temperature. The model that a line is of
+did not train on its image, but may have chosen its hyper-parameters by those of role "val". Of a
+run that was fitted once more on training and validation images ("refit" of result.json) lines of
+role "val" are of the model before that, lines of role "test" of the one that the run saved.
 
 A name is written so that a spreadsheet does not take it for a formula and a line stays a line:
 what cannot be printed and the backslash are Python escapes (`\\n`, `\\x1b`, `\\udcff` for the byte
@@ -47,7 +49,10 @@ ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 class Part(NamedTuple):
-    """Images of one role: their names, and what the head says of them in the same order."""
+    """Images of one role: their names, and what the head says of them in the same order.
+
+    Of validation images it is the head of the first fit, see the module.
+    """
 
     role: str
     names: list[str]

@@ -33,7 +33,7 @@ from vtclip.runs.opening import check_others
 from vtclip.runs.together import as_recorded, as_unlabelled, check_unlabelled
 from vtclip.train.auto import RULE, check_budget
 from vtclip.train.finetune_config import FinetuneConfig, get_config
-from vtclip.train.methods import recipe_config
+from vtclip.train.methods import fits_images, recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
 
 TRAINS_ENCODERS = "rada"
@@ -68,6 +68,7 @@ class FitRequest:
     train_encoders: bool = False
     base_to_new: bool = False
     pseudo_labels: bool = False
+    refit: bool | None = None
     final: bool = False
     unlabelled: AnySource | str | None = None
     budget: float | None = None
@@ -133,19 +134,21 @@ class FitRequest:
             raise ValueError(f"{name} must be named with {option('exact_shots')}, got none")
 
     def _check_combinations(self) -> None:
-        """Refuse sources of other images, and the last fit, where they have no meaning."""
-        given = {"val": self.val, "test": self.test, "final": self.final}
+        """Refuse sources of other images, and the last fits, where they have no meaning."""
+        last = {"refit": self.refit, "final": self.final}
+        given = {"val": self.val, "test": self.test, **last}
         for other in ("base_to_new", "train_encoders", "pseudo_labels"):
             # images without labels may well be tested on others that have some
-            names = ("val", "final") if other == "pseudo_labels" else tuple(given)
+            names = ("val", *last) if other == "pseudo_labels" else tuple(given)
             for name in names:
                 if given[name] and getattr(self, other):
                     raise ValueError(f"{option(name)} cannot be combined with {option(other)}")
-        if self.final and not HEADS[self.method].learns:
-            raise ValueError(
-                f"method {self.method} learns nothing from images: {option('final')} changes "
-                "nothing"
-            )
+        for name, asked in last.items():
+            if asked and not fits_images(self.method):
+                raise ValueError(
+                    f"method {self.method} learns nothing from images: {option(name)} changes "
+                    "nothing"
+                )
 
     def _check_encoders(self, source: AnySource) -> None:
         """Refuse options of frozen features, which mean nothing where the encoders change."""
@@ -224,10 +227,14 @@ class FitRequest:
         shots = self.known_shots
         return Draw(0 if isinstance(shots, str) else shots, self.seed, pool=self.pseudo_labels)
 
-    def as_config(self, recipe_shots: int, settings: FitConfig | FinetuneConfig) -> Json:
+    def as_config(
+        self, recipe_shots: int, settings: FitConfig | FinetuneConfig, *, refit: bool = False
+    ) -> Json:
         """The record of the request, with the settings that it came to.
 
         recipe_shots: images per class that the method's recipe was taken for.
+        refit: whether the head is fitted once more on the validation images, see
+            `vtclip.runs.refit`.
         """
         source = self.source
         record = {
@@ -239,6 +246,7 @@ class FitRequest:
             **{name: getattr(self, name) for name in RECORDED},
             "val": None if self.val is None else str(self.val.resolve()),
             "test": None if self.test is None else str(self.test.resolve()),
+            "refit": refit,
             "unlabelled": as_recorded(self.unlabelled),
             "model": lasting_model(self.model),
             "templates": read_templates(self.templates),
@@ -247,7 +255,7 @@ class FitRequest:
         }
         absent = ["train_encoders"]
         if self.train_encoders:
-            absent = ["data", "recipe_shots", "base_to_new", "pseudo_labels"]
+            absent = ["data", "recipe_shots", "base_to_new", "pseudo_labels", "refit"]
         return {name: value for name, value in record.items() if name not in absent}
 
     def identity(self, records: Records, split: Split, config: Json) -> Json:
@@ -280,6 +288,7 @@ class FitRequest:
                 recorded[name] = as_source(recorded[name], None)
         recorded["unlabelled"] = as_unlabelled(recorded.get("unlabelled"))
         return cls(
+            refit=bool(config.get("refit")),  # what a run did, not what the default is today
             source=as_source(config["source"], config.get("data")),
             method=method,
             shots=shots,

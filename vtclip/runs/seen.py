@@ -7,7 +7,8 @@ of its pixels, which a copy in another format without loss shares, and its perce
 is near that of a copy with loss.
 
     train    the adapter was fitted on it
-    val      it chose something: a hyper-parameter, a step of training, the temperature
+    val      it chose something: a hyper-parameter, a step of training, the temperature; of a run
+             that was fitted once more on these images ("refit" of result.json) they are "train"
     test     the run's numbers count it
     unused   none of these: it lay in the pool from which the others were drawn
 """

@@ -25,7 +25,7 @@ from vtclip.heads.auto import Auto
 from vtclip.names import option
 from vtclip.train import cost, engine, metrics
 from vtclip.train.calibration import Decisions
-from vtclip.train.fit_head import choose_by, chosen_without, fifths, fit_head, refit_head
+from vtclip.train.fit_head import chosen_without, fifths, fit_head, refit_head
 from vtclip.train.pool import PoolWeights, log_probabilities, pool_weights
 from vtclip.train.rows import TrainingRows
 from vtclip.train.steps import TrainingRun
@@ -95,14 +95,14 @@ def judged_candidate(
         return fit_head(name, records, rows, HEADS[name].recipe(shots), named, choose=False)
 
     head = fitted(split)
-    judged = []
-    for rows in folds(records, split) if len(split.val) == 0 else [split]:
-        other = head if rows is split else fitted(rows)
-        judged.append(unseen_logits(other, records, rows.val, run.device))
-    choose_by(head, records, split.val, run.device)
     logits, label = torch.empty(0, len(records.class_names)), torch.empty(0, dtype=torch.long)
-    if judged:
-        logits, label = (torch.cat(column) for column in zip(*judged, strict=True))
+    if len(split.val):
+        head, logits, label = chosen_and_unseen(head, records, split.val, run.device)
+    else:
+        judged = [chosen_and_unseen(fitted(rows), records, rows.val, run.device)[1:]
+                  for rows in folds(records, split)]  # fmt: skip
+        if judged:
+            logits, label = (torch.cat(column) for column in zip(*judged, strict=True))
     return Judged(head, logits, label, time.perf_counter() - started)
 
 
@@ -221,21 +221,21 @@ def folds(records: Records, split: Split) -> list[Split]:
     ]
 
 
-def unseen_logits(
+def chosen_and_unseen(
     head: Head, records: Records, val: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Logits and labels of the rows `val`, none of which its own hyper-parameters saw.
+) -> tuple[Head, Tensor, Tensor]:
+    """The head chosen by the rows `val`; logits and labels of them unseen by hyper-parameters.
 
-    A head that chooses by validation images does so for each fifth of them by the
-    others: judged by the rows that it chose by, it would look better than it is. `head` has not
-    chosen yet, and does not here.
+    A head that chooses by validation images does so for each fifth of them by the others: judged by
+    the rows that it chose by, it would look better than it is. One search serves these choices and
+    that by all rows. `head` has not chosen yet, and does not here.
     """
     rows = TrainingRows(records, val)
     logits, label = engine.all_logits(head, rows, val, device=device)
-    if not head.chooses or len(val) < 2:
-        return logits, label
-    parts = fifths(len(val))
-    copies = chosen_without(head, records, val, parts, device)
+    if not head.chooses or not len(val):
+        return head, logits, label
+    parts = fifths(len(val)) if len(val) > 1 else []
+    *copies, chosen = chosen_without(head, records, val, [*parts, val[:0]], device)
     for copied, part in zip(copies, parts, strict=True):
         logits[part] = engine.all_logits(copied, rows, val[part], device=device)[0]
-    return logits, label
+    return chosen.eval(), logits, label

@@ -5,6 +5,10 @@ The kept scores are those of a head that chose nothing by the row itself. A head
 hyper-parameters from validation images (ProKeR, Tip-Adapter, ...) chooses them for each fifth of
 these images by the other four, and scores that fifth. One number is still common to all, the
 temperature; benchmarks/unknown.py measures what is left.
+
+A head that is then fitted once more, on training and validation rows, is judged by the scores of
+the head before. benchmarks/unknown.py --refit measures what that does to the promised rates, see
+docs/unknown.md.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ class Decisions(NamedTuple):
 class Judged(NamedTuple):
     """What a fitted head says of the validation and of the test rows of its split.
 
+    val: of the head before a last fit on the validation rows, where there is one.
     Of test rows the logits stand for the evidence too, which nothing asks for.
     """
 
@@ -118,6 +123,8 @@ def calibration_of(
     val: Decisions | None, temperature: float | None, label: Tensor, test: Tensor
 ) -> Calibration | None:
     """What is kept of the validation images, which are `unseen`; None where there are none.
+
+    val: of the first fit; a head that trained on these images says nothing of new ones.
 
     label [N]: the classes of all images of the source. Those that are not in the rows `test` say
     how frequent each class is; nothing of a test image is kept, not even its label.

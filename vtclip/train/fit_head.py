@@ -12,6 +12,7 @@ from torch import Tensor
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
 from vtclip.heads import Head
+from vtclip.heads._support import SupportHead
 from vtclip.heads.config import FitConfig
 from vtclip.train import engine, metrics
 from vtclip.train.methods import VOTES, balanced_votes, build_head, text_encoder
@@ -58,7 +59,7 @@ def refit_head(
     """
     torch.manual_seed(run.seed)
     if VOTES in head.options():  # alpha and the temperature were chosen for votes of this size
-        config = replace(config, head={**config.head, VOTES: head.options()[VOTES]})
+        config = replace(config, head={**config.head, VOTES: votes_of(head)})
     fresh = build_head(head.method, records, config, run.device)
     if fresh.needs_text_encoder:
         fresh.set_text_encoder(text_encoder(records, run.device), records.class_names)
@@ -71,6 +72,22 @@ def refit_head(
         engine.train_head(fresh, rows, index, index[:0], config, run)
         _take_chosen(fresh, head)
     return fresh.eval()
+
+
+def votes_of(head: Head) -> float | None:
+    """As how many images each class counts in a fitted head; see `heads._support`.
+
+    Where every image counts once it is the mean number of them.
+    """
+    votes: float | None = head.options()[VOTES]
+    if votes is None and isinstance(head, SupportHead) and head.num_support:
+        return head.num_support / len(set(head.label.tolist()))
+    return votes
+
+
+def refit_rows(split: Split) -> Tensor:
+    """The training and validation rows of a split [n], ascending."""
+    return torch.cat([split.train, split.val]).sort().values
 
 
 def _take_chosen(fresh: Head, head: Head) -> None:
@@ -99,7 +116,7 @@ def chosen_without(
 ) -> Iterator[Head]:
     """For each of `parts` of the rows `val`, a copy of the head that chose by the others.
 
-    parts: numbers of rows among `val`, each row in one part.
+    parts: numbers of rows among `val`; of an empty part the copy chose by all rows.
     """
     support = support_of(TrainingRows(records, val), val, device, spatial=head.needs_spatial)
     every = torch.arange(len(val))

@@ -89,6 +89,13 @@ def balanced_votes(method: str, config: FitConfig, label: Tensor) -> FitConfig:
     return dataclasses.replace(config, head={**config.head, VOTES: len(label) / classes})
 
 
+def fits_images(method: str) -> bool:
+    """Whether a head of the method depends on training images, not on validation alone."""
+    kind = HEADS[method]
+    fitted = method == "auto" or kind.takes_support or kind.recipe(1).epochs > 0
+    return kind.learns and fitted
+
+
 def zero_shot_head(records: Records, device: torch.device) -> Head:
     return build_head("zeroshot", records, FitConfig(epochs=0), device)
 
