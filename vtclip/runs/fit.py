@@ -93,9 +93,8 @@ def fit(
         features, or, with `data`, the name of a data set.
     data: the folder of the field's data sets (vtclip.data.sets): the official lists split them, and
         shots are drawn as published. Nothing is written below it.
-    records: the rows of `source`, where they are open already (`vtclip.open_source` with the same
-        options; of a data set with the same shots and seed). `source` is then only their name, and
-        where `evaluate` looks for them.
+    records: the rows of `source`, if open already (`vtclip.open_source` with the same options; of a
+        data set shots and seed, too). `source` then names them, and is where `evaluate` looks.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
     templates: prompts with {} for the class name, or sentences per class; a name, a file, or their
