@@ -50,6 +50,7 @@ PASSED_ON = (  # to vtclip.fit as they are
         "test",
         "refit",
         "final",
+        "unlabelled",
         "budget",
         "strict",
         "class_names",
@@ -111,6 +112,12 @@ def _add_images(parser: Parser) -> None:
         "--final",
         action="store_true",
         help="after the evaluation, fit once more on all images, the test's too, and save that",
+    )
+    add(
+        "--unlabelled",
+        metavar="FOLDER|test",
+        help="decide the test images together too, with the images of FOLDER (no label is read) or "
+        "alone (test): numbers of their own",
     )
     add(
         "--strict",
@@ -248,6 +255,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("val", "test"):
         if getattr(args, name) is not None:
             existing(f"--{name}", getattr(args, name))
+    if args.unlabelled not in (None, "test"):
+        existing("--unlabelled", args.unlabelled)
     overrides = overrides_of(args)
     import vtclip
 
@@ -308,6 +317,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.runs.class_counts import class_table
     from vtclip.runs.predictions import confused_line
     from vtclip.runs.refit import refit_line
+    from vtclip.runs.together import together_line
 
     result = fitted.result
     counts = result["images"]
@@ -325,6 +335,8 @@ def print_fit(fitted: Any) -> None:
     emit(fitted.table())
     if "refit" in result:
         emit(refit_line(result))
+    if "together" in result:
+        emit(together_line(result["together"]))
     if "final" in result:
         emit(
             "the numbers are of the fit before --final; the saved adapter has seen the test images "

@@ -29,6 +29,7 @@ from vtclip.runs.folder import can_return_finished, check_run_folder, run_folder
 from vtclip.runs.opening import NUMBERS, check_no_own, named_as
 from vtclip.runs.refit import no_validation_images
 from vtclip.runs.request import FitRequest
+from vtclip.runs.together import list_of
 from vtclip.train.lora import check_peft
 from vtclip.train.rows import no_test_images
 
@@ -58,6 +59,7 @@ def check_before_work(request: FitRequest, records: Records | None = None) -> di
             files = None if source is None else files_of(source, request)
         if files is not None:
             listed[role] = files
+    unlabelled = list_of(request.unlabelled, request.follow_links)
     class_names = class_names_of(request, listed)
     for role in NUMBERS:
         if role in listed and "source" in listed:
@@ -70,6 +72,8 @@ def check_before_work(request: FitRequest, records: Records | None = None) -> di
         check_sentences(request, class_names)
     if class_names:
         check_names(request, class_names)
+    if unlabelled is not None:
+        listed["unlabelled"] = unlabelled
     return listed
 
 

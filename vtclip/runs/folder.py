@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtclip.data.image_files import InMemory
-from vtclip.data.sets import SetSource, source_name
+from vtclip.data.sets import AnySource, SetSource, source_name
 from vtclip.data.splits import UP_TO
 from vtclip.files import Json, only_writer, to_json
 from vtclip.names import option
@@ -27,6 +27,8 @@ from vtclip.runs.refit import refit_split
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
 from vtclip.runs.seen import Seen
+from vtclip.runs.together import FILE as TOGETHER
+from vtclip.runs.together import place_of
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.steps import TrainingRun
 
@@ -43,9 +45,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
 LATER = {"draw": "exact", "follow_links": False, "final": False, "refit": False, "budget": None}
-LATER |= {"lora": False}
+LATER |= {"lora": False, "unlabelled": None}
 RUN_FILES = {TENSORS, CONFIG, ENCODERS, LORA, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
-RUN_FILES |= {IMAGES}
+RUN_FILES |= {IMAGES, TOGETHER}
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
 
 def source_folders(request: FitRequest) -> dict[str, Path]:
     """The folders that the request reads, each by what to call it."""
-    sources = {"source": request.source}
+    sources: dict[str, AnySource | None] = {"source": request.source}
     sources |= {f"source of {option(role)}": getattr(request, role) for role in ("val", "test")}
+    sources[f"source of {option('unlabelled')}"] = place_of(request.unlabelled)
     places = {
         what: source.root if isinstance(source, SetSource) else source
         for what, source in sources.items()

@@ -30,6 +30,7 @@ from vtclip.machine import check_threads
 from vtclip.names import SHOTS, option, pick
 from vtclip.runs.base_to_new import check_any_classes
 from vtclip.runs.opening import check_others
+from vtclip.runs.together import as_recorded, as_unlabelled, check_unlabelled
 from vtclip.train.auto import RULE, check_budget
 from vtclip.train.finetune_config import FinetuneConfig, LoraConfig, get_config, get_lora_config
 from vtclip.train.methods import fits_images, recipe_config
@@ -40,7 +41,7 @@ TRAINS_ENCODERS, LORA_METHOD = "rada", "zeroshot"
 RECORDED = (
     *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
     *("train_encoders", "base_to_new", "pseudo_labels", "class_names", "follow_links"),
-    *("val", "test", "final", "budget", "lora"),
+    *("val", "test", "final", "budget", "lora", "unlabelled"),
 )
 
 
@@ -70,6 +71,7 @@ class FitRequest:
     pseudo_labels: bool = False
     refit: bool | None = None
     final: bool = False
+    unlabelled: AnySource | str | None = None
     budget: float | None = None
     strict: bool = False
     overrides: Mapping[str, object] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class FitRequest:
                 test_fraction=None if self.test_fraction == 0.5 else self.test_fraction,
             )
         self._check_combinations()
+        check_unlabelled(self)
         check_others(self.source, self.val, self.test)
         if self.lora and not self.train_encoders:
             raise ValueError(f"{option('lora')} trains encoders: train_encoders must be True")
@@ -257,6 +260,7 @@ class FitRequest:
             "val": None if self.val is None else str(self.val.resolve()),
             "test": None if self.test is None else str(self.test.resolve()),
             "refit": refit,
+            "unlabelled": as_recorded(self.unlabelled),
             "model": lasting_model(self.model),
             "templates": read_templates(self.templates),
             "fit": dataclasses.asdict(settings),
@@ -296,6 +300,7 @@ class FitRequest:
         for name in ("val", "test"):
             if recorded.get(name) is not None:
                 recorded[name] = as_source(recorded[name], None)
+        recorded["unlabelled"] = as_unlabelled(recorded.get("unlabelled"))
         return cls(
             refit=bool(config.get("refit")),  # what a run did, not what the default is today
             source=as_source(config["source"], config.get("data")),

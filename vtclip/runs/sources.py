@@ -430,7 +430,9 @@ def check_listable(run: Run, role: str, way: str) -> None:
     """Refuse a source of a run, "source", "val" or "test", that was in memory; `way` is advice."""
     place = str(run.result["config"].get(role))
     if place.startswith(IN_MEMORY):
-        images = {"source": "on", "val": "with validation", "test": "with test"}[role]
+        images = {"source": "on", "val": "with validation", "test": "with test"}.get(
+            role, f"with {role}"
+        )
         raise ValueError(
             f"{run.folder} was fitted {images} images {place}, which cannot be listed again; {way}"
         )

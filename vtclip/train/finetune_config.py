@@ -133,8 +133,8 @@ def get_lora_config(
     arXiv 2405.18541.
 
     "demo", for the bundled model, takes 10 * shots steps at 3e-3, rank 8 and no dropout: it is a
-    small tower far from the new domain. Chosen on other scenes than those the demo draws (seed
-    1001).
+    small tower far from the new domain. The rate was chosen on other scenes than those the demo
+    draws (seed 1001), the rest set by hand.
 
     Command: vtclip fit SOURCE --lora --model ViT-B-16:openai
     """
