@@ -18,7 +18,7 @@ from typing import Literal, get_args
 METHODS = (
     *("zeroshot", "calip", "autoclip", "linear-probe", "clip-adapter", "coop", "tip-adapter"),
     *("tip-adapter-f", "tip-x", "proker", "takl", "proto-clip"),
-    *("cross-modal", "gda", "lp++", "taskres", "zs-lp", "clap", "ape", "ape-t"),
+    *("cross-modal", "gda", "lp++", "taskres", "zs-lp", "clap", "ape", "ape-t", "prolip"),
     *("mm-adapter", "vtclip", "rada", "auto"),
 )
 TUNED_METHODS = ("vtclip", "rada")  # those whose kernels `vtclip tune` times

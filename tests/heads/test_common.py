@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clap": {"text_length": 2.0},
     "ape": {"gamma": 0.5, "share": 0.5, "variance_weight": 0.6},
     "ape-t": {"alpha": 3.0, "beta": 4.0, "share": 0.5, "variance_weight": 0.6},
+    "prolip": {"lam": 0.3},
     "coop": {"num_context": 3, "class_position": "middle", "context_width": 6},
     "clip-adapter": {"ratio": 0.4, "reduction": 8},
     "linear-probe": {"l2": 0.3},
@@ -342,7 +343,7 @@ def test_the_flags_are_those_of_the_methods():
         return {name for name in HEADS if getattr(HEADS[name], flag)}
 
     keeping = {"tip-adapter", "tip-adapter-f", "proker", "takl", "tip-x", "proto-clip"}
-    keeping |= {"cross-modal", "gda", "lp++", "ape", "ape-t"}
+    keeping |= {"cross-modal", "gda", "lp++", "ape", "ape-t", "prolip"}
     assert those("keeps_images") == keeping
     assert those("takes_support") == keeping | {"linear-probe", "clap"}
     assert those("chooses") == keeping | {"linear-probe", "calip"}

@@ -48,6 +48,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         for name in ("alpha", "beta", "lam", "logit_scale")
         for size in NO_SIZES
     ),
+    *(("prolip", {"lam": lam}, "lam must be finite and above 0, got ") for lam in NO_SIZES),
     *(("cross-modal", {"l2": l2}, "l2 must be finite and above 0, got ") for l2 in NO_SIZES),
     ("gda", {"alpha": -1.0}, "alpha must be finite and at least 0, got -1"),
     ("lp++", {"num_steps": 0}, "num_steps must be at least 1, got 0"),

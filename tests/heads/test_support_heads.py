@@ -22,11 +22,14 @@ from vtclip.runs.adapter import load_adapter
 
 METHODS = (
     *("tip-adapter", "tip-adapter-f", "proker", "takl", "tip-x", "proto-clip", "cross-modal"),
-    *("gda", "lp++", "ape", "ape-t"),
+    *("gda", "lp++", "ape", "ape-t", "prolip"),
 )
 EXACT = tuple(name for name in METHODS if name not in ("tip-adapter-f", "ape-t"))
 K, C, B = 5, 16, 6
-ITERATED = {"cross-modal": 1e-5}  # how far from each other solves end that stop at a tolerance
+ITERATED = {
+    "cross-modal": 1e-5,
+    "prolip": 1e-5,
+}  # how far from each other solves end that stop at a tolerance
 AWAY: dict[str, dict[str, float]] = {  # from what a search finds
     "gda": {"alpha": 4.0},
     "lp++": {"num_steps": 7.0},

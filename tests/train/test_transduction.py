@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.train import transduction
-from vtclip.train.transduction import blended, likeliest_share, nearest, transduce
+from vtclip.train.transduction import blended, likeliest_share, transduce
 
 
 def inputs(N: int, K: int, C: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -66,15 +66,6 @@ def test_it_is_what_the_equations_say(N, K, C):
     log_p, image = inputs(N, K, C)
     wanted = torch.tensor(written_out(log_p, image, 3), dtype=torch.float64)
     torch.testing.assert_close(transduce(log_p, image).exp(), wanted, rtol=1e-8, atol=1e-10)
-
-
-def test_chunks_of_neighbours_are_all_neighbours(monkeypatch):
-    _, image = inputs(50, 3, 6)
-    whole = nearest(image)
-    monkeypatch.setattr(transduction, "CHUNK", 7)
-    parts = nearest(image)
-    assert torch.equal(whole.index, parts.index)
-    torch.testing.assert_close(whole.weight, parts.weight)
 
 
 def test_the_order_of_images_and_classes_does_not_matter():
@@ -161,8 +152,9 @@ def test_labels_choose_the_blend_and_nothing_else():
     val, label = torch.arange(0, 40, 4), torch.arange(10) % 3
     found, other = blended(log_p, image, val, label), blended(log_p, image, val, (label + 1) % 3)
     assert found.share != other.share
+    g = transduction.reliance(40, 3)
     parts = [
-        (blend.log_p.exp() - (1 - blend.share) * log_p.exp()) / blend.share
+        (blend.log_p.exp() - (1 - g * blend.share) * log_p.exp()) / (g * blend.share)
         for blend in (found, other)
     ]
     wanted = transduce(log_p, image)
@@ -170,4 +162,15 @@ def test_labels_choose_the_blend_and_nothing_else():
         torch.testing.assert_close(part, (wanted / blend.temperature).softmax(dim=1))
     none = blended(log_p, image, val[:0], label[:0])
     assert none[1:] == (0.5, 1.0)
-    torch.testing.assert_close(none.log_p.exp(), (log_p.exp() + wanted.exp()) / 2)
+    torch.testing.assert_close(none.log_p.exp(), (1 - g / 2) * log_p.exp() + g / 2 * wanted.exp())
+
+
+def test_few_images_per_class_count_little():
+    shares = [transduction.reliance(images, 10) for images in (1, 20, 120, 1000)]
+    assert shares == sorted(shares)
+    assert shares[0] < 1e-4
+    assert shares[2] == 0.5
+    assert shares[3] > 0.98
+    log_p, image = inputs(1, 3, 6)
+    assert torch.equal(blended(log_p, image, image.new_zeros(0).long(), image.new_zeros(0)).log_p,
+                       log_p.log_softmax(dim=1))  # fmt: skip

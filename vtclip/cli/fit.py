@@ -50,6 +50,7 @@ PASSED_ON = (  # to vtclip.fit as they are
         "test",
         "refit",
         "final",
+        "unlabelled",
         "budget",
         "strict",
         "class_names",
@@ -57,8 +58,8 @@ PASSED_ON = (  # to vtclip.fit as they are
         "base_to_new",
         "pseudo_labels",
     ),
-    *("augment_passes", "encoder_batch_size", "train_encoders", "out", "overwrite", "resume"),
-    *("device", "threads", "cache_dir"),
+    *("augment_passes", "encoder_batch_size", "train_encoders", "lora", "out", "overwrite"),
+    *("resume", "device", "threads", "cache_dir"),
 )
 HEAD_OPTIONS = ("temperature", "penalty", "queries", "adapters")
 
@@ -111,6 +112,12 @@ def _add_images(parser: Parser) -> None:
         "--final",
         action="store_true",
         help="after the evaluation, fit once more on all images, the test's too, and save that",
+    )
+    add(
+        "--unlabelled",
+        metavar="FOLDER|test",
+        help="decide the test images together too, with the images of FOLDER (no label is read) or "
+        "alone (test): numbers of their own",
     )
     add(
         "--strict",
@@ -167,6 +174,17 @@ def _add_training(parser: Parser) -> None:
     add("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
     add("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="exponent of gce")
     add("--train-encoders", action="store_true", help="train both CLIP towers too (method rada)")
+    add(
+        "--lora",
+        action="store_true",
+        help="train low-rank adapters in both towers alone (CLIP-LoRA; needs vtclip[lora])",
+    )
+    add(
+        "--lora-rank",
+        type=number(int, 1, 10_000),
+        metavar="R",
+        help="their rank (default: 2)",
+    )
     add(
         "--precision",
         type=one_of(*PRECISIONS),
@@ -237,6 +255,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("val", "test"):
         if getattr(args, name) is not None:
             existing(f"--{name}", getattr(args, name))
+    if args.unlabelled not in (None, "test"):
+        existing("--unlabelled", args.unlabelled)
     overrides = overrides_of(args)
     import vtclip
 
@@ -278,7 +298,11 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"method {args.method} has no option --context-init")
     if args.gce_q is not None and args.loss != "gce":
         raise ValueError("--gce-q is for --loss gce, which is not given")
-    if args.train_encoders:
+    if args.lora_rank is not None and not args.lora:
+        raise ValueError("--lora-rank is for --lora, which is not given")
+    if args.lora:
+        overrides["lora_rank"] = args.lora_rank
+    if args.train_encoders or args.lora:
         overrides["precision"] = args.precision
         overrides["grad_checkpointing"] = args.grad_checkpointing or None
     elif args.precision is not None or args.grad_checkpointing:
@@ -293,6 +317,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.runs.class_counts import class_table
     from vtclip.runs.predictions import confused_line
     from vtclip.runs.refit import refit_line
+    from vtclip.runs.together import together_line
 
     result = fitted.result
     counts = result["images"]
@@ -310,6 +335,8 @@ def print_fit(fitted: Any) -> None:
     emit(fitted.table())
     if "refit" in result:
         emit(refit_line(result))
+    if "together" in result:
+        emit(together_line(result["together"]))
     if "final" in result:
         emit(
             "the numbers are of the fit before --final; the saved adapter has seen the test images "

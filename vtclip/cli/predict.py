@@ -3,7 +3,8 @@
 
 Lines and CSV rows are written as the images are done. An unreadable image is named on stderr, the
 others are predicted, and the exit status is 1. With --unknown and --coverage each image says more:
-"unknown" and its p-value, and the set of classes; without them nothing changes.
+"unknown" and its p-value, and the set of classes; without them nothing changes. With --together
+all images are read before the first line, and each entry says how many were decided with it.
 """
 
 from __future__ import annotations
@@ -48,13 +49,18 @@ def add_arguments(parser: Parser) -> None:
         metavar="SHARE",
         help="also the set of classes that holds the true one this often, e.g. 0.95",
     )
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="decide all images as one batch, by what they look like among each other too",
+    )
     parser.add_model_of_run()
     parser.add_shared("--follow-links", "--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 where every image could be read, else 1."""
-    from vtclip.files import printable
+    from vtclip.files import printable, several
 
     folder = existing("RUN", args.folder)
     if args.json and args.csv:
@@ -62,35 +68,46 @@ def run(args: argparse.Namespace) -> int:
     places = [existing("IMAGE", path) for path in args.images]
     paths, unreadable = _listed(args.images, places, args.follow_links)
     asked = {"unknown": args.unknown, "coverage": args.coverage}
-    _check_asked(folder, asked)
+    _check_asked(folder, asked, args.together)
     classifier = open_classifier(args, folder)
-    answers = classifier.answer_each(paths, args.topk, batch_size=args.batch_size, **asked)
+    answers = classifier.answer_each(
+        paths, args.topk, batch_size=args.batch_size, together=args.together, **asked
+    )
+    together: dict[str, int] = {}
+    if args.together:
+        answers = list(answers)
+        together = {"together": sum(not hasattr(answer, "reason") for answer in answers)}
     rows = zip(paths, answers, strict=True)
     if args.json:
-        return _print_json(rows, unreadable)
+        return _print_json(rows, unreadable, together)
     if args.csv:
         more = [name for name, option in (("unknown", "unknown"), ("in_set", "coverage"))
                 if asked[option] is not None]  # fmt: skip
-        emit(_csv_line(*CSV_COLUMNS, *more))
+        emit(_csv_line(*CSV_COLUMNS, *more, *together))
+    elif together:
+        emit(f"{several(together['together'], 'image')} decided together")
     for path, answer in rows:
         if hasattr(answer, "reason"):
             unreadable.append((path, answer.reason))
         elif args.csv:
             for cells in _csv_cells(answer):
-                emit(_csv_line(path, *cells))
+                emit(_csv_line(path, *cells, *together.values()))
         else:
             emit(f"{printable(path)}: {_in_words(answer)}")
     return _report(unreadable)
 
 
-def _check_asked(folder: Path, asked: dict[str, Any]) -> None:
+def _check_asked(folder: Path, asked: dict[str, Any], together: bool) -> None:
     """Refuse what the scores of the run do not allow before its model is loaded."""
     from vtclip.runs.adapter import load_adapter
     from vtclip.runs.answers import Rule
+    from vtclip.runs.together import check_together
 
-    if all(value is None for value in asked.values()):
+    if not together and all(value is None for value in asked.values()):
         return
     adapter = load_adapter(folder)
+    if together:
+        check_together(adapter, asked)
     Rule(adapter, **asked)
 
 
@@ -140,7 +157,9 @@ def _listed(
     return files, skipped
 
 
-def _print_json(rows: Iterator[tuple[str, Any]], unreadable: list[tuple[str, str]]) -> int:
+def _print_json(
+    rows: Iterator[tuple[str, Any]], unreadable: list[tuple[str, str]], together: dict[str, int]
+) -> int:
     entries: list[dict[str, Any]] = []
     for path, answer in rows:
         if hasattr(answer, "reason"):
@@ -151,7 +170,7 @@ def _print_json(rows: Iterator[tuple[str, Any]], unreadable: list[tuple[str, str
             entry |= {"unknown": answer.unknown, "p_value": answer.p_value}
         if answer.set is not None:
             entry["set"] = [one.label for one in answer.set]
-        entries.append(entry)
+        entries.append({**entry, **together})
     entries += [{"image": path, "error": reason} for path, reason in unreadable]
     emit_json(entries)
     return _report([(entry["image"], entry["error"]) for entry in entries if "error" in entry])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vtclip.clip.augment import LEAST_AREA, random_view
 from vtclip.clip.identity import identity_of
+from vtclip.clip.low_rank import LowRank
 from vtclip.clip.pixels import normalized
 from vtclip.clip.spatial import attention_pool, spatial_widths, visual_kind
 from vtclip.clip.texts import (
@@ -95,6 +96,8 @@ class Clip:
         self._kind = visual_kind(visual, open_clip)
         self.spatial_options = spatial_widths(self._kind, visual, self.width)
         """Spatial option to width Cs."""
+        self.low_rank: LowRank | None = None
+        """What was added to the weights of the model that it came from, where that is kept."""
         self.cut_prompts: Json = {}
         """Of the texts that were encoded last: all prompts, and how many of a class were cut."""
         self.default_spatial = (

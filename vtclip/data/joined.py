@@ -97,7 +97,7 @@ def join_records(train: Records, others: dict[str, Records]) -> Records:
     names, label, skipped = list(train.names), [train.label], list(train.info.get("skipped", []))
     digests = dict(train.info.get("digests", {}))
     for role, part in others.items():
-        _check_features(role, train, part)
+        check_same_features(role, train, part)
         to_train = labels_among(role, train.class_names, part.class_names)
         for name, known in as_known(part.class_names, train.class_names).items():
             logger.warning("%s: class %r is taken as %r", option(role), name, known)
@@ -143,7 +143,7 @@ def labels_among(role: str, known: Sequence[str], class_names: Sequence[str]) ->
     return torch.tensor([place[name] for name in class_names], dtype=torch.long)
 
 
-def _check_features(role: str, train: Records, part: Records) -> None:
+def check_same_features(role: str, train: Records, part: Records) -> None:
     """Refuse features of another width, model or kind than those of the training images."""
     wanted, actual = _kind_of(train), _kind_of(part)
     for name, value in wanted.items():
@@ -154,6 +154,14 @@ def _check_features(role: str, train: Records, part: Records) -> None:
             )
 
 
+def plain_transform(records: Records) -> Json | None:
+    """How pixels are prepared, but for augmented passes."""
+    transform = records.info.get("transform")
+    if transform is None:
+        return None
+    return {name: value for name, value in transform.items() if name != "augmentation"}
+
+
 def _kind_of(records: Records) -> Json:
     """What features that are joined must have in common."""
     return {
@@ -161,5 +169,5 @@ def _kind_of(records: Records) -> Json:
         "spatial width": records.spatial_width,
         "weights": records.info.get("digests", {}).get("weights"),
         "spatial": records.info.get("spatial"),
-        "transform": records.info.get("transform"),
+        "transform": plain_transform(records),
     }

@@ -81,6 +81,18 @@ def pick_columns(title: str, columns: Sequence[str]) -> Columns:
     return Columns(path, label, split)
 
 
+def path_column(title: str, columns: Sequence[str]) -> str:
+    """Which column holds paths, of a list of which nothing else is read."""
+    names = {str(column).strip().casefold(): column for column in columns}
+    for name in PATHS:
+        if name in names:
+            return names[name]
+    have = ", ".join(printable(str(column)) for column in columns) or "none"
+    raise ValueError(
+        f"source: {title} has no column of the paths ({', '.join(PATHS[:6])}), only {have}"
+    )
+
+
 @dataclass
 class _Listed:
     """What one image was given by the rows that name it."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vtclip.data.image_files import ImageFiles
-from vtclip.data.list_rows import LABELS, PATHS, SPLITS, Row, images_of_rows
+from vtclip.data.list_rows import LABELS, PATHS, SPLITS, Row, images_of_rows, path_column
 from vtclip.files import printable
 from vtclip.names import LIST_SUFFIXES
 
@@ -39,7 +39,23 @@ def read_list(path: str | Path, absent_ok: bool = False) -> ImageFiles:
     absent_ok: those that are not there are passed over, if one at least is.
     """
     path = Path(path).expanduser()
-    suffix, title = path.suffix.lower(), printable(path.name)
+    title = printable(path.name)
+    columns, rows = _columns_and_rows(path, title)
+    return images_of_rows(title, columns, rows, path.parent, absent_ok)
+
+
+def read_paths(path: str | Path) -> ImageFiles:
+    """The image files that a list names, all of one class; its labels and splits are not read."""
+    path = Path(path).expanduser()
+    title = printable(path.name)
+    columns, rows = _columns_and_rows(path, title)
+    column = path_column(title, columns)
+    rows = [Row(row.where, {"path": row.cells.get(column), "label": "image"}) for row in rows]
+    return images_of_rows(title, ["path", "label"], rows, path.parent, False)
+
+
+def _columns_and_rows(path: Path, title: str) -> tuple[list[str], list[Row]]:
+    suffix = path.suffix.lower()
     if not is_list(path):
         raise ValueError(
             f"source: a list must end in {', '.join(LIST_SUFFIXES)}, got {printable(str(path))}"
@@ -54,7 +70,7 @@ def read_list(path: str | Path, absent_ok: bool = False) -> ImageFiles:
         columns = list(dict.fromkeys(name for row in rows for name in row.cells))
     if not rows:
         raise ValueError(f"source: {title} lists no images")
-    return images_of_rows(title, columns, rows, path.parent, absent_ok)
+    return columns, rows
 
 
 def _text(path: Path, title: str) -> str:

@@ -44,10 +44,26 @@ KEYS = frozenset(
 )
 
 
-def open_npz(path: str | Path, *, prompt: str | None = None, need_spatial: bool = False) -> Records:
-    """The table in `path`; `need_spatial` keeps rows with spatial features and their classes."""
+def open_npz(
+    path: str | Path,
+    *,
+    prompt: str | None = None,
+    need_spatial: bool = False,
+    labels: bool = True,
+) -> Records:
+    """The table in `path`; `need_spatial` keeps rows with spatial features and their classes.
+
+    labels: without them all rows are of one class with an empty text, whatever the file says of
+        classes.
+    """
     path = Path(path)
     arrays = _read(path)
+    if not labels and "image" in arrays and arrays["image"].ndim == 2:
+        N, C = arrays["image"].shape
+        of_classes = ("label", "classname", "text", "prompt")
+        arrays = {key: value for key, value in arrays.items() if key not in of_classes}
+        arrays["label"], arrays["classname"] = np.zeros(N, dtype=np.int64), np.array(["image"])
+        arrays["text"] = np.ones((1, C), dtype=np.float32)
     for key in ("image", "label", "classname", "text"):
         if key not in arrays:
             raise ValueError(

@@ -22,6 +22,7 @@ from vtclip.heads.linear_probe import LinearProbe as LinearProbe
 from vtclip.heads.lp_plus_plus import LPPlusPlus as LPPlusPlus
 from vtclip.heads.mm_adapter import MMAdapter as MMAdapter
 from vtclip.heads.proker import ProKeR as ProKeR
+from vtclip.heads.prolip import ProLIP as ProLIP
 from vtclip.heads.proto_clip import ProtoCLIP as ProtoCLIP
 from vtclip.heads.rada import RAda as RAda
 from vtclip.heads.takl import TAKL as TAKL
@@ -35,7 +36,7 @@ from vtclip.heads.zs_lp import ZSLP as ZSLP
 
 _ALL: tuple[type[Head], ...] = (
     *(VTCLIP, RAda, TipAdapter, TipAdapterF, ProKeR, TAKL, TipX, ProtoCLIP, CoOp, ClipAdapter),
-    *(CrossModal, GDA, LPPlusPlus, TaskRes, ZSLP, CLAP, APE, APET),
+    *(CrossModal, GDA, LPPlusPlus, TaskRes, ZSLP, CLAP, APE, APET, ProLIP),
     *(LinearProbe, MMAdapter, AutoCLIP, CALIP, ZeroShot, Auto),
 )
 HEADS.update({head.method: head for head in _ALL})

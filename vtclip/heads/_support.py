@@ -111,10 +111,15 @@ class SupportHead(ImageHead):
         for mask, rows in zip(masks, parts, strict=True):
             mask[rows] = True
         head, rows, image, label = self._searched(image, label)
+        taken: dict[
+            tuple[float, ...], SupportHead
+        ] = {}  # few points are chosen, and a solve is long
         for best in most_likely_by(*head.candidates(image, label), parts=masks[:, rows]):
-            copied = copy.deepcopy(self)
-            copied.take(best)
-            yield copied
+            point = tuple(best.values())
+            if point not in taken:
+                taken[point] = copy.deepcopy(self)
+                taken[point].take(best)
+            yield copy.deepcopy(taken[point])
 
     def take(self, best: Mapping[str, float]) -> None:
         """Set hyper-parameters, and what follows from them."""

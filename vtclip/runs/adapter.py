@@ -23,6 +23,7 @@ from vtclip.clip.identity import differences
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
 from vtclip.train.conformal import Calibration
+from vtclip.train.transduction import Weights
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
@@ -42,7 +43,8 @@ class Adapter:
     spatial option, templates or prompt, digest of the class texts, logit scale. model is None where
     it was fitted on a table of features that names no image encoder. `calibration` holds the scores
     of its validation images, None where it had none. `final`: the head was fitted to all images of
-    its run after the evaluation, the test's too.
+    its run after the evaluation, the test's too. `together`: the share and temperature of what is
+    decided together (vtclip.runs.together), where validation images said them.
     """
 
     head: Head
@@ -51,6 +53,7 @@ class Adapter:
     features: Json
     calibration: Calibration | None = None
     final: bool = False
+    together: Weights | None = None
 
 
 def save_adapter(folder: Path, adapter: Adapter) -> str:
@@ -77,6 +80,8 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
     }
     if adapter.final:
         config["final"] = True
+    if adapter.together is not None:
+        config["together"] = adapter.together._asdict()
     config["config_digest"] = files.json_digest(config)
     _finish_killed_save(folder)
     # one entry of metadata: safetensors writes several in random order, and runs are compared
@@ -170,6 +175,7 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
     head.load_state_dict(state)
     head.to(device).eval()
     calibration = config.get("calibration")  # older runs have none
+    together = config.get("together")
     return Adapter(
         head,
         class_names,
@@ -177,6 +183,7 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
         config["features"],
         None if calibration is None else Calibration.from_json(calibration),
         bool(config.get("final")),
+        None if together is None else Weights(**together),
     )
 
 

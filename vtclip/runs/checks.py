@@ -29,6 +29,8 @@ from vtclip.runs.folder import can_return_finished, check_run_folder, run_folder
 from vtclip.runs.opening import NUMBERS, check_no_own, named_as
 from vtclip.runs.refit import no_validation_images
 from vtclip.runs.request import FitRequest
+from vtclip.runs.together import list_of
+from vtclip.train.lora import check_peft
 from vtclip.train.rows import no_test_images
 
 WIDTH = 480  # of the features that a head's options are tried on
@@ -57,6 +59,7 @@ def check_before_work(request: FitRequest, records: Records | None = None) -> di
             files = None if source is None else files_of(source, request)
         if files is not None:
             listed[role] = files
+    unlabelled = list_of(request.unlabelled, request.follow_links)
     class_names = class_names_of(request, listed)
     for role in NUMBERS:
         if role in listed and "source" in listed:
@@ -69,6 +72,8 @@ def check_before_work(request: FitRequest, records: Records | None = None) -> di
         check_sentences(request, class_names)
     if class_names:
         check_names(request, class_names)
+    if unlabelled is not None:
+        listed["unlabelled"] = unlabelled
     return listed
 
 
@@ -76,6 +81,8 @@ def check_options(request: FitRequest) -> None:
     """Refuse templates that are none, and options of the head that it does not take."""
     if request.templates is not None:
         resolve_templates(list(request.templates))
+    if request.lora:
+        check_peft()
     if request.train_encoders:
         return
     shots = request.known_shots
@@ -125,7 +132,7 @@ def class_names_of(request: FitRequest, listed: dict[str, ImageFiles]) -> list[s
 
 def check_images(request: FitRequest, listed: dict[str, ImageFiles]) -> None:
     """Refuse classes with too few images for the shots, and a source without test images."""
-    files, learns = listed["source"], HEADS[request.method].learns
+    files, learns = listed["source"], request.learns
     roles = files.roles or [0] * len(files.label)
     own = {*roles, *(number for role, number in NUMBERS.items() if getattr(request, role))}
     counts = [0] * len(files.class_names)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, overload
+from typing import TYPE_CHECKING, NamedTuple, cast, overload
 
 import torch
 from PIL import Image
@@ -20,13 +20,26 @@ from vtclip.names import index_of
 from vtclip.runs import multi_label
 from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_model, load_adapter
 from vtclip.runs.answers import UNKNOWN, Answer, Prediction, Rule
-from vtclip.runs.encoders import ENCODERS, load_encoders, save_with_encoders
+from vtclip.runs.encoders import ENCODERS, LORA, load_encoders, save_with_encoders
 from vtclip.runs.heat_map import side_by_side, to_image, under_attention
 from vtclip.runs.pictures import Picture, as_pictures, in_memory, rgb_of
+from vtclip.runs.together import answer_together, check_together
 from vtclip.train.calibration import forward_both
 
 if TYPE_CHECKING:
     from vtclip.clip import Clip
+
+
+class Decided(NamedTuple):
+    """Of B images: logits and evidence [B, K] (vtclip.train.calibration), features image [B, C]."""
+
+    logits: Tensor
+    evidence: Tensor
+    image: Tensor
+
+
+def joined(parts: Iterable[Decided]) -> Decided:
+    return Decided(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 class Classifier:
@@ -79,11 +92,13 @@ class Classifier:
             return cls.load(repo_or_folder, model=model, device=device)
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS])
+        folder = snapshot_download(
+            str(repo_or_folder), allow_patterns=[TENSORS, CONFIG, ENCODERS, LORA]
+        )
         return cls.load(folder, model=model, device=device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter's two files, and encoders.safetensors if the encoders were trained."""
+        """Write the adapter's two files, and that of the encoders if they were trained."""
         save_with_encoders(Path(folder).expanduser(), self.adapter, lambda: self.clip)
 
     @property
@@ -110,6 +125,7 @@ class Classifier:
         *,
         batch_size: int = 64,
         unknown: float | None = None,
+        together: bool = False,
     ) -> list[Prediction]: ...
     @overload
     def predict(
@@ -119,6 +135,7 @@ class Classifier:
         *,
         batch_size: int = 64,
         unknown: float | None = None,
+        together: bool = False,
     ) -> list[list[Prediction]]: ...
 
     def predict(
@@ -128,6 +145,7 @@ class Classifier:
         *,
         batch_size: int = 64,
         unknown: float | None = None,
+        together: bool = False,
     ) -> list[Prediction] | list[list[Prediction]]:
         """The min(topk, K) most probable classes, best first: of one image, or of each of many.
 
@@ -139,10 +157,15 @@ class Classifier:
             Before the classes of a refused image stands Prediction("unknown", p), where p is its
             p-value, at most `unknown`: see vtclip.train.conformal for what is guaranteed. Below
             1 / (n + 1) for n validation images it is a ValueError, and where the run has none.
+        together: decide all images as one batch (vtclip.runs.together): what they look like among
+            each other counts, so that an answer changes with the other images of the call. Their
+            features and logits are all held. A ValueError with `unknown`.
         """
         pictures, single = as_pictures(images)
         found = []
-        for answer in self.answer_each(pictures, topk, batch_size=batch_size, unknown=unknown):
+        for answer in self.answer_each(
+            pictures, topk, batch_size=batch_size, unknown=unknown, together=together
+        ):
             if isinstance(answer, ImageError):
                 raise answer
             refused = [Prediction(UNKNOWN, answer.p_value or 0.0)] if answer.unknown else []
@@ -170,12 +193,26 @@ class Classifier:
             found.append([one.label for one in answer.set or []])
         return found[0] if single else found
 
-    def predict_proba(self, images: Picture | Iterable[Picture], *, batch_size: int = 64) -> Tensor:
+    def predict_proba(
+        self,
+        images: Picture | Iterable[Picture],
+        *,
+        batch_size: int = 64,
+        together: bool = False,
+    ) -> Tensor:
         """Probabilities [B, K] float64 on the CPU, columns as `class_names`; B = 1 for one image.
 
-        images, batch_size: as for `predict`. softmax(logits / the run's temperature).
+        images, batch_size, together: as for `predict`. softmax(logits / the run's temperature).
         """
-        return self._softmax(self.logits(images, batch_size=batch_size))
+        if not together:
+            return self._softmax(self.logits(images, batch_size=batch_size))
+        check_together(self.adapter, {})
+        pictures, _ = as_pictures(images)
+        probabilities, items = self._together(pictures, batch_size)
+        for item in items:
+            if isinstance(item, ImageError):
+                raise item
+        return probabilities
 
     def logits(self, images: Picture | Iterable[Picture], *, batch_size: int = 64) -> Tensor:
         """What the head computes, [B, K] float32 on the CPU, columns as `class_names`.
@@ -189,7 +226,7 @@ class Classifier:
                 if isinstance(item, ImageError):
                     raise item
             pixels = [item for item in batch if isinstance(item, Tensor)]
-            rows.append(self._decide(torch.stack(pixels))[0])
+            rows.append(self._decide(torch.stack(pixels)).logits)
         return torch.cat(rows) if rows else torch.empty(0, len(self.class_names))
 
     def predict_each(
@@ -211,15 +248,23 @@ class Classifier:
         batch_size: int = 64,
         unknown: float | None = None,
         coverage: float | None = None,
+        together: bool = False,
     ) -> Iterator[Answer | ImageError]:
-        """`predict_each` with all that is asked for: see `Answer`, `predict`, `predict_sets`."""
+        """`predict_each` with all that is asked for: see `Answer`, `predict`, `predict_sets`.
+
+        Of images that are decided together all are taken before the first answer.
+        """
         for name, value in ("topk", topk), ("batch_size", batch_size):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if isinstance(images, Tensor) and images.ndim != 4:
             as_pictures(images)
+        topk = min(topk, len(self.class_names))
+        if together:
+            check_together(self.adapter, {"unknown": unknown, "coverage": coverage})
+            return self._answers_together(images, topk, batch_size)
         rule = Rule(self.adapter, unknown, coverage)
-        return self._answers(images, min(topk, len(self.class_names)), batch_size, rule)
+        return self._answers(images, topk, batch_size, rule)
 
     def _batches(
         self, images: Iterable[Picture], batch_size: int
@@ -239,19 +284,46 @@ class Classifier:
             best = iter(self._answered(torch.stack(pixels), topk, rule) if pixels else [])
             yield from (item if isinstance(item, ImageError) else next(best) for item in batch)
 
+    def _answers_together(
+        self, images: Iterable[Picture], topk: int, batch_size: int
+    ) -> Iterator[Answer | ImageError]:
+        probabilities, items = self._together(images, batch_size)
+        best = map(Answer, self._best(probabilities, topk))
+        yield from (next(best) if item is None else item for item in items)
+
+    def _together(
+        self, images: Iterable[Picture], batch_size: int
+    ) -> tuple[Tensor, list[ImageError | None]]:
+        """Probabilities [n, K] of the images that can be read; of each, or its error, its place."""
+        items: list[ImageError | None] = []
+        decided = []
+        for batch in self._batches(images, batch_size):
+            items += [item if isinstance(item, ImageError) else None for item in batch]
+            pixels = [item for item in batch if isinstance(item, Tensor)]
+            if pixels:
+                decided.append(self._decide(torch.stack(pixels)))
+        if not decided:
+            return torch.empty(0, len(self.class_names), dtype=torch.float64), items
+        rows = joined(decided)
+        return answer_together(self.adapter, rows.logits, rows.image), items
+
     def _answered(self, pixels: Tensor, topk: int, rule: Rule) -> list[Answer]:
         """pixels [B, 3, H, W] -> the topk classes of each, and what `rule` asks for."""
-        logits, evidence = self._decide(pixels)
-        best = self._softmax(logits).topk(topk, dim=1)
-        rows = [
+        decided = self._decide(pixels)
+        rows = self._best(self._softmax(decided.logits), topk)
+        return rule.answers(rows, decided.logits, decided.evidence)
+
+    def _best(self, probabilities: Tensor, topk: int) -> list[list[Prediction]]:
+        """Of probabilities [B, K] the topk classes of each row, best first."""
+        best = probabilities.topk(topk, dim=1)
+        return [
             [Prediction(self.class_names[k], value) for k, value in zip(row, values, strict=True)]
             for row, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
-        return rule.answers(rows, logits, evidence)
 
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels [B, 3, H, W] -> probabilities [B, K] on the CPU."""
-        return self._softmax(self._decide(pixels)[0])
+        return self._softmax(self._decide(pixels).logits)
 
     def _softmax(self, logits: Tensor) -> Tensor:
         several = multi_label.probabilities(self.adapter.features, logits)
@@ -259,21 +331,20 @@ class Classifier:
             return several
         return (logits.double() / (self.adapter.temperature or 1.0)).softmax(dim=1)
 
-    def _decide(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Preprocessed pixels [B, 3, H, W] -> logits and evidence [B, K] float32 on the CPU.
+    def _decide(self, pixels: Tensor) -> Decided:
+        """Preprocessed pixels [B, 3, H, W] -> what is said of them, on the CPU.
 
         Fewer than B images at a time where memory does not hold as many.
         """
-        logits, evidence = zip(*self._at_a_time.map(self._decide_at_once, pixels), strict=True)
-        return torch.cat(logits), torch.cat(evidence)
+        return joined(self._at_a_time.map(self._decide_at_once, pixels))
 
     @torch.no_grad()
-    def _decide_at_once(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _decide_at_once(self, pixels: Tensor) -> Decided:
         image, spatial = self.encode(pixels)
         logits, evidence = forward_both(self.adapter.head, image, spatial)
         if not bool(logits.isfinite().all()):
             raise FloatingPointError("predict: logits must be finite, got NaN or infinity")
-        return logits.float().cpu(), evidence.float().cpu()
+        return Decided(*(rows.float().cpu() for rows in (logits, evidence, image)))
 
     def explain(
         self, image: str | Path | Image.Image, class_name: str | None = None

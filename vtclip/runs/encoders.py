@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tuned encoders on disk: `encoders.safetensors` next to the adapter that was trained with them.
+"""Tuned encoders on disk: `encoders.safetensors` next to the adapter that was trained with them, or
+`lora.safetensors`, which holds the low-rank change of their weights alone.
 
 The adapter's config names the digest of the file and of the weights it holds, so that a missing,
 cut, changed or foreign file is refused by name. Architecture, transform and tokenizer come from the
-model that the run started from; its weights are replaced by the file's.
+model that the run started from; its weights are replaced by the file's, or the file's are added.
 
 A save writes `encoders.safetensors.new`, then the adapter, then renames. After a kill in between
 the adapter names the digest of the `.new` file, and loading takes that one.
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from vtclip.clip.low_rank import LowRank, add_low_rank
 from vtclip.files import Json, move_new, read_json, read_safetensors, tensors_digest, write_new
 from vtclip.runs.adapter import (
     CONFIG,
@@ -31,7 +33,7 @@ from vtclip.runs.adapter import (
 if TYPE_CHECKING:
     from vtclip.clip import Clip
 
-ENCODERS = "encoders.safetensors"
+ENCODERS, LORA = "encoders.safetensors", "lora.safetensors"
 WHAT = "the tuned encoders of a vtclip run"
 
 
@@ -44,6 +46,22 @@ def with_weights(clip: Clip, state: dict[str, Tensor] | None = None) -> Clip:
     return Clip(clip.model, clip.tokenizer, clip.config, name=clip.name, device=clip.device)
 
 
+def with_low_rank(clip: Clip, change: LowRank) -> Clip:
+    """`clip` with the change added to its weights, in place, and kept for a save."""
+    add_low_rank(clip, change)
+    changed = with_weights(clip)
+    changed.low_rank = change
+    return changed
+
+
+def tuned_features(clip: Clip, digest: str, base_weights: str) -> Json:
+    """What an adapter says of tuned encoders that were saved under `digest`."""
+    said: Json = {"file": ENCODERS, "digest": digest, "base_weights": base_weights}
+    if clip.low_rank is not None:
+        said |= {"file": LORA, "scale": clip.low_rank.scale}
+    return said
+
+
 def load_encoders(
     folder: str | Path, adapter: Adapter, model: str | Path | None, device: torch.device
 ) -> Clip:
@@ -53,10 +71,12 @@ def load_encoders(
     architecture, preprocessing or tokenizer is a ValueError that names the field.
     """
     tuned = adapter.features.get("encoders")
-    state = None if tuned is None else _read(Path(folder).expanduser(), tuned["digest"])
+    if tuned is None:
+        return load_base(adapter.features, model, device)
+    state = _read(Path(folder).expanduser(), tuned)
     clip = load_base(adapter.features, model, device)
-    if state is None:
-        return clip
+    if tuned["file"] == LORA:
+        return with_low_rank(clip, LowRank(state, tuned["scale"]))
     wanted = clip.model.state_dict()
     differ = sorted(set(wanted) ^ set(state))
     differ += [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
@@ -87,8 +107,9 @@ def load_base(features: Json, model: str | Path | None, device: torch.device) ->
     return clip
 
 
-def _read(folder: Path, digest: str) -> dict[str, Tensor]:
-    path, fresh = folder / ENCODERS, folder / (ENCODERS + ".new")
+def _read(folder: Path, tuned: Json) -> dict[str, Tensor]:
+    name, digest = tuned["file"], tuned["digest"]
+    path, fresh = folder / name, folder / (name + ".new")
     saved = "nothing"
     for file in (path, fresh):
         if not file.is_file() and (file is fresh or fresh.is_file()):
@@ -107,20 +128,20 @@ def saved_encoders(folder: Path, clip: Clip) -> Iterator[str]:
     The adapter is saved between the two steps of writing, see the module's docstring.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _finish_killed_save(folder)
-    state = {
-        name: value.detach().cpu().clone().contiguous()
-        for name, value in clip.model.state_dict().items()
-    }
+    name = ENCODERS if clip.low_rank is None else LORA
+    _finish_killed_save(folder, name)
+    weights = clip.model.state_dict() if clip.low_rank is None else clip.low_rank.factors
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
     digest = tensors_digest(state)
-    written = write_new(folder / ENCODERS, save_bytes(state, {"digest": digest}))
+    written = write_new(folder / name, save_bytes(state, {"digest": digest}))
     del state
     try:
         yield digest
     except BaseException:
         written.unlink(missing_ok=True)
         raise
-    move_new(folder / ENCODERS)
+    move_new(folder / name)
+    (folder / ({ENCODERS, LORA} - {name}).pop()).unlink(missing_ok=True)  # of a run before
 
 
 def save_with_encoders(folder: Path, adapter: Adapter, clip: Callable[[], Clip]) -> str:
@@ -131,13 +152,13 @@ def save_with_encoders(folder: Path, adapter: Adapter, clip: Callable[[], Clip])
         return save_adapter(folder, adapter)
 
 
-def _finish_killed_save(folder: Path) -> None:
+def _finish_killed_save(folder: Path, name: str) -> None:
     """Rename the `.new` file of a killed save that the adapter already names."""
-    if not (folder / (ENCODERS + ".new")).is_file() or not (folder / CONFIG).is_file():
+    if not (folder / (name + ".new")).is_file() or not (folder / CONFIG).is_file():
         return
     try:
         named = read_json(folder / CONFIG, WHAT)["features"]["encoders"]["digest"]
-        if read_safetensors(folder / (ENCODERS + ".new"), WHAT)[1]["digest"] == named:
-            move_new(folder / ENCODERS)
+        if read_safetensors(folder / (name + ".new"), WHAT)[1]["digest"] == named:
+            move_new(folder / name)
     except (OSError, ValueError, KeyError, TypeError):
         return  # what cannot be read is about to be replaced

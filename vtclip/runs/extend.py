@@ -113,7 +113,7 @@ def extend(
     with watch.stage("extend"):
         head = _extended_head(sources, added, split)
         # scores among the old classes say nothing of those among all
-        wider = replace(adapter, head=head, class_names=every, calibration=None)
+        wider = replace(adapter, head=head, class_names=every, calibration=None, together=None)
     new = SourceRows(added, split.test, torch.arange(len(adapter.class_names), len(every)))
     with watch.stage("evaluate"):
         values = _evaluated(adapter, wider, old, new, run.result["zero_shot"]["temperature"])

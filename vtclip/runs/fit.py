@@ -37,8 +37,9 @@ from vtclip.runs.folder import RunRows
 from vtclip.runs.opening import open_all
 from vtclip.runs.proven import say_unless_proven
 from vtclip.runs.refit import logged_as, refits
-from vtclip.runs.request import FitRequest
+from vtclip.runs.request import LORA_METHOD, FitRequest
 from vtclip.runs.result import Run
+from vtclip.runs.together import Joint, as_unlabelled, decide_together, open_others
 from vtclip.train.auto import fit_auto, refit_auto
 from vtclip.train.calibration import Decisions, Judged, calibration_of, unseen
 from vtclip.train.checkpoint import Checkpoint
@@ -69,10 +70,12 @@ def fit(
     augment_passes: int = 0,
     encoder_batch_size: int = 64,
     train_encoders: bool = False,
+    lora: bool = False,
     base_to_new: bool = False,
     pseudo_labels: bool = False,
     refit: bool | None = None,
     final: bool = False,
+    unlabelled: object = None,
     budget: float | None = None,
     strict: bool = False,
     overrides: Mapping[str, object] | None = None,
@@ -91,13 +94,11 @@ def fit(
         features, or, with `data`, the name of a data set.
     data: the folder of the field's data sets (vtclip.data.sets): the official lists split them, and
         shots are drawn as published. Nothing is written below it.
-    records: the rows of `source`, where they are open already (`vtclip.open_source` with the same
-        options; of a data set with the same shots and seed). `source` is then only their name, and
-        where `evaluate` looks for them.
+    records: the rows of `source`, if open already (`vtclip.open_source` with the same options; of a
+        data set shots and seed, too). `source` then names them, and is where `evaluate` looks.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
-    templates: prompts with {} for the class name, or sentences per class; a name, a file, or their
-        content (vtclip.clip.texts). The run keeps the content.
+    templates: prompts with {} for the class name, or sentences per class; a name, a file, or these.
     class_names: from the ids that the source gives its classes to their names, or the file that
         holds them (vtclip.data.class_names). The run keeps the names.
     shots: training images per class at most, 16 by default; "all" takes all that there are. A class
@@ -108,8 +109,8 @@ def fit(
         for training), opened with the same options. Their classes must be classes of `source`.
         Without `test`, `test_fraction` of every class is set apart; without `val`, up to 4 images
         of each validate (vtclip.data.splits). A folder or list with a split needs neither.
-    train_encoders: train both towers together with the head (method "rada", an image folder; see
-        vtclip.train.finetune). The run then also holds encoders.safetensors.
+    train_encoders: train both towers with the head (method "rada", an image folder), and keep them.
+    lora: train low-rank adapters of both towers, below zero-shot (vtclip.train.lora; vtclip[lora]).
     base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
     pseudo_labels: train on `shots` images per class that zero-shot names surest, not on labelled
         ones (vtclip.train.pseudo_labels); without validation images, and so without a temperature.
@@ -118,10 +119,10 @@ def fit(
     final: after the evaluation fit once more, with the chosen settings, on all images, the test's
         too, and save that; the metrics stay those of the fit before.
     budget: method auto fits what these seconds of one processor are expected to do (train.cost).
+    unlabelled: decide test images together, too: "test", or others that join (runs.together).
     strict: refuse images that are in training and test at once, which are otherwise counted.
     overrides: fields of `FitConfig` that replace the recipe's (epochs, lr, optimizer, ...; `head`:
-        options of the head, such as {"adapters": True}, which are added to the recipe's), with
-        train_encoders of `FinetuneConfig`.
+        options of the head, added); train_encoders: of `FinetuneConfig`; lora: of `LoraConfig`.
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
         folder, which must not lie in a source. It ends up with adapter.safetensors,
         adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
@@ -140,11 +141,15 @@ def _request(
     overrides: Mapping[str, object] | None,
     class_names: Mapping[str, str] | str | Path | None,
     templates: Any,
+    unlabelled: object,
     device: str | torch.device | None,
     records: Records | None,
     **others: Any,
 ) -> FitRequest:
     """The request of the options of `fit`; `records` are no part of it."""
+    if others["lora"]:
+        others["train_encoders"] = True
+        method = LORA_METHOD if method is None else method
     if method is None:
         joint = others["train_encoders"] or others["base_to_new"]
         method = "rada" if joint else "auto"
@@ -157,6 +162,7 @@ def _request(
         class_names=names,
         templates=by_class_name(read_templates(templates), names),
         overrides=overrides or {},
+        unlabelled=as_unlabelled(unlabelled),
         device=choose_device(device),
         **others,
     )
@@ -188,6 +194,11 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         if request.overwrite:
             (folder / run_files.CHECKPOINT).unlink(missing_ok=True)
         rows = draw_rows(request, open_or_take(request, records, listed, watch))
+        with watch.stage("features"):
+            others = open_others(
+                request.unlabelled, request.features, rows.records, rows.split,
+                listed.get("unlabelled"),
+            )  # fmt: skip
         settings = request.settings(rows.recipe_shots)
         again = refits(request, rows.records, rows.split)
         config = request.as_config(rows.recipe_shots, settings, refit=again)
@@ -201,6 +212,14 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             values = {**values, "refit": {"images": len(index)}}
         found, judged = evaluate_all(request, rows, head, first, watch)
         values |= found
+        joint: Joint | None = None
+        if request.unlabelled is not None:
+            with watch.stage("together"):
+                joint = decide_together(
+                    rows.records, rows.split, head, judged, judged_val, others,
+                    values["adapted"]["temperature"], request.device,
+                )  # fmt: skip
+            values["together"] = joint.values
         if request.pseudo_labels:
             values |= pseudo_report(rows.training, rows.records, rows.split)
         if request.final:
@@ -214,9 +233,13 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             calibration = calibration_of(
                 judged_val or judged.val, temperature, rows.records.label, rows.split.test
             )
-        adapter = Adapter(head, names, temperature, features, calibration, request.final)
+        weights = None if joint is None else joint.weights
+        adapter = Adapter(head, names, temperature, features, calibration, request.final, weights)
         run_files.begin_writing(folder)
         digests = {"adapter": save_adapter(folder, adapter)}
+        if joint is not None:
+            joint.write(folder)
+            digests |= joint.digests
         return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
 
 

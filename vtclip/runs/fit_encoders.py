@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vtclip.fit(train_encoders=True)`: both towers and RAda on an image folder, from source to run.
+"""`vtclip.fit(train_encoders=True)`: both towers and RAda on an image folder, from source to run;
+`vtclip.fit(lora=True)`: low-rank adapters of both towers.
 
 In several processes each loads the model and the same rows; only the first one extracts features,
 writes, and evaluates. The zero-shot row is the untouched model on the same test images.
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vtclip.clip import Clip, load_clip, resolve_templates
 from vtclip.clip.texts import is_per_class
@@ -26,7 +28,7 @@ from vtclip.data.sets import SetSource
 from vtclip.data.splits import UP_TO
 from vtclip.distributed import World, device_of_rank, is_first, joined, num_processes
 from vtclip.files import Json, json_digest
-from vtclip.heads import RAda
+from vtclip.heads import Head, RAda, ZeroShot
 from vtclip.machine import Stopwatch
 from vtclip.names import option
 from vtclip.runs import folder as run_files
@@ -34,7 +36,12 @@ from vtclip.runs.adapter import Adapter, features_of, save_adapter
 from vtclip.runs.checks import check_before_work
 from vtclip.runs.class_counts import usual_count, warn_of_few
 from vtclip.runs.duplicates import check_duplicates
-from vtclip.runs.encoders import ENCODERS, saved_encoders, with_weights
+from vtclip.runs.encoders import (
+    saved_encoders,
+    tuned_features,
+    with_low_rank,
+    with_weights,
+)
 from vtclip.runs.evaluate import evaluate_both
 from vtclip.runs.folder import RunRows
 from vtclip.runs.proven import say_unless_proven
@@ -43,7 +50,8 @@ from vtclip.runs.result import Run
 from vtclip.train import finetune
 from vtclip.train.calibration import calibration_of
 from vtclip.train.checkpoint import Checkpoint
-from vtclip.train.finetune_config import TEMPLATES, FinetuneConfig
+from vtclip.train.finetune_config import LORA_TEMPLATE, TEMPLATES, FinetuneConfig, LoraConfig
+from vtclip.train.lora import CosineHead, LoRA
 from vtclip.train.methods import zero_shot_head
 from vtclip.train.rows import split_rows
 
@@ -51,7 +59,7 @@ from vtclip.train.rows import split_rows
 def fit_encoders(request: FitRequest) -> Run:
     """Train the encoders of the request's model with RAda on a folder, and evaluate once."""
     templates = request.templates
-    lines = default_templates(request.model) if templates is None else list(templates)
+    lines = default_templates(request) if templates is None else list(templates)
     resolved = resolve_templates(lines)
     if is_per_class(resolved[0]):
         raise ValueError(
@@ -69,9 +77,13 @@ def fit_encoders(request: FitRequest) -> Run:
         return _fit(request, world)
 
 
-def default_templates(model: str) -> str | None:
-    """80 templates; the bundled model knows few words, and its own one is better for it."""
-    return None if model == "demo" else TEMPLATES
+def default_templates(request: FitRequest) -> str | list[str] | None:
+    """80 templates, or the one of adapters; the bundled model knows few words, and its own one is
+    better for it.
+    """
+    if request.model == "demo":
+        return None
+    return [LORA_TEMPLATE] if request.lora else TEMPLATES
 
 
 def _fit(request: FitRequest, world: World) -> Run:
@@ -103,7 +115,7 @@ def _fit(request: FitRequest, world: World) -> Run:
         with watch.stage("train"):
             module = train(request, rows, features, settings, clip, world, checkpoint)
         run = world.by_first(
-            lambda: evaluate_and_write(request, rows, clip, module.head, config, folder, watch)
+            lambda: evaluate_and_write(request, rows, clip, module, config, folder, watch)
         )
     return run or Run.load(folder)
 
@@ -149,8 +161,11 @@ def train(
     split, names = rows.split, rows.records.class_names
     lines, device = list(request.templates or ()), request.device
     torch.manual_seed(request.seed)
-    head = RAda(rows.records.text, logit_scale=clip.logit_scale, **settings.head)
-    module = finetune.Encoders(clip, head.to(device), world)
+    if isinstance(settings, LoraConfig):
+        module = finetune.Encoders(clip, CosineHead(), world, LoRA(clip, settings))
+    else:
+        head = RAda(rows.records.text, logit_scale=clip.logit_scale, **settings.head)
+        module = finetune.Encoders(clip, head.to(device), world)
     tokens = clip.tokens(names, lines)
     finetune.make_trainable(module, clip.preprocess_cfg["size"], tokens[0], device)
     if settings.grad_checkpointing:
@@ -180,19 +195,17 @@ def evaluate_and_write(
     request: FitRequest,
     rows: RunRows,
     clip: Clip,
-    trained: RAda,
+    module: finetune.Encoders,
     config: Json,
     folder: Path,
     watch: Stopwatch,
 ) -> Run:
     """Evaluate both decisions on the test images, and write the run."""
     base_weights = clip.weights_digest
-    tuned = with_weights(clip)
+    lora = module.lora
+    tuned = with_weights(clip) if lora is None else with_low_rank(clip, lora.close())
     after = extract(request, source_images(request), tuned, watch, say=False).records()
-    # the trained head over the class texts of the trained text tower
-    head = RAda(after.text, **{**trained.options(), "logit_scale": tuned.logit_scale})
-    head.load_state_dict({**trained.state_dict(), "text": head.text})
-    head = head.to(request.device).eval()
+    head = head_over(after.text, module.head, tuned.logit_scale).to(request.device).eval()
     zero_shot = zero_shot_head(rows.records, request.device)
     with watch.stage("evaluate"):
         decisions = {"zero_shot": (zero_shot, rows.records), "adapted": (head, after)}
@@ -200,7 +213,7 @@ def evaluate_and_write(
     run_files.begin_writing(folder)
     with saved_encoders(folder, tuned) as encoders:
         features = features_of(after, request.model)
-        features["encoders"] = {"file": ENCODERS, "digest": encoders, "base_weights": base_weights}
+        features["encoders"] = tuned_features(tuned, encoders, base_weights)
         temperature = values["adapted"]["temperature"]
         calibration = calibration_of(judged.val, temperature, after.label, rows.split.test)
         adapter = Adapter(head, after.class_names, temperature, features, calibration)
@@ -210,6 +223,15 @@ def evaluate_and_write(
     return run_files.write_run(
         folder, request, rows, config, values, watch, digests, judged, processes=processes
     )
+
+
+def head_over(text: Tensor, trained: RAda | CosineHead, logit_scale: float) -> Head:
+    """The trained head over the class texts [K, C] of the trained text tower."""
+    if isinstance(trained, CosineHead):
+        return ZeroShot(text, logit_scale=logit_scale)
+    head = RAda(text, **{**trained.options(), "logit_scale": logit_scale})
+    head.load_state_dict({**trained.state_dict(), "text": head.text})
+    return head
 
 
 def switch_checkpointing(clip: Clip, on: bool) -> None:

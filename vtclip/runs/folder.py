@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtclip.data.image_files import InMemory
-from vtclip.data.sets import SetSource, source_name
+from vtclip.data.sets import AnySource, SetSource, source_name
 from vtclip.data.splits import UP_TO
 from vtclip.files import Json, only_writer, to_json
-from vtclip.heads import HEADS
 from vtclip.names import option
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
 from vtclip.runs.class_counts import images_per_class
-from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.encoders import ENCODERS, LORA
 from vtclip.runs.predictions import CONFUSION, PREDICTIONS, named_parts, write_decisions
 from vtclip.runs.refit import refit_split
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
 from vtclip.runs.seen import Seen
+from vtclip.runs.together import FILE as TOGETHER
+from vtclip.runs.together import place_of
 from vtclip.train.checkpoint import Checkpoint
 from vtclip.train.steps import TrainingRun
 
@@ -44,7 +45,9 @@ logger = logging.getLogger(__name__)
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
 # what a run means whose record lacks an option that came after it
 LATER = {"draw": "exact", "follow_links": False, "final": False, "refit": False, "budget": None}
-RUN_FILES = {TENSORS, CONFIG, ENCODERS, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION, IMAGES}
+LATER |= {"lora": False, "unlabelled": None}
+RUN_FILES = {TENSORS, CONFIG, ENCODERS, LORA, RESULT, CHECKPOINT, LOG, PREDICTIONS, CONFUSION}
+RUN_FILES |= {IMAGES, TOGETHER}
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ class RunRows:
     left_out: Json = field(default_factory=dict)
     new_split: Split | None = None
 
-    def seen(self, method: str, *, refit: bool = False) -> Seen:
-        """Every image of the run's source with its role.
+    def seen(self, learns: bool, *, refit: bool = False) -> Seen:
+        """Every image of the run's source with its role; `learns`: whether any could train.
 
         refit: whether the validation images trained at last.
         """
         split = refit_split(self.split) if refit else self.split
-        seen = Seen.of(self.records, split, learns=HEADS[method].learns)
+        seen = Seen.of(self.records, split, learns=learns)
         if self.new is None or self.new_split is None:
             return seen
         return seen + Seen.of(self.new, self.new_split, learns=False)
@@ -92,6 +95,7 @@ def run_folder(request: FitRequest) -> Path:
     kind = request.method
     if request.base_to_new or request.train_encoders:
         kind += "-base-to-new" if request.base_to_new else "-encoders"
+    kind = "lora" if request.lora else kind
     return Path("runs") / f"{name}-{kind}-{request.known_shots}shot-seed{request.seed}"
 
 
@@ -121,8 +125,9 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
 
 def source_folders(request: FitRequest) -> dict[str, Path]:
     """The folders that the request reads, each by what to call it."""
-    sources = {"source": request.source}
+    sources: dict[str, AnySource | None] = {"source": request.source}
     sources |= {f"source of {option(role)}": getattr(request, role) for role in ("val", "test")}
+    sources[f"source of {option('unlabelled')}"] = place_of(request.unlabelled)
     places = {
         what: source.root if isinstance(source, SetSource) else source
         for what, source in sources.items()
@@ -147,7 +152,7 @@ def finished_run(folder: Path, request: FitRequest) -> Run:
         config.pop("refit", None)
     requested = {"method": request.method, "shots": request.known_shots, "seed": request.seed}
     for name, value in json.loads(to_json({**requested, **config})).items():
-        if name == "shots" and not HEADS[recorded["method"]].learns:
+        if name == "shots" and not request.learns:
             continue
         # what was added after the run was not asked for then
         if recorded.get(name, LATER.get(name)) != value:
@@ -208,8 +213,8 @@ def write_run(
         temperature = values["adapted"]["temperature"]
         parts = named_parts(records.names, split, judged)
         others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
-    learns = HEADS[request.method].learns
-    seen = rows.seen(request.method, refit="refit" in values)
+    learns = request.learns
+    seen = rows.seen(learns, refit="refit" in values)
     if request.final:  # fitted once more on all of them
         seen = seen.with_role("train")
     contents = result.make_result(

@@ -87,7 +87,8 @@ def check_request(request: FitRequest) -> None:
                 check_single(place, option(name))
     if not has_several(request.source):
         return
-    for name in ("train_encoders", "base_to_new", "pseudo_labels", "refit", "final", *places):
+    names = ("train_encoders", "base_to_new", "pseudo_labels", "refit", "final", "unlabelled")
+    for name in (*names, *places):
         if getattr(request, name, None):
             hint = "; a column split says which images test" if name in places else ""
             raise ValueError(

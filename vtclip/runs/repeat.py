@@ -39,7 +39,10 @@ from vtclip.train.auto import RULE
 MATCH, CLOSE, DIFFERENT = "MATCH", "CLOSE", "DIFFERENT"
 TOLERANCE = 1e-6
 METRICS = ("accuracy", "nll", "ece")
-DECISIONS = (("zero_shot",), ("adapted",), ("new", "zero_shot"), ("new", "adapted"))
+DECISIONS = (
+    *(("zero_shot",), ("adapted",), ("together",)),
+    *(("new", "zero_shot"), ("new", "adapted")),
+)
 OUTPUTS = ("split", "adapter", "encoders")  # digests of what a run makes of its inputs
 
 
@@ -270,7 +273,7 @@ def _check_source(run: Run, cache_dir: str | Path | None) -> None:
     """
     config = run.result["config"]
     try:
-        for role in ("source", "val", "test"):
+        for role in ("source", "val", "test", "unlabelled"):
             check_listable(run, role, "fit again with them")
     except ValueError as error:
         raise ValueError(f"repeat: {error}") from None

@@ -30,17 +30,18 @@ from vtclip.machine import check_threads
 from vtclip.names import SHOTS, option, pick
 from vtclip.runs.base_to_new import check_any_classes
 from vtclip.runs.opening import check_others
+from vtclip.runs.together import as_recorded, as_unlabelled, check_unlabelled
 from vtclip.train.auto import RULE, check_budget
-from vtclip.train.finetune_config import FinetuneConfig, get_config
+from vtclip.train.finetune_config import FinetuneConfig, LoraConfig, get_config, get_lora_config
 from vtclip.train.methods import fits_images, recipe_config
 from vtclip.train.pseudo_labels import check_pseudo_labels
 
-TRAINS_ENCODERS = "rada"
+TRAINS_ENCODERS, LORA_METHOD = "rada", "zeroshot"
 # options that a record holds under their own names
 RECORDED = (
     *("model", "spatial", "prompt", "templates", "augment_passes", "test_fraction"),
     *("train_encoders", "base_to_new", "pseudo_labels", "class_names", "follow_links"),
-    *("val", "test", "final", "budget"),
+    *("val", "test", "final", "budget", "lora", "unlabelled"),
 )
 
 
@@ -65,10 +66,12 @@ class FitRequest:
     augment_passes: int = 0
     encoder_batch_size: int = 64
     train_encoders: bool = False
+    lora: bool = False
     base_to_new: bool = False
     pseudo_labels: bool = False
     refit: bool | None = None
     final: bool = False
+    unlabelled: AnySource | str | None = None
     budget: float | None = None
     strict: bool = False
     overrides: Mapping[str, object] = field(default_factory=dict)
@@ -102,7 +105,10 @@ class FitRequest:
                 test_fraction=None if self.test_fraction == 0.5 else self.test_fraction,
             )
         self._check_combinations()
+        check_unlabelled(self)
         check_others(self.source, self.val, self.test)
+        if self.lora and not self.train_encoders:
+            raise ValueError(f"{option('lora')} trains encoders: train_encoders must be True")
         if self.train_encoders:
             self._check_encoders(self.source)
             return
@@ -152,24 +158,32 @@ class FitRequest:
         for name in ("spatial", "prompt", "augment_passes", "base_to_new"):
             if getattr(self, name):
                 raise ValueError(
-                    f"{option('train_encoders')}: {option(name)} must be left out, got "
-                    f"{getattr(self, name)!r}"
+                    f"{self._tuning}: {option(name)} must be left out, got {getattr(self, name)!r}"
                 )
-        if self.method != TRAINS_ENCODERS:
+        wanted = LORA_METHOD if self.lora else TRAINS_ENCODERS
+        if self.method != wanted:
             raise ValueError(
-                f"{option('train_encoders')}: {option('method')} must be {TRAINS_ENCODERS}, got "
-                f"{self.method!r}"
+                f"{self._tuning}: {option('method')} must be {wanted}, got {self.method!r}"
             )
         kind = "set" if isinstance(source, SetSource) else source_kind(source)
         if kind != "folder":
             what = "an .npz table" if kind == "npz" else "a features folder"
             raise ValueError(
-                f"{option('train_encoders')}: {option('source')} must be an image folder, got "
-                f"{what}: {source}"
+                f"{self._tuning}: {option('source')} must be an image folder, got {what}: {source}"
             )
         if self.shots == 0:
             raise ValueError(f"{option('shots')} must be at least 1 to train, got 0")
         self.encoder_settings(1)
+
+    @property
+    def _tuning(self) -> str:
+        """The option that has the encoders trained."""
+        return option("lora" if self.lora else "train_encoders")
+
+    @property
+    def learns(self) -> bool:
+        """Whether labelled images change anything."""
+        return self.train_encoders or HEADS[self.method].learns
 
     @property
     def known_shots(self) -> int | str:
@@ -193,13 +207,15 @@ class FitRequest:
         overrides = {name: value for name, value in self.overrides.items() if value is not None}
         if overrides.pop("optimizer", "adamw") != "adamw":
             raise ValueError(f"{option('optimizer')}: encoders are trained with adamw, got 'sgd'")
-        names = [field.name for field in dataclasses.fields(FinetuneConfig)]
+        kind = LoraConfig if self.lora else FinetuneConfig
+        names = [field.name for field in dataclasses.fields(kind)]
         for name in overrides:
             if name not in names and name in FitConfig.__dataclass_fields__:
-                raise ValueError(
-                    f"{option(name)} cannot be combined with {option('train_encoders')}"
-                )
+                raise ValueError(f"{option(name)} cannot be combined with {self._tuning}")
             pick("override", name, [name for name in names if name != "recipe"])
+        if self.lora:
+            shots = max(SHOTS) if self.known_shots == ALL else int(self.known_shots)
+            return get_lora_config(images, shots, model=self.model, overrides=overrides)
         return get_config(images, model=self.model, overrides=overrides)
 
     @property
@@ -244,14 +260,16 @@ class FitRequest:
             "val": None if self.val is None else str(self.val.resolve()),
             "test": None if self.test is None else str(self.test.resolve()),
             "refit": refit,
+            "unlabelled": as_recorded(self.unlabelled),
             "model": lasting_model(self.model),
             "templates": read_templates(self.templates),
             "fit": dataclasses.asdict(settings),
             **({"pool": RULE} if self.method == "auto" else {}),
         }
-        absent = ["train_encoders"]
+        absent = ["train_encoders", "lora"]
         if self.train_encoders:
-            absent = ["data", "recipe_shots", "base_to_new", "pseudo_labels", "refit"]
+            absent = [] if self.lora else ["lora"]
+            absent += ["data", "recipe_shots", "base_to_new", "pseudo_labels", "refit"]
         return {name: value for name, value in record.items() if name not in absent}
 
     def identity(self, records: Records, split: Split, config: Json) -> Json:
@@ -282,6 +300,7 @@ class FitRequest:
         for name in ("val", "test"):
             if recorded.get(name) is not None:
                 recorded[name] = as_source(recorded[name], None)
+        recorded["unlabelled"] = as_unlabelled(recorded.get("unlabelled"))
         return cls(
             refit=bool(config.get("refit")),  # what a run did, not what the default is today
             source=as_source(config["source"], config.get("data")),

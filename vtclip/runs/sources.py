@@ -430,10 +430,17 @@ def check_listable(run: Run, role: str, way: str) -> None:
     """Refuse a source of a run, "source", "val" or "test", that was in memory; `way` is advice."""
     place = str(run.result["config"].get(role))
     if place.startswith(IN_MEMORY):
-        images = {"source": "on", "val": "with validation", "test": "with test"}[role]
+        images = {"source": "on", "val": "with validation", "test": "with test"}.get(
+            role, f"with {role}"
+        )
         raise ValueError(
             f"{run.folder} was fitted {images} images {place}, which cannot be listed again; {way}"
         )
+
+
+def learns(result: Json) -> bool:
+    """Whether a run learned from labelled images: its head, or the encoders below it."""
+    return "encoders" in result["digests"] or HEADS[result["method"]].learns
 
 
 def sources_of(run: Run) -> list[Json]:
@@ -448,7 +455,7 @@ def sources_of(run: Run) -> list[Json]:
             "name": None,
             "classes": result["classes"],
             "shots": result["shots"] if labelled else 0,
-            "learns": labelled and HEADS[result["method"]].learns,
+            "learns": labelled and learns(result),
             "images": digests.get("images"),
             "split": result["split"],
         }

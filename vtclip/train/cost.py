@@ -6,9 +6,9 @@ the same on every machine. The constants fit what `benchmarks/fit_cost.py` print
 server processor of 2024; on another machine all of them are off by about the same factor.
 
     trained            steps * STEP[method] + steps * batch * K * C * PAIR[method]
-    proker             0.1 + 2.6e-6 N^2                              kernel matrices of a grid
+    proker             0.1 + 1.4e-6 N^2                              kernel matrices of a grid
     takl               0.1 + 1.2e-3 (N + K) + 1.1e-8 (N + K) K C     steps for each penalty
-    tip-adapter-f      trained, and 4e-10 N^2 C per epoch            every image with every key
+    tip-adapter-f      trained, and 3e-10 N^2 C per epoch            every image with every key
 
 N images of K classes, features of width C; of VT-CLIP every pair has L tokens.
 """
@@ -21,7 +21,7 @@ from vtclip.data.records import Records
 from vtclip.data.splits import Split
 from vtclip.heads import HEADS
 
-STEP = {"clip-adapter": 4e-3, "tip-adapter-f": 1e-3, "rada": 5e-3, "vtclip": 2e-2}
+STEP = {"clip-adapter": 3e-3, "tip-adapter-f": 1e-3, "rada": 5e-3, "vtclip": 2e-2}
 PAIR = {"rada": 2e-7, "vtclip": 6e-9}
 
 
@@ -34,7 +34,7 @@ def expected_seconds(method: str, records: Records, split: Split, shots: int) ->
     if method == "zeroshot":
         return 0.0
     if method == "proker":
-        return 0.1 + 2.6e-6 * N**2
+        return 0.1 + 1.4e-6 * N**2
     if method == "takl":
         return 0.1 + 1.2e-3 * (N + K) + 1.1e-8 * (N + K) * K * C
     config = HEADS[method].recipe(shots)
@@ -44,4 +44,4 @@ def expected_seconds(method: str, records: Records, split: Split, shots: int) ->
     if method == "vtclip":
         pair *= records.spatial_tokens or 0
     seconds = epochs * (steps * STEP[method] + N * K * pair)
-    return seconds + (4e-10 * epochs * N**2 * C if method == "tip-adapter-f" else 0.0)
+    return seconds + (3e-10 * epochs * N**2 * C if method == "tip-adapter-f" else 0.0)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of both CLIP towers with a head on top, in one process or several.
+"""Training of both CLIP towers, or of adapters in them, in one process or several.
 
 Step n draws the images of the shuffled epoch (random crop and flip), one template per class, and
-minimises cross-entropy plus the head's penalty. Order, crops and templates are functions of seed,
-epoch, image and step alone: a resumed run and a run in several processes see the same ones. For
-the same reason every module stays in evaluation mode: batch norms keep their statistics (their
-weights are trained), and dropout, which open_clip's models have none of by default, stays off.
+minimises the cross-entropy of the head on top plus its penalty. Order, crops and templates are
+functions of seed, epoch, image and step alone: a resumed run and a run in several processes see the
+same ones. For the same reason every module stays in evaluation mode: batch norms keep their
+statistics (their weights are trained), and dropout, which open_clip's models have none of by
+default, stays off; that of adapters is drawn by seed and step (vtclip.train.lora).
 
 Several processes: images and class texts are split, the text features gathered with their
 gradient, and gradients averaged by DistributedDataParallel. The loss of a process is its images'
@@ -20,6 +21,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from vtclip.machine import BatchSize
 from vtclip.names import option
 from vtclip.train import metrics
 from vtclip.train.finetune_config import FinetuneConfig
+from vtclip.train.lora import CosineHead, LoRA
 from vtclip.train.rows import epoch_rows, epoch_size
 from vtclip.train.steps import TrainingRun, backward, check_weights_finite, not_finite
 
@@ -90,11 +93,20 @@ class TrainingImages:
 
 
 class Encoders(nn.Module):
-    """Both towers of a CLIP and a head over them, as one module to train."""
+    """Both towers of a CLIP and a head over them, as one module to train.
 
-    def __init__(self, clip: Clip, head: RAda, world: World | None = None) -> None:
+    lora: where it is given, its adapters alone are trained.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        head: RAda | CosineHead,
+        world: World | None = None,
+        lora: LoRA | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.head = clip.model, head
+        self.model, self.head, self.lora = clip.model, head, lora
         self.world = world or World()
         self.device_type = clip.device.type
 
@@ -102,6 +114,12 @@ class Encoders(nn.Module):
     def log_scale(self) -> nn.Parameter:
         """The logarithm of the logit scale."""
         return self.model.get_parameter("logit_scale")
+
+    def drawing(self, seed: int, number: int) -> AbstractContextManager[None]:
+        """What is drawn in the passes of step `number`: an adapter's dropout, or nothing."""
+        return (
+            nullcontext() if self.lora is None else self.lora.dropout(seed, number, self.world.rank)
+        )
 
     def forward(self, pixels: Tensor, tokens: Tensor, bf16: bool) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W], tokens [K, context] -> logits [B, K], penalty [B], float32.
@@ -122,8 +140,10 @@ def make_trainable(
 ) -> None:
     """Switch on what the loss depends on; the rest (e.g. a caption decoder) stays frozen.
 
-    Found by one backward pass over a blank image.
+    Found by one backward pass over a blank image; of adapters they are what is trained.
     """
+    if module.lora is not None:
+        return
     module.eval().requires_grad_(True)
     height, width = (size, size) if isinstance(size, int) else size
     blank = torch.zeros(1, 3, height, width, device=device)
@@ -204,12 +224,12 @@ def train_encoders(
             own_rows = world.share(rows)
             pixels = torch.stack([next(feed) for _ in own_rows.tolist()]).to(device)
             template = drawn_templates(len(tokens), len(classes), run.seed, number).to(device)
-            logits, penalty = parallel(
-                pixels, tokens[template, classes], config.precision == "bf16"
-            )
-            loss = F.cross_entropy(logits, images.label[own_rows].to(device), reduction="sum")
-            loss = loss + config.penalty_weight * penalty.sum()
-            norm = backward(loss * (world.size / len(rows)), optimizer, parameters).item()
+            prompts = tokens[template, classes]
+            with module.drawing(run.seed, number):
+                logits, penalty = parallel(pixels, prompts, config.precision == "bf16")
+                loss = F.cross_entropy(logits, images.label[own_rows].to(device), reduction="sum")
+                loss = loss + config.penalty_weight * penalty.sum()
+                norm = backward(loss * (world.size / len(rows)), optimizer, parameters).item()
             sums = [loss.item() / len(rows), norm, float(stop.received)]
             value, norms, stopped = world.sum(sums, device)
             if not math.isfinite(value + norms):
@@ -263,5 +283,5 @@ def validation(
     for rows in torch.split(index, VALIDATION_BATCH):
         pixels = torch.stack([next(feed) for _ in rows.tolist()])
         image = torch.cat([image for image, _ in at_a_time.map(clip.encode_image, pixels)])
-        logits.append(module.head.forward_with_penalty(image.float(), ensemble, scale).logits.cpu())
+        logits.append(module.head.forward_with_penalty(image.float(), ensemble, scale)[0].cpu())
     return metrics.validation_metrics(torch.cat(logits), images.label[index])

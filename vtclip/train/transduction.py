@@ -12,8 +12,15 @@ A Gaussian mixture with one diagonal covariance and a graph over the images, pul
 decision in place of zero-shot's. z comes from INNER updates of all images at once, then mu and
 sigma from z, OUTER times. No label is an input: labelled images enter through p alone.
 
-What is decided in the end is a mixture, (1 - v) p + v softmax(log z / T): `blended`. T and v are
-fitted to validation images, v near 1/2 by a prior that weighs as much as STRENGTH images.
+What is decided in the end is a mixture, `mixed`:
+
+    (1 - v g) p + v g softmax(log z / T),       g = (N / K)^2 / ((N / K)^2 + ENOUGH^2)
+
+T and v are fitted to validation images, v near 1/2 by a prior that weighs as much as STRENGTH
+images. g says how far so many images can be relied on: few images per class describe it badly, and
+then z lost up to 1.2 points of accuracy where g was 1 (benchmarks/choose_together.py, by images
+that are no test images). The images of one call are all its evidence: other images beside it
+change what is said of it.
 """
 
 from __future__ import annotations
@@ -25,47 +32,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtclip.train import metrics
+from vtclip.train.neighbours import NEIGHBOURS, neighbours_of
 
-NEIGHBOURS = 3
 SPREAD = 50.0  # divides the log-likelihood of 512 or so correlated channels
 SURE = 8  # images by which a class begins
 OUTER, INNER = 10, 5
-CHUNK = 2048  # rows of cosines at once
 STRENGTH = 5.0
-
-
-class Neighbours:
-    """The m nearest others of each of N images: `index` [N, m], `weight` [N, m] of at least 0."""
-
-    def __init__(self, index: Tensor, weight: Tensor) -> None:
-        self.index, self.weight = index, weight
-
-    def both_ways(self, z: Tensor) -> Tensor:
-        """sum_j (w_ij + w_ji) z_j for z [N, K], [N, K]."""
-        out = torch.zeros_like(z)
-        for column in range(self.index.shape[1]):
-            index, weight = self.index[:, column], self.weight[:, column, None]
-            out += weight * z[index]
-            out.index_add_(0, index, weight * z)
-        return out
-
-
-def nearest(image: Tensor, count: int = NEIGHBOURS) -> Neighbours:
-    """The exact nearest neighbours of image [N, C] of length 1, by cosine, fewer where N <= count.
-
-    Time N^2 C, memory CHUNK x N. Of equal cosines the first in order counts.
-    """
-    count = min(count, len(image) - 1)
-    index = torch.zeros(len(image), max(count, 0), dtype=torch.long)
-    weight = image.new_zeros(index.shape)
-    for start in range(0, len(image) if count > 0 else 0, CHUNK):
-        cosines = image[start : start + CHUNK] @ image.mT
-        rows = torch.arange(len(cosines))
-        cosines[rows, start + rows] = -torch.inf  # none is its own neighbour
-        best = cosines.sort(dim=1, descending=True, stable=True)
-        index[start : start + CHUNK] = best.indices[:, :count]
-        weight[start : start + CHUNK] = best.values[:, :count].clamp(min=0)
-    return Neighbours(index, weight)
+ENOUGH = 12.0  # images per class at which z counts by half of v
 
 
 @torch.no_grad()
@@ -84,7 +57,7 @@ def transduce(log_p: Tensor, image: Tensor, neighbours: int = NEIGHBOURS) -> Ten
     if len(image) == 0:
         return given
     x = F.normalize(image.double(), dim=-1)
-    graph = nearest(x, neighbours)
+    graph = neighbours_of(x, neighbours)
     log_z = given
     surest = given.topk(min(SURE, len(x)), dim=0).indices  # [SURE, K]
     mean = x[surest].mean(dim=0)
@@ -112,6 +85,13 @@ def moments(x: Tensor, z: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return mean, square.clamp(min=1e-6 / x.shape[1])
 
 
+class Weights(NamedTuple):
+    """The share v and the temperature T of what is decided together."""
+
+    share: float = 0.5
+    temperature: float = 1.0
+
+
 class Blend(NamedTuple):
     """log-probabilities [N, K], the share v of what was decided together, and its temperature."""
 
@@ -126,18 +106,38 @@ def blended(log_p: Tensor, image: Tensor, val: Tensor, label: Tensor) -> Blend:
     log_p [N, K], image [N, C], val [n] row numbers, label [n]. The labels choose T and v, nothing
     else. Without any v is 1/2 and T is 1.
     """
-    given = log_p.double().log_softmax(dim=1)
     together = transduce(log_p, image)
-    temperature, share = 1.0, 0.5
-    if len(val):
-        temperature = metrics.fit_temperature(together[val], label)
-    together = (together / temperature).log_softmax(dim=1)
-    if len(val):
-        rows = torch.stack([given[val], together[val]])
-        share = likeliest_share(rows[:, torch.arange(len(val)), label.long()].exp())
+    weights = fitted_weights(log_p[val], together[val], label)
+    return Blend(mixed(log_p, together, weights), *weights)
+
+
+def fitted_weights(log_p: Tensor, log_z: Tensor, label: Tensor) -> Weights:
+    """v and T by n images of the classes label [n], of which log p and log z are [n, K]."""
+    if not len(label):
+        return Weights()
+    given = log_p.double().log_softmax(dim=1)
+    temperature = metrics.fit_temperature(log_z, label)
+    together = (log_z / temperature).log_softmax(dim=1)
+    rows = torch.stack([given, together])
+    share = likeliest_share(rows[:, torch.arange(len(label)), label.long()].exp())
+    return Weights(share, temperature)
+
+
+def mixed(log_p: Tensor, log_z: Tensor, weights: Weights) -> Tensor:
+    """log((1 - v g) p + v g softmax(log z / T)), [N, K] in float64; of one image p itself."""
+    given = log_p.double().log_softmax(dim=1)
+    if len(given) < 2:
+        return given
+    share = weights.share * reliance(*given.shape)
+    together = (log_z / weights.temperature).log_softmax(dim=1)
     logs = given.new_tensor([1 - share, share]).log()
-    both = torch.stack([given + logs[0], together + logs[1]])
-    return Blend(both.logsumexp(dim=0), share, temperature)
+    return torch.stack([given + logs[0], together + logs[1]]).logsumexp(dim=0)
+
+
+def reliance(images: int, classes: int) -> float:
+    """g of `images` that are decided together, in 0..1."""
+    each = images / classes
+    return each**2 / (each**2 + ENOUGH**2)
 
 
 def likeliest_share(true: Tensor) -> float:
