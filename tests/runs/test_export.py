@@ -180,7 +180,7 @@ def unequal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for method in SHARP:
         vtclip.fit(
             root / "images", method=method, shots="all", model=str(root / "model"),
-            device="cpu", out=root / method, cache_dir=root / "cache",
+            device="cpu", out=root / method, cache_dir=root / "cache", refit=False,
             overrides={"epochs": 2} if HEADS[method].recipe(1).epochs else {},
         )  # fmt: skip
     return {method: root / method for method in SHARP}

@@ -95,7 +95,7 @@ def test_rada_on_a_real_folder_of_photos(shared_data, tmp_path, capsys):
     assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
     assert json_of(capsys, "evaluate", run, photos, *cache)["accuracy"] == result["accuracy"]
     assert call("explain", run, photo, "--out", tmp_path / "heat.png") == 2
-    assert "method rada has no attention to show; fit with vtclip" in capsys.readouterr().err
+    assert "method rada cannot be explained, its logits are no sum over" in capsys.readouterr().err
 
 
 @pytest.mark.slow

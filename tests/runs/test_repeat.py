@@ -279,7 +279,7 @@ def test_every_argument_that_decides_a_number_is_in_the_result(run):
     named = {"overrides": "fit", "exact_shots": "draw"}  # in "config" by another name
     conduct = {"records", "out", "overwrite", "resume", "cache_dir", "progress"}
     conduct |= {"encoder_batch_size", "strict"}
-    own = {"train_encoders"}  # is in the results of such runs only
+    own = {"train_encoders", "lora"}  # are in the results of such runs only
     for name in set(inspect.signature(vtclip.fit).parameters) - elsewhere - conduct - own:
         assert named.get(name, name) in run.result["config"], name
     assert {"method", "seed", "environment", "versions", "revision"} <= set(run.result)
