@@ -33,7 +33,7 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int, path: Path | None) -> None:
         where = "nothing was saved" if path is None else f"state saved in {path}"
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; {where}")
-        self.signum = signum
+        self.signum, self.step = signum, step
 
 
 class StopSignal:

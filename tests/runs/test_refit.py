@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import vtclip
 from vtclip.bench.jobs import path_sources
 from vtclip.bench.run import run_bench
 from vtclip.data.npz import open_npz
+from vtclip.distributed import Interrupted
 from vtclip.heads import HEADS
 from vtclip.runs import fit as fit_module
 from vtclip.runs.adapter import load_adapter
@@ -272,12 +274,13 @@ def test_a_run_that_is_killed_in_between_is_finished_by_resume(
     more = options(place, method=method, overrides=quick)
     whole = vtclip.fit(place / "dots", out=tmp_path / "whole", **more)
 
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Interrupted(signal.SIGTERM, 1, None)
 
+    left = "state saved in .*checkpoint.safetensors" if method == "rada" else "nothing was saved"
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "refit_head", killed)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit_module, "refit_head", stopped)
+        with pytest.raises(Interrupted, match=f"^stopped by SIGTERM after step 1; {left}$"):
             vtclip.fit(place / "dots", out=tmp_path / "run", **more)
     assert not (tmp_path / "run" / RESULT).exists()
     run = vtclip.fit(place / "dots", out=tmp_path / "run", resume=True, **more)

@@ -221,8 +221,8 @@ def extended_text(head: str, text: Tensor, text_new: Tensor, support: Support) -
 
 
 def kernel(x: Tensor, s: Tensor, beta: float) -> Tensor:
-    """exp(-beta |x - s|^2) [B, N] of rows of length 1."""
-    return torch.exp(-2 * beta * (1 - x @ s.mT))
+    """exp(-beta |x - s|^2) [B, N] of rows of length 1, in the memory of one product."""
+    return (x @ s.mT).neg_().add_(1).mul_(-2 * beta).exp_()
 
 
 def steps(low: float, high: float, factor: float) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ from vtclip.data.image_files import ImageFiles
 from vtclip.data.records import Records
 from vtclip.data.sets import as_source
 from vtclip.data.splits import UP_TO
+from vtclip.distributed import Interrupted
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
@@ -346,11 +347,16 @@ def fit_again(
     anew.
     """
     run = run_files.training_run(request, None, log_to=folder / run_files.LOG)
-    run = logged_as(run, stage)
+    run, kept = logged_as(run, stage), folder / run_files.CHECKPOINT
     with watch.stage(stage):
-        if isinstance(head, Auto):
-            return refit_auto(head, rows.records, index, rows.recipe_shots, run)
-        return refit_head(head, rows.records, index, settings, run)
+        try:
+            if isinstance(head, Auto):
+                return refit_auto(head, rows.records, index, rows.recipe_shots, run)
+            return refit_head(head, rows.records, index, settings, run)
+        except Interrupted as stopped:
+            if not kept.is_file():
+                raise
+            raise Interrupted(stopped.signum, stopped.step, kept) from None  # of the fit before
 
 
 def evaluate_all(
