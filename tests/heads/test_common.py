@@ -348,8 +348,9 @@ def test_the_flags_are_those_of_the_methods():
     assert those("takes_support") == keeping | {"linear-probe", "clap"}
     assert those("chooses") == keeping | {"linear-probe", "calip"}
     assert those("has_penalty") == {"rada", "clap"}
-    sums = keeping - {"proto-clip", "gda", "lp++"}
+    sums = keeping - {"proto-clip", "gda", "lp++", "prolip"}
     assert those("has_contributions") == sums | {"zeroshot", "auto"}
+    assert those("trains_keys") == {"tip-adapter-f"}
     assert those("needs_text_encoder") == {"coop"}
     assert set(HEADS) - those("learns") == {"zeroshot", "autoclip"}
     assert not those("class_specific") & those("any_classes")

@@ -92,6 +92,7 @@ class Head(nn.Module):
     keeps_images: ClassVar[bool] = False
     has_penalty: ClassVar[bool] = False
     has_contributions: ClassVar[bool] = False
+    trains_keys: ClassVar[bool] = False  # the images that it keeps are parameters
     text: Tensor
 
     def __init_subclass__(cls) -> None:

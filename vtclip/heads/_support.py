@@ -55,7 +55,6 @@ class SupportHead(ImageHead):
     and without `votes_per_class` next to those of other classes, too.
     """
 
-    trains_keys: ClassVar[bool] = False
     searched: ClassVar[tuple[str, ...]] = ()  # the hyper-parameters that `choose` sets
     keys: Tensor
     label: Tensor

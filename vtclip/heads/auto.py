@@ -187,7 +187,7 @@ class Auto(Head):
                 add(name, share * values)
             sums = [*total.sums, *(one._replace(A=share * one.A) for one in parts.sums)]
             if parts.sums and not of_keys:
-                total, of_keys = parts, not getattr(head, "trains_keys", False)
+                total, of_keys = parts, not head.trains_keys
             total = total._replace(sums=sums)
         return total._replace(terms=terms)
 

@@ -195,7 +195,7 @@ def explain_choice(
     if images.run is not None and images.run.result["config"].get("pseudo_labels"):
         notes.append("the run was trained on pseudo-labels: classes of images are zero-shot's")
     keeping = [one for one in what.head.member_heads if getattr(one, "num_support", 0)]
-    if keeping and all(getattr(one, "trains_keys", False) for one in keeping):
+    if keeping and all(one.trains_keys for one in keeping):
         fact = "cosines are with what training made of each image"
         notes.append(f"{keeping[0].method} trains the features of its images; {fact}")
     elif parts.cosine.numel() and float(parts.cosine.max()) > ALIKE:
