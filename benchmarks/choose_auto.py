@@ -219,6 +219,8 @@ def ways(methods: Sequence[str], subsets: bool) -> Iterator[tuple[str, Way]]:
                 yield title, log_linear(prior)
     few = {name: auto.PRIOR.get(name, 1.0) for name in auto.CANDIDATES if name in methods}
     yield "auto", log_linear(few)
+    for share in (0.25, 1.0, 2.0):
+        yield f"auto, zeroshot*{share:g}", log_linear({**few, "zeroshot": share})
     for strength in (5.0, 10.0, 20.0, 40.0, 80.0):
         yield f"auto, strength {strength:g}", log_linear(few, strength)
     yield "auto, together", together(log_linear(few))
