@@ -110,9 +110,8 @@ class SupportHead(ImageHead):
         for mask, rows in zip(masks, parts, strict=True):
             mask[rows] = True
         head, rows, image, label = self._searched(image, label)
-        taken: dict[
-            tuple[float, ...], SupportHead
-        ] = {}  # few points are chosen, and a solve is long
+        # few points are chosen, and a solve is long
+        taken: dict[tuple[float, ...], SupportHead] = {}
         for best in most_likely_by(*head.candidates(image, label), parts=masks[:, rows]):
             point = tuple(best.values())
             if point not in taken:

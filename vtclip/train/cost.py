@@ -2,8 +2,9 @@
 """What the fit of a method is expected to cost, in seconds of one processor.
 
 The numbers come from sizes and constants alone, not from a clock, so that what `--budget` allows is
-the same on every machine. The constants fit what `benchmarks/fit_cost.py` printed on one core of a
-server processor of 2024; on another machine all of them are off by about the same factor.
+the same on every machine. The constants fit what `benchmarks/fit_cost.py` printed on one core, on
+another machine all of them are off by about the same factor. Those of VT-CLIP are set by hand, and
+above 2,048 images ProKeR, which then searches over fewer classes, takes less than is expected.
 
     trained            steps * STEP[method] + steps * batch * K * C * PAIR[method]
     proker             0.1 + 1.4e-6 N^2                              kernel matrices of a grid
