@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,34 @@ ONE_THREAD = (
     "train",
 )  # folders of tests on tiny tensors
 IMPLS = ("cpu", "triton", "cuda", "reference")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thin",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of every test function run the first parameter set and about one in N of the others",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--thin: chosen by a checksum of the name, so that no dtype or layout is left out by its place
+    in a list; the same tests every time. The others are counted as deselected."""
+    step, functions = config.getoption("--thin"), set[str]()
+    if step < 1:
+        raise pytest.UsageError(f"--thin must be at least 1, got {step}")
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        chosen = function not in functions or zlib.crc32(item.nodeid.encode()) % step == 0
+        (kept if chosen else dropped).append(item)
+        functions.add(function)
+    if dropped:
+        items[:] = kept
+        config.hook.pytest_deselected(items=dropped)
 
 
 @pytest.fixture(autouse=True, scope="session")
