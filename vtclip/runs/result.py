@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -18,7 +17,7 @@ import torch
 
 from vtclip import __version__
 from vtclip.backends import native
-from vtclip.files import Json, read_json, to_json, write_atomic
+from vtclip.files import Json, read_json, settle, to_json, write_atomic
 from vtclip.machine import Stopwatch, peak_memory_mb
 
 if TYPE_CHECKING:
@@ -67,15 +66,9 @@ class Run:
         return float(self.result["accuracy"])
 
     @classmethod
-    def write(cls, folder: Path, result: Json) -> Run:
-        """Save `result` in `folder`, as it will be read back."""
-        run = cls(folder, json.loads(to_json(result)))
-        run.save()
-        return run
-
-    @classmethod
     def load(cls, folder: str | Path) -> Run:
         folder = Path(folder).expanduser()
+        settle(folder)
         return cls(folder, read_json(folder / RESULT, "a vtclip run"))
 
     def save(self) -> None:
