@@ -199,16 +199,16 @@ class NewFiles:
             except BaseException:
                 journal.discard()
                 raise
-            # from here on the files belong to the journal, whatever interrupts this process
+            # once it is there the files are the journal's, whatever interrupts this process
             fresh, self._fresh = self._fresh, {}
             try:
                 journal.replace()
-            except OSError:
-                journal.discard()
-                self._fresh = fresh
-                raise
-            try:
                 _move(self._folder, body)
+            except BaseException:
+                if os.path.lexists(journal.place):
+                    journal.discard()
+                    self._fresh = fresh
+                raise
             finally:
                 for new, _digest in fresh.values():
                     new.close()
