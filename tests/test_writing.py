@@ -340,6 +340,18 @@ def test_a_lock_waits_for_others_and_not_for_its_own_thread(tmp_path):
     assert said == ["refused", "waited"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_too(code, tmp_path, monkeypatch):
+    def none(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(writing.fcntl, "flock", none)
+    (tmp_path / LEFT).write_bytes(b"")
+    with only_writer(tmp_path):
+        write_together({tmp_path / "a": b"1", tmp_path / "b": b"1"})
+    assert held(tmp_path) == {"a": b"1", "b": b"1", LEFT: b""}  # may be a living writer's
+
+
 def test_what_is_replaced_while_it_is_read_is_read_again(tmp_path):
     write_together({tmp_path / "a": b"1", tmp_path / "b": b"1"})
     reads = []

@@ -38,6 +38,8 @@ FRESH = re.compile(r"\..+\.[0-9a-f]{16}\.new", re.DOTALL)
 NAME_KEPT = 50  # letters of a name in that of its new file, which systems allow 255 bytes
 LOCK_WAIT_S = 60.0
 READS = 5
+# of file systems without locks, where all goes on without them, as on Windows
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 class _Fresh:
@@ -379,7 +381,13 @@ def _locked(folder: Path, wait_s: float, *, again: bool) -> Iterator[None]:
         if again and key in _held:
             yield
             return
-        if not lock(handle, wait_s):
+        try:
+            free = lock(handle, wait_s)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            free = True
+        if not free:
             raise FileExistsError(f"{folder} is being written by another run")
         _held.add(key)
         try:

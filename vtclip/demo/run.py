@@ -29,7 +29,7 @@ from vtclip.data.sources import open_source
 from vtclip.data.splits import few_shot_split
 from vtclip.demo.pictures import from_pixels, heat_panel, sheet, shots_curve
 from vtclip.demo.scenes import SIDE, Box, demo_set
-from vtclip.files import Json, to_json, write_atomic
+from vtclip.files import Json, only_writer, to_json, write_atomic
 from vtclip.machine import choose_device
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.fit import fit
@@ -208,7 +208,8 @@ def run_demo(
     before = torch.get_num_threads()
     try:
         folder = Path(out).expanduser()
-        return _run(folder, seed, threads or 1, repeats, images_per_class, shots, device)
+        with only_writer(folder):
+            return _run(folder, seed, threads or 1, repeats, images_per_class, shots, device)
     finally:
         torch.set_num_threads(before)
 
@@ -223,7 +224,6 @@ def _run(
     device: str | None,
 ) -> Json:
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     images = draw_images(out, images_per_class, FRESH_SCENES + seed)
     drawn = time.perf_counter()
     common: Json = {"model": "demo", "spatial": SPATIAL, "cache_dir": out / "features"}

@@ -235,8 +235,7 @@ def write_run(
 
 def finish_run(folder: Path, new: NewFiles, contents: Json) -> Run:
     """Add the result to the new files of a run, which then are those of the folder."""
-    run = Run(folder, json.loads(to_json(contents)))
-    new.write(RESULT, to_json(run.result))
+    run = Run.write(folder, contents, new)
     new.remove(*(RUN_FILES - new.names - {LOG}))
     new.commit()
     return run
