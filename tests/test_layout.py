@@ -73,6 +73,8 @@ def test_setup_py_and_engine_stay_small():
 BASE = {"names", "files", "machine", "distributed"}  # import nothing of the package
 ARROWS = {
     **{room: set() for room in BASE},
+    "writing": set(),
+    "files": {"writing"},  # which hands it on
     "kernels": set(),
     "clip": {"names", "files"},
     "reference": {"names"},
@@ -177,6 +179,19 @@ def test_signatures_have_positional_tensors_and_keyword_options(name):
         is_tensor = parameter.annotation == "Tensor"
         assert (parameter.kind == parameter.POSITIONAL_OR_KEYWORD) == is_tensor
     assert list(parameters)[-1].name == "impl"
+
+
+# what else writes files: an own log or list of rows, a temporary folder, a switch of the system
+WRITERS = {"writing", "runs/folder", "bench/rows", "testing/selftest", "testing/selftest_worker"}
+WRITERS |= {"machine"}
+
+
+def test_files_are_written_by_the_module_for_it():
+    """vtclip.writing: random names, one step, never through a planted link."""
+    write = re.compile(r"\.write_(text|bytes)\(|O_CREAT|\bopen\([^)\n]*\"[wax]b?\+?\"")
+    found = {p for p in tracked("vtclip/*.py") if write.search(p.read_text())}
+    names = {p.relative_to(ROOT / "vtclip").with_suffix("").as_posix() for p in found}
+    assert names == WRITERS
 
 
 def test_functions_stay_short():

@@ -1,35 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that survive a kill and a full disk: atomic writes, digests, one writer per folder.
-
-A write goes to `NAME.new` in the same folder, is flushed to the disk, and then replaces
-`NAME` in one step, so that a reader finds either the old bytes or the new ones. A symbolic link is
-followed: the file it points to is replaced and the link stays. Permissions follow the umask.
-"""
+"""Files: their formats and digests, and, of vtclip.writing, writes that survive a kill."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import errno
 import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtclip.writing import NewFiles as NewFiles
+from vtclip.writing import is_leftover as is_leftover
+from vtclip.writing import lock as lock
+from vtclip.writing import locked as locked
+from vtclip.writing import only_writer as only_writer
+from vtclip.writing import read_settled as read_settled
+from vtclip.writing import replacing as replacing
+from vtclip.writing import settle as settle
+from vtclip.writing import write_atomic as write_atomic
+from vtclip.writing import write_together as write_together
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-try:
-    import fcntl as _fcntl
-
-    fcntl: Any = _fcntl
-except ImportError:  # Windows has no flock; there the folder is not locked
-    fcntl = None
-
 
 Json = dict[str, Any]
 """A JSON object, such as the contents of `result.json`."""
@@ -83,67 +79,6 @@ def is_below(path: str | Path, root: str | Path) -> bool:
     """Whether `path`, links followed, is `root` or lies in it."""
     real, top = os.path.realpath(path), os.path.realpath(root)
     return real == top or real.startswith(top.rstrip(os.sep) + os.sep)
-
-
-def write_new(path: Path, data: bytes) -> Path:
-    """Writes `data` to `path` + ".new" and flushes it to the disk; `path` itself is not touched."""
-    path = Path(os.path.realpath(path))
-    fresh = path.with_name(path.name + ".new")
-    try:
-        with open(fresh, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        message = f"cannot write {len(data)} bytes to {path}: {error.strerror}"
-        raise OSError(error.errno, message, str(path)) from error
-    return fresh
-
-
-def move_new(path: Path) -> None:
-    """Replaces `path` by `path` + ".new" and flushes the folder's entry."""
-    path = Path(os.path.realpath(path))
-    os.replace(path.with_name(path.name + ".new"), path)
-    _flush_entries(path.parent)
-
-
-def _flush_entries(folder: Path) -> None:
-    """Flushes a folder's list of files to the disk, on the systems that can.
-
-    Windows opens no folders, and some network file systems have no such flush; there the rename
-    is all that can be done. Any other failure is an error.
-    """
-    if fcntl is None:
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces the contents of `path` in one step."""
-    write_new(path, data)
-    move_new(path)
-
-
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write every file under a new name, then rename all; where a write fails none is replaced."""
-    written = []
-    try:
-        for path, data in files.items():
-            written.append(write_new(path, data))
-    except OSError:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
-    for path in files:
-        move_new(path)
 
 
 def to_json(value: object) -> bytes:
@@ -214,24 +149,6 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Locks `folder` against a second writer; the lock ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"{folder} is being written by another run") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,11 +11,13 @@ from pictures import WIDTH, small_model, write_model
 
 from vtclip.clip import Clip, load_clip
 from vtclip.clip.low_rank import LowRank, add_low_rank, attention_layers
+from vtclip.files import NewFiles
 from vtclip.heads import ZeroShot
-from vtclip.runs.adapter import Adapter
+from vtclip.runs.adapter import Adapter, add_adapter
 from vtclip.runs.encoders import (
     ENCODERS,
     LORA,
+    add_encoders,
     load_encoders,
     save_with_encoders,
     tuned_features,
@@ -110,13 +112,10 @@ def test_a_folder_holds_the_factors_alone_and_gives_the_same_weights(clip, tmp_p
     adapter = Adapter(head, ["ant", "bee"], None, features)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ENCODERS).write_bytes(b"of a run before")
-    from vtclip.runs.encoders import saved_encoders
-
-    with saved_encoders(tmp_path / "run", changed) as digest:
-        said["digest"] = digest
-        from vtclip.runs.adapter import save_adapter
-
-        save_adapter(tmp_path / "run", adapter)
+    with NewFiles(tmp_path / "run") as new:
+        said["digest"] = add_encoders(new, changed)
+        add_adapter(new, adapter)
+        new.commit()
     held = {path.name for path in (tmp_path / "run").iterdir()}
     assert held == {LORA, "adapter.safetensors", "adapter_config.json"}
     again = load_encoders(tmp_path / "run", adapter, None, CPU)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-import vtclip.files
 import vtclip.machine
+import vtclip.writing
 
 TEXT_MODE = 0x8000_0000  # stands for O_BINARY, which other systems lack
 # of the letter of a drive the colon is part of the path
@@ -100,7 +100,7 @@ def as_windows(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(os, name, removed(name))
     patch.setattr(os, "mkdir", make)
     patch.setattr(builtins, "open", opened)
-    patch.setattr(vtclip.files, "fcntl", None)
+    patch.setattr(vtclip.writing, "fcntl", None)
     patch.setattr(vtclip.machine, "STATM", Path("/proc/none/statm"))
     patch.setattr(vtclip.machine, "CLEAR_REFS", Path("/proc/none/clear_refs"))
     patch.setitem(sys.modules, "resource", None)

@@ -328,7 +328,7 @@ for kill in range(25):
     os.waitpid(child, 0)
     os.close(saved)
     os.close(saves)
-    between += any(path.suffix == ".new" for path in folder.iterdir())
+    between += any(path.name.startswith(".") for path in folder.iterdir())
     found = value(folder)
     assert len(found) == 1 and min(found) >= last, (found, last)
     moved += min(found) > last
@@ -341,22 +341,16 @@ print(moved, between)
     assert between >= 3
 
 
-def test_a_kill_between_the_two_renames_loads_the_new_adapter(records, tmp_path):
-    save_adapter(tmp_path, make(records, fill=1.0))
-    old = (tmp_path / CONFIG).read_bytes()
-    save_adapter(tmp_path, make(records, fill=2.0))
-    (tmp_path / CONFIG).rename(tmp_path / (CONFIG + ".new"))
-    (tmp_path / CONFIG).write_bytes(old)
-
-    def fill(folder: Path) -> float:
-        return float(next(load_adapter(folder).head.parameters()).detach().mean())
-
-    assert fill(tmp_path) == 2.0
-    (tmp_path / CONFIG).unlink()  # the same in a folder without an older save
-    assert fill(tmp_path) == 2.0
-    save_adapter(tmp_path, make(records, fill=3.0))
-    assert fill(tmp_path) == 3.0
-    assert not list(tmp_path.glob("*.new"))
+def test_a_result_of_another_adapter_is_refused_by_name(records, tmp_path):
+    digest = save_adapter(tmp_path, make(records, fill=1.0))
+    for result in ({"digests": {"adapter": digest}}, {}, {"digests": None}):
+        write_atomic(tmp_path / "result.json", to_json(result))
+        assert load_adapter(tmp_path).temperature == 0.75
+    other = {"digests": {"adapter": "0" * 64}}
+    for how in ({"result": other}, {}):
+        with pytest.raises(ValueError, match=r"result.json \(of adapter 0{12}\) belong to differ"):
+            load_adapter(tmp_path, **how)
+        write_atomic(tmp_path / "result.json", to_json(other))
 
 
 def test_a_full_disk_keeps_the_old_adapter(tmp_path):

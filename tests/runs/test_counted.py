@@ -20,6 +20,7 @@ from PIL import Image
 
 import vtclip
 from vtclip.data.extract import extract_features
+from vtclip.files import NewFiles
 from vtclip.heads import HEADS
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.result import Run
@@ -218,7 +219,10 @@ def test_copies_with_loss_are_counted_and_said(place, tmp_path, caplog):
 def test_a_name_with_any_line_end_stays_one_row_of_the_list(tmp_path):
     names = ["a\r.png", "b\n.png", "c\r\n.png", 'd",.png']
     seen = Seen(names, ["grass"] * 4, ["train"] * 4, ["d"] * 4, ["p"] * 4, [""] * 4)
-    assert Seen.read(tmp_path, seen.write(tmp_path)) == seen
+    with NewFiles(tmp_path) as new:
+        entry = seen.write(new)
+        new.commit()
+    assert Seen.read(tmp_path, entry) == seen
 
 
 def test_a_row_of_another_length_is_named(tmp_path):

@@ -220,9 +220,6 @@ def test_encoders_are_refused_by_name_where_missing_cut_or_of_another_run(
     shutil.copy(other.folder / ENCODERS, path)
     with pytest.raises(ValueError, match=f"{ENCODERS} has digest .* wants"):
         Classifier.load(folder, device="cpu")
-    # a save killed between its steps has the new file under its `.new` name
-    path.with_name(ENCODERS + ".new").write_bytes(data)
-    assert Classifier.load(folder, device="cpu").clip.weights_digest
     shutil.copy(fitted.folder / ENCODERS, path)
     with pytest.raises(ValueError, match="the run started from"):
         Classifier.load(folder, model=models["resnet"], device="cpu")

@@ -23,7 +23,15 @@ import torch
 
 from vtclip.backends import native
 from vtclip.backends.problem import constant_when_traced
-from vtclip.files import default_cache, json_digest, read_json, several, to_json, write_atomic
+from vtclip.files import (
+    default_cache,
+    json_digest,
+    locked,
+    read_json,
+    several,
+    to_json,
+    write_atomic,
+)
 from vtclip.kernels import _limits
 
 FORMAT, VERSION = "vtclip self-test", 1
@@ -132,16 +140,17 @@ def write(device: torch.device, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Keeps `rows` (see `vtclip.testing.selftest.Row`); those of other implementations stay."""
     path = place(device)
     fresh = {key(row): dict(row) for row in rows}
-    kept = {key(row): row for row in _rows(path)} if path.exists() else {}
-    value = {
-        "format": FORMAT,
-        "version": VERSION,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "identity": identity(device),
-        "rows": list({**kept, **fresh}.values()),
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, to_json({**value, "digest": json_digest(value)}))
+    with locked(path.parent):
+        kept = {key(row): row for row in _rows(path)} if path.exists() else {}
+        value = {
+            "format": FORMAT,
+            "version": VERSION,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "identity": identity(device),
+            "rows": list({**kept, **fresh}.values()),
+        }
+        write_atomic(path, to_json({**value, "digest": json_digest(value)}))
     forget()
     return path
 

@@ -23,8 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtclip import files
-from vtclip.files import read_json, to_json, write_atomic
+from vtclip.files import is_leftover, lock, locked, read_json, to_json, write_atomic
 from vtclip.names import option
 
 logger = logging.getLogger(__name__)
@@ -49,25 +48,11 @@ def check_bench_folder(out: Path, sources: Iterable[Path]) -> None:
         return
     if not out.is_dir():
         raise FileExistsError(f"{option('out')} {out} exists and is not a folder")
-    names = sorted(path.name for path in out.iterdir())
-    if names and BENCH not in names and names != [BENCH + ".new"]:
+    names = sorted(path.name for path in out.iterdir() if not is_leftover(path.name))
+    if names and BENCH not in names:
         raise FileExistsError(
             f"{option('out')} {out} exists and is not a benchmark (it holds {names[0]!r})"
         )
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the folder, after waiting for others to be done with it; not for longer work."""
-    if files.fcntl is None:  # Windows, which opens no folders either
-        yield
-        return
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        files.fcntl.flock(handle, files.fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def claim_folder(
@@ -129,15 +114,14 @@ class RowFile:
         self.path = path
         # Windows writes \r\n for \n and so moves every place in the file, unless told not to
         binary: int = getattr(os, "O_BINARY", 0)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | binary, 0o666)
-        try:
-            if files.fcntl is not None:
-                files.fcntl.flock(self._file, files.fcntl.LOCK_EX | files.fcntl.LOCK_NB)
-            self._end = _end_of_lines(path)
-            os.ftruncate(self._file, self._end)
-        except BlockingIOError:
+        no_link: int = getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | binary | no_link
+        self._file = os.open(path, flags, 0o666)
+        if not lock(self._file, 0.0):
             os.close(self._file)
-            raise FileExistsError(f"{path} is being written by another benchmark") from None
+            raise FileExistsError(f"{path} is being written by another benchmark")
+        self._end = _end_of_lines(path)
+        os.ftruncate(self._file, self._end)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """One line, on the disk when this returns, or an OSError and no line at all."""

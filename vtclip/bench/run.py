@@ -31,12 +31,11 @@ from vtclip.bench.rows import (
     check_bench_folder,
     claim_folder,
     is_finished,
-    locked,
     read_rows,
 )
 from vtclip.bench.sources import SourceOpener
 from vtclip.distributed import Interrupted
-from vtclip.files import several, write_atomic
+from vtclip.files import locked, settle, several, write_together
 from vtclip.heads import HEADS
 from vtclip.machine import choose_device, reset_peak_memory, set_threads
 from vtclip.runs.fit import fit
@@ -159,8 +158,9 @@ def write_tables(out: Path) -> dict[str, Any]:
         "table.csv": summary_csv(summary),
         "results.csv": runs_csv([*report.rows, *report.missed]),
     }
-    for name, text in files.items():
-        write_atomic(out / name, text.encode("utf-8", "backslashreplace"))
+    write_together(
+        {out / name: text.encode("utf-8", "backslashreplace") for name, text in files.items()}
+    )
     return summary
 
 
@@ -223,6 +223,7 @@ def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
     options |= {"device": opener.device, "cache_dir": opener.cache_dir}
     # the numbers are compared with published ones, which are of equal shots and train on no other
     options |= {"exact_shots": True, "refit": False}
+    settle(folder)
     started = (folder / CHECKPOINT).is_file() or (folder / RESULT).is_file()
     try:
         return fit(job.source.where, resume=True, **options).result

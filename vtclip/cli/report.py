@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from vtclip.bench.page import draw, html_page, markdown_page
     from vtclip.bench.report import check_finished, make_report, read_benchmark
     from vtclip.files import several as several_of
-    from vtclip.files import write_atomic
+    from vtclip.files import write_together
 
     rows, notes = read_benchmark(folder)
     report = make_report(rows, notes, args.method, args.published)
@@ -74,8 +74,7 @@ def run(args: argparse.Namespace) -> int:
         check_place(path, args.overwrite)
     if page is not None:
         page.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in files.items():
-        write_atomic(path, text.encode("utf-8", "backslashreplace"))
+    write_together({p: text.encode("utf-8", "backslashreplace") for p, text in files.items()})
     for note in report.notes:
         emit(note)
     emit(f"{several_of(len(report.rows), 'run')}: {', '.join(str(path) for path in files)}")

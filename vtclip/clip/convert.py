@@ -22,7 +22,7 @@ from vtclip.clip.loading import config_of_file
 from vtclip.clip.names import resolve_architecture
 from vtclip.clip.transformers_folders import is_transformers_folder, read_model
 from vtclip.clip.weights import METADATA, Weights, load_into, read_weights
-from vtclip.files import Json, move_new
+from vtclip.files import Json, replacing
 
 
 def convert_file(
@@ -128,8 +128,6 @@ def _check(config: Json, weights: Weights) -> None:
 def _write(target: Path, weights: Weights, facts: Json) -> None:
     from safetensors.torch import save_file
 
-    real = Path(os.path.realpath(target))
-    fresh = real.with_name(real.name + ".new")
     tensors: dict[str, Tensor] = {}
     places: set[int] = set()
     for name, value in weights.tensors.items():  # safetensors refuses two names for one place
@@ -138,11 +136,10 @@ def _write(target: Path, weights: Weights, facts: Json) -> None:
         tensors[name] = whole.clone() if place in places else whole
         places.add(place)
     try:
-        save_file(tensors, fresh, metadata={"format": "pt", METADATA: json.dumps(facts)})
-        with open(fresh, "rb+") as file:
-            os.fsync(file.fileno())
+        with replacing(target) as fresh:
+            mode = fresh.stat().st_mode
+            save_file(tensors, fresh, metadata={"format": "pt", METADATA: json.dumps(facts)})
+            fresh.chmod(mode)  # the library's own is for the owner alone
     except Exception as error:
-        fresh.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:160]
         raise OSError(f"cannot write {target}: {reason}") from error
-    move_new(real)

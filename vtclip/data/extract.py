@@ -398,7 +398,7 @@ class _Job(Work):
         files.write_atomic(
             folder / MANIFEST, files.to_json({**body, "digest": files.json_digest(body)})
         )
-        for path in (*folder.glob("shard-*.json"), folder / PARTIAL, *folder.glob("*.new")):
+        for path in (*folder.glob("shard-*.json"), folder / PARTIAL):
             path.unlink(missing_ok=True)
 
 
@@ -427,7 +427,7 @@ def _check_out(folder: Path) -> None:
         raise ValueError(f"{option('out')} {folder} is not a folder; give a new or an empty folder")
     if not folder.exists() or (folder / MANIFEST).exists() or (folder / PARTIAL).exists():
         return
-    if any(path.name != f"{PARTIAL}.new" for path in folder.iterdir()):
+    if not all(files.is_leftover(path.name) for path in folder.iterdir()):
         raise ValueError(
             f"{option('out')} {folder} holds other files; give a new or an empty folder"
         )

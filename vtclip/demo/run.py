@@ -10,6 +10,7 @@ adapter folder.
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from vtclip.data.sources import open_source
 from vtclip.data.splits import few_shot_split
 from vtclip.demo.pictures import from_pixels, heat_panel, sheet, shots_curve
 from vtclip.demo.scenes import SIDE, Box, demo_set
-from vtclip.files import Json, to_json, write_atomic
+from vtclip.files import Json, only_writer, to_json, write_atomic
 from vtclip.machine import choose_device
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.fit import fit
@@ -79,7 +80,7 @@ def draw_images(out: Path, per_class: int, seed: int) -> DemoImages:
             raise ValueError(f"demo: {folder} {wish}, got {unknown[0]!r}")
     for name, picture in pixels.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.numpy(), mode="RGB").save(folder / name)
+        _save(Image.fromarray(picture.numpy(), mode="RGB"), folder / name)
     write_atomic(out / "boxes.json", json.dumps(box_of).encode())
     return DemoImages(folder, pixels, box_of)
 
@@ -207,7 +208,8 @@ def run_demo(
     before = torch.get_num_threads()
     try:
         folder = Path(out).expanduser()
-        return _run(folder, seed, threads or 1, repeats, images_per_class, shots, device)
+        with only_writer(folder):
+            return _run(folder, seed, threads or 1, repeats, images_per_class, shots, device)
     finally:
         torch.set_num_threads(before)
 
@@ -222,7 +224,6 @@ def _run(
     device: str | None,
 ) -> Json:
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
     images = draw_images(out, images_per_class, FRESH_SCENES + seed)
     drawn = time.perf_counter()
     common: Json = {"model": "demo", "spatial": SPATIAL, "cache_dir": out / "features"}
@@ -261,10 +262,10 @@ def _run(
     test = few_shot_split(records.label, records.names, shots=max(shots), seed=seed).test
     scores = pointing(records, test, images.boxes, folders)
     run_folder = folders[max(shots)][0]
-    heat_maps(records, test, images, run_folder, PANELS).save(out / "heat_maps.png")
+    _save(heat_maps(records, test, images, run_folder, PANELS), out / "heat_maps.png")
     zero_shot = rows[max(shots)]["zero_shot"]
     curve = shots_curve(zero_shot, {count: row["vtclip_seeds"] for count, row in rows.items()})
-    curve.save(out / "shots.png")
+    _save(curve, out / "shots.png")
     done = time.perf_counter()
     summary: Json = {
         "shots": rows,
@@ -284,6 +285,12 @@ def _run(
     write_atomic(out / "table.txt", (summary["table"] + "\n").encode())
     summary["out"] = out
     return summary
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    write_atomic(path, data.getvalue())
 
 
 def _share(hits: Tensor) -> float:

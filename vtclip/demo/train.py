@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from vtclip.clip import build_clip
 from vtclip.clip.word_tokenizer import WordTokenizer, build_vocab
 from vtclip.demo import captions, scenes
-from vtclip.files import Json, write_atomic
+from vtclip.files import Json, write_together
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +197,12 @@ def save_assets(model: nn.Module, config: Json, vocab: dict[str, int], out: Path
     """Writes the local-dir folder, weights as float16."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    write_atomic(out / "open_clip_model.safetensors", save(state))
-    (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "vocab.json").write_text(json.dumps(vocab, indent=0) + "\n")
+    texts = {
+        "open_clip_config.json": json.dumps(config, indent=2),
+        "vocab.json": json.dumps(vocab, indent=0),
+    }
+    written = {out / name: (text + "\n").encode() for name, text in texts.items()}
+    write_together({**written, out / "open_clip_model.safetensors": save(state)})
 
 
 def train(

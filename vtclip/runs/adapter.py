@@ -4,9 +4,9 @@
 The config names the digest of the tensors and carries a digest of itself, so a cut or changed byte
 in either file is found on loading. Nothing is pickled and loading runs no code of the file's.
 
-Saving writes both files under new names, then renames the tensors, then the config. After a kill
-between the two renames the tensors are new and the config that belongs to them still has its
-`.new` name: `load_adapter` takes that one. So the old or the new adapter loads, never neither.
+Saving replaces both in one step, with the other files of a run where there are any (`NewFiles`).
+A result beside them names the digest of the tensors, and loading refuses an adapter that is
+another run's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vtclip import __version__, files
 from vtclip.clip.identity import differences
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
+from vtclip.runs.result import RESULT
 from vtclip.train.conformal import Calibration
 from vtclip.train.transduction import Weights
 
@@ -58,7 +59,14 @@ class Adapter:
 
 def save_adapter(folder: Path, adapter: Adapter) -> str:
     """Write the adapter's two files into `folder`; returns the digest of the tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with files.NewFiles(folder) as new:
+        digest = add_adapter(new, adapter)
+        new.commit()
+    return digest
+
+
+def add_adapter(new: files.NewFiles, adapter: Adapter) -> str:
+    """The adapter's two files among others of a run; returns the digest of the tensors."""
     head = adapter.head
     tensors = {f"head.{name}": value for name, value in head.state_dict().items()}
     for name, value in tensors.items():
@@ -83,41 +91,21 @@ def save_adapter(folder: Path, adapter: Adapter) -> str:
     if adapter.together is not None:
         config["together"] = adapter.together._asdict()
     config["config_digest"] = files.json_digest(config)
-    _finish_killed_save(folder)
     # one entry of metadata: safetensors writes several in random order, and runs are compared
-    data = save_bytes(tensors, {"digest": digest})
-    files.write_together({folder / TENSORS: data, folder / CONFIG: files.to_json(config)})
+    new.write(TENSORS, save_bytes(tensors, {"digest": digest}))
+    new.write(CONFIG, files.to_json(config))
     return digest
 
 
 def read_config(folder: Path, digest: str) -> Json:
     """The checked config that belongs to tensors of this digest."""
-    path, fresh = folder / CONFIG, folder / (CONFIG + ".new")
-    config = _checked_config(path) if path.exists() or not fresh.is_file() else None
-    if config is not None and config["tensors_digest"] == digest:
-        return config
-    if fresh.is_file():
-        fresh_config = _checked_config(fresh)
-        if fresh_config["tensors_digest"] == digest:
-            return fresh_config
-    wanted = "nothing" if config is None else str(config["tensors_digest"])[:12]
-    raise ValueError(
-        f"not {WHAT}: {folder / TENSORS} has digest {digest[:12]}, {CONFIG} wants {wanted}"
-    )
-
-
-def _finish_killed_save(folder: Path) -> None:
-    """Rename the config of a save that was killed between its two renames, if there was one."""
-    path, fresh = folder / CONFIG, folder / (CONFIG + ".new")
-    if not fresh.is_file() or not (folder / TENSORS).is_file():
-        return
-    try:
-        digest = files.read_safetensors(folder / TENSORS, WHAT)[1]["digest"]
-        old = path.is_file() and files.read_json(path, WHAT).get("tensors_digest") == digest
-        if not old and _checked_config(fresh)["tensors_digest"] == digest:
-            files.move_new(path)
-    except (OSError, ValueError, KeyError):
-        return  # what cannot be read is about to be replaced
+    config = _checked_config(folder / CONFIG)
+    if config["tensors_digest"] != digest:
+        wanted = str(config["tensors_digest"])[:12]
+        raise ValueError(
+            f"not {WHAT}: {folder / TENSORS} has digest {digest[:12]}, {CONFIG} wants {wanted}"
+        )
+    return config
 
 
 def _checked_config(path: Path) -> Json:
@@ -139,15 +127,25 @@ def _checked_config(path: Path) -> Json:
     return config
 
 
-def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
-    """The adapter in `folder`; a missing, cut, changed or mismatching part is one clear error."""
+def load_adapter(
+    folder: str | Path, *, device: str | torch.device = "cpu", result: Json | None = None
+) -> Adapter:
+    """The adapter in `folder`; a missing, cut, changed or mismatching part is one clear error.
+
+    result: of the run that it must belong to; None takes that in the folder, if there is one.
+    """
     folder = Path(folder).expanduser()
+    return files.read_settled(folder, lambda: _load(folder, device, result))
+
+
+def _load(folder: Path, device: str | torch.device, result: Json | None) -> Adapter:
     if not folder.is_dir():
         raise FileNotFoundError(f"not {WHAT}: {folder} is not a folder")
     if not (folder / CONFIG).exists() and not (folder / TENSORS).exists():
         raise FileNotFoundError(f"not {WHAT}: {folder} holds neither {TENSORS} nor {CONFIG}")
     tensors, metadata = files.read_safetensors(folder / TENSORS, WHAT)
     config = read_config(folder, metadata["digest"])
+    _check_result(folder, metadata["digest"], result)
     method, class_names = config["method"], config["class_names"]
     if method not in HEADS:
         raise ValueError(f"{folder}: unknown method {method!r}, this vtclip has {', '.join(HEADS)}")
@@ -185,6 +183,22 @@ def load_adapter(folder: str | Path, *, device: str | torch.device = "cpu") -> A
         bool(config.get("final")),
         None if together is None else Weights(**together),
     )
+
+
+def _check_result(folder: Path, digest: str, result: Json | None) -> None:
+    """Refuse an adapter that is not the one of which a result in the folder tells."""
+    if result is None:
+        try:
+            result = files.read_json(folder / RESULT, "a vtclip run")
+        except (OSError, ValueError):  # an adapter alone; whoever needs the result says what it is
+            return
+    digests = result.get("digests")
+    named = digests.get("adapter") if isinstance(digests, dict) else None
+    if isinstance(named, str) and named != digest:
+        raise ValueError(
+            f"{folder / TENSORS} (digest {digest[:12]}) and {RESULT} (of adapter {named[:12]}) "
+            "belong to different runs; fit again"
+        )
 
 
 def _same_names(folder: Path, what: str, wanted: list[str], actual: list[str]) -> None:

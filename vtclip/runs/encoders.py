@@ -5,15 +5,11 @@
 The adapter's config names the digest of the file and of the weights it holds, so that a missing,
 cut, changed or foreign file is refused by name. Architecture, transform and tokenizer come from the
 model that the run started from; its weights are replaced by the file's, or the file's are added.
-
-A save writes `encoders.safetensors.new`, then the adapter, then renames. After a kill in between
-the adapter names the digest of the `.new` file, and loading takes that one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +18,12 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from vtclip.clip.low_rank import LowRank, add_low_rank
-from vtclip.files import Json, move_new, read_json, read_safetensors, tensors_digest, write_new
+from vtclip.files import Json, NewFiles, read_safetensors, tensors_digest
 from vtclip.runs.adapter import (
     CONFIG,
     Adapter,
+    add_adapter,
     check_same_model,
-    save_adapter,
 )
 
 if TYPE_CHECKING:
@@ -108,57 +104,40 @@ def load_base(features: Json, model: str | Path | None, device: torch.device) ->
 
 
 def _read(folder: Path, tuned: Json) -> dict[str, Tensor]:
-    name, digest = tuned["file"], tuned["digest"]
-    path, fresh = folder / name, folder / (name + ".new")
-    saved = "nothing"
-    for file in (path, fresh):
-        if not file.is_file() and (file is fresh or fresh.is_file()):
-            continue
-        tensors, metadata = read_safetensors(file, WHAT)
-        if metadata["digest"] == digest:
-            return tensors
-        saved = metadata["digest"][:12]
-    raise ValueError(f"not {WHAT}: {path} has digest {saved}, {CONFIG} wants {digest[:12]}")
+    path, digest = folder / tuned["file"], tuned["digest"]
+    tensors, metadata = read_safetensors(path, WHAT)
+    saved = metadata["digest"]
+    if saved != digest:
+        raise ValueError(
+            f"not {WHAT}: {path} has digest {saved[:12]}, {CONFIG} wants {digest[:12]}"
+        )
+    return tensors
 
 
-@contextmanager
-def saved_encoders(folder: Path, clip: Clip) -> Iterator[str]:
-    """Write the weights of `clip`; the body, given their digest, saves the adapter that names it.
+def add_encoders(new: NewFiles, clip: Clip) -> str:
+    """The weights of `clip` among other files of a run, in place of those of the run before.
 
-    The adapter is saved between the two steps of writing, see the module's docstring.
+    Returns their digest, which the adapter of the run names (`tuned_features`).
     """
-    folder.mkdir(parents=True, exist_ok=True)
     name = ENCODERS if clip.low_rank is None else LORA
-    _finish_killed_save(folder, name)
     weights = clip.model.state_dict() if clip.low_rank is None else clip.low_rank.factors
     state = {key: value.detach().cpu().clone().contiguous() for key, value in weights.items()}
     digest = tensors_digest(state)
-    written = write_new(folder / name, save_bytes(state, {"digest": digest}))
-    del state
-    try:
-        yield digest
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
-    move_new(folder / name)
-    (folder / ({ENCODERS, LORA} - {name}).pop()).unlink(missing_ok=True)  # of a run before
+    new.write(name, save_bytes(state, {"digest": digest}))
+    new.remove(*({ENCODERS, LORA} - {name}))
+    return digest
+
+
+def add_with_encoders(new: NewFiles, adapter: Adapter, clip: Callable[[], Clip]) -> str:
+    """`add_adapter`, with the weights of `clip` where the adapter belongs to tuned encoders."""
+    if adapter.features.get("encoders") is not None:
+        add_encoders(new, clip())
+    return add_adapter(new, adapter)
 
 
 def save_with_encoders(folder: Path, adapter: Adapter, clip: Callable[[], Clip]) -> str:
     """`save_adapter`, with the weights of `clip` where the adapter belongs to tuned encoders."""
-    if adapter.features.get("encoders") is None:
-        return save_adapter(folder, adapter)
-    with saved_encoders(folder, clip()):
-        return save_adapter(folder, adapter)
-
-
-def _finish_killed_save(folder: Path, name: str) -> None:
-    """Rename the `.new` file of a killed save that the adapter already names."""
-    if not (folder / (name + ".new")).is_file() or not (folder / CONFIG).is_file():
-        return
-    try:
-        named = read_json(folder / CONFIG, WHAT)["features"]["encoders"]["digest"]
-        if read_safetensors(folder / (name + ".new"), WHAT)[1]["digest"] == named:
-            move_new(folder / name)
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # what cannot be read is about to be replaced
+    with NewFiles(folder) as new:
+        digest = add_with_encoders(new, adapter, clip)
+        new.commit()
+    return digest

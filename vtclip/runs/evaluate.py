@@ -69,7 +69,7 @@ def evaluate(
     _check_final(run, source, data)
     where = choose_device(device)
     set_threads(threads)
-    adapter = load_adapter(run.folder, device=where)
+    adapter = load_adapter(run.folder, device=where, result=run.result)
     sources = RunSources(
         run, adapter, where, model, cache_dir, progress, follow_links, encoder_batch_size
     )

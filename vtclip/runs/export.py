@@ -11,7 +11,8 @@ preprocessing, class names, temperature, digests and versions. Graphs are made o
 float32; `torch.export.passes.move_to_device_pass` takes one elsewhere.
 
 Every file is loaded back before it is written, and compared with the run on random and, where the
-run's images are still there, on real input, at batch sizes 1 and 3.
+run's images are still there, on real input, at batch sizes 1 and 3. Files of one call that lie in
+one folder are replaced together, so that a killed call leaves all of them old or all new.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hashlib
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from vtclip.files import Json, json_digest, to_json, write_together
+from vtclip.files import Json, json_digest, read_settled, settle, to_json, write_together
 from vtclip.machine import set_threads
 from vtclip.names import option
 from vtclip.ops._select import only_reference
@@ -99,7 +101,8 @@ def load_exported(path: str | Path) -> nn.Module:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"load_exported: {file} does not exist")
-    return load_bytes(file.read_bytes(), portable=False)
+    folder = Path(os.path.realpath(file)).parent
+    return read_settled(folder, lambda: load_bytes(file.read_bytes(), portable=False))
 
 
 def load_bytes(data: bytes, portable: bool) -> nn.Module:
@@ -205,6 +208,7 @@ def _targets(path: str | Path | None, onnx: str | Path | None, overwrite: bool) 
             raise ValueError(f"export: {typed} must end in {suffix}, got {str(file_name)!r}")
         if not target.parent.is_dir():
             raise FileNotFoundError(f"export: {typed}: the folder {target.parent} does not exist")
+        settle(Path(os.path.realpath(target)).parent)
         for file in (target, target.with_suffix(".json")):
             if file.is_dir() or (file.exists() and not overwrite):
                 raise FileExistsError(

@@ -83,7 +83,7 @@ def image_job(run: Run, model: str | Path | None) -> ExportJob:
 
 
 def feature_job(run: Run, model: str | Path | None, cache_dir: str | Path | None) -> ExportJob:
-    adapter = load_adapter(run.folder)
+    adapter = load_adapter(run.folder, result=run.result)
     features = adapter.features
     if features.get("weights_digest") is not None:
         images = image_job(run, model)

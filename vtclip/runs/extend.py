@@ -23,7 +23,7 @@ from vtclip.data.class_names import as_class_names
 from vtclip.data.records import Records
 from vtclip.data.sources import source_kind
 from vtclip.data.splits import ALL, EXACT, UP_TO, Split, few_shot_split
-from vtclip.files import Json, json_digest, printable, several
+from vtclip.files import Json, NewFiles, is_leftover, json_digest, printable, settle, several
 from vtclip.heads import HEADS, Head
 from vtclip.heads._head import NewClasses
 from vtclip.heads.zeroshot import ZeroShot
@@ -33,8 +33,8 @@ from vtclip.runs import result
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.class_counts import images_per_class, warn_of_few
 from vtclip.runs.duplicates import check_duplicates
-from vtclip.runs.encoders import save_with_encoders
-from vtclip.runs.folder import claimed
+from vtclip.runs.encoders import add_with_encoders
+from vtclip.runs.folder import claimed, finish_run
 from vtclip.runs.multi_label import check_single, check_single_run
 from vtclip.runs.new_classes import NewSource, check_new, new_classes
 from vtclip.runs.refit import refit_split
@@ -91,7 +91,7 @@ def extend(
     _check_out(target, run.folder, path)
     _check_run(run)
     _check_shots(run, shots)
-    adapter = load_adapter(run.folder, device=where)
+    adapter = load_adapter(run.folder, device=where, result=run.result)
     check_extendable(adapter.head)
     source = _source(run, path, name, class_names, follow_links)
     _check_names(adapter.class_names, source)
@@ -117,15 +117,15 @@ def extend(
     new = SourceRows(added, split.test, torch.arange(len(adapter.class_names), len(every)))
     with watch.stage("evaluate"):
         values = _evaluated(adapter, wider, old, new, run.result["zero_shot"]["temperature"])
-    with claimed(target):
-        digest = save_with_encoders(target, wider, sources.clip)
-        images = _seen(sources, Seen.of(added, split, learns=keeps), target)
     contents = _contents(run, adapter.head, every, values, [*old, new], split, watch)
-    contents["digests"]["adapter"] = digest
-    contents |= {"left_out": {**_left_out(old, twice), "repeated": known}, **images}
+    contents["left_out"] = {**_left_out(old, twice), "repeated": known}
     entry = {"shots": shots, "draw": _rule(run), "learns": keeps, **_described(added, split)}
     contents["sources"] = [*sources_of(run), {**source.as_json(), **entry}]
-    return Run.write(target, contents)
+    with claimed(target), NewFiles(target) as files:
+        _check_out(target, run.folder, path)  # again: now nobody else writes it
+        contents["digests"]["adapter"] = add_with_encoders(files, wider, sources.clip)
+        contents |= _seen(sources, Seen.of(added, split, learns=keeps), files)
+        return finish_run(target, files, contents)
 
 
 def _source(
@@ -271,9 +271,9 @@ def _without_copies(
     return kept, replace(split, test=test), left_out
 
 
-def _seen(sources: RunSources, added: Seen, folder: Path) -> Json:
+def _seen(sources: RunSources, added: Seen, files: NewFiles) -> Json:
     """Writes which images the run and its extension saw, where that is known of the run."""
-    return {} if sources.seen is None else {"seen": (sources.seen + added).write(folder)}
+    return {} if sources.seen is None else {"seen": (sources.seen + added).write(files)}
 
 
 def _left_out(old: Sequence[SourceRows], twice: Json) -> Json:
@@ -399,8 +399,10 @@ def _check_run(run: Run) -> None:
 
 
 def _check_out(out: Path, run: Path, folder: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{option('out')} {out} exists; give a new folder")
+    settle(out)
+    if out.exists() and not (out.is_dir() and all(is_leftover(one.name) for one in out.iterdir())):
+        what = " and holds a run" if (out / RESULT).is_file() else ""
+        raise FileExistsError(f"{option('out')} {out} exists{what}; give a new folder")
     for what, place in ("run", run), ("folder of new classes", folder):
         if place.is_dir() and out.resolve().is_relative_to(place.resolve()):
             raise ValueError(f"{option('out')} {out} lies inside the {what} {place}")

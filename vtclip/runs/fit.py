@@ -21,14 +21,14 @@ from vtclip.data.records import Records
 from vtclip.data.sets import as_source
 from vtclip.data.splits import UP_TO
 from vtclip.distributed import Interrupted
-from vtclip.files import Json
+from vtclip.files import Json, NewFiles
 from vtclip.heads import HEADS, Head
 from vtclip.heads.auto import Auto
 from vtclip.heads.config import FitConfig
 from vtclip.machine import Stopwatch, choose_device, set_threads
 from vtclip.runs import folder as run_files
 from vtclip.runs import multi_label
-from vtclip.runs.adapter import Adapter, features_of, save_adapter
+from vtclip.runs.adapter import Adapter, add_adapter, features_of
 from vtclip.runs.base_to_new import base_and_new, new_class_metrics, new_test_split
 from vtclip.runs.checks import check_before_work
 from vtclip.runs.class_counts import usual_count, warn_of_few
@@ -189,6 +189,7 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
     watch, folder = Stopwatch(request.device), run_files.run_folder(request)
     listed = check_before_work(request, records)
     with run_files.claimed(folder):
+        run_files.check_run_folder(folder, request)  # again: now nobody else writes it
         if run_files.can_return_finished(folder, request):
             return run_files.finished_run(folder, request)
         say_unless_proven(request.device)
@@ -236,12 +237,14 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
             )
         weights = None if joint is None else joint.weights
         adapter = Adapter(head, names, temperature, features, calibration, request.final, weights)
-        run_files.begin_writing(folder)
-        digests = {"adapter": save_adapter(folder, adapter)}
-        if joint is not None:
-            joint.write(folder)
-            digests |= joint.digests
-        return run_files.write_run(folder, request, rows, config, values, watch, digests, judged)
+        with NewFiles(folder) as new:
+            digests = {"adapter": add_adapter(new, adapter)}
+            if joint is not None:
+                joint.write(new)
+                digests |= joint.digests
+            return run_files.write_run(
+                folder, new, request, rows, config, values, watch, digests, judged
+            )
 
 
 def fit_several(
@@ -256,11 +259,11 @@ def fit_several(
     with watch.stage("evaluate"):
         values, kept = multi_label.evaluate_heads(request, rows, head)
     adapter = multi_label.adapter_of(request, rows.records, head, kept)
-    run_files.begin_writing(folder)
-    digests = {"adapter": save_adapter(folder, adapter)}
-    return run_files.write_run(
-        folder, request, rows, config, values, watch, digests, None, multi_label=True
-    )
+    with NewFiles(folder) as new:
+        digests = {"adapter": add_adapter(new, adapter)}
+        return run_files.write_run(
+            folder, new, request, rows, config, values, watch, digests, None, multi_label=True
+        )
 
 
 def open_or_take(

@@ -27,17 +27,17 @@ from vtclip.data.records import Records
 from vtclip.data.sets import SetSource
 from vtclip.data.splits import UP_TO
 from vtclip.distributed import World, device_of_rank, is_first, joined, num_processes
-from vtclip.files import Json, json_digest
+from vtclip.files import Json, NewFiles, json_digest
 from vtclip.heads import Head, RAda, ZeroShot
 from vtclip.machine import Stopwatch
 from vtclip.names import option
 from vtclip.runs import folder as run_files
-from vtclip.runs.adapter import Adapter, features_of, save_adapter
+from vtclip.runs.adapter import Adapter, add_adapter, features_of
 from vtclip.runs.checks import check_before_work
 from vtclip.runs.class_counts import usual_count, warn_of_few
 from vtclip.runs.duplicates import check_duplicates
 from vtclip.runs.encoders import (
-    saved_encoders,
+    add_encoders,
     tuned_features,
     with_low_rank,
     with_weights,
@@ -102,8 +102,8 @@ def _fit(request: FitRequest, world: World) -> Run:
     with ExitStack() as held:
 
         def enter() -> None:
-            run_files.check_run_folder(folder, request)
             held.enter_context(run_files.claimed(folder))
+            run_files.check_run_folder(folder, request)
             if request.overwrite:
                 (folder / run_files.CHECKPOINT).unlink(missing_ok=True)
 
@@ -210,19 +210,18 @@ def evaluate_and_write(
     with watch.stage("evaluate"):
         decisions = {"zero_shot": (zero_shot, rows.records), "adapted": (head, after)}
         values, judged = evaluate_both(decisions, rows.split, request.device)
-    run_files.begin_writing(folder)
-    with saved_encoders(folder, tuned) as encoders:
+    with NewFiles(folder) as new:
+        encoders = add_encoders(new, tuned)
         features = features_of(after, request.model)
         features["encoders"] = tuned_features(tuned, encoders, base_weights)
         temperature = values["adapted"]["temperature"]
         calibration = calibration_of(judged.val, temperature, after.label, rows.split.test)
         adapter = Adapter(head, after.class_names, temperature, features, calibration)
-        digest = save_adapter(folder, adapter)
-    digests = {"adapter": digest, "encoders": encoders}
-    processes = num_processes()
-    return run_files.write_run(
-        folder, request, rows, config, values, watch, digests, judged, processes=processes
-    )
+        digests = {"adapter": add_adapter(new, adapter), "encoders": encoders}
+        return run_files.write_run(
+            folder, new, request, rows, config, values, watch, digests, judged,
+            processes=num_processes(),
+        )  # fmt: skip
 
 
 def head_over(text: Tensor, trained: RAda | CosineHead, logit_scale: float) -> Head:

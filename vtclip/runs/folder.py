@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vtclip.data.image_files import InMemory
 from vtclip.data.sets import AnySource, SetSource, source_name
 from vtclip.data.splits import UP_TO
-from vtclip.files import Json, only_writer, to_json
+from vtclip.files import Json, NewFiles, is_leftover, only_writer, settle, to_json
 from vtclip.names import option
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
@@ -115,7 +115,8 @@ def check_run_folder(folder: Path, request: FitRequest) -> None:
         raise PermissionError(f"{name} {folder}: {above} cannot be written to")
     if not folder.exists():
         return
-    held = {path.name.removesuffix(".new") for path in folder.iterdir()}
+    settle(folder)
+    held = {path.name for path in folder.iterdir() if not is_leftover(path.name)}
     if held - RUN_FILES and not held & RUN_FILES:
         raise FileExistsError(f"{name} {folder} exists and is not a run (it holds {min(held)!r})")
     if held and not request.overwrite and not request.resume:
@@ -166,15 +167,6 @@ def can_return_finished(folder: Path, request: FitRequest) -> bool:
     return request.resume and (folder / RESULT).is_file() and not (folder / CHECKPOINT).is_file()
 
 
-def begin_writing(folder: Path) -> None:
-    """Remove the result of a run that is replaced, before the first file of the new one.
-
-    A process that is killed in between leaves no old result beside a new adapter, which would look
-    like a finished run.
-    """
-    (folder / RESULT).unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other writers out of `folder`; remove what was created where no file gets written."""
@@ -191,6 +183,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def write_run(
     folder: Path,
+    new: NewFiles,
     request: FitRequest,
     rows: RunRows,
     config: Json,
@@ -200,8 +193,10 @@ def write_run(
     judged: Judged | None,
     **others: object,
 ) -> Run:
-    """Write what a finished fit says of its images, and its result; the checkpoint goes.
+    """Write what a finished fit says of its images, and its result; `folder` then holds the run.
 
+    new: the files of the run so far. With the last one they replace, in one step, all that a run
+    before left there, and the checkpoint; the log is that of this run already.
     values: metrics, and what else the result says; with "refit" validation images have trained.
 
     digests: of what the run wrote; those of its source and split are added. judged: the adapted
@@ -212,7 +207,7 @@ def write_run(
     if judged is not None:
         temperature = values["adapted"]["temperature"]
         parts = named_parts(records.names, split, judged)
-        others = {**others, **write_decisions(folder, parts, records.class_names, temperature)}
+        others = {**others, **write_decisions(new, parts, records.class_names, temperature)}
     learns = request.learns
     seen = rows.seen(learns, refit="refit" in values)
     if request.final:  # fitted once more on all of them
@@ -231,12 +226,18 @@ def write_run(
         images=split.counts(),
         images_per_class=images_per_class(records, split),
         unreadable=result.unreadable(records),
-        seen=seen.write(folder),
+        seen=seen.write(new),
         left_out={"trained": 0, "validated": 0, **rows.left_out},
         **others,
     )
-    run = Run.write(folder, contents)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return finish_run(folder, new, contents)
+
+
+def finish_run(folder: Path, new: NewFiles, contents: Json) -> Run:
+    """Add the result to the new files of a run, which then are those of the folder."""
+    run = Run.write(folder, contents, new)
+    new.remove(*(RUN_FILES - new.names - {LOG}))
+    new.commit()
     return run
 
 
@@ -280,8 +281,13 @@ class LineLog:
             return
         line = json.dumps(json.loads(to_json({**row, "time": time.time()}))) + "\n"
         try:
-            with open(self.path, "a", encoding="ascii") as file:
+            with open(self.path, "a", encoding="ascii", opener=_open_no_link) as file:
                 file.write(line)
         except OSError as error:
             self.broken = True
             logger.warning("cannot write %s (%s); the run goes on without it", self.path, error)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, 0o666)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vtclip.files import Json, write_atomic
+from vtclip.files import Json, NewFiles
 from vtclip.names import option
 from vtclip.runs.confusion import draw_confusion
 from vtclip.train import metrics
@@ -72,23 +72,21 @@ def named_parts(names: Sequence[str], split: Split, judged: Judged) -> list[Part
 
 
 def write_decisions(
-    folder: Path, parts: Sequence[Part], class_names: Sequence[str], temperature: float | None
+    new: NewFiles, parts: Sequence[Part], class_names: Sequence[str], temperature: float | None
 ) -> Json:
     """Write predictions.csv and confusion.png; returns what result.json says of them.
 
     "predictions": file, its sha256 and the images per role. "confusion": see `confusion_of`. The
     last part is that of the test images, which alone the confusion counts.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     table = predictions_csv(parts, class_names, temperature)
-    write_atomic(folder / PREDICTIONS, table)
+    new.write(PREDICTIONS, table)
     test = parts[-1].decisions
     counts = metrics.confusion(test.logits, test.label)
     try:
-        write_atomic(folder / CONFUSION, draw_confusion(counts, class_names))
+        new.write(CONFUSION, draw_confusion(counts, class_names))
     except (ImportError, OSError, ValueError) as error:  # a Pillow without fonts
         logger.warning("%s could not be drawn: %s", CONFUSION, error)
-        (folder / CONFUSION).unlink(missing_ok=True)  # that of a run which is replaced
     return {
         "predictions": {
             "file": PREDICTIONS,

@@ -97,7 +97,7 @@ def _with_model(run: Run, request: FitRequest, model: str | Path | None) -> FitR
         return request
     chosen = request if model is None else dataclasses.replace(request, model=str(model))
     if (run.folder / CONFIG).is_file():
-        features = load_adapter(run.folder).features
+        features = load_adapter(run.folder, result=run.result).features
         if features.get("model") is not None:
             load_base({**features, "model": request.model}, model, torch.device("cpu"))
     return chosen

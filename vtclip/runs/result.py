@@ -18,7 +18,7 @@ import torch
 
 from vtclip import __version__
 from vtclip.backends import native
-from vtclip.files import Json, read_json, to_json, write_atomic
+from vtclip.files import Json, NewFiles, read_json, settle, to_json, write_atomic
 from vtclip.machine import Stopwatch, peak_memory_mb
 
 if TYPE_CHECKING:
@@ -67,19 +67,24 @@ class Run:
         return float(self.result["accuracy"])
 
     @classmethod
-    def write(cls, folder: Path, result: Json) -> Run:
-        """Save `result` in `folder`, as it will be read back."""
+    def write(cls, folder: Path, result: Json, new: NewFiles) -> Run:
+        """A run whose result, as it will be read back, is one of the new files of `folder`."""
         run = cls(folder, json.loads(to_json(result)))
-        run.save()
+        new.write(RESULT, run.as_bytes())
         return run
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
         folder = Path(folder).expanduser()
+        settle(folder)
         return cls(folder, read_json(folder / RESULT, "a vtclip run"))
 
     def save(self) -> None:
-        write_atomic(self.folder / RESULT, to_json(self.result))
+        write_atomic(self.folder / RESULT, self.as_bytes())
+
+    def as_bytes(self) -> bytes:
+        """The contents of `result.json`."""
+        return to_json(self.result)
 
     def table(self) -> str:
         return result_table(self.result)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
-from vtclip.files import Json, csv_lines, write_atomic
+from vtclip.files import Json, NewFiles, csv_lines
 
 FILE = "images.csv"
 COLUMNS = ("name", "label", "role", "digest", "pixels", "perceptual")
@@ -125,11 +125,11 @@ class Seen:
         pairs = zip(contents, self.roles, strict=True)
         return Counter(content for content, role in pairs if role == "test")
 
-    def write(self, folder: Path) -> Json:
+    def write(self, new: NewFiles) -> Json:
         """Writes `images.csv`; returns what result.json says of it: its name, digest and counts."""
         rows = zip(*self._columns(), strict=True)
         data = csv_lines([COLUMNS, *rows]).encode("utf-8", "surrogatepass")
-        write_atomic(folder / FILE, data)
+        new.write(FILE, data)
         return {"file": FILE, "sha256": hashlib.sha256(data).hexdigest(), "images": self.counts()}
 
     @classmethod

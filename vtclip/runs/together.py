@@ -36,7 +36,7 @@ from vtclip.data.records import Records, row_digests
 from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.splits import Split
 from vtclip.data.unlabelled import ROLE, list_unlabelled, open_unlabelled
-from vtclip.files import Json, printable, several, write_atomic
+from vtclip.files import Json, NewFiles, printable, several
 from vtclip.heads import Head
 from vtclip.names import option
 from vtclip.runs.predictions import TOPK, escape
@@ -164,8 +164,8 @@ class Joint:
     table: bytes
     digests: dict[str, str]
 
-    def write(self, folder: Path) -> None:
-        write_atomic(folder / FILE, self.table)
+    def write(self, new: NewFiles) -> None:
+        new.write(FILE, self.table)
 
 
 def decide_together(
