@@ -79,7 +79,7 @@ ARROWS = {
     "backends": {"kernels", "reference", "files"},
     "ops": {"backends", "reference", "names"},
     "testing": {"ops", "backends", "names"},
-    "info": {"ops", "backends", "testing"},
+    "info": {"ops", "backends", "testing", "files"},
     "heads": {"ops", "names"},
     "data": {"clip", *BASE},
     "train": {"heads", "data", "clip", *BASE},

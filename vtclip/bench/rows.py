@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from vtclip import files
-from vtclip.files import read_json, to_json, write_atomic
+from vtclip.files import printable, read_json, to_json, write_atomic
 from vtclip.names import option
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def read_rows(out: str | Path) -> list[Row]:
         if isinstance(row, dict) and all(name in row for name in ("key", *PLACE)):
             rows.append(row)
         else:
-            logger.warning("%s is not a row; its job runs again", where)
+            logger.warning("%s is not a row; its job runs again", printable(where))
     latest: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: float(row.get("time") or 0)):
         place = place_of(row)

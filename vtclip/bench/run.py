@@ -36,7 +36,7 @@ from vtclip.bench.rows import (
 )
 from vtclip.bench.sources import SourceOpener
 from vtclip.distributed import Interrupted
-from vtclip.files import several, write_atomic
+from vtclip.files import printable, several, write_atomic
 from vtclip.heads import HEADS
 from vtclip.machine import choose_device, reset_peak_memory, set_threads
 from vtclip.runs.fit import fit
@@ -193,7 +193,7 @@ def _run_job(
         reason = job.skip or opener.why_not(job)
         if reason is not None:
             report.skipped += 1
-            logger.info("%s: skipped, %s", job.name, reason)
+            logger.info("%s: skipped, %s", printable(job.name), printable(reason))
             if old.get("skipped") != reason:
                 rows.append({**head, "skipped": reason})
             return
@@ -205,13 +205,13 @@ def _run_job(
             raise
         fault = _one_line(error)
         report.failed.append(f"{job.name}: {fault}")
-        logger.error("%s: failed, %s", job.name, fault)
-        logger.debug("%s", job.name, exc_info=True)
+        logger.error("%s: failed, %s", printable(job.name), printable(fault))
+        logger.debug("%s", printable(job.name), exc_info=True)
         rows.append({**head, "failed": fault})
         return
     rows.append({**result, **head, "run": f"runs/{job.name}"})
     report.finished += 1
-    logger.info("%s: accuracy %.2f %%", job.name, 100 * result["accuracy"])
+    logger.info("%s: accuracy %.2f %%", printable(job.name), 100 * result["accuracy"])
 
 
 def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
@@ -229,7 +229,8 @@ def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
     except ValueError as error:
         if not started:
             raise
-        logger.info("%s: started again from the beginning, %s", job.name, error)
+        again = printable(job.name), printable(str(error))
+        logger.info("%s: started again from the beginning, %s", *again)
     return fit(job.source.where, overwrite=True, **options).result
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vtclip.files import printable
 from vtclip.names import MAX_SEED, nearest
 
 
@@ -288,20 +289,27 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def emit(text: str) -> None:
-    print(text)
+def emit(line: str) -> None:
+    """One line on stdout, whatever the names in it hold."""
+    print(printable(line))
+
+
+def emit_table(text: str) -> None:
+    """Lines whose names were made `printable` one by one, so that none of them ends a line."""
+    for line in text.split("\n"):
+        emit(line)
 
 
 def emit_json(value: Any) -> None:
     from vtclip.files import to_json
 
-    emit(to_json(value).decode("ascii").rstrip())
+    print(to_json(value).decode("ascii").rstrip())
 
 
 def note(line: str) -> None:
     """One line on stderr, where there is one."""
     if sys.stderr is not None:
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{printable(line)}\n")
 
 
 @contextmanager
@@ -321,5 +329,5 @@ def demo_model_noted(needed: bool) -> Iterator[None]:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    note(message.replace("\n", "\\n"))
+    note(message)
     raise SystemExit(status)
