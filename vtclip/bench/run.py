@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from vtclip.bench.rows import (
 )
 from vtclip.bench.sources import SourceOpener
 from vtclip.distributed import Interrupted
+from vtclip.environment import num_processes, process_number
 from vtclip.files import printable, several, write_atomic
 from vtclip.heads import HEADS
 from vtclip.machine import choose_device, reset_peak_memory, set_threads
@@ -166,9 +166,9 @@ def write_tables(out: Path) -> dict[str, Any]:
 
 def _process_device(named: str | torch.device | None) -> torch.device:
     """The named device; without a name each process that torchrun started takes its own GPU."""
-    count, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
-    if named is None and count > 1 and rank.isdecimal():
-        named = f"cuda:{int(rank) % count}"
+    count = torch.cuda.device_count()
+    if named is None and count > 1 and num_processes() > 1:
+        named = f"cuda:{process_number('LOCAL_RANK', 0) % count}"
     return choose_device(named)
 
 

@@ -36,6 +36,7 @@ from vtclip.cli import (
 from vtclip.cli.errors import line_of
 from vtclip.cli.logs import log_lines, print_crash
 from vtclip.cli.parsing import Parser, fail, note
+from vtclip.environment import VARIABLES, check_launcher, unknown_variables
 from vtclip.names import as_typed, nearest
 
 
@@ -123,6 +124,9 @@ def _run(parser: Parser, words: list[str]) -> int:
     name = f"vtclip {args.command}"
     stop = signal.signal(signal.SIGTERM, _terminated)
     try:
+        check_launcher()
+        for other in unknown_variables():
+            note(f"note: {other} is set, and nothing reads it{nearest(other, VARIABLES)}")
         status: int = args.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()

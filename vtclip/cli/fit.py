@@ -15,7 +15,6 @@ from vtclip.cli.parsing import (
     emit_json,
     emit_table,
     existing,
-    first_process,
     number,
     number_or_all,
     on_terminal,
@@ -25,6 +24,7 @@ from vtclip.cli.parsing import (
     several,
     source_path,
 )
+from vtclip.environment import is_first
 from vtclip.names import (
     LIST_SUFFIXES,
     LOSSES,
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
             progress=on_terminal(),
             **options_of(args, *PASSED_ON),
         )
-    if not first_process():
+    if not is_first():
         return 0
     if args.json:
         emit_json(fitted.result)

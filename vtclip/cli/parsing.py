@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vtclip.environment import is_first
 from vtclip.files import printable
 from vtclip.names import MAX_SEED, nearest
 
@@ -279,11 +279,6 @@ def open_classifier(args: argparse.Namespace, folder: Path) -> Any:
     return Classifier.load(folder, model=args.model, device=args.device)
 
 
-def first_process() -> bool:
-    """Whether this process is the only one, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def on_terminal() -> bool:
     """Whether somebody watches: progress is shown then."""
     return sys.stderr is not None and sys.stderr.isatty()
@@ -319,7 +314,7 @@ def demo_model_noted(needed: bool) -> Iterator[None]:
     needed: whether the command encodes images by the default model. Of several processes the first
     says it.
     """
-    if not needed or not first_process():
+    if not needed or not is_first():
         yield
         return
     from vtclip.clip.loading import saying_of_demo

@@ -274,7 +274,7 @@ class _Job(Work):
                 damage = str(error)
             if features is None or damage is not None:
                 features = None  # Windows removes no file that is mapped
-                logger.warning("%s; building it again", files.printable(damage))
+                logger.warning("%s; building it again", files.printable(str(damage)))
                 for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
                     path.unlink()
                 return None

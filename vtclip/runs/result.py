@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import torch
 
 from vtclip import __version__
 from vtclip.backends import native
+from vtclip.distributed import num_processes
 from vtclip.files import Json, printable, read_json, to_json, write_atomic
 from vtclip.machine import Stopwatch, peak_memory_mb
 
@@ -183,7 +183,7 @@ def environment(device: torch.device) -> Json:
             "torch": torch.backends.cpu.get_cpu_capability(),
             "vtclip": native.build_info().get("instructions"),
         },
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": num_processes(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
