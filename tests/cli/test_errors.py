@@ -233,14 +233,20 @@ def test_every_option_with_a_kind_of_value_names_itself(capsys, command):
     words = NEEDED.get(command, ["x"])
     parser = build_parser().parse([command, *words]).parser
     for action in {id(action): action for action in parser.actions.values()}.values():
-        if action.type is None or not action.option_strings or action.option_strings[0] in words:
+        names = action.option_strings
+        # a list of any names is checked later, by the command itself
+        if (
+            action.type is None
+            or not names
+            or names[0] in ("--out", "--sets")
+            or (command == "report" and names[0] == "--method")
+        ):
             continue
         for bad in ("\x1b[2J\r\nforged", "\udcff", "1e999", "\u202e"):
-            option = action.option_strings[0]
-            line = refused(capsys, command, *words, f"{option}={bad}")
+            line = refused(capsys, command, *words, f"{names[0]}={bad}")
             assert line.startswith(f"vtclip {command}: ")
             assert line[:-1].isprintable()
-            assert option in line or "SOURCE" in line, line
+            assert names[0] in line
 
 
 @pytest.mark.parametrize(
