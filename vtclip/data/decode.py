@@ -48,7 +48,8 @@ MAX_BYTES = 2**30
 ORIENTATION = 0x0112  # tag of EXIF
 PNG_END = b"IEND\xaeB`\x82"
 # formats with frames or pages; MPO is left out, as it holds previews and gain maps of one photo
-WITH_FRAMES = frozenset(("GIF", "TIFF", "PNG", "WEBP", "AVIF", "HEIF", "DCX"))
+FRAMES_KNOWN = frozenset(("PNG", "WEBP", "AVIF"))  # when the file is opened
+FRAMES_SOUGHT = frozenset(("GIF", "TIFF", "HEIF", "DCX"))
 
 
 class ImageError(ValueError):
@@ -114,6 +115,8 @@ def decode_noted(data: bytes, path: str | Path) -> Decoded:
         image.load()
         _check_size(image, path)  # an icon's own header may say something else than its table
         rgb, notes = _to_rgb(image, data, path)
+        if rgb is image and image.format in FRAMES_SOUGHT:
+            rgb = image.copy()  # seeking takes its pixels
         return Decoded(rgb, notes + (("frames",) if _has_frames(image) else ()))
     except ImageError:
         raise
@@ -182,7 +185,9 @@ def _unknown(data: bytes) -> str:
 
 def _has_frames(image: Image) -> bool:
     """Whether there is a second frame; it is looked for, not decoded."""
-    if image.format not in WITH_FRAMES:
+    if image.format in FRAMES_KNOWN:
+        return bool(getattr(image, "is_animated", False))
+    if image.format not in FRAMES_SOUGHT:
         return False
     try:
         image.seek(1)
