@@ -10,7 +10,6 @@ once. A process that raises closes its connections, which ends the sums of the o
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
+
+from vtclip.environment import check_launcher, num_processes, process_number
+from vtclip.environment import is_first as is_first
 
 
 class Interrupted(Exception):
@@ -60,7 +62,6 @@ class StopSignal:
 
 STEP_TIMEOUT = timedelta(minutes=5)
 WORK_TIMEOUT = timedelta(hours=6)
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 DONE = "done"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -68,15 +69,6 @@ Result = TypeVar("Result")
 
 class PeerFailed(ConnectionError):
     """Another process failed, stalled or has other inputs, so this one cannot go on."""
-
-
-def is_first() -> bool:
-    """Whether this process is the only one or the first of several."""
-    return int(os.environ.get("RANK", "0")) == 0 or num_processes() == 1
-
-
-def num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class World:
@@ -205,7 +197,7 @@ def device_of_rank(device: torch.device, named: bool) -> torch.device:
         return device
     if named:
         raise ValueError(f"device {device}: several processes take one GPU each, say cuda")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = process_number("LOCAL_RANK", 0)
     if local >= torch.cuda.device_count():
         raise ValueError(
             f"LOCAL_RANK is {local}, this torch sees {torch.cuda.device_count()} GPUs; "
@@ -217,16 +209,11 @@ def device_of_rank(device: torch.device, named: bool) -> torch.device:
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The world of this process, left at the end; errors of a peer become PeerFailed."""
+    check_launcher()
     if num_processes() == 1:
         yield World()
         return
-    missing = [name for name in VARIABLES if name not in os.environ]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE is {num_processes()} but {', '.join(missing)} is not set; "
-            "start the processes with torchrun"
-        )
-    rank = int(os.environ["RANK"])
+    rank = process_number("RANK", 0)
     try:
         store, rank, size = next(rendezvous("env://", timeout=STEP_TIMEOUT))
         if device.type == "cuda":

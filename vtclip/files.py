@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,22 +48,53 @@ def several(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or one + 's'}"
 
 
-class _LineFeeds(io.StringIO):
-    """What `csv` writes, one line a call, with a line feed in place of both line ends."""
+FORMULA = ("=", "+", "-", "@", "'", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_LATER_FORMULA = re.compile(";(?=\\s*[=+\\-@\uff1d\uff0b\uff0d\uff20])")
+_ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
 
-    def write(self, line: str) -> int:
-        return super().write(line.removesuffix("\r\n") + "\n")
+
+def escape(name: str) -> str:
+    """`name` as a cell of a CSV file holds it, which `unescape` takes back.
+
+    What cannot be printed and the backslash are Python's escapes (`\\n`, `\\x1b`, `\\udcff` for the
+    byte FF of a name that is no UTF-8, `\\\\`), so that a line stays a line. So that no spreadsheet
+    takes a name for a formula, one that starts with = + - @ or a quote has one more quote in front,
+    and a semicolon before one of these, where some begin a new cell, is `\\x3b`.
+    """
+    plain = name
+    if not name.isprintable() or "\\" in name:
+        plain = "".join(map(_escaped, name))
+    plain = _LATER_FORMULA.sub(r"\\x3b", plain)
+    return "'" + plain if plain.startswith(FORMULA) else plain
+
+
+def _escaped(letter: str) -> str:
+    return "\\\\" if letter == "\\" else printable(letter)
+
+
+def unescape(cell: str) -> str:
+    """The name that `escape` made `cell` of."""
+    plain = cell[1:] if cell.startswith("'") else cell
+    return _ESCAPE.sub(lambda found: found[0].encode("ascii").decode("unicode_escape"), plain)
 
 
 def csv_lines(rows: Iterable[Iterable[object]]) -> str:
-    """`rows` as CSV in lines that end in a line feed; cells with any kind of line end are quoted.
-
-    Python's writer quotes a carriage return only if its own lines end in one, and its reader then
-    takes the rest of the name for another row.
-    """
-    text = _LineFeeds(newline="")
-    csv.writer(text, lineterminator="\r\n").writerows(rows)
+    """`rows` as CSV in lines that end in a line feed; text is as `escape` has it, numbers stay."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_csv_cell(cell) for cell in row] for row in rows)
     return text.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    return _csv_text(value) if isinstance(value, str) else value
+
+
+@functools.lru_cache(maxsize=4096)  # class names come again in every row
+def _csv_text(text: str) -> str:
+    """What is written like a number as it is, any other text as `escape` has it."""
+    return text if _NUMBER.fullmatch(text) else escape(text)
 
 
 def default_cache() -> Path:

@@ -11,6 +11,7 @@ import torch
 
 import vtclip
 from vtclip.backends import native, record, triton
+from vtclip.files import printable
 from vtclip.ops._select import Problem, explain
 from vtclip.testing.problems import OPS
 
@@ -76,7 +77,8 @@ def render(facts: dict[str, object]) -> str:
 
 def main() -> int:
     """Prints the report; always succeeds."""
-    sys.stdout.write(render(report()) + "\n")
+    for line in render(report()).split("\n"):
+        sys.stdout.write(printable(line) + "\n")
     return 0
 
 

@@ -90,7 +90,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {near[0]!r}?"
-    shown = ", ".join(choices[:8])
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in choices[:8])
     return f"; choices: {shown}" + (", ..." if len(choices) > 8 else "")
 
 

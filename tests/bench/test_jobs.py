@@ -176,21 +176,27 @@ def test_bad_sources(animals, tmp_path):
         path_sources([animals], Settings(augment_passes=2))
 
 
+LAUNCHED = {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(
     ("text", "environ", "wanted"),
     [
         (None, {}, JobShard(1, 1)),
-        (None, {"RANK": "2", "WORLD_SIZE": "3"}, JobShard(3, 3)),
+        (None, LAUNCHED | {"RANK": "2", "WORLD_SIZE": "3"}, JobShard(3, 3)),
         ("2/4", {"RANK": "0", "WORLD_SIZE": "1"}, JobShard(2, 4)),
     ],
 )
-def test_shard_by_name_or_by_torchrun(text, environ, wanted):
-    assert parse_shard(text, environ) == wanted
+def test_shard_by_name_or_by_torchrun(monkeypatch, text, environ, wanted):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert parse_shard(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "1/", "/2", "-1/2", "a/b", "1/0", "1/2/3", ""])
-def test_bad_shards(text):
+def test_bad_shards(monkeypatch, text):
     with pytest.raises(ValueError, match="shard must be i/n with i in 1..n"):
-        parse_shard(text, {})
-    with pytest.raises(ValueError, match="must be integers"):
-        parse_shard(None, {"RANK": "x"})
+        parse_shard(text)
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(ValueError, match="RANK must be a whole number, got 'x'"):
+        parse_shard(None)

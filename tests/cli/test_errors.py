@@ -13,7 +13,7 @@ from trees import picture
 
 import vtclip
 from vtclip import files
-from vtclip.cli import build_parser
+from vtclip.cli import COMMANDS, build_parser
 from vtclip.cli.errors import line_of
 
 TABLE = """
@@ -171,6 +171,14 @@ demo --device gpu
     --device must be
 demo --out file
     --out
+explain run pics/ant/0.jpg --class none
+    unknown class 'none'
+tune --shape lp:B=1
+    --shape must begin with vtclip: or rada:
+selftest --device gpu
+    --device must be
+selftest --json gone/x.json
+    --json 'gone/x.json': its folder does not exist
 """
 LINES = [line.strip() for line in TABLE.strip().splitlines()]
 CASES = list(zip(LINES[::2], LINES[1::2], strict=True))
@@ -206,6 +214,39 @@ def test_what_was_typed_is_named_in_one_line(capsys, place, monkeypatch, words, 
     assert typed in line
     assert "Errno" not in line
     assert everything(place) == before
+
+
+def test_every_command_that_takes_input_is_in_the_table():
+    assert {words.split()[0] for words in LINES[::2]} == {name for name, _, _ in COMMANDS} - {
+        "info"
+    }
+
+
+NEEDED = {"bench": ["x", "--out", "y"], "features": ["x", "--out", "y"], "predict": ["x", "y"]}
+NEEDED |= {"explain": ["x", "y"], "extend": ["x", "y", "--out", "z"], "data": ["check", "x"]}
+NEEDED |= dict.fromkeys(("info", "demo", "selftest", "tune"), [])
+
+
+@pytest.mark.parametrize("command", [name for name, _, _ in COMMANDS])
+def test_every_option_with_a_kind_of_value_names_itself(capsys, command):
+    """Whatever stands in place of the value."""
+    words = NEEDED.get(command, ["x"])
+    parser = build_parser().parse([command, *words]).parser
+    for action in {id(action): action for action in parser.actions.values()}.values():
+        names = action.option_strings
+        # a list of any names is checked later, by the command itself
+        if (
+            action.type is None
+            or not names
+            or names[0] in ("--out", "--sets")
+            or (command == "report" and names[0] == "--method")
+        ):
+            continue
+        for bad in ("\x1b[2J\r\nforged", "\udcff", "1e999", "\u202e"):
+            line = refused(capsys, command, *words, f"{names[0]}={bad}")
+            assert line.startswith(f"vtclip {command}: ")
+            assert line[:-1].isprintable()
+            assert names[0] in line
 
 
 @pytest.mark.parametrize(

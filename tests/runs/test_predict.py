@@ -22,6 +22,7 @@ import vtclip
 from vtclip.cli import main
 from vtclip.data.decode import ImageError
 from vtclip.demo.scenes import CLASS_NAMES
+from vtclip.files import unescape
 from vtclip.runs import pictures as kinds
 from vtclip.runs.answers import Prediction
 from vtclip.runs.classifier import Classifier
@@ -366,4 +367,4 @@ def test_a_name_with_a_line_end_stays_one_line_and_one_row(run, images, tmp_path
     assert capsys.readouterr().out.splitlines()[0].startswith(f"{tmp_path}/two\\nlines\\r.png: ")
     assert main([*words, "--csv"]) == 0
     (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out, newline=""))
-    assert row["image"] == str(place)
+    assert unescape(row["image"]) == str(place)

@@ -22,15 +22,14 @@ from PIL import Image
 from tables import ANIMALS, animal_features
 
 import vtclip
+from vtclip.files import escape, unescape
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.confusion import confused_pairs, draw_confusion
 from vtclip.runs.predictions import (
     confused_line,
     confusion_counts,
     confusion_of,
-    escape,
     read_predictions,
-    unescape,
 )
 from vtclip.train import conformal, engine
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from vtclip.bench.published import read_published
 from vtclip.bench.report import BenchReport, Comparison
 from vtclip.bench.rows import PLACE, Row, reason_of
 from vtclip.bench.tables import METRIC_TITLES, mean_of
+from vtclip.files import csv_lines
 
 CSV_HEAD = [
     *("source", "set", "backbone", "part", "method", "shots", "seeds", "accuracy", "half_interval"),
@@ -29,11 +28,9 @@ MEAN = "mean of sources"
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    """Rows by column; what a row lacks is empty, and what has no column is left out."""
+    head = list(columns)
+    return csv_lines([head, *([row.get(name) for name in head] for row in rows)])
 
 
 def report_csv(report: BenchReport) -> str:

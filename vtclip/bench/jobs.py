@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from vtclip.data.sets import SETS, SetSource, find_set
 from vtclip.data.sets.imagenet import CLASSNAMES, names_file
 from vtclip.data.sets.reading import missing_files
 from vtclip.data.sources import source_kind
+from vtclip.environment import check_launcher, num_processes, process_number
 from vtclip.files import json_digest
 from vtclip.heads import HEADS
 from vtclip.heads.config import check_seed
@@ -303,14 +303,11 @@ class JobShard:
         return [job for job in jobs if (job.group + job.column) % self.count == self.index - 1]
 
 
-def parse_shard(text: str | None, environ: Mapping[str, str] = os.environ) -> JobShard:
+def parse_shard(text: str | None) -> JobShard:
     """The shard "i/n"; without one, that of torchrun's RANK and WORLD_SIZE, or the whole list."""
     if text is None:
-        try:
-            rank, size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
-        except ValueError:
-            raise ValueError("RANK and WORLD_SIZE must be integers") from None
-        return JobShard(rank + 1, size)
+        check_launcher()
+        return JobShard(process_number("RANK", 0) + 1, num_processes())
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal()):
         raise ValueError(f"{option('shard')} must be i/n with i in 1..n, got {text!r}")

@@ -23,7 +23,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtclip.files import is_leftover, lock, locked, read_json, to_json, write_atomic
+from vtclip.files import (
+    is_leftover,
+    lock,
+    locked,
+    printable,
+    read_json,
+    to_json,
+    write_atomic,
+)
 from vtclip.names import option
 
 logger = logging.getLogger(__name__)
@@ -173,7 +181,7 @@ def read_rows(out: str | Path) -> list[Row]:
         if isinstance(row, dict) and all(name in row for name in ("key", *PLACE)):
             rows.append(row)
         else:
-            logger.warning("%s is not a row; its job runs again", where)
+            logger.warning("%s is not a row; its job runs again", printable(where))
     latest: dict[tuple[Any, ...], Row] = {}
     for row in sorted(rows, key=lambda row: float(row.get("time") or 0)):
         place = place_of(row)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +34,8 @@ from vtclip.bench.rows import (
 )
 from vtclip.bench.sources import SourceOpener
 from vtclip.distributed import Interrupted
-from vtclip.files import locked, settle, several, write_together
+from vtclip.environment import num_processes, process_number
+from vtclip.files import locked, printable, settle, several, write_together
 from vtclip.heads import HEADS
 from vtclip.machine import choose_device, reset_peak_memory, set_threads
 from vtclip.runs.fit import fit
@@ -166,9 +166,9 @@ def write_tables(out: Path) -> dict[str, Any]:
 
 def _process_device(named: str | torch.device | None) -> torch.device:
     """The named device; without a name each process that torchrun started takes its own GPU."""
-    count, rank = torch.cuda.device_count(), os.environ.get("LOCAL_RANK", "")
-    if named is None and count > 1 and rank.isdecimal():
-        named = f"cuda:{int(rank) % count}"
+    count = torch.cuda.device_count()
+    if named is None and count > 1 and num_processes() > 1:
+        named = f"cuda:{process_number('LOCAL_RANK', 0) % count}"
     return choose_device(named)
 
 
@@ -193,7 +193,7 @@ def _run_job(
         reason = job.skip or opener.why_not(job)
         if reason is not None:
             report.skipped += 1
-            logger.info("%s: skipped, %s", job.name, reason)
+            logger.info("%s: skipped, %s", printable(job.name), printable(reason))
             if old.get("skipped") != reason:
                 rows.append({**head, "skipped": reason})
             return
@@ -205,13 +205,13 @@ def _run_job(
             raise
         fault = _one_line(error)
         report.failed.append(f"{job.name}: {fault}")
-        logger.error("%s: failed, %s", job.name, fault)
-        logger.debug("%s", job.name, exc_info=True)
+        logger.error("%s: failed, %s", printable(job.name), printable(fault))
+        logger.debug("%s", printable(job.name), exc_info=True)
         rows.append({**head, "failed": fault})
         return
     rows.append({**result, **head, "run": f"runs/{job.name}"})
     report.finished += 1
-    logger.info("%s: accuracy %.2f %%", job.name, 100 * result["accuracy"])
+    logger.info("%s: accuracy %.2f %%", printable(job.name), 100 * result["accuracy"])
 
 
 def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
@@ -230,7 +230,8 @@ def _fit(job: BenchJob, opener: SourceOpener, folder: Path) -> dict[str, Any]:
     except ValueError as error:
         if not started:
             raise
-        logger.info("%s: started again from the beginning, %s", job.name, error)
+        again = printable(job.name), printable(str(error))
+        logger.info("%s: started again from the beginning, %s", *again)
     return fit(job.source.where, overwrite=True, **options).result
 
 

@@ -8,7 +8,6 @@ one line on stderr. Torch is imported only by the commands that compute, when th
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -35,7 +34,9 @@ from vtclip.cli import (
     tune,
 )
 from vtclip.cli.errors import line_of
+from vtclip.cli.logs import log_lines, print_crash
 from vtclip.cli.parsing import Parser, fail, note
+from vtclip.environment import VARIABLES, check_launcher, unknown_variables
 from vtclip.names import as_typed, nearest
 
 
@@ -96,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    log_lines()
+    if argv is None:  # the process is the command's
+        sys.excepthook = print_crash
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with as_typed():
@@ -121,6 +124,9 @@ def _run(parser: Parser, words: list[str]) -> int:
     name = f"vtclip {args.command}"
     stop = signal.signal(signal.SIGTERM, _terminated)
     try:
+        check_launcher()
+        for other in unknown_variables():
+            note(f"note: {other} is set, and nothing reads it{nearest(other, VARIABLES)}")
         status: int = args.run(args)
         if sys.stdout is not None:
             sys.stdout.flush()

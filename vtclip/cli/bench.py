@@ -14,6 +14,7 @@ from vtclip.cli.parsing import (
     demo_model_noted,
     emit,
     emit_json,
+    emit_table,
     existing,
     on_terminal,
     one_of,
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         # of several processes the one that finds nothing left prints the tables
         if not report.left:
-            emit((report.out / "table.md").read_text("utf-8"))
+            emit_table((report.out / "table.md").read_text("utf-8"))
         emit(report.line())
         emit(f"{report.out}: table.md, table.csv, results.csv, {shard.file} and runs")
     return 1 if report.failed else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import Parser, emit
+from vtclip.cli.parsing import Parser, emit, emit_table
 
 
 def add_arguments(parser: Parser) -> None:
@@ -17,6 +17,6 @@ def run(args: argparse.Namespace) -> int:
     from vtclip.demo.run import run_demo
 
     summary = run_demo(args.out, threads=args.threads, device=args.device)
-    emit(summary["table"])
+    emit_table(summary["table"])
     emit(f"{args.out}: table.txt, result.json, heat_maps.png, shots.png, images and runs")
     return 0

@@ -10,6 +10,7 @@ from vtclip.cli.parsing import (
     Parser,
     emit,
     emit_json,
+    emit_table,
     existing,
     number,
     on_terminal,
@@ -106,9 +107,9 @@ def print_metrics(values: dict[str, Any], ttt: bool) -> None:
     for sentence in sentences(values["test"]["images"], values["left_out"]):
         emit(sentence)
     if ttt:
-        emit(ttt_table(values))
+        emit_table(ttt_table(values))
         return
     halves = {str(half): values[half] for half in ("base", "new") if half in values}
-    emit(metrics_table(halves or {values["method"]: values}))
+    emit_table(metrics_table(halves or {values["method"]: values}))
     if "harmonic_mean" in values:
         emit(f"harmonic mean of base and new accuracy: {100 * values['harmonic_mean']:.2f} %")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, open_classifier
-from vtclip.files import printable, several, write_atomic
+from vtclip.files import escape, printable, several, write_atomic
 from vtclip.names import index_of
 
 TOP = 5
@@ -101,8 +101,6 @@ def _write(out: Path, picture: Any) -> None:
 
 def _table(image: str, why: Any) -> list[str]:
     """The lines of the table; names are written as in predictions.csv."""
-    from vtclip.runs.predictions import escape
-
     label, other = escape(why.label), escape(why.other)
     shares = f"{100 * why.probability:.1f} %, {other} {100 * why.other_probability:.1f} %"
     lines = [f"{printable(image)}: {label} {shares}"]

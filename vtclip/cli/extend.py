@@ -10,6 +10,7 @@ from vtclip.cli.parsing import (
     Parser,
     emit,
     emit_json,
+    emit_table,
     existing,
     number_or_all,
     on_terminal,
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json(extended.result)
     else:
-        emit(summary(extended.result))
+        emit_table(summary(extended.result))
         files = ", ".join(sorted(path.name for path in extended.folder.iterdir()))
         emit(f"run in {extended.folder}: {files}")
     return 0
@@ -59,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(result: Any) -> str:
     """Accuracy before and after, of zero-shot and of the method; the images of the new classes."""
-    from vtclip.files import several
+    from vtclip.files import printable, several
     from vtclip.runs.class_counts import class_table
 
-    added, method = result["sources"][-1], result["method"]
+    added, method = result["sources"][-1], printable(result["method"])
     K, names = len(result["classes"]), added["classes"]
     old = K - len(names)
     kept = [counts["train"] for counts in added["images_per_class"].values()]
@@ -80,7 +81,7 @@ def summary(result: Any) -> str:
     }
     width = max(map(len, rows))
     lines = [
-        f"{method} on {result['source']}, with {', '.join(names[:4])}"
+        f"{method} on {printable(result['source'])}, with {', '.join(map(printable, names[:4]))}"
         f"{', ...' if len(names) > 4 else ''}: {of_each} kept",
         f"{'accuracy':<{width}} {'images':>7} {'zero-shot':>10} {method:>14}",
     ]
@@ -89,4 +90,4 @@ def summary(result: Any) -> str:
         images = row["adapted"]["count"]
         lines.append(f"{name:<{width}} {images:>7} {shares[0]:>10} {shares[1]:>14}")
     table = class_table(added["images_per_class"])
-    return "\n".join([*lines, table, result["extension"]["note"]])
+    return "\n".join([*lines, table, printable(result["extension"]["note"])])

@@ -10,9 +10,9 @@ from vtclip.cli.parsing import (
     demo_model_noted,
     emit,
     existing,
-    first_process,
     on_terminal,
 )
+from vtclip.environment import is_first
 
 
 def add_arguments(parser: Parser) -> None:
@@ -44,6 +44,6 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             progress=on_terminal(),
         )
-    if first_process():
+    if is_first():
         emit(f"{args.out}: {records!r}")
     return 0

@@ -13,8 +13,8 @@ from vtclip.cli.parsing import (
     demo_model_noted,
     emit,
     emit_json,
+    emit_table,
     existing,
-    first_process,
     number,
     number_or_all,
     on_terminal,
@@ -24,6 +24,7 @@ from vtclip.cli.parsing import (
     several,
     source_path,
 )
+from vtclip.environment import is_first
 from vtclip.names import (
     LIST_SUFFIXES,
     LOSSES,
@@ -268,7 +269,7 @@ def run(args: argparse.Namespace) -> int:
             progress=on_terminal(),
             **options_of(args, *PASSED_ON),
         )
-    if not first_process():
+    if not is_first():
         return 0
     if args.json:
         emit_json(fitted.result)
@@ -332,7 +333,7 @@ def print_fit(fitted: Any) -> None:
         new = result["new"]
         classes = several(len(new["classes"]), "class", "classes")
         emit(f"new: {classes}, {several(new['adapted']['count'], 'test image')}")
-    emit(fitted.table())
+    emit_table(fitted.table())
     if "refit" in result:
         emit(refit_line(result))
     if "together" in result:
@@ -342,7 +343,7 @@ def print_fit(fitted: Any) -> None:
             "the numbers are of the fit before --final; the saved adapter has seen the test images "
             f"({several(result['final']['images'], 'image')})"
         )
-    emit(class_table(result["images_per_class"]))
+    emit_table(class_table(result["images_per_class"]))
     confused = confused_line(result["confusion"]) if "confusion" in result else ""
     if confused:
         emit(confused)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vtclip.environment import is_first
+from vtclip.files import printable
 from vtclip.names import MAX_SEED, nearest
 
 
@@ -278,30 +279,32 @@ def open_classifier(args: argparse.Namespace, folder: Path) -> Any:
     return Classifier.load(folder, model=args.model, device=args.device)
 
 
-def first_process() -> bool:
-    """Whether this process is the only one, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def on_terminal() -> bool:
     """Whether somebody watches: progress is shown then."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def emit(text: str) -> None:
-    print(text)
+def emit(line: str) -> None:
+    """One line on stdout, whatever the names in it hold."""
+    print(printable(line))
+
+
+def emit_table(text: str) -> None:
+    """Lines whose names were made `printable` one by one, so that none of them ends a line."""
+    for line in text.split("\n"):
+        emit(line)
 
 
 def emit_json(value: Any) -> None:
     from vtclip.files import to_json
 
-    emit(to_json(value).decode("ascii").rstrip())
+    print(to_json(value).decode("ascii").rstrip())
 
 
 def note(line: str) -> None:
     """One line on stderr, where there is one."""
     if sys.stderr is not None:
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{printable(line)}\n")
 
 
 @contextmanager
@@ -311,7 +314,7 @@ def demo_model_noted(needed: bool) -> Iterator[None]:
     needed: whether the command encodes images by the default model. Of several processes the first
     says it.
     """
-    if not needed or not first_process():
+    if not needed or not is_first():
         yield
         return
     from vtclip.clip.loading import saying_of_demo
@@ -321,5 +324,5 @@ def demo_model_noted(needed: bool) -> Iterator[None]:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    note(message.replace("\n", "\\n"))
+    note(message)
     raise SystemExit(status)

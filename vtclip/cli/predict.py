@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vtclip predict`: its arguments, and one line, one object or some CSV rows per image.
 
-Lines and CSV rows are written as the images are done. An unreadable image is named on stderr, the
-others are predicted, and the exit status is 1. With --unknown and --coverage each image says more:
-"unknown" and its p-value, and the set of classes; without them nothing changes. With --together
-all images are read before the first line, and each entry says how many were decided with it.
+Lines and CSV rows are written as the images are done; names in CSV are as `vtclip.files.escape` has
+them. An unreadable image is named on stderr, the others are predicted, and the exit status is 1.
+With --unknown and --coverage each image says more: "unknown" and its p-value, and the set of
+classes; without them nothing changes. With --together all images are read before the first line,
+and each entry says how many were decided with it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, emit, emit_json, note, on_terminal, one_of, several
+from vtclip.cli.parsing import (
+    Parser,
+    emit,
+    emit_json,
+    emit_table,
+    note,
+    on_terminal,
+    one_of,
+    several,
+)
 
 IMPLS = ("cpu", "triton", "cuda", "reference")
 
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         if args.json is not None:
             write_atomic(Path(args.json).expanduser(), to_json(value))
-        emit(selftest.table(rows))
+        emit_table(selftest.table(rows))
         summed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
         emit("%: the largest error, as a share of what is allowed")
         emit(f"{summed}, in {value['seconds']:.0f} s")

@@ -279,7 +279,7 @@ def _load_tag(found: ModelName, device: str | torch.device) -> Clip:
     # weights trained with QuickGELU give silently worse features under GELU, so the tag decides
     if bool(tag.get("quick_gelu", False)) != bool(model_cfg.get("quick_gelu", False)):
         model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
-        logger.info("model %s: quick_gelu=%s, as its weights need", name, model_cfg["quick_gelu"])
+        logger.info("model %a: quick_gelu=%s, as its weights need", name, model_cfg["quick_gelu"])
     hub = tag.get("hf_hub", "")
     if hub:
         repo, _, filename = hub.rpartition("/")

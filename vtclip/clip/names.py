@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vtclip.clip.hub import ClipNotFound, is_cached
+from vtclip.files import printable
 
 logger = logging.getLogger(__name__)
 
@@ -285,4 +286,4 @@ def nearest_of(name: str, known: Iterable[str]) -> str:
 @functools.cache
 def say_once(line: str) -> None:
     """A warning that is not repeated in this process."""
-    logger.warning("%s", line)
+    logger.warning("%s", printable(line))

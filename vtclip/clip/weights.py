@@ -173,7 +173,7 @@ def load_into(model: nn.Module, weights: Weights) -> None:
         resize_pos_embed(state, model)
         resize_text_pos_embed(state, model)
     except Exception:  # of other widths: what does not fit is said below
-        logger.debug("positional embeddings of %s cannot be interpolated", weights.path)
+        logger.debug("positional embeddings of %a cannot be interpolated", str(weights.path))
     for name, shape in before.items():
         if name in state and state[name].shape != shape:
             say_once(

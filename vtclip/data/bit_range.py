@@ -15,6 +15,7 @@ that extraction reports make known. Not so one whose values are 8-bit ones repea
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+BAND = 2**20  # values that are computed with at once
 Array = np.ndarray[Any, Any]
 BITS = (8, 10, 12, 14, 16)
 GREY = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -35,16 +37,29 @@ def range_bits(values: Array, declared: int | None = None) -> int:
         return 16
     if declared is not None and top < 2**declared:
         upper = 2 ** (16 - declared)  # PNG asks for values that are scaled up to 16 bits
-        return 16 if upper > 1 and top >= upper and not (values % upper).any() else declared
-    if top < 2**14 and not (values % 257).any():
+        return 16 if upper > 1 and top >= upper and _multiples(values, upper) else declared
+    if top < 2**14 and _multiples(values, 257):
         return 16
     return next(bits for bits in BITS if top < 2**bits)
 
 
+def _multiples(values: Array, factor: int) -> bool:
+    return not any((part % factor).any() for part in bands(values))
+
+
+def bands(values: Array) -> Iterator[Array]:
+    """Rows of an image at a time, so that arithmetic takes little memory beside the image."""
+    rows = max(1, BAND // max(1, values[:1].size))
+    return (values[start : start + rows] for start in range(0, len(values), rows))
+
+
 def to_8_bits(values: Array, bits: int) -> Array:
-    """`values` of a range of so many bits as uint8, rounded."""
-    scaled = values.astype(np.float64) / (257 if bits == 16 else (2**bits - 1) / 255)
-    return np.rint(scaled).clip(0, 255).astype(np.uint8)
+    """`values` of a range of so many bits as uint8, rounded; none lies half way between two."""
+    top = np.uint32(2**bits - 1)
+    scaled = np.empty(values.shape, np.uint8)
+    for part, into in zip(bands(values), bands(scaled), strict=True):
+        into[...] = np.minimum((part.astype(np.uint32) * 255 + top // 2) // top, 255)
+    return scaled
 
 
 def has_16_bits(data: bytes) -> bool:

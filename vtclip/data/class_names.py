@@ -186,7 +186,7 @@ def with_class_names(
     unused = [id_ for id_ in mapping if id_ not in ids]
     if unused:
         logger.info("%s: %d ids are of no class here, e.g. %s",
-                    option("class_names"), len(unused), unused[0])  # fmt: skip
+                    option("class_names"), len(unused), printable(unused[0]))  # fmt: skip
     return dataclasses.replace(files, class_names=check_class_names(names))
 
 

@@ -7,7 +7,8 @@
   become RGB. 16-bit values are scaled from the range that the file declares or evidently has
   (vtclip.data.bit_range). Floats and 32-bit integers have no known range and are refused.
 - At most 89,478,485 pixels, 1 GiB and an aspect of 100:1 (a resize of the short edge to 224
-  then stays below 6 million pixels). PNG and WebP files must be complete.
+  then stays below 6 million pixels). PNG and WebP files must be complete. What else can cost more
+  than it weighs is bounded in vtclip.data.image_cost.
 
 A file that cannot be read is an `ImageError` with its path and reason. It is never replaced by
 black pixels or by its neighbour.
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vtclip.data.bit_range import (
+    BAND,
     GREY,
     colour_values,
     declared_bits,
@@ -34,6 +36,7 @@ from vtclip.data.bit_range import (
     to_8_bits,
 )
 from vtclip.data.formats import formats, formats_of, signature
+from vtclip.data.image_cost import too_costly, unpacked_too_much
 from vtclip.files import printable
 
 if TYPE_CHECKING:
@@ -42,9 +45,11 @@ if TYPE_CHECKING:
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs
 MAX_ASPECT = 100
 MAX_BYTES = 2**30
+ORIENTATION = 0x0112  # tag of EXIF
 PNG_END = b"IEND\xaeB`\x82"
 # formats with frames or pages; MPO is left out, as it holds previews and gain maps of one photo
-WITH_FRAMES = frozenset(("GIF", "TIFF", "PNG", "WEBP", "AVIF", "HEIF", "DCX"))
+FRAMES_KNOWN = frozenset(("PNG", "WEBP", "AVIF"))  # when the file is opened
+FRAMES_SOUGHT = frozenset(("GIF", "TIFF", "HEIF", "DCX"))
 
 
 class ImageError(ValueError):
@@ -101,12 +106,17 @@ def decode_noted(data: bytes, path: str | Path) -> Decoded:
     from PIL import UnidentifiedImageError
 
     try:
+        cost = too_costly(data)
+        if cost is not None:
+            raise ImageError(path, f"too costly to decode: {cost}")
         image = pillow.open(io.BytesIO(data), formats=formats_of(os.fspath(path)))
         _check_size(image, path)
         _check_complete(data, image.format, path)
         image.load()
         _check_size(image, path)  # an icon's own header may say something else than its table
         rgb, notes = _to_rgb(image, data, path)
+        if rgb is image and image.format in FRAMES_SOUGHT:
+            rgb = image.copy()  # seeking takes its pixels
         return Decoded(rgb, notes + (("frames",) if _has_frames(image) else ()))
     except ImageError:
         raise
@@ -118,7 +128,9 @@ def decode_noted(data: bytes, path: str | Path) -> Decoded:
         raise ImageError(path, "not enough memory to decode it") from None
     except Exception as error:  # decoders raise many kinds for damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(path, f"damaged: {reason[:160]}") from None
+        cost = unpacked_too_much(reason)
+        fault = f"damaged: {reason[:160]}" if cost is None else f"too costly to decode: {cost}"
+        raise ImageError(path, fault) from None
 
 
 def note_line(note: str, count: int) -> str:
@@ -173,7 +185,9 @@ def _unknown(data: bytes) -> str:
 
 def _has_frames(image: Image) -> bool:
     """Whether there is a second frame; it is looked for, not decoded."""
-    if image.format not in WITH_FRAMES:
+    if image.format in FRAMES_KNOWN:
+        return bool(getattr(image, "is_animated", False))
+    if image.format not in FRAMES_SOUGHT:
         return False
     try:
         image.seek(1)
@@ -204,6 +218,8 @@ def _upright(image: Image) -> Image:
     from PIL import ImageOps
 
     try:
+        if image.getexif().get(ORIENTATION) not in range(2, 9):
+            return image  # Pillow would copy it
         return ImageOps.exif_transpose(image)
     except Exception:  # unreadable EXIF holds no orientation, so the pixels stay as they are
         return image
@@ -227,7 +243,6 @@ def _to_rgb(image: Image, data: bytes, path: str | Path) -> tuple[Image, tuple[s
 
 
 def _flat(image: Image, path: str | Path) -> Image:
-    from PIL import Image as pillow
 
     mode = image.mode
     if mode in ("F", "I"):
@@ -236,32 +251,51 @@ def _flat(image: Image, path: str | Path) -> Image:
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         if mode in ("La", "RGBa"):
             image = image.convert("RGBA" if mode == "RGBa" else "LA")
-        white = pillow.new("RGBA", image.size, (255, 255, 255, 255))
-        return pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return _on_white(image)
     return image if mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image) -> Image:
+    """A band of rows at a time: four copies of the whole image would lie side by side."""
+    from PIL import Image as pillow
+
+    flat = pillow.new("RGB", image.size)
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(image.height, top + rows))
+        part = image.crop(box).convert("RGBA")
+        white = pillow.new("RGBA", part.size, (255, 255, 255, 255))
+        flat.paste(pillow.alpha_composite(white, part).convert("RGB"), box)
+    return flat
 
 
 def _colour_16(image: Image, data: bytes, path: str | Path) -> tuple[Image, int]:
     """An image of 16 bits per channel, of which Pillow has the upper 8, scaled from its range."""
     from PIL import Image as pillow
 
-    pixels = np.asarray(image).copy()
-    colours = len(image.getbands()) - image.mode.endswith("A")
-    upper = pixels[..., :colours]
-    if int(upper.max()) >= 64:  # the upper byte holds 6 of 14 bits
+    bands = image.getbands()
+    colours = len(bands) - image.mode.endswith("A")
+    top = max(high for _, high in image.getextrema()[:colours])  # type: ignore[misc]
+    if top >= 64:  # the upper byte holds 6 of 14 bits
         return image, 16
     declared = declared_bits(image, data)
     values = colour_values(data) if image.format == "PNG" else None
-    if values is not None and values.shape == pixels.shape:
+    if values is not None and values.shape == (image.height, image.width, len(bands)):
         bits = range_bits(values[..., :colours], declared)
-        upper[...] = to_8_bits(values[..., :colours], bits)
+        if bits == 16:
+            return image, 16
+        pixels = (values[..., colours:] >> 8).astype(np.uint8)  # alpha, or nothing
+        pixels = np.concatenate([to_8_bits(values[..., :colours], bits), pixels], axis=2)
     else:
-        bits = range_bits(upper.astype(np.uint16) * 256 + 255, declared)
+        pixels = np.asarray(image).copy()
+        upper = pixels[..., :colours]
+        bits = range_bits(np.array([[top * 256 + 255]], np.uint16), declared)
         if bits < 12:
             raise ImageError(path, f"16-bit colours below {2**bits} are not read; convert to 8 bit")
         upper[...] = to_8_bits(upper, bits - 8)
     if bits == 16:
         return image, 16
+    del values
     scaled = pillow.fromarray(pixels, image.mode) if colours == 1 else pillow.fromarray(pixels)
     scaled.info = dict(image.info)  # with the orientation
     return scaled, bits

@@ -230,7 +230,7 @@ class _Job(Work):
             return
         folder = self.hashed.folder
         for line in folder.remarks:
-            logger.warning("%s", line)
+            logger.warning("%s", files.printable(line))
         for note, count in sorted(report.notes.items()):
             logger.warning("%s", note_line(note, count))
         if report.duplicates:
@@ -250,7 +250,8 @@ class _Job(Work):
             logger.warning("%s", "; ".join(lines))
         if folder.passed:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(folder.passed.items()))
-            logger.info("passed over in %s: %s", folder.root, kinds)
+            place = files.printable(str(folder.root))
+            logger.info("passed over in %s: %s", place, files.printable(kinds))
 
     def _roles(self, names: Sequence[str]) -> list[int] | None:
         """The role of each row in the present source."""
@@ -273,7 +274,7 @@ class _Job(Work):
                 damage = str(error)
             if features is None or damage is not None:
                 features = None  # Windows removes no file that is mapped
-                logger.warning("%s; building it again", damage)
+                logger.warning("%s; building it again", files.printable(str(damage)))
                 for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
                     path.unlink()
                 return None
@@ -341,7 +342,7 @@ class _Job(Work):
         need = row_bytes * len(self.hashed.names)
         free = shutil.disk_usage(folder).free
         logger.info("features: %d images, about %.1f MB in %s",
-                    len(self.hashed.names), need / 1e6, folder)  # fmt: skip
+                    len(self.hashed.names), need / 1e6, files.printable(str(folder)))  # fmt: skip
         if need > free:
             raise OSError(
                 errno.ENOSPC, f"features: {folder} needs about {need} bytes, {free} are free"
@@ -461,7 +462,8 @@ def _hold(folder: Path) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise
                 if not told:
-                    logger.info("features: waiting for another process to finish %s", folder)
+                    place = files.printable(str(folder))
+                    logger.info("features: waiting for another process to finish %s", place)
                 told = True
                 time.sleep(0.1)
         yield
@@ -491,7 +493,7 @@ def _writable_cache(cache_dir: str | Path | None) -> Path:
         place, why = getattr(error, "filename", None), getattr(error, "strerror", None)
         logger.warning(
             "the cache cannot be written (%s); features are kept for this run only",
-            f"{place}: {why}" if place and why else error,
+            files.printable(f"{place}: {why}" if place and why else str(error)),
         )
     temporary = Path(tempfile.mkdtemp(prefix="vtclip-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)

@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from vtclip.environment import process_number
+
 
 def num_cores() -> int:
     """The cores this process may use: its share, where torchrun started several processes."""
@@ -23,7 +25,7 @@ def num_cores() -> int:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         count = os.cpu_count() or 1
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, count // process_number("LOCAL_WORLD_SIZE", 1))
 
 
 class Cores:

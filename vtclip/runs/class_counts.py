@@ -39,7 +39,7 @@ def warn_of_few(records: Records, split: Split, shots: int | str | None) -> None
     """Say which classes train on fewer images than the `shots` that were named, or have no test."""
     names, train = records.class_names, _counts(records, split.train)
     if isinstance(shots, int):
-        few = [f"{name} {n}" for name, n in zip(names, train, strict=True) if n < shots]
+        few = [f"{printable(name)} {n}" for name, n in zip(names, train, strict=True) if n < shots]
         if few:
             logger.warning(
                 "%s %d: %d of %d classes %s on fewer images: %s",

@@ -366,7 +366,7 @@ def _say_roles(path: Path, added: Records, split: Split, keeps: bool, refit: boo
         parts.append(f"{several(val, 'validation image')} ({use})")
     if test:
         parts.append(several(test, "test image"))
-    logger.warning("%s divides its images itself: %s", path, ", ".join(parts))
+    logger.warning("%s divides its images itself: %s", printable(str(path)), ", ".join(parts))
 
 
 def _usual(wanted: int | str, added: Records, fraction: float) -> int:

@@ -26,7 +26,8 @@ from vtclip.data.listed import list_images
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource
 from vtclip.data.splits import UP_TO
-from vtclip.distributed import World, device_of_rank, is_first, joined, num_processes
+from vtclip.distributed import World, device_of_rank, is_first, joined
+from vtclip.environment import num_processes
 from vtclip.files import Json, NewFiles, json_digest
 from vtclip.heads import Head, RAda, ZeroShot
 from vtclip.machine import Stopwatch

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vtclip.data.image_files import InMemory
 from vtclip.data.sets import AnySource, SetSource, source_name
 from vtclip.data.splits import UP_TO
-from vtclip.files import Json, NewFiles, is_leftover, only_writer, settle, to_json
+from vtclip.files import Json, NewFiles, is_leftover, only_writer, printable, settle, to_json
 from vtclip.names import option
 from vtclip.runs import result
 from vtclip.runs.adapter import CONFIG, TENSORS
@@ -158,7 +158,7 @@ def finished_run(folder: Path, request: FitRequest) -> Run:
         # what was added after the run was not asked for then
         if recorded.get(name, LATER.get(name)) != value:
             raise ValueError(f"{option('out')} {folder} holds a finished run with another {name}")
-    logger.info("%s is finished, nothing to resume", folder)
+    logger.info("%s is finished, nothing to resume", printable(str(folder)))
     return run
 
 
@@ -285,7 +285,8 @@ class LineLog:
                 file.write(line)
         except OSError as error:
             self.broken = True
-            logger.warning("cannot write %s (%s); the run goes on without it", self.path, error)
+            place, why = printable(str(self.path)), printable(str(error))
+            logger.warning("cannot write %s (%s); the run goes on without it", place, why)
 
 
 def _open_no_link(path: str, flags: int) -> int:

@@ -13,6 +13,7 @@ from vtclip.data.options import Draw, FeatureOptions
 from vtclip.data.records import Records
 from vtclip.data.sets import AnySource, SetSource
 from vtclip.data.sources import open_records, source_kind
+from vtclip.files import printable
 from vtclip.names import as_known, option
 
 logger = logging.getLogger(__name__)
@@ -59,8 +60,9 @@ def open_all(
         missing = [name for name in records.class_names if name not in here]
         if missing:
             logger.warning(
-                "%s: %s has no images of %d of %d classes: %s%s", option(role), place, len(missing),
-                len(records.class_names), ", ".join(missing[:5]), ", ..." if missing[5:] else "",
+                "%s: %s has no images of %d of %d classes: %s%s",
+                option(role), printable(str(place)), len(missing), len(records.class_names),
+                ", ".join(map(printable, missing[:5])), ", ..." if missing[5:] else "",
             )  # fmt: skip
         others[role] = part
     return join_records(records, others)

@@ -11,19 +11,15 @@ did not train on its image, but may have chosen its hyper-parameters by those of
 run that was fitted once more on training and validation images ("refit" of result.json) lines of
 role "val" are of the model before that, lines of role "test" of the one that the run saved.
 
-A name is written so that a spreadsheet does not take it for a formula and a line stays a line:
-what cannot be printed and the backslash are Python escapes (`\\n`, `\\x1b`, `\\udcff` for the byte
-FF of a name that is no UTF-8, `\\\\`), and a name that starts with one of = + - @ or a quote has
-one more quote in front. `unescape` takes both back, and `read_predictions` does so for a file.
+A name is written so that a spreadsheet does not take it for a formula and a line stays a line, as
+`vtclip.files.escape` says. `unescape` takes that back, and `read_predictions` does so for a file.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vtclip.files import Json, NewFiles
+from vtclip.files import Json, NewFiles, csv_lines, unescape
 from vtclip.names import option
 from vtclip.runs.confusion import draw_confusion
 from vtclip.train import metrics
@@ -44,8 +40,6 @@ logger = logging.getLogger(__name__)
 PREDICTIONS, CONFUSION = "predictions.csv", "confusion.png"
 TOPK = 5
 MOST_CELLS = 50  # classes up to which a confusion matrix is written in full
-FORMULA = ("=", "+", "-", "@", "'", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-ESCAPE = re.compile(r"\\(?:[\\nrt]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
 
 
 class Part(NamedTuple):
@@ -112,11 +106,8 @@ def predictions_csv(
 ) -> bytes:
     """The table of the module's docstring, with min(5, K) classes per image."""
     topk = min(TOPK, len(class_names))
-    shown = [escape(name) for name in class_names]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     ranked = [f"{column}{rank}" for rank in range(1, topk + 1) for column in ("label", "prob")]
-    table.writerow(["file", "label", "predicted", "role", *ranked])
+    rows: list[list[object]] = [["file", "label", "predicted", "role", *ranked]]
     for role, names, decisions in parts:
         logits = decisions.logits.double() / (temperature or 1.0)
         best = logits.softmax(dim=1).topk(topk, dim=1)
@@ -129,11 +120,11 @@ def predictions_csv(
             best.values.tolist(),
             strict=True,
         ):
-            cells = [escape(name), shown[label], shown[first], role]
+            cells: list[object] = [name, class_names[label], class_names[first], role]
             for k, value in zip(classes, values, strict=True):
-                cells += [shown[k], f"{value:.6g}"]
-            table.writerow(cells)
-    return text.getvalue().encode("utf-8")
+                cells += [class_names[k], f"{value:.6g}"]
+            rows.append(cells)
+    return csv_lines(rows).encode("utf-8")
 
 
 def read_predictions(path: str | Path) -> list[dict[str, str]]:
@@ -142,26 +133,6 @@ def read_predictions(path: str | Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     names = [name for name in (rows[0] if rows else {}) if not name.startswith("prob")]
     return [{**row, **{name: unescape(row[name]) for name in names}} for row in rows]
-
-
-def escape(name: str) -> str:
-    """`name` as a cell of predictions.csv holds it; see the module."""
-    plain = name
-    if not name.isprintable() or "\\" in name:
-        plain = "".join(map(_escaped, name))
-    return "'" + plain if plain.startswith(FORMULA) else plain
-
-
-def _escaped(letter: str) -> str:
-    if letter.isprintable() and letter != "\\":
-        return letter
-    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-def unescape(cell: str) -> str:
-    """The name that `escape` made `cell` of."""
-    plain = cell[1:] if cell.startswith("'") else cell
-    return ESCAPE.sub(lambda found: found[0].encode("ascii").decode("unicode_escape"), plain)
 
 
 def confusion_of(counts: Tensor, class_names: Sequence[str]) -> Json:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,8 @@ import torch
 
 from vtclip import __version__
 from vtclip.backends import native
-from vtclip.files import Json, NewFiles, read_json, settle, to_json, write_atomic
+from vtclip.environment import num_processes
+from vtclip.files import Json, NewFiles, printable, read_json, settle, to_json, write_atomic
 from vtclip.machine import Stopwatch, peak_memory_mb
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def environment(device: torch.device) -> Json:
             "torch": torch.backends.cpu.get_cpu_capability(),
             "vtclip": native.build_info().get("instructions"),
         },
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": num_processes(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
 
@@ -250,14 +250,15 @@ def candidates_table(candidates: Sequence[Json]) -> str:
     where = f"{count} validation images" if count else "no validation images"
     lines = [f"{where:<24} {'accuracy':>9} {'NLL at T':>9} {'T':>7} {'seconds':>8}"]
     for row in candidates:
+        name = printable(row["method"])
         if "left_out" in row:
             seconds = row["left_out"]
-            lines.append(f"{row['method']:<24} left out for --budget: about {seconds:.0f} s")
+            lines.append(f"{name:<24} left out for --budget: about {seconds:.0f} s")
             continue
         accuracy = f"{100 * row['accuracy']:.2f} %" if "accuracy" in row else "-"
         cells = _number(row.get("nll_scaled")), _number(row.get("temperature"))
         weight = f"  weight {row['weight']:.2f}" if row["weight"] else ""
-        line = f"{row['method']:<24} {accuracy:>9} {cells[0]:>9} {cells[1]:>7}"
+        line = f"{name:<24} {accuracy:>9} {cells[0]:>9} {cells[1]:>7}"
         lines.append(f"{line} {row['seconds']:>8.1f}{weight}")
     return "\n".join(lines)
 
@@ -280,6 +281,7 @@ def several_table(rows: Mapping[str, Json]) -> str:
 
 
 def metrics_table(rows: Mapping[str, Json]) -> str:
+    rows = {printable(name): row for name, row in rows.items()}
     if any("map" in row for row in rows.values()):
         return several_table(rows)
     first = max(len(name) for name in rows) + 1

@@ -4,7 +4,7 @@
 One row per image of the run's sources: its name, its class, its role and what identifies it,
 the digest of its file (of a table of features that of its row) and, where it is known, the digest
 of its pixels, which a copy in another format without loss shares, and its perceptual hash, which
-is near that of a copy with loss.
+is near that of a copy with loss. Names are written as `vtclip.files.escape` says.
 
     train    the adapter was fitted on it
     val      it chose something: a hyper-parameter, a step of training, the temperature; of a run
@@ -25,10 +25,11 @@ from pathlib import Path
 
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
-from vtclip.files import Json, NewFiles, csv_lines
+from vtclip.files import Json, NewFiles, csv_lines, unescape
 
 FILE = "images.csv"
-COLUMNS = ("name", "label", "role", "digest", "pixels", "perceptual")
+COLUMNS = ("file", "label", "role", "digest", "pixels", "perceptual")
+UNESCAPED = ("name", *COLUMNS[1:])  # of an older list, whose names are as they are
 ROLES = ("train", "val", "test", "unused")  # the first that a content has is what it counts as
 NEW = "new"
 WHAT = "the list of a vtclip run's images"
@@ -128,7 +129,7 @@ class Seen:
     def write(self, new: NewFiles) -> Json:
         """Writes `images.csv`; returns what result.json says of it: its name, digest and counts."""
         rows = zip(*self._columns(), strict=True)
-        data = csv_lines([COLUMNS, *rows]).encode("utf-8", "surrogatepass")
+        data = csv_lines([COLUMNS, *rows]).encode("utf-8")
         new.write(FILE, data)
         return {"file": FILE, "sha256": hashlib.sha256(data).hexdigest(), "images": self.counts()}
 
@@ -145,9 +146,9 @@ class Seen:
             raise ValueError(f"not {WHAT}: {path} was changed after it was written")
         text = data.decode("utf-8", "surrogatepass")
         rows = list(csv.reader(io.StringIO(text, newline="")))
-        if rows and tuple(rows[0]) == COLUMNS[:-1]:  # before perceptual hashes were kept
-            rows = [list(COLUMNS), *([*row, ""] for row in rows[1:])]
-        if not rows or tuple(rows[0]) != COLUMNS:
+        if rows and tuple(rows[0]) == UNESCAPED[:-1]:  # before perceptual hashes were kept
+            rows = [list(UNESCAPED), *([*row, ""] for row in rows[1:])]
+        if not rows or tuple(rows[0]) not in (COLUMNS, UNESCAPED):
             raise ValueError(f"not {WHAT}: {path} must have the columns {', '.join(COLUMNS)}")
         for number, row in enumerate(rows[1:], 2):
             if len(row) != len(COLUMNS):
@@ -155,4 +156,7 @@ class Seen:
                     f"not {WHAT}: row {number} of {path} has {len(row)} cells, not {len(COLUMNS)}"
                 )
         columns = zip(*rows[1:], strict=True) if len(rows) > 1 else ([] for _ in COLUMNS)
-        return cls(*(list(column) for column in columns))
+        names, labels, *others = map(list, columns)
+        if tuple(rows[0]) == COLUMNS:
+            names, labels = list(map(unescape, names)), list(map(unescape, labels))
+        return cls(names, labels, *others)

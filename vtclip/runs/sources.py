@@ -166,7 +166,7 @@ class RunSources:
             logger.warning(
                 "%s is from before runs kept a list of their images, and its source has changed: "
                 "images of %s that it trained on cannot be told apart and are counted",
-                self.run.folder, source,
+                printable(str(self.run.folder)), printable(str(source)),
             )  # fmt: skip
         opened = self.opened(source)
         counted = count_other(opened.records, self.seen, opened.left_out)
@@ -179,7 +179,7 @@ class RunSources:
             more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
             logger.warning(
                 "%s: no counted image for %d of the run's %d classes: %s%s; the numbers are of the "
-                "other classes", source, len(absent), len(self.class_names),
+                "other classes", printable(str(source)), len(absent), len(self.class_names),
                 ", ".join(printable(name) for name in absent[:5]), more,
             )  # fmt: skip
         return rows
@@ -191,7 +191,7 @@ class RunSources:
         logger.warning(
             "%d of the counted %s nearly like images that the run trained or validated on, e.g. %s "
             "like %s; remove them from %s if they are copies, which flatter the numbers",
-            len(pairs), are, *map(printable, pairs[0]), source,
+            len(pairs), are, *map(printable, pairs[0]), printable(str(source)),
         )  # fmt: skip
 
     def source_rows(self, records: Records, counted: Counted) -> SourceRows:
@@ -280,7 +280,8 @@ class RunSources:
         """`names` of classes, as the run writes those that differ in case and the like alone."""
         alike = as_known(names, self.class_names)
         for name, one in alike.items():
-            logger.warning("%s: class %r is taken as the run's %r", source, name, one)
+            title = printable(str(source))
+            logger.warning("%s: class %r is taken as the run's %r", title, name, one)
         return [alike.get(name, name) for name in names]
 
     def _known(self, records: Records) -> tuple[Records, LeftOut]:

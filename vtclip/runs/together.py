@@ -18,9 +18,7 @@ role is "test" or "unlabelled"; names are written as in predictions.csv (vtclip.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,10 +34,10 @@ from vtclip.data.records import Records, row_digests
 from vtclip.data.sets import AnySource, SetSource, as_source
 from vtclip.data.splits import Split
 from vtclip.data.unlabelled import ROLE, list_unlabelled, open_unlabelled
-from vtclip.files import Json, NewFiles, printable, several
+from vtclip.files import Json, NewFiles, csv_lines, printable, several
 from vtclip.heads import Head
 from vtclip.names import option
-from vtclip.runs.predictions import TOPK, escape
+from vtclip.runs.predictions import TOPK
 from vtclip.runs.result import named_classes
 from vtclip.train import metrics
 from vtclip.train.calibration import Decisions, Judged, decide
@@ -283,22 +281,18 @@ def joint_csv(
     tested: Sequence[str], others: Sequence[str], log_p: Tensor, class_names: Sequence[str]
 ) -> bytes:
     """The table of the module's docstring; log_p [N, K] of test images and, after them, others."""
-    shown = [escape(name) for name in class_names]
-    best = log_p.exp().topk(min(TOPK, len(shown)), dim=1)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
+    best = log_p.exp().topk(min(TOPK, len(class_names)), dim=1)
     ranks = range(1, best.values.shape[1] + 1)
-    table.writerow(
-        ["file", "role", "predicted", *(f"{c}{r}" for r in ranks for c in ("label", "prob"))]
-    )
+    head = ["file", "role", "predicted", *(f"{c}{r}" for r in ranks for c in ("label", "prob"))]
+    table: list[list[object]] = [[*head]]
     roles = [TEST] * len(tested) + [ROLE] * len(others)
     rows = zip([*tested, *others], roles, best.indices.tolist(), best.values.tolist(), strict=True)
     for name, role, classes, values in rows:
-        cells = [escape(name), role, shown[classes[0]]]
+        cells: list[object] = [name, role, class_names[classes[0]]]
         for k, value in zip(classes, values, strict=True):
-            cells += [shown[k], f"{value:.6g}"]
-        table.writerow(cells)
-    return text.getvalue().encode("utf-8")
+            cells += [class_names[k], f"{value:.6g}"]
+        table.append(cells)
+    return csv_lines(table).encode("utf-8")
 
 
 def together_line(values: Json) -> str:

@@ -20,13 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vtclip.files import Json, several
+from vtclip.files import Json, escape, several
 from vtclip.heads import HEADS, VTCLIP, Auto, Head
 from vtclip.heads._contributions import PROMPTS, Contributions
 from vtclip.heads.auto import EVERY_CLASS
 from vtclip.names import METHODS, index_of
 from vtclip.runs.adapter import Adapter
-from vtclip.runs.predictions import escape
 from vtclip.runs.training_images import TrainingImages
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtclip.data.records import Records
 from vtclip.data.splits import Split
-from vtclip.files import Json
+from vtclip.files import Json, printable
 from vtclip.heads import HEADS
 from vtclip.names import option
 from vtclip.train import engine
@@ -69,7 +69,9 @@ def pseudo_labelled(
     kept, label = surest(logits, shots)
     counts = torch.bincount(label, minlength=len(records.class_names)).tolist()
     short = [
-        f"{name} {n}" for name, n in zip(records.class_names, counts, strict=True) if n < shots
+        f"{printable(name)} {n}"
+        for name, n in zip(records.class_names, counts, strict=True)
+        if n < shots
     ]
     if short:
         logger.warning(
