@@ -64,16 +64,16 @@ SCHEMA = table(
         "temperature": maybe(_positive),
         "features": table(
             {
-                "model": maybe(text),
-                "model_config": maybe(obj),
+                "model?": maybe(text),
+                "model_config?": maybe(obj),
                 "weights_digest?": maybe(text),
-                "spatial": maybe(text),
+                "spatial?": maybe(text),
                 "templates?": anything,
                 "texts?": maybe(text),
-                "width": whole(1),
-                "spatial_width": maybe(whole(1)),
-                "logit_scale": number(),
-                "source": maybe(text),
+                "width?": whole(1),
+                "spatial_width?": maybe(whole(1)),
+                "logit_scale?": number(),
+                "source?": maybe(text),
                 "encoders?": table({**_encoders, "base_weights": text, "scale?": number()}),
                 "multi_label?": table(
                     {"scale": number(), "offset": rows(number()), "threshold": number(0, 1)}

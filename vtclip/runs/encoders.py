@@ -92,8 +92,11 @@ def load_base(features: Json, model: str | Path | None, device: torch.device) ->
     tuned = features.get("encoders")
     if tuned is not None:
         features = {**features, "weights_digest": tuned["base_weights"]}
+    own = features.get("model")
+    if own is None and model is None:
+        raise ValueError("the run names no model of its features; name one with --model")
     try:
-        clip = load_clip(features["model"] if model is None else model, device)
+        clip = load_clip(own if model is None else model, device)
     except ClipNotFound as error:
         if model is not None:
             raise

@@ -46,7 +46,7 @@ _OPERATOR = re.compile(
     r"torch\.ops\.(aten|vtclip)\.\w+\.\w+|torch\.sym_\w+|_operator\.\w+|math\.\w+"
 )
 # aten's only way to the file system, and names that are attributes and no arithmetic
-_NO_OPERATOR = re.compile(r".*(from_file|attrgetter|itemgetter|methodcaller|call|__\w+).*")
+_NO_OPERATOR = re.compile(r".*from_file.*|_operator\.(attrgetter|itemgetter|methodcaller|call|_.*)")
 _FREE = ("torch_fn", "from_node", "nn_module_stack", "source_fn_stack", "stack_trace")
 _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
 _CALLS = frozenset(
