@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of a model folder that would run code of the folder's, or of a repository's.
 
-open_clip passes parts of open_clip_config.json on to transformers, whose loaders import Python files
-of a folder or repository where they are told to trust it; timm fetches whatever a name with a place
-in it points to. None of that is wanted for weights and a tokenizer, so such settings are refused,
+open_clip passes parts of open_clip_config.json on to transformers, whose loaders import Python
+files of a folder or repository where they are told to trust it; timm fetches whatever a name with a
+place in it points to. None of that is wanted for weights and a tokenizer, so it is refused,
 whichever way the config came: a folder, the hub's cache, a file's own metadata.
 """
 
