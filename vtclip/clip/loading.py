@@ -271,6 +271,7 @@ def config_of_file(weights: Weights, arch: str = "", tag: str = "") -> tuple[str
     if arch:
         model_cfg = open_clip.get_model_config(arch)
     elif isinstance(written, dict):
+        check_no_code(written, weights.path)
         arch, model_cfg = str(weights.facts.get("architecture") or ""), written
     else:
         arch, model_cfg = architecture_of(weights.tensors)
