@@ -32,17 +32,25 @@ from vtclip.clip.transformers_folders import (
 )
 from vtclip.clip.weights import Weights, load_into, read_weights
 from vtclip.files import Json, parse_json
-from vtclip.schemas import by_name, check, maybe, obj, table, whole
+from vtclip.schemas import by_name, check, either, maybe, obj, rows, table, whole
 
 logger = logging.getLogger(__name__)
 _of_demo: ContextVar[list[Callable[[], None]] | None] = ContextVar("of_demo", default=None)
 
 DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
-_length = {"context_length?": whole(1, 2**20), "vocab_size?": whole(1, 2**31)}
+_size, _layers = whole(1, 2**16), whole(0, 1000)  # beyond them building a model never ends
+_pair = either(_size, rows(_size))
+_vision = {"layers?": either(_layers, rows(_layers)), "width?": _size, "head_width?": _size}
+_vision |= {"patch_size?": maybe(_pair), "image_size?": _pair, "siglip_trunk?": obj}
+_text = {"layers?": _layers, "width?": _size, "heads?": _size, "context_length?": _size}
 _CONFIG = table(
     {
         "model_cfg": table(
-            {"embed_dim": whole(1, 2**20), "vision_cfg": obj, "text_cfg": table(_length)}
+            {
+                "embed_dim": _size,
+                "vision_cfg": table(_vision),
+                "text_cfg": table({**_text, "vocab_size?": whole(1, 2**22)}),
+            }
         ),
         "preprocess_cfg?": maybe(obj),
     }
@@ -327,13 +335,9 @@ def _read(name: str, path: Path) -> Weights:
 def _finish(
     name: str, config: Json, weights: Weights, tokenizer: Tokenizer, device: str | torch.device
 ) -> Clip:
-    try:
+    with _config_errors(name):
         with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
             model = build_clip(config)
-    except (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError,
-            ValueError) as error:  # fmt: skip
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ClipNotFound(f"model {name!r}: its config makes no model: {reason}") from None
     try:
         load_into(model, weights)
     except ValueError as error:
@@ -346,4 +350,16 @@ def _finish(
         if value.is_floating_point()
     ):
         raise ClipNotFound(f"model {name!r}: {weights.path} holds non-finite weights")
-    return Clip(model, tokenizer, config, name=name, device=device)
+    with _config_errors(name):
+        return Clip(model, tokenizer, config, name=name, device=device)
+
+
+@contextmanager
+def _config_errors(name: str) -> Iterator[None]:
+    """What open_clip raises of a config that makes no model or no preprocessing, in one line."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ClipNotFound(f"model {name!r}: its config makes no model: {reason}") from None

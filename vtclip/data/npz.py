@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -165,6 +166,7 @@ def _read(path: Path) -> dict[str, Array]:
         MemoryError,
         OverflowError,
         SyntaxError,
+        tokenize.TokenError,  # of numpy's reader of headers
         TypeError,
     ) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
