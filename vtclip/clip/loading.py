@@ -335,9 +335,9 @@ def _read(name: str, path: Path) -> Weights:
 def _finish(
     name: str, config: Json, weights: Weights, tokenizer: Tokenizer, device: str | torch.device
 ) -> Clip:
-    with _config_errors(name):
-        with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
-            model = build_clip(config)
+    # the random weights are overwritten
+    with _config_errors(name), torch.random.fork_rng(devices=[]):
+        model = build_clip(config)
     try:
         load_into(model, weights)
     except ValueError as error:
