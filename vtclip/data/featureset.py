@@ -135,6 +135,7 @@ class FeatureSet:
             raise FeaturesDamaged(f"features: {folder / MANIFEST} does not match its own digest")
         try:
             check(manifest, SCHEMA, f"features: {folder / MANIFEST}")
+            _check_columns(manifest, f"features: {folder / MANIFEST}")
         except ValueError as error:
             raise FeaturesDamaged(str(error)) from None
         for entry in [manifest["text"], *manifest["shards"]]:
@@ -222,6 +223,17 @@ class FeatureSet:
             targets=_targets(manifest),
             roles=None if self.roles is None else torch.tensor(self.roles, dtype=torch.int8),
         )
+
+
+def _check_columns(manifest: Json, where: str) -> None:
+    """Refuse columns that have not one value for each row, and rows without a label."""
+    count = sum(entry["rows"] for entry in manifest["shards"])
+    for name in ("names", "label", "labels", "digests", "pixels", "perceptual", "roles"):
+        column = manifest.get(name)
+        if column is not None and len(column) != count:
+            raise ValueError(f"{where}: {name} must have {count} values, got {len(column)}")
+    if any(not labels for labels in manifest.get("labels", ())):
+        raise ValueError(f"{where}: labels must name a class of each row")
 
 
 def _targets(manifest: Json) -> Tensor | None:

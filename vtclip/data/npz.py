@@ -240,6 +240,9 @@ def _strings(path: Path, key: str, array: Array) -> list[str]:
             return [value.decode("utf-8") for value in array.tolist()]
         except UnicodeDecodeError:
             raise ValueError(f"{path.name}: {key} must be texts in UTF-8") from None
+    codes = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).view(np.uint32)
+    if array.dtype.itemsize and len(codes) and int(codes.max()) > 0x10FFFF:
+        raise ValueError(f"{path.name}: {key} must be texts, got numbers that are no letters")
     return [str(value) for value in array.tolist()]
 
 
