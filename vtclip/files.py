@@ -8,10 +8,11 @@ import functools
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from vtclip.writing import write_together as write_together
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 """A JSON object, such as the contents of `result.json`."""
@@ -157,18 +160,88 @@ def read_json(path: Path, what: str) -> Json:
     if not path.is_file():
         raise ValueError(f"not {what}: {path} is not a file")
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"not {what}: {path} is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"not {what}: {path} holds a {type(value).__name__}, not an object")
     return value
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value that `text` holds, or a ValueError in one line; NaN and infinities are no JSON."""
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
 def json_digest(value: Mapping[str, object]) -> str:
     """SHA-256 of a JSON object, independent of key order and spacing."""
-    text = json.dumps(_finite(value), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    try:
+        text = json.dumps(_finite(value), sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    except RecursionError:
+        raise ValueError("a JSON value is nested too deeply") from None
     return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+SEALED = 2
+"""The format version from which on a JSON file of this package carries a digest of itself."""
+_older_files: set[Path] = set()  # that were mentioned already
+
+
+def sealed(value: Mapping[str, object]) -> Json:
+    """`value` as it is written: with its format version and the digest of all its contents."""
+    body = {"format_version": SEALED, **value}
+    return {**body, "digest": json_digest(body)}
+
+
+def unsealed(value: Json, path: Path, what: str, where: str = "") -> Json:
+    """The contents of what `sealed` returned, or a ValueError where the digest is not theirs.
+
+    What an earlier version wrote has neither a format version nor a digest: it is returned as it
+    is, and one line in the log says so, once for each file. where: a place in the file.
+    """
+    place = f"{path}, {where}" if where else str(path)
+    body = {name: item for name, item in value.items() if name != "digest"}
+    version = value.get("format_version")
+    if "digest" in value:
+        try:
+            same = value["digest"] == json_digest(body)
+        except ValueError as error:
+            raise ValueError(f"not {what}: {place}: {error}") from None
+        if not same:
+            raise ValueError(
+                f"not {what}: {place} was changed after it was written (its digest differs)"
+            )
+    elif "format_version" in value:
+        raise ValueError(
+            f"not {what}: {place} has format version {version!r} and no digest, which such a file "
+            "must carry"
+        )
+    else:
+        note_older(path)
+        return body
+    if type(version) is not int or version > SEALED:
+        raise ValueError(
+            f"not {what}: {place} has format version {version!r}, this vtclip reads up to {SEALED}"
+        )
+    del body["format_version"]
+    return body
+
+
+def note_older(path: Path, fact: str = "carries no digest") -> None:
+    """Says once that a file is of an earlier version, so that damage to it would not be noticed."""
+    if path not in _older_files:
+        _older_files.add(path)
+        logger.warning(
+            "%s was written by an earlier version and %s: damage to it cannot be noticed",
+            printable(str(path)), fact,
+        )  # fmt: skip
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -184,8 +257,27 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file whose metadata names the digest of its tensors."""
+def safetensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The digest of a safetensors file: of its tensors and of all its metadata but the digest.
+
+    Where there is no other metadata it is that of the tensors.
+    """
+    others = {name: text for name, text in metadata.items() if name != "digest"}
+    own = tensors_digest(tensors)
+    return json_digest({"tensors": own, "metadata": others}) if others else own
+
+
+# what safetensors and torch raise of damaged headers: unknown dtypes, shapes beyond all memory
+_UNREADABLE = (ValueError, LookupError, TypeError, RecursionError, RuntimeError, OverflowError)
+
+
+def read_safetensors(
+    path: Path, what: str, *, older: Callable[[Mapping[str, str]], bool] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file whose metadata names the digest of both.
+
+    older: whether metadata is that of an earlier version, whose digest is of the tensors alone.
+    """
     from safetensors import SafetensorError
 
     if not path.exists():
@@ -198,12 +290,18 @@ def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata: dict[str, str] = header.get("__metadata__", {})
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        metadata: dict[str, str] = header.get("__metadata__") or {}
+        digest = safetensors_digest(tensors, metadata)
+        if metadata.get("digest") != digest and older is not None and older(metadata):
+            digest = tensors_digest(tensors)
+            note_older(path, "carries a digest of its tensors alone")
+    except (SafetensorError, *_UNREADABLE) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"not {what}: {path} is cut, damaged or another format ({reason})"
         ) from None
-    if metadata.get("digest") != tensors_digest(tensors):
-        raise ValueError(f"not {what}: the tensors in {path} do not have the digest the file names")
+    if metadata.get("digest") != digest:
+        raise ValueError(
+            f"not {what}: tensors and metadata of {path} do not have the digest it names"
+        )
     return tensors, metadata

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from collections import Counter
@@ -17,6 +16,7 @@ import torch
 from commands import call, json_of, refused
 from pictures import noise, save, small_model
 from PIL import Image
+from sealing import as_older
 
 import vtclip
 from vtclip.data.extract import extract_features
@@ -438,9 +438,11 @@ def older(place: Path, to: Path) -> Path:
     """The run as an earlier version wrote it, without its list of images."""
     run = Path(shutil.copytree(place / "run", to))
     (run / "images.csv").unlink()
-    result = json.loads((run / "result.json").read_text())
-    del result["seen"], result["left_out"]
-    (run / "result.json").write_text(json.dumps(result))
+
+    def change(result: dict[str, Any]) -> None:
+        del result["seen"], result["left_out"]
+
+    as_older(run / "result.json", change)
     return run
 
 
@@ -453,9 +455,7 @@ def test_an_older_run_is_known_by_its_split_or_says_that_it_is_not(place, copied
     # the source is as it was, so that every image of then is known
     assert vtclip.evaluate(run, copied, **options)["test"]["images"] == EACH + 1
     # it has changed, but the cache has the list of then
-    result = json.loads((run / "result.json").read_text())
-    result["config"]["source"] = str(copied)
-    (run / "result.json").write_text(json.dumps(result))
+    as_older(run / "result.json", lambda result: result["config"].update(source=str(copied)))
     assert vtclip.evaluate(run, copied, **options)["test"]["images"] == EACH + 1
     assert vtclip.evaluate(run, **options)["left_out"]["new"] == 1
     # nobody knows

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pictures
 import pytest
 import torch
 from commands import json_of, refused
+from sealing import opened
 from torch.nn import functional as F
 
 import vtclip
@@ -116,7 +116,7 @@ def test_zero_shot_is_exact_and_every_number_counts_what_it_says(place, fitted, 
         place / "all.npz", method="zeroshot", shots=3, out=tmp_path / "all", device="cpu"
     )
     assert everything.accuracy == larger.accuracy
-    assert json.loads((tmp_path / "run2" / "result.json").read_text()) == result
+    assert opened(tmp_path / "run2" / "result.json") == result
 
 
 @pytest.mark.parametrize("method", ["rada", "vtclip"])

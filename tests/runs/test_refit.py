@@ -18,6 +18,7 @@ import pytest
 import torch
 from commands import call, json_of, refused
 from pictures import dots, noise
+from sealing import as_older, opened
 from tables import animal_features
 
 import vtclip
@@ -300,9 +301,8 @@ def test_a_run_that_is_killed_in_between_is_finished_by_resume(
 
 def test_a_run_from_before_it_is_repeated_without_it(place, tmp_path):
     folder = Path(shutil.copytree(place / "first", tmp_path / "old"))
-    result = json.loads((folder / RESULT).read_text())
-    del result["config"]["refit"]
-    (folder / RESULT).write_text(json.dumps(result))
+    as_older(folder / RESULT, lambda result: result["config"].pop("refit"))
+    result = opened(folder / RESULT)
     assert request_of(result).refit is False
     assert vtclip.repeat(folder, cache_dir=place / "cache")["verdict"] == "MATCH"
     assert vtclip.fit(place / "dots", out=folder, resume=True, **options(place)).result == result

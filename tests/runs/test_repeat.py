@@ -15,9 +15,11 @@ import torch
 from commands import json_of, refused
 from pictures import dots
 from PIL import Image
+from sealing import as_older, opened
 
 import vtclip
 from vtclip.cli import main
+from vtclip.files import sealed, to_json
 from vtclip.heads import HEADS
 from vtclip.runs.repeat import METRICS, repeat, request_of
 from vtclip.runs.result import Run, revision
@@ -57,7 +59,7 @@ def altered(run: Run, tmp_path: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     for name in ("adapter.safetensors", "adapter_config.json"):
         (folder / name).write_bytes((run.folder / name).read_bytes())
-    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "result.json").write_bytes(to_json(sealed(result)))
     return folder
 
 
@@ -264,11 +266,14 @@ def test_a_device_that_is_not_here_is_named(run, tmp_path):
 
 def test_older_results_without_an_environment_are_repeated(run, tmp_path):
     folder = altered(run, tmp_path)
-    result = json.loads((folder / "result.json").read_text())
-    del result["environment"]
-    del result["config"]["shots"]
-    result["device"] = "cpu (1 threads)"
-    (folder / "result.json").write_text(json.dumps(result))
+
+    def older(result: dict[str, Any]) -> None:
+        del result["environment"]
+        del result["config"]["shots"]
+        result["device"] = "cpu (1 threads)"
+
+    as_older(folder / "result.json", older)
+    result = opened(folder / "result.json")
     assert request_of(result).threads == 1
     found = vtclip.repeat(folder)
     assert (found["verdict"], found["differs"]) == ("MATCH", {})

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from commands import call, json_of, refused
 from pictures import colours, save, small_model
 from PIL import Image
+from sealing import as_older
 
 import vtclip
 from vtclip.heads import HEADS, Auto
@@ -308,9 +308,7 @@ def test_training_images_without_names_say_why(world, photo, tmp_path, capsys):
     copied = Path(shutil.copytree(run, tmp_path / "copied"))
     (copied / "images.csv").unlink()
     assert "images.csv does not exist" in training_images(copied, labels).why
-    result = json.loads((run / "result.json").read_text())
-    del result["seen"]
-    (copied / "result.json").write_text(json.dumps(result))
+    as_older(copied / "result.json", lambda result: result.pop("seen"))
     assert "from before runs kept a list" in training_images(copied, labels).why
 
 

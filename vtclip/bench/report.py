@@ -24,8 +24,47 @@ from vtclip.bench.cells import (
     method_of,
 )
 from vtclip.bench.published import Published, matching, read_published
-from vtclip.bench.rows import Row, is_finished, place_of, read_lines
+from vtclip.bench.rows import Row, is_finished, place_of, read_lines, time_of
 from vtclip.names import nearest
+from vtclip.schemas import (
+    by_name,
+    check,
+    maybe,
+    number,
+    obj,
+    rows,
+    share,
+    table,
+    text,
+    tuple_of,
+    whole,
+)
+
+_measured = ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
+_bins = maybe(rows(tuple_of(maybe(number()), maybe(number()), whole())))
+_metrics = table(
+    {
+        **{f"{name}?": maybe(number()) for name in _measured},
+        "interval95?": maybe(tuple_of(share, share)),
+        "count?": maybe(whole()),
+        "per_class?": maybe(by_name(maybe(share))),
+        "reliability?": maybe(table({"raw?": _bins, "scaled?": _bins})),
+    }
+)
+_both = {"zero_shot?": _metrics, "adapted?": _metrics}
+# what tables and pages read of a row, beside what `check_row` asks for by itself
+_SCHEMA = table(
+    {
+        **_both,
+        "config?": table({"fit?": maybe(obj)}),
+        "base?": maybe(table(_both)),
+        "new?": maybe(table(_both)),
+        "seconds?": maybe(by_name(number())),
+        "peak_memory_mb?": maybe(number()),
+        **{f"{name}?": maybe(obj) for name in ("versions", "digests", "environment")},
+        **{f"{name}?": maybe(text) for name in ("key", "skipped", "failed", "split", "revision")},
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +124,9 @@ def read_benchmark(folder: str | Path, strict: bool = True) -> tuple[list[Row], 
         if row is None:
             notes.append(f"{where}: cut off or broken, not counted.")
             continue
+        if isinstance(row, ValueError):
+            notes.append(f"{where}: damaged after it was written, not counted.")
+            continue
         try:
             rows.append(check_row(row, where))
         except ValueError as error:
@@ -120,6 +162,7 @@ def check_row(row: Any, where: str) -> Row:
         if name in row or is_finished(row):
             got = type(value).__name__
             raise ValueError(f"{where}: {name} must be of type {kind.__name__}, got {got}")
+    check(row, _SCHEMA, where)
     if not is_finished(row):
         return row
     accuracies = {part: row[part].get("accuracy") for part in ("zero_shot", "adapted")}
@@ -147,7 +190,7 @@ def latest(rows: Iterable[Row]) -> tuple[list[Row], int]:
     A job that was skipped or failed and has a finished row is not counted as missed.
     """
     by_job: dict[str, Row] = {}
-    ordered = sorted(rows, key=lambda row: float(row.get("time") or 0))
+    ordered = sorted(rows, key=time_of)
     for row in ordered:
         job = [row.get(name) for name in ("key", "job", "config", "revision")]
         by_job[json.dumps([place_of(row), is_finished(row), job], sort_keys=True)] = row

@@ -7,9 +7,11 @@
     runs/NAME/             the run of each job
 
 A line is a run's result.json with the job's key, its source's name and its shots, or what kept the
-job from running ("skipped", "failed"). A process holds the lock of its own file of rows as long as
-it lives, and that of the folder while it compares settings or writes tables. A line without its end
-was cut off by a kill or a full disk: readers ignore it, the next writer removes it.
+job from running ("skipped", "failed"), with a digest of itself: a line that was damaged is named by
+its number and left out, and its job runs again. Rows of earlier versions carry no digest. A process
+holds the lock of its own file of rows as long as it lives, and that of the folder while it compares
+settings or writes tables. A line without its end was cut off by a kill or a full disk: readers
+ignore it, the next writer removes it.
 """
 
 from __future__ import annotations
@@ -27,20 +29,27 @@ from vtclip.files import (
     is_leftover,
     lock,
     locked,
+    parse_json,
     printable,
     read_json,
+    sealed,
     to_json,
+    unsealed,
     write_atomic,
 )
 from vtclip.names import option
+from vtclip.schemas import by_name, check, obj, table, text, whole
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 BENCH = "bench.json"
 FORMAT = "vtclip-bench"
-VERSION = 1
+VERSION = 2  # from which on bench.json carries a digest of itself
+WHAT, ROW = "a folder of vtclip bench", "a row of vtclip bench"
+_SCHEMA = table({"settings": obj, "sources": by_name(obj)})
 PLACE = ("source", "method", "shots", "seed")
+_PLACED = table({"key": text, "source": text, "method": text, "shots": whole(), "seed": whole()})
 
 
 class OtherContent(ValueError):
@@ -96,7 +105,7 @@ def claim_folder(
         }  # fmt: skip
         if merged != existing["sources"]:
             body = {"format": FORMAT, "version": VERSION, "settings": existing["settings"]}
-            write_atomic(out / BENCH, to_json({**body, "sources": merged}))
+            write_atomic(out / BENCH, to_json(sealed({**body, "sources": merged})))
 
 
 def _other(name: str, fact: str, was: Any) -> str:
@@ -108,10 +117,12 @@ def _other(name: str, fact: str, was: Any) -> str:
 
 
 def read_bench(out: Path) -> dict[str, Any]:
-    content = read_json(out / BENCH, "a folder of vtclip bench")
-    if content.get("format") != FORMAT or content.get("version") != VERSION:
+    path = out / BENCH
+    content = unsealed(read_json(path, WHAT), path, WHAT)
+    if content.get("format") != FORMAT or content.get("version") not in (1, VERSION):
         fact = f"{content.get('format')} {content.get('version')}"
-        raise ValueError(f"{out / BENCH}: this vtclip reads {FORMAT} {VERSION}, got {fact}")
+        raise ValueError(f"{path}: this vtclip reads {FORMAT} {VERSION}, got {fact}")
+    check(content, _SCHEMA, f"not {WHAT}: {path}")
     return content
 
 
@@ -133,7 +144,7 @@ class RowFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """One line, on the disk when this returns, or an OSError and no line at all."""
-        plain = json.loads(to_json({**row, "time": time.time()}))
+        plain = sealed(json.loads(to_json({**row, "time": time.time()})))
         line = (json.dumps(plain) + "\n").encode("ascii")
         try:
             written = os.write(self._file, line)
@@ -157,16 +168,25 @@ def _end_of_lines(path: Path) -> int:
 
 
 def read_lines(folder: Path) -> Iterator[tuple[str, Any]]:
-    """The lines of all results*.jsonl as ("FILE, line N", content), None where one is broken."""
+    """The lines of all results*.jsonl as ("FILE, line N", content).
+
+    The content of a line that is cut off or no JSON is None; of one whose digest is not that of its
+    contents, or of another version, a ValueError.
+    """
     for path in sorted(folder.glob("results*.jsonl")):
         lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            row = None
+            row: Any = None
             if number < len(lines):  # else its end was cut off
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
+                with contextlib.suppress(ValueError):
+                    row = parse_json(line)
+            if isinstance(row, dict):
+                try:
+                    row = unsealed(row, path, ROW, f"line {number}")
+                except ValueError as error:
+                    row = error
             yield f"{path.name}, line {number}", row
 
 
@@ -178,18 +198,29 @@ def read_rows(out: str | Path) -> list[Row]:
     """
     rows: list[Row] = []
     for where, row in read_lines(Path(out)):
-        if isinstance(row, dict) and all(name in row for name in ("key", *PLACE)):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            check(row, _PLACED, where)
             rows.append(row)
-        else:
-            logger.warning("%s is not a row; its job runs again", printable(where))
+        except ValueError as error:
+            why = "was damaged" if error is row else "is not a row"
+            logger.warning("%s %s; its job runs again", printable(where), why)
     latest: dict[tuple[Any, ...], Row] = {}
-    for row in sorted(rows, key=lambda row: float(row.get("time") or 0)):
+    for row in sorted(rows, key=time_of):
         place = place_of(row)
         old = latest.get(place)
         if old is None or is_finished(row) or row["key"] != old["key"] or not is_finished(old):
             latest.pop(place, None)
             latest[place] = row
     return list(latest.values())
+
+
+def time_of(row: Mapping[str, Any]) -> float:
+    """When it was written; 0 where it does not say."""
+    value = row.get("time")
+    plain = isinstance(value, int | float) and abs(value) < 1e300
+    return float(value) if plain and isinstance(value, int | float) else 0.0
 
 
 def place_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

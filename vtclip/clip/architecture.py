@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtclip.clip.names import architectures, say_once
+from vtclip.clip.no_code import check_no_code
 from vtclip.files import Json
 
 CLIP_VOCABULARY = 49408  # of the byte-pair tokenizer of OpenAI's CLIP
@@ -28,6 +29,7 @@ def build_clip(config: Json) -> nn.Module:
     """
     import open_clip
 
+    check_no_code(config, "build_clip")  # whichever way it came
     cfg = deepcopy(config.get("model_cfg", config))
     missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in cfg]
     if missing:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from vtclip.clip.folder_tokenizer import INSTALL, read_tokenizer
 from vtclip.clip.hub import ClipNotFound, fetch, is_cached, not_fetched
 from vtclip.clip.model import Clip
 from vtclip.clip.names import CONFIG_NAME, ModelName, resolve, same_weights
+from vtclip.clip.no_code import check_folder, check_no_code
 from vtclip.clip.provenance import decide, tag_config
 from vtclip.clip.texts import Tokenizer
 from vtclip.clip.transformers_folders import (
@@ -31,12 +31,31 @@ from vtclip.clip.transformers_folders import (
     read_folder,
 )
 from vtclip.clip.weights import Weights, load_into, read_weights
-from vtclip.files import Json
+from vtclip.files import Json, parse_json
+from vtclip.schemas import by_name, check, either, maybe, obj, rows, table, whole
 
 logger = logging.getLogger(__name__)
 _of_demo: ContextVar[list[Callable[[], None]] | None] = ContextVar("of_demo", default=None)
 
 DEMO_ASSETS = Path(__file__).parents[1] / "demo" / "assets"
+_size, _layers = whole(1, 2**16), whole(0, 1000)  # beyond them building a model never ends
+_pair = either(_size, rows(_size))
+_vision = {"layers?": either(_layers, rows(_layers)), "width?": _size, "head_width?": _size}
+_vision |= {"patch_size?": maybe(_pair), "image_size?": _pair, "siglip_trunk?": obj}
+_text = {"layers?": _layers, "width?": _size, "heads?": _size, "context_length?": _size}
+_CONFIG = table(
+    {
+        "model_cfg": table(
+            {
+                "embed_dim": _size,
+                "vision_cfg": table(_vision),
+                "text_cfg": table({**_text, "vocab_size?": whole(1, 2**22)}),
+            }
+        ),
+        "preprocess_cfg?": maybe(obj),
+    }
+)
+_WORDS = by_name(whole())
 WEIGHT_NAMES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -114,7 +133,11 @@ def _load_folder(folder: Path, name: str, device: str | torch.device) -> Clip:
     if vocab.is_file() and not any((folder / f).exists() for f in ("merges.txt", "tokenizer.json")):
         from vtclip.clip.word_tokenizer import WordTokenizer
 
-        words = json.loads(vocab.read_text(encoding="utf-8"))
+        try:
+            words = parse_json(vocab.read_text(encoding="utf-8"))
+            check(words, _WORDS, str(vocab))
+        except ValueError as error:
+            raise ClipNotFound(f"model {name!r}: {vocab}: {error}") from None
         context = config["model_cfg"]["text_cfg"].get("context_length", 77)
         tokenizer: Tokenizer = WordTokenizer(words, context)
     else:
@@ -165,11 +188,17 @@ def _load_hub(found: ModelName, device: str | torch.device) -> Clip:
 
 def _read_config(name: str, path: Path) -> Json:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ClipNotFound(f"model {name!r}: {path} is not JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise ClipNotFound(f"model {name!r}: {path} must hold model_cfg")
+    try:
+        check_no_code(config, path)
+        check_folder(path.parent)
+        check(config, _CONFIG, str(path))
+    except ValueError as error:
+        raise ClipNotFound(f"model {name!r}: {error}") from None
     return config
 
 
@@ -199,7 +228,9 @@ def _tokenizer(
             f"{INSTALL}{place}"
         )
     try:
-        return cast("Tokenizer", open_clip.get_tokenizer(identifier))
+        # said aloud: transformers asks at a terminal where it is told neither way
+        trust = {"trust_remote_code": False} if hub else {}
+        return cast("Tokenizer", open_clip.get_tokenizer(identifier, **trust))
     except Exception as error:
         if beside is None:
             raise not_fetched(name, f"its tokenizer {hub or ''}".strip(), error) from None
@@ -248,6 +279,7 @@ def config_of_file(weights: Weights, arch: str = "", tag: str = "") -> tuple[str
     if arch:
         model_cfg = open_clip.get_model_config(arch)
     elif isinstance(written, dict):
+        check_no_code(written, weights.path)
         arch, model_cfg = str(weights.facts.get("architecture") or ""), written
     else:
         arch, model_cfg = architecture_of(weights.tensors)
@@ -303,7 +335,8 @@ def _read(name: str, path: Path) -> Weights:
 def _finish(
     name: str, config: Json, weights: Weights, tokenizer: Tokenizer, device: str | torch.device
 ) -> Clip:
-    with torch.random.fork_rng(devices=[]):  # the random weights are overwritten
+    # the random weights are overwritten
+    with _config_errors(name), torch.random.fork_rng(devices=[]):
         model = build_clip(config)
     try:
         load_into(model, weights)
@@ -317,4 +350,16 @@ def _finish(
         if value.is_floating_point()
     ):
         raise ClipNotFound(f"model {name!r}: {weights.path} holds non-finite weights")
-    return Clip(model, tokenizer, config, name=name, device=device)
+    with _config_errors(name):
+        return Clip(model, tokenizer, config, name=name, device=device)
+
+
+@contextmanager
+def _config_errors(name: str) -> Iterator[None]:
+    """What open_clip raises of a config that makes no model or no preprocessing, in one line."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, AssertionError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:  # fmt: skip
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ClipNotFound(f"model {name!r}: its config makes no model: {reason}") from None

@@ -8,17 +8,19 @@ spiece.model the tokenizer. OpenAI's byte-pair tokenizer needs no file.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from vtclip.clip.architecture import CLIP_VOCABULARY
 from vtclip.clip.folder_tokenizer import FILES, INSTALL, read_tokenizer
 from vtclip.clip.names import say_once
+from vtclip.clip.no_code import check_folder
 from vtclip.clip.texts import Tokenizer
 from vtclip.clip.transformers_keys import to_open_clip
 from vtclip.clip.weights import Weights, read_weights
-from vtclip.files import Json
+from vtclip.files import Json, parse_json
+from vtclip.schemas import check, number, table, whole
+from vtclip.schemas import text as text_
 
 CONFIG = "config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -68,6 +70,17 @@ _PREPROCESS: dict[str, Json] = {
         "resize_mode": "squash",
     },
 }
+_size = whole(1, 2**20)
+_TOWER = {
+    "hidden_size": _size,
+    "intermediate_size": _size,
+    "num_hidden_layers": whole(0, 1000),
+    "num_attention_heads": _size,
+    "hidden_act": text_,
+    "layer_norm_eps": number(0),
+}
+_VISION_TOWER = table({**_TOWER, "image_size": _size, "patch_size": _size})
+_TEXT_TOWER = table({**_TOWER, "vocab_size": whole(1, 2**24), "max_position_embeddings": _size})
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
@@ -94,13 +107,17 @@ def read_model(folder: Path) -> tuple[Json, Weights]:
 
 def read_config(folder: Path) -> Json:
     """config.json of a CLIP or SigLIP, or a ValueError that says what it is of."""
+    check_folder(folder)
     config = _json(folder / CONFIG)
     kind = config.get("model_type")
+    kind = kind if isinstance(kind, str) else None
     if kind not in _DEFAULTS:
         raise ValueError(
             f"{folder / CONFIG} is of model_type {kind!r}, which is not one of clip and siglip"
         )
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise ValueError(f"{folder / CONFIG}: architectures must be a list")
     whole = {"clip": "CLIPModel", "siglip": "SiglipModel"}[kind]
     if names and whole not in names:
         raise ValueError(
@@ -117,6 +134,7 @@ def model_cfg_of(config: Json) -> Json:
     text = {**_DEFAULTS[kind], **_TEXTS[kind], **_part(config, "text_config")}
     vision.setdefault("patch_size", {"clip": 32, "siglip": 16}[kind])
     for name, tower in (("vision_config", vision), ("text_config", text)):
+        check(tower, _VISION_TOWER if tower is vision else _TEXT_TOWER, f"{CONFIG}: {name}")
         if tower["hidden_size"] % tower["num_attention_heads"]:
             raise ValueError(
                 f"{CONFIG}: {name} has a width of {tower['hidden_size']}, which "
@@ -304,8 +322,8 @@ def _of_file(path: Path, whole: bool = True) -> Weights:
 
 def _json(path: Path) -> Json:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        value = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is not JSON: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold an object, got {type(value).__name__}")

@@ -30,16 +30,55 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vtclip import schemas
 from vtclip.clip import resolve_templates
 from vtclip.clip.texts import is_per_class, templates_of
 from vtclip.data.records import PartedStore, Records
 from vtclip.files import Json, json_digest, read_json, to_json
 from vtclip.names import option
+from vtclip.schemas import check
 
 logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "vtclip-features", 1
 MANIFEST, TEXT = "manifest.json", "text.safetensors"
+_size = schemas.whole(0, 2**31)
+_file = {"file": schemas.text, "bytes": schemas.whole(), "sha256": schemas.text}
+_texts = schemas.rows(schemas.text)
+_digests = schemas.maybe(schemas.rows(schemas.maybe(schemas.text)))
+SCHEMA = schemas.table(
+    {
+        "key": schemas.text,
+        "fields": schemas.table(
+            {
+                "class_names": _texts,
+                "templates": schemas.rows(schemas.anything),
+                "prompts?": schemas.anything,
+                "spatial": schemas.maybe(schemas.text),
+                "augment_passes": _size,
+                "model": schemas.maybe(schemas.obj),
+                "transform": schemas.anything,
+                "images": schemas.maybe(schemas.text),
+                "weights": schemas.maybe(schemas.text),
+            }
+        ),
+        "model_name": schemas.text,
+        "logit_scale": schemas.number(),
+        "width": _size,
+        "spatial_tokens": schemas.maybe(_size),
+        "spatial_width": schemas.maybe(_size),
+        "names": _texts,
+        "label": schemas.rows(_size),
+        "labels?": schemas.rows(schemas.rows(_size)),
+        "digests?": schemas.maybe(_texts),
+        "pixels?": _digests,
+        "perceptual?": _digests,
+        "roles?": schemas.maybe(schemas.rows(schemas.one_of(0, 1, 2))),
+        "skipped": schemas.rows(schemas.tuple_of(schemas.text, schemas.text)),
+        "text": schemas.table(_file),
+        "shards": schemas.rows(schemas.table({**_file, "rows": _size})),
+    }
+)
 
 
 class FeaturesDamaged(ValueError):
@@ -60,6 +99,8 @@ class FeatureSet:
         self.key: str = manifest["key"]
         self.fields: Json = manifest["fields"]
         texts = _tensors(folder, manifest["text"])
+        if "text" not in texts:
+            raise FeaturesDamaged(f"features: {folder / TEXT} lacks the class texts")
         self._text, self._text_views = texts["text"], texts.get("text_views")
         self._store = ShardStore(folder, manifest)
         # what the present request says of its own; the manifest has what the first one said
@@ -86,8 +127,17 @@ class FeatureSet:
             )
         body = {name: value for name, value in manifest.items() if name != "digest"}
         whole = (folder / MANIFEST).read_bytes() == to_json(manifest)  # spaces count as well
-        if not whole or manifest.get("digest") != json_digest(body):
+        try:
+            whole = whole and manifest.get("digest") == json_digest(body)
+        except ValueError:
+            whole = False
+        if not whole:
             raise FeaturesDamaged(f"features: {folder / MANIFEST} does not match its own digest")
+        try:
+            check(manifest, SCHEMA, f"features: {folder / MANIFEST}")
+            _check_columns(manifest, f"features: {folder / MANIFEST}")
+        except ValueError as error:
+            raise FeaturesDamaged(str(error)) from None
         for entry in [manifest["text"], *manifest["shards"]]:
             _check_size(folder, entry)
         return cls(folder, manifest)
@@ -175,6 +225,17 @@ class FeatureSet:
         )
 
 
+def _check_columns(manifest: Json, where: str) -> None:
+    """Refuse columns that have not one value for each row, and rows without a label."""
+    count = sum(entry["rows"] for entry in manifest["shards"])
+    for name in ("names", "label", "labels", "digests", "pixels", "perceptual", "roles"):
+        column = manifest.get(name)
+        if column is not None and len(column) != count:
+            raise ValueError(f"{where}: {name} must have {count} values, got {len(column)}")
+    if any(not labels for labels in manifest.get("labels", ())):
+        raise ValueError(f"{where}: labels must name a class of each row")
+
+
 def _targets(manifest: Json) -> Tensor | None:
     """All classes of each image [N, K], of images that may have more than one."""
     if "labels" not in manifest:
@@ -183,6 +244,10 @@ def _targets(manifest: Json) -> Tensor | None:
         len(manifest["labels"]), len(manifest["fields"]["class_names"]), dtype=torch.bool
     )
     for row, labels in enumerate(manifest["labels"]):
+        if any(label >= targets.shape[1] for label in labels):
+            raise FeaturesDamaged(
+                f"features: label {max(labels)} of row {row} is of no class of {targets.shape[1]}"
+            )
         targets[row, labels] = True
     return targets
 
@@ -245,7 +310,7 @@ def _tensors(folder: Path, entry: Json) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
         raise FeaturesDamaged(f"features: {path} is not a safetensors file: {error}") from None
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -145,10 +146,15 @@ def _read(path: Path) -> dict[str, Array]:
                         f"{path.name}: {member.filename} unpacks to "
                         f"{member.file_size} bytes from {member.compress_size}; refused"
                     )
+                _check_header(archive, member)
         with np.load(path, allow_pickle=False) as arrays:
             if not isinstance(arrays, Mapping):
                 raise ValueError(f"{path.name}: not an .npz file")
-            return {key: arrays[key] for key in arrays if key in KEYS}
+            found = {key: arrays[key] for key in arrays if key in KEYS}
+        for key, array in found.items():
+            if not isinstance(array, np.ndarray):  # a member that is no .npy comes as its bytes
+                raise ValueError(f"{key} is no array")
+        return found
     except (
         zipfile.BadZipFile,
         zlib.error,
@@ -157,12 +163,39 @@ def _read(path: Path) -> dict[str, Array]:
         NotImplementedError,
         RuntimeError,
         KeyError,
+        MemoryError,
+        OverflowError,
+        SyntaxError,
+        tokenize.TokenError,  # of numpy's reader of headers
+        TypeError,
     ) as error:
-        raise ValueError(f"{path.name}: not a readable .npz file: {error}") from None
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ValueError(f"{path.name}: not a readable .npz file: {reason}") from None
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise ValueError(f"{path.name}: holds Python objects, which are never loaded") from None
-        raise ValueError(f"{path.name}: {str(error).removeprefix(path.name + ': ')}") from None
+        reason = " ".join(str(error).removeprefix(path.name + ": ").split())[:240]
+        raise ValueError(f"{path.name}: {reason}") from None
+
+
+def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Refuse a shape beyond the member's bytes: numpy makes room for it before it reads them."""
+    if Path(member.filename).stem not in KEYS or not member.filename.endswith(".npy"):
+        return
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise ValueError("allow_pickle")
+    size = math.prod(shape) * dtype.itemsize
+    if min((*shape, 0)) < 0 or size > member.file_size:
+        raise ValueError(
+            f"{member.filename} declares {' x '.join(map(str, shape))} numbers, more than its "
+            f"{member.file_size} bytes hold"
+        )
 
 
 def _floats(path: Path, key: str, array: Array, dims: tuple[int, ...]) -> Tensor:
@@ -203,7 +236,13 @@ def _strings(path: Path, key: str, array: Array) -> list[str]:
             f"{path.name}: {key} must be a row of strings, got {array.dtype} {list(array.shape)}"
         )
     if array.dtype.kind == "S":
-        return [value.decode("utf-8") for value in array.tolist()]
+        try:
+            return [value.decode("utf-8") for value in array.tolist()]
+        except UnicodeDecodeError:
+            raise ValueError(f"{path.name}: {key} must be texts in UTF-8") from None
+    codes = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).view(np.uint32)
+    if array.dtype.itemsize and len(codes) and int(codes.max()) > 0x10FFFF:
+        raise ValueError(f"{path.name}: {key} must be texts, got numbers that are no letters")
     return [str(value) for value in array.tolist()]
 
 

@@ -11,6 +11,7 @@ another run's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,16 +24,70 @@ from vtclip.clip.identity import differences
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head, RAda
 from vtclip.runs.result import RESULT
+from vtclip.schemas import (
+    anything,
+    by_name,
+    check,
+    maybe,
+    number,
+    obj,
+    one_of,
+    rows,
+    table,
+    text,
+    tuple_of,
+    whole,
+    yes_or_no,
+)
 from vtclip.train.conformal import Calibration
 from vtclip.train.transduction import Weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vtclip.clip import Clip
     from vtclip.data.records import Records
 
 FORMAT_VERSION = 1
+MOST_OPTION = 2**16  # what a whole number among the options may be, or the size of a saved tensor
 TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
 WHAT = "a vtclip adapter"
+_positive = number(0, above=True)
+_encoders = {"file": one_of("encoders.safetensors", "lora.safetensors"), "digest": text}
+# keys with a "?" came after the first version, or are there where they mean something
+SCHEMA = table(
+    {
+        "format_version": whole(1),
+        "vtclip_version?": text,
+        "method": text,
+        "options": obj,
+        "class_names": rows(text, least=1),
+        "temperature": maybe(_positive),
+        "features": table(
+            {
+                "model?": maybe(text),
+                "model_config?": maybe(obj),
+                "weights_digest?": maybe(text),
+                "spatial?": maybe(text),
+                "templates?": anything,
+                "texts?": maybe(text),
+                "width?": whole(1),
+                "spatial_width?": maybe(whole(1)),
+                "logit_scale?": number(),
+                "source?": maybe(text),
+                "encoders?": table({**_encoders, "base_weights": text, "scale?": number()}),
+                "multi_label?": table(
+                    {"scale": number(), "offset": rows(number()), "threshold": number(0, 1)}
+                ),
+            }
+        ),
+        "calibration?": maybe(obj),
+        "tensors": by_name(tuple_of(text, rows(whole()))),
+        "tensors_digest": text,
+        "final?": yes_or_no,
+        "together?": maybe(by_name(number())),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -120,10 +175,15 @@ def _checked_config(path: Path) -> Json:
             f"to {FORMAT_VERSION}"
         )
     named = config.pop("config_digest", None)
-    if named != files.json_digest(config):
+    try:
+        same = named == files.json_digest(config)
+    except ValueError as error:
+        raise ValueError(f"not {WHAT}: {path}: {error}") from None
+    if not same:
         raise ValueError(
             f"not {WHAT}: {path} was changed after it was written (its digest differs)"
         )
+    check(config, SCHEMA, f"not {WHAT}: {path}")
     return config
 
 
@@ -150,13 +210,7 @@ def _load(folder: Path, device: str | torch.device, result: Json | None) -> Adap
     if method not in HEADS:
         raise ValueError(f"{folder}: unknown method {method!r}, this vtclip has {', '.join(HEADS)}")
     _same_names(folder, "tensors", list(config["tensors"]), list(tensors))
-    text = tensors["head.text"]
-    if len(text) != len(class_names):
-        raise ValueError(f"{folder}: {len(class_names)} class names but {len(text)} class texts")
-    try:
-        head = HEADS[method](text, **config["options"])
-    except TypeError as error:
-        raise ValueError(f"{folder}: options do not fit method {method!r}: {error}") from None
+    head = _head_of(folder, config, tensors)
     state = {name.removeprefix("head."): value for name, value in tensors.items()}
     for prefix, module in head.named_modules():  # names of an older version
         if isinstance(module, RAda):
@@ -174,15 +228,60 @@ def _load(folder: Path, device: str | torch.device, result: Json | None) -> Adap
     head.to(device).eval()
     calibration = config.get("calibration")  # older runs have none
     together = config.get("together")
-    return Adapter(
-        head,
-        class_names,
-        config["temperature"],
-        config["features"],
-        None if calibration is None else Calibration.from_json(calibration),
-        bool(config.get("final")),
-        None if together is None else Weights(**together),
-    )
+    try:
+        return Adapter(
+            head,
+            class_names,
+            config["temperature"],
+            config["features"],
+            None if calibration is None else Calibration.from_json(calibration),
+            bool(config.get("final")),
+            None if together is None else Weights(**together),
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"not {WHAT}: {folder / CONFIG}: {one_line(error)}") from None
+
+
+def _head_of(folder: Path, config: Json, tensors: dict[str, Tensor]) -> Head:
+    """The head that the config's method and options make, with other weights than the saved."""
+    method, class_names = config["method"], config["class_names"]
+    text = tensors.get("head.text")
+    if text is None or text.dim() != 2:
+        raise ValueError(
+            f"not {WHAT}: {folder / TENSORS} must hold class texts [K, C] as head.text"
+        )
+    if len(text) != len(class_names):
+        raise ValueError(f"{folder}: {len(class_names)} class names but {len(text)} class texts")
+    options = config["options"]
+    # a width beyond all saved tensors cannot fit them, and making room for it may take all memory
+    largest = max(MOST_OPTION, *(tensor.numel() for tensor in tensors.values()))
+    for name, value in _whole_numbers(options):
+        if abs(value) > largest:
+            raise ValueError(
+                f"{folder}: option {name} of method {method!r} must be at most {largest}"
+            )
+    try:
+        return HEADS[method](text, **options)
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, AttributeError,
+            MemoryError) as error:  # fmt: skip
+        raise ValueError(
+            f"{folder}: options do not fit method {method!r}: {one_line(error)}"
+        ) from None
+
+
+def _whole_numbers(options: Mapping[str, object]) -> Iterator[tuple[str, int]]:
+    """Every whole number among the options, those of the members of method auto too."""
+    for name, value in options.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                yield from _whole_numbers(item)
+            elif isinstance(item, int):
+                yield name, item
+
+
+def one_line(error: Exception) -> str:
+    """The reason of an error that another room raised, in one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _check_result(folder: Path, digest: str, result: Json | None) -> None:

@@ -383,7 +383,7 @@ class Classifier:
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Preprocessed pixels [B, 3, H, W] -> image [B, C], and spatial if the head reads it."""
-        spatial = self.adapter.features["spatial"] if self.adapter.head.needs_spatial else None
+        spatial = self.adapter.features.get("spatial") if self.adapter.head.needs_spatial else None
         return self.clip.encode_image(pixels.to(self.device), spatial)
 
     def _pixels(self, picture: object) -> Tensor | ImageError:

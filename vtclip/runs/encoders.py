@@ -88,8 +88,11 @@ def load_base(features: Json, model: str | Path | None, device: torch.device) ->
     tuned = features.get("encoders")
     if tuned is not None:
         features = {**features, "weights_digest": tuned["base_weights"]}
+    place = features.get("model") if model is None else model
+    if place is None:
+        raise ValueError("the run names no model of its features; name one with --model")
     try:
-        clip = load_clip(features["model"] if model is None else model, device)
+        clip = load_clip(place, device)
     except ClipNotFound as error:
         if model is not None:
             raise

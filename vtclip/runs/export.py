@@ -7,8 +7,9 @@
 FILE.pt2 is written by torch.export and holds weights and graph. A portable one has plain torch
 operators only and runs where vtclip is not installed; the other calls vtclip's compiled ones and is
 opened by `vtclip.load_exported`. FILE.onnx is the portable graph for other runtimes. FILE.json has
-preprocessing, class names, temperature, digests and versions. Graphs are made on the CPU in
-float32; `torch.export.passes.move_to_device_pass` takes one elsewhere.
+preprocessing, class names, temperature, digests, which `load_exported` compares first, and
+versions. Graphs are made on the CPU in float32; `torch.export.passes.move_to_device_pass` takes one
+elsewhere.
 
 Every file is loaded back before it is written, and compared with the run on random and, where the
 run's images are still there, on real input, at batch sizes 1 and 3. Files of one call that lie in
@@ -32,16 +33,32 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from vtclip.files import Json, json_digest, read_settled, settle, to_json, write_together
+from vtclip.files import (
+    Json,
+    json_digest,
+    read_json,
+    read_settled,
+    sealed,
+    settle,
+    to_json,
+    unsealed,
+    write_together,
+)
 from vtclip.machine import set_threads
 from vtclip.names import option
 from vtclip.ops._select import only_reference
 from vtclip.runs.export_program import BATCHES, ExportJob, feature_job, image_job, of_batches
+from vtclip.runs.exported_file import check_exported
 from vtclip.runs.multi_label import check_single_run
 from vtclip.runs.result import Run, revision, versions
+from vtclip.schemas import by_name, check, one_of, rows, table, text
 
 KINDS = ("image", "features")
 TOLERANCE = 1e-4
+ABOUT = "the JSON of an export"
+_SCHEMA = table(
+    {"format": one_of("vtclip-export"), "files": by_name(text), "class_names": rows(text)}
+)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18
 MAX_ONNX_BYTES = 2**31 - 1  # of one protobuf message
@@ -91,18 +108,62 @@ def export(
         parity["onnx"] = _parity(job, targets[-1], _session(data))
     about = _about(job, kind, portable, fixed_batch, parity, files)
     for target in targets:
-        files[target.with_suffix(".json")] = to_json(about)
+        files[target.with_suffix(".json")] = to_json(sealed(about))
     write_together(files)
     return about
 
 
-def load_exported(path: str | Path) -> nn.Module:
-    """The module in a .pt2 of `export`, portable or not."""
+def load_exported(path: str | Path, *, trust_unknown: bool = False) -> nn.Module:
+    """The module in a .pt2 of `export`, portable or not.
+
+    Before anything of it is loaded its sha256 must be the one in the .json next to it, and it may
+    hold nothing but what an export of tensors holds (vtclip.runs.exported_file). ValueError or
+    FileNotFoundError, in one line, where that is not so.
+
+    trust_unknown: load it without these checks. Loading such a file can run code of its maker's, as
+    torch.export.load always can: say it only of files whose maker you trust.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"load_exported: {file} does not exist")
     folder = Path(os.path.realpath(file)).parent
-    return read_settled(folder, lambda: load_bytes(file.read_bytes(), portable=False))
+    data = read_settled(folder, lambda: _checked(file, trust_unknown))
+    try:
+        return load_bytes(data, portable=False)
+    except Exception as error:  # torch raises nearly anything of a graph that it cannot read
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ValueError(f"load_exported: torch cannot load {file} ({reason})") from error
+
+
+def _checked(file: Path, trust_unknown: bool) -> bytes:
+    """The bytes of the file, compared with what the .json beside it says."""
+    data = file.read_bytes()
+    if not trust_unknown:
+        _check_known(file, data)
+    return data
+
+
+def _check_known(file: Path, data: bytes) -> None:
+    """Refuse a file that is not the one its .json names, or that holds more than tensors."""
+    beside = file.with_suffix(".json")
+    hint = f"{option('trust_unknown')} loads it unchecked, which can run code"
+    try:
+        about = unsealed(read_json(beside, ABOUT), beside, ABOUT)
+        check(about, _SCHEMA, f"not {ABOUT}: {beside}")
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"load_exported: {file} is unknown: {error}; {hint}") from None
+    named = about["files"].get(file.name)
+    if named is None and len(about["files"]) == 1:  # both were given another name
+        named = next(iter(about["files"].values()))
+    if hashlib.sha256(data).hexdigest() != named:
+        raise ValueError(
+            f"load_exported: {file} is not the file that {beside.name} describes (its sha256 "
+            f"differs); {hint}"
+        )
+    try:
+        check_exported(data)
+    except ValueError as error:
+        raise ValueError(f"load_exported: {file}: {error}; {hint}") from None
 
 
 def load_bytes(data: bytes, portable: bool) -> nn.Module:

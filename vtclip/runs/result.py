@@ -18,15 +18,99 @@ import torch
 from vtclip import __version__
 from vtclip.backends import native
 from vtclip.environment import num_processes
-from vtclip.files import Json, NewFiles, printable, read_json, settle, to_json, write_atomic
+from vtclip.files import (
+    Json,
+    NewFiles,
+    printable,
+    read_json,
+    sealed,
+    settle,
+    to_json,
+    unsealed,
+    write_atomic,
+)
 from vtclip.machine import Stopwatch, peak_memory_mb
+from vtclip.schemas import (
+    by_name,
+    check,
+    either,
+    maybe,
+    number,
+    obj,
+    rows,
+    share,
+    table,
+    text,
+    tuple_of,
+    whole,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vtclip.data.records import Records
 
-RESULT = "result.json"
+RESULT, WHAT = "result.json", "a vtclip run"
+
+_measured = {name: maybe(number()) for name in ("nll", "ece", "nll_scaled", "ece_scaled")}
+_one_label = table(
+    {
+        "accuracy": share,
+        "interval95": tuple_of(share, share),
+        "macro_f1": share,
+        **_measured,
+        "temperature": maybe(number(0, above=True)),
+        "count": whole(),
+        "per_class": by_name(maybe(share)),
+    }
+)
+_several_labels = table(
+    {
+        **{name: maybe(share) for name in ("map", "micro_ap", "macro_f1", "micro_f1")},
+        "bce": maybe(number()),
+        "threshold": share,
+        "count": whole(),
+    }
+)
+_metrics = either(_one_label, _several_labels)
+_both = {"zero_shot": _metrics, "adapted": _metrics}
+_names = rows(text)
+# what every version wrote that an argument can lead to; keys after a "?" came later
+SCHEMA = table(
+    {
+        "method": text,
+        "source": text,
+        "shots": either(whole(), text),
+        "seed": whole(),
+        **_both,
+        "accuracy?": share,
+        "map?": maybe(share),
+        "seconds": by_name(number(0)),
+        "memory_mb?": maybe(by_name(maybe(number(0)))),
+        "device?": text,
+        "environment?": obj,
+        "versions?": by_name(maybe(text)),
+        "revision?": maybe(text),
+        "config": table({"source?": text, "data?": maybe(text), "model?": text, "fit?": obj}),
+        "digests": by_name(maybe(text)),
+        "split": text,
+        "classes": rows(text, least=1),
+        "images": by_name(whole()),
+        "test": table({"images": whole(), "unreadable": _names}),
+        "base?": table(_both),
+        "new?": table({**_both, "classes": _names, "split": text}),
+        "harmonic_mean?": table({"zero_shot": share, "adapted": share}),
+        "candidates?": rows(
+            table({"method": text, "weight?": share, "seconds?": number(0), "left_out?": number(0)})
+        ),
+        "sources?": rows(table({"source": text, "classes": _names, "split": text})),
+        "seen?": table({"file": text, "sha256": text, "images": by_name(whole())}),
+        "images_per_class?": by_name(by_name(whole())),
+        "extended_from?": obj,
+        "extension?": obj,
+        "refit?": obj,
+    }
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,16 +159,20 @@ class Run:
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
+        """The run in `folder`; ValueError where its result was damaged or is no result."""
         folder = Path(folder).expanduser()
         settle(folder)
-        return cls(folder, read_json(folder / RESULT, "a vtclip run"))
+        path = folder / RESULT
+        contents = unsealed(read_json(path, WHAT), path, WHAT)
+        check(contents, SCHEMA, f"not {WHAT}: {path}")
+        return cls(folder, contents)
 
     def save(self) -> None:
         write_atomic(self.folder / RESULT, self.as_bytes())
 
     def as_bytes(self) -> bytes:
-        """The contents of `result.json`."""
-        return to_json(self.result)
+        """The contents of `result.json`, with their digest."""
+        return to_json(sealed(self.result))
 
     def table(self) -> str:
         return result_table(self.result)

@@ -361,14 +361,14 @@ class RunSources:
         if features.get("model") is None:
             raise ValueError(
                 f"extend: the run was fitted on a table of features and has no image encoder; the "
-                f"new classes must come from an .npz table of width {features['width']}, "
+                f"new classes must come from an .npz table of width {features.get('width')}, "
                 f"got {path}"
             )
         from vtclip.data.extract import cached_features
 
         options = replace(
             self._options(True),
-            spatial=features["spatial"] if self.adapter.head.needs_spatial else None,
+            spatial=features.get("spatial") if self.adapter.head.needs_spatial else None,
             need_spatial=False,
             prompt=None,
             templates=self.templates_of_new(),

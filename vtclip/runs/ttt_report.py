@@ -63,7 +63,7 @@ def ttt_report(
     from vtclip.data.views import folder_views
 
     check_model(adapter, clip)
-    wants = adapter.features["spatial"] if adapter.head.needs_spatial else None
+    wants = adapter.features.get("spatial") if adapter.head.needs_spatial else None
 
     at_a_time = BatchSize(what="views")
 
