@@ -93,9 +93,11 @@ def _by_short_names(floor: Floor) -> Floor:
             del inputs["pairs"]
         short = {name.removesuffix("_query"): tensor for name, tensor in inputs.items()}
         sizes = floor(short if "pair_query" in inputs else inputs, seeds, fixed)
-        return sizes | {f"{name}_query": size for name, size in sizes.items()} | {
-            "pairs": max(sizes.get(name, 0.0) for name in ("pair", "key", "value"))
-        }
+        return (
+            sizes
+            | {f"{name}_query": size for name, size in sizes.items()}
+            | {"pairs": max(sizes.get(name, 0.0) for name in ("pair", "key", "value"))}
+        )
 
     return renamed
 
@@ -114,8 +116,10 @@ def scored(
     oracle = run(op, exact, fixed, "reference", peer.seeds)
     actual = run(op, inputs, fixed, impl, peer.seeds)
     room = floor(exact, peer.seeds, fixed) if floor else {}
-    found = [(f"output {i}", 2.0, *t) for i, t in enumerate(
-        zip(actual.outputs, oracle.outputs, peer.outputs, strict=True))]
+    found = [
+        (f"output {i}", 2.0, *t)
+        for i, t in enumerate(zip(actual.outputs, oracle.outputs, peer.outputs, strict=True))
+    ]
     found += [(n, 3.0, actual.grads[n], oracle.grads[n], peer.grads[n]) for n in actual.grads]
     for name, factor, a, o, p in found:
         good = o.isfinite() & p.isfinite() & (o.abs() <= torch.finfo(dtype).max)
