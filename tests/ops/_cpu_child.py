@@ -3,7 +3,7 @@
 
 python _cpu_child.py results FILE    saves what the kernels return
 python _cpu_child.py guard           runs them on memory between two forbidden pages
-python _cpu_child.py extreme         names inputs whose results are not finite though the reference's are
+python _cpu_child.py extreme         names inputs whose results overflow, but not the reference's
 """
 
 from __future__ import annotations

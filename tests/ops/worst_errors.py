@@ -3,7 +3,7 @@
 
     python tests/ops/worst_errors.py --path scalar --draws 20 --over 1
 
-Not a test: it draws until it is told to stop, and prints the worst case of every operator, dtype
+Not a test: it prints the worst case of every operator, dtype
 and kind of input, with and without the room that the operator's tests leave for terms that cancel.
 `--path` names the instruction set of the CPU kernels; without it the machine's best.
 """
@@ -183,9 +183,11 @@ def main() -> None:
             rank = 1 if args.strict else 0
             over = [(v, k) for k, v in worst.items() if v[rank] > args.over]
             over.sort(key=lambda entry: entry[0][rank], reverse=True)
-            print(f"{name} {dtype}: {len(over)} of {len(worst)} over {args.over:g}", flush=True)
+            sys.stdout.write(f"{name} {dtype}: {len(over)} of {len(worst)} over {args.over:g}\n")
+            sys.stdout.flush()
             for (roomy, plain, number, seed), key in over[: args.lines]:
-                print(f"  {roomy:10.3g} (no room {plain:10.3g}) {key} sizes {number} seed {seed}")
+                where = f"{key} sizes {number} seed {seed}"
+                sys.stdout.write(f"  {roomy:10.3g} (no room {plain:10.3g}) {where}\n")
 
 
 if __name__ == "__main__":
