@@ -212,7 +212,7 @@ def test_whole_numbers_have_exact_scores(scale):
         ops.cross_attn_weights(query.to(d), key.to(d), scale=scale / 64, impl="cpu")
         for d in (torch.float32, torch.float64)
     )
-    assert float((found.double() - exact).abs().max()) < 3e-7
+    assert float((found.double() - exact).abs().max()) < 1e-6  # sums of 300 terms
 
 
 def test_logits_of_ten_thousand():
