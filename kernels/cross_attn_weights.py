@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention weights P = softmax_L(scale q k^T) in memory, and their backward.
 
-dS = P * (dP - rowsum(P * dP)) * scale. The backward knows masked columns by their weights: a column
-with weight 0 in every row gives nothing, so its key is not read and its gradient is 0.
+dS = P * (dP - rowsum(P * dP) / rowsum(P)) * scale. The stored P was rounded, so a row of it sums to
+1 within the precision of its dtype only; without the division dS of a weight near 1 would be that
+rounding. The backward knows masked columns by their weights: a column with weight 0 in every row
+gives nothing, so its key is not read and its gradient is 0.
 """
 
 import torch
@@ -161,12 +163,15 @@ def cross_attn_weights_bwd_query_kernel(
                 p_b, d_p_b, offs_k, offs_l, stride_weights_k, stride_weights_l,
                 stride_d_weights_k, stride_d_weights_l, in_k, offs_l < L,
             )  # fmt: skip
-            delta = tl.sum(product(p, d_p), axis=1)  # rowsum(P * dP)
+            delta = tl.sum(product(p, d_p), axis=1)
+            total = tl.sum(p, axis=1)
+            delta = delta / tl.where(total == 0.0, 1.0, total)
             acc = add_query_gradient(
                 acc, p, d_p, delta, key_b, offs_l, offs_d, stride_key_l, stride_key_d, D, PRECISION
             )
         else:
             delta = tl.zeros((BLOCK_K,), tl.float32)
+            total = tl.zeros((BLOCK_K,), tl.float32)
             for start in tl.range(0, L, BLOCK_L, disable_licm=True):
                 cols = start + offs_l
                 p, d_p = load_weights(
@@ -174,6 +179,8 @@ def cross_attn_weights_bwd_query_kernel(
                     stride_d_weights_k, stride_d_weights_l, in_k, cols < L,
                 )  # fmt: skip
                 delta += tl.sum(product(p, d_p), axis=1)
+                total += tl.sum(p, axis=1)
+            delta = delta / tl.where(total == 0.0, 1.0, total)
 
             for start in tl.range(0, L, BLOCK_L, disable_licm=True):
                 cols = start + offs_l

@@ -3,13 +3,14 @@
 //
 // P = softmax(S)
 // dP = dO V^T
-// Delta = sum_l P dP - d_lse
-// dS = P (dP - Delta)
+// Delta = sum_l P dP
+// dS = P (dP - Delta + d_lse)
 // dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
 //
 // The softmax of one query block is recomputed from the scores, all keys at once, and not from
 // exp(S - lse): at |S| = 1e4 a float32 lse is known to 1e-3 only. Delta comes from the same P, so
-// it cancels exactly where the softmax saturates, and the output need not be read again.
+// it cancels exactly where the softmax saturates, and the output need not be read again. d_lse is
+// added after that: beside a Delta of 1e10 nothing of it would be left.
 
 // dO of one query block in both layouts.
 template <class T>
@@ -33,11 +34,11 @@ static void pack_grad_lse(const AttnBackward& p, int64_t b, int64_t h, int64_t f
   }
 }
 
-// weights: exp2(S - max) -> P; grads: dP -> dS. N vectors of queries at column `at`.
+// weights: exp(S - max) -> P; grads: dP -> dS. N vectors of queries at column `at`.
 template <class T, int N>
 VTCLIP_INLINE void grad_columns(T* weights, T* grads, int64_t ld, int64_t n, int64_t at,
                                 const T* total, const T* grad_lse) {
-  Vec<T> norm[N], delta[N];
+  Vec<T> norm[N], delta[N], lse[N];
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
     norm[j] = T{1} / load(total + at + j * kLanes<T>);
@@ -54,13 +55,13 @@ VTCLIP_INLINE void grad_columns(T* weights, T* grads, int64_t ld, int64_t n, int
     }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < N; ++j) delta[j] -= load(grad_lse + at + j * kLanes<T>);
+  for (int j = 0; j < N; ++j) lse[j] = load(grad_lse + at + j * kLanes<T>);
   for (int64_t l = 0; l < n; ++l) {
     const T* weight = weights + l * ld + at;
     T* grad = grads + l * ld + at;
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      const Vec<T> d = load(grad + j * kLanes<T>) - delta[j];
+      const Vec<T> d = (load(grad + j * kLanes<T>) - delta[j]) + lse[j];
       store(grad + j * kLanes<T>, load(weight + j * kLanes<T>) * d);
     }
   }

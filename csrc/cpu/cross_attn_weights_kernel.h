@@ -90,19 +90,31 @@ static int64_t used_columns(const WeightsBackward& p, int64_t b, int64_t h, bool
 }
 
 // dS = W * (dW - sum_l W dW) of one row over its used columns; a weight of 0 gives exactly 0.
+//
+// The weights were rounded to the dtype of the tensors, so they sum to 1 within its precision only,
+// and where one of them is nearly 1, dW - sum_l W dW would be that rounding and little else. So the
+// mean is one of weights that sum to 1, of what dW is above its value at the largest weight.
 template <class T>
 static void weights_grad_row(const WeightsBackward& p, int64_t b, int64_t h, int64_t k,
                              const int64_t* index, int64_t n, T* weight, T* out) {
   const AttnShape& s = p.shape;
   const char* weights = p.weights.at(b, h) + k * p.weights.row;
   const char* grads = p.grad_weights.at(b, h) + k * p.grad_weights.row;
-  T mean = 0;
+  T sum = 0, total = 0, largest = 0, pivot = 0;
   for (int64_t i = 0; i < n; ++i) {
     weight[i] = load_one<T>(weights + index[i] * p.weights.column, s.dtype);
     out[i] = load_one<T>(grads + index[i] * p.grad_weights.column, s.dtype);
-    if (weight[i] == 0) out[i] = 0;
-    mean += weight[i] * out[i];
+    if (weight[i] > largest) {
+      largest = weight[i];
+      pivot = out[i];
+    }
   }
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = weight[i] == 0 ? 0 : out[i] - pivot;
+    sum += weight[i] * out[i];
+    total += weight[i];
+  }
+  const T mean = total == 0 ? 0 : sum / total;
   for (int64_t i = 0; i < n; ++i) out[i] = weight[i] * (out[i] - mean);
 }
 

@@ -146,7 +146,7 @@ VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit
   const T step = delta * row.rnorm;
   const Vec<T> mean = splat(r.mean), rstd = splat(r.rstd), offset = splat(r.offset);
   const Vec<T> cosine = splat(row.cosine), steps = splat(step), deltas = splat(delta);
-  const Vec<T> residual = splat(r.residual), out = splat(step * r.rstd);
+  const Vec<T> residual = splat(r.residual);
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) {
     const Vec<T> u = load(unit + i);
@@ -159,7 +159,7 @@ VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit
       store(sums.d_text + i, fma(off, steps, load(sums.d_text + i)));
       store(sums.d_unit + i, fma(deltas, u, load(sums.d_unit + i)));
     }
-    store(z + i, (off * residual * load(r.weight + i) - mean_g - zh * mean_gz) * out);
+    store(z + i, (off * residual * load(r.weight + i) - mean_g - zh * mean_gz) * steps * rstd);
   }
   for (; i < n; ++i) {
     const T u = unit[i], zh = (z[i] - r.mean) * r.rstd + r.offset;
@@ -170,7 +170,7 @@ VTCLIP_INLINE void row_grad(const FfnRow<T>& row, int64_t n, T* z, const T* unit
       sums.d_text[i] += off * step;
       sums.d_unit[i] += delta * u;
     }
-    z[i] = (off * r.residual * r.weight[i] - mean_g - zh * mean_gz) * (step * r.rstd);
+    z[i] = (off * r.residual * r.weight[i] - mean_g - zh * mean_gz) * step * r.rstd;
   }
 }
 

@@ -4,8 +4,8 @@
 //
 // Scores are kept as they are read, S [queries, keys]: the softmax is joint over the whole map, so
 // a tile has one maximum and one sum whichever way it lies, and the keys and values of an (image,
-// head), packed once, serve both kinds of query. Scores are natural, not base 2: `stats` then holds
-// a maximum that the backward subtracts from bit-equal scores, and the top weight is exactly 1.
+// head), packed once, serve both kinds of query. `stats` holds a maximum that the backward subtracts
+// from bit-equal scores, so that the top weight is exactly 1.
 
 template <class T>
 constexpr T kLowest = -static_cast<T>(__builtin_inf());
@@ -43,12 +43,6 @@ VTCLIP_INLINE auto lanes_behind(int64_t n) {
 template <class T>
 VTCLIP_INLINE T exp2_one(T x) {
   return exp2(splat(x))[0];
-}
-
-// exp(x - top) without the rounding of log2(e) * top.
-template <class T>
-VTCLIP_INLINE Vec<T> exp_below(Vec<T> x, Vec<T> top) {
-  return exp2((x - top) * splat(static_cast<T>(kLog2E)));
 }
 
 template <class T>

@@ -3,6 +3,7 @@
 
 python _cpu_child.py results FILE    saves what the kernels return
 python _cpu_child.py guard           runs them on memory between two forbidden pages
+python _cpu_child.py extreme         names inputs whose results overflow, but not the reference's
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vtclip.backends import native
-from vtclip.testing.problems import OPS, Make
+from vtclip.testing.problems import FUNCTIONS, OPS, Function, Make
 
 KERNELS = torch.ops.vtclip
 # B, H, K, L, d: ragged, more than one query block, more than one key tile, whole vectors, tiny
@@ -94,10 +95,38 @@ def guard() -> None:
                     raise SystemExit("a result depends on where its inputs lie")
 
 
+def extreme() -> None:
+    """Inputs far from 1, one at a time and all together."""
+    sizes = {"B": 2, "H": 2, "K": 5, "L": 9, "d": 8, "D": 20, "C": 20, "F": 6}
+    wrong = []
+    for call in FUNCTIONS.values():
+        tensors = [tensor.detach() for tensor in call.draw(sizes)]
+        for size in (1e-38, 1e-30, 1e-20, 1e10, 1e18, 1e30):
+            for changed in (*range(len(tensors)), None):
+                given = [x * size if changed in (None, i) else x for i, x in enumerate(tensors)]
+                if not _are_finite(call, given, "reference"):
+                    continue  # sums that overflow do so in some order
+                if not _are_finite(call, given, "cpu"):
+                    which = "all" if changed is None else changed
+                    wrong.append(f"{call.name}: tensor {which} times {size:g}")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+def _are_finite(call: Function, tensors: list[Tensor], impl: str) -> bool:
+    """Whether outputs and the gradients of their sum are."""
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    outputs = call.outputs(*leaves, scale=1.0, impl=impl)
+    grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(out) for out in outputs])
+    return all(bool(result.isfinite().all()) for result in (*outputs, *grads))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "guard":
         guard()
+    elif sys.argv[1] == "extreme":
+        extreme()
     else:
         dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
         torch.save({str(dtype): call_all(dtype) for dtype in dtypes}, sys.argv[2])

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtclip import reference
+from vtclip import ops, reference
 from vtclip.backends import native
 from vtclip.reference.cross_attn import cross_attn as cross_attn_reference
 from vtclip.testing.problems import OPS, tensors_of
@@ -91,6 +91,12 @@ def test_no_kernel_reads_outside_its_inputs():
     for capability in ("scalar", "avx2", "avx512"):
         done = run_child("guard", capability=capability)
         assert done.returncode == 0, f"{capability}: exit {done.returncode}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("capability", ["scalar", "avx2", "avx512"])
+def test_results_are_finite_where_the_reference_is(capability):
+    done = run_child("extreme", capability=capability)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_read_behind_the_last_element_would_be_fatal():
@@ -183,6 +189,30 @@ def against_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, r
     expected, expected_lse = cross_attn_reference(*wide, None, scale)
     for actual, oracle in ((out, expected), (lse, expected_lse)):
         torch.testing.assert_close(actual.double(), oracle, rtol=rel, atol=rel * 10, equal_nan=True)
+
+
+def test_the_gradient_of_lse_survives_beside_large_values():
+    query, key = torch.randn(1, 2, 9, 8) * 1e3, torch.randn(2, 2, 11, 8) * 1e3
+    value = torch.randn(2, 2, 11, 8) * 1e10
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        out, lse = ops.cross_attn_lse(*leaves, scale=1.0)
+        grads.append(torch.autograd.grad((out.sum() + lse.sum()), leaves[:2]))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1.0)
+
+
+@pytest.mark.parametrize("scale", [7.0, 100.0])
+def test_whole_numbers_have_exact_scores(scale):
+    """log2(e) times a score of thousands would be off by a thousandth of a weight."""
+    query, key = torch.randint(-9, 9, (1, 2, 60, 16)), torch.randint(-9, 9, (2, 2, 300, 16))
+    query, key = query.float(), key.float()
+    found, exact = (
+        ops.cross_attn_weights(query.to(d), key.to(d), scale=scale / 64, impl="cpu")
+        for d in (torch.float32, torch.float64)
+    )
+    assert float((found.double() - exact).abs().max()) < 1e-6  # sums of 300 terms
 
 
 def test_logits_of_ten_thousand():

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -32,10 +34,40 @@ def draw(case: str, dtype: torch.dtype = torch.float32):
     }
 
 
+def cancelling(inputs, seeds, fixed, exact: bool = True) -> dict[str, float]:
+    """The largest sum of |terms| in each gradient, dS = W * (dW - mean), in steps of the dtype.
+
+    What cancels there is summed in float32 at least. The weights themselves were rounded to the
+    dtype, and what of them lies below its smallest number is lost. Not `exact`: where scores are
+    multiplied by log2(e) before their maximum is taken off, that rounding grows with them.
+    """
+    query, key = (tensor.detach() for tensor in inputs.values())
+    scale = fixed.get("scale") or query.shape[-1] ** -0.5
+    weights = ops.cross_attn_weights(query, key, scale=scale, impl="reference")
+    on_weights, info = seeds[0].double().abs(), torch.finfo(seeds[0].dtype)
+    mean = (weights * on_weights).sum(-1, keepdim=True)
+    step = torch.finfo(torch.promote_types(seeds[0].dtype, torch.float32)).eps
+    if not exact:
+        step *= 1 + float((query @ key.transpose(-1, -2)).abs().amax()) * abs(scale)
+    terms = (weights * step + info.smallest_normal * info.eps) * (on_weights + mean) * abs(scale)
+    d_query = (terms @ key.abs()).sum(0) if query.shape[0] == 1 else terms @ key.abs()
+    d_key = terms.transpose(-1, -2) @ query.abs()
+    return {"query": float(d_query.amax()) / info.eps, "key": float(d_key.amax()) / info.eps}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_dtype(case, dtype, impl, runnable, compare):
     runnable("cross_attn_weights", dtype, CASES[case][-1])
     compare(ops.cross_attn_weights, draw(case, dtype))
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0, 100.0])
+@pytest.mark.parametrize("case", ["ordinary", "per-image-query", "odd"])
+def test_saturated_maps(case, scale, dtype, impl, runnable, compare):
+    """Where one weight of a row is nearly 1, what rounding it left out is no part of a gradient."""
+    runnable("cross_attn_weights", dtype, CASES[case][-1])
+    floor = functools.partial(cancelling, exact=impl in ("cpu", "reference"))
+    compare(ops.cross_attn_weights, draw(case, dtype), floor, scale=scale)
 
 
 def test_key_mask_and_layout(impl, runnable, compare):

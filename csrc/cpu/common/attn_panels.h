@@ -60,9 +60,14 @@ static void pack_columns(const AttnShape& s, T* columns, int64_t ldc, const T* r
   }
 }
 
-// log2(e) * scale goes into the packed query: scores come out ready for exp2.
 constexpr double kLog2E = 1.4426950408889634074;
-constexpr double kLn2 = 0.6931471805599453094;
+
+// exp(x - top). log2(e) is not in the scores: its rounding would grow with them, and whole numbers
+// would not stay exact.
+template <class T>
+VTCLIP_INLINE Vec<T> exp_below(Vec<T> x, Vec<T> top) {
+  return exp2((x - top) * splat(static_cast<T>(kLog2E)));
+}
 
 template <class T>
 static void pack_query(const AttnShape& s, T* columns, const HeadsView& query, int64_t b, int64_t h,
@@ -70,7 +75,7 @@ static void pack_query(const AttnShape& s, T* columns, const HeadsView& query, i
   const int64_t first = block * s.query_block;
   const int64_t n = min_of(s.query_block, s.K - first);
   const int64_t ld = leading_dim<T>(s.d);
-  pack_block(s, rows, ld, query, b, h, first, n, static_cast<T>(s.scale * kLog2E));
+  pack_block(s, rows, ld, query, b, h, first, n, static_cast<T>(s.scale));
   pack_columns(s, columns, leading_dim<T>(s.query_block), rows, ld, n);
 }
 
@@ -85,12 +90,12 @@ static void score_tile(const AttnShape& s, T* scores, int64_t ld, const T* keys,
 // Softmax state of a query block.
 template <class T>
 struct SoftmaxState {
-  T* top;      // running maximum of the (base 2) scores
-  T* total;    // sum of exp2(score - top)
+  T* top;      // running maximum of the scores
+  T* total;    // sum of exp(score - top)
   T* rescale;  // what sums made before this tile must be multiplied by
 };
 
-// In place: score -> exp2(score - max); updates the state. A maximum of -inf is replaced by 0, so
+// In place: score -> exp(score - max); updates the state. A maximum of -inf is replaced by 0, so
 // that a column of -inf contributes 0 and not NaN while other tiles may still hold finite scores.
 template <class T, int N>
 VTCLIP_INLINE void softmax_columns(T* scores, int64_t ld, int64_t n, int64_t at, bool first,
@@ -116,7 +121,7 @@ VTCLIP_INLINE void softmax_columns(T* scores, int64_t ld, int64_t n, int64_t at,
     T* row = scores + l * ld + at;
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      const Vec<T> p = exp2(load(row + j * kLanes<T>) - top[j]);
+      const Vec<T> p = exp_below<T>(load(row + j * kLanes<T>), top[j]);
       total[j] += p;
       store(row + j * kLanes<T>, p);
     }
@@ -125,7 +130,7 @@ VTCLIP_INLINE void softmax_columns(T* scores, int64_t ld, int64_t n, int64_t at,
   for (int j = 0; j < N; ++j) {
     T* sum = state.total + at + j * kLanes<T>;
     if (!first) {
-      const Vec<T> factor = exp2(old[j] - top[j]);
+      const Vec<T> factor = exp_below<T>(old[j], top[j]);
       store(state.rescale + at + j * kLanes<T>, factor);
       total[j] = fma(load(sum), factor, total[j]);
     }
@@ -144,7 +149,7 @@ static void softmax_tile(T* scores, int64_t ld, int64_t n, int64_t queries, bool
   for (; at < columns; at += kLanes<T>) softmax_columns<T, 1>(scores, ld, n, at, first, state);
 }
 
-// Natural log-sum-exp from the base 2 state. Where every score was -inf or NaN the maximum was
+// Log-sum-exp from the state. Where every score was -inf or NaN the maximum was
 // taken as 0, and the sum, 0 or NaN, decides.
 template <class T>
 VTCLIP_INLINE T log_sum(T top, T total) {
@@ -152,7 +157,7 @@ VTCLIP_INLINE T log_sum(T top, T total) {
   const double log_total = sizeof(T) == 4 ? static_cast<double>(__builtin_logf(total))
                                           : __builtin_log(static_cast<double>(total));
   const double shift = top == -static_cast<T>(__builtin_inf()) ? 0.0 : static_cast<double>(top);
-  return static_cast<T>(shift * kLn2 + log_total);
+  return static_cast<T>(shift + log_total);
 }
 
 // Packed rows of one block to tensor memory.

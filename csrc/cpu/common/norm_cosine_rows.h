@@ -29,6 +29,9 @@ struct Spread {
 };
 
 template <class T>
+constexpr T kLargest = sizeof(T) == 4 ? static_cast<T>(__FLT_MAX__) : static_cast<T>(__DBL_MAX__);
+
+template <class T>
 VTCLIP_INLINE Spread<T> row_spread(const T* x, int64_t n, T mean) {
   const Vec<T> centre = splat(mean);
   Vec<T> sums[2] = {}, squares[2] = {};
@@ -48,8 +51,9 @@ VTCLIP_INLINE Spread<T> row_spread(const T* x, int64_t n, T mean) {
     square += d * d;
   }
   const T count = static_cast<T>(max_of(n, 1));
-  const T shift = sum / count;
-  return {shift, square / count - shift * shift};
+  const T shift = sum / count, variance = square / count;
+  // where the squares leave the range, inf - inf would be NaN
+  return {shift, variance > kLargest<T> ? variance : variance - shift * shift};
 }
 
 // What one row computes with.
