@@ -145,13 +145,18 @@ class TAKL(SupportHead):
 
         ValueError where a text, a training row here, is not finite.
         """
+        self.keep_support(support)
+        self._solve()
+
+    @torch.no_grad()
+    def keep_support(self, support: Support) -> None:
         finite = self.text.isfinite().all(dim=1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise ValueError(f"TAKL: text must be finite, got NaN or infinity in row {row}")
         super().fit_support(support)
         self._fits = _Fits()
-        self._solve()
+        self.coefficients = self.text.new_empty(0, self.num_classes)
 
     @torch.no_grad()
     def choose(self, val: Support) -> None:
