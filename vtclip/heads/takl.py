@@ -45,6 +45,9 @@ ITERATIONS = 2
 KERNEL_ROWS = 4096  # images and classes up to which the search tries kernels that need their table
 # of a search, in float32 (float64 for a float64 head)
 ROUGH, ROUGH_STEPS = 0.1, 12
+# of more than KERNEL_ROWS images and classes, solved in the dtype of the search: steps of each
+# strength on the way, and of that which is kept
+MANY_ROUGH_STEPS, MANY_STEPS = 4, 8
 # of what is kept, solved in float64, by the dtype of the search: well below its rounding of logits
 CLOSENESS = {torch.float32: 1e-6, torch.float64: 1e-10}
 LEAST_STEPS = 8
@@ -243,6 +246,7 @@ class _Fit:
 
     def __init__(self, B: Tensor, problem: Problem, rough: Problem) -> None:
         self.B, self.problem, self.rough = B, problem, rough
+        self.many = len(problem.basis) > KERNEL_ROWS
         self._path: list[Tensor] = []
         self._optima: dict[float, Tensor] = {}
 
@@ -253,23 +257,25 @@ class _Fit:
             start = self._path[-1] if self._path else R.new_zeros(R.shape[1], offset.shape[1])
             if len(self._path) > 1:  # a path over equal steps of log(lam) goes on nearly as it did
                 start = 2 * start - self._path[-2]
-            W = _logistic.minimise(self.rough, start, lam, closeness=ROUGH, max_steps=ROUGH_STEPS)
+            steps = MANY_ROUGH_STEPS if self.many else ROUGH_STEPS
+            W = _logistic.minimise(self.rough, start, lam, closeness=ROUGH, max_steps=steps)
             self._path.append(W)
         return self._path[:count]
 
     def optimum(self, lam: float) -> Tensor:
         """W [r, K] float64 at the optimum; the same bits whatever was asked for before."""
         if lam not in self._optima:
-            R, K = self.problem.basis, self.problem.offset.shape[1]
+            problem = self.rough if self.many else self.problem
+            R, K = problem.basis, problem.offset.shape[1]
             larger = self.path(sum(value >= lam for value in LAMBDAS))
-            start = larger[-1].double() if larger else R.new_zeros(R.shape[1], K)
-            steps = int(WORK / (R.numel() * K + WORK_PER_STEP))
+            start = larger[-1].to(R) if larger else R.new_zeros(R.shape[1], K)
+            steps = max(int(WORK / (R.numel() * K + WORK_PER_STEP)), LEAST_STEPS)
             self._optima[lam] = _logistic.minimise(
-                self.problem,
+                problem,
                 start,
                 lam,
                 closeness=CLOSENESS[self.rough.basis.dtype],
-                max_steps=max(steps, LEAST_STEPS),
+                max_steps=MANY_STEPS if self.many else steps,
             )
         return self._optima[lam]
 
