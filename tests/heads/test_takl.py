@@ -410,7 +410,7 @@ def noisy(classes: int = 30, shots: int = 12, width: int = 48) -> tuple[Tensor, 
     torch.manual_seed(2)
     text, centre = unit(torch.randn(2, classes, width)).unbind()
     label = torch.arange(classes).repeat_interleave(shots + 8)
-    image = 0.15 * text[label] + 0.3 * centre[label] + unit(torch.randn(len(label), width))
+    image = 0.25 * text[label] + 0.5 * centre[label] + unit(torch.randn(len(label), width))
     order = torch.arange(len(label)) % (shots + 8)
     train, test = order < shots, order >= shots
     return text, Support(image[train], label[train]), Support(image[test], label[test])
@@ -431,7 +431,7 @@ def test_many_rows_come_near_the_optimum(lam, monkeypatch):
     error = (found - wanted - (found - wanted).mean(dim=1, keepdim=True)).square().mean().sqrt()
     assert float(error) < 0.05 * float((wanted - ZeroShot(text)(unit(test.image)) / 2).std())
     right = [float((x.argmax(dim=1) == test.label).double().mean()) for x in (wanted, found)]
-    assert 0.5 < right[0] < 0.9
+    assert 0.4 < right[0] < 0.95
     assert abs(right[0] - right[1]) < 0.01
 
 
