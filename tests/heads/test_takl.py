@@ -403,3 +403,53 @@ def test_steps_are_few_where_each_is_long(monkeypatch):
         fitted(TAKL, text, support, lam=0.1)
         assert asked == [module.ROUGH_STEPS, module.ROUGH_STEPS, wanted]
         asked.clear()
+
+
+def noisy(classes: int = 30, shots: int = 12, width: int = 48) -> tuple[Tensor, Support, Support]:
+    """Texts, support and other images, of which a fit names most and not all."""
+    torch.manual_seed(2)
+    text, centre = unit(torch.randn(2, classes, width)).unbind()
+    label = torch.arange(classes).repeat_interleave(shots + 8)
+    image = 0.25 * text[label] + 0.5 * centre[label] + unit(torch.randn(len(label), width))
+    order = torch.arange(len(label)) % (shots + 8)
+    train, test = order < shots, order >= shots
+    return text, Support(image[train], label[train]), Support(image[test], label[test])
+
+
+@pytest.mark.parametrize("lam", [1e-1, 1e-2, 1e-4, 3e-6])
+def test_many_rows_come_near_the_optimum(lam, monkeypatch):
+    text, support, test = noisy()
+    exact = fitted(TAKL, text, support, lam=lam)
+    monkeypatch.setattr(module, "KERNEL_ROWS", len(support.label))
+    seen = []
+    monkeypatch.setattr(_logistic, "minimise", lambda problem, *of, **how: (
+        seen.append(problem.basis.dtype), minimise(problem, *of, **how))[1])  # fmt: skip
+    near, again = (fitted(TAKL, text, support, lam=lam) for _ in range(2))
+    assert set(seen) == {torch.float32}
+    assert torch.equal(near.coefficients, again.coefficients)
+    wanted, found = (head(unit(test.image)) for head in (exact, near))
+    error = (found - wanted - (found - wanted).mean(dim=1, keepdim=True)).square().mean().sqrt()
+    assert float(error) < 0.05 * float((wanted - ZeroShot(text)(unit(test.image)) / 2).std())
+    right = [float((x.argmax(dim=1) == test.label).double().mean()) for x in (wanted, found)]
+    assert 0.4 < right[0] < 0.95
+    assert abs(right[0] - right[1]) < 0.01
+
+
+def test_many_rows_that_do_not_converge_say_so(monkeypatch):
+    text, support, _ = noisy()
+    monkeypatch.setattr(module, "KERNEL_ROWS", len(support.label))
+    monkeypatch.setattr(module, "MANY_EXCESS", -1.0)
+    monkeypatch.setattr(module, "MANY_ROUNDS", 2)
+    with pytest.warns(UserWarning, match=r"^TAKL: lam 0.01: 16 steps end .* wanted -100"):
+        fitted(TAKL, text, support)
+
+
+def test_excess_is_what_is_left_to_win():
+    some = problem(M=30, r=20, classes=6)
+    best = minimise(some, torch.zeros(20, 6).double(), 0.1, closeness=1e-9, max_steps=2000)
+    least = float(objective(some, best, 0.1))
+    assert _logistic.excess(some, best, 0.1) < 1e-12
+    for far in (0.003, 0.03):
+        W = best + far * torch.randn(20, 6).double()
+        above = float(objective(some, W, 0.1)) / least - 1
+        assert above / 10 < _logistic.excess(some, W, 0.1) < 10 * above

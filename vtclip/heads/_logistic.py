@@ -60,6 +60,19 @@ def gradient(problem: Problem, W: Tensor, lam: float) -> Tensor:
     return _gradient(problem, W, logits.softmax(dim=1), lam)
 
 
+def excess(problem: Problem, W: Tensor, lam: float) -> float:
+    """About how far `objective` at W [r, K] lies above its minimum, as a share of it there.
+
+    What a step of Newton's method would win if no two entries of W had to do with each other. Two
+    products with R more than a gradient.
+    """
+    logits = torch.addmm(problem.offset, problem.basis, W)
+    share, loss = problem.at(logits)
+    slope = _gradient(problem, W, share, lam)
+    won = slope.square_().div_(_curvature(problem, share, lam)).sum() / 2
+    return float(won) / (loss + lam / 2 * float(W.square().sum()))
+
+
 def minimise(
     problem: Problem, start: Tensor, lam: float, *, closeness: float, max_steps: int
 ) -> Tensor:

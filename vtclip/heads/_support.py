@@ -92,6 +92,14 @@ class SupportHead(ImageHead):
         keys, self.label = check_support(type(self).__name__, support, self.text)
         self.keys = nn.Parameter(keys) if self.trains_keys else keys
 
+    def keep_support(self, support: Support) -> None:
+        """As `fit_support`, of a head that `choose` or `chosen_by` is asked for next.
+
+        They solve anew at what they choose: a head that has to solve does not here, and has no
+        logits until then.
+        """
+        self.fit_support(support)
+
     @torch.no_grad()
     def choose(self, val: Support) -> None:
         """Set `searched` by validation images, see `most_likely`; centred on present values.

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from vtclip.heads._check import check_image, check_positive
 from vtclip.heads._contributions import Contributions
 from vtclip.heads._head import Support
+from vtclip.heads._kernel_solve import kernel_solve
 from vtclip.heads._support import Candidates, SupportHead, kernel, steps
 
 ALPHAS = steps(0.025, 0.8, 2)  # times logit_scale
@@ -34,7 +35,7 @@ LEAST_LAM = 1e-6  # below it duplicates would make the system singular in float6
 
 
 class ProKeR(SupportHead):
-    """Closed form: `coefficients` [N, K], from one float64 solve in `fit_support`.
+    """Closed form: `coefficients` [N, K], from one solve in `fit_support`.
 
     alpha: how far, in logits, the true class of a support image is pulled above the others.
         Default 0.15 * logit_scale.
@@ -42,7 +43,9 @@ class ProKeR(SupportHead):
     lam: weight of the pull to zero-shot, at least 1e-6. `choose` sets all three and solves again.
     votes_per_class: as how many images each class counts, see the module.
 
-    The solve holds three float64 tables of [N, N].
+    The solve is float64 up to 4,096 images. Above them it is float32 as long as that fits the
+    targets to 1e-3 of them, see `vtclip.heads._kernel_solve`, and holds one table of [N, N]: 1 GB
+    of 16,000 images, 2 GB where it has to be float64.
 
     No training: alpha, beta and lam by validation.
 
@@ -102,14 +105,21 @@ class ProKeR(SupportHead):
     def fit_support(self, support: Support) -> None:
         """Keep the labelled images, in place of any before, and solve for their coefficients."""
         super().fit_support(support)
-        keys = self.keys.double()
         Y, z = self._targets()
-        ridge = kernel(keys, keys, self.beta)
-        ridge.diagonal().add_(self.lam / self._weights())
-        factor = torch.linalg.cholesky(ridge, out=ridge)  # [N, N] once: 2 GB of 16,000 images
-        solved = torch.cholesky_solve(self.alpha * Y - z, factor).to(self.text)
+        solved = kernel_solve(
+            self.keys.double(),
+            self.beta,
+            self.lam / self._weights(),
+            self.alpha * Y - z,
+            narrow=self.text.dtype != torch.float64,
+        )
         # row by row, as a loaded adapter has them: products of another layout differ in last bits
-        self.coefficients = solved.contiguous()
+        self.coefficients = solved.to(self.text).contiguous()
+
+    @torch.no_grad()
+    def keep_support(self, support: Support) -> None:
+        super().fit_support(support)
+        self.coefficients = self.text.new_empty(0, self.num_classes)
 
     def take(self, best: Mapping[str, float]) -> None:
         super().take(best)

@@ -22,6 +22,7 @@ about zero-shot is that of ProKeR (arXiv 2501.11175), with logistic loss in plac
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -45,6 +46,9 @@ ITERATIONS = 2
 KERNEL_ROWS = 4096  # images and classes up to which the search tries kernels that need their table
 # of a search, in float32 (float64 for a float64 head)
 ROUGH, ROUGH_STEPS = 0.1, 12
+# of more than KERNEL_ROWS images and classes, solved in the dtype of the search: steps of each
+# strength on the way, and of that which is kept, by rounds until the objective is so close
+MANY_ROUGH_STEPS, MANY_STEPS, MANY_ROUNDS, MANY_EXCESS = 4, 8, 6, 1e-2
 # of what is kept, solved in float64, by the dtype of the search: well below its rounding of logits
 CLOSENESS = {torch.float32: 1e-6, torch.float64: 1e-10}
 LEAST_STEPS = 8
@@ -65,6 +69,10 @@ class TAKL(SupportHead):
     it (see WORK): the logits of 16 shots of 101 classes are then 0.01 to 0.4 of 2 to 3 from it,
     root mean squares, by lam from 1e-2 to 3e-4, and the accuracy is the same to 0.04 points. The
     same images give the same bits on one machine.
+
+    Above 4,096 images and classes all steps are float32 and a third as many, until the objective is
+    within about 1 % of its minimum, else with a warning. The logits of 16 shots of 300 classes are
+    then 0.01 of 1.2 from the optimum, and the accuracy is the same (61.7 %, lam 1e-2).
 
     No training: beta and lam by validation.
 
@@ -145,13 +153,18 @@ class TAKL(SupportHead):
 
         ValueError where a text, a training row here, is not finite.
         """
+        self.keep_support(support)
+        self._solve()
+
+    @torch.no_grad()
+    def keep_support(self, support: Support) -> None:
         finite = self.text.isfinite().all(dim=1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise ValueError(f"TAKL: text must be finite, got NaN or infinity in row {row}")
         super().fit_support(support)
         self._fits = _Fits()
-        self._solve()
+        self.coefficients = self.text.new_empty(0, self.num_classes)
 
     @torch.no_grad()
     def choose(self, val: Support) -> None:
@@ -238,6 +251,7 @@ class _Fit:
 
     def __init__(self, B: Tensor, problem: Problem, rough: Problem) -> None:
         self.B, self.problem, self.rough = B, problem, rough
+        self.many = len(problem.basis) > KERNEL_ROWS
         self._path: list[Tensor] = []
         self._optima: dict[float, Tensor] = {}
 
@@ -248,15 +262,19 @@ class _Fit:
             start = self._path[-1] if self._path else R.new_zeros(R.shape[1], offset.shape[1])
             if len(self._path) > 1:  # a path over equal steps of log(lam) goes on nearly as it did
                 start = 2 * start - self._path[-2]
-            W = _logistic.minimise(self.rough, start, lam, closeness=ROUGH, max_steps=ROUGH_STEPS)
+            steps = MANY_ROUGH_STEPS if self.many else ROUGH_STEPS
+            W = _logistic.minimise(self.rough, start, lam, closeness=ROUGH, max_steps=steps)
             self._path.append(W)
         return self._path[:count]
 
     def optimum(self, lam: float) -> Tensor:
         """W [r, K] float64 at the optimum; the same bits whatever was asked for before."""
         if lam not in self._optima:
-            R, K = self.problem.basis, self.problem.offset.shape[1]
             larger = self.path(sum(value >= lam for value in LAMBDAS))
+            if self.many:
+                self._optima[lam] = self._near_optimum(larger, lam).double()
+                return self._optima[lam]
+            R, K = self.problem.basis, self.problem.offset.shape[1]
             start = larger[-1].double() if larger else R.new_zeros(R.shape[1], K)
             steps = int(WORK / (R.numel() * K + WORK_PER_STEP))
             self._optima[lam] = _logistic.minimise(
@@ -267,6 +285,23 @@ class _Fit:
                 max_steps=max(steps, LEAST_STEPS),
             )
         return self._optima[lam]
+
+    def _near_optimum(self, larger: list[Tensor], lam: float) -> Tensor:
+        """W [r, K] of so many rows that a step takes long, in the dtype of the search."""
+        R, K = self.rough.basis, self.rough.offset.shape[1]
+        W = larger[-1] if larger else R.new_zeros(R.shape[1], K)
+        closeness = CLOSENESS[R.dtype]
+        for _ in range(MANY_ROUNDS):
+            W = _logistic.minimise(self.rough, W, lam, closeness=closeness, max_steps=MANY_STEPS)
+            left = _logistic.excess(self.rough, W, lam)
+            if left <= MANY_EXCESS:
+                return W
+        warnings.warn(
+            f"TAKL: lam {lam:g}: {MANY_ROUNDS * MANY_STEPS} steps end {left:.1%} above the optimum"
+            f" of {len(R)} images and classes, wanted {MANY_EXCESS:.1%}",
+            stacklevel=2,
+        )
+        return W
 
 
 class _Fits(dict[float, _Fit]):

@@ -328,7 +328,9 @@ def train(
             )
             return auto, {"candidates": candidates}, judged
         records, val = rows.training, rows.split.val
-        head = fit_head(request.method, records, rows.split, settings, run, choose=False)
+        head = fit_head(
+            request.method, records, rows.split, settings, run, choose=False, solve=not len(val)
+        )
         judged = unseen(head, records, val, request.device)
         choose_by(head, records, val, request.device)
         return head, {}, judged

@@ -92,7 +92,8 @@ def judged_candidate(
     named = dataclasses.replace(run, log=partial(_log_member, run, name), checkpoint=None)
 
     def fitted(rows: Split) -> Head:
-        return fit_head(name, records, rows, HEADS[name].recipe(shots), named, choose=False)
+        recipe, judged = HEADS[name].recipe(shots), len(rows.val) > 1  # by copies that choose
+        return fit_head(name, records, rows, recipe, named, choose=False, solve=not judged)
 
     head = fitted(split)
     logits, label = torch.empty(0, len(records.class_names)), torch.empty(0, dtype=torch.long)
@@ -231,11 +232,16 @@ def chosen_and_unseen(
     that by all rows. `head` has not chosen yet, and does not here.
     """
     rows = TrainingRows(records, val)
-    logits, label = engine.all_logits(head, rows, val, device=device)
-    if not head.chooses or not len(val):
-        return head, logits, label
-    parts = fifths(len(val)) if len(val) > 1 else []
-    *copies, chosen = chosen_without(head, records, val, [*parts, val[:0]], device)
-    for copied, part in zip(copies, parts, strict=True):
-        logits[part] = engine.all_logits(copied, rows, val[part], device=device)[0]
-    return chosen.eval(), logits, label
+    if not head.chooses or len(val) < 2:
+        logits, label = engine.all_logits(head, rows, val, device=device)
+        if head.chooses and len(val):
+            (head,) = chosen_without(head, records, val, [val[:0]], device)
+        return head.eval(), logits, label
+    parts = [*fifths(len(val)), val[:0]]  # the last copy chooses by all rows
+    said = []
+    for copied, part in zip(chosen_without(head, records, val, parts, device), parts, strict=True):
+        if len(part):
+            said.append(engine.all_logits(copied, rows, val[part], device=device))
+    logits, label = (torch.cat(column) for column in zip(*said, strict=True))
+    back = torch.cat(parts).argsort()
+    return copied.eval(), logits[back], label[back]

@@ -28,10 +28,13 @@ def fit_head(
     run: TrainingRun,
     *,
     choose: bool = True,
+    solve: bool = True,
 ) -> Head:
     """The head of `method`, fitted to the rows split.train and chosen by split.val.
 
-    choose=False leaves it with its hyper-parameters as they were, for `choose_by`.
+    choose=False leaves it with its hyper-parameters as they were, for `choose_by`. solve=False
+    says that `choose_by` or `chosen_without` comes before any logits, for which no solve is needed
+    that these do again.
     """
     torch.manual_seed(run.seed)
     if run.balanced:
@@ -41,7 +44,11 @@ def fit_head(
         head.set_text_encoder(text_encoder(records, run.device), records.class_names)
     rows = TrainingRows(records, split.train, split.val)
     if head.takes_support:
-        head.fit_support(support_of(rows, split.train, run.device))
+        support = support_of(rows, split.train, run.device)
+        if isinstance(head, SupportHead) and (not solve or (choose and len(split.val))):
+            head.keep_support(support)
+        else:
+            head.fit_support(support)
     if config.epochs:
         engine.train_head(head, rows, split.train, split.val, config, run)
     if choose:
