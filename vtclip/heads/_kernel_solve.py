@@ -38,7 +38,9 @@ def kernel_solve(
     X = _in_place(keys, beta, ridge, b)
     if X is None:
         fact = f"k(S, S) of {len(keys)} rows and a ridge of {float(ridge.min()):g} is singular"
-        raise torch.linalg.LinAlgError(f"kernel_solve: {fact} in float64")
+        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            f"kernel_solve: {fact} in float64"
+        )
     return X
 
 
@@ -55,7 +57,8 @@ def _in_place(keys: Tensor, beta: float, ridge: Tensor, b: Tensor) -> Tensor | N
     if int(info):
         return None
     X = torch.linalg.solve_triangular(L, b, upper=False)
-    return torch.linalg.solve_triangular(L.mT, X, upper=True)
+    solved: Tensor = torch.linalg.solve_triangular(L.mT, X, upper=True)
+    return solved
 
 
 def _left(keys: Tensor, beta: float, ridge: Tensor, b: Tensor, X: Tensor) -> float:

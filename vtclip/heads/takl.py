@@ -79,7 +79,7 @@ class TAKL(SupportHead):
     Expected: 90.4 / 96.3 / 98.1 % from 81.6 % zero-shot with 1 / 4 / 16 shots, mean of seeds 1-3,
         on 500 satellite photos of 19 classes through ViT-B/32; 85.9 / 92.9 / 97.0 from 71.6 % RN50.
     Cost: 2.3 s of CPU time for 16 shots of 100 classes of width 512, 1.3 times ProKeR's beside it;
-        97 s and 2.1 GB for those of 1,000 classes.
+        1.6 GB for those of 1,000 classes.
     Command: vtclip fit SOURCE --method takl --shots 16
     """
 

@@ -4,7 +4,8 @@
 The numbers come from sizes and constants alone, not from a clock, so that what `--budget` allows is
 the same on every machine. The constants fit what `benchmarks/fit_cost.py` printed on one core, on
 another machine all of them are off by about the same factor. Those of VT-CLIP are set by hand;
-those of many images follow from the operations of a solve and the speed of float32 products there.
+those of many images follow from the operations of a solve and the speed of products of matrices
+there, and are not measured.
 
     trained            steps * STEP[method] + steps * batch * K * C * PAIR[method]
     proker             0.1 + 1.4e-6 N^2                              kernel matrices of a grid
