@@ -87,7 +87,7 @@ ARROWS = {
     "heads": {"ops", "names"},
     "data": {"clip", "environment", *BASE},
     "train": {"heads", "data", "clip", *BASE},
-    "runs": {"train", "heads", "data", "clip", "ops", "backends", *BASE},
+    "runs": {"train", "heads", "data", "clip", "ops", "backends", "environment", *BASE},
     "tune": {"kernels", "backends", "testing", "files"},
     "bench": {"runs", "train", "heads", "data", "clip", "environment", *BASE},
     "demo": {"runs", "data", "clip", "files", "machine"},
