@@ -23,7 +23,10 @@ VARIABLES = {
     "MASTER_PORT": "where the processes meet, set by torchrun",
 }
 # read by setup.py and by tests; to a command they are known, and mean nothing
-ELSEWHERE = ("VTCLIP_EXT", "VTCLIP_WERROR", "VTCLIP_GPU_REHEARSE", "VTCLIP_PTX_BUILD")
+ELSEWHERE = (
+    *("VTCLIP_EXT", "VTCLIP_WERROR", "VTCLIP_GPU_REHEARSE", "VTCLIP_PTX_BUILD"),
+    "VTCLIP_FUZZ_SECONDS",
+)
 PREFIX = "VTCLIP_"
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 HINT = "start the processes with torchrun, or unset it"
