@@ -29,7 +29,7 @@ NOT_LAUNCHED = [
     ({"RANK": "1"}, "RANK is 1 but WORLD_SIZE is not set"),
     ({"LOCAL_RANK": "3"}, "LOCAL_RANK is 3 but WORLD_SIZE is not set"),
     ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4 but WORLD_SIZE is not set"),
-    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not"),
     ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK is 1 but WORLD_SIZE is 1"),
     ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be at least 1, got 0"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'"),

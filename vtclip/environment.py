@@ -62,7 +62,8 @@ def check_launcher() -> None:
     if size > 1:
         missing = [name for name in LAUNCHER if name not in os.environ]
         if missing:
-            raise ValueError(f"{whose} but {', '.join(missing)} is not set; {HINT}")
+            verb = "is" if len(missing) == 1 else "are"
+            raise ValueError(f"{whose} but {', '.join(missing)} {verb} not set; {HINT}")
     for name in ("RANK", "LOCAL_RANK"):
         if process_number(name, 0) >= size:
             raise ValueError(f"{name} is {process_number(name, 0)} but {whose}; {HINT}")

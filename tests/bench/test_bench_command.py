@@ -66,8 +66,10 @@ def test_a_full_disk_is_one_line_and_exit_1(quick, capsys, monkeypatch):
 
 
 def test_torchrun_gives_each_process_its_share(quick, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "29500"):
+        monkeypatch.setenv(name, value)
     for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
         monkeypatch.setenv("RANK", rank)
         assert bench(*quick) == 0
         text = capsys.readouterr().out

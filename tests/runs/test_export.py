@@ -18,6 +18,7 @@ import pytest
 import torch
 from commands import json_of, python, refused
 from pictures import SIDE, WIDTH, colours, small_model
+from sealing import opened
 
 import vtclip
 from vtclip.backends import native
@@ -257,7 +258,7 @@ def test_the_file_names_no_place_of_this_machine(exported, place):
 
 def test_what_lies_beside_it(runs, tmp_path):
     about = vtclip.export(runs["rada"], tmp_path / "m.pt2", kind="features", fixed_batch=2)
-    written = json.loads((tmp_path / "m.json").read_text())
+    written = opened(tmp_path / "m.json")
     assert written == json.loads(json.dumps(about))
     result = json.loads((runs["rada"] / "result.json").read_text())
     config = json.loads((runs["rada"] / "adapter_config.json").read_text())

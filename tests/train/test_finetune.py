@@ -362,7 +362,7 @@ def test_processes_with_different_settings_do_not_begin(outcomes):
 def test_a_launch_that_cannot_work_is_one_line(photos, models, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["--method", "rada", "--train-encoders", "--model", models["vit"], "--device", "cpu"]
-    wanted = "WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; start"
+    wanted = "WORLD_SIZE is 2 but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set; start"
     assert wanted in refused(capsys, "fit", photos, *words, "--out", tmp_path / "run")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
