@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from commands import call, json_of, refused
 from pictures import colours, save, small_model
 from PIL import Image
-from sealing import as_older
+from sealing import as_older, resealed
 
 import vtclip
 from vtclip.heads import HEADS, Auto
@@ -168,6 +169,8 @@ def pooled(
     for own, one in zip(head.heads, adapters, strict=True):
         own.load_state_dict(one.head.state_dict())
     save_adapter(out, Adapter(head, adapters[0].class_names, 0.8, adapters[-1].features))
+    digest = json.loads((out / "adapter_config.json").read_text())["tensors_digest"]
+    resealed(out / "result.json", lambda result: result["digests"].update(adapter=digest))
     return out
 
 
@@ -246,7 +249,10 @@ def test_options_of_the_table_are_refused_with_a_heat_map(world, photo, capsys):
 
 def test_runs_of_several_labels_or_one_class_are_refused(world, photo, tmp_path, capsys):
     adapter = load_adapter(world.run("zeroshot"))
-    features = {**adapter.features, "multi_label": {}}
+    features = {
+        **adapter.features,
+        "multi_label": {"scale": 1.0, "offset": [0.0], "threshold": 0.5},
+    }
     save_adapter(tmp_path / "several", Adapter(adapter.head, adapter.class_names, 1.0, features))
     assert "several labels per image" in refused(capsys, "explain", tmp_path / "several", photo)
     head = HEADS["zeroshot"](adapter.head.text[:1])
