@@ -2,7 +2,11 @@
 // The bodies of cross_attn_weights.
 //
 //   P = softmax(scale q k^T) over the kept columns
-//   delta = rowsum(P * dP), dS = P * (dP - delta), d_query = scale dS k, d_key = scale dS^T q
+//   delta = rowsum(P * dP) / rowsum(P), dS = P * (dP - delta)
+//   d_query = scale dS k, d_key = scale dS^T q
+//
+// The stored P was rounded: its rows sum to 1 within the precision of T only, and without the
+// division dS of a weight near 1 would be that rounding.
 //
 // A weight of 0 marks a masked column in the backward: what its key and its gradient hold is not
 // used.
@@ -199,6 +203,8 @@ struct AttnWeightsQueryGradient : AttnTile<T, kD> {
         delta = lanes.sum(n.L, [&](int64_t l) {
           return weighted<T>(p.at(row, l), d_p.at(row, l), 0);
         });
+        const Acc total = lanes.sum(n.L, [&](int64_t l) { return static_cast<Acc>(p.at(row, l)); });
+        delta = total == 0 ? 0 : delta / total;
       }
       lanes.once([&] {
         tiles.delta[r] = delta;

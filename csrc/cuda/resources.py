@@ -2,6 +2,7 @@
 """Registers, shared memory and spills of every CUDA kernel, as ptxas reports them.
 
     python csrc/cuda/resources.py        # compiles all *_cuda.cu, writes resources.csv next to this
+    python csrc/cuda/resources.py cross_attn rational_head     # these alone; the other rows stay
 
 Needs nvcc and torch's headers. Shared memory is the static part: a block's own is dynamic and
 counted by `shared_bytes`.
@@ -143,10 +144,19 @@ def read() -> tuple[str, list[Row]]:
     return head.removeprefix("# nvcc "), table
 
 
-def main() -> None:
-    jobs = [(source, arch) for source in sources() for arch in ARCHES]
+def main(names: list[str]) -> None:
+    files = {source.name.removesuffix("_cuda.cu"): source for source in sources()}
+    unknown = sorted(set(names) - set(files))
+    if unknown:
+        raise SystemExit(f"resources.py: no {unknown[0]}_cuda.cu; there are {', '.join(files)}")
+    names = names or list(files)
+    version, kept = read() if len(names) < len(files) else (nvcc_version(), [])
+    if version != nvcc_version():
+        raise SystemExit(f"resources.py: the other rows are of nvcc {version}, not {nvcc_version()}")
+    jobs = [(files[name], arch) for name in names for arch in ARCHES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         found = [row for rows in pool.map(lambda job: compiled(*job), jobs) for row in rows]
+    found += [row for row in kept if row.file not in names]
     order = sorted(found, key=lambda row: (row.file, row.kernel, int(row.arch)))
     with TABLE.open("w", newline="") as file:
         file.write(f"# nvcc {nvcc_version()}\n")
@@ -158,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -123,6 +123,19 @@ class TestAgainstTheReference:
         check_weights(weights, inputs, masked(case) if mask else None, CASES[case][-1])
 
 
+@pytest.mark.parametrize("case", ["ordinary", "tiles", "odd"])
+def test_an_equal_gradient_of_all_weights_moves_nothing(weights, case, dtype):
+    """A row of P sums to 1, that of the stored P only nearly: the rest must not show."""
+    query, key = drawn(case, dtype, False, 1)
+    B, H, L, _ = key.shape
+    d_weights = torch.full((B, H, query.shape[2], L), 3.0, dtype=dtype)
+    _, *grads = weights((query, key, None, d_weights), (CASES[case][-1],), (0.3,))
+    rounding = torch.finfo(acc_dtype(dtype)).eps * 3 * 0.3 * L
+    assert float(grads[0].double().abs().max()) <= 4 * rounding * float(key.abs().max())
+    rows = query.shape[2]
+    assert float(grads[1].double().abs().max()) <= 4 * rounding * rows * float(query.abs().max())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_any_strides(attn, weights, dtype):
     query, key, value = (testing.spread(t) for t in drawn("odd", dtype, False, 2))
