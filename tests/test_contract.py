@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -70,17 +69,15 @@ def test_import_loads_neither_kernels_nor_models_nor_cuda():
 
 
 def test_info_costs_at_most_a_second_more_than_torch():
-    def cpu_seconds(code: str) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert fresh(code).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    # The processor's seconds, which work beside raises by half (shared caches, clock), so in turn:
-    # the least of three of each.
-    codes = ("import torch", "import vtclip.info as i; i.main()")
-    bare, info = map(min, zip(*[map(cpu_seconds, codes) for _ in range(3)], strict=True))
-    assert info - bare < 1.0
+    # The processor's seconds behind the import of torch, in one process: those of torch itself vary
+    # by more than a second beside other work. The least of three.
+    code = (
+        "import time, torch\nstart = time.process_time()\n"
+        "import vtclip.info as i\ni.main()\nprint(time.process_time() - start)\n"
+    )
+    runs = [fresh(code) for _ in range(3)]
+    assert [done.returncode for done in runs] == [0, 0, 0]
+    assert min(float(done.stdout.splitlines()[-1]) for done in runs) < 1.0
 
 
 def test_python_dash_o_keeps_every_check():
