@@ -104,7 +104,7 @@ def _named(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"cannot write {size} bytes to {path}: {error.strerror}"
+        message = f"cannot write {size} bytes to {path}: {error.strerror or error}"
         raise OSError(error.errno, message, str(path)) from error
 
 

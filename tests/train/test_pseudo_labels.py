@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from sealing import opened
 from torch.nn import functional as F
 
 import vtclip
@@ -150,7 +151,7 @@ def test_command_reports_and_evaluate_finds_the_same_images(npz, tmp_path, capsy
     out = tmp_path / "run"
     args = ["fit", str(npz), "--method", "rada", "--epochs", "1", "--shots", "4", "--threads", "1"]
     assert main([*args, "--pseudo-labels", "--out", str(out), "--json"]) == 0
-    result = json.loads((out / "result.json").read_text())
+    result = opened(out / "result.json")
     assert result == json.loads(capsys.readouterr().out)
     assert result["pseudo_labels"] is True
     assert 0 < result["pseudo_label_accuracy"] <= 1
