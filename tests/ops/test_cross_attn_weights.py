@@ -39,7 +39,8 @@ def cancelling(inputs, seeds, fixed, exact: bool = True) -> dict[str, float]:
 
     What cancels there is summed in float32 at least. The weights themselves were rounded to the
     dtype, and what of them lies below its smallest number is lost. Not `exact`: where scores are
-    multiplied by log2(e) before their maximum is taken off, that rounding grows with them.
+    multiplied by log2(e) before their maximum is taken off, that rounding grows with them, and the
+    weights have it too.
     """
     query, key = (tensor.detach() for tensor in inputs.values())
     scale = fixed.get("scale") or query.shape[-1] ** -0.5
@@ -52,7 +53,10 @@ def cancelling(inputs, seeds, fixed, exact: bool = True) -> dict[str, float]:
     terms = (weights * step + info.smallest_normal * info.eps) * (on_weights + mean) * abs(scale)
     d_query = (terms @ key.abs()).sum(0) if query.shape[0] == 1 else terms @ key.abs()
     d_key = terms.transpose(-1, -2) @ query.abs()
-    return {"query": float(d_query.amax()) / info.eps, "key": float(d_key.amax()) / info.eps}
+    largest = {"query": d_query, "key": d_key}
+    if not exact:
+        largest["output 0"] = weights * step
+    return {name: float(terms.amax()) / info.eps for name, terms in largest.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
