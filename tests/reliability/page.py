@@ -173,9 +173,9 @@ def page(catalogue: Entry) -> str:
         "",
         "What can go wrong, what vtclip then does, and the tests that hold it to that. The page is",
         "made of [catalogue.toml](../tests/reliability/catalogue.toml) by",
-        "`python tests/reliability/page.py`; a test fails where it is not current, where a row is",
-        "missing, or where a test that is named does not exist or is never run. What files of others",
-        "can do, and what is trusted, is in [SECURITY.md](../SECURITY.md).",
+        "`python tests/reliability/page.py`; a test fails where it is not current, where a row",
+        "is missing, or where a test that is named does not exist or is never run. What files of",
+        "others can do, and what is trusted, is in [SECURITY.md](../SECURITY.md).",
         "",
         "| group | rows | " + " | ".join(ORDER) + " |",
         "| --- |" + " ---: |" * (1 + len(ORDER)),
@@ -187,8 +187,8 @@ def page(catalogue: Entry) -> str:
     lines.append("| all | " + " | ".join(map(str, total)) + " |")
     lines += [
         "",
-        "*In part*: the tests leave out what the row says is not tested. *On a GPU only*: the tests are",
-        "skipped where there is none, and `benchmarks/gpu_suite.sh` runs them where there is one.",
+        "*In part*: the tests leave out what the row says is not tested. *On a GPU only*: the",
+        "tests are skipped where there is none; `benchmarks/gpu_suite.sh` runs them where one is.",
         "",
         "To run the tests of one row, give their names to pytest, with `test_` in front:",
         "",
