@@ -51,7 +51,7 @@ def functions(path: Path) -> dict[str, str]:
     """The test functions of a file, methods as Class::name, and how each is never run, if so."""
     found = {}
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    module = next(map(never, assigned(tree, "pytestmark")), "")
+    module = next(filter(None, map(never, assigned(tree, "pytestmark"))), "")
     for node in tree.body:
         inner = [node] if not isinstance(node, ast.ClassDef) else node.body
         for function in inner:

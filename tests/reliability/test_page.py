@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import importlib.util
 import re
@@ -124,4 +123,3 @@ def test_tests_that_are_never_run_are_seen(tmp_path):
     module = tmp_path / "test_y.py"
     module.write_text(f"pytestmark = [pytest.mark.slow, pytest.mark.skip(reason='x')]\n{CODE}")
     assert all(page.functions(module).values())
-    assert ast.parse(CODE)
