@@ -25,7 +25,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]
     """The outcome of each way in which the processes behaved; see _ranks_child.py."""
     child, place = Path(__file__).parent / "_ranks_child.py", tmp_path_factory.mktemp("ranks")
     paths = f"{root}{os.pathsep}{root / 'tests' / 'helpers'}"
-    done = python(child, place, env=environment(PYTHONPATH=paths), timeout=200)
+    done = python(child, place, env=environment(PYTHONPATH=paths), timeout=400)
     assert done.returncode == 0, done.stderr
     outcome: dict[str, Any] = json.loads(done.stdout)
     return outcome
