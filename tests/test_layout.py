@@ -196,6 +196,14 @@ def test_files_are_written_by_the_module_for_it():
     assert names == WRITERS
 
 
+def test_nothing_is_pickled():
+    """What is saved is tensors, JSON and text, so that a reader that runs nothing reads it all."""
+    pickled = re.compile(
+        r"(?<!safetensors\.)\b(torch\.save|pickle\.dumps?|np\.savez?|joblib)\b|weights_only=False"
+    )
+    assert not [p for p in tracked("vtclip/*.py") if pickled.search(p.read_text())]
+
+
 def test_functions_stay_short():
     """Of Python outside the kernels, whose arguments fill a page."""
     for path in tracked("vtclip/*.py"):

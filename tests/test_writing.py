@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import threading
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,29 @@ def test_a_write_that_is_stopped_leaves_nothing(name, stop, tmp_path, monkeypatc
     with only_writer(tmp_path):
         pass
     assert held(tmp_path) == {"a": b"old"}
+
+
+def test_file_and_folder_are_flushed_around_the_rename(tmp_path, monkeypatch):
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(handle: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def moved(*paths: Any, **options: Any) -> None:
+        done.append("rename")
+        replace(*paths, **options)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", moved)
+    write_atomic(tmp_path / "a", b"1")
+    assert done == ["file", "rename", "folder"]
+    done.clear()
+    write_together({tmp_path / "a": b"2", tmp_path / "b": b"2"})
+    first, last = done.index("rename"), len(done) - done[::-1].index("rename")
+    assert done[:first].count("file") >= 2
+    assert "folder" in done[last:]
 
 
 def test_what_is_no_file_is_refused_and_stays(tmp_path):

@@ -10,6 +10,7 @@ once. A process that raises closes its connections, which ends the sums of the o
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -38,8 +39,15 @@ class Interrupted(Exception):
         self.signum, self.step = signum, step
 
 
+STOPS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+
+
 class StopSignal:
-    """In its `with`, the first SIGINT or SIGTERM only sets `received`; a second acts at once."""
+    """In its `with`, the first SIGINT, SIGTERM or SIGHUP (a closed terminal) only sets `received`;
+    a second of its kind acts at once. Under nohup SIGHUP stays ignored.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -47,8 +55,10 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._old[signum] = signal.signal(signum, self._receive)
+            for signum in STOPS:
+                ignored = signal.getsignal(signum) == signal.SIG_IGN
+                if signum == signal.SIGINT or not ignored:
+                    self._old[signum] = signal.signal(signum, self._receive)
         return self
 
     def _receive(self, signum: int, _frame: FrameType | None) -> None:
@@ -227,6 +237,9 @@ def joined(device: torch.device) -> Iterator[World]:
         )
         yield World(rank, size, PrefixStore("vtclip", store))
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            raise ValueError(f"MASTER_PORT must be free, {host}:{port} is taken") from None
         if not _of_a_peer(error):
             raise
         reason = " ".join(str(error).split())[:200]

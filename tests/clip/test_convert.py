@@ -205,7 +205,10 @@ class Trap:
         return os.system, (f"touch {self.path}",)
 
 
-@pytest.mark.parametrize("kind", ["empty", "html", "trap", "numbers", "list", "nan"])
+@pytest.mark.filterwarnings("ignore")  # torch's on sparse and quantised tensors
+@pytest.mark.parametrize(
+    "kind", ["empty", "html", "trap", "numbers", "list", "nan", "sparse", "csr", "quantised"]
+)
 def test_files_without_weights_are_one_line(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "w.pt"
     if kind in ("empty", "html"):
@@ -218,12 +221,20 @@ def test_files_without_weights_are_one_line(tmp_path: Path, kind: str) -> None:
             "numbers": {"a": 1},
             "list": [torch.ones(2)],
             "nan": state,
+            "sparse": {**state_of(VIT), "visual.proj": torch.eye(4).to_sparse()},
+            "csr": {**state_of(VIT), "visual.proj": torch.eye(4).to_sparse_csr()},
+            "quantised": {
+                **state_of(VIT),
+                "visual.proj": torch.quantize_per_tensor(torch.eye(4), 0.1, 0, torch.quint8),
+            },
         }
         torch.save(saved[kind], path)
     with pytest.raises(ClipNotFound) as caught:
         convert_file(path)
     assert "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
+    if kind in ("sparse", "csr", "quantised"):
+        assert "visual.proj must be a dense tensor, it is" in str(caught.value)
     assert os.listdir(tmp_path) == ["w.pt"]
 
 

@@ -25,13 +25,15 @@ def ways(tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Any]
     """The outcome of each way in which the processes behaved; see _ranks_child.py."""
     child, place = Path(__file__).parent / "_ranks_child.py", tmp_path_factory.mktemp("ranks")
     paths = f"{root}{os.pathsep}{root / 'tests' / 'helpers'}"
-    done = python(child, place, env=environment(PYTHONPATH=paths), timeout=200)
+    done = python(child, place, env=environment(PYTHONPATH=paths), timeout=400)
     assert done.returncode == 0, done.stderr
     outcome: dict[str, Any] = json.loads(done.stdout)
     return outcome
 
 
-@pytest.mark.parametrize(("way", "size"), [("two", 2), ("five", 5), ("slow", 2)])
+@pytest.mark.parametrize(
+    ("way", "size"), [("two", 2), ("three", 3), ("five", 5), ("slow", 2), ("patient", 2)]
+)
 def test_bytes_are_those_of_one_process(ways, way, size):
     outcome = ways[way]
     assert outcome["codes"] == [0] * size
@@ -42,6 +44,21 @@ def test_bytes_are_those_of_one_process(ways, way, size):
     for process in outcome["processes"]:
         assert process["rows"] == READABLE
         assert [name for name, _ in process["skipped"]] == ["dog/3.png"]
+
+
+@pytest.mark.parametrize("way", ["two", "three"])
+def test_an_evaluation_counts_each_image_once_in_any_number_of_processes(ways, way):
+    count, accuracy, nll = ways["one"]["counted"]
+    assert count == READABLE
+    for process in ways[way]["processes"]:
+        assert process["counted"] == [count, accuracy, nll]
+
+
+def test_more_processes_than_images(ways):
+    outcome = ways["few"]
+    assert outcome["codes"] == [0] * 5
+    assert outcome["same"]
+    assert {process["rows"] for process in outcome["processes"]} == {3}
 
 
 def test_a_killed_process_leaves_no_finished_set_and_a_rerun_completes_it(ways):

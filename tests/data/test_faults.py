@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from commands import python
+from safetensors.torch import load_file
 
 import vtclip.data.shards as shards
 from vtclip import files
 from vtclip.data.extract import extract_features
 from vtclip.data.featureset import FeaturesDamaged, FeatureSet
+from vtclip.train.checkpoint import Checkpoint
 
 FILES = ("manifest.json", "text.safetensors", "shard-00001.safetensors")
 
@@ -128,6 +130,20 @@ def test_damaged_explicit_folder_is_not_removed_unasked(pictures, tmp_path, fake
     with pytest.raises(ValueError, match="remove the folder to build it again"):
         extract_features(pictures, out, model=fake_clip())
     assert (out / "shard-00000.safetensors").exists()
+
+
+def test_a_view_takes_nothing_of_what_it_views_along(tmp_path):
+    view = torch.randn(1000, 1000).T[:2, ::500]
+    entry = shards.write_tensors(tmp_path / "view", {"view": view})
+    assert entry["bytes"] == (tmp_path / "view").stat().st_size < 500
+    assert torch.equal(load_file(tmp_path / "view")["view"], view)
+    head = torch.nn.Linear(2, 2)
+    head.weight = torch.nn.Parameter(view)
+    Checkpoint(tmp_path / "state", {}).save(head, torch.optim.SGD(head.parameters()), 1, 0.0)
+    assert (tmp_path / "state").stat().st_size < 10_000  # most of it torch's random state
+    again = torch.nn.Linear(2, 2)
+    assert Checkpoint(tmp_path / "state", {}).load(again, torch.optim.SGD(again.parameters()))
+    assert torch.equal(again.weight, view)
 
 
 @contextmanager

@@ -84,6 +84,17 @@ def test_shards_do_not_change_rows(features, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_the_number_of_decoding_threads_changes_no_byte(features, tmp_path, monkeypatch, cores):
+    options = {"spatial": "raw", "augment_passes": 2, "batch_size": 4}
+    features("usual", **options)
+    monkeypatch.setattr("vtclip.data.loading.num_cores", lambda: cores)
+    monkeypatch.setattr("vtclip.data.threads.num_cores", lambda: cores)
+    features("other", **options)
+    for path in (tmp_path / "usual").iterdir():
+        assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_augmented_passes_differ_and_are_reproducible(features):
     options = {"augment_passes": 2}
     one, _ = features("one", **options)

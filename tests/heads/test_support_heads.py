@@ -208,6 +208,20 @@ def test_bad_support(method):
     assert torch.equal(head(image), before)
 
 
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_point_that_is_not_a_number_is_never_chosen(broken):
+    label = torch.arange(K)
+    nan = torch.full((K, K), math.nan)
+    assert _support.scaled_nll(nan, label) == math.inf
+    right = torch.eye(K)
+    table = {float(i): nan if i == broken else (1 + i) * right for i in range(3)}
+    grid, logits_of = {"x": tuple(table)}, lambda at: table[at["x"]]
+    wanted = {"x": 2.0 if broken != 2 else 1.0}
+    assert _support.most_likely(grid, {}, logits_of, label) == wanted
+    parts = torch.ones(1, K, dtype=torch.bool)
+    assert _support.most_likely_by(grid, {}, logits_of, label, parts=parts) == [wanted]
+
+
 def test_scaled_nll_is_the_least_over_temperatures():
     logits, label = 20 * torch.randn(30, 7).double(), torch.arange(30) % 7
     for loud in (0.01, 1.0, 3.0):

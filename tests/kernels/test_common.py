@@ -3,12 +3,15 @@
 
 import importlib
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from vtclip.testing.problems import OPS
 
+ROOT = Path(__file__).parents[2]
 # several tiles of rows and of images, none of them full
 REPEATED = [
     ("cross_attn", {"B": 7, "H": 2, "K": 33, "L": 49, "d": 16}),
@@ -37,6 +40,15 @@ def test_float64_and_wide_rows_are_refused(name, device):
         forward(op, torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=device))
     with pytest.raises(NotImplementedError, match=f"{what} {largest + 1} is above {largest}"):
         forward(op, torch.zeros(1, 1, 1, largest + 1, device=device))
+
+
+def test_every_grid_has_one_axis():
+    """The others end at 65,535 blocks, which images and classes would pass."""
+    for path in (ROOT / "kernels").glob("*.py"):
+        axes = re.findall(r"program_id\((.*?)\)", path.read_text())
+        assert set(axes) <= {"0"}, path
+    for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"):
+        assert not re.search(r"(blockIdx|gridDim)\.[yz]", path.read_text()), path
 
 
 @pytest.mark.parametrize(("name", "sizes"), REPEATED)

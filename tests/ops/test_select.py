@@ -121,6 +121,20 @@ def test_broken_extension_is_a_reason_with_its_cause(monkeypatch):
     assert torch.__version__ in reason
 
 
+@pytest.mark.parametrize("content", [None, b"", b"not a library"])
+def test_a_library_that_is_none_is_a_reason_with_its_file(monkeypatch, tmp_path, content):
+    path = tmp_path / "_C_cuda.so"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(native, "cuda_library", lambda: path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    native.load_cuda.cache_clear()
+    reason = native.load_cuda()
+    native.load_cuda.cache_clear()
+    assert reason.startswith(f"_C_cuda.so failed to load with torch {torch.__version__}: ")
+    assert "\n" not in reason
+
+
 def four(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 

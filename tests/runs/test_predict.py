@@ -23,6 +23,7 @@ from vtclip.cli import main
 from vtclip.data.decode import ImageError
 from vtclip.demo.scenes import CLASS_NAMES
 from vtclip.files import unescape
+from vtclip.runs import classifier
 from vtclip.runs import pictures as kinds
 from vtclip.runs.answers import Prediction
 from vtclip.runs.classifier import Classifier
@@ -280,6 +281,25 @@ def test_an_unreadable_image_is_named_and_stops_nothing(loaded, paths, tmp_path)
     assert found[0] == loaded.predict([paths[0]], 1)[0]
     with pytest.raises(ImageError, match=r"broken\.png"):
         loaded.predict(given[:2])
+
+
+def test_logits_that_are_not_finite_are_no_prediction(loaded, paths, monkeypatch):
+    real = classifier.forward_both
+
+    def broken(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, evidence = real(*args)
+        logits[-1, 0] = torch.nan
+        return logits, evidence
+
+    monkeypatch.setattr(classifier, "forward_both", broken)
+    with pytest.raises(FloatingPointError, match="predict: logits must be finite, got NaN"):
+        loaded.predict(paths[:3])
+
+
+def test_more_classes_than_there_are_give_all(loaded, paths):
+    (best,) = loaded.predict(paths[:1], topk=5)
+    assert [row.label for row in best] != []
+    assert sorted(row.label for row in best) == sorted(loaded.class_names)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from vtclip.data.records import Batch, Records
 from vtclip.data.splits import few_shot_split
-from vtclip.distributed import Interrupted
+from vtclip.distributed import STOPS, Interrupted
 from vtclip.heads import HEADS
 from vtclip.heads.config import FitConfig
 from vtclip.train import engine
@@ -249,6 +250,62 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_good_weights(records, bad):
     assert "last finite loss nan" not in str(error.value)
     now = torch.cat([p.detach().reshape(-1) for p in head.parameters()])
     assert torch.equal(now, kept["good"])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_leaves_the_last_checkpoint(records, tmp_path, what):
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", {})
+    whole = weights(run(records))
+    head, steps, entered = new_head(records), 0, {}
+
+    def poison(_: Tensor, batch: Batch) -> Batch:
+        nonlocal steps
+        if not torch.is_grad_enabled():
+            return batch
+        steps += 1
+        if steps == 10:  # eight steps are in the checkpoint
+            entered.update(weights(head), file=checkpoint.path.read_bytes())
+            if what == "loss":
+                return dataclasses.replace(batch, image=batch.image * math.nan)
+        return batch
+
+    if what == "gradient":  # one number of one parameter, under a loss that is finite
+        only = torch.zeros(head.text.shape[1])
+        only[3] = math.nan
+        bias = head.layers[0].norm3.bias
+        bias.register_hook(lambda grad: grad + only if steps == 10 else None)
+    with pytest.raises(FloatingPointError) as error:
+        run(Spied(records, poison), source=records, head=head, checkpoint=checkpoint)
+    message = (
+        rf"fit: {what} is not finite at step 9 \(epoch 2, lr [\de.-]+, rows \[(\d+, ){{3}}\d+\]"
+    )
+    assert re.fullmatch(message + r"\.\.\.\), last finite loss \d[\de.-]*", str(error.value))
+    assert checkpoint.path.read_bytes() == entered.pop("file")
+    now = weights(head)
+    assert all(bool(value.isfinite().all()) for value in now.values())
+    if what == "gradient":  # weights whose loss was finite; the step was not taken
+        assert_same_bits(now, entered)
+    fresh = new_head(records, seed=99)
+    assert_same_bits(whole, weights(run(records, head=fresh, checkpoint=checkpoint, resume=True)))
+
+
+@pytest.mark.parametrize("signum", STOPS)
+def test_every_signal_that_stops_saves_at_its_step(records, tmp_path, signum):
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", {})
+    steps = 0
+
+    def interrupt(_: Tensor, batch: Batch) -> Batch:
+        nonlocal steps
+        steps += torch.is_grad_enabled()
+        if steps == 5:
+            signal.raise_signal(signum)
+        return batch
+
+    name = signal.Signals(signum).name
+    with pytest.raises(Interrupted, match=f"stopped by {name} after step 5; state saved"):
+        run(Spied(records, interrupt), source=records, checkpoint=checkpoint)
+    head = run(records, head=new_head(records, seed=99), checkpoint=checkpoint, resume=True)
+    assert_same_bits(weights(run(records)), weights(head))
 
 
 def test_an_absurd_learning_rate_leaves_finite_weights(records):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from commands import call, python, refused
 from pictures import save, write_model
 
@@ -25,6 +26,7 @@ from vtclip.data.extract import extract_features
 from vtclip.distributed import Interrupted, World, device_of_rank
 from vtclip.runs.classifier import Classifier
 from vtclip.runs.encoders import ENCODERS
+from vtclip.runs.folder import LOG
 from vtclip.runs.result import Run
 from vtclip.train import finetune
 from vtclip.train.finetune_config import get_config
@@ -162,6 +164,38 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     losses = [[row["loss"] for row in steps(run.folder)] for run in (resumed, fitted)]
     assert losses[0] == losses[1]
     assert not (resumed.folder / "checkpoint.safetensors").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_before_its_step(
+    fitted, photos, models, cache, tmp_path, monkeypatch
+):
+    real, build, losses, taken = F.cross_entropy, finetune.build_optimizer, 0, 0
+
+    def cross_entropy(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal losses
+        losses += options.get("reduction") == "sum"
+        return real(*args, **options) * (math.nan if losses == 6 else 1)
+
+    def counted(*args: Any) -> torch.optim.Optimizer:
+        def count(*_: Any) -> None:
+            nonlocal taken
+            taken += 1
+
+        optimizer = build(*args)
+        optimizer.register_step_post_hook(count)
+        return optimizer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "cross_entropy", cross_entropy)
+        patched.setattr(finetune, "build_optimizer", counted)
+        with pytest.raises(FloatingPointError) as error:
+            fit(photos, models["vit"], tmp_path / "run", cache)
+    message = r"fit: loss is not finite at step 5 \(epoch 2, lr .*, rows \[.*\]\.\.\.\), "
+    assert re.fullmatch(message + r"last finite loss \d[\d.e-]*", str(error.value))
+    assert taken == 5
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint.safetensors", LOG}
+    resumed = fit(photos, models["vit"], tmp_path / "run", cache, resume=True)
+    assert resumed.result["digests"] == fitted.result["digests"]
 
 
 def test_resuming_with_other_settings_is_refused(fitted, photos, models, cache):

@@ -97,6 +97,10 @@ def read_weights(path: Path, *, rename: bool = True) -> Weights:
     tensors = _without_prefix({k: v for k, v in loaded.items() if isinstance(v, Tensor)})
     if not tensors:
         raise ValueError("it holds no tensors")
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantised" if tensor.is_quantized else f"of layout {tensor.layout}"
+            raise ValueError(f"{name} must be a dense tensor, it is {kind}")
     entries = {*tensors, *loaded, *numbers}
     openai = any(key in entries for key in OPENAI_KEYS) or "openai" in facts
     for key in OPENAI_KEYS:

@@ -312,11 +312,14 @@ def _points(
 
 
 def scaled_nll(logits: Tensor, label: Tensor) -> float:
-    """Least sum of NLL(logits [n, K] / T) + log(T)^2 / 2 over T = 2^(-3/2), 2^-1, ... 2^(3/2)."""
+    """Least sum of NLL(logits [n, K] / T) + log(T)^2 / 2 over T = 2^(-3/2), 2^-1, ... 2^(3/2).
+
+    Infinity for logits that are not numbers, which a search then passes over.
+    """
     below, true = _below_largest(logits, label)
     total = true.sum()
     costs = [sums.log().sum() - total / T + math.log(T) ** 2 / 2 for T, sums in _sums_of_exp(below)]
-    return float(torch.stack(costs).min())
+    return float(torch.stack(costs).nan_to_num(nan=math.inf).min())
 
 
 def _nll_at_temperatures(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,8 +28,9 @@ def expect_floats(op: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+            raise TypeError(f"{op}: {name} must be a dense tensor, got {kind}")
         if tensor.dtype not in FLOATS:
             wanted = ", ".join(_dtype_name(dtype) for dtype in FLOATS)
             raise TypeError(

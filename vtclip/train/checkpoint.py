@@ -49,7 +49,10 @@ class Checkpoint:
         if any(value.is_cuda for value in tensors.values()):
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         # clones: a view would drag its whole storage into the file
-        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        dense = torch.contiguous_format
+        tensors = {
+            name: value.detach().cpu().clone(memory_format=dense) for name, value in tensors.items()
+        }
         state_json = {"format_version": FORMAT_VERSION, "step": step, "loss_sum": loss_sum.hex()}
         metadata = {"state": to_json({**state_json, "identity": self.identity}).decode()}
         metadata["digest"] = safetensors_digest(tensors, metadata)

@@ -91,7 +91,7 @@ def train_head(
                 if not math.isfinite(value):  # the step before this one broke the weights
                     copy_into(parameters, good)
                 last = value if math.isfinite(value) else last_loss
-                raise not_finite(value, number, epoch, lr, rows, f", last finite loss {last:.6g}")
+                raise not_finite(value, number, epoch, lr, rows, last)
             copy_into(good, parameters)
             optimizer.step()
             loss_sum, last_loss = loss_sum + value, value

@@ -210,7 +210,7 @@ def train_encoders(
     first, loss_sum = run.start(module, optimizer)
     parallel = in_parallel(module, device)
     feed: Iterator[Tensor] = iter(())
-    order, started = train_index, time.perf_counter()
+    order, last_loss, started = train_index, math.nan, time.perf_counter()
 
     with world.stop_signal() as stop:
         for number in run.steps(first, total):
@@ -233,11 +233,12 @@ def train_encoders(
             sums = [loss.item() / len(rows), norm, float(stop.received)]
             value, norms, stopped = world.sum(sums, device)
             if not math.isfinite(value + norms):
-                raise not_finite(value, number, epoch, rate, rows)
+                last = value if math.isfinite(value) else last_loss
+                raise not_finite(value, number, epoch, rate, rows, last)
             optimizer.step()
             with torch.no_grad():
                 module.log_scale.clamp_(max=bound)
-            loss_sum += value
+            loss_sum, last_loss = loss_sum + value, value
 
             row = {"epoch": epoch, "step": number + 1, "lr": rate, "loss": value}
             if step + 1 == steps:

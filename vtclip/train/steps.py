@@ -135,9 +135,11 @@ def backward(
 
 
 def not_finite(
-    loss: float, number: int, epoch: int, lr: float, rows: Tensor, note: str = ""
+    loss: float, number: int, epoch: int, lr: float, rows: Tensor, last: float
 ) -> FloatingPointError:
-    """The error of a step whose loss, or else whose gradient, is not finite."""
+    """The error of a step whose loss, or else whose gradient, is not finite; `last` is the last
+    loss that was.
+    """
     what = "gradient" if math.isfinite(loss) else "loss"
     at = f"step {number} (epoch {epoch}, lr {lr:g}, rows {rows[:4].tolist()}...)"
-    return FloatingPointError(f"fit: {what} is not finite at {at}{note}")
+    return FloatingPointError(f"fit: {what} is not finite at {at}, last finite loss {last:.6g}")
