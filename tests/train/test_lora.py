@@ -270,7 +270,8 @@ def test_a_run_that_is_replaced_stays_until_the_new_one_is_whole(
         patch.setattr(run_files, "write_decisions", killed)  # the adapter is written by then
         with pytest.raises(KeyboardInterrupt):
             fit(place, tmp_path / "run", seed=2, overwrite=True)
-    assert vtclip.evaluate(tmp_path / "run", cache_dir=place / "cache")["seed"] == 1
+    vtclip.evaluate(tmp_path / "run", cache_dir=place / "cache")
+    assert Run.load(tmp_path / "run").result["seed"] == 1
     again = fit(place, tmp_path / "run", seed=2, resume=True)
     whole = fit(place, tmp_path / "whole", seed=2)
     assert again.result["digests"] == whole.result["digests"]
