@@ -152,7 +152,9 @@ def main(names: list[str]) -> None:
     names = names or list(files)
     version, kept = read() if len(names) < len(files) else (nvcc_version(), [])
     if version != nvcc_version():
-        raise SystemExit(f"resources.py: the other rows are of nvcc {version}, not {nvcc_version()}")
+        raise SystemExit(
+            f"resources.py: the other rows are of nvcc {version}, not {nvcc_version()}"
+        )
     jobs = [(files[name], arch) for name in names for arch in ARCHES]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         found = [row for rows in pool.map(lambda job: compiled(*job), jobs) for row in rows]
