@@ -22,7 +22,7 @@ about zero-shot is that of ProKeR (arXiv 2501.11175), with logistic loss in plac
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -35,6 +35,8 @@ from vtclip.heads._contributions import Contributions, expansion
 from vtclip.heads._head import Support
 from vtclip.heads._logistic import Problem
 from vtclip.heads._support import Candidates, SupportHead, kernel
+
+logger = logging.getLogger(__name__)
 
 BETAS = (0.0, 1.0)
 LAMBDAS = tuple(10 ** (-step / 2) for step in range(1, 9))  # each solution helps to the next
@@ -296,11 +298,11 @@ class _Fit:
             left = _logistic.excess(self.rough, W, lam)
             if left <= MANY_EXCESS:
                 return W
-        warnings.warn(
-            f"TAKL: lam {lam:g}: {MANY_ROUNDS * MANY_STEPS} steps end {left:.1%} above the optimum"
-            f" of {len(R)} images and classes, wanted {MANY_EXCESS:.1%}",
-            stacklevel=2,
-        )
+        logger.warning(
+            "takl: lam %g: %d steps end %.1f %% above the optimum of %d images and classes, "
+            "wanted %.1f %%",
+            lam, MANY_ROUNDS * MANY_STEPS, 100 * left, len(R), 100 * MANY_EXCESS,
+        )  # fmt: skip
         return W
 
 
