@@ -10,6 +10,7 @@ a run that is killed keeps them: `gpu_summary.PACKED` names them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -409,11 +410,10 @@ class Suite:
             self.state["ended"] = str(ended)
             raise
         finally:
-            for signum in SIGNALS:
-                signal.signal(signum, signal.SIG_IGN)
-            self.save()
-            shutil.rmtree(self.work, ignore_errors=True)
-            print(f"gpu_suite: {self.out / 'summary.md'}", flush=True)
+            with ignored(SIGNALS):
+                self.save()
+                shutil.rmtree(self.work, ignore_errors=True)
+                print(f"gpu_suite: {self.out / 'summary.md'}", flush=True)
 
     def step(self, step: str) -> None:
         began = time.monotonic()
@@ -426,6 +426,17 @@ class Suite:
             entry["note"] = f"could not run: {error}"
         finally:
             entry["seconds"] = round(time.monotonic() - began, 1)
+
+
+@contextlib.contextmanager
+def ignored(signums: Sequence[int]) -> Iterator[None]:
+    """What is written within is written whole; the handlers of before stand again after it."""
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in signums}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class Ended(SystemExit):

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ ONE_THREAD = (
     "runs",
     "train",
 )  # folders of tests on tiny tensors
+SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 IMPLS = ("cpu", "triton", "cuda", "reference")
 
 
@@ -84,6 +86,43 @@ def _seeded() -> Iterator[None]:
     yield
     random.setstate(python)
     torch.set_rng_state(state)
+
+
+def _process_state() -> dict[str, Any]:
+    """What tests of one process share and none may leave changed."""
+    signals = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    return {
+        **signals,
+        "folder": os.getcwd(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_arrive() -> Iterator[None]:
+    """A signal that a test sends arrives under nohup and in a job in the background too."""
+    ignored = [
+        signum
+        for signum in (getattr(signal, name) for name in SIGNALS)
+        if signal.getsignal(signum) == signal.SIG_IGN
+    ]
+    for signum in ignored:
+        default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        signal.signal(signum, default)
+    yield
+    for signum in ignored:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_state(_signals_arrive: None) -> Iterator[None]:
+    """A test that ignores a signal, or moves elsewhere, and stays so fails itself, not a later one."""
+    before = _process_state()
+    yield
+    after = _process_state()
+    assert after == before, {name for name in before if after[name] != before[name]}
 
 
 @pytest.fixture(autouse=True)

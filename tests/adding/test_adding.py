@@ -92,7 +92,8 @@ def test_the_page_lists_what_the_toy_touches(kind):
     ],
 )
 def test_the_page_lists_where_a_real_one_appears(kind, name, where, users):
-    outside = ["tests/adding", "benchmarks/results", "docs/adding.md"]
+    # tests/reliability names single tests as examples
+    outside = ["tests/adding", "tests/reliability", "benchmarks/results", "docs/adding.md"]
     apart = [f":!{path}" for path in outside]
     seen = set(git("grep", "-lI", "--untracked", name, "--", *where, *apart))
     needed, sometimes = files_of(kind, name)
