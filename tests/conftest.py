@@ -118,7 +118,7 @@ def _signals_arrive() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _leaves_no_state(_signals_arrive: None) -> Iterator[None]:
-    """A test that ignores a signal, or moves elsewhere, and stays so fails itself, not a later one."""
+    """A test that ignores a signal or changes the folder for good fails itself, not a later one."""
     before = _process_state()
     yield
     after = _process_state()
