@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commands import call, refused
 
-from vtclip.cli import COMMANDS
+from vtclip.cli import COMMANDS, TOGETHER
 from vtclip.environment import ELSEWHERE, VARIABLES, check_launcher, is_first, unknown_variables
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +84,15 @@ def test_no_command_is_silenced(capsys, monkeypatch, command):
     monkeypatch.setenv("RANK", "1")
     line = refused(capsys, command, *WORDS.get(command, ["x"]))
     assert line.startswith(f"vtclip {command}: RANK is 1 but WORLD_SIZE is not set; ")
+
+
+@pytest.mark.parametrize("command", sorted({name for name, _, _ in COMMANDS} - {*TOGETHER}))
+def test_what_runs_in_one_process_is_not_done_once_by_each(capsys, monkeypatch, command):
+    put(monkeypatch, LAUNCHED)
+    line = refused(capsys, command, *WORDS.get(command, ["x"]))
+    assert line.rstrip() == (
+        f"vtclip {command}: runs in one process, but WORLD_SIZE is 2; start it without torchrun"
+    )
 
 
 def test_a_misspelt_variable_is_named_once_with_the_nearest(capsys, monkeypatch):

@@ -91,7 +91,7 @@ def run(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["info", "extra"], "unknown argument 'extra'"),
         (["selftest", "--impl", "cpu,trition"], "unknown name 'trition'; did you mean 'triton'"),
         (["selftest", "--device", "gpu"], "--device must be cpu, cuda or cuda:N, got 'gpu'"),
-        (["selftest", "--json", "no/x.json"], "--json 'no/x.json': its folder does not exist"),
+        (["selftest", "--json", "no/x.json"], "--json must be a file to write, got 'no/x.json'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(capsys, words, message):

@@ -81,6 +81,10 @@ evaluate run npz --predictions gone/p.csv
     --predictions must be a file
 evaluate run npz --predictions pics
     --predictions must be a file
+evaluate run npz --predictions run/predictions.csv
+    --predictions must not be a file of a run itself, got 'run/predictions.csv'
+evaluate run npz --predictions file
+    --predictions: 'file' exists and is not such a file
 evaluate run npz --device gpu
     --device must be
 evaluate run npz --ttt
@@ -99,6 +103,14 @@ predict run pics --coverage 0.99999
     --coverage
 explain run pics/ant/0.jpg --out x.gif
     --out must end in .png
+explain run pics/ant/0.jpg --out run/confusion.png
+    --out must not be a file of a run itself, got 'run/confusion.png'
+explain run pics/ant/0.jpg --out drawn.png
+    --out: 'drawn.png' exists and is not such a file
+export run --features --overwrite --out run/result.pt2
+    --out must not be a file of a run itself, got 'run/result.json'
+selftest --json file
+    --json: 'file' exists and is not such a file
 features pics --out file
     --out file
 features pics --out pics/f
@@ -178,7 +190,7 @@ tune --shape lp:B=1
 selftest --device gpu
     --device must be
 selftest --json gone/x.json
-    --json 'gone/x.json': its folder does not exist
+    --json must be a file to write, got 'gone/x.json'
 """
 LINES = [line.strip() for line in TABLE.strip().splitlines()]
 CASES = list(zip(LINES[::2], LINES[1::2], strict=True))
@@ -193,6 +205,7 @@ def place(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture(root / "pics" / name / f"{number}.jpg", number, k)
     (root / "file").write_text("hello")
     (root / "held.pt2").write_text("hello")
+    (root / "drawn.png").write_bytes(b"a picture of somebody")
     (root / "table.npz").write_bytes(npz.read_bytes())
     vtclip.fit(
         root / "table.npz", method="proker", shots=4, out=root / "run", device="cpu", threads=1

@@ -36,7 +36,7 @@ from vtclip.cli import (
 from vtclip.cli.errors import line_of
 from vtclip.cli.logs import log_lines, print_crash
 from vtclip.cli.parsing import Parser, fail, note
-from vtclip.environment import VARIABLES, check_launcher, unknown_variables
+from vtclip.environment import VARIABLES, check_launcher, num_processes, unknown_variables
 from vtclip.names import as_typed, nearest
 
 
@@ -66,6 +66,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("selftest", selftest, "every kernel on this device against the reference, and a record of it"),
     ("info", info, "what is installed, which kernels run, and why others do not"),
 )
+TOGETHER = ("fit", "evaluate", "features", "bench", "info")  # of which torchrun may start several
 BAD_INPUT = (
     ValueError,
     TypeError,
@@ -77,6 +78,10 @@ BAD_INPUT = (
     IsADirectoryError,
     PermissionError,
 )
+
+
+class Terminated(BaseException):
+    """SIGTERM outside of a training, which saves its state first; as KeyboardInterrupt is one."""
 
 
 def build_parser() -> Parser:
@@ -111,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return 128 + signal.SIGINT
+    except Terminated:
+        note("terminated")
+        return 128 + signal.SIGTERM
 
 
 def _run(parser: Parser, words: list[str]) -> int:
@@ -125,6 +133,11 @@ def _run(parser: Parser, words: list[str]) -> int:
     stop = signal.signal(signal.SIGTERM, _terminated)
     try:
         check_launcher()
+        if num_processes() > 1 and args.command not in TOGETHER:
+            fail(
+                f"{name}: runs in one process, but WORLD_SIZE is {num_processes()}; start it "
+                "without torchrun"
+            )
         for other in unknown_variables():
             note(f"note: {other} is set, and nothing reads it{nearest(other, VARIABLES)}")
         status: int = args.run(args)
@@ -163,4 +176,4 @@ def _fail_without_memory(name: str, error: Exception, parser: Parser) -> None:
 
 
 def _terminated(_signum: int, _frame: Any) -> NoReturn:
-    raise SystemExit(128 + signal.SIGTERM)
+    raise Terminated

@@ -18,6 +18,7 @@ from vtclip.cli.parsing import (
     seed,
     source_path,
 )
+from vtclip.environment import is_first
 
 TTT_OPTIONS = {
     "views": "--views",
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         **options_of(args, "data", "model", "follow_links", "encoder_batch_size", "predictions"),
         **options_of(args, "device", "threads", "cache_dir"),
     )
+    if not is_first():
+        return 0
     if args.json:
         emit_json(values)
     else:

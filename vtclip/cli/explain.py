@@ -18,6 +18,7 @@ from vtclip.files import escape, printable, several, write_atomic
 from vtclip.names import index_of
 
 TOP = 5
+SIGN = "vtclip explain"  # in pages and heat maps, so that they may be replaced
 WORDS = {"prompts": "what the prompts say", "shared": "what the training images give any image"}
 
 
@@ -77,6 +78,10 @@ def _checked(out: Path, image: Path) -> Path:
         raise ValueError(f"--out must end in .png, got {str(out)!a}")
     if out.exists() and out.samefile(image):
         raise ValueError("--out is the image itself")
+    from vtclip.runs.targets import check_target
+
+    if out.exists():
+        check_target("out", out, SIGN.encode())
     return out
 
 
@@ -93,8 +98,11 @@ def _heat_map(args: argparse.Namespace, folder: Path, image: Path, out: Path | N
 
 
 def _write(out: Path, picture: Any) -> None:
-    data = io.BytesIO()
-    picture.save(data, format="PNG")
+    from PIL.PngImagePlugin import PngInfo
+
+    data, info = io.BytesIO(), PngInfo()
+    info.add_text("Software", SIGN)
+    picture.save(data, format="PNG", pnginfo=info)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, data.getvalue())
 

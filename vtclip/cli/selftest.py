@@ -47,13 +47,14 @@ def run(args: argparse.Namespace) -> int:
     from vtclip.backends import record, triton
     from vtclip.files import to_json, write_atomic
     from vtclip.machine import choose_device
+    from vtclip.runs.targets import check_target
     from vtclip.testing import selftest
 
     device = choose_device(args.device)
     if device.type == "cuda" and triton.interpreted():
         raise ValueError("TRITON_INTERPRET=1 runs no kernel on the GPU; unset it")
-    if args.json not in (None, "-") and not Path(args.json).expanduser().parent.is_dir():
-        raise ValueError(f"--json {args.json!a}: its folder does not exist")
+    if args.json not in (None, "-"):
+        check_target("json", Path(args.json).expanduser(), b'"identity"')
     start = time.monotonic()
     compiles = "; the first time compiles, for minutes" if device.type == "cuda" else ""
     note(f"testing every operator on {device}{compiles}")

@@ -19,9 +19,10 @@ from vtclip.names import option
 from vtclip.runs import multi_label
 from vtclip.runs.adapter import Adapter, load_adapter
 from vtclip.runs.base_to_new import evaluate_base_to_new
-from vtclip.runs.predictions import Part, check_table, confusion_of, predictions_csv
+from vtclip.runs.predictions import TABLE_SIGN, Part, confusion_of, predictions_csv
 from vtclip.runs.result import Run, named_classes
 from vtclip.runs.sources import RunSources, SourceRows, evaluate_sources, test_report
+from vtclip.runs.targets import check_target
 from vtclip.runs.ttt_report import check_ttt, ttt_report
 from vtclip.train import engine, metrics
 from vtclip.train.calibration import Decisions, Judged, decide
@@ -58,13 +59,13 @@ def evaluate(
     follow_links: enter folders that are links, too, as the run itself may have done.
     ttt: train on each unlabelled image first (vtclip.train.ttt), which needs a folder of images;
         "ttt" of the result then holds the metrics with it and those of averaged views without it.
-    predictions: write a line for each counted image there (vtclip.runs.predictions), replacing a
-        file of that name.
+    predictions: write a line for each counted image there (vtclip.runs.predictions), replacing an
+        earlier such table, but no file of a run and nothing else.
 
     "confusion" of the result counts these images by true class and prediction.
     """
     if predictions is not None:
-        check_table(predictions)
+        check_target("predictions", Path(predictions).expanduser(), TABLE_SIGN)
     run = run if isinstance(run, Run) else Run.load(run)
     _check_final(run, source, data)
     where = choose_device(device)

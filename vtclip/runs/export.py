@@ -51,6 +51,7 @@ from vtclip.runs.export_program import BATCHES, ExportJob, feature_job, image_jo
 from vtclip.runs.exported_file import check_exported
 from vtclip.runs.multi_label import check_single_run
 from vtclip.runs.result import Run, revision, versions
+from vtclip.runs.targets import check_target
 from vtclip.schemas import by_name, check, one_of, rows, table, text
 
 KINDS = ("image", "features")
@@ -271,6 +272,7 @@ def _targets(path: str | Path | None, onnx: str | Path | None, overwrite: bool) 
             raise FileNotFoundError(f"export: {typed}: the folder {target.parent} does not exist")
         settle(Path(os.path.realpath(target)).parent)
         for file in (target, target.with_suffix(".json")):
+            check_target(name, file)
             if file.is_dir() or (file.exists() and not overwrite):
                 raise FileExistsError(
                     f"export: {typed}: {file} exists; {option('overwrite')}, or give another name"

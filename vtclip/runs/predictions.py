@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from vtclip.files import Json, NewFiles, csv_lines, unescape
-from vtclip.names import option
 from vtclip.runs.confusion import draw_confusion
 from vtclip.train import metrics
 
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PREDICTIONS, CONFUSION = "predictions.csv", "confusion.png"
+COLUMNS = ("file", "label", "predicted", "role")
+TABLE_SIGN = ",".join(COLUMNS).encode()
 TOPK = 5
 MOST_CELLS = 50  # classes up to which a confusion matrix is written in full
 
@@ -91,23 +92,13 @@ def write_decisions(
     }
 
 
-def check_table(path: str | Path) -> None:
-    """Refuse a place where no table can be written, before anything is computed."""
-    place = Path(path).expanduser()
-    if place.is_dir() or not place.parent.is_dir():
-        fact = "a folder" if place.is_dir() else "in a folder that does not exist"
-        raise ValueError(
-            f"{option('predictions')} must be a file to write, got {str(path)!a}, {fact}"
-        )
-
-
 def predictions_csv(
     parts: Sequence[Part], class_names: Sequence[str], temperature: float | None
 ) -> bytes:
     """The table of the module's docstring, with min(5, K) classes per image."""
     topk = min(TOPK, len(class_names))
     ranked = [f"{column}{rank}" for rank in range(1, topk + 1) for column in ("label", "prob")]
-    rows: list[list[object]] = [["file", "label", "predicted", "role", *ranked]]
+    rows: list[list[object]] = [[*COLUMNS, *ranked]]
     for role, names, decisions in parts:
         logits = decisions.logits.double() / (temperature or 1.0)
         best = logits.softmax(dim=1).topk(topk, dim=1)

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single files that a command writes where it is told, and what they must not replace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vtclip.names import option
+from vtclip.runs.folder import RUN_FILES
+from vtclip.runs.result import RESULT
+
+HEAD = 1000  # bytes in which a sign stands
+
+
+def check_target(name: str, path: Path, sign: bytes | None = None) -> None:
+    """Refuse a file in no folder, a folder, a file of a run, and a file of another kind.
+
+    name: the option that names the file.
+    sign: what the first bytes of such a file hold, so that an earlier one is replaced and nothing
+        else is. None: whether any file is replaced was asked already.
+    """
+    typed, place = option(name), f"{str(path)!a}"
+    if path.is_dir() or not path.parent.is_dir():
+        fact = "a folder" if path.is_dir() else "in a folder that does not exist"
+        raise ValueError(f"{typed} must be a file to write, got {place}, {fact}")
+    if path.name in RUN_FILES and (path.parent / RESULT).exists():
+        raise ValueError(f"{typed} must not be a file of a run itself, got {place}")
+    if sign is None or not path.exists():
+        return
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head and sign not in head:
+        raise FileExistsError(
+            f"{typed}: {place} exists and is not such a file; remove it, or give another name"
+        )
