@@ -5,7 +5,8 @@
 Draws each source as `vtclip fit` draws a folder of images (up to N per class, up to 4 of each class
 validate), fits, and fits once more on training and validation images with the settings that came
 out. Both heads are judged on the test half, at the temperature that the validation images gave the
-first. Percent, mean of the seeds; "worst" is the cell of a source and a number of shots, and the
+first; "T = 1" is the negative log-likelihood of the second without it. Percent (NLL: nats per
+image), mean of the seeds; "worst" is the cell of a source and a number of shots, and the
 single draw, with the smallest difference. Seconds are those of the first fit and of the second.
 """
 
@@ -32,10 +33,12 @@ CPU = torch.device("cpu")
 
 
 class Both(NamedTuple):
-    """Of the first fit and of the second: accuracy, ECE at the temperature, seconds."""
+    """Of the first fit and of the second: accuracy; ECE and NLL, both at T; NLL; seconds."""
 
     accuracy: tuple[float, float]
     ece: tuple[float, float]
+    nll: tuple[float, float]
+    nll_unscaled: tuple[float, float]
     seconds: tuple[float, float]
 
 
@@ -62,10 +65,11 @@ def measured(records: Records, method: str, shots: int, seed: int) -> Both:
         engine.head_metrics(head, records, split.test, device=CPU, temperature=T)
         for head in (first, second)
     ]
-    accuracy, ece = (
-        tuple(100 * float(row[key]) for row in values) for key in ("accuracy", "ece_scaled")
+    accuracy, ece, nll, unscaled = (
+        (factor * float(values[0][key]), factor * float(values[1][key]))
+        for key, factor in (("accuracy", 100), ("ece_scaled", 100), ("nll_scaled", 1), ("nll", 1))
     )
-    return Both(accuracy, ece, (marks[1] - marks[0], marks[2] - marks[1]))
+    return Both(accuracy, ece, nll, unscaled, (marks[1] - marks[0], marks[2] - marks[1]))
 
 
 def mean(values: list[float]) -> float:
@@ -75,13 +79,15 @@ def mean(values: list[float]) -> float:
 def line(name: str, draws: list[Both]) -> str:
     columns = [
         mean([getattr(draw, kind)[which] for draw in draws])
-        for kind in ("accuracy", "ece", "seconds")
+        for kind in ("accuracy", "ece", "nll", "seconds")
         for which in (0, 1)
     ]
     gain = columns[1] - columns[0]
+    unscaled = mean([draw.nll_unscaled[1] for draw in draws])
     return (
         f"{name:<36} {columns[0]:>7.2f} {columns[1]:>7.2f} {gain:>+7.2f} "
-        f"{columns[2]:>6.2f} {columns[3]:>6.2f} {columns[4]:>7.1f} {columns[5]:>7.1f}"
+        f"{columns[2]:>6.2f} {columns[3]:>6.2f} {columns[4]:>7.3f} {columns[5]:>7.3f} "
+        f"{unscaled:>7.3f} {columns[6]:>7.1f} {columns[7]:>7.1f}"
     )
 
 
@@ -95,7 +101,8 @@ def main() -> None:
     shots, seeds = ([int(n) for n in text.split(",")] for text in (args.shots, args.seeds))
     for method in args.method.split(","):
         print(
-            f"{method:<36} {'first':>7} {'second':>7} {'gain':>7} {'ECE':>6} {'':>6} {'seconds':>7}"
+            f"{method:<36} {'first':>7} {'second':>7} {'gain':>7} {'ECE':>6} {'':>6} {'NLL':>7} "
+            f"{'':>7} {'T = 1':>7} {'seconds':>7}"
         )
         cells: dict[tuple[str, int], list[Both]] = {}
         for source in args.sources:
