@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -420,7 +421,9 @@ def check_class_names(class_names: Sequence[str]) -> list[str]:
         if not isinstance(name, str):
             raise TypeError(f"classes: name {index} must be a str, got {type(name).__name__}")
         if any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise ValueError(f"classes: name {index} is not valid UTF-8: {name!a}")
+            known = sys.getfilesystemencoding()
+            hint = "" if known == "utf-8" else f"; Python reads names as {known}, set PYTHONUTF8=1"
+            raise ValueError(f"classes: name {index} is not valid UTF-8: {name!a}{hint}")
         key = name_key(name)
         if not key:
             raise ValueError(f"classes: name {index} is empty")
