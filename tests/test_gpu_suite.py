@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -188,6 +189,8 @@ def test_tests_of_the_device_are_collected_without_numpy(tmp_path, bare, benchma
 @pytest.fixture
 def suite(benchmarks, tmp_path, monkeypatch):
     """A function that makes a suite of one step at a rehearsal, without running it."""
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # goes with the test
 
     def make(minutes: float = 1.0, step: str = "tests"):
         monkeypatch.setenv("PATH", os.environ["PATH"])

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kill writing commands and look at what is left: `python tests/runs/kill_commands.py fit 500`.
 
-The commands are fit (with overwrite), extend, export and bench, on a table of 4 classes. Each is
+The commands are fit (with overwrite; "train" is one that goes on after a kill), extend, export and
+bench, on a table of 4 classes, and features, on pictures. Each is
 killed so many times after random delays, and, with `--points N`, at N of the calls of the system
 that change files, in the middle of a write. After each kill the files are read, the command is
 given again, and they are read again. The counts are printed as JSON: "kills", by what was found
@@ -30,15 +31,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
 import torch
+from pictures import dots
 from tables import animal_features
 
 import vtclip
 from vtclip.bench.jobs import Settings, path_sources
 from vtclip.bench.rows import is_finished, read_rows
 from vtclip.bench.run import run_bench
+from vtclip.data import shards
+from vtclip.data.extract import write_features
+from vtclip.data.featureset import FeatureSet
 from vtclip.runs import export as exports
 from vtclip.runs.adapter import load_adapter
 from vtclip.runs.export import export, load_exported
+from vtclip.runs.folder import CHECKPOINT, LOG
 from vtclip.runs.result import Run
 from vtclip.runs.seen import Seen
 from vtclip.writing import FRESH, JOURNAL
@@ -233,7 +239,82 @@ class Bench:
         return (self.target / "results.jsonl").read_text().splitlines()
 
 
-COMMANDS: dict[str, type[Any]] = {"fit": Fit, "extend": Extend, "export": Export, "bench": Bench}
+class Train:
+    """A training with a checkpoint at each epoch, which the same command takes up."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.target = place, place / "run"
+        self.whole: Any = None
+        self.command()
+        self.whole = self.read()
+
+    def begin(self) -> None:
+        shutil.rmtree(self.target, ignore_errors=True)
+
+    def command(self) -> None:
+        vtclip.fit(
+            self.place / "animals.npz", method="vtclip", shots=4, overrides={"epochs": 6},
+            out=self.target, resume=True, device="cpu",
+        )  # fmt: skip
+
+    def read(self) -> Any:
+        run = Run.load(self.target)
+        load_adapter(self.target, result=run.result)
+        names = sorted(path.name for path in self.target.iterdir() if path.name != LOG)
+        return names, run.accuracy, run.result["digests"]
+
+    def found(self) -> str:
+        if (self.target / "result.json").exists():
+            assert self.read() == self.whole, "mixed"
+            return "new"
+        return "a checkpoint" if (self.target / CHECKPOINT).exists() else "none"
+
+    def again(self) -> None:
+        self.command()
+        assert self.read() == self.whole, "another run than the one that nobody killed"
+        rows = [json.loads(line) for line in (self.target / LOG).read_text().splitlines()]
+        epochs = [row["epoch"] for row in rows if "epoch" in row]
+        assert epochs == sorted(set(epochs)), "an epoch twice in the log"
+
+
+class Features:
+    """Features of a folder of pictures in six shards."""
+
+    def __init__(self, place: Path) -> None:
+        self.pictures = dots(place / "pictures")
+        self.target = place / "features"
+        shards.SHARD_ROWS = 4  # images, which are written as one
+        self.command()
+        self.whole = self.files()
+
+    def begin(self) -> None:
+        shutil.rmtree(self.target, ignore_errors=True)
+
+    def command(self) -> None:
+        write_features(self.pictures, self.target, batch_size=4, device="cpu", threads=1)
+
+    def files(self) -> dict[str, str]:
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in self.target.iterdir()
+        }
+
+    def found(self) -> str:
+        if not (self.target / "manifest.json").exists():
+            return "a part" if self.target.exists() else "none"
+        FeatureSet.open(self.target).verify()
+        assert self.files() == self.whole, "mixed"
+        return "new"
+
+    def again(self) -> None:
+        self.command()
+        assert self.found() == "new", "lost"
+
+
+COMMANDS: dict[str, type[Any]] = {
+    "fit": Fit, "train": Train, "extend": Extend, "export": Export, "bench": Bench,
+    "features": Features,
+}  # fmt: skip
 
 
 def forked(work: Callable[[], None]) -> int:

@@ -12,7 +12,7 @@ from commands import python
 SCRIPT = Path(__file__).with_name("kill_commands.py")
 
 
-@pytest.mark.parametrize("command", ["fit", "extend", "export", "bench"])
+@pytest.mark.parametrize("command", ["fit", "train", "extend", "export", "bench", "features"])
 def test_25_kills_and_as_many_points_leave_the_old_or_the_new(command):
     done = python(SCRIPT, command, 25, "--points", 25, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

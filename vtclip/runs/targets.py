@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from vtclip.names import option
-from vtclip.runs.folder import RUN_FILES
-from vtclip.runs.result import RESULT
 
 HEAD = 1000  # bytes in which a sign stands
 
@@ -23,7 +21,7 @@ def check_target(name: str, path: Path, sign: bytes | None = None) -> None:
     if path.is_dir() or not path.parent.is_dir():
         fact = "a folder" if path.is_dir() else "in a folder that does not exist"
         raise ValueError(f"{typed} must be a file to write, got {place}, {fact}")
-    if path.name in RUN_FILES and (path.parent / RESULT).exists():
+    if _is_of_a_run(path):
         raise ValueError(f"{typed} must not be a file of a run itself, got {place}")
     if sign is None or not path.exists():
         return
@@ -33,3 +31,11 @@ def check_target(name: str, path: Path, sign: bytes | None = None) -> None:
         raise FileExistsError(
             f"{typed}: {place} exists and is not such a file; remove it, or give another name"
         )
+
+
+def _is_of_a_run(path: Path) -> bool:
+    if not (path.parent / "result.json").exists():
+        return False
+    from vtclip.runs.folder import RUN_FILES  # needs what `vtclip selftest` does without
+
+    return path.name in RUN_FILES
