@@ -157,3 +157,18 @@ def test_a_second_backward_is_an_error_or_the_same_again(call):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=needs_kernels)])
+@each_function
+def test_a_sum_over_nothing_has_a_gradient(call, impl):
+    """Of every input alone, whichever axis is 0: a network with such a layer can be trained."""
+    for letter in call.op.sizes:
+        drawn = call.draw({**SIZES, letter: 0})
+        for wanted in drawn:
+            leaves = [t.detach().requires_grad_(t is wanted) for t in drawn]
+            asked = [leaf for leaf in leaves if leaf.requires_grad]
+            outputs = [out for out in call.outputs(*leaves, impl=impl) if out.requires_grad]
+            (grad,) = torch.autograd.grad(outputs, asked, [torch.ones_like(out) for out in outputs])
+            assert grad.shape == wanted.shape
+            assert grad.isfinite().all()
