@@ -84,13 +84,23 @@ def channels_last(t: Tensor) -> Tensor:
     return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t.mT.contiguous().mT
 
 
+def repeated_row(t: Tensor) -> Tensor:
+    """Stride 0 along the first axis."""
+    return t[:1].expand_as(t)
+
+
+def one_number(t: Tensor) -> Tensor:
+    """Stride 0 along every axis but the first, where there is another."""
+    return t.reshape(len(t), -1)[:, 0].view(len(t), *[1] * (t.dim() - 1)).expand_as(t)
+
+
 # views are resolved before an implementation is chosen: two operators stand for all of Triton's
 VIEWED = [("cpu", name) for name in FUNCTIONS]
 VIEWED += [("triton", name) for name in ("cosine_logits", "cross_attn")]
 
 
 @pytest.mark.parametrize(("impl", "name"), VIEWED)
-@pytest.mark.parametrize("view", [negated, overlapping, channels_last])
+@pytest.mark.parametrize("view", [negated, overlapping, channels_last, repeated_row, one_number])
 def test_views_are_read_as_what_they_say(view, impl, name):
     call = FUNCTIONS[name]
     try:
@@ -98,7 +108,8 @@ def test_views_are_read_as_what_they_say(view, impl, name):
     except NotImplementedError as refused:
         pytest.skip(str(refused))
     drawn = [tensor.detach() for tensor in call.draw(SIZES)]
-    views = [view(tensor) if tensor.dim() > 1 else tensor for tensor in drawn]
+    repeats = view is repeated_row  # of a vector too
+    views = [view(tensor) if tensor.dim() > 1 or repeats else tensor for tensor in drawn]
     plain = [tensor.clone(memory_format=torch.contiguous_format) for tensor in views]
     plain = [tensor.resolve_neg().requires_grad_() for tensor in plain]
     odd = [tensor.detach().requires_grad_() for tensor in views]
@@ -114,8 +125,8 @@ def test_threads_side_by_side_get_the_bits_of_one():
         return [part for call, leaves in drawn for part in results(call, leaves, "cpu")]
 
     alone = everything()
-    with ThreadPoolExecutor(4) as pool:
-        found = [job.result() for job in [pool.submit(everything) for _ in range(12)]]
+    with ThreadPoolExecutor(8) as pool:
+        found = [job.result() for job in [pool.submit(everything) for _ in range(24)]]
     assert all(torch.equal(a, b) for one in found for a, b in zip(one, alone, strict=True))
 
 
