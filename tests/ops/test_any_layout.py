@@ -23,6 +23,7 @@ from op_budget import Results, run, wide
 from torch import Tensor
 
 from vtclip import ops, testing
+from vtclip.backends import native
 from vtclip.ops._select import Problem, select
 from vtclip.testing.problems import FUNCTIONS, Function
 
@@ -248,7 +249,8 @@ def wrong_in(drawn: Drawn, impl: str, exactly: bool) -> list[str]:
 
 def look(property_of: Callable[..., None], strategy: Any, examples: int) -> None:
     """Some examples, and with VTCLIP_FUZZ_SECONDS others until the time is over."""
-    common = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    common: dict[str, Any] = {"deadline": None, "database": None, "report_multiple_bugs": False}
+    common["suppress_health_check"] = list(HealthCheck)
     settings(max_examples=examples, derandomize=True, **common)(given(strategy)(property_of))()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
@@ -270,3 +272,40 @@ def test_memory_and_options_do_not_change_a_result(name, impl):
         assert not wrong, "\n".join(wrong)
 
     look(holds, calls(name, dtypes, 131 if impl == "cpu" else 19), EXAMPLES[impl])
+
+
+def dense(value: Any) -> Any:
+    """A tensor as a kernel sees it that does not look at its strides."""
+    if not isinstance(value, Tensor) or not value.numel():
+        return value
+    elements = value.untyped_storage().nbytes() // value.element_size()
+    if value.storage_offset() + value.numel() > elements:
+        return value
+    return value.as_strided(value.shape, copied(value).stride())
+
+
+def written_behind(value: Any) -> Any:
+    """As it was, after a write behind its last element."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        elements = value.untyped_storage().nbytes() // value.element_size()
+        value.as_strided((min(1, elements),), (1,), max(0, elements - 1)).zero_()
+    return value
+
+
+@pytest.mark.skipif(bool(native.load_cpu()), reason="vtclip._C is not built")
+@pytest.mark.parametrize("fault", [dense, written_behind])
+@pytest.mark.parametrize("name", ["cosine_logits", "cross_attn", "rational_head"])
+def test_a_kernel_with_a_fault_is_found(name, fault, monkeypatch):
+    function = native.CPU.function
+
+    def faulty(kernel: str) -> Callable[..., Any]:
+        return lambda *values: function(kernel)(*map(fault, values))
+
+    monkeypatch.setattr(native.CPU, "function", faulty)
+    wrong = []
+
+    def counts(drawn: Drawn) -> None:
+        wrong.extend(wrong_in(drawn, "cpu", exactly=True))
+
+    look(counts, calls(name, DTYPES, 9), 10)
+    assert wrong
