@@ -9,6 +9,7 @@ VTCLIP_FUZZ_SECONDS=60 goes on with others for a minute for each:
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -34,12 +35,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAGNITUDES = (1.0, 1e-3, 30.0)
 ROUNDINGS = 4  # that a term goes through: a product, a difference, an exponential or root, a factor
 MOVES = 2
+MOST_AXES = 5
 # inputs without an element beside which others still have gradients
 MAY_BE_EMPTY = {
     "ffn_cosine_logits": {"hidden", "weight"},  # no hidden unit: the bias is left
     "unit_products": {"image", "text"},
 }
-LETTERS = "BHKLdDCF"
 ENDS = st.integers(2, 19) | st.sampled_from((0, 1, 1, 33, 64, 65, 131))
 
 
@@ -58,6 +59,13 @@ def layouts(draw: Any, rank: int) -> Layout:
     steps = tuple(draw(st.sampled_from((1, 1, 1, 2, 3))) for _ in range(rank))
     repeated = draw(st.sampled_from((-1, -1, -1, *range(rank))))
     return Layout(order, steps, draw(st.integers(0, 5)), repeated)
+
+
+def of_rank(layout: Layout, rank: int) -> Layout:
+    """For a tensor of fewer axes."""
+    order = tuple(axis for axis in layout.order if axis < rank)
+    repeated = layout.repeated if layout.repeated < rank else -1
+    return Layout(order, layout.steps[:rank], layout.before, repeated)
 
 
 class Placed(NamedTuple):
@@ -97,7 +105,7 @@ class Drawn(NamedTuple):
     inputs: dict[str, Placed]
     fixed: dict[str, Any]
     mask: Placed | None
-    seeds: list[Layout]  # of the gradients of the outputs, by the outputs' ranks
+    seeds: list[Layout]  # of the gradients of the outputs, in turn
     frozen: tuple[str, ...]
     seed: int
 
@@ -124,8 +132,9 @@ def options(draw: Any, call: Function) -> dict[str, Any]:
 def calls(draw: Any, name: str, dtypes: tuple[torch.dtype, ...], most: int) -> Drawn:
     usual = FUNCTIONS[name]
     variant, call = draw(st.sampled_from([("", usual), *usual.variants()]))
-    sizes = {letter: min(most, draw(ENDS)) for letter in LETTERS if letter in call.op.sizes}
-    sizes |= {letter: min(5, sizes[letter]) for letter in "BH" if letter in sizes}
+    sizes = {letter: min(most, draw(ENDS)) for letter in call.op.sizes}
+    few = 5 if most > 19 else 3  # of what only repeats the rest
+    sizes |= {letter: min(few, sizes[letter]) for letter in "BH" if letter in sizes}
     dtype, seed = draw(st.sampled_from(dtypes)), draw(st.integers(0, 2**20))
     torch.manual_seed(seed)
     inputs = {}
@@ -136,8 +145,7 @@ def calls(draw: Any, name: str, dtypes: tuple[torch.dtype, ...], most: int) -> D
     if "key_mask" in call.op.arguments and draw(st.booleans()):
         mask = placed(torch.rand(sizes["B"], sizes["L"]) < 0.7, draw(layouts(2)))
     frozen = tuple(n for n in inputs if draw(st.sampled_from((False, False, False, True))))
-    ranks = {"unit_products": (2, 2, 3)}.get(name, (4, 3) if "H" in call.op.sizes else (2, 1))
-    seeds = [draw(layouts(rank)) for rank in ranks]
+    seeds = [draw(layouts(MOST_AXES)) for _ in range(2)]
     return Drawn(name, variant, inputs, options(draw, call), mask, seeds, frozen, seed)
 
 
@@ -209,8 +217,8 @@ def wrong_in(drawn: Drawn, impl: str, exactly: bool) -> list[str]:
     outputs = run(op, inputs, fixed, "reference", None, tuple(inputs)).outputs
     torch.manual_seed(drawn.seed)
     gradients = [
-        placed(torch.randn(out.shape).to(out.dtype), layout)
-        for out, layout in zip(outputs, drawn.seeds, strict=False)
+        placed(torch.randn(out.shape).to(out.dtype), of_rank(layout, out.dim()))
+        for out, layout in zip(outputs, itertools.cycle(drawn.seeds), strict=False)
     ]
     seeds = [one.tensor for one in gradients]
     plain = [copied(seed) for seed in seeds]
