@@ -39,7 +39,7 @@ static void forward_units(const AttnForward& p, int64_t begin, int64_t end) {
     T* lse = static_cast<T*>(p.lse) + (b * s.H + h) * s.K + first;
     if (n == 0) {
       for (int64_t q = 0; q < queries; ++q) {
-        __builtin_memset(out + q * p.out.row, 0, static_cast<size_t>(s.d * item));
+        zero_bytes(out + q * p.out.row, s.d * item);
         lse[q] = -static_cast<T>(__builtin_inf());
       }
       continue;

@@ -9,7 +9,6 @@ does not: the launch, the shuffles, and the instructions of the tensor cores.
 from __future__ import annotations
 
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,46 +18,9 @@ import pytest
 import torch
 from layouts import LAYOUTS
 from torch import Tensor
+from wire import DTYPES, doubles, ints_of, packed, raw, unpacked
 
 ROOT = Path(__file__).parents[2]
-CODES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.bool, torch.int64)
-
-
-def _ints(*values: int) -> bytes:
-    return struct.pack(f"<q{len(values)}q", len(values), *values)
-
-
-def _raw(tensor: Tensor) -> bytes:
-    flat = tensor.detach().contiguous()
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-
-
-def _packed(tensor: Tensor | None) -> bytes:
-    if tensor is None:
-        return _ints()
-    tensor = tensor.detach()
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    span = last + 1 if tensor.numel() else 0
-    offset = tensor.data_ptr() % 16 // tensor.element_size()
-    memory = tensor.as_strided((span,), (1,))
-    head = _ints(CODES.index(tensor.dtype), span, offset)
-    return head + _ints(*tensor.shape) + _ints(*tensor.stride()) + _raw(memory)
-
-
-def _unpacked(data: bytes) -> list[Tensor]:
-    tensors, at = [], 0
-    while at < len(data):
-        code, rank = struct.unpack_from("<2q", data, at)
-        shape = struct.unpack_from(f"<{rank}q", data, at + 16)
-        at += 16 + 8 * rank
-        empty = torch.empty(shape, dtype=CODES[code])
-        size = empty.numel() * empty.element_size()
-        if size:
-            flat = torch.frombuffer(bytearray(data[at : at + size]), dtype=CODES[code])
-            empty = flat.view(shape)
-        tensors.append(empty)
-        at += size
-    return tensors
 
 
 class Program(NamedTuple):
@@ -73,11 +35,11 @@ class Program(NamedTuple):
         numbers: Sequence[float] = (),
         backwards: bool = False,
     ) -> list[Tensor]:
-        fed = _ints(backwards, *ints) + struct.pack(f"<q{len(numbers)}d", len(numbers), *numbers)
-        fed += struct.pack("<q", len(tensors)) + b"".join(map(_packed, tensors))
+        fed = ints_of(backwards, *ints) + doubles(*numbers)
+        fed += len(tensors).to_bytes(8, "little") + b"".join(map(packed, tensors))
         done = subprocess.run([self.path], input=fed, capture_output=True)
         assert done.returncode == 0, done.stderr.decode()
-        return _unpacked(done.stdout)
+        return unpacked(done.stdout)
 
     def __call__(
         self,
@@ -89,7 +51,7 @@ class Program(NamedTuple):
         forwards = self.once(tensors, ints, numbers)
         backwards = self.once(tensors, ints, numbers, backwards=True)
         for one, other in zip(forwards, backwards, strict=True):
-            assert _raw(one) == _raw(other), "shares of a phase depend on each other"
+            assert raw(one) == raw(other), "shares of a phase depend on each other"
         return forwards
 
 
@@ -123,7 +85,7 @@ def program(request: pytest.FixtureRequest, build: Callable[[str], Program]) -> 
     return build(request.module.__name__.rpartition("test_")[2])
 
 
-@pytest.fixture(params=CODES[:4], ids=str)
+@pytest.fixture(params=DTYPES[:4], ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Every dtype of the kernels."""
     return request.param

@@ -27,6 +27,27 @@ def draw(case: str, per_image: bool, dtype: torch.dtype = torch.float32):
     return {"image": torch.randn(B, D).to(dtype), "text": torch.randn(text).to(dtype)}
 
 
+def cancelling(inputs, seeds, fixed) -> dict[str, float]:
+    """The largest sum of |terms| in each gradient, in steps of the seeds' dtype.
+
+    Of rows that are nearly parallel, and of one column, nothing is left of g - u <g, u>. What
+    cancels is summed in float32 at least.
+    """
+    image, text = (tensor.detach() for tensor in inputs.values())
+    u, v = (F.normalize(rows, dim=-1).abs() for rows in (image, text))
+    g = fixed["scale"] * seeds[0].double().abs()[..., None]
+    on_image = (g * v).sum(1)
+    on_text = g * u[:, None] if text.dim() == 3 else (g * u[:, None]).sum(0)
+    summed = torch.promote_types(seeds[0].dtype, torch.float32)
+    step = torch.finfo(summed).eps / torch.finfo(seeds[0].dtype).eps
+    sizes = {}
+    for name, rows, unit, total in (("image", image, u, on_image), ("text", text, v, on_text)):
+        terms = total + unit * (total * unit).sum(-1, keepdim=True)
+        largest = (terms / rows.norm(dim=-1, keepdim=True)).nan_to_num().amax()
+        sizes[name] = float(largest) * step
+    return sizes
+
+
 per_image = pytest.mark.parametrize("per_image", [False, True], ids=["shared", "per-image"])
 
 

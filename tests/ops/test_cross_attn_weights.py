@@ -40,7 +40,7 @@ def cancelling(inputs, seeds, fixed, exact: bool = True) -> dict[str, float]:
     What cancels there is summed in float32 at least. The weights themselves were rounded to the
     dtype, and what of them lies below its smallest number is lost. Not `exact`: where scores are
     multiplied by log2(e) before their maximum is taken off, that rounding grows with them, and the
-    weights have it too.
+    weights have it too; and dS is rounded to the dtype, as an operand of tensor cores.
     """
     query, key = (tensor.detach() for tensor in inputs.values())
     scale = fixed.get("scale") or query.shape[-1] ** -0.5
@@ -51,6 +51,9 @@ def cancelling(inputs, seeds, fixed, exact: bool = True) -> dict[str, float]:
     if not exact:
         step *= 1 + float((query @ key.transpose(-1, -2)).abs().amax()) * abs(scale)
     terms = (weights * step + info.smallest_normal * info.eps) * (on_weights + mean) * abs(scale)
+    if not exact:
+        d_s = weights * (seeds[0] - (weights * seeds[0]).sum(-1, keepdim=True))
+        terms = terms + info.eps / 2 * d_s.abs() * abs(scale)
     d_query = (terms @ key.abs()).sum(0) if query.shape[0] == 1 else terms @ key.abs()
     d_key = terms.transpose(-1, -2) @ query.abs()
     largest = {"query": d_query, "key": d_key}

@@ -77,7 +77,7 @@ def cancelling_everywhere(inputs, seeds, fixed) -> dict[str, float]:
         "text": d_y.sum(0),
         "image": (d_v + (d_v * v).sum(-1, keepdim=True) * v) / image.norm(dim=-1, keepdim=True),
     }
-    sizes = {name: float(tensor.amax()) for name, tensor in terms.items()}
+    sizes = {name: float(tensor.amax()) for name, tensor in terms.items() if tensor.numel()}
     return {**cancelling(inputs, seeds, fixed), **sizes}
 
 

@@ -31,10 +31,11 @@ def draw(case: str, dtype: torch.dtype = torch.float32):
     }
 
 
-def cancelling(inputs, seeds, fixed) -> dict[str, float]:
-    """The largest sum of |terms| in the gradient of `hidden`, in steps of the seeds' dtype.
+def cancelling_everywhere(inputs, seeds, fixed) -> dict[str, float]:
+    """The largest sum of |terms| in each gradient, in steps of the seeds' dtype.
 
-    Of two columns LayerNorm leaves a sign, and of d_hidden nothing but what eps adds. All
+    Of two columns LayerNorm leaves a sign, and of d_hidden nothing but what eps adds; of one column
+    the cosine is a sign, and nothing is left of any gradient. All
     implementations sum in float32 at least, so a step is float32's for 16-bit types too.
     """
     hidden, n, norm_bias, text, image = (tensor.detach() for tensor in inputs.values())
@@ -45,11 +46,24 @@ def cancelling(inputs, seeds, fixed) -> dict[str, float]:
     zh, n = zh.abs(), n.abs()
     u, v = F.normalize(y, dim=-1).abs(), F.normalize(image, dim=-1).abs()
     g = scale * seeds[0].double().abs()[..., None]
-    d_n = residual * n * g / y.norm(dim=-1, keepdim=True) * (v[:, None] + (u @ v[..., None]) * u)
-    d_hidden = r * (d_n + d_n.mean(-1, keepdim=True) + zh * (d_n * zh).mean(-1, keepdim=True))
+    d_y = g / y.norm(dim=-1, keepdim=True) * (v[:, None] + (u @ v[..., None]) * u)
+    d_n = residual * n * d_y
+    d_v = (g * u).sum(1)
+    terms = {
+        "hidden": r * (d_n + d_n.mean(-1, keepdim=True) + zh * (d_n * zh).mean(-1, keepdim=True)),
+        "weight": residual * (d_y * zh).sum((0, 1)),
+        "bias": residual * d_y.sum((0, 1)),
+        "text": d_y.sum(0),
+        "image": (d_v + (d_v * v).sum(-1, keepdim=True) * v) / image.norm(dim=-1, keepdim=True),
+    }
     dtype = seeds[0].dtype
-    summed = torch.promote_types(dtype, torch.float32)
-    return {"hidden": float(d_hidden.amax()) * torch.finfo(summed).eps / torch.finfo(dtype).eps}
+    step = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / torch.finfo(dtype).eps
+    return {name: float(sizes.nan_to_num().amax()) * step for name, sizes in terms.items()}
+
+
+def cancelling(inputs, seeds, fixed) -> dict[str, float]:
+    """Of the gradient of `hidden` alone: of the others something is left from two columns on."""
+    return {"hidden": cancelling_everywhere(inputs, seeds, fixed)["hidden"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

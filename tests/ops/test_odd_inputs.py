@@ -84,13 +84,23 @@ def channels_last(t: Tensor) -> Tensor:
     return t.to(memory_format=torch.channels_last) if t.dim() == 4 else t.mT.contiguous().mT
 
 
+def repeated_row(t: Tensor) -> Tensor:
+    """Stride 0 along the first axis."""
+    return t[:1].expand_as(t)
+
+
+def one_number(t: Tensor) -> Tensor:
+    """Stride 0 along every axis but the first, where there is another."""
+    return t.reshape(len(t), -1)[:, 0].view(len(t), *[1] * (t.dim() - 1)).expand_as(t)
+
+
 # views are resolved before an implementation is chosen: two operators stand for all of Triton's
 VIEWED = [("cpu", name) for name in FUNCTIONS]
 VIEWED += [("triton", name) for name in ("cosine_logits", "cross_attn")]
 
 
 @pytest.mark.parametrize(("impl", "name"), VIEWED)
-@pytest.mark.parametrize("view", [negated, overlapping, channels_last])
+@pytest.mark.parametrize("view", [negated, overlapping, channels_last, repeated_row, one_number])
 def test_views_are_read_as_what_they_say(view, impl, name):
     call = FUNCTIONS[name]
     try:
@@ -98,7 +108,8 @@ def test_views_are_read_as_what_they_say(view, impl, name):
     except NotImplementedError as refused:
         pytest.skip(str(refused))
     drawn = [tensor.detach() for tensor in call.draw(SIZES)]
-    views = [view(tensor) if tensor.dim() > 1 else tensor for tensor in drawn]
+    repeats = view is repeated_row  # of a vector too
+    views = [view(tensor) if tensor.dim() > 1 or repeats else tensor for tensor in drawn]
     plain = [tensor.clone(memory_format=torch.contiguous_format) for tensor in views]
     plain = [tensor.resolve_neg().requires_grad_() for tensor in plain]
     odd = [tensor.detach().requires_grad_() for tensor in views]
@@ -114,8 +125,8 @@ def test_threads_side_by_side_get_the_bits_of_one():
         return [part for call, leaves in drawn for part in results(call, leaves, "cpu")]
 
     alone = everything()
-    with ThreadPoolExecutor(4) as pool:
-        found = [job.result() for job in [pool.submit(everything) for _ in range(12)]]
+    with ThreadPoolExecutor(8) as pool:
+        found = [job.result() for job in [pool.submit(everything) for _ in range(24)]]
     assert all(torch.equal(a, b) for one in found for a, b in zip(one, alone, strict=True))
 
 
@@ -157,3 +168,18 @@ def test_a_second_backward_is_an_error_or_the_same_again(call):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("cpu", marks=needs_kernels)])
+@each_function
+def test_a_sum_over_nothing_has_a_gradient(call, impl):
+    """Of every input alone, whichever axis is 0: a network with such a layer can be trained."""
+    for letter in call.op.sizes:
+        drawn = call.draw({**SIZES, letter: 0})
+        for wanted in drawn:
+            leaves = [t.detach().requires_grad_(t is wanted) for t in drawn]
+            asked = [leaf for leaf in leaves if leaf.requires_grad]
+            outputs = [out for out in call.outputs(*leaves, impl=impl) if out.requires_grad]
+            (grad,) = torch.autograd.grad(outputs, asked, [torch.ones_like(out) for out in outputs])
+            assert grad.shape == wanted.shape
+            assert grad.isfinite().all()

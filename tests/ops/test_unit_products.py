@@ -33,6 +33,8 @@ def cancelling(
     )
     sizes = {}
     for (name, rows), hat, total in zip(inputs.items(), hats, totals, strict=True):
+        if not rows.numel():
+            continue  # the other rows still have gradients
         terms = total + hat * (total * hat).sum(-1, keepdim=True)
         sizes[name] = float((root / rows.norm(dim=-1, keepdim=True) * terms).amax())
     return sizes

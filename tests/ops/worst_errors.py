@@ -11,7 +11,6 @@ and kind of input, with and without the room that the operator's tests leave for
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "ops"), str(TESTS / "helpers"), str(TESTS.parent)]
 
 import torch  # noqa: E402
+from floors import floor_of  # noqa: E402
 from op_budget import Floor, run, wide  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -73,33 +73,6 @@ def kinds(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
         yield "text along image", inputs | {"text": text}
     if "hidden" in inputs:
         yield "hidden + 1000", inputs | {"hidden": inputs["hidden"] + 1000}
-
-
-def floor_of(call: Function) -> Floor | None:
-    module = importlib.import_module(f"test_{call.op.name}")
-    for name in ("cancelling_everywhere", "cancelling"):
-        if hasattr(module, name):
-            return _by_short_names(getattr(module, name))
-    return None
-
-
-def _by_short_names(floor: Floor) -> Floor:
-    """The floor of test_rational_attn calls the image's query "image"."""
-
-    def renamed(inputs: Inputs, seeds: list[Tensor], fixed: dict[str, object]) -> dict[str, float]:
-        if "pairs" in inputs:
-            parts = inputs["pairs"].permute(2, 0, 3, 1, 4).unbind()
-            inputs = {**inputs, **dict(zip(("pair_query", "key", "value"), parts, strict=True))}
-            del inputs["pairs"]
-        short = {name.removesuffix("_query"): tensor for name, tensor in inputs.items()}
-        sizes = floor(short if "pair_query" in inputs else inputs, seeds, fixed)
-        return (
-            sizes
-            | {f"{name}_query": size for name, size in sizes.items()}
-            | {"pairs": max(sizes.get(name, 0.0) for name in ("pair", "key", "value"))}
-        )
-
-    return renamed
 
 
 def scored(

@@ -28,7 +28,8 @@ def norm_cosine_logits(
 ) -> Tensor:  # fmt: skip
     """scale * cos(image[b], text[k] + residual * LayerNorm(hidden[b, k])) -> [B, K]."""
     if hidden.shape[-1] == 0:
-        return hidden.new_zeros(hidden.shape[:2])
+        # a sum over nothing: zeros that all five inputs have a gradient from
+        return ((hidden * weight + bias + text) * image[:, None]).sum(-1)
     acc = acc_dtype(hidden.dtype)
     hidden_acc = hidden.to(acc)
     centred = hidden_acc - hidden_acc.mean(-1, keepdim=True)  # [B, K, C]

@@ -22,8 +22,10 @@ from vtclip.reference._dtypes import PENALTY_CODES, acc_dtype
 def mask_penalty(mask: Tensor, penalty: int) -> Tensor:
     """penalty [B] of mask [B, K, D] = relu(1 + M)."""
     off = (mask - 1).flatten(1)
-    if penalty == PENALTY_CODES["none"] or off.shape[1] == 0:
+    if penalty == PENALTY_CODES["none"]:
         return off.new_zeros(off.shape[0])
+    if off.shape[1] == 0:
+        return off.sum(1)
     if penalty == PENALTY_CODES["l1"]:
         return off.abs().mean(1)
     if penalty == PENALTY_CODES["mse"]:

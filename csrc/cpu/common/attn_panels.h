@@ -212,14 +212,14 @@ template <class T>
 static void store_key_rows(const AttnShape& s, const HeadsView& view, int64_t b, int64_t h,
                            const int64_t* index, int64_t n, const T* rows, int64_t ld) {
   char* base = view.at(b, h);
-  const size_t bytes = static_cast<size_t>(s.d * item_bytes(s.dtype));
+  const int64_t bytes = s.d * item_bytes(s.dtype);
   int64_t i = 0;
   for (int64_t l = 0; l < s.L; ++l) {
     char* row = base + l * view.row;
     if (i < n && index[i] == l) {
       store_row<T>(row, s.d, s.dtype, rows + i++ * ld, 1);
     } else {
-      __builtin_memset(row, 0, bytes);
+      zero_bytes(row, bytes);
     }
   }
 }

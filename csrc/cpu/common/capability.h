@@ -8,7 +8,9 @@
 
 namespace vtclip::cpu {
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(VTCLIP_PORTABLE)  // the portable kernels alone, which compile in a third of the time
+#define VTCLIP_X86 0
+#elif defined(__x86_64__) && defined(__GNUC__)
 #define VTCLIP_X86 1
 #else
 #define VTCLIP_X86 0

@@ -84,6 +84,11 @@ VTCLIP_INLINE constexpr bool is_native(Dtype dtype) {
   return dtype == (sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32);
 }
 
+// Of a tensor, which has no memory where an axis is 0: memset takes no null even for no bytes.
+VTCLIP_INLINE void zero_bytes(char* p, int64_t bytes) {
+  if (bytes != 0) __builtin_memset(p, 0, static_cast<size_t>(bytes));
+}
+
 // dst[0..n) = scale * src row; dst[n..width) = 0.
 template <class T>
 inline void load_row(T* dst, int64_t n, int64_t width, const char* src, int64_t stride, Dtype dtype,
