@@ -2,7 +2,7 @@
 """One-line changes of a source file, and which of them change no behaviour that a test may hold.
 
 universalmutator proposes; what is dropped is counted by reason:
-syntax       does not parse (Python)
+syntax       does not compile (Python)
 text         equal but for comments, docstrings, annotations, the imports of type checkers, and
              the texts of errors, warnings and log lines
 """
@@ -21,6 +21,7 @@ from typing import NamedTuple
 MISSING = "universalmutator is not installed: pip install --no-deps universalmutator"
 RULES = {".py": ["universal.rules", "python.rules"], ".h": ["universal.rules", "c_like.rules"]}
 RULES[".cpp"] = RULES[".h"]
+JUMP = re.compile(r"\n\s*(break|continue);\n$")  # put after any line: of C++ few compile
 SPEAKS = re.compile(r"(Error|Warning|Interrupted)$|^(warn|log|debug|info|warning|error|print)$")
 
 
@@ -52,7 +53,8 @@ def proposals(path: Path, file: str) -> list[Change]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     with contextlib.redirect_stdout(io.StringIO()):
         found = mutator.mutants_regexp(lines, RULES[path.suffix], ignorePatterns=[])
-    return [Change(file, line, lines[line - 1], after) for line, after, *_ in found]
+    every = [Change(file, line, lines[line - 1], after) for line, after, *_ in found]
+    return [c for c in every if path.suffix == ".py" or not JUMP.search(c.after)]
 
 
 class Judge:
@@ -126,6 +128,7 @@ class _Mute(ast.NodeTransformer):
 def python_meaning(text: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        compile(text, "changed", "exec", dont_inherit=True)  # a break outside a loop parses
         return ast.dump(_Silent().visit(ast.parse(text)))
 
 

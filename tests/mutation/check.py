@@ -17,6 +17,7 @@ import fnmatch
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -54,9 +55,9 @@ class Target(NamedTuple):
     options: tuple[str, ...]
 
 
-def rooms(path: Path = HERE / "targets.toml") -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        return tomllib.load(file)["room"]
+        return tomllib.load(file)
 
 
 def targets(table: dict[str, Any], root: Path) -> Iterator[Target]:
@@ -268,18 +269,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--only", default="*", metavar="GLOB", help="of the sources' paths")
     parser.add_argument("--out", type=Path, default=HERE / "results.csv")
+    parser.add_argument("--root", type=Path, default=ROOT)
+    parser.add_argument("--table", type=Path, default=HERE / "targets.toml")
     parser.add_argument("--retry", action="store_true")
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
-    chosen = sample(rooms(), ROOT, given.count, given.seed, given.only)
+    table = load(given.table)
+    chosen = sample(table["room"], given.root, given.count, given.seed, given.only)
     if given.list:
         for target, lines, wanted in chosen:
             sys.stdout.write(f"{target.file}: {wanted} of {len(lines)} lines\n")
         return
-    preload()
-    results = Results(given.out, ROOT)
+    preload(table.get("preload", []))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the copy goes
+    results = Results(given.out, given.root)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        run = Run(Copy(ROOT, Path(folder)), results)
+        run = Run(Copy(given.root.resolve(), Path(folder)), results)
         for target, lines, wanted in chosen:
             if given.retry:
                 run.again(target, lines)

@@ -8,6 +8,7 @@ a run begins in half a second, and a crash or an endless loop ends the fork alon
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -52,7 +53,8 @@ class Copy:
             shutil.copy2(built, self.tree / "vtclip" / LIBRARY)
         # by hash: a change within one second that keeps the size would be missed by time and size
         compiled = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "checked-hash"]
-        subprocess.run([*compiled, "vtclip", "kernels"], cwd=self.tree, check=True)
+        folders = [name for name in ("vtclip", "kernels") if (self.tree / name).is_dir()]
+        subprocess.run([*compiled, *folders], cwd=self.tree, check=True)
 
     def environment(self) -> dict[str, str]:
         older = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -145,6 +147,7 @@ def _become_pytest(copy: Copy, arguments: list[str]) -> None:
     code = 70
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(copy.scratch / "output.txt", os.O_WRONLY | os.O_CREAT, 0o600)
         for stream in (1, 2):
             os.dup2(output, stream)
@@ -159,6 +162,7 @@ def _become_pytest(copy: Copy, arguments: list[str]) -> None:
         import pytest
 
         plain = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(copy.scratch / "pytest")]
+        plain += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what is imported already
         code = int(pytest.main([*plain, *arguments], plugins=[_Watch(copy.scratch / "seen.json")]))
     except BaseException:
         traceback.print_exc()
@@ -168,10 +172,10 @@ def _become_pytest(copy: Copy, arguments: list[str]) -> None:
         os._exit(code)
 
 
-def preload() -> None:
-    """What every run imports and no change can reach."""
-    import numpy  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
-
-    torch.set_num_threads(1)
+def preload(names: list[str]) -> None:
+    """What runs import and no change can reach, where it is installed."""
+    for name in ["pytest", *names]:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
