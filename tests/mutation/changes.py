@@ -21,7 +21,7 @@ from typing import NamedTuple
 MISSING = "universalmutator is not installed: pip install --no-deps universalmutator"
 RULES = {".py": ["universal.rules", "python.rules"], ".h": ["universal.rules", "c_like.rules"]}
 RULES[".cpp"] = RULES[".h"]
-JUMP = re.compile(r"\n\s*(break|continue);\n$")  # put after any line: of C++ few compile
+JUMP = re.compile(r"\n\s*(break|continue);\n$")
 SPEAKS = re.compile(r"(Error|Warning|Interrupted)$|^(warn|log|debug|info|warning|error|print)$")
 
 
@@ -54,7 +54,22 @@ def proposals(path: Path, file: str) -> list[Change]:
     with contextlib.redirect_stdout(io.StringIO()):
         found = mutator.mutants_regexp(lines, RULES[path.suffix], ignorePatterns=[])
     every = [Change(file, line, lines[line - 1], after) for line, after, *_ in found]
-    return [c for c in every if path.suffix == ".py" or not JUMP.search(c.after)]
+    return [c for c in every if path.suffix == ".py" or not _hopeless(c)]
+
+
+def _hopeless(change: Change) -> bool:
+    """Of C++, what hardly ever compiles: a jump put after a line, a line of several taken out, an
+    operator in place of a pointer's star or a template's bracket, another number in a name."""
+    before, after = change.before, change.after
+    if JUMP.search(after):
+        return True
+    if after.lstrip().startswith("/*"):
+        return not before.rstrip().endswith(";")
+    place = next((i for i, (b, a) in enumerate(zip(before, after, strict=False)) if a != b), 0)
+    here, left = before[place], before[place - 1] if place else " "
+    if left in "<>" and before[place - 2] != " ":
+        return True
+    return (here in "*&<>" and left != " ") or (here.isdigit() and (left.isalpha() or left == "_"))
 
 
 class Judge:
@@ -125,11 +140,26 @@ class _Mute(ast.NodeTransformer):
         return ast.Constant("")
 
 
+class _Used(ast.NodeTransformer):
+    """Takes out names that are imported and not used: those of annotations."""
+
+    def __init__(self, tree: ast.AST) -> None:
+        nodes = list(ast.walk(tree))
+        self.names = {node.id for node in nodes if isinstance(node, ast.Name)}
+        # __all__ hands names on
+        self.names |= {n.value for n in nodes if isinstance(n, ast.Constant) and n.value}
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        node.names = [a for a in node.names if a.asname or a.name in self.names]
+        return node if node.names else ast.Pass()
+
+
 def python_meaning(text: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compile(text, "changed", "exec", dont_inherit=True)  # a break outside a loop parses
-        return ast.dump(_Silent().visit(ast.parse(text)))
+        tree = _Silent().visit(ast.parse(text))
+        return ast.dump(_Used(tree).visit(tree))
 
 
 def cpp_meaning(text: str) -> str:

@@ -68,6 +68,14 @@ def test_what_nobody_can_notice_is_dropped(line, after, why):
     assert changes.Judge(SOURCE, ".py").why_not(change) == why.removeprefix("dropped: ")
 
 
+def test_an_import_for_annotations_alone_is_dropped():
+    text = "from a import B, c\n\ndef f(b: B) -> B:\n    return c(b)\n"
+    judge = changes.Judge(text, ".py")
+    for after, why in (("from a import c\n", "text"), ("from a import B\n", "")):
+        change = changes.Change("f.py", 1, text.splitlines(keepends=True)[0], after)
+        assert judge.why_not(change) == why
+
+
 @pytest.mark.parametrize(
     ("after", "why"),
     [
