@@ -142,6 +142,8 @@ def run_change(copy: Copy, extension: Extension | None, target: Target, change: 
                 verdict = verdict._replace(result="dropped: import", by="")
     finally:
         path.write_text(before, encoding="utf-8")
+        if extension is not None:
+            extension.link({})
     return verdict._replace(seconds=time.monotonic() - begun)
 
 

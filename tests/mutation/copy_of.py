@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+STALL = 90.0  # seconds of one test; of none that passes does more than a third go by
 MEMORY = 6 << 30  # bytes of data that a run of the tests may take
 SCALAR_ONLY = ("#define VTCLIP_X86 1", "#define VTCLIP_X86 0")
 LIBRARY = "_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
@@ -88,9 +89,9 @@ class Copy:
         child = os.fork()
         if child == 0:
             _become_pytest(self, arguments)
-        code = _status(child, begun + limit)
-        seconds = time.monotonic() - begun
         seen = self.scratch / "seen.json"
+        code = _status(child, begun + limit, seen)
+        seconds = time.monotonic() - begun
         found = json.loads(seen.read_text()) if seen.is_file() else {"running": "", "failed": ""}
         if code is None:
             return Verdict("timeout", found["running"], seconds)
@@ -107,11 +108,14 @@ class Copy:
         return (self.scratch / "output.txt").read_text(errors="replace")
 
 
-def _status(child: int, deadline: float) -> int | None:
-    """Exit status, minus the signal, or None past the deadline; its whole session ends with it."""
+def _status(child: int, deadline: float, seen: Path) -> int | None:
+    """Exit status, minus the signal, or None past the deadline or where one test takes STALL
+    seconds; its whole session ends with it."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         late = time.monotonic() > deadline
+        with contextlib.suppress(FileNotFoundError):
+            late = late or time.time() > seen.stat().st_mtime + STALL
         if done or late:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
