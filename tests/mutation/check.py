@@ -190,15 +190,14 @@ def tools() -> str:
 class Run:
     """The sample against one copy."""
 
-    def __init__(self, copy: Copy, results: Results) -> None:
-        self.copy, self.results = copy, results
+    def __init__(self, copy: Copy, results: Results, fixed: float | None) -> None:
+        self.copy, self.results, self.fixed = copy, results, fixed
         self.unchanged: dict[tuple[str, tuple[str, ...]], float] = {}
         self.extension: Extension | None = None
 
     def sample(self, target: Target, lines: list[list[Change]], wanted: int) -> None:
         """Changes of `wanted` lines, those with a row in the results among them."""
-        path = self.copy.tree / target.file
-        judge = Judge(path.read_text(encoding="utf-8"), path.suffix)
+        judge = self.judge(target)
         ran = 0
         for line in lines:
             if ran == wanted:
@@ -206,19 +205,26 @@ class Run:
             for change in line:
                 known = self.results.find(change)
                 if known is None:
-                    why = judge.why_not(change)
-                    verdict = Verdict(f"dropped: {why}", "", 0.0) if why else None
-                    known = self.note(target, change, verdict or self.one(target, change))
+                    known = self.note(target, change, self.judged(judge, target, change))
                 if known["result"] in RAN:
                     ran += 1
                     break
 
     def again(self, target: Target, lines: list[list[Change]]) -> None:
         """What survived of them, once more."""
+        judge = self.judge(target)
         for change in (change for line in lines for change in line):
             row = self.results.find(change)
             if row is not None and row["result"] == "survived":
-                self.note(target, change, self.one(target, change))
+                self.note(target, change, self.judged(judge, target, change))
+
+    def judge(self, target: Target) -> Judge:
+        path = self.copy.tree / target.file
+        return Judge(path.read_text(encoding="utf-8"), path.suffix)
+
+    def judged(self, judge: Judge, target: Target, change: Change) -> Verdict:
+        why = judge.why_not(change)
+        return Verdict(f"dropped: {why}", "", 0.0) if why else self.one(target, change)
 
     def one(self, target: Target, change: Change) -> Verdict:
         of_cpp = target.file.startswith("csrc/")
@@ -232,6 +238,8 @@ class Run:
 
     def limit(self, target: Target) -> float:
         """Seconds for the tests of a change; ends the program where one fails unchanged."""
+        if self.fixed is not None:
+            return self.fixed
         for test in target.tests:
             if (test, target.options) in self.unchanged:
                 continue
@@ -273,6 +281,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results.csv")
     parser.add_argument("--root", type=Path, default=ROOT)
     parser.add_argument("--table", type=Path, default=HERE / "targets.toml")
+    parser.add_argument("--limit", type=float, help="seconds of a run; the tests are not timed")
     parser.add_argument("--retry", action="store_true")
     parser.add_argument("--list", action="store_true")
     given = parser.parse_args()
@@ -286,7 +295,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # the copy goes
     results = Results(given.out, given.root)
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        run = Run(Copy(given.root.resolve(), Path(folder)), results)
+        run = Run(Copy(given.root.resolve(), Path(folder)), results, given.limit)
         for target, lines, wanted in chosen:
             if given.retry:
                 run.again(target, lines)
