@@ -159,7 +159,11 @@ def python_meaning(text: str) -> str:
         warnings.simplefilter("ignore")
         compile(text, "changed", "exec", dont_inherit=True)  # a break outside a loop parses
         tree = _Silent().visit(ast.parse(text))
-        return ast.dump(_Used(tree).visit(tree))
+        tree = _Used(tree).visit(tree)
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [one for one in node.body if not isinstance(one, ast.Pass)]
+    return ast.dump(tree)
 
 
 def cpp_meaning(text: str) -> str:

@@ -58,6 +58,8 @@ MUTATOR = "def mutants_regexp(source, rules, ignorePatterns):\n    return {}\n"
         (7, "    return a if a > b else b\n", ""),
         (3, "def larger(b: int, a: int) -> int:\n", ""),
         (1, "pass\n", "text"),
+        (2, "pass\n", "text"),
+        (7, "    pass\n", ""),
         (7, "    break\n", "syntax"),
         (3, "pass\n", "syntax"),
     ],
