@@ -111,19 +111,22 @@ class Copy:
 def _status(child: int, deadline: float, seen: Path) -> int | None:
     """Exit status, minus the signal, or None past the deadline or where one test takes STALL
     seconds; its whole session ends with it."""
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        late = time.monotonic() > deadline
-        with contextlib.suppress(FileNotFoundError):
-            late = late or time.time() > seen.stat().st_mtime + STALL
-        if done or late:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child, signal.SIGKILL)
+    try:
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return os.waitstatus_to_exitcode(status)
+            late = time.monotonic() > deadline
+            with contextlib.suppress(FileNotFoundError):
+                late = late or time.time() > seen.stat().st_mtime + STALL
+            if late:
+                return None
+            time.sleep(0.05)
+    finally:  # where this process is ended too
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
             os.waitpid(child, 0)
-            return None
-        time.sleep(0.05)
 
 
 class _Watch:
