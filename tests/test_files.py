@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vtclip.files import csv_lines, to_json, unescape
+from vtclip.files import csv_lines, note_older, to_json, unescape
 
 SCALARS: Any = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False,
                                                           allow_infinity=False)  # fmt: skip
@@ -48,3 +48,11 @@ def test_rows_of_csv_are_read_as_they_were_written(rows):
     read = csv.reader(io.StringIO(text, newline=""))
     assert [[unescape(cell) for cell in row] for row in read] == rows
     assert csv_lines([["a", 1], ["b,c", ""]]) == 'a,1\n"b,c",\n'
+
+
+def test_a_file_of_an_earlier_version_is_mentioned_once(tmp_path, caplog):
+    for name in ("one", "other", "one"):
+        note_older(tmp_path / name)
+    assert [record.args[0] for record in caplog.records] == [
+        str(tmp_path / name) for name in ("one", "other")
+    ]

@@ -91,6 +91,17 @@ def test_everything_test_and_nothing_test() -> None:
         few_shot_split(label, names, shots=1, seed=1, test_fraction=1.0)
 
 
+@pytest.mark.parametrize("own", ["val", "test"])
+def test_a_role_of_the_source_stays_and_replaces_what_would_be_drawn(own: str) -> None:
+    label, names = case([7, 7])
+    roles = torch.tensor([1 if own == "val" else 2, 0, 0, 0, 0, 0, 0] * 2)
+    split = few_shot_split(label, names, shots=3, seed=1, test_fraction=0.5, roles=roles)
+    assert getattr(split, own).tolist() == [0, 7]
+    drawn = [split.train, split.test if own == "val" else split.val]
+    assert [[int((label[rows] == k).sum()) for k in (0, 1)] for rows in drawn] == [[3, 3], [3, 3]]
+    assert not {0, 7} & set(torch.cat(drawn).tolist())
+
+
 def test_too_few_images_name_class_have_and_need() -> None:
     label, names = case([60, 7, 60])
     with pytest.raises(ValueError, match=r"shots = 16 needs 16 images .* class 'dog' has 4$"):

@@ -115,3 +115,7 @@ def test_search_finds_what_heads_of_each_point_would(monkeypatch):
     assert second - best > 1e-6  # a tie would prove nothing
     head.choose(Support(image, label))
     assert costs[head.alpha] == best
+
+
+def test_alphas_that_are_tried():
+    assert tuple(2.0**power for power in range(-16, 1)) == module.ALPHAS

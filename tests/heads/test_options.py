@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vtclip.heads import HEADS
+from vtclip.heads.config import FitConfig
 
 TEXT = torch.randn(7, 32, dtype=torch.float64)
 ZERO_ROW = torch.cat([TEXT[:2], torch.zeros(1, 32, dtype=torch.float64)])
@@ -108,3 +109,16 @@ def test_options_are_refused_by_name(method, options, message):
     with pytest.raises(ValueError, match=f"^{HEADS[method].__name__}: {message}") as caught:
         HEADS[method](text, **given)
     assert "\n" not in str(caught.value)
+
+
+def test_the_learning_rate_of_every_step():
+    """warmup "linear": up by equal steps, then a half cosine over the rest, step by step."""
+    config = FitConfig(4, lr=8.0, warmup="linear", warmup_epochs=1)
+    found = [config.rate(number, 4) for number in range(16)]
+    falling = [4 * (1 + math.cos(math.pi * i / 12)) for i in range(12)]
+    assert found == pytest.approx([2.0, 4.0, 6.0, 8.0, *falling])
+    # else: one rate in the first epochs, then a half cosine, epoch by epoch
+    config = FitConfig(4, lr=8.0, warmup_epochs=1, warmup_lr=0.5)
+    found = [config.rate(number, 2) for number in range(8)]
+    falling = [4 * (1 + math.cos(math.pi * i / 4)) for i in range(3)]
+    assert found == pytest.approx([0.5, 0.5, *(rate for rate in falling for _ in range(2))])

@@ -58,6 +58,14 @@ def test_every_dtype(case, per_image, dtype, impl, runnable, compare):
     compare(ops.cosine_logits, draw(case, per_image, dtype), scale=100.0)
 
 
+@pytest.mark.parametrize("impl", ["cpu"])
+@pytest.mark.parametrize(("B", "K"), [(131, 3), (3, 131)])
+def test_more_rows_than_one_step_of_a_sum(B, K, impl, runnable, compare):
+    """128 rows in csrc/cpu: the gradients are sums over images, and over classes."""
+    runnable("cosine_logits", torch.float32, 20)
+    compare(ops.cosine_logits, {"image": torch.randn(B, 20), "text": torch.randn(K, 20)}, scale=3.0)
+
+
 @per_image
 @pytest.mark.parametrize("layout", [testing.spread, testing.misaligned])
 def test_any_strides(layout, per_image, impl, runnable, compare):

@@ -115,6 +115,16 @@ def test_every_dtype(case, dtype, impl, runnable, compare, room):
     compare(functools.partial(asked, KINDS), inputs, floor, temperature=0.7)
 
 
+@pytest.mark.parametrize("impl", ["cpu"])
+def test_as_many_maps_as_tasks_each_of_several_blocks(impl, runnable, compare, room):
+    """csrc/cpu: blocks from K = 148 on, of one task from 33 maps on."""
+    runnable("rational_attn", torch.float32, 4)
+    shapes = {"image": (17, 2, 1, 4), "text": (1, 2, 150, 4)}
+    shapes |= dict.fromkeys(("pair", "key", "value"), (17, 2, 150, 4))
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
+    compare(functools.partial(asked, KINDS), inputs, room, temperature=0.7)
+
+
 @pytest.mark.parametrize("kinds", SUBSETS, ids="-".join)
 @pytest.mark.parametrize("case", ["odd", "two-tiles", "one-of-each"])
 def test_some_of_the_queries(case, kinds, impl, runnable, compare, room):

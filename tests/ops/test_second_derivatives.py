@@ -371,6 +371,24 @@ def test_each_operator_says_once_what_it_costs(cpu, monkeypatch):
         assert 'impl="reference"' in str(warning.message)
 
 
+@pytest.mark.parametrize("way", ["vmap", "jvp", "vmap of grad"])
+def test_each_way_of_recomputing_says_what_it_costs(way, cpu, monkeypatch):
+    call = FUNCTIONS["cosine_logits"]
+    monkeypatch.setattr(_any_order, "_WARNED", set())
+    still = tuple(tensor.detach() for tensor in drawn(call))
+    many, function = tuple(tensor[None] for tensor in still), total(call, cpu)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if way == "jvp":
+            torch.func.jvp(function, still, still)
+        elif way == "vmap":
+            torch.func.vmap(function)(*many)
+        else:
+            torch.func.vmap(torch.func.grad(function))(*many)
+    said = [str(one.message) for one in caught if "recompute through" in str(one.message)]
+    assert [text.partition(":")[0] for text in said] == ["cosine_logits"]
+
+
 def test_linear_layers_side_by_side(impl):
     tensors, score, plainly = layers()
     assert_same(

@@ -252,8 +252,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_good_weights(records, bad):
     assert torch.equal(now, kept["good"])
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_leaves_the_last_checkpoint(records, tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "bad"), [("loss", math.nan), ("gradient", math.nan), ("gradient", math.inf)]
+)
+def test_what_is_not_finite_leaves_the_last_checkpoint(records, tmp_path, what, bad):
     checkpoint = Checkpoint(tmp_path / "state.safetensors", {})
     whole = weights(run(records))
     head, steps, entered = new_head(records), 0, {}
@@ -266,12 +268,12 @@ def test_what_is_not_finite_leaves_the_last_checkpoint(records, tmp_path, what):
         if steps == 10:  # eight steps are in the checkpoint
             entered.update(weights(head), file=checkpoint.path.read_bytes())
             if what == "loss":
-                return dataclasses.replace(batch, image=batch.image * math.nan)
+                return dataclasses.replace(batch, image=batch.image * bad)
         return batch
 
     if what == "gradient":  # one number of one parameter, under a loss that is finite
         only = torch.zeros(head.text.shape[1])
-        only[3] = math.nan
+        only[3] = bad
         bias = head.layers[0].norm3.bias
         bias.register_hook(lambda grad: grad + only if steps == 10 else None)
     with pytest.raises(FloatingPointError) as error:
@@ -404,6 +406,17 @@ def test_evaluation_counts_each_row_once_and_refuses_nan(records):
 
     with pytest.raises(FloatingPointError, match="logits must be finite"):
         engine.head_metrics(head, Spied(records, poison), index, device=CPU)
+
+
+def test_logits_are_those_of_evaluation(records):
+    """No dropout, and nothing that could be differentiated, whatever state the head is in."""
+    head, modes = new_head(records).train(), []
+    head.register_forward_pre_hook(
+        lambda head, _: modes.append((head.training, torch.is_grad_enabled()))
+    )
+    logits, _ = engine.all_logits(head, records, torch.arange(len(records)), device=CPU)
+    assert set(modes) == {(False, False)}
+    assert not logits.requires_grad
 
 
 @pytest.mark.parametrize(

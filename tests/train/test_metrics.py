@@ -156,6 +156,9 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     logits[3, 1] = bad
     with pytest.raises(FloatingPointError, match=r"1 of 5 rows are not \(first: row 3\)"):
         metrics.all_metrics(logits, LABEL)
+    logits[1, 2] = bad
+    with pytest.raises(FloatingPointError, match=r"2 of 5 rows are not \(first: row 1\)"):
+        metrics.all_metrics(logits, LABEL)
 
 
 @pytest.mark.parametrize(
