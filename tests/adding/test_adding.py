@@ -36,7 +36,10 @@ TOYS = {
     "A method": ("toy_scale", edits.METHOD),
     "A data set": ("toy_shapes", edits.DATA_SET),
 }
-USERS = r"docs/|vtclip/heads/|vtclip/ops/_projections|tests/test_selftest"
+USERS = (
+    r"docs/|vtclip/heads/|vtclip/ops/_projections|tests/test_selftest|tests/mutation"
+    r"|tests/helpers/floors|tests/ops/test_any_layout"
+)
 every_kind = pytest.mark.parametrize("kind", TOYS)
 
 
