@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ import vtclip
 from vtclip import files
 from vtclip.cli import COMMANDS, build_parser
 from vtclip.cli.errors import line_of
+from vtclip.environment import VARIABLES
 
+ROOT = Path(__file__).parents[2]
 TABLE = """
 fit npz --device gpu
     --device must be cpu, cuda or cuda:N
@@ -313,3 +317,34 @@ def test_a_full_disk_names_the_option(capsys, place, monkeypatch):
     assert line.startswith("vtclip evaluate: --predictions: cannot write ")
     assert line.endswith(f"p.csv: {os.strerror(errno.ENOSPC)}\n")
     assert not (place / "p.csv").exists()
+
+
+def raised() -> list[tuple[str, str]]:
+    """(file:line, text) of every error that the package raises, what is put in as {}."""
+    found = []
+    for path in sorted((ROOT / "vtclip").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+                continue
+            for text in node.exc.args[:1]:
+                parts = getattr(text, "values", [text])
+                if not isinstance(text, ast.Constant | ast.JoinedStr):
+                    continue
+                line = "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts
+                )
+                found.append((f"{path.name}:{node.lineno}", line))
+    return found
+
+
+def test_every_text_of_an_error_is_one_line_that_begins_with_its_subject():
+    texts = raised()
+    assert len(texts) > 600
+    names = {node for place in (ROOT / "vtclip" / "heads").glob("*.py")
+             for node in re.findall(r"^class (\w+)", place.read_text(), flags=re.M)}  # fmt: skip
+    names |= {"WordTokenizer", "SOURCE", "OUT", "RUN", "IMAGE", "ROOT"} | set(VARIABLES)
+    for where, text in texts:
+        first = re.split(r"[:=\s]", text)[0]
+        assert "\n" not in text, where
+        assert not text.endswith((".", "!")), where
+        assert not first[:1].isupper() or first in names, (where, first)
