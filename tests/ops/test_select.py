@@ -97,14 +97,16 @@ def test_a_gpu_the_library_was_not_compiled_for_is_a_reason(monkeypatch, arches,
     monkeypatch.setattr(native, "build_info", lambda: {"arches": arches})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     problem = Problem("cross_attn", "cuda", torch.float32, 64)
-    for capability in [*runs, *not_on]:
-        native._no_code.cache_clear()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=capability: gpu)
+    gpus = [*runs, *not_on]  # all in one machine
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpus[device])
+    native._no_code_for.cache_clear()
+    for device, capability in enumerate(gpus):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
         (reason,) = native.CUDA.why_not(problem) or ("",)
         name = "{}.{}".format(*capability)
         told = f"was compiled for {arches}, this GPU is {name} (TORCH_CUDA_ARCH_LIST)"
         assert reason == (told if capability in not_on else "")
-    native._no_code.cache_clear()
+    native._no_code_for.cache_clear()
 
 
 def test_broken_extension_is_a_reason_with_its_cause(monkeypatch):

@@ -68,13 +68,18 @@ def _runs(arches: str, capability: tuple[int, int]) -> bool:
     return not arches[:1].isdigit()  # names of architectures are not read
 
 
-@functools.cache
 def _no_code() -> str:
     """Why the CUDA library has nothing for the current GPU, or the empty string."""
+    return _no_code_for(torch.cuda.current_device()) if torch.cuda.is_available() else ""
+
+
+@functools.cache
+def _no_code_for(device: int) -> str:
+    """Of one GPU; a machine may have several kinds."""
     arches = build_info().get("arches", "")
-    if not torch.cuda.is_available() or _runs(arches, torch.cuda.get_device_capability()):
+    major, minor = torch.cuda.get_device_capability(device)
+    if _runs(arches, (major, minor)):
         return ""
-    major, minor = torch.cuda.get_device_capability()
     return f"was compiled for {arches}, this GPU is {major}.{minor} (TORCH_CUDA_ARCH_LIST)"
 
 
