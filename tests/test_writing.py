@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,7 @@ def test_files_are_replaced_and_removed_together(tmp_path):
 
 CHILD = """
 import os, signal, sys
+from collections.abc import Iterator
 from pathlib import Path
 from vtclip.writing import NewFiles, only_writer, read_settled, settle
 folder = Path(sys.argv[1])
@@ -412,3 +415,47 @@ with only_writer(folder):
     assert done.returncode == -signal.SIGKILL
     with locked(tmp_path, 0.0):
         pass
+
+
+def test_a_file_that_was_swept_before_it_was_locked_is_made_again(tmp_path, monkeypatch):
+    real, swept = writing.lock, []
+
+    def lock(handle: int, wait_s: float) -> bool:
+        if not swept:
+            swept.extend(tmp_path.glob(".a.*.new"))
+            swept[0].unlink()
+        return real(handle, wait_s)
+
+    monkeypatch.setattr(writing, "lock", lock)
+    write_atomic(tmp_path / "a", b"1")
+    assert len(swept) == 1
+    assert held(tmp_path) == {"a": b"1"}
+
+
+def test_a_disk_that_is_full_at_the_journal_is_the_error_and_nothing_changes(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"old")
+    real = writing._Fresh.write
+
+    def write(self: Any, data: bytes) -> None:
+        if self.path.name == JOURNAL:
+            raise OSError(errno.ENOSPC, "No space left")
+        real(self, data)
+
+    monkeypatch.setattr(writing._Fresh, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        write_together({tmp_path / "a": b"1", tmp_path / "b": b"2"})
+    assert held(tmp_path) == {"a": b"old"}
+
+
+def test_a_journal_that_another_finished_meanwhile_names_no_file(tmp_path, monkeypatch):
+    real = writing.locked
+
+    @contextlib.contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        with real(folder):
+            (folder / JOURNAL).unlink()
+            yield
+
+    (tmp_path / JOURNAL).write_bytes(b"of another")
+    monkeypatch.setattr(writing, "locked", late)
+    assert settle(tmp_path) == set()
