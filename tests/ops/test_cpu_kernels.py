@@ -355,6 +355,16 @@ def test_memory_is_protected_below_the_public_checks(kernel, name, value, messag
         getattr(KERNELS, kernel)(*given.values())
 
 
+@pytest.mark.parametrize("kernel", REFUSED)
+def test_a_tensor_of_another_rank_is_named_with_its_operator(kernel):
+    given = arguments(kernel)
+    for name, value in given.items():
+        if isinstance(value, torch.Tensor):
+            wrong = {**given, name: value[None, None]}
+            with pytest.raises(RuntimeError, match=f"{kernel}: {name} must "):
+                getattr(KERNELS, kernel)(*wrong.values())
+
+
 def test_a_peak_outside_the_mask_touches_nothing():
     tensors = [torch.randn(shape) for shape in ((2, 5), (2,), (2, 5, 8), (8, 8), (8,), (2, 8))]
     text, far = torch.randn(5, 8), torch.tensor([1 << 40, -1])
