@@ -171,6 +171,20 @@ def test_packed_is_the_same_operator(case, kinds, impl, device, runnable):
         assert grads[-1].is_contiguous()
 
 
+def test_packed_with_one_image_query_for_all(impl, device, runnable):
+    runnable("rational_attn", torch.float32, 20)
+    image, text, *apart = (tensor.to(device) for tensor in draw("odd").values())
+    pairs = torch.stack([part.transpose(1, 2) for part in apart], 2)
+    one = image[:1].clone().requires_grad_()
+    assert len(image) > 1
+    shared = ops.rational_attn_packed(one, text, pairs, impl=impl)
+    wanted = ops.rational_attn_packed(one.expand_as(image), text, pairs, impl=impl)
+    assert torch.equal(shared, wanted)
+    grads = [torch.autograd.grad(out.square().sum(), one)[0] for out in (shared, wanted)]
+    assert grads[0].shape == one.shape
+    assert torch.equal(*grads)
+
+
 def test_packed_without_queries_that_need_gradients():
     image, text, *apart = draw("odd").values()
     pairs = torch.stack([part.transpose(1, 2) for part in apart], 2).requires_grad_()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from vtclip import ops
 from vtclip.backends import native, triton
 from vtclip.ops._select import Problem, explain, only_reference, select
-from vtclip.testing.problems import OPS
+from vtclip.testing.problems import FUNCTIONS, OPS
 
 CPU_PROBLEM = Problem("cross_attn", "cpu", torch.float32, 64)
 
@@ -24,6 +25,24 @@ def test_unknown_name_lists_the_known_ones():
 def test_a_named_implementation_never_falls_back():
     with pytest.raises(NotImplementedError, match=r"cuda: needs cuda tensors, got cpu"):
         select(CPU_PROBLEM, "cuda")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_selection_is_told_the_width_of_rows_or_of_a_head(name, monkeypatch):
+    sizes = {"B": 2, "K": 3, "H": 4, "L": 5, "d": 6, "D": 7, "C": 7, "F": 9}
+    told: list[Problem] = []
+
+    def chosen(problem: Problem, impl: str | None) -> object:
+        told.append(problem)
+        return select(problem, impl)
+
+    for module in [m for n, m in sys.modules.items() if n.startswith("vtclip.ops.")]:
+        if getattr(module, "select", None) is select and not module.__name__.endswith("_select"):
+            monkeypatch.setattr(module, "select", chosen)
+    call = FUNCTIONS[name]
+    call(*call.draw(sizes))
+    attention = "H" in call.op.sizes and call.op.name != "rational_head"
+    assert {problem.width for problem in told} == {sizes["d" if attention else "D"]}
 
 
 def test_refusal_names_op_dtype_width_and_every_reason(monkeypatch):
