@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,7 @@ def outcomes(
     out = tmp_path_factory.mktemp("two processes")
     done = python(HERE / "_finetune_child.py", photos, models["vit"], out, cache, check=True)
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    found["sigterm"]["folder"] = out / "sigterm"
     return found
 
 
@@ -412,3 +414,16 @@ def test_a_signal_to_one_process_stops_all_and_saves(outcomes):
     for text in seen["stderr"]:
         assert "stopped by SIGTERM after step 3" in text
     assert "checkpoint.safetensors" in seen["files"]
+
+
+def test_the_state_of_two_processes_goes_on_in_one(outcomes, photos, models, cache, tmp_path):
+    words = ["fit", photos, "--method", "rada", "--train-encoders", "--model", models["vit"]]
+    words += ["--shots", 4, "--epochs", 4, "--batch-size", 6, "--templates", TEMPLATES[0]]
+    words += ["--device", "cpu", "--cache-dir", cache, "--seed", 1, "--threads", 1, "--out"]
+    folder = outcomes["sigterm"]["folder"]
+    shutil.copytree(folder, tmp_path / "two")
+    assert call(*words, tmp_path / "two", "--resume") == 0
+    assert call(*words, tmp_path / "one") == 0
+    two, one = steps(tmp_path / "two"), steps(tmp_path / "one")
+    assert [row["step"] for row in two] == list(range(1, 9))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True)) <= 1e-5
