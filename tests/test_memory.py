@@ -27,6 +27,7 @@ FULL = [
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("std::bad_alloc\nraised from here"),
+    RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack.data(), 1) API call failed'),
     MemoryError(),
 ]
 FIT = ("--method", "proker", "--shots", "2", "--device", "cpu", "--threads", "1")

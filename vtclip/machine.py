@@ -36,7 +36,9 @@ SAMPLE_S = 0.02
 # what torch and its libraries say when memory runs out, on a GPU and on a CPU
 OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|can(no|')t allocate|could not allocate"
-    r"|failed to allocate|bad.alloc|ALLOC_FAILED", re.IGNORECASE
+    r"|failed to allocate|bad.alloc|ALLOC_FAILED"
+    r"|aten::(new_)?empty\W.*API call failed",  # all that torch 2.11 passes on from its stable ABI
+    re.IGNORECASE,
 )  # fmt: skip
 Result = TypeVar("Result")
 _before: dict[str, float] = {}  # by device, the most before the counter was last reset

@@ -135,7 +135,7 @@ def test_memory_that_is_not_there_is_torchs_error_and_the_next_call_works(capfd)
     image, text = torch.randn(3, 8), torch.randn(4, 8)
     before = ops.cosine_logits(image, text, impl="cpu")
     rows = torch.ones(2**23, 1)  # 2^48 bytes of logits, more than any address space of programs
-    with pytest.raises(RuntimeError, match="allocate") as caught:
+    with pytest.raises(RuntimeError, match="allocate|aten::new_empty") as caught:
         ops.cosine_logits(rows, rows, impl="cpu")
     assert why_out_of_memory(caught.value)
     assert torch.equal(ops.cosine_logits(image, text, impl="cpu"), before)
