@@ -303,12 +303,13 @@ class Features:
         if not (self.target / "manifest.json").exists():
             return "a part" if self.target.exists() else "none"
         FeatureSet.open(self.target).verify()
-        assert self.files() == self.whole, "mixed"
+        assert self.whole.items() <= self.files().items(), "mixed"
         return "new"
 
     def again(self) -> None:
         self.command()
         assert self.found() == "new", "lost"
+        assert self.files() == self.whole, f"left over: {sorted({*self.files()} - {*self.whole})}"
 
 
 COMMANDS: dict[str, type[Any]] = {

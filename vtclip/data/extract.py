@@ -279,6 +279,9 @@ class _Job(Work):
                     path.unlink()
                 return None
             if features.key == self.key:
+                if (folder / PARTIAL).exists():  # of a process that was killed right behind its end
+                    with contextlib.suppress(OSError):
+                        _remove_notes(folder)
                 return features if rebuild else self._renewed(features)
             differs = [
                 name for name, value in self.fields.items() if features.fields.get(name) != value
@@ -399,8 +402,13 @@ class _Job(Work):
         files.write_atomic(
             folder / MANIFEST, files.to_json({**body, "digest": files.json_digest(body)})
         )
-        for path in (*folder.glob("shard-*.json"), folder / PARTIAL):
-            path.unlink(missing_ok=True)
+        _remove_notes(folder)
+
+
+def _remove_notes(folder: Path) -> None:
+    """What a later run needs to go on with unfinished features; last the sign that there is any."""
+    for path in (*folder.glob("shard-*.json"), folder / PARTIAL):
+        path.unlink(missing_ok=True)
 
 
 def _check_classes(
