@@ -87,6 +87,8 @@ evaluate run npz --predictions pics
     --predictions must be a file
 evaluate run npz --predictions run/predictions.csv
     --predictions must not be a file of a run itself, got 'run/predictions.csv'
+evaluate run npz --predictions pipe
+    --predictions must be a file to write, got 'pipe', which is not a file
 evaluate run npz --predictions file
     --predictions: 'file' exists and is not such a file
 evaluate run npz --device gpu
@@ -209,6 +211,7 @@ def place(npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture(root / "pics" / name / f"{number}.jpg", number, k)
     (root / "file").write_text("hello")
     (root / "held.pt2").write_text("hello")
+    os.mkfifo(root / "pipe")
     (root / "drawn.png").write_bytes(b"a picture of somebody")
     (root / "table.npz").write_bytes(npz.read_bytes())
     vtclip.fit(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vtclip.names import option
+from vtclip.runs.result import RESULT
 
 HEAD = 1000  # bytes in which a sign stands
 
@@ -18,8 +19,11 @@ def check_target(name: str, path: Path, sign: bytes | None = None) -> None:
         else is. None: whether any file is replaced was asked already.
     """
     typed, place = option(name), f"{str(path)!a}"
-    if path.is_dir() or not path.parent.is_dir():
-        fact = "a folder" if path.is_dir() else "in a folder that does not exist"
+    odd = path.exists() and not path.is_file()  # a pipe or a device, whose reading may never end
+    if odd or not path.parent.is_dir():
+        fact = "in a folder that does not exist"
+        if odd:
+            fact = "a folder" if path.is_dir() else "which is not a file"
         raise ValueError(f"{typed} must be a file to write, got {place}, {fact}")
     if _is_of_a_run(path):
         raise ValueError(f"{typed} must not be a file of a run itself, got {place}")
@@ -34,7 +38,7 @@ def check_target(name: str, path: Path, sign: bytes | None = None) -> None:
 
 
 def _is_of_a_run(path: Path) -> bool:
-    if not (path.parent / "result.json").exists():
+    if not (path.parent / RESULT).exists():
         return False
     from vtclip.runs.folder import RUN_FILES  # needs what `vtclip selftest` does without
 
