@@ -58,7 +58,9 @@ def read_page(app: Any, name: str, source: list[str]) -> None:
     source[0] = text
 
 
-def read_docstring(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
+def read_docstring(
+    app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]
+) -> None:
     lines[:] = docstrings.as_rst(list(lines))
 
 

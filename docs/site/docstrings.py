@@ -19,7 +19,7 @@ def inline(text: str) -> str:
         if index % 2:
             out += ("\\ " if out[-1:].isalnum() else "") + f"``{part}``"
         else:
-            out += ("\\ " if out.endswith("``") and part[:1].isalnum() else "")
+            out += "\\ " if out.endswith("``") and part[:1].isalnum() else ""
             out += PLAIN.sub(lambda match: "\\" + match[0], part)
     return out
 

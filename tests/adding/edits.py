@@ -77,7 +77,7 @@ def toy_dots(device: str, dtype: torch.dtype, **shape: int) -> Work:
             '            Case("toy_dots", {**sizes, "D": 512}, toy_dots),\n',
         ),
     ),
-    "README.md": (
+    "docs/operators.md": (
         (
             "| `unit_products` |",
             "| `toy_dots` | inner products of paired rows | yes | yes | yes | yes |\n",
@@ -101,7 +101,7 @@ METHOD: Edits = {
         ('    "zeroshot": {},\n', '    "toy-scale": {"start": 0.5},\n'),
         ('"clip-adapter", "mm-adapter"}', '"toy-scale", '),
     ),
-    "README.md": (("| `rada` |", "| `toy-scale` | one temperature | training |\n"),),
+    "docs/methods.md": (("| `rada` | a mask", "| `toy-scale` | one temperature | training |\n"),),
     "CHANGELOG.md": (
         ("- Methods `clip-adapter`, `coop`,", "- Method `toy-scale`: one temperature.\n"),
     ),

@@ -142,6 +142,12 @@ def test_fit_prints_a_table_and_writes_a_run(capsys, npz, tmp_path):
     files += ["log.jsonl", "predictions.csv", "result.json"]
     assert sorted(path.name for path in folder.iterdir()) == files
     assert "4 classes, 16 training, 16 validation and 48 test images, seed 1" in out
+    first = out.splitlines()[0]
+    sentence = (
+        r"\d+\.\d % right on 48 images it did not train on \(95 % interval \d+\.\d-\d+\.\d %\); "
+        r"without training \d+\.\d %"
+    )
+    assert re.fullmatch(sentence, first)
     assert re.search(r"^zero-shot +\d+\.\d\d %", out, re.M)
     assert re.search(r"^vtclip +\d+\.\d\d %", out, re.M)
     result = json.loads((folder / "result.json").read_text())

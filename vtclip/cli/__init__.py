@@ -49,22 +49,22 @@ class Command(Protocol):
 
 
 COMMANDS: tuple[tuple[str, Command, str], ...] = (
-    ("fit", fit, "adapt to SOURCE, and compare with zero-shot on held-out images"),
-    ("evaluate", evaluate, "metrics of a run, on its test images or on SOURCE"),
-    ("predict", predict, "the most probable classes of images"),
-    ("explain", explain, "why a class and not another, by the training images that weigh most"),
-    ("features", features, "write the features of SOURCE to a folder"),
-    ("extend", extend, "a run with new classes added to it"),
-    ("repeat", repeat, "run RUN again, and compare"),
-    ("report", report, "tables and a page of a benchmark's rows"),
-    ("export", export, "a run as a .pt2 or an .onnx file"),
-    ("convert", convert, "a file of weights as safetensors that says what it is"),
-    ("data", data, "which of the field's data sets lie in ROOT"),
-    ("bench", bench, "sources x methods x shots x seeds"),
-    ("tune", tune, "time the GPU kernels' tiles, and keep a table"),
-    ("demo", demo, "the whole way on bundled data, without network"),
-    ("selftest", selftest, "every kernel on this device against the reference, and a record of it"),
-    ("info", info, "what is installed, which kernels run, and why others do not"),
+    ("fit", fit, "train a classifier on images, and test it on others"),
+    ("evaluate", evaluate, "measure a run on its test images, or on SOURCE"),
+    ("predict", predict, "classify images"),
+    ("explain", explain, "show which training images, or which part of the image, decided"),
+    ("features", features, "extract the features of SOURCE into a folder"),
+    ("extend", extend, "add classes to a run"),
+    ("repeat", repeat, "fit a run again, and say whether it matches"),
+    ("report", report, "tables and a page of benchmark results"),
+    ("export", export, "export a run to .pt2 or ONNX"),
+    ("convert", convert, "convert a file of weights to safetensors"),
+    ("data", data, "check which of the field's data sets are in ROOT"),
+    ("bench", bench, "benchmark methods over sources, shots and seeds"),
+    ("tune", tune, "time tiles of the GPU kernels, and keep the best"),
+    ("demo", demo, "run the full pipeline on bundled data (offline)"),
+    ("selftest", selftest, "prove every kernel on this device against the reference"),
+    ("info", info, "show what is installed, which kernels run, and why others do not"),
 )
 TOGETHER = ("fit", "evaluate", "features", "bench", "info")  # of which torchrun may start several
 BAD_INPUT = (
@@ -86,7 +86,8 @@ class Terminated(BaseException):
 
 def build_parser() -> Parser:
     parser = Parser(
-        prog="vtclip", description="Adapt a frozen CLIP to your images with a few shots."
+        prog="vtclip",
+        description="Few-shot classifiers on CLIP: train on a few images per class, in seconds.",
     )
     parser.add_argument("--version", action="version", version=f"vtclip {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)

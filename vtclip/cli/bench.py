@@ -58,9 +58,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--shard", metavar="I/N", help="this process's part (default: by torchrun, or all)"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with --out, which is done anyway"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue in --out (the default)")
     parser.add_shared("--follow-links")
     parser.add_shared(*FEATURES, "--model", "--cache-dir", "--device", "--threads", "--json")
 

@@ -11,7 +11,7 @@ ACTIONS = ("check",)
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("action", metavar="check", type=one_of(*ACTIONS))
+    parser.add_argument("action", metavar="check", type=one_of(*ACTIONS), help="what to do: check")
     parser.add_argument("root", metavar="ROOT", help="the folder that holds imagenet, dtd, ...")
     parser.add_argument(
         "names", metavar="NAME", nargs="*", action="extend", help="default: those that are there"

@@ -9,7 +9,9 @@ from vtclip.cli.parsing import Parser, emit, emit_table
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="vtclip-demo")
+    parser.add_argument(
+        "--out", metavar="DIR", default="vtclip-demo", help="folder to write (default: vtclip-demo)"
+    )
     parser.add_shared("--device", "--threads")
 
 

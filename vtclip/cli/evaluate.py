@@ -30,8 +30,13 @@ TTT_OPTIONS = {
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
-    parser.add_argument("source", metavar="SOURCE", nargs="?")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        help="images to measure on (default: the run's test images)",
+    )
     parser.add_argument("--data", metavar="ROOT", help="data sets: SOURCE is the name of one")
     parser.add_argument(
         "--ttt", action="store_true", help="train on every unlabelled image first, and compare"

@@ -23,9 +23,13 @@ WORDS = {"prompts": "what the prompts say", "shared": "what the training images 
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
-    parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("--out", metavar="PNG", help="a page with pictures; the heat map of vtclip")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
+    parser.add_argument("image", metavar="IMAGE", help="an image file")
+    parser.add_argument(
+        "--out",
+        metavar="PNG",
+        help="draw it: the deciding training images, or the heat map of method vtclip",
+    )
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="default: the predicted")
     parser.add_argument(
         "--top", type=count, metavar="N", help=f"rows for and rows against (default: {TOP} each)"

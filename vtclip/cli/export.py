@@ -11,7 +11,7 @@ from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, options
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", metavar="FILE.pt2", help="a program of torch.export")
     parser.add_argument("--onnx", metavar="FILE.onnx", help="an ONNX model, instead or as well")
     parser.add_argument(

@@ -19,11 +19,11 @@ from vtclip.cli.parsing import (
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
     parser.add_argument(
         "source", metavar="FOLDER", help="images of one new class, or a folder of class folders"
     )
-    parser.add_argument("--out", metavar="RUN2", required=True)
+    parser.add_argument("--out", metavar="RUN2", required=True, help="folder of the new run")
     parser.add_argument("--name", help="the one new class, where it is not called like its folder")
     parser.add_argument(
         "--shots",

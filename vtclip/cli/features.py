@@ -16,10 +16,15 @@ from vtclip.environment import is_first
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("--out", metavar="DIR", required=True)
-    parser.add_argument("--spatial", metavar="OPT", default="default", help="or none: global only")
-    parser.add_argument("--templates", metavar="NAME|FILE")
+    parser.add_argument("source", metavar="SOURCE", help="images, as for vtclip fit")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write")
+    parser.add_argument(
+        "--spatial",
+        metavar="OPT",
+        default="default",
+        help="default, none (image vectors alone), or a kind of the encoder",
+    )
+    parser.add_shared("--templates")
     parser.add_batch_size("--encoder-batch-size", "--batch-size")
     parser.add_shared("--class-names", "--follow-links")
     parser.add_shared("--augment-passes", "--model", "--cache-dir", "--device", "--threads")

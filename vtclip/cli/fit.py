@@ -91,16 +91,16 @@ def _add_images(parser: Parser) -> None:
         help="training images per class at most, or all; a class with fewer trains on those it "
         "has (default: 16)",
     )
-    add("--seed", type=seed, default=1, help="draws the training images (default: 1)")
+    add("--seed", type=seed, default=1, help="seed that draws the training images (default: 1)")
     add(
         "--test",
         metavar="SOURCE",
-        help="source of the test images (default: --test-fraction of each class)",
+        help="folder or list of test images (default: --test-fraction of each class)",
     )
     add(
         "--val",
         metavar="SOURCE",
-        help="source of the validation images (default: up to 4 of each class)",
+        help="folder or list of validation images (default: up to 4 of each class)",
     )
     parser.add_shared("--test-fraction", group=group)
     add(
@@ -117,8 +117,8 @@ def _add_images(parser: Parser) -> None:
     add(
         "--unlabelled",
         metavar="FOLDER|test",
-        help="decide the test images together too, with the images of FOLDER (no label is read) or "
-        "alone (test): numbers of their own",
+        help="also decide the test images as one batch, alone (test) or with the images of FOLDER, "
+        "whose labels are not read; reported apart",
     )
     add(
         "--strict",
@@ -130,7 +130,8 @@ def _add_images(parser: Parser) -> None:
     add(
         "--pseudo-labels",
         action="store_true",
-        help="use no labels: train on the --shots images of each class that zero-shot is surest of",
+        help="ignore labels; train on the most confident zero-shot predictions (--shots "
+        "per predicted class)",
     )
 
 
@@ -152,19 +153,25 @@ def _add_training(parser: Parser) -> None:
         "--method",
         type=one_of(*METHODS),
         metavar="NAME",
-        help="default auto, which fits several and pools what they say; " + " | ".join(METHODS),
+        help="default auto, which fits several methods and pools their probabilities; "
+        + " | ".join(METHODS),
     )
     add(
         "--budget",
         type=number(float, 0, 1e9, above=True),
         metavar="SECONDS",
-        help="auto: what its fits may be expected to take of one processor (default: the usual "
-        "candidates, whatever they take)",
+        help="auto: also try slower candidates that are expected to fit into this time of one "
+        "processor, and leave out what does not",
     )
     add("--epochs", type=count, metavar="N", help="passes over the training images")
     add("--lr", type=number(float, 0, 1000, above=True), help="largest learning rate")
     add("--optimizer", type=one_of(*OPTIMIZERS), help=" | ".join(OPTIMIZERS))
-    add("--weight-decay", type=number(float, 0, 1000), metavar="W", help="of the optimizer")
+    add(
+        "--weight-decay",
+        type=number(float, 0, 1000),
+        metavar="W",
+        help="weight decay of the optimizer",
+    )
     add("--batch-size", type=count, metavar="N", help="training images per step")
     add(
         "--label-smoothing",
@@ -172,8 +179,17 @@ def _add_training(parser: Parser) -> None:
         metavar="E",
         help="share of the target that goes to the other classes",
     )
-    add("--loss", type=one_of(*LOSSES), help="ce | gce, which wrong labels pull less")
-    add("--gce-q", type=number(float, 0, 1, above=True), metavar="Q", help="exponent of gce")
+    add(
+        "--loss",
+        type=one_of(*LOSSES),
+        help="ce | gce (generalised cross-entropy, robust to label noise)",
+    )
+    add(
+        "--gce-q",
+        type=number(float, 0, 1, above=True),
+        metavar="Q",
+        help="gce: its exponent; 0 is cross-entropy, 1 is the mean absolute error (default: 0.5)",
+    )
     add("--train-encoders", action="store_true", help="train both CLIP towers too (method rada)")
     add(
         "--lora",
@@ -184,12 +200,12 @@ def _add_training(parser: Parser) -> None:
         "--lora-rank",
         type=number(int, 1, 10_000),
         metavar="R",
-        help="their rank (default: 2)",
+        help="rank of the adapters (default: 2)",
     )
     add(
         "--precision",
         type=one_of(*PRECISIONS),
-        help="of the trained towers: " + " | ".join(PRECISIONS) + " (default: fp32)",
+        help="precision of the trained towers: " + " | ".join(PRECISIONS) + " (default: fp32)",
     )
     add(
         "--grad-checkpointing",
@@ -202,8 +218,14 @@ def _add_methods(parser: Parser) -> None:
     """Options of single methods."""
     group = parser.add_argument_group("options of one method")
     add = group.add_argument
-    add("--adapters", action="store_true", help="rada: bottleneck adapters before it")
-    add("--penalty", type=one_of(*PENALTIES), help="rada: of its mask, " + " | ".join(PENALTIES))
+    add(
+        "--adapters", action="store_true", help="rada: add bottleneck adapters before the attention"
+    )
+    add(
+        "--penalty",
+        type=one_of(*PENALTIES),
+        help="rada: penalty that holds the mask near 1, " + " | ".join(PENALTIES),
+    )
     add(
         "--penalty-weight",
         type=number(float, 0, 1e6),
@@ -214,13 +236,13 @@ def _add_methods(parser: Parser) -> None:
         "--queries",
         type=several(one_of(*QUERIES)),
         metavar="LIST",
-        help="rada: of " + ",".join(QUERIES),
+        help="rada: attention maps to compute, of " + ",".join(QUERIES),
     )
     add(
         "--temperature",
         type=number(float, 0, 1e6, above=True),
         metavar="T",
-        help="rada: of its attention",
+        help="rada: temperature of the softmax",
     )
     add(
         "--context-length",
@@ -232,7 +254,7 @@ def _add_methods(parser: Parser) -> None:
     add(
         "--class-position",
         type=one_of(*POSITIONS),
-        help="coop: of the class name among the vectors, " + " | ".join(POSITIONS),
+        help="coop: where the class name stands among the vectors, " + " | ".join(POSITIONS),
     )
     add("--context-init", metavar="WORDS", help='coop: start at these, e.g. "a photo of a"')
 
@@ -247,7 +269,7 @@ def _add_run(parser: Parser) -> None:
         help="folder of the run (default: runs/SOURCE-METHOD-SHOTSshot-seedSEED)",
     )
     add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out")
     parser.add_shared("--json", group=group)
 
 
@@ -312,6 +334,34 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     return overrides
 
 
+def headline(result: dict[str, Any]) -> str:
+    """The number that matters, in one sentence."""
+    if "harmonic_mean" in result:
+        means = result["harmonic_mean"]
+        return (
+            f"{_percent(means['adapted'])} harmonic mean of base and new classes; "
+            f"without training {_percent(means['zero_shot'])}"
+        )
+    adapted, zero_shot = result["adapted"], result["zero_shot"]
+    images = f"{adapted['count']:,} images it did not train on"
+    if "map" in adapted:
+        return (
+            f"{_percent(adapted['map'])} mean average precision on {images}; "
+            f"without training {_percent(zero_shot['map'])}"
+        )
+    low, high = adapted["interval95"]
+    return (
+        f"{_percent(adapted['accuracy'])} right on {images} "
+        f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %); "
+        f"without training {_percent(zero_shot['accuracy'])}"
+    )
+
+
+def _percent(share: float | None) -> str:
+    """A share that has no value where no image counts."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def print_fit(fitted: Any) -> None:
     """The table of a run, with what was fitted to what above it, its images and cost below."""
     from vtclip.files import several
@@ -321,6 +371,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.runs.together import together_line
 
     result = fitted.result
+    emit(headline(result))
     counts = result["images"]
     classes = several(len(result["classes"]), "class", "classes")
     emit(

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(other, **{**settings, **same})
 
     def add_model_of_run(self) -> None:
-        self.add_argument("--model", help="another place of the weights the run was fitted on")
+        self.add_argument("--model", help="path to the weights, if they have moved")
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
@@ -194,7 +194,9 @@ count = number(int, 1, 1_000_000)
 seed = number(int, 0, MAX_SEED)
 SHARED: dict[str, dict[str, Any]] = {
     "--spatial": {
-        "metavar": "OPT", "help": "kind of spatial features (default: what the method needs)"
+        "metavar": "OPT",
+        "help": "spatial features to keep: default, or a kind of the encoder: raw, pooled, "
+        "projected, ... (default: what the method needs)",
     },
     "--prompt": {
         "metavar": "NAME", "help": "one prompt of an .npz with several (default: their mean)"
@@ -210,7 +212,7 @@ SHARED: dict[str, dict[str, Any]] = {
     },
     "--augment-passes": {
         "type": number(int, 0, 1000), "default": 0, "metavar": "N",
-        "help": "random crops of every training image to train on as well (default: 0)",
+        "help": "random crops of every training image to train on in addition (default: 0)",
     },
     "--class-names": {
         "metavar": "FILE", "help": "the classes' names where folders are called by ids "
@@ -219,11 +221,16 @@ SHARED: dict[str, dict[str, Any]] = {
     "--model": {
         "default": "demo", "help": "demo, ViT-B-32:openai, ViT-B-32:/file, local-dir:/dir"
     },
-    "--follow-links": {"action": "store_true", "help": "enter folders that are links, too"},
-    "--encoder-batch-size": {
-        "type": count, "default": 64, "metavar": "N", "help": "images at a time (default: 64)"
+    "--follow-links": {
+        "action": "store_true", "help": "also enter folders that are symbolic links"
     },
-    "--cache-dir": {"metavar": "DIR", "help": "where features of image folders are kept"},
+    "--encoder-batch-size": {
+        "type": count, "default": 64, "metavar": "N",
+        "help": "images encoded at a time (default: 64)",
+    },
+    "--cache-dir": {
+        "metavar": "DIR", "help": "cache of extracted features (default: ~/.cache/vtclip)"
+    },
     "--device": {"help": "cpu, cuda, cuda:N; default: a GPU where there is one"},
     "--threads": {
         "type": number(int, 1, 4096), "metavar": "N", "help": "CPU threads (default: torch's)"

@@ -31,11 +31,13 @@ share = number(float, 0, 1, above=True)
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", action="extend", help="files, and folders of them"
     )
-    parser.add_argument("--topk", type=count, default=5)
+    parser.add_argument(
+        "--topk", type=count, default=5, metavar="N", help="classes to show per image (default: 5)"
+    )
     parser.add_batch_size("--batch-size", "--encoder-batch-size")
     parser.add_argument("--csv", action="store_true", help="print CSV: " + ",".join(CSV_COLUMNS))
     parser.add_argument(

@@ -17,7 +17,7 @@ MEANING = {
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", metavar="RUN2", help="keep the second run there")
     parser.add_model_of_run()
     parser.add_shared("--encoder-batch-size", "--cache-dir", "--json")
