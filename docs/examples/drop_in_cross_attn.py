@@ -46,7 +46,7 @@ def step(model, tokens):
 def compare(what, found, wanted, limit):
     pairs = zip(found, wanted, strict=True)  # differences as shares of the largest value
     worst = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
-    print(f"{what}: differs by {worst:.1e}, {limit:.0e} is allowed", flush=True)
+    print(f"{what}: differs by {worst:.1e}, {limit:.0e} is allowed\n", end="", flush=True)
     if not worst < limit:
         raise SystemExit(1)
 
