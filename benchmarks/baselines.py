@@ -43,6 +43,20 @@ def tail_plain(
     return cosine_normalized(image, summed, scale)
 
 
+class ExpandedMultihead(nn.Module):
+    """Learned queries expanded to the batch, in torch's own attention module."""
+
+    def __init__(self, num_queries: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(0.02 * torch.randn(num_queries, dim))
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query = self.query.expand(len(tokens), -1, -1)
+        out: Tensor = self.attention(query, tokens, tokens, need_weights=False)[0]
+        return out
+
+
 class NaiveVTCLIP(nn.Module):
     """torch's decoder layer on the texts repeated for every image."""
 

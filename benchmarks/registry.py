@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtclip import heads, ops
+from vtclip.nn import SharedQueryAttention
 from vtclip.testing.problems import FUNCTIONS
 
 Provider = Callable[..., Tensor]
@@ -106,6 +107,20 @@ def cross_attn(device: str, dtype: torch.dtype, **shape: int) -> Work:
         "folded in plain torch": baselines.attention_folded,
     }
     return _work("cross_attn", device, dtype, shape, providers)
+
+
+def shared_query_attention(device: str, dtype: torch.dtype, **shape: int) -> Work:
+    B, K, L, C, H = (shape[letter] for letter in "BKLCH")
+    ours = SharedQueryAttention(K, C, H).to(device, dtype)
+    multihead = baselines.ExpandedMultihead(K, C, H).to(device, dtype)
+    ours.load_multihead_attention(multihead.attention, multihead.query)
+    tokens = torch.randn(B, L, C, device=device, dtype=dtype)
+
+    def oracle() -> Tensor:
+        return copy.deepcopy(multihead).double()(tokens.double())
+
+    modules = {"vtclip": ours, "nn.MultiheadAttention, query expanded": multihead}
+    return _module_work([tokens], modules, oracle)
 
 
 def cosine_logits(device: str, dtype: torch.dtype, **shape: int) -> Work:
@@ -224,12 +239,14 @@ def rada_head(device: str, dtype: torch.dtype, B: int, K: int, D: int, H: int) -
 RADA = {"B": 32, "K": 50}
 MANY_CLASSES = {"B": 8, "K": 500}
 ATTENTION = {"B": 32, "H": 8, "K": 100, "L": 49, "d": 128}
+SHARED_QUERY = {"B": 32, "K": 64, "L": 196, "C": 512, "H": 8}
 CASES = (
     Case("cross_attn", ATTENTION, cross_attn, compiled=("naive",)),
     Case("cross_attn", {**ATTENTION, "L": 196, "d": 64}, cross_attn),
     Case("cross_attn", {**ATTENTION, "L": 196}, cross_attn),
     Case("cross_attn", {**ATTENTION, "B": 8, "L": 576}, cross_attn),
     Case("cross_attn", {**ATTENTION, "B": 8}, cross_attn, torch.bfloat16),
+    Case("SharedQueryAttention", SHARED_QUERY, shared_query_attention),
     Case("cosine_logits", {"B": 128, "K": 1000, "D": 512}, cosine_logits),
     Case("norm_cosine_logits", {"B": 32, "K": 100, "C": 1024}, norm_cosine_logits),
     Case("ffn_cosine_logits", {"B": 32, "K": 100, "C": 1024, "F": 2048}, ffn_cosine_logits),

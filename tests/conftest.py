@@ -31,6 +31,7 @@ ONE_THREAD = (
     "clip",
     "data",
     "heads",
+    "nn",
     "runs",
     "train",
 )  # folders of tests on tiny tensors

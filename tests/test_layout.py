@@ -84,6 +84,7 @@ ARROWS = {
     "ops": {"backends", "reference", "names"},
     "testing": {"ops", "backends", "names"},
     "info": {"ops", "backends", "testing", "files"},
+    "nn": {"ops"},
     "heads": {"ops", "names"},
     "data": {"clip", "environment", *BASE},
     "train": {"heads", "data", "clip", *BASE},
@@ -137,6 +138,7 @@ FOREIGN = {
     "vtclip/reference": ("triton", "open_clip"),
     "vtclip/backends": ("triton", "open_clip"),
     "vtclip/ops": ("triton", "open_clip"),
+    "vtclip/nn": ("triton", "open_clip"),
     "vtclip/heads": ("triton", "open_clip"),
     "vtclip/data": ("triton", "open_clip"),
 }

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "ops": "vtclip.ops",
+    "nn": "vtclip.nn",
     "heads": "vtclip.heads",
     "testing": "vtclip.testing",
     "fit": "vtclip.runs.fit:fit",

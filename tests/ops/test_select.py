@@ -193,7 +193,8 @@ BAD = {
     "rank": (
         lambda: ops.cross_attn(four(2, 3, 4), four(1, 2, 5, 4), four(1, 2, 5, 4)),
         ValueError,
-        r"query must be \[B\|1, H, K, d\]",
+        r"query must have 4 dimensions \[B\|1, H, K, d\], got \[2, 3, 4\]; "
+        r"unsqueeze\(1\) for one head",
     ),
     "key width": (
         lambda: ops.cross_attn(four(1, 2, 3, 4), four(6, 2, 5, 8), four(6, 2, 5, 4)),

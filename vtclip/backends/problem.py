@@ -15,12 +15,17 @@ ATTENTION = ("cross_attn", "cross_attn_weights", "rational_attn")  # width = hea
 
 
 class Problem(NamedTuple):
-    """The static facts of one call. `width` is the head width d or the feature width."""
+    """The static facts of one call.
+
+    width: the head width d or the feature width.
+    needs: an option that only the reference has, as errors and warnings name it.
+    """
 
     op: str
     device: str
     dtype: torch.dtype
     width: int
+    needs: str = ""
 
 
 class Backend(Protocol):

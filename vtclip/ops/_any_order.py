@@ -23,7 +23,7 @@ from vtclip.backends.problem import constant_when_traced
 from vtclip.ops._traced import define_traced, never_compiled, wants_gradients
 
 _STORES: dict[str, str] = {}  # operator -> what recomputing stores
-_WARNED: set[str] = set()  # operators that have said so
+_WARNED: set[str] = set()  # operators, and options of theirs, that have said so
 
 
 class _Saved:
@@ -45,15 +45,23 @@ class _Constants:
     save_for_backward = mark_non_differentiable = set_materialize_grads = _nothing
 
 
+def _say_once(key: str, text: str, stacklevel: int) -> None:
+    if key not in _WARNED:
+        _WARNED.add(key)
+        warnings.warn(f"{text}; said once", stacklevel=stacklevel)
+
+
 def _warn(name: str) -> None:
     """Says once per process and operator what recomputing costs."""
-    if name not in _WARNED:
-        _WARNED.add(name)
-        warnings.warn(
-            f"{name}: second derivatives, vmap and forward mode recompute through "
-            f'impl="reference", which stores {_STORES[name]}; said once',
-            stacklevel=3,
-        )
+    text = "second derivatives, vmap and forward mode recompute through"
+    _say_once(name, f'{name}: {text} impl="reference", which stores {_STORES[name]}', stacklevel=4)
+
+
+@constant_when_traced
+def warn_of_reference(op: str, option: str, stores: str) -> None:
+    """Says once per process, operator and option that the reference runs, and what it stores."""
+    text = f'{op}: {option} runs through impl="reference", which stores {stores}'
+    _say_once(f"{op} {option}", text, stacklevel=6)
 
 
 @constant_when_traced

@@ -89,6 +89,11 @@ def _explain_shape(op: str, specs: Mapping[str, tuple[Tensor, str]], sizes: dict
         )
         if not fits:
             named = ", ".join(letters)
+            if tensor.dim() != len(letters):
+                raise ValueError(
+                    f"{op}: {argument} must have {len(letters)} dimensions [{named}], "
+                    f"got {list(tensor.shape)}"
+                )
             wanted = ", ".join(
                 str(sizes.get(letter.partition("|")[0], 1)) + ("|1" if "|" in letter else "")
                 for letter in letters
@@ -117,7 +122,8 @@ def common_dtype(*tensors: Tensor) -> list[Tensor]:
         if tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     device = tensors[0].device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    # the meta device has no autocast of its own, and torch refuses to be asked
+    if dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     same = (tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
     return [tensor.resolve_neg() for tensor in same]

@@ -45,6 +45,8 @@ def _is_only_reference() -> bool:
 
 
 def _against(backend: Backend, problem: Problem, *, asked_for: bool) -> tuple[str, ...]:
+    if problem.needs and backend.name != "reference":
+        return (f"takes no {problem.needs}",)
     if not asked_for and backend.name == "triton" and problem.device == "cpu":
         # Triton's interpreter takes CPU tensors, a thousand times slower than anything else
         return (f"needs cuda tensors, got {problem.device}",)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtclip.ops._any_order import any_order
+from vtclip.ops._attn_options import chosen_for, in_groups, out_of_groups, per_query_head
 from vtclip.ops._autograd import forward_of, only_needed
-from vtclip.ops._select import Impl, Problem, select
-from vtclip.ops.cross_attn import validate
+from vtclip.ops._select import Impl
+from vtclip.ops.cross_attn import expanded, validate
 from vtclip.reference import cross_attn_weights as reference
 
 
@@ -43,13 +44,16 @@ def cross_attn_weights(
     key: Tensor,
     *,
     key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    enable_gqa: bool = False,
     scale: float | None = None,
     impl: Impl | None = None,
 ) -> Tensor:
     """softmax_l(scale * query @ key^T): which tokens each query looks at, differentiable.
 
     Args:
-        query: [B|1, H, K, d]; key: [B|1, H, L, d]; key_mask: [B|1, L] bool, True = attend.
+        query: [B|1, H, K, d]; key: [B|1, H, L, d]; key_mask: [B|1, L] bool, True = takes part.
+        attn_mask, enable_gqa: as in `cross_attn`.
         scale: finite float, 1 / sqrt(d) by default.
         impl: None takes the first implementation that can run; a named one runs or raises.
 
@@ -60,12 +64,18 @@ def cross_attn_weights(
     Raises: as `cross_attn`. The map is stored, so memory grows as B*H*K*L. Second derivatives,
     `vmap` and forward-mode differentiation recompute through the reference.
     """
-    op = "cross_attn_weights"
-    (query, key), scale, B = validate(op, {"query": query, "key": key}, key_mask, scale)
-    chosen = select(Problem(op, query.device.type, query.dtype, query.shape[-1]), impl)
+    op, tensors = "cross_attn_weights", {"query": query, "key": key}
+    checked = validate(op, tensors, key_mask, attn_mask, enable_gqa, scale)
+    (query, key), key_mask, attn_mask, scale, B = checked
+    H, K, d = query.shape[1:]
+    chosen = chosen_for(op, query, d, impl, attn_mask=attn_mask)
     if chosen.name == "reference":
-        weights = reference.cross_attn_weights(query, key, key_mask, scale)
+        if key.shape[1] != H:
+            key = per_query_head(key, H)
+        weights = reference.cross_attn_weights(query, key, key_mask, scale, attn_mask)
         return weights.expand(B, *weights.shape[1:])
-    key = key.expand(B, *key.shape[1:])
+    key, grouped = expanded(key, B), key.shape[1] != H
+    if grouped:
+        query = in_groups(query, key.shape[1])
     result: Tensor = _CrossAttnWeights.apply(query, key, key_mask, scale, chosen)
-    return result
+    return out_of_groups(result, H, K) if grouped else result

@@ -177,7 +177,8 @@ class Op:
     def reference(self, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """What plain torch returns: the first of the outputs."""
         function = getattr(importlib.import_module(f"vtclip.reference.{self.name}"), self.name)
-        names = inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters.values()
+        names = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
         return tensors_of(function(**{name: inputs[name] for name in names}))
 
 
