@@ -109,7 +109,9 @@ def test_a_room_imports_what_the_tree_shows(room):
 def test_the_tree_has_no_cycles_and_few_floors():
     assert set(ARROWS) == set(GRAPH.rooms)
     assert cycles(GRAPH.rooms) == []
-    assert cycles(GRAPH.imports) == []
+    face = {"vtclip"}  # which names everything for type checkers, and imports it when asked
+    inside = {m: targets - face for m, targets in GRAPH.imports.items() if m not in face}
+    assert cycles(inside) == []
     assert max(GRAPH.floors().values()) <= FLOORS
     loose = [p.stem for p in (ROOT / "vtclip").glob("*.py") if p.stem not in OUTSIDE]
     assert len(loose) <= ROOT_FILES

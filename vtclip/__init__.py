@@ -1,14 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused cross-attention kernels for CLIP adaptation, and the adapters built on them.
+"""Few-shot adaptation of a frozen CLIP, and the fused attention operators under it.
+
+    run = vtclip.fit("my_images", model="ViT-B-32:openai", shots=16, out="run")
+    classifier = vtclip.Classifier.load("run")
+    classifier.predict("photo.jpg", topk=3)
+
+    fit, evaluate, extend, repeat         a run: train and test it, add classes, do it again
+    Run, Classifier                       what is read from its folder; what predicts with it
+    export, load_exported                 one file of it that runs without vtclip
+    open_source, load_clip                features of a source of images; a model by its name
+    ops, heads, testing                   operators; methods as torch modules; error budgets
 
 `import vtclip` costs torch and nothing else: Triton, the compiled extension, open_clip and the
-training loop are imported when they are first used.
+training loop are imported when they are first used. `help(vtclip.fit)` has every option.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors
+    from vtclip import heads as heads
+    from vtclip import ops as ops
+    from vtclip import testing as testing
+    from vtclip.clip import load_clip as load_clip
+    from vtclip.data.sources import open_source as open_source
+    from vtclip.runs.classifier import Classifier as Classifier
+    from vtclip.runs.evaluate import evaluate as evaluate
+    from vtclip.runs.export import export as export
+    from vtclip.runs.export import load_exported as load_exported
+    from vtclip.runs.extend import extend as extend
+    from vtclip.runs.fit import fit as fit
+    from vtclip.runs.repeat import repeat as repeat
+    from vtclip.runs.result import Run as Run
 
 __version__ = "0.1.0"
 
@@ -30,15 +55,16 @@ _LAZY = {
 
 __all__ = ["__version__", *_LAZY]
 
+if not TYPE_CHECKING:  # a type checker that saw it would take any name for Any
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'vtclip' has no attribute {name!r}")
-    module, _, attribute = _LAZY[name].partition(":")
-    loaded = importlib.import_module(module)
-    value = getattr(loaded, attribute) if attribute else loaded
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'vtclip' has no attribute {name!r}")
+        module, _, attribute = _LAZY[name].partition(":")
+        loaded = importlib.import_module(module)
+        value = getattr(loaded, attribute) if attribute else loaded
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -128,6 +128,7 @@ class Head(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """K, the number of class texts."""
         return self.text.shape[0]
 
     def options(self) -> Options:

@@ -168,6 +168,7 @@ class Run:
         return cls(folder, contents)
 
     def save(self) -> None:
+        """Write `result` to the folder's result.json, in one step."""
         write_atomic(self.folder / RESULT, self.as_bytes())
 
     def as_bytes(self) -> bytes:
@@ -175,6 +176,7 @@ class Run:
         return to_json(sealed(self.result))
 
     def table(self) -> str:
+        """Zero-shot and the adapted head, a line of metrics each, as `vtclip fit` prints them."""
         return result_table(self.result)
 
 
