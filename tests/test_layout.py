@@ -74,6 +74,7 @@ BASE = {"names", "files", "schemas", "machine", "distributed"}  # import none of
 ARROWS = {
     **{room: set() for room in BASE - {"distributed", "files"}},
     "environment": set(),
+    "extensions": set(),
     "distributed": {"environment"},
     "writing": set(),
     "files": {"writing"},  # which hands it on
@@ -84,16 +85,18 @@ ARROWS = {
     "ops": {"backends", "reference", "names"},
     "testing": {"ops", "backends", "names"},
     "info": {"ops", "backends", "testing", "files"},
-    "heads": {"ops", "names"},
-    "data": {"clip", "environment", *BASE},
+    "heads": {"ops", "names", "extensions"},
+    "data": {"clip", "environment", "extensions", *BASE},
     "train": {"heads", "data", "clip", *BASE},
-    "runs": {"train", "heads", "data", "clip", "ops", "backends", "environment", *BASE},
+    "runs": {
+        *("train", "heads", "data", "clip", "ops", "backends", "environment", "extensions", *BASE),
+    },
     "tune": {"kernels", "backends", "testing", "files"},
     "bench": {"runs", "train", "heads", "data", "clip", "environment", *BASE},
     "demo": {"runs", "data", "clip", "files", "machine"},
     "cli": {
         *("bench", "demo", "tune", "info", "runs", "train", "data", "backends"),
-        "testing",
+        *("testing", "extensions"),
         *("clip", "names", "files", "machine", "environment"),
     },
 }

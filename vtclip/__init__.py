@@ -9,6 +9,7 @@
     Run, Classifier                       what is read from its folder; what predicts with it
     export, load_exported                 one file of it that runs without vtclip
     open_source, load_clip                features of a source of images; a model by its name
+    register_method, register_data_set    names of your own for fit, bench and the command line
     ops, heads, testing                   operators; methods as torch modules; error budgets
 
 `import vtclip` costs torch and nothing else: Triton, the compiled extension, open_clip and the
@@ -25,7 +26,9 @@ if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors
     from vtclip import ops as ops
     from vtclip import testing as testing
     from vtclip.clip import load_clip as load_clip
+    from vtclip.data.sets import register_data_set as register_data_set
     from vtclip.data.sources import open_source as open_source
+    from vtclip.heads import register_method as register_method
     from vtclip.runs.classifier import Classifier as Classifier
     from vtclip.runs.evaluate import evaluate as evaluate
     from vtclip.runs.export import export as export
@@ -51,6 +54,8 @@ _LAZY = {
     "Classifier": "vtclip.runs.classifier:Classifier",
     "open_source": "vtclip.data.sources:open_source",
     "load_clip": "vtclip.clip:load_clip",
+    "register_method": "vtclip.heads:register_method",
+    "register_data_set": "vtclip.data.sets:register_data_set",
 }
 
 __all__ = ["__version__", *_LAZY]

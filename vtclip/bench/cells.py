@@ -17,7 +17,7 @@ from typing import Any
 from vtclip.bench.intervals import seed_interval
 from vtclip.bench.published import read_published
 from vtclip.bench.rows import Row
-from vtclip.names import METHODS
+from vtclip.names import in_order as methods_in_order
 
 CLASS_PARTS = ("base", "new", "harmonic mean")
 METRICS = ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
@@ -127,11 +127,9 @@ def method_of(line: str) -> str:
 def in_order(lines: Iterable[str]) -> list[str]:
     """Lines in the usual order of their methods, unknown methods last."""
 
-    def place(line: str) -> tuple[int, str]:
-        method = method_of(line)
-        return (METHODS.index(method) if method in METHODS else len(METHODS), line)
-
-    return sorted(lines, key=place)
+    listed = list(lines)
+    methods = methods_in_order({method_of(line) for line in listed})
+    return sorted(listed, key=lambda line: (methods.index(method_of(line)), line))
 
 
 def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:

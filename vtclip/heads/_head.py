@@ -217,7 +217,3 @@ class ImageHead(Head):
     def image_logits(self, image: Tensor) -> Tensor:
         """Checked image features [B, C] -> logits [B, K]."""
         raise NotImplementedError
-
-
-# method -> class, filled by heads/__init__.py, which alone knows every head
-HEADS: dict[str, type[Head]] = {}

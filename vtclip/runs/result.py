@@ -29,6 +29,7 @@ from vtclip.files import (
     unsealed,
     write_atomic,
 )
+from vtclip.heads import method_from
 from vtclip.machine import Stopwatch, peak_memory_mb
 from vtclip.schemas import (
     by_name,
@@ -79,6 +80,7 @@ _names = rows(text)
 SCHEMA = table(
     {
         "method": text,
+        "method_from?": maybe(by_name(maybe(text))),
         "source": text,
         "shots": either(whole(), text),
         "seed": whole(),
@@ -203,8 +205,10 @@ def make_result(
     images: training, validation and test images; `unreadable` ones are not among them.
     """
     device = watch.device or torch.device("cpu")
+    origin = method_from(method)
     return {
         "method": method,
+        **({} if origin is None else {"method_from": origin}),
         "source": source,
         "shots": shots,
         "seed": seed,
