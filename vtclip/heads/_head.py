@@ -47,7 +47,8 @@ class TextModel(Protocol):
     name: str
 
     @property
-    def tokenizer(self) -> Callable[[list[str]], Tensor]: ...
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """From sentences to their tokens [n, length]."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,9 +47,13 @@ from vtclip.schemas import (
 )
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from torch import Tensor
 
+    from vtclip import Classifier
     from vtclip.data.records import Records
+    from vtclip.runs.answers import Prediction
+    from vtclip.runs.pictures import Picture
 
 RESULT, WHAT = "result.json", "a vtclip run"
 
@@ -144,6 +148,52 @@ class Run:
                 f"{self.folder} holds no confusion matrix; vtclip evaluate computes it"
             )
         return confusion_counts(self.result["confusion"])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: metrics, confusions, the worst wrong images."""
+        from vtclip.runs.notebook import run_html
+
+        return run_html(self.folder, self.result)
+
+    @property
+    def rows(self) -> list[Json]:
+        """What the run said of each validation and test image: file, label, predicted, role ("val"
+        or "test"), probability of the predicted class, and top, (class, probability) pairs.
+        """
+        from vtclip.runs.predictions import rows_of
+
+        return rows_of(self.folder)
+
+    @property
+    def predictions(self) -> DataFrame:
+        """`rows` as a pandas frame; an ImportError without pandas."""
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError(
+                'predictions: pandas is not installed: pip install "vtclip[tables]"; Run.rows '
+                "needs none"
+            ) from None
+        return pandas.DataFrame(self.rows)
+
+    @functools.cached_property
+    def classifier(self) -> Classifier:
+        """The run's `vtclip.Classifier`, loaded once, on a GPU where there is one."""
+        import vtclip
+
+        return vtclip.Classifier.load(self.folder)
+
+    def predict(
+        self, images: Picture | Iterable[Picture], topk: int = 5, *, batch_size: int = 64
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """`Classifier.predict`: the topk most probable classes of one image, or of each of many."""
+        found: list[Prediction] | list[list[Prediction]]
+        found = self.classifier.predict(images, topk, batch_size=batch_size)
+        return found
+
+    def predict_proba(self, images: Picture | Iterable[Picture], *, batch_size: int = 64) -> Tensor:
+        """`Classifier.predict_proba`: probabilities [B, K] float64, columns as "classes"."""
+        return self.classifier.predict_proba(images, batch_size=batch_size)
 
     @property
     def accuracy(self) -> float:
