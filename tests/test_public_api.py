@@ -75,7 +75,7 @@ def test_mypy_knows_what_the_names_are(tmp_path):
     said = re.findall(r"snippet.py:(\d+): (?:note|error): (.*)", done.stdout)
     of_line = {int(line): text for line, text in reversed(said)}
     assert of_line[4] == 'Revealed type is "vtclip.runs.result.Run"', done.stdout + done.stderr
-    assert re.search(r"list\[.*vtclip\.runs\.answers\.Prediction\]", of_line[5])
+    assert re.search(r"list\[.*vtclip\.runs\.predictions\.Prediction\]", of_line[5])
     assert "vtclip.heads.zeroshot.ZeroShot" in of_line[6]
     assert 'Argument "method" to "fit" has incompatible type "int"' in of_line[7]
     assert 'Module has no attribute "fitt"' in of_line[8]

@@ -43,6 +43,13 @@ TOPK = 5
 MOST_CELLS = 50  # classes up to which a confusion matrix is written in full
 
 
+class Prediction(NamedTuple):
+    """A class and its probability 0..1."""
+
+    label: str
+    probability: float
+
+
 class Part(NamedTuple):
     """Images of one role: their names, and what the head says of them in the same order.
 

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 
     from vtclip import Classifier
     from vtclip.data.records import Records
-    from vtclip.runs.answers import Prediction
     from vtclip.runs.pictures import Picture
+    from vtclip.runs.predictions import Prediction
 
 RESULT, WHAT = "result.json", "a vtclip run"
 
