@@ -91,6 +91,7 @@ ARROWS = {
     "runs": {
         *("train", "heads", "data", "clip", "ops", "backends", "environment", "extensions", *BASE),
     },
+    "sklearn": {"train", "heads", "data", "names"},
     "tune": {"kernels", "backends", "testing", "files"},
     "bench": {"runs", "train", "heads", "data", "clip", "environment", *BASE},
     "demo": {"runs", "data", "clip", "files", "machine"},

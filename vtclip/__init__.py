@@ -10,6 +10,7 @@
     export, load_exported                 one file of it that runs without vtclip
     open_source, load_clip                features of a source of images; a model by its name
     register_method, register_data_set    names of your own for fit, bench and the command line
+    vtclip.sklearn.FewShotClassifier      a method on a matrix of features (extra sklearn)
     ops, heads, testing                   operators; methods as torch modules; error budgets
 
 `import vtclip` costs torch and nothing else: Triton, the compiled extension, open_clip and the
