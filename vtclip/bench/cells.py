@@ -59,7 +59,19 @@ class Cell:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The 95 % interval, over seeds where they differ, else of the test set."""
+        """The 95 % interval within 0..1, over seeds where they differ, else of the test set."""
+        whole = self._whole
+        return None if whole is None else (max(0.0, whole[0]), min(1.0, whole[1]))
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether mean ± half leaves 0..1, so that `bounds` says more."""
+        whole = self._whole
+        return whole is not None and (whole[0] < -SAME or whole[1] > 1 + SAME)
+
+    @property
+    def _whole(self) -> tuple[float, float] | None:
+        """The interval as its formula gives it, which may leave 0..1."""
         return seed_interval(list(self.accuracy.values())) if self.seeds_differ else self.interval
 
     @property
@@ -71,9 +83,9 @@ class Cell:
 
     @property
     def half(self) -> float | None:
-        """Half of the length of `bounds`."""
-        bounds = self.bounds
-        return None if bounds is None else (bounds[1] - bounds[0]) / 2
+        """Half of the length of the interval, before it is cut to 0..1."""
+        whole = self._whole
+        return None if whole is None else (whole[1] - whole[0]) / 2
 
 
 @dataclass(frozen=True)
@@ -323,7 +335,7 @@ def average_of(groups: Sequence[Group]) -> tuple[Group | None, list[str]]:
     groups = [group for group in groups if group.shots != [0]]
     if len(groups) < 2:
         return None, []
-    title = f"Average of {len(groups)}"
+    title = f"Mean of {len(groups)} sources"
     notes = [f"{title}: {', '.join(fixed)} left out, a set of test images only."] if fixed else []
     common = set.intersection(*(set(group.shots) for group in groups))
     for shots in sorted({number for group in groups for number in group.shots} - common):
