@@ -7,7 +7,7 @@ decisions are evaluated; the run is written. Each step takes what the one before
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def fit(
     out: str | Path | None = None, overwrite: bool = False, resume: bool = False,
     device: str | torch.device | None = None, threads: int | None = None,
     cache_dir: str | Path | None = None, progress: bool = False,
+    on_metrics: Callable[[Json], None] | None = None,
 ) -> Run:  # fmt: skip
     """Adapt a frozen CLIP to `source`, and evaluate it and zero-shot once on the same test images.
 
@@ -116,6 +117,8 @@ def fit(
     device: "cpu", "cuda", ...; None: a GPU where there is one. threads: of the CPU, None: torch's.
     cache_dir: where features of images are kept; None: $VTCLIP_CACHE, else ~/.cache/vtclip.
     progress: bars on stderr, where it is a terminal.
+    on_metrics: called with each row of log.jsonl once it is written (vtclip.runs.tell has the keys
+        and examples). What it raises stops the run as a kill would: `resume` goes on.
     """
     options = dict(locals())  # the arguments, before there is anything else
     return fit_request(_request(**options), options["records"])
