@@ -74,6 +74,7 @@ BASE = {"names", "files", "schemas", "machine", "distributed"}  # import none of
 ARROWS = {
     **{room: set() for room in BASE - {"distributed", "files"}},
     "environment": set(),
+    "extensions": set(),
     "distributed": {"environment"},
     "writing": set(),
     "files": {"writing"},  # which hands it on
@@ -85,16 +86,19 @@ ARROWS = {
     "testing": {"ops", "backends", "names"},
     "info": {"ops", "backends", "testing", "files"},
     "nn": {"ops"},
-    "heads": {"ops", "names"},
-    "data": {"clip", "environment", *BASE},
+    "heads": {"ops", "names", "extensions"},
+    "data": {"clip", "environment", "extensions", *BASE},
     "train": {"heads", "data", "clip", *BASE},
-    "runs": {"train", "heads", "data", "clip", "ops", "backends", "environment", *BASE},
+    "runs": {
+        *("train", "heads", "data", "clip", "ops", "backends", "environment", "extensions", *BASE),
+    },
+    "sklearn": {"train", "heads", "data", "names"},
     "tune": {"kernels", "backends", "testing", "files"},
     "bench": {"runs", "train", "heads", "data", "clip", "environment", *BASE},
     "demo": {"runs", "data", "clip", "files", "machine"},
     "cli": {
         *("bench", "demo", "tune", "info", "runs", "train", "data", "backends"),
-        "testing",
+        *("testing", "extensions"),
         *("clip", "names", "files", "machine", "environment"),
     },
 }
@@ -110,7 +114,9 @@ def test_a_room_imports_what_the_tree_shows(room):
 def test_the_tree_has_no_cycles_and_few_floors():
     assert set(ARROWS) == set(GRAPH.rooms)
     assert cycles(GRAPH.rooms) == []
-    assert cycles(GRAPH.imports) == []
+    face = {"vtclip"}  # which names everything for type checkers, and imports it when asked
+    inside = {m: targets - face for m, targets in GRAPH.imports.items() if m not in face}
+    assert cycles(inside) == []
     assert max(GRAPH.floors().values()) <= FLOORS
     loose = [p.stem for p in (ROOT / "vtclip").glob("*.py") if p.stem not in OUTSIDE]
     assert len(loose) <= ROOT_FILES

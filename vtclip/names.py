@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import difflib
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 # in the order in which help, tables and pages list them
@@ -68,6 +68,16 @@ def option(name: str) -> str:
     return _TYPED.get(name, "--" + name.replace("_", "-"))
 
 
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Methods in the order of `METHODS`, and those of others behind them by name."""
+
+    def place(name: str) -> tuple[int, str]:
+        known = name in METHODS
+        return METHODS.index(name) if known else len(METHODS), "" if known else name
+
+    return sorted(methods, key=place)
+
+
 def name_key(name: str) -> str:
     """`name` without case, double spaces, underscores and forms of the same letter."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
@@ -96,7 +106,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def pick(what: str, name: str, known: Iterable[str]) -> str:
     """`name`, or a ValueError if it is none of `known`."""
-    choices = list(known)
+    choices = known if isinstance(known, Collection) else list(known)
     if name not in choices:
         raise ValueError(f"unknown {what} {name!r}{nearest(name, choices)}")
     return name

@@ -285,7 +285,7 @@ def test_the_average_of_the_eleven_sets_has_the_published_mean():
     report = make_report(rows, published=True)
     assert [group.name for group in report.groups] == list(names)
     assert report.average is not None
-    assert (report.average.title, report.average.backbone) == ("Average of 11", "RN50")
+    assert (report.average.title, report.average.backbone) == ("Mean of 11 sources", "RN50")
     # on ImageNet the number for one template, 65.03, in place of 65.51
     assert mean_over("tip-adapter-f", names, "RN50", 16) == pytest.approx(
         75.83 + (65.03 - 65.51) / 11, abs=0.006

@@ -8,5 +8,6 @@ run.py        one process's share of the list, and the tables of all rows
 cells.py      rows in groups, lines and cells: means, intervals, missing seeds (docs/statistics.md)
 report.py     rows read and checked, next to published numbers (published.py, published.json)
 tables.py     the tables of a report; csv_files.py the same as CSV; panels.py its pictures
+latex.py      methods x data sets at one number of shots, for a paper
 page.py       its page and its Markdown, of which a benchmark's table.md is one
 """

@@ -17,7 +17,7 @@ from typing import Any
 from vtclip.bench.intervals import seed_interval
 from vtclip.bench.published import read_published
 from vtclip.bench.rows import Row
-from vtclip.names import METHODS
+from vtclip.names import in_order as methods_in_order
 
 CLASS_PARTS = ("base", "new", "harmonic mean")
 METRICS = ("nll", "ece", "nll_scaled", "ece_scaled", "temperature")
@@ -59,7 +59,19 @@ class Cell:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The 95 % interval, over seeds where they differ, else of the test set."""
+        """The 95 % interval within 0..1, over seeds where they differ, else of the test set."""
+        whole = self._whole
+        return None if whole is None else (max(0.0, whole[0]), min(1.0, whole[1]))
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether mean ± half leaves 0..1, so that `bounds` says more."""
+        whole = self._whole
+        return whole is not None and (whole[0] < -SAME or whole[1] > 1 + SAME)
+
+    @property
+    def _whole(self) -> tuple[float, float] | None:
+        """The interval as its formula gives it, which may leave 0..1."""
         return seed_interval(list(self.accuracy.values())) if self.seeds_differ else self.interval
 
     @property
@@ -71,9 +83,9 @@ class Cell:
 
     @property
     def half(self) -> float | None:
-        """Half of the length of `bounds`."""
-        bounds = self.bounds
-        return None if bounds is None else (bounds[1] - bounds[0]) / 2
+        """Half of the length of the interval, before it is cut to 0..1."""
+        whole = self._whole
+        return None if whole is None else (whole[1] - whole[0]) / 2
 
 
 @dataclass(frozen=True)
@@ -127,11 +139,9 @@ def method_of(line: str) -> str:
 def in_order(lines: Iterable[str]) -> list[str]:
     """Lines in the usual order of their methods, unknown methods last."""
 
-    def place(line: str) -> tuple[int, str]:
-        method = method_of(line)
-        return (METHODS.index(method) if method in METHODS else len(METHODS), line)
-
-    return sorted(lines, key=place)
+    listed = list(lines)
+    methods = methods_in_order({method_of(line) for line in listed})
+    return sorted(listed, key=lambda line: (methods.index(method_of(line)), line))
 
 
 def group_by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -325,7 +335,7 @@ def average_of(groups: Sequence[Group]) -> tuple[Group | None, list[str]]:
     groups = [group for group in groups if group.shots != [0]]
     if len(groups) < 2:
         return None, []
-    title = f"Average of {len(groups)}"
+    title = f"Mean of {len(groups)} sources"
     notes = [f"{title}: {', '.join(fixed)} left out, a set of test images only."] if fixed else []
     common = set.intersection(*(set(group.shots) for group in groups))
     for shots in sorted({number for group in groups for number in group.shots} - common):

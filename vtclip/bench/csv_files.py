@@ -15,7 +15,17 @@ from vtclip.files import csv_lines
 
 CSV_HEAD = [
     *("source", "set", "backbone", "part", "method", "shots", "seeds", "accuracy", "half_interval"),
-    *("interval", "nll", "ece", "nll_scaled", "ece_scaled", "temperature", "train_seconds"),
+    *(
+        "low",
+        "high",
+        "interval",
+        "nll",
+        "ece",
+        "nll_scaled",
+        "ece_scaled",
+        "temperature",
+        "train_seconds",
+    ),
     *("total_seconds", "peak_memory_mb", "published", "difference", "published_in", "caveat"),
 ]
 COST = {"train_seconds": ("seconds", "train"), "peak_memory_mb": ("peak_memory_mb",)}
@@ -24,13 +34,16 @@ TABLE_HEAD = (
     *("source", "method", "shots", "seeds", "accuracy", "low", "high", "interval", "best"),
     *(*METRIC_COLUMNS, *COST, "test_images", "missing"),
 )
-MEAN = "mean of sources"
 
 
 def csv_text(columns: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows by column; what a row lacks is empty, and what has no column is left out."""
     head = list(columns)
     return csv_lines([head, *([row.get(name) for name in head] for row in rows)])
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.4f}"
 
 
 def report_csv(report: BenchReport) -> str:
@@ -60,8 +73,9 @@ def _csv_row(
         "method": line,
         "shots": shots,
         "seeds": " ".join(map(str, cell.accuracy)),
-        "accuracy": f"{100 * cell.mean:.4f}",
-        "half_interval": None if cell.half is None else f"{100 * cell.half:.4f}",
+        "accuracy": _percent(cell.mean),
+        "half_interval": _percent(cell.half),
+        **dict(zip(("low", "high"), map(_percent, cell.bounds or (None, None)), strict=True)),
         "interval": cell.interval_kind,
         **{name: cell.metrics.get(name) for name in METRIC_TITLES},
         "train_seconds": mean_of(cell.rows, "seconds", "train"),
@@ -90,7 +104,7 @@ def summary_of(report: BenchReport) -> dict[str, Any]:
         known = groups[source].lines.get(method, {}) if source in groups else {}
         if shots not in known:
             cells.append(_summary_cell(source, method, shots, None, False, _reasons(rows)))
-    means = [] if report.average is None else _group_cells(report.average, MEAN, {})
+    means = [] if report.average is None else _group_cells(report.average, report.average.title, {})
     return {"cells": cells, "means": means, "notes": list(report.notes)}
 
 
@@ -137,11 +151,12 @@ def _reasons(rows: Iterable[Row]) -> list[str]:
 
 
 def summary_csv(summary: Mapping[str, Any]) -> str:
-    """table.csv: every cell and mean as a line."""
+    """table.csv: every cell and mean as a line, accuracy and its interval in percent."""
     rows = []
     for cell in (*summary["cells"], *summary["means"]):
         joined = {"seeds": " ".join(map(str, cell["seeds"])), "missing": "; ".join(cell["missing"])}
-        rows.append({**cell, **joined, "best": int(cell["best"])})
+        shares = {name: _percent(cell[name]) for name in ("accuracy", "low", "high")}
+        rows.append({**cell, **joined, **shares, "best": int(cell["best"])})
     return csv_text(TABLE_HEAD, rows)
 
 

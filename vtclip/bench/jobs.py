@@ -23,9 +23,9 @@ from vtclip.data.sets.reading import missing_files
 from vtclip.data.sources import source_kind
 from vtclip.environment import check_launcher, num_processes, process_number
 from vtclip.files import json_digest
-from vtclip.heads import HEADS
+from vtclip.heads import HEADS, method_from
 from vtclip.heads.config import check_seed
-from vtclip.names import METHODS, option, pick
+from vtclip.names import in_order, option, pick
 from vtclip.runs.multi_label import check_single
 from vtclip.train.auto import RULE
 from vtclip.train.methods import recipe_config
@@ -197,7 +197,7 @@ def job_list(
     A set of test images only gives fixed methods one job with 0 shots.
     """
     for method in methods or ():
-        pick("method", method, METHODS)
+        pick("method", method, HEADS)
     _check_distinct("methods", methods or ())
     _check_distinct("shots", shots)
     _check_distinct("seeds", seeds)
@@ -209,7 +209,7 @@ def job_list(
     jobs: list[BenchJob] = []
     group = 0
     for source in sources:
-        reasons = {method: not_applicable(method, source) for method in methods or METHODS}
+        reasons = {method: not_applicable(method, source) for method in methods or every_method()}
         if methods is None:
             reasons = {method: None for method, reason in reasons.items() if reason is None}
         spatial = _spatial(source, reasons, settings)
@@ -221,6 +221,11 @@ def job_list(
                 )
             group += 1
     return jobs
+
+
+def every_method() -> list[str]:
+    """All methods in the usual order, and behind them those of other packages that can be used."""
+    return in_order(HEADS)
 
 
 def not_applicable(method: str, source: Source) -> str | None:
@@ -270,6 +275,8 @@ def _key(
         "fit": dataclasses.asdict(recipe_config(method, shots, None)),
         **({"pool": RULE} if method == "auto" else {}),  # of another rule it is another method
     }
+    origin = method_from(method)  # of another version, too
+    identity |= {} if origin is None else {"method_from": origin}
     return json_digest(identity)[:32]
 
 

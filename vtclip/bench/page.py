@@ -22,7 +22,8 @@ MARK = '<meta name="generator" content="vtclip report">'
 INTERVALS = (
     "Accuracy on test images in percent, mean over seeds, ± half of the 95 % interval over seeds "
     "(Student's t): other draws of the shots, the same test images. †: of the test set (Wilson), "
-    "for one seed or where all seeds agree. “2 of 3 seeds”: the others have no result, or not on "
+    "for one seed or where all seeds agree. [a, b]: the interval where ± would leave 0..100. “2 of "
+    "3 seeds”: the others have no result, or not on "
     "every source of an average, and do not count. Bold: the best of its column, among the means "
     "over all of the column's seeds."
 )

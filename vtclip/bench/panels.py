@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from vtclip.bench.cells import Cell, Group, method_of
 from vtclip.bench.published import matching, mean_over, read_published
+from vtclip.bench.tables import margin_of
 from vtclip.files import printable
 from vtclip.names import SHOTS
 
@@ -167,8 +168,7 @@ def shots_panel(
     columns |= {n for printed in published.values() for n in printed}
     values = zero + [value for printed in published.values() for value in printed.values()]
     for cell in (cell for cells in lines.values() for cell in cells.values()):
-        half = cell.half or 0.0
-        values += [100 * (cell.mean - half), 100 * (cell.mean + half)]
+        values += [100 * value for value in _ends(cell)]
     axes = axes_of(columns, values)
     parts = [f'<text class="title" x="{LEFT}" y="18">{escape(_shortened(group.title))}</text>']
     parts.append(_grid(axes))
@@ -230,14 +230,20 @@ def _curve(line: str, cells: Mapping[int, Cell], style: Style, axes: Axes, shift
         cell = cells[shots]
         title, bar = f"{line}, {shots} shots: {100 * cell.mean:.2f} %", ""
         if cell.half is not None:
-            title += f" ± {100 * cell.half:.2f}"
-            top, foot = (axes.y(100 * (cell.mean + side * cell.half)) for side in (1, -1))
+            title += f" {margin_of(cell)}"
+            foot, top = (axes.y(100 * value) for value in _ends(cell))
             ends = "".join(f"M{x - 2:.1f} {end:.1f}h4" for end in (top, foot))
             path = f"M{x:.1f} {top:.1f}V{foot:.1f}{ends}"
             bar = f'<path class="error" stroke="{style[0]}" fill="none" d="{path}"/>'
         title += f", {cell.shortfall}" if cell.missing else ""
         parts.append(f"<g><title>{escape(title)}</title>{bar}{mark(style, x, y)}</g>")
     return "".join(parts)
+
+
+def _ends(cell: Cell) -> tuple[float, float]:
+    """mean - half and mean + half within 0..1."""
+    half = cell.half or 0.0
+    return max(0.0, cell.mean - half), min(1.0, cell.mean + half)
 
 
 def pooled_bins(cell: Cell, key: str) -> list[Bin | None] | None:

@@ -53,12 +53,21 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def margin_of(cell: Cell) -> str:
+    """ "± 4.17" in percent, "[64.99, 100.00]" where that leaves 0..100; †: of the test set."""
+    if cell.half is None or cell.bounds is None:
+        return ""
+    mark = "" if cell.seeds_differ else "†"
+    if cell.is_clipped:
+        low, high = cell.bounds
+        return f"[{100 * low:.2f}, {100 * high:.2f}]{mark}"
+    return f"± {100 * cell.half:.2f}{mark}"
+
+
 def entry(cell: Cell | None, best: bool = False) -> Entry:
     if cell is None:
         return Entry("–")
-    small = []
-    if cell.half is not None:
-        small.append(f"± {100 * cell.half:.2f}{'' if cell.seeds_differ else '†'}")
+    small = [margin] if (margin := margin_of(cell)) else []
     if cell.missing:
         small.append(cell.shortfall)
     return Entry(f"{100 * cell.mean:.2f}", ", ".join(small), best)

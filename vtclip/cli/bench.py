@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from vtclip.cli.parsing import (
     FEATURES,
     Parser,
+    a_method,
     count,
     demo_model_noted,
     emit,
@@ -17,8 +18,8 @@ from vtclip.cli.parsing import (
     emit_table,
     existing,
     on_terminal,
-    one_of,
     options_of,
+    others_line,
     seed,
     several,
 )
@@ -42,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--methods",
-        type=several(one_of(*METHODS, "all")),
+        type=several(a_method("all")),
         metavar="LIST",
         help=f"or all; default: those that apply; of {','.join(METHODS)}",
     )
@@ -54,6 +55,7 @@ def add_arguments(parser: Parser) -> None:
         "--seeds", type=several(seed), default=[1, 2, 3], metavar="LIST",
         help="each draws the shots once (default: 1,2,3)",
     )  # fmt: skip
+    parser.more_help = others_line
     parser.add_argument("--out", metavar="DIR", required=True, help="rows, runs and tables")
     parser.add_argument(
         "--shard", metavar="I/N", help="this process's part (default: by torchrun, or all)"
@@ -65,7 +67,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_sources(args)
-    from vtclip.bench.jobs import Settings, parse_shard, path_sources, set_sources
+    from vtclip.bench.jobs import Settings, every_method, parse_shard, path_sources, set_sources
     from vtclip.bench.run import run_bench
 
     shard = parse_shard(args.shard)
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         report = run_bench(
             sources,
             args.out,
-            methods=list(METHODS) if args.methods == ["all"] else args.methods,
+            methods=every_method() if args.methods == ["all"] else args.methods,
             settings=settings,
             shard=shard,
             progress=progress,

@@ -9,6 +9,7 @@ from typing import Any
 
 from vtclip.cli.parsing import (
     Parser,
+    a_method,
     count,
     demo_model_noted,
     emit,
@@ -20,6 +21,7 @@ from vtclip.cli.parsing import (
     on_terminal,
     one_of,
     options_of,
+    others_line,
     seed,
     several,
     source_path,
@@ -77,6 +79,7 @@ def add_arguments(parser: Parser) -> None:
     _add_training(parser)
     _add_methods(parser)
     _add_run(parser)
+    parser.more_help = others_line
 
 
 def _add_images(parser: Parser) -> None:
@@ -151,7 +154,7 @@ def _add_training(parser: Parser) -> None:
     add = group.add_argument
     add(
         "--method",
-        type=one_of(*METHODS),
+        type=a_method(),
         metavar="NAME",
         help="default auto, which fits several methods and pools their probabilities; "
         + " | ".join(METHODS),

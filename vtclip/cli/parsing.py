@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vtclip.environment import is_first
+from vtclip.extensions.registry import METHODS as METHODS_GROUP
+from vtclip.extensions.registry import names_beside
 from vtclip.files import printable
-from vtclip.names import MAX_SEED, nearest
+from vtclip.names import MAX_SEED, METHODS, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         self.options = ["-h", "--help"]
         self.flags = {"-h", "--help"}
         self.actions: dict[str, argparse.Action] = {}
+        self.more_help: Callable[[], str] | None = None  # what the end of the help says
         super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, Once)
         self._note_options(self)
@@ -69,6 +72,11 @@ class Parser(argparse.ArgumentParser):
 
     def add_model_of_run(self) -> None:
         self.add_argument("--model", help="path to the weights, if they have moved")
+
+    def format_help(self) -> str:
+        if self.more_help is not None:
+            self.epilog = printable(self.more_help()) or None
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
@@ -145,6 +153,23 @@ def one_of(*choices: str) -> Callable[[str], str]:
         return value
 
     return check
+
+
+def a_method(*more: str) -> Callable[[str], str]:
+    """The name of a method, built in or of another package, or one of `more`."""
+
+    def check(value: str) -> str:
+        if value in METHODS or value in more:
+            return value
+        return one_of(*METHODS, *names_beside(METHODS_GROUP), *more)(value)
+
+    return check
+
+
+def others_line() -> str:
+    """A line on the methods that other packages add, for the end of a help; empty without any."""
+    others = names_beside(METHODS_GROUP)
+    return f"methods of other packages: {', '.join(others)}" if others else ""
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -11,12 +11,13 @@ import argparse
 import shlex
 from pathlib import Path
 
-from vtclip.cli.parsing import Parser, emit, existing, several
+from vtclip.cli.parsing import Parser, count, emit, existing, several
 
 # how a file that this command wrote begins, or what its first bytes hold
 SIGNS = {
     ".md": b"<!-- vtclip report -->",
     ".csv": b"source,set,backbone,part,method,shots,seeds,accuracy,half_interval",
+    ".tex": b"% vtclip report",
     ".svg": b"<!-- vtclip report -->",
     ".html": b'<meta name="generator" content="vtclip report">',
     ".htm": b'<meta name="generator" content="vtclip report">',
@@ -36,6 +37,12 @@ def add_arguments(parser: Parser) -> None:
         metavar="LIST",
         help="only these, and zero-shot (default: all)",
     )
+    parser.add_argument(
+        "--latex", metavar="FILE", help="also write methods x data sets as a LaTeX table (.tex)"
+    )
+    parser.add_argument(
+        "--shots", type=count, metavar="N", help="of --latex: images per class (default: 16)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace files of other origin")
 
 
@@ -50,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
     page = None if args.html is None else Path(args.html).expanduser()
     if page is not None and page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--html must end in .html, got {args.html!a}")
+    paper = None if args.latex is None else Path(args.latex).expanduser()
+    if paper is not None and paper.suffix.lower() != ".tex":
+        raise ValueError(f"--latex must end in .tex, got {args.latex!a}")
+    if args.shots is not None and paper is None:
+        raise ValueError("--shots needs --latex FILE")
     from vtclip.bench.csv_files import report_csv
+    from vtclip.bench.latex import latex_table
     from vtclip.bench.page import draw, html_page, markdown_page
     from vtclip.bench.report import check_finished, make_report, read_benchmark
     from vtclip.files import several as several_of
@@ -70,10 +83,13 @@ def run(args: argparse.Namespace) -> int:
         files[page] = html_page(report, title, command, drawn)
     files[folder / "report.md"] = markdown_page(report, title, command, list(pictures))
     files[folder / "report.csv"] = report_csv(report)
+    if paper is not None:
+        files[paper] = latex_table(report, args.shots or 16, command)
     for path in files:
         check_place(path, args.overwrite)
-    if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
+    for named in (page, paper):
+        if named is not None:
+            named.parent.mkdir(parents=True, exist_ok=True)
     write_together({p: text.encode("utf-8", "backslashreplace") for p, text in files.items()})
     for note in report.notes:
         emit(note)
@@ -95,6 +111,8 @@ def check_place(path: Path, overwrite: bool) -> None:
 def command_line(args: argparse.Namespace) -> str:
     words = ["vtclip", "report", args.folder]
     words += ["--html", args.html] if args.html is not None else []
+    words += ["--latex", args.latex] if args.latex is not None else []
+    words += ["--shots", str(args.shots)] if args.shots is not None else []
     words += ["--published"] if args.published else []
     words += ["--method", ",".join(args.method)] if args.method else []
     return shlex.join(words)

@@ -47,7 +47,8 @@ class TextModel(Protocol):
     name: str
 
     @property
-    def tokenizer(self) -> Callable[[list[str]], Tensor]: ...
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """From sentences to their tokens [n, length]."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Head(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """K, the number of class texts."""
         return self.text.shape[0]
 
     def options(self) -> Options:
@@ -216,7 +218,3 @@ class ImageHead(Head):
     def image_logits(self, image: Tensor) -> Tensor:
         """Checked image features [B, C] -> logits [B, K]."""
         raise NotImplementedError
-
-
-# method -> class, filled by heads/__init__.py, which alone knows every head
-HEADS: dict[str, type[Head]] = {}

@@ -84,6 +84,7 @@ class SupportHead(ImageHead):
 
     @property
     def num_support(self) -> int:
+        """N, the number of labelled images that it keeps."""
         return len(self.keys)
 
     @torch.no_grad()

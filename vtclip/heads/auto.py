@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vtclip.heads._contributions import Contributions, zero_shot_alone
-from vtclip.heads._head import HEADS, Head, NewClasses, Options
+from vtclip.heads._head import Head, NewClasses, Options
+from vtclip.heads._register import HEADS
 from vtclip.heads.zeroshot import ZeroShot
 
 EVERY_CLASS = "every class alike"  # the term of a pool that no difference of classes has

@@ -66,6 +66,7 @@ class AutoCLIP(ImageHead):
 
     @property
     def num_views(self) -> int:
+        """M, the number of templates whose class texts it weighs."""
         return self.views.shape[1]
 
     def set_text_views(self, views: Tensor) -> None:

@@ -92,6 +92,7 @@ class CoOp(ImageHead):
 
     @property
     def context_width(self) -> int:
+        """The width of a learned context vector, that of the text encoder's tokens."""
         return self.context.shape[-1]
 
     def set_text_encoder(self, clip: TextModel, class_names: Sequence[str]) -> None:

@@ -110,6 +110,7 @@ class TipAdapter(SupportHead):
 
     @staticmethod
     def affinity(similarity: Tensor, beta: float) -> Tensor:
+        """exp(-beta (1 - similarity)), of any shape: how much a kept image votes."""
         return torch.exp(-beta * (1 - similarity))
 
     def candidates(self, image: Tensor, label: Tensor) -> Candidates:

@@ -21,8 +21,9 @@ from safetensors.torch import save as save_bytes
 
 from vtclip import __version__, files
 from vtclip.clip.identity import differences
+from vtclip.extensions.registry import missing_line
 from vtclip.files import Json
-from vtclip.heads import HEADS, Head, RAda
+from vtclip.heads import HEADS, Head, RAda, method_from
 from vtclip.runs.result import RESULT
 from vtclip.schemas import (
     anything,
@@ -85,6 +86,7 @@ SCHEMA = table(
         "tensors": by_name(tuple_of(text, rows(whole()))),
         "tensors_digest": text,
         "final?": yes_or_no,
+        "method_from?": maybe(by_name(maybe(text))),
         "together?": maybe(by_name(number())),
     }
 )
@@ -145,6 +147,8 @@ def add_adapter(new: files.NewFiles, adapter: Adapter) -> str:
         config["final"] = True
     if adapter.together is not None:
         config["together"] = adapter.together._asdict()
+    if (origin := method_from(head.method)) is not None:
+        config["method_from"] = origin
     config["config_digest"] = files.json_digest(config)
     # one entry of metadata: safetensors writes several in random order, and runs are compared
     new.write(TENSORS, save_bytes(tensors, {"digest": digest}))
@@ -208,9 +212,12 @@ def _load(folder: Path, device: str | torch.device, result: Json | None) -> Adap
     _check_result(folder, metadata["digest"], result)
     method, class_names = config["method"], config["class_names"]
     if method not in HEADS:
+        if config.get("method_from"):
+            raise ValueError(f"{folder}: {missing_line('method', method, config['method_from'])}")
         raise ValueError(f"{folder}: unknown method {method!r}, this vtclip has {', '.join(HEADS)}")
+    kind = HEADS[method]  # which says what is wrong with a package that cannot be imported
     _same_names(folder, "tensors", list(config["tensors"]), list(tensors))
-    head = _head_of(folder, config, tensors)
+    head = _head_of(folder, kind, config, tensors)
     state = {name.removeprefix("head."): value for name, value in tensors.items()}
     for prefix, module in head.named_modules():  # names of an older version
         if isinstance(module, RAda):
@@ -242,7 +249,7 @@ def _load(folder: Path, device: str | torch.device, result: Json | None) -> Adap
         raise ValueError(f"not {WHAT}: {folder / CONFIG}: {one_line(error)}") from None
 
 
-def _head_of(folder: Path, config: Json, tensors: dict[str, Tensor]) -> Head:
+def _head_of(folder: Path, kind: type[Head], config: Json, tensors: dict[str, Tensor]) -> Head:
     """The head that the config's method and options make, with other weights than the saved."""
     method, class_names = config["method"], config["class_names"]
     text = tensors.get("head.text")
@@ -261,7 +268,7 @@ def _head_of(folder: Path, config: Json, tensors: dict[str, Tensor]) -> Head:
                 f"{folder}: option {name} of method {method!r} must be at most {largest}"
             )
     try:
-        return HEADS[method](text, **options)
+        return kind(text, **options)
     except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError, AttributeError,
             MemoryError) as error:  # fmt: skip
         raise ValueError(

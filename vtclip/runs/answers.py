@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from vtclip.names import option
+from vtclip.runs.predictions import Prediction as Prediction
 from vtclip.train import conformal
 
 if TYPE_CHECKING:
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
     from vtclip.train.conformal import Calibration
 
 UNKNOWN = "unknown"
-
-
-class Prediction(NamedTuple):
-    label: str
-    probability: float
 
 
 class Answer(NamedTuple):

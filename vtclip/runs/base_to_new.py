@@ -35,8 +35,8 @@ HALVES = ("base", "new")
 
 def check_any_classes(method: str, overrides: Mapping[str, object] | None = None) -> None:
     """Refuse a method, or an option of it, whose parameters belong to its classes."""
-    able = [name for name, head in HEADS.items() if head.any_classes]
-    if method not in able:
+    if not HEADS[method].any_classes:
+        able = [name for name, head in HEADS.items() if head.any_classes]
         raise ValueError(
             f"{option('base_to_new')}: {option('method')} must be one of {', '.join(able)}, "
             "whose parameters "

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex, cast, overload
 
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from vtclip.runs.adapter import CONFIG, TENSORS, Adapter, check_model, load_adap
 from vtclip.runs.answers import UNKNOWN, Answer, Prediction, Rule
 from vtclip.runs.encoders import ENCODERS, LORA, load_encoders, save_with_encoders
 from vtclip.runs.heat_map import side_by_side, to_image, under_attention
+from vtclip.runs.notebook import classifier_html
 from vtclip.runs.pictures import Picture, as_pictures, in_memory, rgb_of
 from vtclip.runs.together import answer_together, check_together
 from vtclip.train.calibration import forward_both
@@ -116,6 +118,12 @@ class Classifier:
             f"Classifier(method={self.adapter.head.method!r}, classes={len(self.class_names)}, "
             f"model={self.clip.name!r}, device={str(self.device)!r})"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: method, model, and the classes."""
+        head = self.adapter.head
+        facts = [("method", head.method), ("model", self.clip.name), ("device", str(self.device))]
+        return classifier_html(facts, self.class_names)
 
     @overload
     def predict(  # type: ignore[overload-overlap]
@@ -213,6 +221,48 @@ class Classifier:
             if isinstance(item, ImageError):
                 raise item
         return probabilities
+
+    def score(
+        self,
+        images: Picture | Iterable[Picture],
+        labels: str | SupportsIndex | Iterable[str | SupportsIndex],
+        *,
+        batch_size: int = 64,
+    ) -> float:
+        """The share 0..1 of `images` whose most probable class is their label.
+
+        images: as for `predict`. labels: one of each image, the name of a class or its place in
+        `class_names`. An unknown one, another number of them, or a run of several labels per image
+        is a ValueError.
+        """
+        if "multi_label" in self.adapter.features:
+            raise ValueError("score: the run has several labels per image and no accuracy")
+        given = (
+            [labels]
+            if isinstance(labels, str) or not isinstance(labels, Iterable)
+            else list(labels)
+        )
+        wanted = [self._place(label) for label in given]
+        logits = self.logits(images, batch_size=batch_size)
+        if len(logits) != len(wanted) or not wanted:
+            fact = f"got {len(logits)} and {len(wanted)}"
+            raise ValueError(f"score: images and labels must be as many, and at least 1, {fact}")
+        return float((logits.argmax(dim=1) == torch.tensor(wanted)).double().mean())
+
+    def _place(self, label: str | SupportsIndex) -> int:
+        """The column of a class that is named or numbered."""
+        if isinstance(label, str):
+            return index_of(label, self.class_names)
+        try:
+            k = operator.index(label)
+        except TypeError:
+            kind = type(label).__name__
+            raise TypeError(f"score: a label must be a class name or an int, got {kind}") from None
+        if not 0 <= k < len(self.class_names) or isinstance(label, bool):
+            raise ValueError(
+                f"score: a label must be in 0..{len(self.class_names) - 1}, got {label!r}"
+            )
+        return k
 
     def logits(self, images: Picture | Iterable[Picture], *, batch_size: int = 64) -> Tensor:
         """What the head computes, [B, K] float32 on the CPU, columns as `class_names`.

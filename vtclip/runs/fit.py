@@ -7,7 +7,7 @@ decisions are evaluated; the run is written. Each step takes what the one before
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,43 +51,22 @@ from vtclip.train.rows import split_rows
 
 
 def fit(
-    source: object,
-    *,
-    data: str | Path | None = None,
-    records: Records | None = None,
-    method: str | None = None,
-    shots: int | str | None = None,
-    exact_shots: bool = False,
-    val: object = None,
-    test: object = None,
-    seed: int = 1,
-    model: str = "demo",
-    spatial: str | None = None,
-    prompt: str | None = None,
+    source: object, *, data: str | Path | None = None, records: Records | None = None,
+    method: str | None = None, shots: int | str | None = None, exact_shots: bool = False,
+    val: object = None, test: object = None, seed: int = 1,
+    model: str = "demo", spatial: str | None = None, prompt: str | None = None,
     templates: Sequence[Any] | None = None,
     class_names: Mapping[str, str] | str | Path | None = None,
-    follow_links: bool = False,
-    test_fraction: float = 0.5,
-    augment_passes: int = 0,
-    encoder_batch_size: int = 64,
-    train_encoders: bool = False,
-    lora: bool = False,
-    base_to_new: bool = False,
-    pseudo_labels: bool = False,
-    refit: bool | None = None,
-    final: bool = False,
-    unlabelled: object = None,
-    budget: float | None = None,
-    strict: bool = False,
-    overrides: Mapping[str, object] | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    resume: bool = False,
-    device: str | torch.device | None = None,
-    threads: int | None = None,
-    cache_dir: str | Path | None = None,
-    progress: bool = False,
-) -> Run:
+    follow_links: bool = False, test_fraction: float = 0.5, augment_passes: int = 0,
+    encoder_batch_size: int = 64, train_encoders: bool = False, lora: bool = False,
+    base_to_new: bool = False, pseudo_labels: bool = False, refit: bool | None = None,
+    final: bool = False, unlabelled: object = None, budget: float | None = None,
+    strict: bool = False, overrides: Mapping[str, object] | None = None,
+    out: str | Path | None = None, overwrite: bool = False, resume: bool = False,
+    device: str | torch.device | None = None, threads: int | None = None,
+    cache_dir: str | Path | None = None, progress: bool = False,
+    on_metrics: Callable[[Json], None] | None = None,
+) -> Run:  # fmt: skip
     """Adapt a frozen CLIP to `source`, and evaluate it and zero-shot once on the same test images.
 
     source: a folder of `class_name/*.jpg`, a list of files (.csv, .jsonl, .parquet, ...), a saved
@@ -99,17 +78,24 @@ def fit(
         data set shots and seed, too). `source` then names them, and is where `evaluate` looks.
     method: a name of vtclip.heads.HEADS. None fits several and keeps what validation images prefer
         (vtclip.train.auto); with train_encoders or base_to_new, which that cannot do, it is "rada".
+    seed: draws the shots and orders the training; 0..2^32 - 1.
+    model: the CLIP that makes features of images; vtclip.clip lists how models are named.
+    spatial: the kind of spatial features (vtclip.clip); None: what the method needs.
+    prompt: one prompt of an .npz table with several, by name; None: their mean.
     templates: prompts with {} for the class name, or sentences per class; a name, a file, or these.
     class_names: from the ids that the source gives its classes to their names, or the file that
         holds them (vtclip.data.class_names). The run keeps the names.
+    follow_links: enter folders that are links, too.
     shots: training images per class at most, 16 by default; "all" takes all that there are. A class
         that has fewer trains on those, and is shown as often as the others. Data sets are drawn as
         published, with the same number of every class.
     exact_shots: exactly `shots` of every class, as published numbers have, or a ValueError.
     val, test: sources of validation and of test images (of the kind of `source`, which then is all
         for training), opened with the same options. Their classes must be classes of `source`.
-        Without `test`, `test_fraction` of every class is set apart; without `val`, up to 4 images
-        of each validate (vtclip.data.splits). A folder or list with a split needs neither.
+        Without `test`, `test_fraction` (0..1) of each class is set apart; without `val`, up to 4
+        images of each validate (vtclip.data.splits). A folder or list with a split needs neither.
+    augment_passes: random crops of every training image to train on as well.
+    encoder_batch_size: images at a time through the image encoder.
     train_encoders: train both towers with the head (method "rada", an image folder), and keep them.
     lora: train low-rank adapters of both towers, below zero-shot (vtclip.train.lora; vtclip[lora]).
     base_to_new: train on the first half of the classes, test on either (vtclip.runs.base_to_new).
@@ -127,6 +113,12 @@ def fit(
     out: the run's folder; by default runs/SOURCE-METHOD-SHOTSshot-seedSEED below the working
         folder, which must not lie in a source. It ends up with adapter.safetensors,
         adapter_config.json, result.json, log.jsonl, predictions.csv and confusion.png.
+    overwrite, resume: replace the run in `out`; go on with its training, if it was stopped.
+    device: "cpu", "cuda", ...; None: a GPU where there is one. threads: of the CPU, None: torch's.
+    cache_dir: where features of images are kept; None: $VTCLIP_CACHE, else ~/.cache/vtclip.
+    progress: bars on stderr, where it is a terminal.
+    on_metrics: called with each row of log.jsonl once it is written (vtclip.runs.tell has the keys
+        and examples). What it raises stops the run as a kill would: `resume` goes on.
     """
     options = dict(locals())  # the arguments, before there is anything else
     return fit_request(_request(**options), options["records"])

@@ -27,6 +27,7 @@ from vtclip.runs.refit import refit_split
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import FILE as IMAGES
 from vtclip.runs.seen import Seen
+from vtclip.runs.tell import told
 from vtclip.runs.together import FILE as TOGETHER
 from vtclip.runs.together import place_of
 from vtclip.train.checkpoint import Checkpoint
@@ -262,10 +263,12 @@ def training_run(
         progress=request.progress,
     )
     if log_to is not None:
-        return replace(run, log=LineLog(log_to, append=True))
-    if checkpoint is None or not logs:
+        log = LineLog(log_to, append=True)
+    elif checkpoint is None or not logs:
         return run
-    return replace(run, log=LineLog(checkpoint.path.parent / LOG, append=resume))
+    else:
+        log = LineLog(checkpoint.path.parent / LOG, append=resume)
+    return replace(run, log=told(log, request.on_metrics, request.device))
 
 
 class LineLog:

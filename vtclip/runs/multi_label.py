@@ -25,7 +25,7 @@ from vtclip.data.sets import SetSource, source_name
 from vtclip.data.sources import source_kind
 from vtclip.files import Json
 from vtclip.heads import HEADS, Head
-from vtclip.names import METHODS, option
+from vtclip.names import in_order, option
 from vtclip.runs.adapter import Adapter, features_of
 from vtclip.runs.opening import named_as
 from vtclip.runs.result import Run, named_classes
@@ -107,7 +107,7 @@ def check_request(request: FitRequest) -> None:
 def check_method(method: str, source: str) -> None:
     """Refuse a method that cannot be fitted to several labels per image; names those that can."""
     if not HEADS[method].multi_label:
-        able = ", ".join(name for name in METHODS if HEADS[name].multi_label)
+        able = ", ".join(in_order(n for n, kind in HEADS.items() if kind.multi_label))
         raise ValueError(
             f"method {method} takes one label per image, and {source} has {SEVERAL}; "
             f"methods for it: {able}"

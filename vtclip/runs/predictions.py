@@ -43,6 +43,13 @@ TOPK = 5
 MOST_CELLS = 50  # classes up to which a confusion matrix is written in full
 
 
+class Prediction(NamedTuple):
+    """A class and its probability 0..1."""
+
+    label: str
+    probability: float
+
+
 class Part(NamedTuple):
     """Images of one role: their names, and what the head says of them in the same order.
 
@@ -122,8 +129,32 @@ def read_predictions(path: str | Path) -> list[dict[str, str]]:
     """The lines of a predictions.csv, column to value, with every name as it was."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():  # more cells than columns, or fewer
+            raise ValueError(f"{path} is damaged at its row {number}")
     names = [name for name in (rows[0] if rows else {}) if not name.startswith("prob")]
     return [{**row, **{name: unescape(row[name]) for name in names}} for row in rows]
+
+
+def rows_of(folder: str | Path) -> list[Json]:
+    """What a run says of each image: file, label, predicted, role, probability and top.
+
+    probability: of the predicted class, 0..1; top: the (class, probability) pairs of the file, best
+    first. ValueError for a run without predictions.csv.
+    """
+    path = Path(folder) / PREDICTIONS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {PREDICTIONS}: its run keeps no table of predictions")
+    found = []
+    for row in read_predictions(path):
+        try:
+            ranks = [name.removeprefix("label") for name in row if name.startswith("label")]
+            top = [(row[f"label{n}"], float(row[f"prob{n}"])) for n in ranks if n]
+            values = {name: row[name] for name in COLUMNS}
+            found.append({**values, "probability": top[0][1], "top": top})
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"{path} is damaged at its row {len(found) + 2}") from None
+    return found
 
 
 def confusion_of(counts: Tensor, class_names: Sequence[str]) -> Json:

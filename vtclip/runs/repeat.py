@@ -25,7 +25,9 @@ from vtclip.data.listed import list_images
 from vtclip.data.npz import open_npz
 from vtclip.data.sets import as_source
 from vtclip.data.sources import source_kind
+from vtclip.extensions.registry import missing_line
 from vtclip.files import Json, cache_folder, printable, read_json, read_safetensors
+from vtclip.heads import HEADS
 from vtclip.machine import choose_device
 from vtclip.names import option
 from vtclip.runs.adapter import CONFIG, TENSORS, load_adapter
@@ -113,6 +115,9 @@ def check_repeatable(result: Json) -> None:
                 if name not in result.get("config", {})]  # fmt: skip
     if missing:
         raise ValueError(f"repeat: the result lacks {', '.join(missing)}")
+    if result["method"] not in HEADS and result.get("method_from"):
+        line = missing_line("method", result["method"], result["method_from"])
+        raise ValueError(f"repeat: {line}")
     rule = result["config"].get("pool", "a mean of probabilities")
     if result["method"] == "auto" and rule != RULE:
         raise ValueError(

@@ -8,7 +8,7 @@ back from it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,13 @@ class FitRequest:
     threads: int | None = None
     cache_dir: str | Path | None = None
     progress: bool = False
+    on_metrics: Callable[[Json], None] | None = None
 
     def __post_init__(self) -> None:
+        told: object = self.on_metrics
+        if told is not None and not callable(told):
+            got = type(told).__name__
+            raise TypeError(f"{option('on_metrics')} must be callable, got {got}")
         pick("method", self.method, HEADS)
         self._check_shots()
         check_seed(self.seed)

@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ from vtclip.files import (
     unsealed,
     write_atomic,
 )
+from vtclip.heads import method_from
 from vtclip.machine import Stopwatch, peak_memory_mb
 from vtclip.schemas import (
     by_name,
@@ -46,9 +47,13 @@ from vtclip.schemas import (
 )
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from torch import Tensor
 
+    from vtclip import Classifier
     from vtclip.data.records import Records
+    from vtclip.runs.pictures import Picture
+    from vtclip.runs.predictions import Prediction
 
 RESULT, WHAT = "result.json", "a vtclip run"
 
@@ -79,6 +84,7 @@ _names = rows(text)
 SCHEMA = table(
     {
         "method": text,
+        "method_from?": maybe(by_name(maybe(text))),
         "source": text,
         "shots": either(whole(), text),
         "seed": whole(),
@@ -143,6 +149,52 @@ class Run:
             )
         return confusion_counts(self.result["confusion"])
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: metrics, confusions, the worst wrong images."""
+        from vtclip.runs.notebook import run_html
+
+        return run_html(self.folder, self.result)
+
+    @property
+    def rows(self) -> list[Json]:
+        """What the run said of each validation and test image: file, label, predicted, role ("val"
+        or "test"), probability of the predicted class, and top, (class, probability) pairs.
+        """
+        from vtclip.runs.predictions import rows_of
+
+        return rows_of(self.folder)
+
+    @property
+    def predictions(self) -> DataFrame:
+        """`rows` as a pandas frame; an ImportError without pandas."""
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError(
+                'predictions: pandas is not installed: pip install "vtclip[tables]"; Run.rows '
+                "needs none"
+            ) from None
+        return pandas.DataFrame(self.rows)
+
+    @functools.cached_property
+    def classifier(self) -> Classifier:
+        """The run's `vtclip.Classifier`, loaded once, on a GPU where there is one."""
+        import vtclip
+
+        return vtclip.Classifier.load(self.folder)
+
+    def predict(
+        self, images: Picture | Iterable[Picture], topk: int = 5, *, batch_size: int = 64
+    ) -> list[Prediction] | list[list[Prediction]]:
+        """`Classifier.predict`: the topk most probable classes of one image, or of each of many."""
+        found: list[Prediction] | list[list[Prediction]]
+        found = self.classifier.predict(images, topk, batch_size=batch_size)
+        return found
+
+    def predict_proba(self, images: Picture | Iterable[Picture], *, batch_size: int = 64) -> Tensor:
+        """`Classifier.predict_proba`: probabilities [B, K] float64, columns as "classes"."""
+        return self.classifier.predict_proba(images, batch_size=batch_size)
+
     @property
     def accuracy(self) -> float:
         """Share of correct predictions on the test images, 0..1."""
@@ -168,6 +220,7 @@ class Run:
         return cls(folder, contents)
 
     def save(self) -> None:
+        """Write `result` to the folder's result.json, in one step."""
         write_atomic(self.folder / RESULT, self.as_bytes())
 
     def as_bytes(self) -> bytes:
@@ -175,6 +228,7 @@ class Run:
         return to_json(sealed(self.result))
 
     def table(self) -> str:
+        """Zero-shot and the adapted head, a line of metrics each, as `vtclip fit` prints them."""
         return result_table(self.result)
 
 
@@ -201,8 +255,10 @@ def make_result(
     images: training, validation and test images; `unreadable` ones are not among them.
     """
     device = watch.device or torch.device("cpu")
+    origin = method_from(method)
     return {
         "method": method,
+        **({} if origin is None else {"method_from": origin}),
         "source": source,
         "shots": shots,
         "seed": seed,

@@ -24,7 +24,7 @@ from vtclip.files import Json, escape, several
 from vtclip.heads import HEADS, VTCLIP, Auto, Head
 from vtclip.heads._contributions import PROMPTS, Contributions
 from vtclip.heads.auto import EVERY_CLASS
-from vtclip.names import METHODS, index_of
+from vtclip.names import in_order, index_of
 from vtclip.runs.adapter import Adapter
 from vtclip.runs.training_images import TrainingImages
 
@@ -122,7 +122,7 @@ def check_explainable(adapter: Adapter) -> None:
         )
     whole = not isinstance(head, Auto) or head.is_sum
     if not any(one.has_contributions for one in ([head] if whole else head.member_heads)):
-        able = ", ".join(name for name in METHODS if HEADS[name].has_contributions)
+        able = ", ".join(in_order(n for n, kind in HEADS.items() if kind.has_contributions))
         raise ValueError(
             f"method {head.method} cannot be explained, its logits are no sum over training "
             f"images; those of {able} are, and vtclip has a heat map"

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vtclip.data.image_files import absent_images
+from vtclip.data.sets.known import SETS
 from vtclip.data.sets.listing import ROLES, Listing, SetError, Spec
 from vtclip.data.sets.reading import missing_files, open_listing
-from vtclip.data.sets.table import SETS, find_set
+from vtclip.data.sets.table import find_set
 from vtclip.files import Json, printable
 
 SHOWN = 20

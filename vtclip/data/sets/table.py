@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from vtclip.data.sets import aircraft, class_folders, imagenet, zhou
+from vtclip.data.sets.known import SETS
 from vtclip.data.sets.listing import Spec
 from vtclip.names import nearest
 
@@ -231,23 +232,33 @@ _TABLE = (
     ),
 )
 
-SETS: dict[str, Spec] = {spec.name: spec for spec in _TABLE}
+SETS.builtin.update({spec.name: spec for spec in _TABLE})
 
 
 def _key(name: str) -> str:
     return "".join(letter for letter in name.casefold() if letter.isalnum())
 
 
-_KNOWN = {
-    _key(known): spec
-    for spec in _TABLE
-    for known in (spec.name, spec.title, spec.folder, *spec.aliases)
-}
+def _spellings(spec: Spec) -> set[str]:
+    return {_key(known) for known in (spec.name, spec.title, spec.folder, *spec.aliases)}
+
+
+_KNOWN = {key: spec for spec in _TABLE for key in _spellings(spec)}
+
+
+def known_as(name: str) -> Spec | None:
+    """The data set of that spelling; those of others are looked at where none here has it."""
+    key = _key(name)
+    if key in _KNOWN:
+        return _KNOWN[key]
+    if name in SETS:
+        return SETS[name]
+    return next((spec for spec in SETS.values() if key in _spellings(spec)), None)
 
 
 def find_set(name: str) -> Spec:
     """The data set of that name, title, folder or usual short name; case is ignored."""
-    spec = _KNOWN.get(_key(name))
+    spec = known_as(name)
     if spec is None:
         raise ValueError(f"data: unknown data set {name!a}{nearest(name.casefold(), SETS)}")
     return spec
