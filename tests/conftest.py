@@ -32,6 +32,7 @@ ONE_THREAD = (
     "data",
     "heads",
     "runs",
+    "serve",
     "train",
 )  # folders of tests on tiny tensors
 SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

@@ -31,6 +31,7 @@ from vtclip.cli import (
     repeat,
     report,
     selftest,
+    serve,
     tune,
 )
 from vtclip.cli.errors import line_of
@@ -53,6 +54,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("evaluate", evaluate, "metrics of a run, on its test images or on SOURCE"),
     ("predict", predict, "the most probable classes of images"),
     ("explain", explain, "why a class and not another, by the training images that weigh most"),
+    ("serve", serve, "a run as a service and a page: images in, classes out"),
     ("features", features, "write the features of SOURCE to a folder"),
     ("extend", extend, "a run with new classes added to it"),
     ("repeat", repeat, "run RUN again, and compare"),
