@@ -182,7 +182,7 @@ function explained(why) {
     parts.push(list);
   }
   const reading = "Numbers: what an image adds to the log-odds. One that is less alike than usual speaks against its own class.";
-  parts.push(make("p", "file", reading));
+  parts.push(make("p", "file note", reading));
   for (const note of why.notes) parts.push(make("p", "soft", note));
   return parts;
 }
