@@ -71,6 +71,14 @@ def test_eight_clients_at_once_get_what_the_classifier_says(service, world):
         assert shown == classifier.predict(path, 3)
 
 
+def test_answers_are_sent_without_delay():
+    """Head and body are two writes: the second must not wait for the client to confirm the first."""
+    from vtclip.serve.server import bind
+
+    with bind("127.0.0.1", 0) as bound:
+        assert bound.proto == socket.IPPROTO_TCP
+
+
 def test_a_body_of_unknown_length_is_bounded(service):
     with service.connect() as client:
         head = (

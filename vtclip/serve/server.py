@@ -33,7 +33,8 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
     except (OSError, UnicodeError):
         raise ValueError(f"{option('host')} {host!a} is no name or address of a machine") from None
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends without delay through sockets of this protocol by name alone
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if os.name == "posix":  # a port that was left a moment ago is free
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
