@@ -33,6 +33,7 @@ ONE_THREAD = (
     "heads",
     "nn",
     "runs",
+    "serve",
     "train",
 )  # folders of tests on tiny tensors
 SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))

@@ -96,8 +96,9 @@ ARROWS = {
     "tune": {"kernels", "backends", "testing", "files"},
     "bench": {"runs", "train", "heads", "data", "clip", "environment", *BASE},
     "demo": {"runs", "data", "clip", "files", "machine"},
+    "serve": {"runs", "data", "names", "files", "machine"},
     "cli": {
-        *("bench", "demo", "tune", "info", "runs", "train", "data", "backends"),
+        *("bench", "serve", "demo", "tune", "info", "runs", "train", "data", "backends"),
         *("testing", "extensions"),
         *("clip", "names", "files", "machine", "environment"),
     },

@@ -191,6 +191,8 @@ demo --out file
     --out
 explain run pics/ant/0.jpg --class none
     unknown class 'none'
+serve gone
+    RUN 'gone' does not exist
 tune --shape lp:B=1
     --shape must begin with vtclip: or rada:
 selftest --device gpu

@@ -31,6 +31,7 @@ from vtclip.cli import (
     repeat,
     report,
     selftest,
+    serve,
     tune,
 )
 from vtclip.cli.errors import line_of
@@ -53,6 +54,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("evaluate", evaluate, "measure a run on its test images, or on SOURCE"),
     ("predict", predict, "classify images"),
     ("explain", explain, "show which training images, or which part of the image, decided"),
+    ("serve", serve, "serve a run: a web page and a JSON endpoint on this machine"),
     ("features", features, "extract the features of SOURCE into a folder"),
     ("extend", extend, "add classes to a run"),
     ("repeat", repeat, "fit a run again, and say whether it matches"),
