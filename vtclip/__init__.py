@@ -11,7 +11,7 @@
     open_source, load_clip                features of a source of images; a model by its name
     register_method, register_data_set    names of your own for fit, bench and the command line
     vtclip.sklearn.FewShotClassifier      a method on a matrix of features (extra sklearn)
-    ops, heads, testing                   operators; methods as torch modules; error budgets
+    ops, nn, heads, testing               operators; modules; methods as torch modules; budgets
 
 `import vtclip` costs torch and nothing else: Triton, the compiled extension, open_clip and the
 training loop are imported when they are first used. `help(vtclip.fit)` has every option.
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the names of `_LAZY`, for type checkers and editors
     from vtclip import heads as heads
+    from vtclip import nn as nn
     from vtclip import ops as ops
     from vtclip import testing as testing
     from vtclip.clip import load_clip as load_clip

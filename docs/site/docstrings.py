@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package's docstrings as reStructuredText: `name: text` becomes a list, indented lines code."""
+"""The package's docstrings as reStructuredText: `name: text` as a list, indented lines as code."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def as_rst(lines: list[str]) -> list[str]:
 
 
 def _block(lines: list[str]) -> list[str]:
-    """`name: text` as items of a list, which go on in indented lines; other indented lines as code."""
+    """`name: text` as an item of a list, which goes on in indented lines; others as code."""
     out: list[str] = []
     state = "text"
     for line in lines:
