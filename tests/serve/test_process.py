@@ -72,7 +72,7 @@ def test_eight_clients_at_once_get_what_the_classifier_says(service, world):
 
 
 def test_answers_are_sent_without_delay():
-    """Head and body are two writes: the second must not wait for the client to confirm the first."""
+    """Head and body are two writes: the second does not wait until the first is confirmed."""
     from vtclip.serve.server import bind
 
     with bind("127.0.0.1", 0) as bound:
