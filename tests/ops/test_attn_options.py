@@ -329,3 +329,21 @@ def test_what_cannot_be_meant_is_refused_in_one_line(case):
         call()
     assert str(raised.value).startswith("cross_attn")
     assert "\n" not in str(raised.value)
+
+
+def test_groups_and_widths_by_every_implementation(impl, device, runnable):
+    runnable("cross_attn", torch.float32, 8)
+    query, key, value = (
+        tensor.detach().to(device).requires_grad_()
+        for tensor in inputs(2, d + 2, dtype=torch.float32)
+    )
+    columns = bools(B, 1, 1, L).to(device)
+    found = ops.cross_attn(query, key, value, attn_mask=columns, enable_gqa=True, impl=impl)
+    wanted = sdpa(query, key, value, columns, enable_gqa=True)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(found.sin().sum(), [query, key, value]),
+        torch.autograd.grad(wanted.sin().sum(), [query, key, value]),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
