@@ -24,7 +24,7 @@ MEGABYTE = 2**20
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("folder", metavar="RUN")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine"
     )
