@@ -87,7 +87,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.classes_, label = np.unique(y, return_inverse=True)
         rows, labels = [_rows(X)], [torch.from_numpy(np.asarray(label)).long()]
         if (X_val is None) != (y_val is None):
-            raise ValueError("X_val and y_val must be given together")
+            raise ValueError("fit: X_val and y_val must be given together")
         if X_val is not None:
             X_val = validate_data(self, X_val, reset=False, dtype=np.float64)
             rows.append(_rows(X_val))
@@ -195,7 +195,9 @@ def _rows(X: Array) -> Tensor:
     rows = torch.from_numpy(X).float()
     zeros = (~rows.any(dim=1)).nonzero().flatten().tolist()
     if zeros:
-        raise ValueError(f"X must hold no row of zeros, got {len(zeros)}, first {zeros[0]}")
+        raise ValueError(
+            f"features: X must hold no row of zeros, got {len(zeros)}, first {zeros[0]}"
+        )
     if not bool(rows.isfinite().all()):
-        raise ValueError(f"X must be finite in float32, got {np.abs(X).max():g}")
+        raise ValueError(f"features: X must be finite in float32, got {np.abs(X).max():g}")
     return rows
