@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws docs/images/first_picture.png from benchmarks/results/few_shot (needs matplotlib).
 
-The tables are the `table.csv` of
+The tables are the `report.csv` that `vtclip report` writes for
     vtclip bench whurs19_CLIP_ViT-B-32.npz whurs19_CLIP_RN50.npz mira_tinyclip_fashion.npz \\
         --methods zeroshot,auto --shots 1,2,4,8,16 --seeds 1,2,3 --threads 1 --out satellite
     vtclip bench mira_tinyclip_fashion.npz --methods zeroshot,vtclip,auto \\
         --shots 1,2,4,8,16 --seeds 1,2,3 --threads 1 --out products
-In the first call the third table has too few images of some classes and is passed over: without a
-method that wants spatial features all its 45 classes count.
+The first call passes the third table over, which has too few images of some of its 45 classes; the
+second takes the 18 classes that have spatial features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OUT = HERE.parent / "docs" / "images" / "first_picture.png"
 PANELS = {
     "whurs19_CLIP_ViT-B-32": "Satellite photos, CLIP ViT-B/32\n19 classes, 500 test images",
     "whurs19_CLIP_RN50": "Satellite photos, CLIP RN50\n19 classes, 500 test images",
-    "mira_tinyclip_fashion": "Product photos, a small CLIP\nthat knows them: 18 classes, 754 images",
+    "mira_tinyclip_fashion": "Product photos, a small CLIP that\nknows them: 18 classes, 754 images",
 }
 SHOTS = ("1", "2", "4", "8", "16")
 BLUE, GREY = "#1f5fbf", "#666666"
@@ -36,7 +36,7 @@ def accuracies() -> dict[tuple[str, str, str], float]:
                 if not row["accuracy"]:  # passed over
                     continue
                 key = row["source"], row["method"], row["shots"]
-                rows[key] = 100 * float(row["accuracy"])
+                rows[key] = float(row["accuracy"])
     return rows
 
 

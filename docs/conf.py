@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation site, by Sphinx: `sphinx-build -W docs build/site`, or `python docs/serve.py`."""
+"""The documentation site, by Sphinx: `python docs/serve.py` builds it and serves it."""
 
 from __future__ import annotations
 
