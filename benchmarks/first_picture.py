@@ -21,7 +21,7 @@ OUT = HERE.parent / "docs" / "images" / "first_picture.png"
 PANELS = {
     "whurs19_CLIP_ViT-B-32": "Satellite photos, CLIP ViT-B/32\n19 classes, 500 test images",
     "whurs19_CLIP_RN50": "Satellite photos, CLIP RN50\n19 classes, 500 test images",
-    "mira_tinyclip_fashion": "Product photos, a small CLIP that\nknows them: 18 classes, 754 images",
+    "mira_tinyclip_fashion": "Product photos, small CLIP that\nknows them, 18 classes, 754 images",
 }
 SHOTS = ("1", "2", "4", "8", "16")
 BLUE, GREY = "#1f5fbf", "#666666"

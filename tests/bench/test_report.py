@@ -13,6 +13,7 @@ import pytest
 from vtclip.bench.cells import backbone_of
 from vtclip.bench.published import mean_over, read_published
 from vtclip.bench.report import BenchReport, make_report, read_benchmark
+from vtclip.bench.tables import COSTS
 
 
 def only(report: BenchReport, title: str) -> Any:
@@ -271,6 +272,18 @@ def test_impossible_rows_are_refused_by_line(tmp_path, change, message):
         read_benchmark(tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", [path for path, _ in COSTS.values()], ids=".".join)
+def test_a_cost_that_is_no_float_is_refused_by_line(tmp_path, path):
+    row = made.make_row()
+    place = row
+    for name in path[:-1]:
+        place = place.setdefault(name, {})
+    place[path[-1]] = 10**400
+    made.write(tmp_path, [made.make_row(), row])
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2.*finite number"):
+        read_benchmark(tmp_path)
 
 
 def test_an_object_is_wanted_on_every_line(tmp_path):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -231,3 +233,19 @@ def test_unknown_sources(tmp_path):
     (tmp_path / "table.txt").write_text("a,b")
     with pytest.raises(ValueError, match="must be a folder of class folders, a list"):
         open_source(tmp_path / "table.txt")
+
+
+def test_a_header_of_python_2_is_read_without_a_warning(tmp_path):
+    """Whole numbers end in L there, which NumPy mends and warns of."""
+    path, other = save(tmp_path), tmp_path / "old.npz"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(other, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name == "label.npy":
+                data = re.sub(rb"\((\d+),\), \} {5}", rb"(\1L,), }    ", data, count=1)
+                assert b"L,)" in data
+            target.writestr(name, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        old = open_source(other)
+    assert torch.equal(old.label, open_source(path).label)

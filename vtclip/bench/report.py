@@ -60,6 +60,7 @@ _SCHEMA = table(
         "base?": maybe(table(_both)),
         "new?": maybe(table(_both)),
         "seconds?": maybe(by_name(number())),
+        "memory_mb?": maybe(by_name(maybe(number()))),
         "peak_memory_mb?": maybe(number()),
         **{f"{name}?": maybe(obj) for name in ("versions", "digests", "environment")},
         **{f"{name}?": maybe(text) for name in ("key", "skipped", "failed", "split", "revision")},

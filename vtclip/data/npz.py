@@ -17,12 +17,14 @@ With M prompts the class texts are the normalised mean of normalised rows, or th
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import tokenize
+import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +138,7 @@ def _read(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise ValueError(f"source: no such file: {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, _headers_of_python_2():
             for member in archive.infolist():
                 if (
                     member.file_size > BOMB_BYTES
@@ -147,7 +149,7 @@ def _read(path: Path) -> dict[str, Array]:
                         f"{member.file_size} bytes from {member.compress_size}; refused"
                     )
                 _check_header(archive, member)
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path, allow_pickle=False) as arrays, _headers_of_python_2():
             if not isinstance(arrays, Mapping):
                 raise ValueError(f"{path.name}: not an .npz file")
             found = {key: arrays[key] for key in arrays if key in KEYS}
@@ -176,6 +178,14 @@ def _read(path: Path) -> dict[str, Array]:
             raise ValueError(f"{path.name}: holds Python objects, which are never loaded") from None
         reason = " ".join(str(error).removeprefix(path.name + ": ").split())[:240]
         raise ValueError(f"{path.name}: {reason}") from None
+
+
+@contextlib.contextmanager
+def _headers_of_python_2() -> Iterator[None]:
+    """Without NumPy's warning of sizes such as 6L, which it reads rightly."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Reading `.npy` or `.npz` file", UserWarning)
+        yield
 
 
 def _check_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
