@@ -290,8 +290,8 @@ def test_a_run_says_where_its_method_is_from_and_what_is_missing(run_of_plugin, 
     missing = "method 'blend' is of the package vt-plug 1.5, which is not installed here"
     for words in (
         ["evaluate", str(run_of_plugin)],
-        ["predict", str(run_of_plugin), str(ROOT / "docs" / "demo_heat_maps.png")],
-        ["explain", str(run_of_plugin), str(ROOT / "docs" / "demo_heat_maps.png")],
+        ["predict", str(run_of_plugin), str(ROOT / "docs" / "images" / "demo_heat_maps.png")],
+        ["explain", str(run_of_plugin), str(ROOT / "docs" / "images" / "demo_heat_maps.png")],
         ["export", str(run_of_plugin), "--out", str(run_of_plugin.parent / "x.pt2")],
         [
             "extend",

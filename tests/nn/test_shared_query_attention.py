@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import copy
 import pickle
-import socket
 import warnings
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from two_ranks import gradients_of_rank
 
+from vtclip.backends import native
 from vtclip.nn import SharedQueryAttention
 from vtclip.ops import _any_order
 
@@ -203,6 +202,7 @@ def test_dropout_is_of_training_alone_and_repeats_by_its_seed():
     assert torch.equal(run(), plain(inputs))
 
 
+@pytest.mark.skipif(bool(native.load_cpu()), reason="vtclip._C is not built")
 def test_the_cost_of_dropout_is_said_in_training_alone(monkeypatch):
     monkeypatch.setattr(_any_order, "_WARNED", set())
     ours, inputs = module(dropout=0.5), tokens()
@@ -248,27 +248,13 @@ def test_names_and_representation():
     assert f"num_queries={K}, dim={DIM}, heads={HEADS}, token_dim={C}, dropout=0.0" in repr(ours)
 
 
-def _rank(number: int, port: int, state: dict[str, Tensor], inputs: Tensor, result: Any) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, 2, is_master=number == 0)
-    dist.init_process_group("gloo", store=store, rank=number, world_size=2)
-    ours = SharedQueryAttention(K, DIM, HEADS, dtype=torch.float64)
-    ours.load_state_dict(state)
-    wrapped = DistributedDataParallel(ours)
-    wrapped(inputs[2 * number : 2 * number + 2]).square().mean().backward()
-    result[number] = {name: p.grad.numpy() for name, p in ours.named_parameters()}
-    dist.destroy_process_group()
-
-
-def test_two_processes_have_the_gradients_of_one():
+def test_two_processes_have_the_gradients_of_one(tmp_path):
     ours, inputs = module(), torch.randn(4, L, DIM, dtype=torch.float64)
     ours(inputs).square().mean().backward()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     with torch.multiprocessing.Manager() as manager:
         result = manager.dict()
-        arguments = (port, ours.state_dict(), inputs, result)
-        torch.multiprocessing.spawn(_rank, args=arguments, nprocs=2)
+        arguments = (str(tmp_path / "store"), (K, DIM, HEADS), ours.state_dict(), inputs, result)
+        torch.multiprocessing.spawn(gradients_of_rank, args=arguments, nprocs=2)
         found = dict(result)
     assert set(found) == {0, 1}
     for name, parameter in ours.named_parameters():

@@ -283,7 +283,7 @@ def test_every_argument_that_decides_a_number_is_in_the_result(run):
     elsewhere = {"method", "seed", "device", "threads"}  # beside "config" in the result
     named = {"overrides": "fit", "exact_shots": "draw"}  # in "config" by another name
     conduct = {"records", "out", "overwrite", "resume", "cache_dir", "progress"}
-    conduct |= {"encoder_batch_size", "strict"}
+    conduct |= {"encoder_batch_size", "strict", "on_metrics"}
     own = {"train_encoders", "lora"}  # are in the results of such runs only
     for name in set(inspect.signature(vtclip.fit).parameters) - elsewhere - conduct - own:
         assert named.get(name, name) in run.result["config"], name

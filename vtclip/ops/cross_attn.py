@@ -108,7 +108,8 @@ def validate(
         expect_flag(op, "enable_gqa", enable_gqa)
     expect_heads(op, tensors, enable_gqa)
     query = tensors["query"]
-    specs = {name: (tensor, _SPECS[name][enable_gqa]) for name, tensor in tensors.items()}
+    form = 1 if enable_gqa else 0  # torch 2.11 compiles no bool as an index
+    specs = {name: (tensor, _SPECS[name][form]) for name, tensor in tensors.items()}
     if key_mask is not None:
         expect_mask(op, key_mask, query)
         specs["key_mask"] = (key_mask, "B|1 L")
