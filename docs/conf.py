@@ -19,8 +19,10 @@ project = "vtclip"
 author = "the vtclip developers"
 version = release = vtclip.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
-exclude_patterns = ["site"]
+exclude_patterns = ["site", "examples/*.py"]
+highlight_language = "text"
 html_theme = "furo"
+copyright = "the vtclip developers, Apache-2.0"
 html_title = f"vtclip {release}"
 html_static_path = ["site/static"]
 html_css_files = ["site.css"]

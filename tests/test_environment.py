@@ -40,6 +40,7 @@ NOT_LAUNCHED = [
 # the least that the parser takes
 WORDS = {"bench": ["x", "--out", "y"], "features": ["x", "--out", "y"], "predict": ["x", "y"]}
 WORDS |= {"explain": ["x", "y"], "extend": ["x", "y", "--out", "z"], "data": ["check", "x"]}
+WORDS["completion"] = ["bash"]
 WORDS |= dict.fromkeys(("info", "demo", "selftest", "tune"), [])
 
 

@@ -197,6 +197,8 @@ tune --shape lp:B=1
     --shape must begin with vtclip: or rada:
 selftest --device gpu
     --device must be
+completion fish
+    SHELL: unknown name 'fish'
 selftest --json gone/x.json
     --json must be a file to write, got 'gone/x.json'
 """
@@ -246,6 +248,7 @@ def test_every_command_that_takes_input_is_in_the_table():
 
 NEEDED = {"bench": ["x", "--out", "y"], "features": ["x", "--out", "y"], "predict": ["x", "y"]}
 NEEDED |= {"explain": ["x", "y"], "extend": ["x", "y", "--out", "z"], "data": ["check", "x"]}
+NEEDED["completion"] = ["bash"]
 NEEDED |= dict.fromkeys(("info", "demo", "selftest", "tune"), [])
 
 

@@ -76,6 +76,15 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
     assert not broken
 
 
+def test_the_readmes_count_of_faults_is_that_of_the_catalogue():
+    (row,) = re.findall(r"^\| all \| (\d+) \| (\d+) \| (\d+) \|", words("reliability.md"), re.M)
+    rows, proved, part = row
+    sentence = (
+        f"{rows} ways to fail are catalogued, {proved} of them proved by tests and {part} in part"
+    )
+    assert sentence in README
+
+
 def test_every_operator_has_a_row():
     table = words("operators.md")
     for name in ops.__all__:

@@ -43,3 +43,16 @@ def test_a_data_set_of_ones_own_is_used_by_its_name(tmp_path):
     assert re.search(r"shapes +usable +train 24, val 12, test 30; 3 classes", said)
     assert "note:" not in said  # the lists have the counts that were registered
     assert re.search(r"(?m)^proker +\d", said)
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_a_classifier(tmp_path):
+    said = run("my_folder.py", str(tmp_path / "out"))
+    table = {
+        line.split()[0]: line for line in said.splitlines() if line.startswith(("zero", "auto"))
+    }
+    accuracy = {name: float(line.split()[1]) for name, line in table.items()}
+    assert accuracy["auto"] > accuracy["zero-shot"]
+    assert len(re.findall(r"^ *\d+\.\d %  \w+ \w+$", said, re.MULTILINE)) == 3
+    (wrong,) = re.findall(r"(\d+) test images are wrong", said)
+    assert int(wrong) == round(144 * (1 - accuracy["auto"] / 100))

@@ -7,6 +7,8 @@ import http.client
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +59,23 @@ def test_the_line_says_where_and_what(service):
         f"http://127.0.0.1:{service.port}/  run takl, takl of 3 classes, "
         f"model {ask(service, 'GET', '/health')[1]['model']}, cpu\n"
     )
+
+
+def test_the_example_of_a_client_prints_what_the_classifier_says(service, world):
+    script = Path(__file__).parents[2] / "docs" / "examples" / "ask_a_service.py"
+    broken = world.root / "broken.png"
+    broken.write_bytes(b"no image")
+    words = [f"http://127.0.0.1:{service.port}", str(world.paths[0]), str(broken)]
+    done = subprocess.run(
+        [sys.executable, str(script), *words], capture_output=True, text=True, check=True
+    )
+    (((label, share),),) = Classifier.load(world.run("takl"), device="cpu").predict(
+        [world.paths[0]], topk=1
+    )
+    first, second, third = done.stdout.splitlines()
+    assert first == "takl: takl of 3 classes"
+    assert second == f"{world.paths[0].name}: {label} ({100 * share:.1f} %)"
+    assert third == "broken.png: not an image of a known format"
 
 
 def test_eight_clients_at_once_get_what_the_classifier_says(service, world):

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, Protocol
 from vtclip import __version__
 from vtclip.cli import (
     bench,
+    completion,
     convert,
     data,
     demo,
@@ -66,6 +67,7 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("tune", tune, "time tiles of the GPU kernels, and keep the best"),
     ("demo", demo, "run the full pipeline on bundled data (offline)"),
     ("selftest", selftest, "prove every kernel on this device against the reference"),
+    ("completion", completion, "print a script that completes commands in a shell"),
     ("info", info, "show what is installed, which kernels run, and why others do not"),
 )
 TOGETHER = ("fit", "evaluate", "features", "bench", "info")  # of which torchrun may start several
