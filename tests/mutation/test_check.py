@@ -34,6 +34,7 @@ def test_larger():
     assert larger(1, 2) == 2
     assert larger(2, 1) == 2
 """
+DROPPED = ("text", "syntax", "compile", "import", "object")
 TABLE = """[room.small]
 share = 1
 files = ["small/numbers.py"]
@@ -162,3 +163,23 @@ def test_without_the_library_one_line_says_what_to_install(project):
     done = check(project)
     assert done.returncode == 1
     assert done.stderr == changes.MISSING + "\n"
+
+
+def test_the_page_has_the_counts_of_the_results():
+    page = (HERE.parents[1] / "docs" / "mutation.md").read_text(encoding="utf-8")
+    with (HERE / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rooms = list(dict.fromkeys(row["room"] for row in rows))
+    shown = {}
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 10 and cells[0] in (*rooms, "all"):
+            shown[cells[0]] = [int(cell) for cell in (*cells[1:5], *cells[6:])]
+    kinds = ("killed", "timeout", "survived", *(f"dropped: {why}" for why in DROPPED))
+    counted = {}
+    for room in (*rooms, "all"):
+        found = [row["result"] for row in rows if room in ("all", row["room"])]
+        counts = [sum(result == kind for result in found) for kind in kinds]
+        counts[4:6] = [counts[4] + counts[5]]  # a syntax error does not compile either
+        counted[room] = [sum(counts[:3]), *counts]
+    assert shown == counted
