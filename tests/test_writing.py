@@ -228,6 +228,27 @@ assert found == sorted(found)
     assert new >= journals >= 5
 
 
+@pytest.mark.parametrize("write", [write_atomic, lambda path, data: write_together({path: data})])
+def test_a_file_that_another_process_removes_meanwhile_is_written(tmp_path, monkeypatch, write):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def then_removed(look):
+        def looked(place, *arguments, **options):
+            found = look(place, *arguments, **options)
+            if os.fspath(place) == str(path):
+                path.unlink(missing_ok=True)
+            return found
+
+        return looked
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, then_removed(getattr(os, name)))
+    write(path, b"new")
+    monkeypatch.undo()
+    assert held(tmp_path) == {"a": b"new"}
+
+
 def test_two_writers_and_a_reader_never_mix(tmp_path):
     code = """
 def read():

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +50,7 @@ class _Fresh:
     """
 
     def __init__(self, path: Path) -> None:
-        if os.path.lexists(path) and not (path.is_symlink() or path.is_file()):
+        if not _may_be_replaced(path):
             raise OSError(errno.EINVAL, "it is not a file", str(path))
         self.path = path
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
@@ -91,6 +92,15 @@ class _Fresh:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether it is a file, a link or nothing: by one look, for others may remove it meanwhile."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):  # the open that follows names the latter
+        return True
+    return stat.S_ISREG(mode) or stat.S_ISLNK(mode)
 
 
 def is_leftover(name: str) -> bool:
