@@ -5,6 +5,7 @@
 
 #include "common/register.h"
 #include "cpu/common/attn_host.h"
+#include "cpu/cross_attn_pairs.h"
 
 #define VTCLIP_KERNEL "cpu/cross_attn_kernel.h"
 #include "cpu/common/foreach_capability.h"
@@ -28,6 +29,10 @@ std::tuple<Tensor, Tensor> cross_attn_fwd(Tensor query, Tensor key, Tensor value
   p.value = heads_view(value);
   p.out = heads_view(out);
   p.lse = lse.data_ptr();
+  if (has_pairs(s)) {
+    cross_attn_pairs_fwd(p, query);
+    return {out, lse};
+  }
   const Tensor pack = pack_shared_query(s, query, p.query_pack);
   run(VTCLIP_PICK(cross_attn_fwd_units), p, s.B * s.H * s.num_blocks(), 2 * block_work(s));
   return {out, lse};

@@ -54,14 +54,7 @@ static void forward_units(const AttnForward& p, int64_t begin, int64_t end) {
       const int64_t tile = min_of(s.key_tile, n - l);
       score_tile<T>(s, scores, ldq, keys + l * ldd, tile, query, queries);
       softmax_tile<T>(scores, ldq, tile, queries, l == 0, state);
-      if (l != 0) {
-        for (int64_t q = 0; q < queries; ++q) {
-          const Vec<T> factor = splat(state.rescale[q]);
-          for (int64_t c = 0; c < width; c += kLanes<T>) {
-            store(acc + q * ldd + c, load(acc + q * ldd + c) * factor);
-          }
-        }
-      }
+      if (l != 0) rescale_rows<T>(acc, ldd, width, queries, state);
       gemm(Gemm<T>{queries, width, tile, scores, ldq, true, values + l * ldd, ldd, acc, ldd,
                    l != 0});
     }

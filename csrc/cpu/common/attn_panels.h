@@ -149,6 +149,18 @@ static void softmax_tile(T* scores, int64_t ld, int64_t n, int64_t queries, bool
   for (; at < columns; at += kLanes<T>) softmax_columns<T, 1>(scores, ld, n, at, first, state);
 }
 
+// Sums of values made before this tile, brought to its maximum.
+template <class T>
+static void rescale_rows(T* rows, int64_t ld, int64_t width, int64_t queries,
+                         const SoftmaxState<T>& state) {
+  for (int64_t q = 0; q < queries; ++q) {
+    const Vec<T> factor = splat(state.rescale[q]);
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
+      store(rows + q * ld + c, load(rows + q * ld + c) * factor);
+    }
+  }
+}
+
 // Log-sum-exp from the state. Where every score was -inf or NaN the maximum was
 // taken as 0, and the sum, 0 or NaN, decides.
 template <class T>

@@ -6,7 +6,7 @@
 
 namespace vtclip::cpu {
 
-// C[m, n] (+)= sum_k A[m, k] B[k, n].
+// C[m, n] (+)= scale * sum_k A[m, k] B[k, n].
 // A is read one element at a time: element (i, j) at a[i * lda + j], or a[j * lda + i] if
 // transposed. B and C rows are read and written in whole vectors: n is a multiple of the vector
 // length and ldb, ldc are at least n.
@@ -21,6 +21,7 @@ struct Gemm {
   T* c;
   int64_t ldc;
   bool accumulate;
+  T scale = T{1};
 };
 
 #define VTCLIP_DECLARE_GEMM(capability) \
