@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             **options_of(args, "shots", "seeds", "device", "threads", "cache_dir"),
         )
     if args.json:
-        emit_json(report.as_json())
+        emit_json("bench", report.as_json())
     else:
         # of several processes the one that finds nothing left prints the tables
         if not report.left:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     out, facts = convert_file(source, args.out, model=args.model, overwrite=args.overwrite)
     if args.json:
-        emit_json({"out": str(out), **facts})
+        emit_json("convert", {"out": str(out), **facts})
         return 0
     activation = "QuickGELU" if facts["model_cfg"].get("quick_gelu") else "GELU"
     emit(

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = check_sets(root, args.names)
     if args.json:
-        emit_json(report)
+        emit_json("data", report)
     else:
         for line in check_lines(report):
             emit(line)

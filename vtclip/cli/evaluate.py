@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_first():
         return 0
     if args.json:
-        emit_json(values)
+        emit_json("evaluate", values)
     else:
         print_metrics(values, args.ttt)
     return 0

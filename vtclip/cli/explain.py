@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         _write(out, draw_page(picture, why, images, heat))
     if args.json:
         place = None if out is None else str(out)
-        emit_json({"image": args.image, **why.to_json(), "picture": place})
+        emit_json("explain", {"image": args.image, **why.to_json(), "picture": place})
         return 0
     for line in _table(args.image, why):
         emit(line)
@@ -90,13 +90,18 @@ def _checked(out: Path, image: Path) -> Path:
 
 
 def _heat_map(args: argparse.Namespace, folder: Path, image: Path, out: Path | None) -> int:
-    for option in ("top", "json"):
-        if getattr(args, option):
-            raise ValueError(f"--{option}: method vtclip is explained by a heat map alone")
+    if args.top:
+        raise ValueError("--top: method vtclip is explained by a heat map alone")
     if out is None:
         raise ValueError("method vtclip is explained by a heat map; name its file as --out PNG")
-    picture = open_classifier(args, folder).explain(image, args.class_name)
+    classifier = open_classifier(args, folder)
+    label = classifier.predict(image)[0][0] if args.class_name is None else args.class_name
+    picture = classifier.explain(image, label)
     _write(out, picture)
+    if args.json:
+        size = {"width": picture.width, "height": picture.height}
+        emit_json("explain", {"image": args.image, "label": label, "picture": str(out), **size})
+        return 0
     emit(f"{out}: {picture.width} x {picture.height}")
     return 0
 

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         **options_of(args, "model", "threads", "cache_dir"),
     )
     if args.json:
-        emit_json(about)
+        emit_json("export", about)
     else:
         print_export(about)
     return 0

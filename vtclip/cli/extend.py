@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         **options_of(args, "device", "threads", "cache_dir"),
     )
     if args.json:
-        emit_json(extended.result)
+        emit_json("extend", {**extended.result, "run": str(extended.folder)})
     else:
         emit_table(summary(extended.result))
         files = ", ".join(sorted(path.name for path in extended.folder.iterdir()))

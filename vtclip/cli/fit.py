@@ -297,7 +297,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_first():
         return 0
     if args.json:
-        emit_json(fitted.result)
+        emit_json("fit", {**fitted.result, "run": str(fitted.folder)})
     else:
         print_fit(fitted)
     return 0

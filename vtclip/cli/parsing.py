@@ -6,11 +6,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vtclip import __version__
 from vtclip.environment import is_first
 from vtclip.extensions.registry import METHODS as METHODS_GROUP
 from vtclip.extensions.registry import names_beside
@@ -327,10 +328,12 @@ def emit_table(text: str) -> None:
         emit(line)
 
 
-def emit_json(value: Any) -> None:
+def emit_json(command: str, value: Mapping[str, Any]) -> None:
+    """One object on stdout, in ASCII: what docs/json_output.md says of `command`."""
     from vtclip.files import to_json
 
-    print(to_json(value).decode("ascii").rstrip())
+    whole = {"command": command, "vtclip_version": __version__, **value}
+    print(to_json(whole).decode("ascii").rstrip())
 
 
 def note(line: str) -> None:

@@ -175,7 +175,7 @@ def _print_json(
             entry["set"] = [one.label for one in answer.set]
         entries.append({**entry, **together})
     entries += [{"image": path, "error": reason} for path, reason in unreadable]
-    emit_json(entries)
+    emit_json("predict", {"images": entries})
     return _report([(entry["image"], entry["error"]) for entry in entries if "error" in entry])
 
 

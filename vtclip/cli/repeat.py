@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         **options_of(args, "out", "model", "encoder_batch_size", "cache_dir"),
     )
     if args.json:
-        emit_json(comparison)
+        emit_json("repeat", comparison)
     else:
         for line in lines(comparison):
             emit(line)

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         "rows": rows,
     }
     if args.json == "-":
-        emit_json(value)
+        emit_json("selftest", value)
     else:
         if args.json is not None:
             write_atomic(Path(args.json).expanduser(), to_json(value))

@@ -95,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         times = {key: {"ms": timed.after, "built_in_ms": timed.before}
                  for key, timed in tiles.items()}  # fmt: skip
-        emit_json({"file": str(path), "device": name, "capability": capability, "tiles": times})
+        facts = {"file": str(path), "device": name, "capability": capability}
+        emit_json("tune", {**facts, "tiles": times})
     else:
         emit(f"{path}: {len(tiles)} tiles faster than the built-in ones on {name}")
         emit(f"VTCLIP_TUNED={'1' if args.out is None else path} makes vtclip use them")
