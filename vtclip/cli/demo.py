@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import Parser, emit, emit_json, emit_table
+from vtclip.cli.parsing import Parser, emit, emit_json, emit_table, on_terminal
 
 
 def add_arguments(parser: Parser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     from vtclip.demo.run import run_demo
 
-    summary = run_demo(args.out, threads=args.threads, device=args.device)
+    summary = run_demo(args.out, threads=args.threads, device=args.device, progress=on_terminal())
     if args.json:
         emit_json("demo", {**summary, "out": args.out})
         return 0

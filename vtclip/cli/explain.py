@@ -13,7 +13,16 @@ import io
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, open_classifier
+from vtclip.cli.parsing import (
+    Parser,
+    count,
+    emit,
+    emit_headline,
+    emit_json,
+    existing,
+    on_terminal,
+    open_classifier,
+)
 from vtclip.files import escape, printable, several, write_atomic
 from vtclip.names import index_of
 
@@ -40,6 +49,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vtclip.data.decode import open_image
+    from vtclip.machine import doing
     from vtclip.runs.adapter import load_adapter
     from vtclip.runs.training_images import training_images
     from vtclip.runs.why import check_explainable, explain_choice, has_heat_map
@@ -54,13 +64,14 @@ def run(args: argparse.Namespace) -> int:
         index_of(args.class_name, adapter.class_names)
     picture = open_image(image)
     classifier = open_classifier(args, folder)
-    why, images = explain_choice(
-        classifier,
-        picture,
-        lambda labels: training_images(folder, labels),
-        args.class_name,
-        args.top or TOP,
-    )
+    with doing("explaining", on_terminal()):
+        why, images = explain_choice(
+            classifier,
+            picture,
+            lambda labels: training_images(folder, labels),
+            args.class_name,
+            args.top or TOP,
+        )
     if out is not None:
         from vtclip.runs.why_page import draw_page
 
@@ -70,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
         place = None if out is None else str(out)
         emit_json("explain", {"image": args.image, **why.to_json(), "picture": place})
         return 0
-    for line in _table(args.image, why):
+    first, *rest = _table(args.image, why)
+    emit_headline(first)
+    for line in rest:
         emit(line)
     if out is not None:
         emit(f"page: {printable(str(out))}")

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, options_of
+from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, on_terminal, options_of
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,15 +35,17 @@ def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     if args.out is None and args.onnx is None:
         raise ValueError("--out FILE.pt2 or --onnx FILE.onnx must be given")
+    from vtclip.machine import doing
     from vtclip.runs.export import export
 
-    about = export(
-        folder,
-        args.out,
-        kind="features" if args.features else "image",
-        **options_of(args, "onnx", "portable", "fixed_batch", "overwrite"),
-        **options_of(args, "model", "threads", "cache_dir"),
-    )
+    with doing("exporting, and comparing with the run", on_terminal()):
+        about = export(
+            folder,
+            args.out,
+            kind="features" if args.features else "image",
+            **options_of(args, "onnx", "portable", "fixed_batch", "overwrite"),
+            **options_of(args, "model", "threads", "cache_dir"),
+        )
     if args.json:
         emit_json("export", about)
     else:

@@ -13,6 +13,7 @@ from vtclip.cli.parsing import (
     count,
     demo_model_noted,
     emit,
+    emit_headline,
     emit_json,
     emit_table,
     existing,
@@ -374,7 +375,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.runs.together import together_line
 
     result = fitted.result
-    emit(headline(result))
+    emit_headline(headline(result))
     counts = result["images"]
     classes = several(len(result["classes"]), "class", "classes")
     emit(
@@ -410,6 +411,6 @@ def print_fit(fitted: Any) -> None:
     stages = ", ".join(
         f"{name} {value:.1f} s{memory.get(name, '')}" for name, value in result["seconds"].items()
     )
-    emit(f"{stages}; {result['device']}")
+    emit(f"{stages}; {result['device'].replace('(1 threads)', '(1 thread)')}")
     files = ", ".join(sorted(path.name for path in fitted.folder.iterdir()))
     emit(f"run in {fitted.folder}: {files}")

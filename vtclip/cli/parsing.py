@@ -7,11 +7,12 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from vtclip import __version__
+from vtclip.cli.colours import paint
 from vtclip.environment import is_first
 from vtclip.extensions.registry import METHODS as METHODS_GROUP
 from vtclip.extensions.registry import names_beside
@@ -305,11 +306,12 @@ def options_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def open_classifier(args: argparse.Namespace, folder: Path) -> Any:
     """The classifier of the run in `folder`, with the options --model, --device and --threads."""
-    from vtclip.machine import set_threads
+    from vtclip.machine import doing, set_threads
     from vtclip.runs.classifier import Classifier
 
     set_threads(args.threads)
-    return Classifier.load(folder, model=args.model, device=args.device)
+    with doing("loading the model", on_terminal()):
+        return Classifier.load(folder, model=args.model, device=args.device)
 
 
 def on_terminal() -> bool:
@@ -317,9 +319,14 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def emit(line: str) -> None:
-    """One line on stdout, whatever the names in it hold."""
-    print(printable(line))
+def emit(line: str, how: str = "") -> None:
+    """One line on stdout, whatever the names in it hold; `how` is of `colours.CODES`."""
+    print(paint(printable(line), how, sys.stdout))
+
+
+def emit_headline(line: str) -> None:
+    """The line that matters most."""
+    emit(line, "bold")
 
 
 def emit_table(text: str) -> None:
@@ -336,10 +343,23 @@ def emit_json(command: str, value: Mapping[str, Any]) -> None:
     print(to_json(whole).decode("ascii").rstrip())
 
 
-def note(line: str) -> None:
-    """One line on stderr, where there is one."""
-    if sys.stderr is not None:
-        sys.stderr.write(f"{printable(line)}\n")
+def above_bars() -> AbstractContextManager[Any]:
+    """A block that writes to stderr: progress bars, where any are shown, make room and return."""
+    if "tqdm" not in sys.modules:
+        return nullcontext()
+    from tqdm import tqdm
+
+    shown: AbstractContextManager[Any] = tqdm.external_write_mode(file=sys.stderr)
+    return shown
+
+
+def note(line: str, how: str = "") -> None:
+    """One line on stderr, where there is one; notes are yellow on a terminal."""
+    if sys.stderr is None:
+        return
+    how = how or ("yellow" if line.startswith("note: ") else "")
+    with above_bars():
+        sys.stderr.write(f"{paint(printable(line), how, sys.stderr)}\n")
 
 
 @contextmanager
@@ -359,5 +379,5 @@ def demo_model_noted(needed: bool) -> Iterator[None]:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    note(message)
+    note(message, "red")
     raise SystemExit(status)
