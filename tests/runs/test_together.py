@@ -175,7 +175,7 @@ def test_predict_decides_a_folder_as_one_batch(photos, capsys):
     names = [row[0].label for row in loaded.predict(paths, together=True)]
     assert names == [loaded.class_names[k] for k in found.argmax(dim=1).tolist()]
     words = ["predict", run.folder, photos / "scenes", "--together", "--device", "cpu"]
-    rows = json_of(capsys, *words)
+    rows = json_of(capsys, *words)["images"]
     assert {row["together"] for row in rows} == {len(paths)}
     by_name = {row["image"]: row["predictions"][0]["label"] for row in rows}
     assert [by_name[str(path)] for path in paths] == names

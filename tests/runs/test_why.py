@@ -389,4 +389,5 @@ def test_the_function_takes_a_picture_and_gives_what_the_command_prints(world, p
             classifier, file.convert("RGB"), lambda labels: training_images(run, labels), top=1
         )
     wanted = json_of(capsys, "explain", run, photo, "--top", "1", "--device", "cpu")
-    assert {**why.to_json(), "image": str(photo), "picture": None} == wanted
+    said = {"command": "explain", "vtclip_version": vtclip.__version__, "image": str(photo)}
+    assert {**said, **why.to_json(), "picture": None} == wanted

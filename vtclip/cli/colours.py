@@ -9,11 +9,16 @@ from typing import TextIO
 CODES = {"bold": "1", "yellow": "33", "red": "31"}
 
 
+def is_dumb() -> bool:
+    """Whether the terminal does nothing but print."""
+    return os.environ.get("TERM") == "dumb"
+
+
 def coloured(stream: TextIO | None) -> bool:
     """Whether escapes may go to `stream`: somebody watches it and has not asked for none."""
-    if stream is None or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+    if stream is None or os.environ.get("NO_COLOR") or is_dumb():
         return False
-    if os.name == "nt" and "WT_SESSION" not in os.environ:  # older consoles show the codes
+    if os.name == "nt" and not os.environ.get("WT_SESSION"):  # older consoles show the codes
         return False
     return stream.isatty()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vtclip import __version__
-from vtclip.cli.colours import paint
+from vtclip.cli.colours import is_dumb, paint
 from vtclip.environment import is_first
 from vtclip.extensions.registry import METHODS as METHODS_GROUP
 from vtclip.extensions.registry import names_beside
@@ -33,6 +33,8 @@ class Parser(argparse.ArgumentParser):
         self.options = ["-h", "--help"]
         self.flags = {"-h", "--help"}
         self.actions: dict[str, argparse.Action] = {}
+        self.words: list[str] = []  # that are parsed
+        self.hidden: Callable[[argparse.Action], bool] | None = None  # left out of the help
         self.more_help: Callable[[], str] | None = None  # what the end of the help says
         super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, Once)
@@ -76,15 +78,24 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--model", help="path to the weights, if they have moved")
 
     def format_help(self) -> str:
-        if self.more_help is not None:
-            self.epilog = printable(self.more_help()) or None
-        return super().format_help()
+        shown = {}
+        for action in self._actions if self.hidden is not None else ():
+            if self.hidden is not None and self.hidden(action):
+                shown[action], action.help = action.help, argparse.SUPPRESS
+        text = super().format_help()
+        for action, words in shown.items():
+            action.help = words
+        more = "" if self.more_help is None else self.more_help()
+        if not more:
+            return text
+        return "\n".join([text, *map(printable, more.split("\n")), ""])
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, Any]:
         """As argparse does, but a command's positional arguments may stand between its options."""
+        self.words = list(args or ())
         if args is not None and self.get_default("parser") is self:
             args = self._positionals_together(list(args))
         return super().parse_known_args(args, namespace)
@@ -315,8 +326,8 @@ def open_classifier(args: argparse.Namespace, folder: Path) -> Any:
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: progress is shown then."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether somebody watches on a terminal that can move its cursor: progress is shown then."""
+    return sys.stderr is not None and sys.stderr.isatty() and not is_dumb()
 
 
 def emit(line: str, how: str = "") -> None:
