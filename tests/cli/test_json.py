@@ -19,10 +19,18 @@ from pictures import dots
 
 import vtclip
 from vtclip.cli import COMMANDS, build_parser
+from vtclip.clip import build_clip
 
 PAGE = (Path(__file__).parents[2] / "docs" / "json_output.md").read_text(encoding="utf-8")
 HERE = ["--device", "cpu", "--threads", "1"]
 EVERY = {"command", "vtclip_version"}
+CONFIG: dict[str, Any] = {
+    "embed_dim": 48,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8},
+    "text_cfg": {
+        "context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1
+    },
+}  # fmt: skip
 SCRIPTS = {"completion"}  # whose output is a script
 LIKE_FIT = {"fit", "extend"}
 

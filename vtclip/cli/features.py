@@ -15,6 +15,7 @@ from vtclip.cli.parsing import (
     on_terminal,
 )
 from vtclip.environment import is_first
+from vtclip.files import several
 
 
 def add_arguments(parser: Parser) -> None:
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         emit_json("features", about(args.out, records))
     else:
-        emit(f"{args.out}: {records!r}")
+        emit(f"{args.out}: {in_words(records)}")
     return 0
 
 
@@ -72,3 +73,15 @@ def about(out: str, records: Any) -> dict[str, Any]:
         "spatial": spatial,
         "passes": records.num_passes,
     }
+
+
+def in_words(records: Any) -> str:
+    """The same in one line."""
+    images = several(len(records), "image")
+    line = f"{images} of {several(len(records.class_names), 'class', 'classes')}"
+    line += f", vectors of width {records.width}"
+    if records.has_spatial:
+        line += f", {records.spatial_tokens} spatial tokens of width {records.spatial_width}"
+    if records.num_passes:
+        line += f", {several(records.num_passes, 'augmentation pass', 'augmentation passes')}"
+    return line
