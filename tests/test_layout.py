@@ -99,7 +99,7 @@ ARROWS = {
     "serve": {"runs", "data", "names", "files", "machine"},
     "cli": {
         *("bench", "serve", "demo", "tune", "info", "runs", "train", "data", "backends"),
-        *("testing", "extensions"),
+        *("testing", "extensions", "heads"),
         *("clip", "names", "files", "machine", "environment"),
     },
 }

@@ -202,17 +202,34 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
+@contextmanager
+def doing(what: str, progress: bool) -> Iterator[None]:
+    """A line on stderr, where it is a terminal, that says `what` is done while the block runs."""
+    if not progress:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=f"{what} ...", bar_format="{desc}", leave=False, disable=None):
+        yield
+
+
 @dataclass
 class Stopwatch:
-    """Seconds per named stage and, where a device is named, the most memory held in each."""
+    """Seconds per named stage and, where a device is named, the most memory held in each.
+
+    progress: name the running stage on stderr, where it is a terminal.
+    """
 
     device: torch.device | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     memory_mb: dict[str, float] = field(default_factory=dict)
+    progress: bool = False
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start, known = time.perf_counter(), self.device
-        with nullcontext() if known is None else stage_peak(name, self.memory_mb, known):
+        peak = nullcontext() if known is None else stage_peak(name, self.memory_mb, known)
+        with doing(name, self.progress), peak:
             yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -180,7 +180,7 @@ def test_predict(said, run, place):
     assert {Path(unescape(row[0])).parent.name for row in rows[1:]} == set(CLASSES)
     seen = said("predict", run.name, "p\x1b[2Jics", "--json", status=1)
     assert seen.out.isascii()
-    assert len(json.loads(seen.out)) == 28
+    assert len(json.loads(seen.out)["images"]) == 28
 
 
 def test_evaluate(said, run):

@@ -98,7 +98,7 @@ def test_a_run_is_the_one_on_named_folders(capsys, place):
     Path("names.txt").unlink()
     assert call("evaluate", "b") == 0
     assert call("repeat", "b", "--out", "again") == 0
-    best = json_of(capsys, "predict", "b", f"ids/{IDS[0]}/0.png")[0]["predictions"]
+    best = json_of(capsys, "predict", "b", f"ids/{IDS[0]}/0.png")["images"][0]["predictions"]
     assert {row["label"] for row in best} == set(NAMES)
     assert call("features", "ids", "--class-names", "gone.txt", "--out", "f") == 2
     Path("names.txt").write_text(FILES["space.txt"])

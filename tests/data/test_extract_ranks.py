@@ -109,7 +109,7 @@ def test_torchrun_writes_what_one_process_writes(tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = python(*launch, "-m", "vtclip", *words, tmp_path / "two", timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Records(132 images") == 1
+    assert done.stdout.count("132 images of 2 classes, ") == 1
     one, two = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for name in ("one", "two")

@@ -44,7 +44,9 @@ def test_an_official_list_that_it_trained_on_is_refused(tmp_path, trees):
 
 
 def test_it_predicts_exports_and_repeats(place, tmp_path, capsys):
-    out = json_of(capsys, "predict", place / "run", place / "dots" / "red dot", "--device", "cpu")
+    out = json_of(capsys, "predict", place / "run", place / "dots" / "red dot", "--device", "cpu")[
+        "images"
+    ]
     assert len(out) == 8
     assert call("repeat", place / "run", "--cache-dir", place / "cache") == 0
     assert "MATCH" in capsys.readouterr().out

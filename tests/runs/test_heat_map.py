@@ -96,7 +96,7 @@ def test_predictions_agree_with_the_evaluation(world):
 def test_predict_and_explain_commands(world, tmp_path, capsys):
     image = str(world["images"] / "sunset" / "05.png")
     other = str(world["images"] / "grass" / "05.png")
-    rows = json_of(capsys, "predict", world["run"], image, other, "--topk", "2")
+    rows = json_of(capsys, "predict", world["run"], image, other, "--topk", "2")["images"]
     assert [row["image"] for row in rows] == [image, other]
     assert [row["predictions"][0]["label"] for row in rows] == ["sunset", "grass"]
     assert main(["predict", str(world["run"]), image]) == 0

@@ -194,9 +194,9 @@ def test_the_command_says_unknown_and_sets(run, loaded, paths, capsys):
     words = ["predict", str(run), *map(str, paths), "--topk", "1"]
     asked = [*words, "--unknown", "0.5", "--coverage", "0.8"]
     answers = list(loaded.answer_each(paths, 1, unknown=0.5, coverage=0.8))
-    plain = json_of(capsys, *words)
+    plain = json_of(capsys, *words)["images"]
     assert all(set(row) == {"image", "predictions"} for row in plain)
-    rows = json_of(capsys, *asked)
+    rows = json_of(capsys, *asked)["images"]
     for row, usual, answer in zip(rows, plain, answers, strict=True):
         assert row == {
             **usual,
@@ -341,7 +341,7 @@ def test_the_command_takes_folders_and_goes_on_after_broken_files(run, images, t
     assert seen.err.count("\n") == 1
     assert str(deep / "b.png") in seen.err
 
-    rows = json_of(capsys, *words, status=1)
+    rows = json_of(capsys, *words, status=1)["images"]
     assert [row["image"] for row in rows if "predictions" in row] == order
     (bad,) = (row for row in rows if "error" in row)
     assert bad["image"] == str(deep / "b.png")

@@ -71,7 +71,7 @@ def test_a_real_folder_of_photos_from_fit_to_heat_map(shared_data, tmp_path, cap
     assert "19 classes, 19 training, 19 validation and 190 test images" in seen.out
     assert "--model ViT-B-32:openai" in seen.err
     photo = str(sorted((photos / "beach").iterdir())[0])
-    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")
+    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")["images"]
     assert len(row["predictions"]) == 3
     assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
     heat = tmp_path / "heat.png"
@@ -91,7 +91,7 @@ def test_rada_on_a_real_folder_of_photos(shared_data, tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["adapted"] != result["zero_shot"]
     photo = str(sorted((photos / "beach").iterdir())[0])
-    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")
+    (row,) = json_of(capsys, "predict", run, photo, "--topk", "3")["images"]
     assert {one["label"] for one in row["predictions"]} <= {path.name for path in photos.iterdir()}
     assert json_of(capsys, "evaluate", run, photos, *cache)["accuracy"] == result["accuracy"]
     assert call("explain", run, photo, "--out", tmp_path / "heat.png") == 2

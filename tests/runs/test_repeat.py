@@ -205,7 +205,7 @@ def test_how_much_an_adapter_differs_is_said(run, npz, tmp_path, capsys):
     assert main(["repeat", str(folder)]) == 1
     printed = capsys.readouterr().out
     assert "adapter                differs: " in printed
-    assert "DIFFERENT: " in printed.splitlines()[-1]
+    assert "DIFFERENT: " in printed.splitlines()[0]
     assert "adapted nll " in printed
     assert "differs by" in printed
 

@@ -175,7 +175,7 @@ def test_predict_decides_a_folder_as_one_batch(photos, capsys):
     names = [row[0].label for row in loaded.predict(paths, together=True)]
     assert names == [loaded.class_names[k] for k in found.argmax(dim=1).tolist()]
     words = ["predict", run.folder, photos / "scenes", "--together", "--device", "cpu"]
-    rows = json_of(capsys, *words)
+    rows = json_of(capsys, *words)["images"]
     assert {row["together"] for row in rows} == {len(paths)}
     by_name = {row["image"]: row["predictions"][0]["label"] for row in rows}
     assert [by_name[str(path)] for path in paths] == names
@@ -184,7 +184,7 @@ def test_predict_decides_a_folder_as_one_batch(photos, capsys):
     assert {row["together"] for row in cells} == {str(len(paths))}
     assert call(*words) == 0
     assert capsys.readouterr().out.startswith(f"{len(paths)} images decided together\n")
-    plain = json_of(capsys, "predict", run.folder, photos / "scenes", "--device", "cpu")
+    plain = json_of(capsys, "predict", run.folder, photos / "scenes", "--device", "cpu")["images"]
     assert all("together" not in row for row in plain)
 
 
@@ -200,7 +200,7 @@ def test_one_image_is_decided_alone_and_unreadable_ones_are_named(photos, tmp_pa
     (tmp_path / "broken.png").write_bytes(b"no picture")
     words = ["predict", run.folder, path, tmp_path / "broken.png", "--together", "--json"]
     assert call(*words, "--device", "cpu") == 1
-    rows = json.loads(capsys.readouterr().out)
+    rows = json.loads(capsys.readouterr().out)["images"]
     assert [row.get("together") for row in rows] == [1, None]
     with pytest.raises(ImageError, match=r"broken\.png"):
         loaded.predict_proba([path, tmp_path / "broken.png"], together=True)

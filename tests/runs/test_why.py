@@ -69,7 +69,7 @@ def table_of(capsys: Any, *words: Any) -> list[str]:
 @pytest.mark.parametrize("method", ["takl", "proker", "tip-adapter", "cross-modal", "zeroshot"])
 def test_the_lines_add_up_to_the_log_odds_of_predict(world, photo, capsys, method):
     run = world.run(method)
-    (answer,) = json_of(capsys, "predict", run, photo)
+    (answer,) = json_of(capsys, "predict", run, photo)["images"]
     first, second = answer["predictions"][:2]
     why = json_of(capsys, "explain", run, photo, "--top", "2")
     assert (why["label"], why["other"]) == (first["label"], second["label"])
@@ -131,7 +131,7 @@ def test_the_table_has_the_names_as_predictions_csv_has_them(world, photo, capsy
 
 def test_a_class_of_ones_choice_is_explained_against_the_most_probable(world, photo, capsys):
     run = world.run("takl")
-    (answer,) = json_of(capsys, "predict", run, photo)
+    (answer,) = json_of(capsys, "predict", run, photo)["images"]
     ranked = [one["label"] for one in answer["predictions"]]
     why = json_of(capsys, "explain", run, photo, "--class", ranked[2])
     assert (why["label"], why["other"]) == (ranked[2], ranked[0])
@@ -176,7 +176,7 @@ def pooled(
 
 def test_a_log_linear_pool_is_a_sum_with_a_heat_map(world, photo, tmp_path, capsys):
     run = pooled(world, tmp_path / "pool", "log-linear")
-    (answer,) = json_of(capsys, "predict", run, photo)
+    (answer,) = json_of(capsys, "predict", run, photo)["images"]
     first, second = answer["predictions"][:2]
     out = tmp_path / "page.png"
     why = json_of(capsys, "explain", run, photo, "--out", out)
@@ -242,9 +242,17 @@ def test_heads_that_are_no_sum_are_one_line(world, photo, tmp_path, capsys, meth
 def test_options_of_the_table_are_refused_with_a_heat_map(world, photo, capsys):
     run = world.run("vtclip", overrides={"epochs": 2})
     assert "name its file as --out PNG" in refused(capsys, "explain", run, photo)
-    for words in (["--json"], ["--top", "3"]):
-        line = refused(capsys, "explain", run, photo, *words, "--out", "x.png")
-        assert f"{words[0]}: method vtclip is explained by a heat map alone" in line
+    line = refused(capsys, "explain", run, photo, "--top", "3", "--out", "x.png")
+    assert "--top: method vtclip is explained by a heat map alone" in line
+
+
+def test_a_heat_map_says_in_json_which_class_it_shows(world, photo, tmp_path, capsys):
+    run, out = world.run("vtclip", overrides={"epochs": 2}), tmp_path / "map.png"
+    (answer,) = json_of(capsys, "predict", run, photo)["images"]
+    value = json_of(capsys, "explain", run, photo, "--out", out)
+    assert value["label"] == answer["predictions"][0]["label"]
+    with Image.open(out) as picture:
+        assert (value["width"], value["height"]) == picture.size
 
 
 def test_runs_of_several_labels_or_one_class_are_refused(world, photo, tmp_path, capsys):
@@ -381,4 +389,5 @@ def test_the_function_takes_a_picture_and_gives_what_the_command_prints(world, p
             classifier, file.convert("RGB"), lambda labels: training_images(run, labels), top=1
         )
     wanted = json_of(capsys, "explain", run, photo, "--top", "1", "--device", "cpu")
-    assert {**why.to_json(), "image": str(photo), "picture": None} == wanted
+    said = {"command": "explain", "vtclip_version": vtclip.__version__, "image": str(photo)}
+    assert {**said, **why.to_json(), "picture": None} == wanted

@@ -98,7 +98,7 @@ def build_parser() -> Parser:
     for name, module, summary in COMMANDS:
         command = commands.add_parser(name, help=summary, description=summary)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, parser=command)
+        command.set_defaults(run=module.run, parser=command, whole=parser)
     return parser
 
 

@@ -14,6 +14,7 @@ from vtclip.cli.parsing import (
     count,
     demo_model_noted,
     emit,
+    emit_headline,
     emit_json,
     emit_table,
     existing,
@@ -95,12 +96,12 @@ def run(args: argparse.Namespace) -> int:
             **options_of(args, "shots", "seeds", "device", "threads", "cache_dir"),
         )
     if args.json:
-        emit_json(report.as_json())
+        emit_json("bench", report.as_json())
     else:
+        emit_headline(report.line())
         # of several processes the one that finds nothing left prints the tables
         if not report.left:
             emit_table((report.out / "table.md").read_text("utf-8"))
-        emit(report.line())
         emit(f"{report.out}: table.md, table.csv, results.csv, {shard.file} and runs")
     return 1 if report.failed else 0
 

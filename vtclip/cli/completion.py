@@ -37,9 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"shtab not found; {INSTALL} brings it")
     import shtab  # type: ignore[import-not-found,unused-ignore]
 
-    from vtclip.cli import build_parser
-
-    parser = completable(build_parser(), shtab.FILE, shtab.DIRECTORY)
+    parser = completable(args.whole, shtab.FILE, shtab.DIRECTORY)
     sys.stdout.write(shtab.complete(parser, args.shell) + "\n")  # a program: no character escaped
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import Parser, emit, emit_json, existing
+from vtclip.cli.parsing import Parser, emit, emit_json, existing, on_terminal
 
 
 def add_arguments(parser: Parser) -> None:
@@ -27,10 +27,12 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     source = existing("FILE", args.source)
     from vtclip.clip import convert_file
+    from vtclip.machine import doing
 
-    out, facts = convert_file(source, args.out, model=args.model, overwrite=args.overwrite)
+    with doing("converting", on_terminal()):
+        out, facts = convert_file(source, args.out, model=args.model, overwrite=args.overwrite)
     if args.json:
-        emit_json({"out": str(out), **facts})
+        emit_json("convert", {"out": str(out), **facts})
         return 0
     activation = "QuickGELU" if facts["model_cfg"].get("quick_gelu") else "GELU"
     emit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from vtclip.cli.parsing import Parser, emit, emit_json, existing, one_of
+from vtclip.cli.parsing import Parser, emit, emit_json, existing, on_terminal, one_of
 
 ACTIONS = ("check",)
 
@@ -25,10 +25,12 @@ def run(args: argparse.Namespace) -> int:
     if not root.is_dir():
         raise ValueError(f"ROOT {args.root!a} is not a folder")
     from vtclip.data.sets.check import check_lines, check_sets
+    from vtclip.machine import doing
 
-    report = check_sets(root, args.names)
+    with doing("reading the sets", on_terminal()):
+        report = check_sets(root, args.names)
     if args.json:
-        emit_json(report)
+        emit_json("data", report)
     else:
         for line in check_lines(report):
             emit(line)

@@ -9,6 +9,7 @@ from typing import Any
 from vtclip.cli.parsing import (
     Parser,
     emit,
+    emit_headline,
     emit_json,
     emit_table,
     existing,
@@ -19,6 +20,7 @@ from vtclip.cli.parsing import (
     source_path,
 )
 from vtclip.environment import is_first
+from vtclip.files import several
 
 TTT_OPTIONS = {
     "views": "--views",
@@ -74,20 +76,22 @@ def run(args: argparse.Namespace) -> int:
     source = None if args.source is None else source_path(args.source, args.data)
     settings = ttt_settings(args)
     import vtclip
+    from vtclip.machine import doing
     from vtclip.train.ttt import TTT
 
-    values = vtclip.evaluate(
-        folder,
-        source,
-        ttt=TTT(**settings) if args.ttt else None,
-        progress=on_terminal(),
-        **options_of(args, "data", "model", "follow_links", "encoder_batch_size", "predictions"),
-        **options_of(args, "device", "threads", "cache_dir"),
-    )
+    with doing("evaluating", on_terminal() and is_first()):
+        values = vtclip.evaluate(
+            folder,
+            source,
+            ttt=TTT(**settings) if args.ttt else None,
+            progress=on_terminal(),
+            **options_of(args, "data", "model", "follow_links", "encoder_batch_size"),
+            **options_of(args, "predictions", "device", "threads", "cache_dir"),
+        )
     if not is_first():
         return 0
     if args.json:
-        emit_json(values)
+        emit_json("evaluate", values)
     else:
         print_metrics(values, args.ttt)
     return 0
@@ -104,13 +108,31 @@ def ttt_settings(args: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
+def headline(values: dict[str, Any]) -> str:
+    """The number that matters, in one sentence."""
+    if "harmonic_mean" in values:
+        return f"{_percent(values['harmonic_mean'])} harmonic mean of base and new classes"
+    images = several(values["count"], "image")
+    if "map" in values:
+        return f"{_percent(values['map'])} mean average precision on {images}"
+    low, high = values["interval95"]
+    interval = f"(95 % interval {100 * low:.1f}-{100 * high:.1f} %)"
+    return f"{_percent(values['accuracy'])} right on {images} {interval}"
+
+
+def _percent(share: float | None) -> str:
+    """A share that has no value where no image counts."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def print_metrics(values: dict[str, Any], ttt: bool) -> None:
-    from vtclip.files import several
     from vtclip.runs.counted import sentences
     from vtclip.runs.result import metrics_table
     from vtclip.runs.ttt_report import ttt_table
 
     images = several(values["test"]["images"], "image")
+    if not ttt:
+        emit_headline(headline(values))
     emit(f"{values['method']} on {values['source']}: {images}")
     for sentence in sentences(values["test"]["images"], values["left_out"]):
         emit(sentence)
@@ -119,5 +141,3 @@ def print_metrics(values: dict[str, Any], ttt: bool) -> None:
         return
     halves = {str(half): values[half] for half in ("base", "new") if half in values}
     emit_table(metrics_table(halves or {values["method"]: values}))
-    if "harmonic_mean" in values:
-        emit(f"harmonic mean of base and new accuracy: {100 * values['harmonic_mean']:.2f} %")

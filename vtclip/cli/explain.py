@@ -13,7 +13,16 @@ import io
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, open_classifier
+from vtclip.cli.parsing import (
+    Parser,
+    count,
+    emit,
+    emit_headline,
+    emit_json,
+    existing,
+    on_terminal,
+    open_classifier,
+)
 from vtclip.files import escape, printable, several, write_atomic
 from vtclip.names import index_of
 
@@ -40,6 +49,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vtclip.data.decode import open_image
+    from vtclip.machine import doing
     from vtclip.runs.adapter import load_adapter
     from vtclip.runs.training_images import training_images
     from vtclip.runs.why import check_explainable, explain_choice, has_heat_map
@@ -54,13 +64,14 @@ def run(args: argparse.Namespace) -> int:
         index_of(args.class_name, adapter.class_names)
     picture = open_image(image)
     classifier = open_classifier(args, folder)
-    why, images = explain_choice(
-        classifier,
-        picture,
-        lambda labels: training_images(folder, labels),
-        args.class_name,
-        args.top or TOP,
-    )
+    with doing("explaining", on_terminal()):
+        why, images = explain_choice(
+            classifier,
+            picture,
+            lambda labels: training_images(folder, labels),
+            args.class_name,
+            args.top or TOP,
+        )
     if out is not None:
         from vtclip.runs.why_page import draw_page
 
@@ -68,9 +79,11 @@ def run(args: argparse.Namespace) -> int:
         _write(out, draw_page(picture, why, images, heat))
     if args.json:
         place = None if out is None else str(out)
-        emit_json({"image": args.image, **why.to_json(), "picture": place})
+        emit_json("explain", {"image": args.image, **why.to_json(), "picture": place})
         return 0
-    for line in _table(args.image, why):
+    first, *rest = _table(args.image, why)
+    emit_headline(first)
+    for line in rest:
         emit(line)
     if out is not None:
         emit(f"page: {printable(str(out))}")
@@ -90,13 +103,18 @@ def _checked(out: Path, image: Path) -> Path:
 
 
 def _heat_map(args: argparse.Namespace, folder: Path, image: Path, out: Path | None) -> int:
-    for option in ("top", "json"):
-        if getattr(args, option):
-            raise ValueError(f"--{option}: method vtclip is explained by a heat map alone")
+    if args.top:
+        raise ValueError("--top: method vtclip is explained by a heat map alone")
     if out is None:
         raise ValueError("method vtclip is explained by a heat map; name its file as --out PNG")
-    picture = open_classifier(args, folder).explain(image, args.class_name)
+    classifier = open_classifier(args, folder)
+    label = classifier.predict(image)[0][0] if args.class_name is None else args.class_name
+    picture = classifier.explain(image, label)
     _write(out, picture)
+    if args.json:
+        size = {"width": picture.width, "height": picture.height}
+        emit_json("explain", {"image": args.image, "label": label, "picture": str(out), **size})
+        return 0
     emit(f"{out}: {picture.width} x {picture.height}")
     return 0
 

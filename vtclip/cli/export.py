@@ -7,7 +7,16 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, options_of
+from vtclip.cli.parsing import (
+    Parser,
+    count,
+    emit,
+    emit_headline,
+    emit_json,
+    existing,
+    on_terminal,
+    options_of,
+)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -35,28 +44,31 @@ def run(args: argparse.Namespace) -> int:
     folder = existing("RUN", args.folder)
     if args.out is None and args.onnx is None:
         raise ValueError("--out FILE.pt2 or --onnx FILE.onnx must be given")
+    from vtclip.machine import doing
     from vtclip.runs.export import export
 
-    about = export(
-        folder,
-        args.out,
-        kind="features" if args.features else "image",
-        **options_of(args, "onnx", "portable", "fixed_batch", "overwrite"),
-        **options_of(args, "model", "threads", "cache_dir"),
-    )
+    with doing("exporting, and comparing with the run", on_terminal()):
+        about = export(
+            folder,
+            args.out,
+            kind="features" if args.features else "image",
+            **options_of(args, "onnx", "portable", "fixed_batch", "overwrite"),
+            **options_of(args, "model", "threads", "cache_dir"),
+        )
     if args.json:
-        emit_json(about)
+        emit_json("export", about)
     else:
         print_export(about)
     return 0
 
 
 def print_export(about: Mapping[str, Any]) -> None:
-    """Inputs and output, the errors against the run, and the files."""
+    """The files, inputs and output, and the errors against the run."""
+    files = ", ".join(about["files"])
+    emit_headline(f"written: {files}, each with a .json file next to it")
     shapes = ", ".join(f"{name} {entry['shape']}" for name, entry in about["inputs"].items())
     output = about["output"]
     emit(f"{about['method']}: {shapes} -> {output['name']} {output['shape']}")
     for kind, entry in about["parity"].items():
         cases = ", ".join(f"{name} {error:.1e}" for name, error in entry["cases"].items())
         emit(f"{kind}: largest error {entry['max_error']:.1e} of {entry['tolerance']:g} ({cases})")
-    emit(f"written: {', '.join(about['files'])}, each with a .json file next to it")

@@ -9,6 +9,7 @@ from typing import Any
 from vtclip.cli.parsing import (
     Parser,
     emit,
+    emit_headline,
     emit_json,
     emit_table,
     existing,
@@ -50,12 +51,22 @@ def run(args: argparse.Namespace) -> int:
         **options_of(args, "device", "threads", "cache_dir"),
     )
     if args.json:
-        emit_json(extended.result)
+        emit_json("extend", {**extended.result, "run": str(extended.folder)})
     else:
+        emit_headline(headline(extended.result))
         emit_table(summary(extended.result))
         files = ", ".join(sorted(path.name for path in extended.folder.iterdir()))
         emit(f"run in {extended.folder}: {files}")
     return 0
+
+
+def headline(result: Any) -> str:
+    """Accuracy over old and new classes, in one sentence."""
+    values, names = result["adapted"], result["classes"]
+    right = f"{100 * values['accuracy']:.1f} % right on {values['count']:,} test images"
+    return (
+        f"{right} of all {len(names)} classes, {len(result['sources'][-1]['classes'])} of them new"
+    )
 
 
 def summary(result: Any) -> str:

@@ -7,12 +7,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vtclip.cli.method_help import check_settings, method_in, more_help, of_another_method, setting
 from vtclip.cli.parsing import (
     Parser,
     a_method,
     count,
     demo_model_noted,
     emit,
+    emit_headline,
     emit_json,
     emit_table,
     existing,
@@ -21,7 +23,6 @@ from vtclip.cli.parsing import (
     on_terminal,
     one_of,
     options_of,
-    others_line,
     seed,
     several,
     source_path,
@@ -79,7 +80,8 @@ def add_arguments(parser: Parser) -> None:
     _add_training(parser)
     _add_methods(parser)
     _add_run(parser)
-    parser.more_help = others_line
+    parser.hidden = lambda action: of_another_method(action, method_in(parser.words))
+    parser.more_help = lambda: more_help(method_in(parser.words))
 
 
 def _add_images(parser: Parser) -> None:
@@ -219,8 +221,18 @@ def _add_training(parser: Parser) -> None:
 
 def _add_methods(parser: Parser) -> None:
     """Options of single methods."""
-    group = parser.add_argument_group("options of one method")
+    group = parser.add_argument_group(
+        "options of one method (vtclip fit --method NAME --help lists all of NAME)"
+    )
     add = group.add_argument
+    add(
+        "--set",
+        dest="settings",
+        action="append",
+        type=setting,
+        metavar="NAME=VALUE",
+        help="an option of the method's head, as often as needed; VALUE is JSON or text",
+    )
     add(
         "--adapters", action="store_true", help="rada: add bottleneck adapters before the attention"
     )
@@ -297,7 +309,7 @@ def run(args: argparse.Namespace) -> int:
     if not is_first():
         return 0
     if args.json:
-        emit_json(fitted.result)
+        emit_json("fit", {**fitted.result, "run": str(fitted.folder)})
     else:
         print_fit(fitted)
     return 0
@@ -318,7 +330,8 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
     head = options_of(args, *HEAD_OPTIONS)
     head |= {option: getattr(args, name) for name, option in COOP_OPTIONS.items()}
     head = {name: value for name, value in head.items() if value not in (None, False)}
-    overrides["head"] = head or None
+    settings = check_settings(args.settings or (), head, args.method)
+    overrides["head"] = {**head, **settings} or None
     if args.context_init is not None and args.method not in (None, "auto", "coop"):
         # other heads have an option of that name, with another meaning
         raise ValueError(f"method {args.method} has no option --context-init")
@@ -374,7 +387,7 @@ def print_fit(fitted: Any) -> None:
     from vtclip.runs.together import together_line
 
     result = fitted.result
-    emit(headline(result))
+    emit_headline(headline(result))
     counts = result["images"]
     classes = several(len(result["classes"]), "class", "classes")
     emit(
@@ -410,6 +423,6 @@ def print_fit(fitted: Any) -> None:
     stages = ", ".join(
         f"{name} {value:.1f} s{memory.get(name, '')}" for name, value in result["seconds"].items()
     )
-    emit(f"{stages}; {result['device']}")
+    emit(f"{stages}; {result['device'].replace('(1 threads)', '(1 thread)')}")
     files = ", ".join(sorted(path.name for path in fitted.folder.iterdir()))
     emit(f"run in {fitted.folder}: {files}")

@@ -4,15 +4,29 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
 from types import TracebackType
 
-from vtclip.cli.parsing import note
+from vtclip.cli.colours import paint
+from vtclip.cli.parsing import above_bars, note
 from vtclip.files import printable
+
+
+class Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Lines on stderr, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_bars():
+            super().emit(record)
 
 
 class Lines(logging.Formatter):
     """LEVEL: message, with controls and line ends as escapes; a traceback keeps its lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        how = "red" if record.levelno >= logging.ERROR else "yellow"
+        return paint(super().format(record), how, sys.stderr)
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
@@ -24,7 +38,7 @@ class Lines(logging.Formatter):
 
 def log_lines() -> None:
     """Warnings of every library on stderr, unless somebody set up logging before."""
-    handler = logging.StreamHandler()
+    handler = Handler()
     handler.setFormatter(Lines("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
 

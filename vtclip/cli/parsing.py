@@ -6,11 +6,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vtclip import __version__
+from vtclip.cli.colours import is_dumb, paint
 from vtclip.environment import is_first
 from vtclip.extensions.registry import METHODS as METHODS_GROUP
 from vtclip.extensions.registry import names_beside
@@ -31,6 +33,8 @@ class Parser(argparse.ArgumentParser):
         self.options = ["-h", "--help"]
         self.flags = {"-h", "--help"}
         self.actions: dict[str, argparse.Action] = {}
+        self.words: list[str] = []  # that are parsed
+        self.hidden: Callable[[argparse.Action], bool] | None = None  # left out of the help
         self.more_help: Callable[[], str] | None = None  # what the end of the help says
         super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, Once)
@@ -74,15 +78,24 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--model", help="path to the weights, if they have moved")
 
     def format_help(self) -> str:
-        if self.more_help is not None:
-            self.epilog = printable(self.more_help()) or None
-        return super().format_help()
+        shown = {}
+        for action in self._actions if self.hidden is not None else ():
+            if self.hidden is not None and self.hidden(action):
+                shown[action], action.help = action.help, argparse.SUPPRESS
+        text = super().format_help()
+        for action, words in shown.items():
+            action.help = words
+        more = "" if self.more_help is None else self.more_help()
+        if not more:
+            return text
+        return "\n".join([text, *map(printable, more.split("\n")), ""])
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, Any]:
         """As argparse does, but a command's positional arguments may stand between its options."""
+        self.words = list(args or ())
         if args is not None and self.get_default("parser") is self:
             args = self._positionals_together(list(args))
         return super().parse_known_args(args, namespace)
@@ -304,21 +317,27 @@ def options_of(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def open_classifier(args: argparse.Namespace, folder: Path) -> Any:
     """The classifier of the run in `folder`, with the options --model, --device and --threads."""
-    from vtclip.machine import set_threads
+    from vtclip.machine import doing, set_threads
     from vtclip.runs.classifier import Classifier
 
     set_threads(args.threads)
-    return Classifier.load(folder, model=args.model, device=args.device)
+    with doing("loading the model", on_terminal()):
+        return Classifier.load(folder, model=args.model, device=args.device)
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches: progress is shown then."""
-    return sys.stderr is not None and sys.stderr.isatty()
+    """Whether somebody watches on a terminal that can move its cursor: progress is shown then."""
+    return sys.stderr is not None and sys.stderr.isatty() and not is_dumb()
 
 
-def emit(line: str) -> None:
-    """One line on stdout, whatever the names in it hold."""
-    print(printable(line))
+def emit(line: str, how: str = "") -> None:
+    """One line on stdout, whatever the names in it hold; `how` is of `colours.CODES`."""
+    print(paint(printable(line), how, sys.stdout))
+
+
+def emit_headline(line: str) -> None:
+    """The line that matters most."""
+    emit(line, "bold")
 
 
 def emit_table(text: str) -> None:
@@ -327,16 +346,31 @@ def emit_table(text: str) -> None:
         emit(line)
 
 
-def emit_json(value: Any) -> None:
+def emit_json(command: str, value: Mapping[str, Any]) -> None:
+    """One object on stdout, in ASCII: what docs/json_output.md says of `command`."""
     from vtclip.files import to_json
 
-    print(to_json(value).decode("ascii").rstrip())
+    whole = {"command": command, "vtclip_version": __version__, **value}
+    print(to_json(whole).decode("ascii").rstrip())
 
 
-def note(line: str) -> None:
-    """One line on stderr, where there is one."""
-    if sys.stderr is not None:
-        sys.stderr.write(f"{printable(line)}\n")
+def above_bars() -> AbstractContextManager[Any]:
+    """A block that writes to stderr: progress bars, where any are shown, make room and return."""
+    if "tqdm" not in sys.modules:
+        return nullcontext()
+    from tqdm import tqdm
+
+    shown: AbstractContextManager[Any] = tqdm.external_write_mode(file=sys.stderr)
+    return shown
+
+
+def note(line: str, how: str = "") -> None:
+    """One line on stderr, where there is one; notes are yellow on a terminal."""
+    if sys.stderr is None:
+        return
+    how = how or ("yellow" if line.startswith("note: ") else "")
+    with above_bars():
+        sys.stderr.write(f"{paint(printable(line), how, sys.stderr)}\n")
 
 
 @contextmanager
@@ -356,5 +390,5 @@ def demo_model_noted(needed: bool) -> Iterator[None]:
 
 
 def fail(message: str, status: int = 2) -> NoReturn:
-    note(message)
+    note(message, "red")
     raise SystemExit(status)

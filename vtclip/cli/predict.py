@@ -11,7 +11,8 @@ and each entry says how many were decided with it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from vtclip.cli.parsing import (
     existing,
     note,
     number,
+    on_terminal,
     open_classifier,
 )
 
 CSV_COLUMNS = ("image", "rank", "label", "probability")
+Row = tuple[str, Any]
 share = number(float, 0, 1, above=True)
 
 
@@ -64,6 +67,7 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 where every image could be read, else 1."""
     from vtclip.files import printable, several
+    from vtclip.machine import doing
 
     folder = existing("RUN", args.folder)
     if args.json and args.csv:
@@ -78,9 +82,12 @@ def run(args: argparse.Namespace) -> int:
     )
     together: dict[str, int] = {}
     if args.together:
-        answers = list(answers)
+        with doing("deciding", on_terminal()):
+            answers = list(answers)
         together = {"together": sum(not hasattr(answer, "reason") for answer in answers)}
-    rows = zip(paths, answers, strict=True)
+    rows: Iterable[Row] = zip(paths, answers, strict=True)
+    if args.json or not _watched():
+        rows = behind_bar(rows, len(paths))
     if args.json:
         return _print_json(rows, unreadable, together)
     if args.csv:
@@ -98,6 +105,21 @@ def run(args: argparse.Namespace) -> int:
         else:
             emit(f"{printable(path)}: {_in_words(answer)}")
     return _report(unreadable)
+
+
+def _watched() -> bool:
+    """Whether the lines themselves show how far the work is."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def behind_bar(rows: Iterable[Row], total: int) -> Iterator[Row]:
+    """The rows as they come, and a bar of them where somebody watches."""
+    from vtclip.data.threads import progress_bar
+
+    with progress_bar(total, "predict", on_terminal()) as bar:
+        for row in rows:
+            yield row
+            bar.update()
 
 
 def _check_asked(folder: Path, asked: dict[str, Any], together: bool) -> None:
@@ -161,7 +183,7 @@ def _listed(
 
 
 def _print_json(
-    rows: Iterator[tuple[str, Any]], unreadable: list[tuple[str, str]], together: dict[str, int]
+    rows: Iterable[Row], unreadable: list[tuple[str, str]], together: dict[str, int]
 ) -> int:
     entries: list[dict[str, Any]] = []
     for path, answer in rows:
@@ -175,7 +197,7 @@ def _print_json(
             entry["set"] = [one.label for one in answer.set]
         entries.append({**entry, **together})
     entries += [{"image": path, "error": reason} for path, reason in unreadable]
-    emit_json(entries)
+    emit_json("predict", {"images": entries})
     return _report([(entry["image"], entry["error"]) for entry in entries if "error" in entry])
 
 

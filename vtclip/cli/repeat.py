@@ -7,7 +7,15 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vtclip.cli.parsing import Parser, emit, emit_json, existing, on_terminal, options_of
+from vtclip.cli.parsing import (
+    Parser,
+    emit,
+    emit_headline,
+    emit_json,
+    existing,
+    on_terminal,
+    options_of,
+)
 
 MEANING = {
     "MATCH": "the adapter is equal byte for byte",
@@ -34,14 +42,17 @@ def run(args: argparse.Namespace) -> int:
         **options_of(args, "out", "model", "encoder_batch_size", "cache_dir"),
     )
     if args.json:
-        emit_json(comparison)
+        emit_json("repeat", comparison)
     else:
-        for line in lines(comparison):
+        verdict, *rest = lines(comparison)
+        emit_headline(verdict)
+        for line in rest:
             emit(line)
     return int(comparison["verdict"] == DIFFERENT)
 
 
 def lines(comparison: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{comparison['verdict']}: {MEANING[comparison['verdict']]}"
     shots, seed = comparison["shots"], comparison["seed"]
     yield f"{comparison['method']} on {comparison['source']}, {shots} shots, seed {seed}"
     digests = {**comparison["inputs"], "split": comparison["split"]}
@@ -59,7 +70,6 @@ def lines(comparison: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name:<22} {then} then, {now} now"
     seconds = comparison["seconds"]
     yield f"{'seconds':<22} {seconds['then']:.1f} then, {seconds['now']:.1f} now"
-    yield f"{comparison['verdict']}: {MEANING[comparison['verdict']]}"
 
 
 def _digests(row: Mapping[str, Any]) -> str:

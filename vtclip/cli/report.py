@@ -11,7 +11,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from vtclip.cli.parsing import Parser, count, emit, existing, several
+from vtclip.cli.parsing import Parser, count, emit, emit_json, existing, several
 
 # how a file that this command wrote begins, or what its first bytes hold
 SIGNS = {
@@ -44,6 +44,7 @@ def add_arguments(parser: Parser) -> None:
         "--shots", type=count, metavar="N", help="of --latex: images per class (default: 16)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files of other origin")
+    parser.add_shared("--json")
 
 
 def _name(text: str) -> str:
@@ -91,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
         if named is not None:
             named.parent.mkdir(parents=True, exist_ok=True)
     write_together({p: text.encode("utf-8", "backslashreplace") for p, text in files.items()})
+    if args.json:
+        value = {"runs": len(report.rows), "files": [str(path) for path in files]}
+        emit_json("report", {**value, "notes": report.notes})
+        return 0
     for note in report.notes:
         emit(note)
     emit(f"{several_of(len(report.rows), 'run')}: {', '.join(str(path) for path in files)}")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from vtclip.cli.parsing import (
     Parser,
     emit,
+    emit_headline,
     emit_json,
     emit_table,
     note,
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     compiles = "; the first time compiles, for minutes" if device.type == "cuda" else ""
     note(f"testing every operator on {device}{compiles}")
     progress = Progress()
-    with contextlib.suppress(KeyboardInterrupt):
+    with progress.bar, contextlib.suppress(KeyboardInterrupt):
         selftest.run(str(device), args.impl or IMPLS, tell=progress)
     rows, counts = progress.rows, selftest.counts(progress.rows)
     whole = len(rows) == progress.of
@@ -71,14 +71,14 @@ def run(args: argparse.Namespace) -> int:
         "rows": rows,
     }
     if args.json == "-":
-        emit_json(value)
+        emit_json("selftest", value)
     else:
         if args.json is not None:
             write_atomic(Path(args.json).expanduser(), to_json(value))
-        emit_table(selftest.table(rows))
         summed = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        emit_headline(f"{summed}, in {value['seconds']:.0f} s")
+        emit_table(selftest.table(rows))
         emit("%: the largest error, as a share of what is allowed")
-        emit(f"{summed}, in {value['seconds']:.0f} s")
     if not whole:
         note(f"interrupted: {len(rows)} of {progress.of} tested, no record is written")
         return 128 + signal.SIGINT
@@ -88,13 +88,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Progress:
-    """The rows so far, of how many; a line of it, written over, where somebody watches."""
+    """The rows so far, of how many, and a bar of them where somebody watches."""
 
     def __init__(self) -> None:
+        from tqdm import tqdm
+
         self.rows: list[dict[str, Any]] = []
         self.of = -1
+        hidden = None if on_terminal() else True
+        self.bar = tqdm(desc="operators", leave=False, disable=hidden)
 
     def __call__(self, rows: list[dict[str, Any]], of: int) -> None:
-        if on_terminal() and (len(rows), of) != (len(self.rows), self.of):
-            sys.stderr.write(f"\r{len(rows)} of {of} " + ("\n" if len(rows) == of else ""))
-        self.rows, self.of = rows, of
+        self.bar.total = of
+        self.bar.update(len(rows) - self.bar.n)
+        self.rows, self.of = list(rows), of

@@ -12,6 +12,7 @@ from vtclip.cli.parsing import (
     Parser,
     count,
     emit,
+    emit_json,
     existing,
     note,
     number,
@@ -59,7 +60,7 @@ def add_arguments(parser: Parser) -> None:
         "0: never (default: 0.05, or the least that the run allows)",
     )
     parser.add_model_of_run()
-    parser.add_shared("--device", "--threads")
+    parser.add_shared("--device", "--threads", "--json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +90,10 @@ def run(args: argparse.Namespace) -> int:
         names = None if args.allow_host is None else _names(args.allow_host)
 
         def ready() -> None:
-            emit(f"{address_of(bound)}  {_in_words(predictor.health())}")
+            if args.json:
+                emit_json("serve", {"address": address_of(bound), **predictor.health()})
+            else:
+                emit(f"{address_of(bound)}  {_in_words(predictor.health())}")
             if sys.stdout is not None:
                 sys.stdout.flush()
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, emit, emit_json, note, one_of, several
+from vtclip.cli.parsing import Parser, emit, emit_json, note, on_terminal, one_of, several
 from vtclip.names import TUNED_METHODS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vtclip.backends import triton
+    from vtclip.data.threads import progress_bar
     from vtclip.tune import table as tuned
     from vtclip.tune.jobs import jobs
     from vtclip.tune.search import tune
@@ -83,7 +84,11 @@ def run(args: argparse.Namespace) -> int:
         tuned.read(path)  # refused now, not after an hour
     shapes = listed_shapes(args.method) if shape is None else [shape]
     tiles: dict[str, Any] = {}
-    with torch.cuda.device(device), torch.no_grad():
+    with (
+        torch.cuda.device(device),
+        torch.no_grad(),
+        progress_bar(len(args.dtype) * len(shapes), "shapes", on_terminal(), "shape") as bar,
+    ):
         name, capability = triton.gpu_identity()
         for dtype in args.dtype:
             for method, sizes in shapes:
@@ -92,10 +97,12 @@ def run(args: argparse.Namespace) -> int:
                 # a table of what is known so far: an interrupted run keeps it
                 entries = {key: timed.tile for key, timed in tiles.items()}
                 tuned.write(path, name, capability, entries)
+                bar.update()
     if args.json:
         times = {key: {"ms": timed.after, "built_in_ms": timed.before}
                  for key, timed in tiles.items()}  # fmt: skip
-        emit_json({"file": str(path), "device": name, "capability": capability, "tiles": times})
+        facts = {"file": str(path), "device": name, "capability": capability}
+        emit_json("tune", {**facts, "tiles": times})
     else:
         emit(f"{path}: {len(tiles)} tiles faster than the built-in ones on {name}")
         emit(f"VTCLIP_TUNED={'1' if args.out is None else path} makes vtclip use them")

@@ -95,9 +95,10 @@ def ahead(
             future.cancel()
 
 
-def progress_bar(total: int, what: str, progress: bool) -> Any:
+def progress_bar(total: int, what: str, progress: bool, unit: str = "img") -> Any:
+    """A bar with the time left, on stderr where it is a terminal; `update` moves it."""
     from tqdm import tqdm
 
     # disable=None: silent where the output is no terminal
-    return tqdm(total=total, desc=what, unit="img", delay=1.0, leave=False,
+    return tqdm(total=total, desc=what, unit=unit, delay=1.0, leave=False,
                 disable=None if progress else True)  # fmt: skip

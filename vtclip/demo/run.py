@@ -191,6 +191,7 @@ def run_demo(
     images_per_class: int = IMAGES_PER_CLASS,
     shots: Sequence[int] = SHOTS,
     device: str | None = None,
+    progress: bool = False,
 ) -> Json:
     """Runs the demonstration in the folder `out` and returns its numbers.
 
@@ -198,7 +199,8 @@ def run_demo(
     table.txt; "table" of the returned dict is the text to show. The accuracies are means over the
     seeds seed .. seed + repeats - 1, which draw the training images; the test images are the same
     for all. `threads` is 1 by default: the matrices are too small to share, and threads that wait
-    for each other are what makes a busy machine slow.
+    for each other are what makes a busy machine slow. progress: bars on stderr, where it is a
+    terminal.
     """
     if repeats < 1:
         raise ValueError(f"demo: repeats must be at least 1, got {repeats}")
@@ -209,7 +211,9 @@ def run_demo(
     try:
         folder = Path(out).expanduser()
         with only_writer(folder):
-            return _run(folder, seed, threads or 1, repeats, images_per_class, shots, device)
+            return _run(
+                folder, seed, threads or 1, repeats, images_per_class, shots, device, progress
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -222,6 +226,7 @@ def _run(
     images_per_class: int,
     shots: Sequence[int],
     device: str | None,
+    progress: bool,
 ) -> Json:
     started = time.perf_counter()
     images = draw_images(out, images_per_class, FRESH_SCENES + seed)
@@ -230,7 +235,8 @@ def _run(
     seeds = [seed + offset for offset in range(repeats)]
     folders: dict[int, list[Path]] = {}
     rows: dict[int, Json] = {}
-    bar = tqdm(total=len(shots) * repeats, desc="fits", disable=None)  # quiet without a terminal
+    bar = tqdm(total=len(shots) * repeats, desc="fits", leave=False,
+               disable=None if progress else True)  # fmt: skip
     for count in shots:
         results = []
         for fit_seed in seeds:

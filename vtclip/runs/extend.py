@@ -95,7 +95,7 @@ def extend(
     check_extendable(adapter.head)
     source = _source(run, path, name, class_names, follow_links)
     _check_names(adapter.class_names, source)
-    watch = Stopwatch(where)
+    watch = Stopwatch(where, progress=progress)
     sources = RunSources(
         run, adapter, where, model, cache_dir, progress, batch_size=encoder_batch_size
     )

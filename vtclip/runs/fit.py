@@ -178,7 +178,8 @@ def fit_request(request: FitRequest, records: Records | None = None) -> Run:
         raise ValueError(
             f"method {request.method} needs spatial features, which records do not have"
         )
-    watch, folder = Stopwatch(request.device), run_files.run_folder(request)
+    watch = Stopwatch(request.device, progress=request.progress)
+    folder = run_files.run_folder(request)
     listed = check_before_work(request, records)
     with run_files.claimed(folder):
         run_files.check_run_folder(folder, request)  # again: now nobody else writes it

@@ -88,7 +88,7 @@ def default_templates(request: FitRequest) -> str | list[str] | None:
 
 
 def _fit(request: FitRequest, world: World) -> Run:
-    watch = Stopwatch(request.device)
+    watch = Stopwatch(request.device, progress=request.progress and is_first())
     listed = world.by_each(lambda: check_before_work(request))
     clip = world.by_each(lambda: load_clip(request.model, request.device))
     files = listed.get("source") or source_images(request)

@@ -120,7 +120,8 @@ def fit_auto(
     Candidates that `budget` leaves out have "left_out", the seconds expected of them.
     """
     chosen = candidates(records, split, shots, budget)
-    every = {name: judged_candidate(name, records, split, shots, run) for name in chosen.fitted}
+    every = {name: judged_candidate(name, records, split, shots, run)
+             for name in run.each(chosen.fitted, "candidates")}  # fmt: skip
     pool = pooled(every)
     rows: list[Json] = []
     members = []
@@ -183,8 +184,9 @@ def check_budget(budget: float | None, method: str) -> None:
 
 def refit_auto(head: Auto, records: Records, index: Tensor, shots: int, run: TrainingRun) -> Auto:
     """The pool with the same members, weights and temperatures, each fitted to rows `index`."""
-    fitted = []
-    for member in head.member_heads:
+    fitted, members = [], {member.method: member for member in head.member_heads}
+    for name in run.each([*members], "members"):
+        member = members[name]
         named = dataclasses.replace(run, log=partial(_log_member, run, member.method))
         recipe = HEADS[member.method].recipe(shots)
         fitted.append(refit_head(member, records, index, recipe, named))

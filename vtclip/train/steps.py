@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,17 @@ class TrainingRun:
     def steps(self, first: int, total: int) -> tqdm[int]:
         """The numbers of the steps to do, behind a progress bar where stderr is a terminal."""
         hidden = None if self.progress else True
-        return tqdm(range(first, total), "train", disable=hidden, initial=first, total=total)
+        return tqdm(range(first, total), "train", disable=hidden, initial=first, total=total,
+                    leave=False)  # fmt: skip
+
+    def each(self, names: Sequence[str], what: str) -> Iterator[str]:
+        """The names one by one, behind a bar that shows the one at work."""
+        hidden = None if self.progress else True
+        with tqdm(total=len(names), desc=what, disable=hidden, leave=False) as bar:
+            for name in names:
+                bar.set_postfix_str(name)
+                yield name
+                bar.update()
 
     def interrupted(self, signum: int, step: int) -> Interrupted:
         return Interrupted(signum, step, None if self.checkpoint is None else self.checkpoint.path)
