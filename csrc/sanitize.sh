@@ -18,7 +18,7 @@ CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="$flags" VTCLIP_EXT=cpu \
 gcc=${CXX:-g++}
 runtime="$($gcc -print-file-name=libasan.so) $($gcc -print-file-name=libubsan.so)"
 runtime="$runtime $($gcc -print-file-name=libstdc++.so.6)"
-for capability in scalar avx2 avx512; do
+for capability in scalar avx2 avx512 avx512_bf16; do
   echo "sanitize: VTCLIP_CPU_CAPABILITY=$capability"
   VTCLIP_CPU_CAPABILITY=$capability LD_PRELOAD="$runtime" \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

@@ -7,7 +7,7 @@ orders two accesses. The files of csrc/cpu are the ones that are shipped, host c
 operators are called by the table in `vtclip/testing/problems.py`: a new one is in it already.
 
 The portable kernels alone by default; --sanitized-all also compiles and runs those of AVX2 and
-AVX-512, in more sizes.
+AVX-512, with and without its products of bfloat16 pairs, in more sizes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PROCESSORS = {
     "scalar": ("DEFAULT", "NO AVX", "AVX2", *WIDE),
     "avx2": ("AVX2", *WIDE),
     "avx512": WIDE,
+    "avx512_bf16": WIDE,
 }
 
 
@@ -55,6 +56,8 @@ def capability(request: pytest.FixtureRequest) -> str:
     """An instruction set that this processor has."""
     if torch.backends.cpu.get_cpu_capability() not in PROCESSORS[request.param]:
         pytest.skip(f"this processor has no {request.param}")
+    if request.param == "avx512_bf16" and not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no products of bfloat16 pairs")
     return request.param
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from vtclip import ops, reference
 from vtclip.backends import native
 from vtclip.reference.cross_attn import cross_attn as cross_attn_reference
+from vtclip.testing import assert_within_budget
 from vtclip.testing.problems import OPS, tensors_of
 
 CHILD = Path(__file__).with_name("_cpu_child.py")
@@ -29,6 +30,7 @@ _child = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_child)
 KERNELS, call_all = _child.KERNELS, _child.call_all
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+CAPABILITIES = ("scalar", "avx2", "avx512", "avx512_bf16")  # each at most: the best of a processor
 # steps of rounding that sums of up to 300 terms may differ by when their order differs
 STEPS = {torch.float32: 64, torch.float64: 64, torch.float16: 4, torch.bfloat16: 4}
 
@@ -88,12 +90,12 @@ def test_avx2_build_agrees_where_there_is_avx512(tmp_path, scalar_results):
 
 
 def test_no_kernel_reads_outside_its_inputs():
-    for capability in ("scalar", "avx2", "avx512"):
+    for capability in CAPABILITIES:
         done = run_child("guard", capability=capability)
         assert done.returncode == 0, f"{capability}: exit {done.returncode}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("capability", ["scalar", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_results_are_finite_where_the_reference_is(capability):
     done = run_child("extreme", capability=capability)
     assert done.returncode == 0, done.stderr
@@ -189,6 +191,56 @@ def against_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, r
     expected, expected_lse = cross_attn_reference(*wide, None, scale)
     for actual, oracle in ((out, expected), (lse, expected_lse)):
         torch.testing.assert_close(actual.double(), oracle, rtol=rel, atol=rel * 10, equal_nan=True)
+
+
+@pytest.mark.skipif(
+    native.build_info().get("instructions") != "avx512_bf16",
+    reason="this processor or compiler has no products of bfloat16 pairs",
+)
+def test_pairs_of_bfloat16_have_a_kernel_of_their_own(tmp_path):
+    """Other bits than without it; everything else is as before."""
+    done = run_child("results", str(tmp_path / "wide.pt"), capability="avx512")
+    assert done.returncode == 0, done.stderr
+    wide = torch.load(tmp_path / "wide.pt", weights_only=True)
+    for dtype in DTYPES:
+        assert same(call_all(dtype), wide[str(dtype)]) is (dtype != torch.bfloat16), dtype
+
+
+@pytest.mark.parametrize("images", [1, 3])  # of the query: shared, and not
+@pytest.mark.parametrize("d", [1, 7, 64])
+def test_odd_numbers_of_keys_in_tiles_of_bfloat16(images, d):
+    # 385 keys are two tiles of 193; of 383 visible ones the last tile holds an odd number
+    query, key, value = (
+        torch.randn(n, 2, k, d).bfloat16() for n, k in ((images, 37), *[(3, 385)] * 2)
+    )
+    mask = torch.ones(3, 385, dtype=torch.bool)
+    mask[1, 5] = mask[1, 380] = mask[2, 1:] = False
+    for scale in (0.3, -0.7):
+        out, lse = KERNELS.cross_attn_fwd(query, key, value, mask, scale)
+        wide = [t.double() for t in (query, key, value)]
+        oracle, oracle_lse = cross_attn_reference(*wide, mask, scale)
+        peer, _ = cross_attn_reference(query, key, value, mask, scale)
+        assert_within_budget(out, oracle, peer)
+        torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_subnormal_numbers_of_bfloat16_count(which):
+    small, large = 2.0**-128, 2.0**126
+    sizes = {"query": (1, 2, 9, 8), "key": (2, 2, 5, 8), "value": (2, 2, 5, 8)}
+    scales = {"query": (small, large, 1.0), "key": (large, small, 1.0), "value": (1.0, 1.0, small)}
+    tensors = [
+        (torch.randn(size).clamp(-3, 3) * scale).bfloat16()
+        for size, scale in zip(sizes.values(), scales[which], strict=True)
+    ]
+    out, _ = KERNELS.cross_attn_fwd(*tensors, None, 1.0)
+    wide = [t.double() for t in tensors]
+    oracle, _ = cross_attn_reference(*wide, None, 1.0)
+    lost, _ = cross_attn_reference(*(t.where(t.abs() >= 2.0**-126, 0) for t in wide), None, 1.0)
+    allowed = torch.finfo(torch.bfloat16).eps * float(wide[2].abs().amax()) + 2.0**-133
+    assert float((out.double() - oracle).abs().amax()) <= allowed
+    # numbers taken for zero would be seen
+    assert float((lost - oracle).abs().amax()) > 10 * allowed
 
 
 def test_the_gradient_of_lse_survives_beside_large_values():

@@ -139,7 +139,7 @@ def search(call: Function, dtype: torch.dtype, impl: str, draws: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--path", choices=["scalar", "avx2", "avx512"])
+    parser.add_argument("--path", choices=["scalar", "avx2", "avx512", "avx512_bf16"])
     parser.add_argument("--impl", default="cpu")
     parser.add_argument("--op", choices=FUNCTIONS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
