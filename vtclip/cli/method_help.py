@@ -12,6 +12,7 @@ import argparse
 import inspect
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -60,7 +61,8 @@ def _about(method: str) -> list[str]:
     head = HEADS[method]
     recipe = head.recipe(SHOTS)
     words = inspect.cleandoc(head.__doc__ or "")
-    lines = [f"method {method}: {words.partition(chr(10))[0]}", ""]
+    about = sys.modules[head.__module__].__doc__ if method in METHODS else words
+    lines = [f"method {method}: {(about or '').partition(chr(10))[0]}", ""]
     if recipe.epochs:
         values = ", ".join(f"{name} {getattr(recipe, name)}" for name in RECIPE)
         lines += [f"its recipe for {SHOTS} images per class:", f"  {values}", ""]
