@@ -30,7 +30,7 @@ BLUE, GREY = "#1f5fbf", "#666666"
 def accuracies() -> dict[tuple[str, str, str], float]:
     """(source, method, shots) -> mean accuracy over seeds in percent."""
     rows: dict[tuple[str, str, str], float] = {}
-    for path in sorted(TABLES.glob("*.csv")):
+    for path in sorted(TABLES.glob("*_photos.csv")):
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if not row["accuracy"]:  # passed over

@@ -28,7 +28,7 @@ static void gemm_pairs(const Gemm<float>& g) { multiply<float, PairProduct>(g); 
 // pairs[0 .. width) = numbers 2 i and 2 i + 1 of a row of n, zero behind them.
 inline void load_pairs(float* pairs, int64_t n, int64_t width, const char* row, int64_t stride) {
   char* out = reinterpret_cast<char*>(pairs);
-  if (stride == 2) {
+  if (stride == 2 && n != 0) {  // a row of no numbers may have no memory, and memcpy takes no null
     __builtin_memcpy(out, row, static_cast<size_t>(2 * n));
   } else {
     for (int64_t i = 0; i < n; ++i) __builtin_memcpy(out + 2 * i, row + i * stride, 2);
