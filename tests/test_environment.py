@@ -41,7 +41,7 @@ NOT_LAUNCHED = [
 WORDS = {"bench": ["x", "--out", "y"], "features": ["x", "--out", "y"], "predict": ["x", "y"]}
 WORDS |= {"explain": ["x", "y"], "extend": ["x", "y", "--out", "z"], "data": ["check", "x"]}
 WORDS["completion"] = ["bash"]
-WORDS |= dict.fromkeys(("info", "demo", "selftest", "tune"), [])
+WORDS |= dict.fromkeys(("info", "demo", "selftest", "tune", "models"), [])
 
 
 @pytest.fixture(autouse=True)

@@ -197,6 +197,8 @@ tune --shape lp:B=1
     --shape must begin with vtclip: or rada:
 selftest --device gpu
     --device must be
+models vitb33
+    PATTERN 'vitb33': no model has it in its name; did you mean
 completion fish
     SHELL: unknown name 'fish'
 selftest --json gone/x.json
@@ -249,7 +251,7 @@ def test_every_command_that_takes_input_is_in_the_table():
 NEEDED = {"bench": ["x", "--out", "y"], "features": ["x", "--out", "y"], "predict": ["x", "y"]}
 NEEDED |= {"explain": ["x", "y"], "extend": ["x", "y", "--out", "z"], "data": ["check", "x"]}
 NEEDED["completion"] = ["bash"]
-NEEDED |= dict.fromkeys(("info", "demo", "selftest", "tune"), [])
+NEEDED |= dict.fromkeys(("info", "demo", "selftest", "tune", "models"), [])
 
 
 @pytest.mark.parametrize("command", [name for name, _, _ in COMMANDS])
@@ -357,6 +359,7 @@ def test_every_text_of_an_error_is_one_line_that_begins_with_its_subject():
         "OUT",
         "RUN",
         "IMAGE",
+        "PATTERN",
         "ROOT",
     } | set(VARIABLES)
     for where, text in texts:

@@ -71,6 +71,7 @@ WORDS: dict[str, Callable[[Path], list[Any]]] = {
     "predict": lambda p: [p / "run", first_image(p), *HERE],
     "explain": lambda p: [p / "run", first_image(p), *HERE],
     "features": lambda p: [p / "dots", "--out", p / "f", "--cache-dir", p / "cache", *HERE],
+    "models": lambda p: ["RN50"],
     "repeat": lambda p: [p / "run", "--cache-dir", p / "cache"],
     "report": lambda p: [p / "bench"],
     "export": lambda p: [p / "run", "--features", "--out", p / "run.pt2"],

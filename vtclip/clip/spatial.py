@@ -27,8 +27,8 @@ def spatial_widths(kind: str, visual: Any, width: int) -> dict[str, int]:
         return {"raw": int(visual.attnpool.v_proj.in_features), "pooled": width, "value": width}
     if kind == "vit":
         return {"raw": int(visual.ln_post.normalized_shape[0]), "projected": width}
-    if kind == "timm":
-        return {"raw": int(visual.trunk.num_features)}
+    if kind == "timm":  # of its last block: some trunks widen once more before they pool
+        return {"raw": int(visual.trunk.feature_info[-1]["num_chs"])}
     return {}
 
 
