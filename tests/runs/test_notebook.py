@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -65,9 +67,11 @@ def parsed(page: str) -> Tags:
     tags.feed(page)
     tags.close()
     assert tags.open == []
-    assert not tags.seen & {"script", "link", "img", "iframe", "style", "a"}
-    assert not re.search(r"https?:|url\(|src=|href=", page)
-    assert {name for name, _ in tags.attributes} == {"style"}
+    assert not tags.seen & {"script", "link", "iframe", "style", "a"}
+    assert not re.search(r"https?:|url\(|href=", page)
+    assert {name for name, _ in tags.attributes} <= {"style", "alt", "src"}
+    sources = [value or "" for name, value in tags.attributes if name == "src"]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
     return tags
 
 
@@ -89,6 +93,36 @@ def test_a_run_shows_its_accuracy_first_then_confusions_and_wrong_images(run):
     wrong = [row for row in run.rows if row["role"] == "test" and row["label"] != row["predicted"]]
     assert wrong
     assert max(wrong, key=lambda row: row["probability"])["file"] in tags.text
+
+
+def embedded(page: str) -> dict[str, Image.Image]:
+    attributes = parsed(page).attributes
+    names = [value or "" for name, value in attributes if name == "alt"]
+    data = [(value or "").partition(",")[2] for name, value in attributes if name == "src"]
+    return {
+        name: Image.open(io.BytesIO(base64.b64decode(one)))
+        for name, one in zip(names, data, strict=True)
+    }
+
+
+def test_wrong_images_are_shown_while_their_files_are_those_of_the_fit(run, tmp_path):
+    wrong = [row for row in run.rows if row["role"] == "test" and row["label"] != row["predicted"]]
+    wrong = sorted(wrong, key=lambda row: -row["probability"])[:8]
+    shown = embedded(run._repr_html_())
+    assert list(shown) == [row["file"] for row in wrong]
+    source = run.folder.parent / "images"
+    for name, picture in shown.items():
+        small = Image.open(source / name).convert("RGB")
+        small.thumbnail((72, 72))
+        assert np.array_equal(np.asarray(picture), np.asarray(small))
+    changed = source / wrong[0]["file"]
+    data = changed.read_bytes()
+    try:
+        Image.new("RGB", (8, 8)).save(changed)
+        assert list(embedded(run._repr_html_())) == [row["file"] for row in wrong[1:]]
+    finally:
+        changed.write_bytes(data)
+    assert embedded(run_html(run.folder, {**run.result, "seen": None})) == {}
 
 
 def test_names_are_escaped(run, tmp_path):

@@ -12,6 +12,7 @@ weights.py, archives.py  files of weights; OpenAI's TorchScript archives, withou
 provenance.py            which activation and preprocessing a file of weights needs
 transformers_folders.py  folders of transformers' CLIP and SigLIP (with transformers_keys.py and
                          folder_tokenizer.py)
+listing.py               what can be named, and which weights are on this machine
 convert.py               a file of weights as safetensors that says what it is
 
 This is the only package that imports open_clip, and it does so inside functions, so that importing

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vtclip.data.class_names import with_class_names
@@ -45,3 +47,20 @@ def list_images(
         else:
             images = scan_folder(path, follow_links=follow_links, empty_classes=empty_classes)
     return with_class_names(images, class_names)
+
+
+@contextlib.contextmanager
+def said_later() -> Iterator[None]:
+    """Keeps what a list has to say for its next reading, so that it is said once."""
+    loggers = [logging.getLogger(f"vtclip.data.{name}") for name in ("lists", "list_rows")]
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    for logger in loggers:
+        logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(drop)

@@ -7,9 +7,7 @@ its probabilities (vtclip.train.sigmoid) and its threshold in `features["multi_l
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from vtclip.data.featureset import FeatureSet
 from vtclip.data.image_datasets import is_saved_dataset
 from vtclip.data.image_files import InMemory
-from vtclip.data.listed import list_images
+from vtclip.data.listed import list_images, said_later
 from vtclip.data.records import Records
 from vtclip.data.sets import SetSource, source_name
 from vtclip.data.sources import source_kind
@@ -59,23 +57,6 @@ def has_several(source: AnySource) -> bool:
         return False
     with said_later():
         return list_images(source).labels is not None
-
-
-@contextlib.contextmanager
-def said_later() -> Iterator[None]:
-    """Keeps what a list has to say for its next reading, so that it is said once."""
-    loggers = [logging.getLogger(f"vtclip.data.{name}") for name in ("lists", "list_rows")]
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    for logger in loggers:
-        logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(drop)
 
 
 def check_request(request: FitRequest) -> None:

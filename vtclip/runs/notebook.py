@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a notebook shows a run or a classifier: HTML on its own, in the colours of the page.
 
-No scripts, links or pictures; lines and shades are half transparent, so that they are seen on light
-and on dark pages. Every name is escaped.
+No scripts and no links; lines and shades are half transparent, so that they are seen on light and
+on dark pages. Every name is escaped. Wrong images stand in the page itself, small, where their
+files are still those of the fit.
 """
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,13 +18,17 @@ from typing import TYPE_CHECKING
 
 from vtclip.files import Json, printable, several
 from vtclip.runs.confusion import confused_pairs
+from vtclip.runs.kept_images import KeptImages, places_in
 from vtclip.runs.predictions import confusion_counts, rows_of
+from vtclip.runs.seen import Seen
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MOST_CLASSES, MOST_ROWS = 20, 8  # of a matrix; of a list
+SIDE = 72  # pixels of the longer side of a wrong image
 RULE = "border-bottom:1px solid rgba(128,128,128,.35);padding:2px 8px"
 SHADES = {True: "38,120,220", False: "225,120,20"}  # right, wrong
 
@@ -38,7 +45,7 @@ def run_html(folder: Path, result: Json) -> str:
             _matrix(counts, names) if len(names) <= MOST_CLASSES else _pairs(counts, names)
         )
     if "predictions" in result:
-        parts.append(_worst(folder))
+        parts.append(_worst(folder, result))
     return _framed(parts)
 
 
@@ -127,7 +134,7 @@ def _pairs(counts: Tensor, names: Sequence[str]) -> str:
     return _table(["true class", "taken for", "images"], rows) if rows else ""
 
 
-def _worst(folder: Path) -> str:
+def _worst(folder: Path, result: Json) -> str:
     """The wrong test images whose wrong class is the most probable; nothing without the file."""
     try:
         rows = rows_of(folder)
@@ -143,4 +150,39 @@ def _worst(folder: Path) -> str:
     if not lines:
         return ""
     of = f"{min(MOST_ROWS, len(wrong))} of {several(len(wrong), 'wrong image')}"
-    return _table([of, "true class", "predicted"], lines)
+    pictures = _pictures(folder, result, [row["file"] for row in wrong[:MOST_ROWS]])
+    shown = [
+        f'<figure style="margin:0 6px 6px 0"><img alt="{_text(file)}" src="{_embedded(picture)}">'
+        f'<figcaption style="font-size:80%;max-width:{SIDE}px">{_text(said)}</figcaption></figure>'
+        for (file, _, said), picture in zip(lines, pictures, strict=True)
+        if picture is not None
+    ]
+    table = _table([of, "true class", "predicted"], lines)
+    return f'{table}<div style="display:flex;flex-wrap:wrap;margin-top:6px">{"".join(shown)}</div>'
+
+
+def _pictures(folder: Path, result: Json, names: Sequence[str]) -> list[Image.Image | None]:
+    """Test images by name; None where a file is gone or is not that of the fit."""
+    try:
+        seen, places = Seen.read(folder, result["seen"]), places_in(result)
+    except (
+        KeyError,
+        TypeError,
+        OSError,
+        ValueError,
+    ):  # an earlier version's, or the list is another run's
+        return [None] * len(names)
+    rows = zip(seen.names, seen.digests, seen.roles, strict=True)
+    digests = {name: digest for name, digest, role in rows if role == "test"}
+    kept = [digests.get(name, "") for name in names]
+    images = KeptImages(list(names), kept, places, result["config"].get("data"))
+    return [images.open(row) for row in range(len(names))]
+
+
+def _embedded(picture: Image.Image) -> str:
+    """A small PNG as an address that holds it."""
+    picture.thumbnail((SIDE, SIDE))
+    picture.info.clear()  # the pixels alone
+    data = io.BytesIO()
+    picture.save(data, format="png")
+    return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"

@@ -2,105 +2,35 @@
 """Which images the rows are that a head keeps: their names in `images.csv`, and their pixels.
 
 A head keeps its training images in the order in which `images.csv` lists those of role "train".
-A file is opened only where its content is still that of the fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from vtclip.data.decode import ImageError, content_digest, decode
-from vtclip.data.image_datasets import is_saved_dataset
-from vtclip.data.image_files import ImageFiles
-from vtclip.data.listed import list_images
-from vtclip.data.sets import find_set
-from vtclip.data.sources import source_kind
 from vtclip.files import several
-from vtclip.runs.multi_label import said_later
+from vtclip.runs.kept_images import KeptImages, places_in
 from vtclip.runs.result import RESULT, Run
 from vtclip.runs.seen import Seen
-from vtclip.runs.sources import sources_of
-
-ROLES = ("val", "test")  # what names of images of --val and --test begin with
 
 
 @dataclass(frozen=True)
-class TrainingImages:
-    """names and digests of the rows, or None and "why": the reason, in words.
+class TrainingImages(KeptImages):
+    """The rows' images; where there are no names, `why` is the reason, in words.
 
-    run: of whose sources the files are.
+    pseudo_labels: whether their classes are zero-shot's.
     """
 
-    names: list[str] | None
-    digests: list[str] = field(default_factory=list)
     why: str = ""
-    run: Run | None = None
+    pseudo_labels: bool = False
 
     def name(self, row: int, class_name: str) -> str:
         """What row `row` is called: its file, or its number among the training images."""
         if self.names is None:
             return f"training image {row + 1} of class {class_name}"
         return self.names[row]
-
-    def open(self, row: int) -> Image.Image | None:
-        """The picture in RGB; None where it cannot be found, or is not that of the fit."""
-        if self.names is None or not self.digests[row]:
-            return None
-        for files, name in self._places(self.names[row]):
-            try:
-                data = files.read(name)
-                if content_digest(data) == self.digests[row]:
-                    return decode(data, name)
-            except (ImageError, OSError, ValueError, KeyError):
-                continue
-        return None
-
-    def _places(self, name: str) -> Iterator[tuple[ImageFiles, str]]:
-        """Where an image of this name may lie, most likely first."""
-        for role, files in self._files:
-            if not role:
-                yield files, name
-            elif name.startswith(f"{role}/"):
-                yield files, name.removeprefix(f"{role}/")
-
-    @cached_property
-    def _files(self) -> list[tuple[str, ImageFiles]]:
-        """The sources of the run, and under their roles those of --val and --test."""
-        if self.run is None:
-            return []
-        config = self.run.result["config"]
-        named = [("", str(entry["source"])) for entry in sources_of(self.run)]
-        named += [(role, str(config[role])) for role in ROLES if config.get(role)]
-        found = []
-        for number, (role, source) in enumerate(named):
-            try:
-                files = _listed(source, None if number else config.get("data"))
-            except (ImportError, OSError, ValueError):  # gone, or no longer a source
-                continue
-            if files is None:
-                continue
-            found.append((role, files))
-            if number and not role:  # a folder of one new class: its name begins its images'
-                found.append((role, ImageFiles.below(files.root.parent)))
-        return found
-
-
-def _listed(source: str, data: str | None) -> ImageFiles | None:
-    """The files of a source; None of features."""
-    if data is not None:
-        return ImageFiles.below(find_set(source).image_root(Path(data).expanduser()))
-    path = Path(source).expanduser()
-    if source_kind(path) != "folder":
-        return None
-    if path.is_dir() and not is_saved_dataset(path):
-        return ImageFiles.below(path)
-    with said_later():
-        return list_images(path, absent_ok=True)
 
 
 def training_images(folder: str | Path, class_names: Sequence[str]) -> TrainingImages:
@@ -133,4 +63,9 @@ def training_images(folder: str | Path, class_names: Sequence[str]) -> TrainingI
         why = f"{entry['file']}: training image {row + 1} is of {fact}"
         return TrainingImages(None, why=why)
     names = [seen.names[row] for row in rows]
-    return TrainingImages(names, [seen.digests[row] for row in rows], run=run)
+    digests = [seen.digests[row] for row in rows]
+    config = run.result["config"]
+    return TrainingImages(
+        *(names, digests, places_in(run.result), config.get("data")),
+        pseudo_labels=bool(config.get("pseudo_labels")),
+    )

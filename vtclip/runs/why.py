@@ -191,7 +191,7 @@ def explain_choice(
     notes = list(what.notes)
     if images.names is None and len(parts.label):
         notes.append(f"training images have numbers in place of names: {images.why}")
-    if images.run is not None and images.run.result["config"].get("pseudo_labels"):
+    if images.pseudo_labels:
         notes.append("the run was trained on pseudo-labels: classes of images are zero-shot's")
     keeping = [one for one in what.head.member_heads if getattr(one, "num_support", 0)]
     if keeping and all(one.trains_keys for one in keeping):

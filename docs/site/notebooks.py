@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes and executes the notebooks of this folder: `python docs/examples/make_notebooks.py`.
+"""Writes and executes the notebooks of docs/examples: `python docs/site/notebooks.py`.
 
 Needs vtclip[docs]. The notebooks are committed with their output.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "examples"
 OWN_IMAGES = [
     """# From a folder of images to a classifier
 
