@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vtclip.cli.bars import Bar
 from vtclip.cli.parsing import (
     Parser,
     emit,
@@ -17,7 +18,6 @@ from vtclip.cli.parsing import (
     emit_json,
     emit_table,
     note,
-    on_terminal,
     one_of,
     several,
 )
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     compiles = "; the first time compiles, for minutes" if device.type == "cuda" else ""
     note(f"testing every operator on {device}{compiles}")
-    progress = Progress()
-    with progress.bar, contextlib.suppress(KeyboardInterrupt):
+    progress = Progress(Bar("operators", "op"))
+    with contextlib.closing(progress.bar), contextlib.suppress(KeyboardInterrupt):
         selftest.run(str(device), args.impl or IMPLS, tell=progress)
     rows, counts = progress.rows, selftest.counts(progress.rows)
     whole = len(rows) == progress.of
@@ -88,17 +88,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Progress:
-    """The rows so far, of how many, and a bar of them where somebody watches."""
+    """The rows so far, of how many, and a bar of them."""
 
-    def __init__(self) -> None:
-        from tqdm import tqdm
-
+    def __init__(self, bar: Bar) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.of = -1
-        hidden = None if on_terminal() else True
-        self.bar = tqdm(desc="operators", leave=False, disable=hidden)
+        self.of, self.bar = -1, bar
 
     def __call__(self, rows: list[dict[str, Any]], of: int) -> None:
-        self.bar.total = of
-        self.bar.update(len(rows) - self.bar.n)
         self.rows, self.of = list(rows), of
+        self.bar.reach(len(rows), of)

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
-from vtclip.cli.parsing import Parser, emit, emit_json, note, on_terminal, one_of, several
+from vtclip.cli.bars import Bar
+from vtclip.cli.parsing import Parser, emit, emit_json, note, one_of, several
 from vtclip.names import TUNED_METHODS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -68,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vtclip.backends import triton
-    from vtclip.data.threads import progress_bar
     from vtclip.tune import table as tuned
     from vtclip.tune.jobs import jobs
     from vtclip.tune.search import tune
@@ -87,17 +89,17 @@ def run(args: argparse.Namespace) -> int:
     with (
         torch.cuda.device(device),
         torch.no_grad(),
-        progress_bar(len(args.dtype) * len(shapes), "shapes", on_terminal(), "shape") as bar,
+        contextlib.closing(Bar("shapes", "shape")) as bar,
     ):
         name, capability = triton.gpu_identity()
-        for dtype in args.dtype:
-            for method, sizes in shapes:
-                work = jobs(method, sizes, getattr(torch, dtype), str(device))
-                tiles |= tune(work, report=note)
-                # a table of what is known so far: an interrupted run keeps it
-                entries = {key: timed.tile for key, timed in tiles.items()}
-                tuned.write(path, name, capability, entries)
-                bar.update()
+        cases = list(itertools.product(args.dtype, shapes))
+        for number, (dtype, (method, sizes)) in enumerate(cases):
+            bar.reach(number, len(cases))
+            work = jobs(method, sizes, getattr(torch, dtype), str(device))
+            tiles |= tune(work, report=note)
+            # a table of what is known so far: an interrupted run keeps it
+            entries = {key: timed.tile for key, timed in tiles.items()}
+            tuned.write(path, name, capability, entries)
     if args.json:
         times = {key: {"ms": timed.after, "built_in_ms": timed.before}
                  for key, timed in tiles.items()}  # fmt: skip
