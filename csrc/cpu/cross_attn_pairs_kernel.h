@@ -8,7 +8,7 @@
 #include "common/pairs.h"
 #include "common/attn_panels.h"
 
-// Floats behind a packed query block; the first is not zero where a number of it is subnormal.
+// Floats behind a packed query block; the first is not zero where a number of it is `outside`.
 constexpr int64_t kMark = kLanes<float>;
 
 // A query block as the right operand of the scores, pairs [ceil(d / 2), query_block], and its mark.
@@ -24,10 +24,10 @@ static void pack_query_pairs(const AttnShape& s, float* columns, const HeadsView
   }
   __builtin_memset(rows + n * ldr, 0, static_cast<size_t>((width - n) * ldr) * sizeof(float));
   transpose(columns, ldc, rows, ldr, width, pairs);
-  columns[pairs * ldc] = has_subnormal(rows, n * ldr) ? 1.0f : 0.0f;
+  columns[pairs * ldc] = outside(rows, n * ldr, kLarge) ? 1.0f : 0.0f;
 }
 
-// Visible keys as rows of pairs. Returns whether one of their numbers is subnormal.
+// Visible keys as rows of pairs. Returns whether one of their numbers is `outside`.
 static bool pack_key_pairs(const AttnShape& s, float* rows, const HeadsView& key, int64_t b,
                            int64_t h, const int64_t* index, int64_t n) {
   const int64_t pairs = ceil_div(s.d, 2), ld = leading_dim<float>(pairs);
@@ -35,11 +35,11 @@ static bool pack_key_pairs(const AttnShape& s, float* rows, const HeadsView& key
   for (int64_t i = 0; i < n; ++i) {
     load_pairs(rows + i * ld, s.d, ld, base + index[i] * key.row, key.column);
   }
-  return has_subnormal(rows, n * ld);
+  return outside(rows, n * ld, kLarge);
 }
 
-// Visible values, pairs[i][c] = (value[2 i][c], value[2 i + 1][c]); two rows of scratch. Returns as
-// pack_key_pairs.
+// Visible values, pairs[i][c] = (value[2 i][c], value[2 i + 1][c]); two rows of scratch. Returns whether
+// one of their numbers is subnormal; none is too large for weights of at most 1.
 static bool pack_value_pairs(const AttnShape& s, float* pairs, const HeadsView& value, int64_t b,
                              int64_t h, const int64_t* index, int64_t n, float* rows) {
   const int64_t ld = leading_dim<float>(s.d), half = ld / 2;
@@ -57,7 +57,7 @@ static bool pack_value_pairs(const AttnShape& s, float* pairs, const HeadsView& 
       store(pairs + c, interleave(first, second));
     }
   }
-  return has_subnormal(start, pairs - start);
+  return outside(start, pairs - start, kInfinity);
 }
 
 static void zero_block(const AttnForward& p, char* out, float* lse, int64_t queries) {
@@ -79,8 +79,8 @@ void cross_attn_pairs_query_units(const SharedQuery& p, int64_t begin, int64_t e
   }
 }
 
-// As forward_units of cross_attn_kernel.h, which computes what has subnormal numbers. Tiles of keys
-// are even, so that no pair lies in two.
+// As forward_units of cross_attn_kernel.h, which computes units with numbers that are `outside`.
+// Tiles of keys are even, so that no pair lies in two.
 void cross_attn_pairs_fwd_units(const AttnForward& p, int64_t begin, int64_t end) {
   const AttnShape& s = p.shape;
   const int64_t blocks = s.num_blocks(), pairs = ceil_div(s.d, 2);
@@ -98,14 +98,14 @@ void cross_attn_pairs_fwd_units(const AttnForward& p, int64_t begin, int64_t end
   AttnForward exact = p;
   exact.query_pack = nullptr;
   int64_t packed = -1, n = 0;
-  bool subnormal = false;
+  bool is_outside = false;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t pair = unit / blocks, block = unit % blocks;
     const int64_t h = pair / s.B, b = pair % s.B;
     if (pair != packed) {
       n = visible_keys(s, b, index);
-      subnormal = pack_key_pairs(s, keys, p.key, b, h, index, n);
-      subnormal |= pack_value_pairs(s, values, p.value, b, h, index, n, value_rows);
+      is_outside = pack_key_pairs(s, keys, p.key, b, h, index, n);
+      is_outside |= pack_value_pairs(s, values, p.value, b, h, index, n, value_rows);
       packed = pair;
     }
     const int64_t first = block * s.query_block, queries = min_of(s.query_block, s.K - first);
@@ -119,7 +119,7 @@ void cross_attn_pairs_fwd_units(const AttnForward& p, int64_t begin, int64_t end
     const float* query = own ? own_pack
                              : static_cast<const float*>(p.query_pack) +
                                    (h * blocks + block) * block_size;
-    if (subnormal || query[pairs * ldq] != 0) {
+    if (is_outside || query[pairs * ldq] != 0) {
       avx512::cross_attn_fwd_units(exact, unit, unit + 1);
       continue;
     }

@@ -243,6 +243,17 @@ def test_subnormal_numbers_of_bfloat16_count(which):
     assert float((lost - oracle).abs().amax()) > 10 * allowed
 
 
+def test_the_scale_of_bfloat16_scores_keeps_their_sum_in_range():
+    """Scores of about 1 whose terms, before the scale, are beyond float32."""
+    tensors = [torch.randn(n, 2, k, 8) for n, k in ((1, 9), (2, 5), (2, 5))]
+    wide = [t.bfloat16().double() for t in tensors]
+    oracle, oracle_lse = cross_attn_reference(*wide, None, 0.25)
+    large = [(t * factor).bfloat16() for t, factor in zip(wide, (2.0**70, 2.0**70, 1), strict=True)]
+    out, lse = KERNELS.cross_attn_fwd(*large, None, 0.25 * 2.0**-140)
+    torch.testing.assert_close(out.double(), oracle, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(lse.double(), oracle_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_the_gradient_of_lse_survives_beside_large_values():
     query, key = torch.randn(1, 2, 9, 8) * 1e3, torch.randn(2, 2, 11, 8) * 1e3
     value = torch.randn(2, 2, 11, 8) * 1e10

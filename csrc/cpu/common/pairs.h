@@ -37,19 +37,25 @@ inline void load_pairs(float* pairs, int64_t n, int64_t width, const char* row, 
 }
 
 typedef uint16_t WideBits __attribute__((vector_size(VTCLIP_VECTOR_BYTES)));
+constexpr uint16_t kMagnitude = 0x7FFF, kLeastNormal = 0x0080, kInfinity = 0x7F80;
+// 2^56: products of two numbers below it, and sums of 2^15 of them, are in range without the scale.
+constexpr uint16_t kLarge = (127 + 56) << 7;
 
-// Whether a number of these pairs is subnormal, which the processor's products take for zero.
-inline bool has_subnormal(const float* pairs, int64_t width) {
+// Whether a number of these pairs is subnormal, which the processor's products take for zero, or
+// has at least the magnitude of the bits `bound`.
+inline bool outside(const float* pairs, int64_t width, uint16_t bound) {
   WideBits found{};
   for (int64_t i = 0; i < width; i += kLanes<float>) {
     WideBits x;
     __builtin_memcpy(&x, pairs + i, sizeof x);
-    found |= static_cast<WideBits>((x & 0x7F80) == 0) & x & 0x7F;
+    x &= kMagnitude;
+    const auto subnormal = (x != 0) & (x < kLeastNormal);
+    found |= static_cast<WideBits>(subnormal | (x >= bound));
   }
   VecU64 words;
   __builtin_memcpy(&words, &found, sizeof words);
   uint64_t any = 0;
-  for (int i = 0; i < 8; ++i) any |= words[i];
+  for (int64_t i = 0; i < kLanes<double>; ++i) any |= words[i];
   return any != 0;
 }
 
